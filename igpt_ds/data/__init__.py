@@ -1,0 +1,1 @@
+"""Raw images to palette, tokens, shards, order and batches."""

@@ -1,0 +1,102 @@
+"""Ranks: who am I, how many are we, and the few things that ranks say to each other.
+
+Works the same under `deepspeed`, `torchrun`, bare `srun`, and as one process without any launcher. Called by train.py.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+import torch.distributed as td
+
+
+def map_environment(env: MutableMapping[str, str]) -> None:
+    """Fills in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
+
+    Under srun they come from the step's SLURM_* variables; without a launcher the process is rank 0 of 1.
+
+    Raises:
+        ValueError: a SLURM job of several tasks, but the command was not started by srun.
+    """
+    if "RANK" not in env and "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
+        env["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+        if env["WORLD_SIZE"] != "1":
+            env.setdefault("MASTER_ADDR", _first_host(env))
+            env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    elif "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        tasks = env["SLURM_NTASKS"]
+        raise ValueError(f"SLURM gave this job {tasks} tasks but only one process runs; start it with `srun` or `deepspeed`")
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    if env["WORLD_SIZE"] == "1":
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _first_host(env: MutableMapping[str, str]) -> str:
+    if env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")) == "1":
+        return "127.0.0.1"
+    nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise ValueError(f"cannot expand the node list {nodes!r} with scontrol; export MASTER_ADDR yourself") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def rank() -> int:
+    """This process among all, 0-based."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process among those of its node, 0-based; also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place, and returned."""
+    if world_size() > 1:
+        td.all_reduce(value)
+    return value
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Everybody's value, in the order of ranks, on every rank."""
+    values = [None] * world_size()
+    if world_size() == 1:
+        return [value]
+    td.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        td.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if world_size() > 1:
+        td.barrier()

@@ -1,0 +1,1 @@
+"""Everything that judges the weights: features, probes, results, figures."""

@@ -1,0 +1,124 @@
+"""Durable files: what is written appears whole under its final name, or not at all.
+
+Every writer in the project goes through `atomic_file` or `atomic_dir`: the content is written under a temporary
+name beside the target, forced to disk, then renamed. Readers of JSON get one clear error with the path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+def fsync_path(path: Path) -> None:
+    """Forces a file's content, or a directory's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partial(path: Path) -> Path:
+    # Not the process number: containers, and nodes that share a disk, use the same ones.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+@contextmanager
+def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` and renames it to `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        with open(partial, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        fsync_path(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary directory beside `path`, renamed to `path` when the block ends without an error.
+
+    Raises:
+        ValueError: `path` exists already and is not an empty directory; results are never overwritten.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in (partial, *partial.rglob("*")):
+            fsync_path(file)
+        if path.exists():
+            path.rmdir()
+        os.replace(partial, path)
+        fsync_path(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """The hex sha256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON atomically."""
+    with atomic_file(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Reads JSON; `what` names the thing in the error ("shard index", "ds_config")."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; a missing file has none, and a torn last line (a killed writer) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not valid JSON; remove the line") from None
+    return rows
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a whole .jsonl file atomically."""
+    with atomic_file(path, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,1 @@
+"""The transformer, its objective, its samples and its files."""

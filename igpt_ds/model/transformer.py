@@ -1,0 +1,209 @@
+"""The transformer of Image GPT: tokens [B, T] enter, logits [B, T, V] leave; logits at position i predict pixel i.
+
+The arithmetic is that of the released code (openai/image-gpt src/model.py), which is also HF's ImageGPT: RMS norm with a
+gain and nothing else, quick-GELU, no biases, a learned start-of-sequence vector, learned positions, an output matrix of
+its own. Called by the training loop, by feature extraction and by sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from igpt_ds.config import ModelConfig
+
+
+def init_std(config: ModelConfig) -> dict[str, float]:
+    """The standard deviation of each freshly drawn tensor: the released code's initialisation.
+
+    | tensor                   | distribution          |
+    |--------------------------|-----------------------|
+    | wte, sos                 | N(0, 0.02)            |
+    | wpe                      | N(0, 0.01)            |
+    | attn.c_attn (q, k, v)    | N(0, 1 / sqrt(C))     |
+    | attn.c_proj              | N(0, 1 / sqrt(C * L)) |
+    | mlp.c_fc, mlp.c_proj     | N(0, 0.02)            |
+    | head                     | 0, so step 0 loses ln V |
+    | ln_1, ln_2, ln_f (gains) | 1                     |
+
+    Each module draws its own tensors while it is built: under `deepspeed.zero.Init` a tensor is partitioned as soon as its
+    module is complete, and a later initialisation would touch nothing.
+    """
+    C, L = config.n_embd, config.n_layer
+    return {
+        "wte": 0.02,
+        "sos": 0.02,
+        "wpe": 0.01,
+        "attn.c_attn": C**-0.5,
+        "attn.c_proj": (C * L) ** -0.5,
+        "mlp.c_fc": 0.02,
+        "mlp.c_proj": 0.02,
+        "head": 0.0,
+    }
+
+
+def _drawn(*shape: int, std: float) -> nn.Parameter:
+    weight = torch.empty(*shape)
+    return nn.Parameter(nn.init.normal_(weight, std=std) if std else nn.init.zeros_(weight))
+
+
+class Projection(nn.Module):
+    """x [..., n_in] -> x @ weight.T [..., n_out]; no bias."""
+
+    def __init__(self, n_in: int, n_out: int, std: float) -> None:
+        super().__init__()
+        self.weight = _drawn(n_out, n_in, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n_in] -> [..., n_out]."""
+        return F.linear(x, self.weight)
+
+
+class Norm(nn.Module):
+    """x * rsqrt(mean(x^2) + 1e-5) * gain over the last dimension. The paper says layer norm; no mean is taken off."""
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+
+
+class Cache:
+    """Keys and values [B, H, T, D] of the positions that one attention layer has seen; allocated once."""
+
+    def __init__(self, B: int, H: int, T: int, D: int, like: Tensor) -> None:
+        self.keys = like.new_empty(B, H, T, D)
+        self.values = like.new_empty(B, H, T, D)
+        self.length = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends [B, H, t, D] and returns everything so far."""
+        end = self.length + k.size(2)
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: each position sees itself and the earlier ones."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C, std = config.n_embd, init_std(config)
+        self.n_head = config.n_head
+        self.c_attn = Projection(C, 3 * C, std["attn.c_attn"])
+        self.c_proj = Projection(C, C, std["attn.c_proj"])
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, t, C] -> [B, t, C]; with a cache, x continues the positions in it (all at once, or one at a time)."""
+        B, t, C = x.shape
+        q, k, v = self.c_attn(x).view(B, t, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            assert t == 1 or cache.length == 0, "a filled cache takes one position at a time"
+            k, v = cache.extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, t, C))
+
+
+class MLP(nn.Module):
+    """C -> 4 C -> C with quick-GELU, x * sigmoid(1.702 x), between."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C, std = config.n_embd, init_std(config)
+        self.c_fc = Projection(C, 4 * C, std["mlp.c_fc"])
+        self.c_proj = Projection(4 * C, C, std["mlp.c_proj"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, t, C] -> [B, t, C]."""
+        x = self.c_fc(x)
+        return self.c_proj(x * torch.sigmoid(1.702 * x))
+
+
+class Block(nn.Module):
+    """h + attn(ln_1 h), then the same with the MLP and ln_2 (paper 2.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = Norm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = Norm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, t, C] -> [B, t, C]."""
+        h = h + self.attn(self.ln_1(h), cache)
+        return h + self.mlp(self.ln_2(h))
+
+
+class Transformer(nn.Module):
+    """The whole network.
+
+    Args:
+        config: its shape.
+        activation_checkpointing: "none" keeps all activations for the backward pass; "full" keeps the blocks' inputs and
+            computes each block twice.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none") -> None:
+        super().__init__()
+        std = init_std(config)
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.wte = nn.Embedding(config.n_vocab, config.n_embd, _weight=_drawn(config.n_vocab, config.n_embd, std=std["wte"]))
+        self.sos = _drawn(config.n_embd, std=std["sos"])
+        self.wpe = _drawn(config.n_ctx, config.n_embd, std=std["wpe"])
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = Norm(config.n_embd)
+        self.head = Projection(config.n_embd, config.n_vocab, std["head"])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [B, t] -> h^0 [B, t, C]: sos, then the pixels but the last, each with its position."""
+        sos = self.sos.expand(tokens.size(0), 1, -1)
+        return torch.cat([sos, self.wte(tokens[:, :-1])], dim=1) + self.wpe[: tokens.size(1)]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] int64 -> logits [B, T, V]; logits[:, i] is a function of tokens[:, :i] alone."""
+        h = self.embed(tokens)
+        for block in self.blocks:
+            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+                h = checkpoint(block, h, use_reentrant=False)
+            else:
+                h = block(h)
+        return self.head(self.ln_f(h))
+
+    def residuals(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (h^l, n^l), each [B, T, C], for l = 0..L, one layer at a time.
+
+        h^l is the residual stream that block l reads; n^l = layer norm of h^l as that block applies it (paper 2.2, 2.4).
+        For l = L there is no such block and n^L is ln_f's.
+        """
+        h = self.embed(tokens)
+        for block in self.blocks:
+            yield h, cast(Block, block).ln_1(h)
+            h = block(h)
+        yield h, self.ln_f(h)
+
+    def new_caches(self, B: int) -> list[Cache]:
+        """An empty cache for each layer, for B images."""
+        config = self.config
+        return [Cache(B, config.n_head, config.n_ctx, config.n_embd // config.n_head, self.sos) for _ in self.blocks]
+
+    def next_logits(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
+        """tokens [B, i] -> logits [B, V] of pixel i, reusing what the caches hold of the earlier positions."""
+        B, i = tokens.shape
+        done = caches[0].length
+        sos = self.sos.expand(B, 1, -1)
+        h = torch.cat([sos, self.wte(tokens)], dim=1)[:, done:] + self.wpe[done : i + 1]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            h = block(h, cache)
+        return self.head(self.ln_f(h[:, -1]))

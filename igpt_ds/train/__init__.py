@@ -1,0 +1,1 @@
+"""Everything that learns the weights: schedule, engine, checkpoint, loop."""

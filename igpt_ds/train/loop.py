@@ -1,0 +1,105 @@
+"""The step loop: engine and batches enter, a trained engine, curves and checkpoints leave. Called by train.py.
+
+The loop is the same for every objective: what differs is the loss function it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_ds import dist
+from igpt_ds.config import Run
+from igpt_ds.data.loader import Loader, sequential
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.model.objectives import image_nats
+from igpt_ds.train.checkpoint import save_checkpoint
+from igpt_ds.train.engine import take_step
+from igpt_ds.train.metrics import Metrics
+from igpt_ds.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often things happen, in steps; 0 for never (the last step always logs, validates and saves)."""
+
+    log_every: int
+    val_every: int
+    save_every: int
+    keep_last: int
+    keep_every: int
+    last_step: int
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens each `every` steps happens after this one."""
+        return step == self.last_step or (every > 0 and step % every == 0)
+
+
+def fit(
+    engine: Any,
+    run: Run,
+    loader: Loader,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    validate: Callable[[], float],
+    metrics: Metrics,
+    cadence: Cadence,
+    checkpoints: Path,
+    facts: dict[str, Any],
+    start_step: int,
+) -> None:
+    """Trains from start_step (completed steps) to cadence.last_step.
+
+    Args:
+        facts: what every checkpoint's manifest says besides step and images_seen.
+    """
+    recipe = run.recipe
+    stream = loader.stream(start_step * recipe.batch_images)
+    if start_step == 0:
+        metrics.validation(0, validate())
+    for step in range(start_step + 1, cadence.last_step + 1):
+        micro_batches = [next(stream)[0].to(engine.device, non_blocking=True) for _ in range(run.accumulation)]
+        lr = learning_rate(recipe, step - 1)
+        loss = take_step(engine, micro_batches, loss_function, lr)
+        if cadence.due(cadence.log_every, step):
+            mean_loss = float(dist.sum_over_ranks(loss)) / run.world_size
+            refuse_non_finite(mean_loss, step, lr, checkpoints)
+            metrics.training(step, mean_loss, lr, float(engine.get_global_grad_norm()), engine.skipped_steps)
+        if cadence.due(cadence.val_every, step):
+            metrics.validation(step, validate())
+        if cadence.due(cadence.save_every, step):
+            where = facts | {"step": step, "images_seen": step * recipe.batch_images}
+            save_checkpoint(engine, checkpoints, where, cadence.keep_last, cadence.keep_every)
+            metrics.restart_clock(step)
+
+
+def refuse_non_finite(loss: float, step: int, lr: float, checkpoints: Path) -> None:
+    """Stops a run whose loss is no number any more, before a checkpoint of it replaces a good one."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss of step {step} is {loss} at lr {lr:.2e}; the last good state is in {checkpoints}: "
+            "start again with a lower --lr (paper A.1: too high a rate gives an irrecoverable spike)"
+        )
+
+
+def validation_loss(engine: Any, shards: ShardSet, micro_batch: int, val_images: int | None) -> float:
+    """The mean nats per token over the first val_images of the split (None: all), in order, without augmentation.
+
+    Every rank makes the same number of forward passes, as ZeRO-3 needs; the result is the same for any number of ranks up
+    to rounding.
+    """
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    with torch.no_grad():
+        for tokens, _, weight in sequential(shards, micro_batch, dist.rank(), dist.world_size(), val_images):
+            tokens, weight = tokens.to(engine.device), weight.to(engine.device)
+            nats = image_nats(engine(tokens), tokens).double()
+            total += torch.stack([(nats * weight).sum(), weight.sum()])
+    engine.train()
+    dist.sum_over_ranks(total)
+    return float(total[0] / total[1])

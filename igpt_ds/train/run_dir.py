@@ -1,0 +1,78 @@
+"""The run directory: one run's config, curves and checkpoints. It refuses to mix two runs. Called by train.py on rank 0.
+
+run.json holds the recipe, the data's hashes, the complete DeepSpeed configuration and the git commit; palette.npy the
+colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the states; FINISHED appears at the last step.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from igpt_ds.config import Recipe, Run, recipe_from_dict, run_to_dict
+from igpt_ds.files import read_json, write_json
+
+FORMAT, VERSION = "igpt_ds.run", 1
+
+
+def prepare(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: bool) -> None:
+    """Makes the run directory, or checks that the one that is there belongs to this run.
+
+    Args:
+        data: what identifies the training data: dataset_hash, palette_hash, path.
+        resume: whether the user asked to continue.
+
+    Raises:
+        ValueError: the directory holds another run's config (the first difference is named), or a run that was not to be
+            continued, or it is something else.
+    """
+    path = run_dir / "run.json"
+    if path.exists():
+        _check_same(read_run(run_dir), run, data, path)
+        if not resume:
+            raise ValueError(f"{run_dir} holds a run already; continue it with --resume auto or choose another --run_dir")
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise ValueError(f"{run_dir} is not empty and holds no run; choose another --run_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(palette, run_dir / "palette.npy")
+    header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": data}
+    write_json(path, header | run_to_dict(run))
+    for torn in (run_dir / "checkpoints").glob("*.partial"):
+        shutil.rmtree(torn)
+
+
+def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path) -> None:
+    new = run_to_dict(run)["recipe"]
+    pairs = [(name, old["recipe"].get(name), value) for name, value in new.items()]
+    pairs += [(name, old["data"].get(name), data[name]) for name in ("dataset_hash", "palette_hash")]
+    for name, before, now in pairs:
+        if before != now:
+            raise ValueError(f"{path} is of another run: {name} is {before} there and {now} here; choose another --run_dir")
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """run.json of a run directory."""
+    path = run_dir / "run.json"
+    values = read_json(path, "run config")
+    if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
+        raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; it was not written by this code")
+    return values
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a run.json, or in a file that holds a recipe alone: what --config takes."""
+    values = read_json(path, "config")
+    inner = values.get("recipe", values) if isinstance(values, dict) else {}
+    return recipe_from_dict(inner, str(path))
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with "+" when the tree has changes; None outside a git checkout."""
+    code = Path(__file__).resolve().parent
+    command = ["git", "-C", str(code), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

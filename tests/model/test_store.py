@@ -1,0 +1,89 @@
+"""What is saved is what is loaded; what was changed on the way is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from igpt_ds.model.store import fresh_model, load_model, read_info, save_model
+from igpt_ds.model.transformer import Transformer
+
+
+@pytest.fixture
+def model_dir(model: Transformer, tmp_path: Path) -> Path:
+    palette = tmp_path / "palette.npy"
+    np.save(palette, np.zeros((8, 3), np.float32))
+    info = {"config": model.config, "objective": "ar", "palette_hash": "abc", "step": 7, "images_seen": 70, "recipe": "x"}
+    save_model(tmp_path / "model", model.state_dict(), info, palette)
+    return tmp_path / "model"
+
+
+def test_load_gives_what_was_saved(model: Transformer, model_dir: Path, tokens: torch.Tensor) -> None:
+    loaded, info = load_model(model_dir)
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert (info.config, info.objective, info.palette_hash, info.step, info.images_seen) == (model.config, "ar", "abc", 7, 70)
+    assert sorted(path.name for path in model_dir.iterdir()) == ["config.json", "model.safetensors", "palette.npy"]
+
+
+def change_config(model_dir: Path, **changes: object) -> None:
+    path = model_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model config .*config.json does not exist"):
+        read_info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"format": "other"}, "is not the config of a model dir"), ({"version": 9}, "version 9; this code reads version 1")],
+)
+def test_foreign_configs_are_refused(model_dir: Path, changes: dict[str, object], message: str) -> None:
+    change_config(model_dir, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_info(model_dir)
+
+
+def test_a_config_without_a_field_is_refused(model_dir: Path) -> None:
+    path = model_dir / "config.json"
+    values = json.loads(path.read_text())
+    del values["palette_hash"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="has no 'palette_hash'"):
+        read_info(model_dir)
+
+
+def test_changed_weights_are_refused(model_dir: Path) -> None:
+    path = model_dir / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is not the file that config.json describes"):
+        load_model(model_dir)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors does not exist"):
+        load_model(model_dir)
+
+
+def test_weights_of_another_shape_are_refused(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())["config"]
+    change_config(model_dir, config=config | {"n_layer": 2})
+    with pytest.raises(ValueError, match=r"does not fit .*config.json"):
+        load_model(model_dir)
+
+
+def test_an_existing_model_dir_is_not_overwritten(model: Transformer, model_dir: Path) -> None:
+    with pytest.raises(ValueError, match="exists already"):
+        save_model(model_dir, model.state_dict(), {"config": model.config}, model_dir / "palette.npy")
+
+
+def test_fresh_models_depend_on_the_seed_alone(model: Transformer) -> None:
+    torch.manual_seed(1)
+    one = fresh_model(model.config, seed=5)
+    torch.manual_seed(2)
+    same, other = fresh_model(model.config, seed=5), fresh_model(model.config, seed=6)
+    assert torch.equal(one.wte.weight, same.wte.weight)
+    assert not torch.equal(one.wte.weight, other.wte.weight)

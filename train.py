@@ -1,0 +1,169 @@
+"""Pre-trains an Image GPT on token shards under DeepSpeed ZeRO-3.
+
+    deepspeed train.py --recipe igpt_s_ar_32 --data shards/imagenet_32 --run_dir runs/s --ds_config ds_configs/zero3_bf16.json
+
+starts it on every GPU of this machine; `deepspeed --num_gpus 2` on two, or on two CPU processes where there is no GPU.
+`torchrun`, `srun python train.py` and plain `python train.py` work as well. After an interruption the same command with
+`--resume auto` goes on from the newest complete checkpoint as if nothing had happened. `--dry_run` prints what the run
+would cost and stops. Any knob of the recipe can be set by its name (`--lr 0.001 --n_layer 12`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from igpt_ds import cli, dist, plan
+from igpt_ds.config import ModelConfig, Recipe, Run, get_recipe, join, load_ds_config, override, run_to_dict
+from igpt_ds.data.loader import Loader, check_shards
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.files import atomic_file
+from igpt_ds.model.objectives import autoregressive_loss
+from igpt_ds.train import run_dir
+from igpt_ds.train.checkpoint import load_checkpoint, newest_checkpoint
+from igpt_ds.train.engine import build_engine, start_ranks
+from igpt_ds.train.loop import Cadence, fit, validation_loss
+from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The story: recipe and ds_config, shards, engine, resume, loop."""
+    args = parse(argv)
+    dist.map_environment(os.environ)
+    recipe = choose_recipe(args)
+    run = join(recipe, load_ds_config(args.ds_config), dist.world_size(), args.micro_batch)
+    if args.dry_run:
+        print(
+            plan.describe(recipe, run.world_size, run.micro_batch, run.accumulation, run.precision, run.activation_checkpointing)
+        )
+        return
+    train_shards, val_shards = (ShardSet(args.data, split) for split in ("train", args.val_split))
+    check_shards(train_shards, recipe.model)
+
+    device = start_ranks()
+    data = {"path": str(args.data), "dataset_hash": train_shards.dataset_hash, "palette_hash": train_shards.palette_hash}
+    prepare_run_dir(args, run, data)
+    engine = build_engine(run)
+    start_step = resume(engine, args) if args.resume == "auto" else 0
+    peak, source = peak_of_all_ranks(device, run.precision)
+    say(f"{plan.parameters(recipe.model):,} parameters; {peak / 1e12:.2f} TFLOP/s over {run.world_size} ranks ({source})")
+
+    loader = Loader(
+        train_shards,
+        batch_images=recipe.batch_images,
+        micro_batch=run.micro_batch,
+        rank=dist.rank(),
+        world_size=run.world_size,
+        seed=recipe.seed,
+        augment_pad=recipe.augment_pad,
+        augment_flip=recipe.augment_flip,
+    )
+    validate = partial(validation_loss, engine, val_shards, run.micro_batch, args.val_images)
+    last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
+    cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
+    facts = {"recipe": run_to_dict(run)["recipe"], "data": data, "precision": run.precision}
+    metrics = Metrics(args.run_dir, run, start_step, peak)
+    checkpoints = args.run_dir / "checkpoints"
+    fit(engine, run, loader, autoregressive_loss, validate, metrics, cadence, checkpoints, facts, start_step)
+    metrics.close()
+    finish(args.run_dir, last_step == recipe.steps)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; every field of Recipe and ModelConfig is a flag of the same name."""
+    parser = cli.parser(__doc__ or "")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", help="name of a recipe")
+    what.add_argument("--config", type=Path, help="a run.json (or a recipe in JSON) to take the recipe from")
+    parser.add_argument("--data", type=Path, help="directory of token shards")
+    parser.add_argument("--run_dir", type=Path, help="where everything is written")
+    parser.add_argument("--ds_config", type=Path, default=Path("ds_configs/zero3_bf16.json"), help="how it fits the machines")
+    parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step, instead of the ds_config's")
+    parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: from the newest complete checkpoint")
+    parser.add_argument("--dry_run", action="store_true", help="print what the run would cost, and stop")
+    parser.add_argument("--val_split", default="val", help="split that the validation loss is measured on")
+    parser.add_argument("--val_images", type=int, help="how many of its images, from the first; all when left out")
+    parser.add_argument("--val_every", type=int, default=1000, help="steps between validation losses")
+    parser.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--keep_last", type=int, default=2, help="how many of the newest checkpoints to keep")
+    parser.add_argument("--keep_every", type=int, default=0, help="keep checkpoints at multiples of this step for ever; 0: none")
+    parser.add_argument("--log_every", type=int, default=10, help="steps between rows of train.jsonl")
+    parser.add_argument("--stop_at_step", type=int, help="stop here, with a checkpoint; the schedule stays the recipe's")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
+    knobs = parser.add_argument_group("knobs of the recipe (default: the recipe's value)")
+    for field in knob_fields():
+        knobs.add_argument(f"--{field.name}", **_flag_type(field.name))
+    args = parser.parse_args(argv)
+    if not args.dry_run and (args.data is None or args.run_dir is None):
+        raise ValueError("--data and --run_dir are needed, except with --dry_run")
+    return args
+
+
+def knob_fields() -> list[dataclasses.Field[Any]]:
+    """The fields of Recipe and ModelConfig that a flag may change."""
+    fields = [*dataclasses.fields(Recipe), *dataclasses.fields(ModelConfig)]
+    return [field for field in fields if field.name not in ("name", "model", "objective")]
+
+
+def _flag_type(name: str) -> dict[str, Any]:
+    if name == "betas":
+        return {"type": float, "nargs": 2}
+    if name == "augment_flip":
+        return {"action": argparse.BooleanOptionalAction, "default": None}
+    return {"type": float if name in ("lr", "eps", "clip") else int}
+
+
+def choose_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe named or read, with the knobs that were given."""
+    recipe = get_recipe(args.recipe) if args.recipe else run_dir.read_recipe(args.config)
+    given = {field.name: getattr(args, field.name) for field in knob_fields() if getattr(args, field.name) is not None}
+    return override(recipe, given | ({"betas": tuple(given["betas"])} if "betas" in given else {}))
+
+
+def prepare_run_dir(args: argparse.Namespace, run: Run, data: dict[str, Any]) -> None:
+    """Rank 0 makes or checks the run directory; all ranks stop with its error if it refuses."""
+    refusal = None
+    if dist.rank() == 0:
+        try:
+            run_dir.prepare(args.run_dir, run, data, args.data / "palette.npy", args.resume == "auto")
+            say(json.dumps(run_to_dict(run), indent=1))
+        except ValueError as error:
+            refusal = str(error)
+    refusal = dist.from_rank_0(refusal)
+    if refusal:
+        raise ValueError(refusal)
+
+
+def resume(engine: Any, args: argparse.Namespace) -> int:
+    """Loads the newest whole checkpoint that rank 0 finds; returns its step, or 0 where there is none."""
+    found = dist.from_rank_0(newest_checkpoint(args.run_dir / "checkpoints") if dist.rank() == 0 else None)
+    if found is None:
+        return 0
+    checkpoint, manifest = found
+    load_checkpoint(engine, checkpoint, manifest)
+    say(f"resumed from {checkpoint}: {manifest['step']} steps, {manifest['images_seen']:,} images")
+    return int(manifest["step"])
+
+
+def finish(where: Path, finished: bool) -> None:
+    """Marks a run that reached its last step, and lets all ranks leave together."""
+    dist.barrier()
+    if dist.rank() == 0 and finished:
+        with atomic_file(where / "FINISHED", "w") as file:
+            file.write("all steps done\n")
+
+
+def say(line: str) -> None:
+    """Prints once, not once a rank."""
+    if dist.rank() == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
