@@ -27,7 +27,8 @@ def map_environment(env: MutableMapping[str, str]) -> None:
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
         env["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
         if env["WORLD_SIZE"] != "1":
-            env.setdefault("MASTER_ADDR", _first_host(env))
+            if "MASTER_ADDR" not in env:
+                env["MASTER_ADDR"] = _first_host(env)
             env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     elif "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         tasks = env["SLURM_NTASKS"]

@@ -49,7 +49,7 @@ def _record(n_px: int) -> np.dtype:
         "label": ("S20", _BLOCK),
         "npy_digits": (("u1", _DIGITS), 2 * _BLOCK),
         "npy_suffix": ("S8", 2 * _BLOCK + _DIGITS),
-        "preamble": (f"V{preamble}", 3 * _BLOCK),
+        "preamble": (("u1", preamble), 3 * _BLOCK),
         "tokens": (("<u2", (n_px, n_px)), 3 * _BLOCK + preamble),
     }
     return np.dtype(
@@ -217,7 +217,7 @@ class ShardSet:
         self._first = np.cumsum([0] + [shard["n_images"] for shard in self._about])  # id of each shard's first image
         self.n_images = int(self._first[-1])
         dtype = _record(self.n_px)
-        self._preamble = _npy(np.zeros((self.n_px, self.n_px)))[: dtype["preamble"].itemsize]
+        self._preamble = np.frombuffer(_npy(np.zeros((self.n_px, self.n_px))), "u1", count=dtype["preamble"].itemsize)
         self._maps = []
         for shard in self._about:
             self._check_size(path / shard["name"], shard["bytes"], shard["n_images"] * dtype.itemsize)
@@ -267,7 +267,7 @@ class ShardSet:
         digits = (ids[:, None] // _POWERS % 10 + ord("0")).astype(np.uint8)
         good = (records["cls_digits"] == digits).all(axis=1) & (records["npy_digits"] == digits).all(axis=1)
         good &= (records["cls_suffix"] == b".cls") & (records["npy_suffix"] == b".npy")
-        return good & (records["preamble"] == np.void(self._preamble))
+        return good & (records["preamble"] == self._preamble).all(axis=1)
 
     def verify(self) -> None:
         """Reads every shard of the split once and compares its sha256 with the index.

@@ -53,7 +53,7 @@ def save_checkpoint(engine: Any, directory: Path, facts: dict[str, Any], keep_la
             shutil.rmtree(final)
         os.replace(partial, final)
         fsync_path(directory)
-        _prune(directory, keep_last, keep_every)
+        prune(directory, keep_last, keep_every)
     dist.barrier()
     return final
 
@@ -63,7 +63,8 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _prune(directory: Path, keep_last: int, keep_every: int) -> None:
+def prune(directory: Path, keep_last: int, keep_every: int) -> None:
+    """Removes complete checkpoints but the keep_last newest and those at multiples of keep_every (0: none)."""
     complete = [path for path in list_checkpoints(directory) if (path / "COMPLETE").exists()]
     for path in complete[: -max(1, keep_last)]:
         step = int(path.name.removeprefix("step-"))

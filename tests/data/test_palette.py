@@ -1,0 +1,224 @@
+"""The palette is exact, stable, and refuses what is no palette."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, fit_palette, load_palette, save_palette
+
+
+def brute_force(pixels, colors):
+    """The definition, as it stands: float64 model space, first index on ties."""
+    x = pixels.astype(np.float64) / 127.5 - 1
+    return ((x[:, None, :] - colors.astype(np.float64)[None]) ** 2).sum(-1).argmin(-1)
+
+
+def random_palette(n_colors, seed):
+    return Palette(np.random.default_rng(seed).uniform(-1, 1, (n_colors, 3)).astype(np.float32))
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(7).integers(0, 256, (3000, 3), dtype=np.uint8)
+
+
+# --------------------------------------------------------------------------------------------------- encode and decode
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**31), st.integers(1, 2500))
+def test_encode_equals_brute_force(n_colors, seed, n_pixels):
+    palette = random_palette(n_colors, seed)
+    pixels = np.random.default_rng(seed + 1).integers(0, 256, (n_pixels, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(palette.encode(pixels), brute_force(pixels, palette.colors))
+
+
+def test_encode_equals_brute_force_on_every_colour():
+    palette = random_palette(5, 0)
+    levels = np.arange(256, dtype=np.uint8)
+    for red in range(256):
+        plane = np.stack(np.broadcast_arrays(np.uint8(red), levels[:, None], levels[None]), axis=-1)
+        np.testing.assert_array_equal(palette.encode(plane).ravel(), brute_force(plane.reshape(-1, 3), palette.colors))
+
+
+def test_encode_equals_brute_force_on_openai_palette(openai_palette_file):
+    palette = load_palette(openai_palette_file)
+    pixels = np.random.default_rng(3).integers(0, 256, (20_000, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(palette.encode(pixels), brute_force(pixels, palette.colors))
+    np.testing.assert_array_equal(palette.encode(palette.decode(np.arange(512))), np.arange(512))
+    assert len(palette) == 512
+
+
+def test_encode_keeps_the_shape_and_remembers(pixels):
+    palette = random_palette(9, 1)
+    image = pixels.reshape(3, 50, 20, 3)
+    first = palette.encode(image)
+    assert (first.shape, first.dtype) == ((3, 50, 20), np.uint16)
+    np.testing.assert_array_equal(palette.encode(image), first)
+
+
+def test_first_index_wins_a_tie(pixels):
+    colors = random_palette(6, 2).colors
+    doubled = Palette(np.concatenate([colors, colors]))
+    assert doubled.encode(pixels).max() < 6
+
+
+def test_tokens_reach_the_last_of_65536_colours():
+    grey = np.linspace(-1, 1, 65536, dtype=np.float32)
+    palette = Palette(np.stack([grey, grey, grey], axis=1))
+    assert palette.encode(np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)).tolist() == [0, 65535]
+
+
+def test_decode_is_the_released_formula():
+    palette = Palette(np.array([[-1, 0, 1], [-0.98925, 0.99702, 0.5]], dtype=np.float32))
+    decoded = palette.decode(np.array([[1, 0]]))
+    assert decoded.dtype == np.uint8
+    assert decoded.tolist() == [[[1, 255, 191], [0, 128, 255]]]
+
+
+def test_every_byte_survives_model_space():
+    grey = (np.arange(256) / 127.5 - 1).astype(np.float32)
+    palette = Palette(np.stack([grey, grey, grey], axis=1))
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    np.testing.assert_array_equal(palette.decode(palette.encode(levels)), levels)
+
+
+def test_hash_is_of_the_float32_bytes_and_cannot_go_stale():
+    colors = random_palette(4, 3).colors.copy()
+    palette = Palette(colors)
+    assert palette.hash == hashlib.sha256(colors.astype("<f4").tobytes()).hexdigest()
+    colors[0] = 0
+    assert palette.colors[0].any()
+    with pytest.raises(ValueError, match="read-only"):
+        palette.colors[0] = 0
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def test_palette_file_round_trip(tmp_path):
+    palette = random_palette(12, 4)
+    save_palette(tmp_path / "p.npy", palette)
+    loaded = load_palette(tmp_path / "p.npy")
+    assert loaded.hash == palette.hash
+    np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), palette.colors)
+    assert [file.name for file in tmp_path.iterdir()] == ["p.npy"]
+
+
+@pytest.mark.parametrize(
+    ("colors", "message"),
+    [
+        (np.zeros((8, 3)), "holds float64; a palette is float32"),
+        (np.zeros((8, 4), np.float32), r"has shape \[8, 4\]; a palette is \[V, 3\] with 1 to 65536 colours"),
+        (np.zeros(24, np.float32), r"has shape \[24\]"),
+        (np.zeros((0, 3), np.float32), r"has shape \[0, 3\]"),
+        (np.zeros((65537, 3), np.float32), r"has shape \[65537, 3\]"),
+        (np.float32([[0, 128, 255]]), r"holds values from 0 to 255; a palette lies in \[-1, 1\]"),
+        (np.float32([[-1.5, 0, 0]]), r"holds values from -1.5 to 0"),
+        (np.float32([[np.nan, 0, 0]]), r"holds values from nan to nan"),
+        (np.float32([[0, 0.5, 1]]), r"no negative value and looks like \[0, 1\] values.*use 2 \* colors - 1"),
+    ],
+)
+def test_load_refuses_what_is_no_palette(tmp_path, colors, message):
+    np.save(tmp_path / "odd.npy", colors)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_palette(tmp_path / "odd.npy")
+    assert f"palette {tmp_path / 'odd.npy'} " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_refuses_missing_and_foreign_files(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"none.npy cannot be read: No such file or directory; make one with tools/fit_palette.py"
+    ):
+        load_palette(tmp_path / "none.npy")
+    for content in (b"", b"not numpy at all", b"\x93NUMPY\x01\x00"):
+        (tmp_path / "odd.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"odd.npy is not a .npy file of numbers") as caught:
+            load_palette(tmp_path / "odd.npy")
+        assert "\n" not in str(caught.value)
+    np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"object.npy is not a .npy file of numbers"):
+        load_palette(tmp_path / "object.npy")
+
+
+def test_save_refuses_what_load_would(tmp_path):
+    with pytest.raises(ValueError, match=r"palette for .*p.npy has no negative value"):
+        save_palette(tmp_path / "p.npy", Palette(np.ones((2, 3), dtype=np.float32)))
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- fitting
+
+
+def grey(values):
+    return np.repeat(np.array(values, dtype=np.uint8)[:, None], 3, axis=1)
+
+
+def test_centres_are_weighted_means():
+    palette, report = fit_palette(grey([0] * 9 + [10] + [200] * 5), 2)
+    np.testing.assert_allclose(127.5 * (palette.colors[:, 0] + 1), [1, 200], atol=1e-4)
+    assert report["n_pixels"] == 15
+    assert report["n_unique"] == 3
+    squared_error = (9 * 1**2 + 9**2) * 3 / 45  # of 8-bit values
+    assert report["inertia"] == pytest.approx((9 * 1**2 + 9**2) * 3 / 127.5**2, rel=1e-4)
+    assert report["psnr"] == pytest.approx(10 * np.log10(255**2 / squared_error), rel=1e-5)
+
+
+def test_as_many_colours_as_there_are_is_exact():
+    pixels = grey([0, 0, 16, 255])
+    palette, report = fit_palette(pixels, 3)
+    np.testing.assert_array_equal(palette.decode(palette.encode(pixels)), pixels)
+    assert report["psnr"] > 100
+
+
+@pytest.mark.parametrize("n_colors", [0, 18, 512])
+def test_more_colours_than_there_are_is_refused(n_colors):
+    message = rf"n_colors={n_colors} but the images hold 17 different colours; use --n_colors 1 to 17"
+    with pytest.raises(ValueError, match=message):
+        fit_palette(grey(range(17)), n_colors)
+
+
+def test_fit_is_seeded_ordered_by_luminance_and_better_than_chance(pixels):
+    palette, report = fit_palette(pixels, 16, seed=5)
+    again, _ = fit_palette(pixels, 16, seed=5)
+    other, _ = fit_palette(pixels, 16, seed=6)
+    assert palette.hash == again.hash != other.hash
+    assert (np.diff(palette.colors @ [0.299, 0.587, 0.114]) > 0).all()
+    x = pixels / 127.5 - 1
+    inertia = ((x - palette.colors[palette.encode(pixels)]) ** 2).sum()
+    assert report["inertia"] == pytest.approx(inertia, rel=1e-9)
+    assert inertia < 0.8 * ((x - pixels[:16][brute_force(pixels, pixels[:16] / 127.5 - 1)] / 127.5 + 1) ** 2).sum()
+
+
+def test_counts_are_exact_and_bounded_draws_follow_them(pixels):
+    counts = ColorCounts()
+    coarse = pixels // 64 * 64
+    counts.add(coarse[:1000].reshape(10, 100, 3))
+    counts.add(coarse[1000:])
+    colors, weights = counts.weighted()
+    codes, expected = np.unique(color_codes(coarse), return_counts=True)
+    np.testing.assert_array_equal(color_codes(colors), codes)
+    np.testing.assert_array_equal(weights, expected)
+    assert counts.weighted(3000)[1].sum() == counts.n_pixels == 3000  # no more asked than there are: all, exactly
+
+    drawn, drawn_weights = counts.weighted(2000, seed=1)
+    assert drawn_weights.sum() == 2000
+    assert drawn_weights.min() > 0
+    np.testing.assert_array_equal(counts.weighted(2000, seed=1)[1], drawn_weights)
+    share = dict(zip(color_codes(colors).tolist(), weights / 3000, strict=True))
+    spread = [abs(w / 2000 - share[c]) for c, w in zip(color_codes(drawn).tolist(), drawn_weights, strict=True)]
+    assert max(spread) < 5 * np.sqrt(max(share.values()) / 2000)
+
+
+def test_drawn_fit_is_near_the_full_fit(pixels):
+    counts = ColorCounts()
+    counts.add(pixels)
+    palette, report = fit_colors(*counts.weighted(1000), 8)
+    assert report["n_pixels"] == 1000
+    _, full = fit_palette(pixels, 8)
+    error = ((pixels / 127.5 - 1 - palette.colors[palette.encode(pixels)]) ** 2).sum()
+    assert error < 1.2 * full["inertia"]

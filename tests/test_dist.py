@@ -1,0 +1,55 @@
+"""Launchers are recognised by what they leave in the environment."""
+
+import pytest
+
+from igpt_ds.dist import map_environment
+
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_NTASKS": "4",
+    "SLURM_NNODES": "1",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+}
+
+
+def test_without_a_launcher_there_is_one_rank() -> None:
+    env: dict[str, str] = {}
+    map_environment(env)
+    port = env.pop("MASTER_PORT")
+    assert env == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    assert int(port) > 0
+
+
+def test_a_launchers_own_variables_stay() -> None:
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"} | STEP
+    before = dict(env)
+    map_environment(env)
+    assert env == before
+
+
+def test_srun_is_mapped() -> None:
+    env = dict(STEP)
+    map_environment(env)
+    assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) == ("3", "1", "4")
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("127.0.0.1", "23456")
+
+
+def test_several_nodes_need_scontrol_or_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    env = STEP | {"SLURM_NNODES": "2"}
+    with pytest.raises(ValueError, match=r"node\[1-2\].*export MASTER_ADDR"):
+        map_environment(env)
+    env = STEP | {"SLURM_NNODES": "2", "MASTER_ADDR": "node1"}
+    map_environment(env)
+    assert env["MASTER_ADDR"] == "node1"
+
+
+def test_one_process_of_a_job_of_many_is_refused() -> None:
+    """A batch script that forgets srun would otherwise wait for ranks that never come."""
+    env = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
+    with pytest.raises(ValueError, match="4 tasks but only one process runs; start it with `srun`"):
+        map_environment(env)

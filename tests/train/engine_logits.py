@@ -1,0 +1,44 @@
+"""Run under the deepspeed launcher by test_launch.py: trains a few steps, saves, and writes down the engine's own logits.
+
+engine_logits.py DATA DS_CONFIG RECIPE OUT
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from igpt_ds import cli, dist
+from igpt_ds.config import join, load_ds_config, recipe_to_dict
+from igpt_ds.data.loader import Loader
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.model.objectives import autoregressive_loss
+from igpt_ds.train.checkpoint import save_checkpoint
+from igpt_ds.train.engine import build_engine, start_ranks, take_step
+from igpt_ds.train.run_dir import prepare, read_recipe
+
+
+def main(_: object) -> None:
+    data, ds_config, recipe_file, out = (Path(word) for word in sys.argv[-4:])
+    recipe, shards = read_recipe(recipe_file), ShardSet(data, "train")
+    start_ranks()
+    run = join(recipe, load_ds_config(ds_config), dist.world_size())
+    engine = build_engine(run)
+    loader = Loader(shards, recipe.batch_images, run.micro_batch, dist.rank(), run.world_size, recipe.seed, 0, False)
+    stream = loader.stream(0)
+    for _step in range(3):
+        take_step(engine, [next(stream)[0]], autoregressive_loss, lr=0.01)
+    facts = {"path": str(data), "dataset_hash": shards.dataset_hash, "palette_hash": shards.palette_hash}
+    if dist.rank() == 0:
+        prepare(out, run, facts, data / "palette.npy", resume=False)
+    dist.barrier()
+    manifest = {"step": 3, "images_seen": 36, "recipe": recipe_to_dict(recipe), "data": facts}
+    save_checkpoint(engine, out / "checkpoints", manifest, keep_last=1, keep_every=0)
+    with torch.no_grad():
+        logits = engine(torch.from_numpy(shards.tokens(np.arange(4)).reshape(4, -1).astype(np.int64)))
+    if dist.rank() == 0:
+        np.save(out / "logits.npy", logits.numpy())
+
+
+cli.run(main)

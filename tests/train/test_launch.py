@@ -1,0 +1,167 @@
+"""Real launches of the real engine: ZeRO-3 over gloo, killed, resumed, consolidated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from igpt_ds.config import Recipe
+from igpt_ds.data.loader import Loader, sequential
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.files import read_json_lines
+from igpt_ds.model.objectives import autoregressive_loss, image_nats
+from igpt_ds.model.store import load_model
+from igpt_ds.model.transformer import Transformer
+from igpt_ds.train.schedule import learning_rate
+
+pytestmark = pytest.mark.slow
+Curves = Callable[[str], list[dict[str, Any]]]
+Command = Callable[..., list[str]]
+
+
+def plain_torch_losses(recipe: Recipe, data: Path) -> list[float]:
+    """The same training in a plain loop on one process, without DeepSpeed."""
+    torch.manual_seed(recipe.seed)
+    model = Transformer(recipe.model)
+    optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.eps)
+    batch = recipe.batch_images
+    loader = Loader(ShardSet(data, "train"), batch, batch, 0, 1, recipe.seed, recipe.augment_pad, recipe.augment_flip)
+    losses = []
+    for step in range(recipe.steps):
+        tokens, _ = loader.batch(step * batch, 0)
+        loss = autoregressive_loss(model(tokens), tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def training_losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_two_ranks_with_accumulation_equal_plain_torch(
+    launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    succeed(launch(command("two", "--micro_batch", "3"), ranks=2))
+    rows = curves("two")
+    assert training_losses(rows) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 4, 8, 12]
+    assert rows[0]["val_loss"] == pytest.approx(np.log(8), abs=1e-6)
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    assert (tmp_path / "two" / "FINISHED").exists()
+
+    # The checkpoint, consolidated without DeepSpeed, has the validation loss that the engine measured.
+    model_dir = tmp_path / "model"
+    succeed(launch(["tools/consolidate.py", "--run_dir", str(tmp_path / "two"), "--out", str(model_dir)]))
+    model, info = load_model(model_dir)
+    assert (info.step, info.images_seen) == (12, 144)
+    total = torch.zeros(2, dtype=torch.float64)
+    for tokens, _, weight in sequential(ShardSet(tiny_dataset, "val"), 4):
+        with torch.no_grad():
+            total += torch.stack([(image_nats(model(tokens), tokens) * weight).sum(), weight.sum()])
+    assert float(total[0] / total[1]) == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
+
+
+def test_plain_python_runs_one_rank(launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path) -> None:
+    succeed(launch(command("one")))
+    assert training_losses(curves("one")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
+
+
+def test_torchrun_in_bf16_without_ninja_or_compiler(launch: Any, command: Command, curves: Curves, tmp_path: Path) -> None:
+    """A PATH with nothing on it: DeepSpeed must not want to build anything."""
+    words = command("three", "--ds_config", "ds_configs/zero3_bf16_full_checkpointing.json")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--standalone"]
+    succeed(launch([*launcher, *words], env={"PATH": str(tmp_path)}))
+    losses = training_losses(curves("three"))
+    assert losses[0] == pytest.approx(np.log(8), abs=1e-3)
+    assert losses[-1] < losses[0]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Returns as soon as train.jsonl tells of the step."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(row["step"] >= step for row in read_json_lines(run_dir / "train.jsonl")):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was never logged")
+
+
+def test_kill_9_between_two_saves_then_resume_equals_never_stopping(
+    launch: Any, command: Command, curves: Curves, tmp_path: Path
+) -> None:
+    succeed(launch(command("whole"), ranks=2))
+
+    process = launch.start(command("killed"), ranks=2)
+    wait_for_step(tmp_path / "killed", 6, process)
+    launch.end()  # SIGKILL for the launcher and both ranks
+    left = curves("killed")
+    assert [path.name for path in sorted((tmp_path / "killed" / "checkpoints").glob("step-*[0-9]"))][-1] >= "step-00000004"
+    assert not (tmp_path / "killed" / "FINISHED").exists()
+    assert len(left) < len(curves("whole"))
+
+    succeed(launch(command("killed", "--resume", "auto"), ranks=2))
+    assert curves("killed") == curves("whole")  # losses, validation losses, rates and gradient norms, bit for bit
+
+
+def test_staged_run_torn_checkpoint_and_wrong_ranks(launch: Any, command: Command, curves: Curves, tmp_path: Path) -> None:
+    """A run stopped at step 8 whose newest checkpoint is torn goes on from step 4, and ends where a whole run ends."""
+    succeed(launch(command("whole")))
+    succeed(launch(command("staged", "--stop_at_step", "8")))
+    torn = next((tmp_path / "staged" / "checkpoints" / "step-00000008").glob("*optim_states.pt"))
+    os.truncate(torn, torn.stat().st_size // 2)
+
+    refused = launch(command("staged", "--resume", "auto"), ranks=2)
+    assert refused.returncode != 0
+    assert "was written by 1 ranks and this run has 2; start 1 ranks" in refused.stderr
+
+    done = launch(command("staged", "--resume", "auto"))
+    succeed(done)
+    assert "checkpoint passed over" in done.stderr
+    assert str(torn) in done.stderr
+    assert "4 steps, 48 images" in done.stdout
+    assert curves("staged") == curves("whole")
+
+
+def test_consolidated_logits_equal_the_engines(
+    launch: Any, command: Command, sharded_config: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    recipe_file = Path(command("unused")[2])
+    script = Path(__file__).with_name("engine_logits.py")
+    succeed(launch([script, tiny_dataset, sharded_config, recipe_file, tmp_path / "run"], ranks=3))
+    succeed(launch(["tools/consolidate.py", "--run_dir", str(tmp_path / "run"), "--out", str(tmp_path / "model")]))
+    model, _ = load_model(tmp_path / "model")
+    tokens = torch.from_numpy(ShardSet(tiny_dataset, "train").tokens(np.arange(4)).reshape(4, -1).astype(np.int64))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(tokens), torch.from_numpy(np.load(tmp_path / "run" / "logits.npy")), atol=1e-6, rtol=1e-6
+        )
+
+
+def test_a_signal_to_one_rank_ends_the_launch_with_an_error(launch: Any, command: Command, tmp_path: Path) -> None:
+    """Nothing that died may look finished: no FINISHED file, a non-zero status."""
+    process = launch.start([*command("run"), "--log_every", "1"], ranks=2)
+    wait_for_step(tmp_path / "run", 2, process)
+    ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{tmp_path}/run"], capture_output=True, text=True, check=False)
+    os.kill(int(ranks.stdout.split()[0]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not (tmp_path / "run" / "FINISHED").exists()

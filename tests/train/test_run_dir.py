@@ -1,0 +1,64 @@
+"""A run directory holds one run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from igpt_ds.config import Recipe, join, recipe_to_dict
+from igpt_ds.train import run_dir
+
+DATA = {"path": "shards", "dataset_hash": "d", "palette_hash": "p"}
+ZERO = {"zero_optimization": {"stage": 3}}
+
+
+@pytest.fixture
+def palette(tmp_path: Path) -> Path:
+    np.save(tmp_path / "palette.npy", np.zeros((8, 3), np.float32))
+    return tmp_path / "palette.npy"
+
+
+def test_a_run_is_written_down_and_can_be_given_back(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    where = tmp_path / "runs" / "a"
+    run_dir.prepare(where, join(recipe, ZERO, 2), DATA, palette, resume=False)
+    assert run_dir.read_recipe(where / "run.json") == recipe
+    assert run_dir.read_run(where)["ds_config"]["gradient_accumulation_steps"] == 1
+    assert (where / "palette.npy").read_bytes() == palette.read_bytes()
+
+
+def test_the_same_run_continues_only_when_asked(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    where, run = tmp_path / "a", join(recipe, ZERO, 2)
+    run_dir.prepare(where, run, DATA, palette, resume=False)
+    (where / "checkpoints" / "step-00000004.partial").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run already; continue it with --resume auto"):
+        run_dir.prepare(where, run, DATA, palette, resume=False)
+    run_dir.prepare(where, run, DATA, palette, resume=True)
+    assert not (where / "checkpoints" / "step-00000004.partial").exists()
+
+
+def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    where = tmp_path / "a"
+    run_dir.prepare(where, join(recipe, ZERO, 2), DATA, palette, resume=False)
+    other = join(dataclasses.replace(recipe, lr=0.02), ZERO, 2)
+    with pytest.raises(ValueError, match=r"run.json is of another run: lr is 0.01 there and 0.02 here"):
+        run_dir.prepare(where, other, DATA, palette, resume=True)
+    with pytest.raises(ValueError, match=r"dataset_hash is d there and e here"):
+        run_dir.prepare(where, join(recipe, ZERO, 2), DATA | {"dataset_hash": "e"}, palette, resume=True)
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run_dir.prepare(tmp_path, join(recipe, ZERO, 2), DATA, palette, resume=True)
+
+
+def test_files_that_are_no_run_are_refused(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is not version 1 of igpt_ds\.run"):
+        run_dir.read_run(tmp_path)
+    with pytest.raises(ValueError, match="is not a recipe"):
+        run_dir.read_recipe(tmp_path / "run.json")
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe_to_dict(recipe)))
+    assert run_dir.read_recipe(path) == recipe
