@@ -15,8 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from igpt_ds import cli
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.evaluate.features import (
@@ -27,6 +25,7 @@ from igpt_ds.evaluate.features import (
     extract,
     extract_pixels,
     open_model,
+    pick_device,
     span,
 )
 
@@ -44,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, origin = open_model(args.model, shard_sets[0], args.untrained)
         layers = check_layers(args.layers, model.config.n_layer)
         announce(args.out, n_images, model.config.n_embd, layers, args.kinds)
-        device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
         extract(
             args.out,
             shard_sets,
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             layers=layers,
             kinds=args.kinds,
             batch=args.batch,
-            device=device,
+            device=pick_device(args.device),
             precision=args.precision,
         )
     seconds = time.perf_counter() - start

@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--palette", type=Path, required=True, help="the palette file, .npy")
     parser.add_argument("--n_px", type=int, required=True, help="side of the square images")
     parser.add_argument("--out", type=Path, required=True, help="the dataset directory, new or empty")
+    parser.add_argument("--name", help="what tables and figures call these images; the name of --out when left out")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="of the images, for validation; 0 makes no such split")
     parser.add_argument("--images_per_shard", type=int, default=IMAGES_PER_SHARD, help="images in one tar file")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images_per_shard=args.images_per_shard,
         seed=args.seed,
         resize_filter=args.filter,
+        name=args.name,
     )
     seconds = time.perf_counter() - start
 

@@ -81,11 +81,13 @@ def write_dataset(
     images_per_shard: int = IMAGES_PER_SHARD,
     seed: int = 0,
     resize_filter: str = DEFAULT_FILTER,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Writes every image of the source, in its order, into a dataset directory that appears when it is complete.
 
     val_fraction of the images, chosen by `split_of`, become the split "val" (10 % for CIFAR, 4 % for ImageNet: paper 3.1); 0
-    makes no such split. Memory does not grow with the source. The same input gives the same bytes. Returns the index.
+    makes no such split. `name` is what tables and figures call the images; the directory's name when left out. Memory does not
+    grow with the source. The same input gives the same bytes. Returns the index.
 
     Raises:
         ValueError: `path` exists already, a number is out of range, or a split would be empty.
@@ -96,18 +98,19 @@ def write_dataset(
         raise ValueError(f"images_per_shard={images_per_shard} must be at least 1")
     with atomic_dir(path) as partial, ExitStack() as stack:
         splits = SPLITS if val_fraction else SPLITS[:1]
-        writers = {name: stack.enter_context(_SplitWriter(partial, name, palette, images_per_shard)) for name in splits}
+        writers = {split: stack.enter_context(_SplitWriter(partial, split, palette, images_per_shard)) for split in splits}
         for key, image, label in tqdm(source, total=len(source), desc="shards", unit=" images", leave=False, disable=None):
             tokens = palette.encode(fit_to_square(image, n_px, resize_filter))
             writers[split_of(key, seed, val_fraction)].add(tokens, label)
-        for name, writer in writers.items():
+        for split, writer in writers.items():
             if not writer.n_images:
                 raise ValueError(
-                    f"none of the {len(source)} images of {source.name} falls to {name}; change val_fraction={val_fraction}"
+                    f"none of the {len(source)} images of {source.name} falls to {split}; change val_fraction={val_fraction}"
                 )
         index = {
             "format": FORMAT,
             "version": VERSION,
+            "name": name or path.resolve().name,
             "n_px": n_px,
             "n_vocab": len(palette),
             "palette": "palette.npy",
@@ -118,7 +121,7 @@ def write_dataset(
             "val_fraction": val_fraction,
             "n_skipped": len(source.skipped),
             "classes": source.classes,
-            "splits": {name: writer.finish() for name, writer in writers.items()},
+            "splits": {split: writer.finish() for split, writer in writers.items()},
         }
         save_palette(partial / "palette.npy", palette)
         write_json(partial / "index.json", index)
@@ -182,7 +185,7 @@ class _SplitWriter:
 class ShardSet:
     """One split of a dataset directory, read by image id 0 .. n_images - 1 from memory maps.
 
-    Attributes: path, split, n_images, n_px, n_vocab, classes, palette, palette_hash, dataset_hash.
+    Attributes: name, path, split, n_images, n_px, n_vocab, classes, palette, palette_hash, dataset_hash.
 
     Raises:
         ValueError: no dataset directory, another format version, no such split, a torn shard, a palette of another hash.
@@ -205,6 +208,7 @@ class ShardSet:
             raise ValueError(f"{path} has no split {split!r}; it has {', '.join(index['splits'])}")
         about = index["splits"][split]
         self.path, self.split = path, split
+        self.name: str = index["name"]
         self.n_px: int = index["n_px"]
         self.n_vocab: int = index["n_vocab"]
         self.classes: list[str] = index["classes"]

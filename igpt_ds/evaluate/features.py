@@ -93,6 +93,13 @@ def estimated_bytes(n_images: int, n_features: int, layers: int, kinds: int = le
     return n_images * n_features * layers * kinds * 4
 
 
+def pick_device(name: str) -> str:
+    """The device for a flag: auto takes a GPU if there is one; a GPU that is asked for and not there is a ValueError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def check_layers(layers: Sequence[int] | None, n_layer: int) -> list[int]:
     """The layers asked for in rising order, all 0..L for None."""
     if layers is None:
@@ -186,7 +193,7 @@ def _write(
             for file in files.values():
                 file.flush()
             np.save(partial / shards.split / "labels.npy", shards.labels(np.arange(N)).astype("<i8"))
-        manifest = {"format": FORMAT, "version": VERSION, "dataset": shard_sets[0].path.resolve().name, **about}
+        manifest = {"format": FORMAT, "version": VERSION, "dataset": shard_sets[0].name, **about}
         splits = {shards.split: {"n_images": shards.n_images, "dataset_hash": shards.dataset_hash} for shards in shard_sets}
         shape = {"layers": layers, "kinds": kinds, "n_features": n_features}
         write_json(partial / "manifest.json", manifest | shape | {"splits": splits, "classes": list(shard_sets[0].classes)})
@@ -253,7 +260,9 @@ def open_features(path: Path, split: str) -> FeatureSet:
     manifest = read_json(file, "feature manifest")
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"feature manifest {file} is not {FORMAT} version {VERSION}; {_AGAIN}")
-    missing = [name for name in ("layers", "kinds", "n_features", "splits", "classes", *Origin.__annotations__) if name not in manifest]
+    missing = [
+        name for name in ("layers", "kinds", "n_features", "splits", "classes", *Origin.__annotations__) if name not in manifest
+    ]
     if missing:
         raise ValueError(f"feature manifest {file} has no {missing[0]!r}; {_AGAIN}")
     if split not in manifest["splits"]:

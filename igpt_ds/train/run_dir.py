@@ -7,12 +7,12 @@ colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from igpt_ds.config import Recipe, Run, recipe_from_dict, run_to_dict
 from igpt_ds.files import read_json, write_json
+from igpt_ds.provenance import git_commit
 
 FORMAT, VERSION = "igpt_ds.run", 1
 
@@ -26,17 +26,18 @@ def prepare(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume
 
     Raises:
         ValueError: the directory holds another run's config (the first difference is named), or a run that was not to be
-            continued, or it is something else.
+            continued, or another palette.
     """
     path = run_dir / "run.json"
     if path.exists():
         _check_same(read_run(run_dir), run, data, path)
         if not resume:
             raise ValueError(f"{run_dir} holds a run already; continue it with --resume auto or choose another --run_dir")
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise ValueError(f"{run_dir} is not empty and holds no run; choose another --run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(palette, run_dir / "palette.npy")
+    copy = run_dir / "palette.npy"
+    if copy.exists() and copy.read_bytes() != palette.read_bytes():
+        raise ValueError(f"{copy} is another palette than {palette}; choose another --run_dir")
+    shutil.copyfile(palette, copy)
     header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": data}
     write_json(path, header | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
@@ -66,13 +67,3 @@ def read_recipe(path: Path) -> Recipe:
     values = read_json(path, "config")
     inner = values.get("recipe", values) if isinstance(values, dict) else {}
     return recipe_from_dict(inner, str(path))
-
-
-def git_commit() -> str | None:
-    """The commit of the code, with "+" when the tree has changes; None outside a git checkout."""
-    code = Path(__file__).resolve().parent
-    command = ["git", "-C", str(code), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -104,6 +104,7 @@ def test_index_tells_what_a_reader_must_know(tiny, palette8):
     assert index == {
         "format": "igpt_ds.shards",
         "version": 1,
+        "name": tiny.name,
         "n_px": 4,
         "n_vocab": 8,
         "palette": "palette.npy",
@@ -127,7 +128,7 @@ def test_index_tells_what_a_reader_must_know(tiny, palette8):
 
 
 def test_same_input_same_bytes(tmp_path, memory, palette8, tiny):
-    write_dataset(tmp_path / "again", memory(40), palette8, 4, val_fraction=0.3, images_per_shard=7)
+    write_dataset(tmp_path / "again", memory(40), palette8, 4, val_fraction=0.3, images_per_shard=7, name=tiny.name)
     for file in tiny.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 

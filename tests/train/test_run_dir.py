@@ -48,9 +48,12 @@ def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, 
         run_dir.prepare(where, join(recipe, ZERO, 2), DATA | {"dataset_hash": "e"}, palette, resume=True)
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
-        run_dir.prepare(tmp_path, join(recipe, ZERO, 2), DATA, palette, resume=True)
+def test_another_palette_is_not_overwritten(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    where = tmp_path / "a"
+    where.mkdir()
+    np.save(where / "palette.npy", np.ones((8, 3), np.float32))
+    with pytest.raises(ValueError, match=r"palette.npy is another palette than"):
+        run_dir.prepare(where, join(recipe, ZERO, 2), DATA, palette, resume=True)
 
 
 def test_files_that_are_no_run_are_refused(tmp_path: Path, recipe: Recipe) -> None:

@@ -1,0 +1,51 @@
+# make demo, make test: each sets up .venv by itself when it is missing or out of date. No root, no activated environment.
+SHELL := bash
+PYTHON ?= python3
+INSTALLED := .venv/.installed
+# What a recipe runs sees .venv first, for DeepSpeed looks for ninja on PATH.
+IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH";
+SCRIPTS := .ci/run $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test_fast check bench
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z_]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Another Python: make PYTHON=/path/to/python3 install. From scratch: rm -rf .venv'
+
+install: $(INSTALLED) ## set up .venv with the pinned packages of requirements.txt
+
+demo: $(INSTALLED) ## the whole thread on small images: shards, training, features, probes, pictures in runs/demo
+	@$(IN_VENV) bash tools/story.sh digits_nano_ar_8 digits: runs/demo
+
+test: $(INSTALLED) ## every test; narrow it by ARGS="-k floors"
+	@$(IN_VENV) python -m pytest $(ARGS)
+
+test_fast: $(INSTALLED) ## the tests that launch no ranks
+	@$(IN_VENV) python -m pytest -m "not slow" $(ARGS)
+
+bench: $(INSTALLED) ## images/s and MFU of iGPT-S at 32x32 on this machine (CPU: minutes)
+	@$(IN_VENV) bash tools/bench.sh
+
+check: $(INSTALLED) ## format, lint, types, shell scripts
+	@$(IN_VENV) ruff format --check . && ruff check . && mypy && shellcheck $(SCRIPTS) && echo "check: all clean"
+
+# The stamp holds the place that .venv was made for: scripts in a copied or moved one point to the old place.
+ifneq ($(wildcard $(INSTALLED)),)
+ifneq ($(shell .venv/bin/python -c '' 2>/dev/null && cat $(INSTALLED)),$(CURDIR))
+.PHONY: $(INSTALLED) .venv/bin/python
+endif
+endif
+
+$(INSTALLED): requirements.txt pyproject.toml | .venv/bin/python
+	@echo "installing the pinned packages into .venv (the first time takes minutes)"
+	@.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
+	@printf '%s' "$(CURDIR)" > $@
+
+ANOTHER := another Python: make PYTHON=/path/to/python3 install
+.venv/bin/python:
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; Python 3.10 or newer is needed. To name $(ANOTHER)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), 3.10 or newer is needed. To name $(ANOTHER)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments; Debian and Ubuntu: apt install python3-venv. To name $(ANOTHER)" >&2; exit 1; }
+	@"$(PYTHON)" -m venv --clear .venv

@@ -1,0 +1,151 @@
+"""The tests' world: calm surroundings, a tiny model, a few 4x4 images and their shards, launches that leave no orphan."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from igpt_ds.config import ModelConfig
+from igpt_ds.data.palette import fit_palette
+from igpt_ds.data.shards import write_dataset
+from igpt_ds.data.sources import open_source
+
+ROOT = Path(__file__).parent.parent
+LAUNCH_MARK = "IGPT_DS_TEST_LAUNCH"  # in the environment of every process that a test launches, and of its children
+
+# Tests run on the CPU with one thread a process, see nothing of a launcher around them, and need no PYTHONPATH.
+os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONWARNINGS"):
+    os.environ.pop(_name, None)
+for _name in [name for name in os.environ if name.startswith("SLURM_")]:
+    del os.environ[_name]
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # deepspeed and ninja of this environment
+torch.set_num_threads(1)
+
+
+def unused_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port for a test that starts ranks by itself."""
+    return unused_port()
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    """Two layers over the tiny dataset's 4x4 images of 8 colours."""
+    return ModelConfig(n_layer=2, n_head=2, n_embd=16, n_px=4, n_vocab=8)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders blue, green, red of 16 noisy 4x4 PNGs each; read only."""
+    directory = tmp_path_factory.mktemp("tiny") / "images"
+    random = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (directory / name).mkdir(parents=True)
+        for number in range(16):
+            image = random.integers(0, 100, (4, 4, 3), dtype=np.uint8)
+            image[..., channel] += 150
+            Image.fromarray(image).save(directory / name / f"{number:02d}.png")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
+    """Shards of the tiny images with a palette of 8 colours, splits train and val; read only."""
+    source = open_source(f"imagefolder:{tiny_images}")
+    pixels = np.concatenate([image.reshape(-1, 3) for _, image, _ in source])
+    palette, _ = fit_palette(pixels, 8, seed=0)
+    directory = tmp_path_factory.mktemp("tiny") / "shards"
+    write_dataset(directory, source, palette, 4, val_fraction=0.25, images_per_shard=16)
+    return directory
+
+
+class Launcher:
+    """Starts programs as a user would, and ends every process that came of them, in whatever session it hides."""
+
+    def __init__(self) -> None:
+        self._mark = uuid.uuid4().hex
+        self._started: list[subprocess.Popen[str]] = []
+
+    def __call__(
+        self, command: Sequence[str | Path], ranks: int | None = None, timeout: float = 120, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs to the end; what still lives afterwards is killed. Fails the test after `timeout` seconds."""
+        process = self.start(command, ranks, env)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            stdout, stderr = process.communicate()
+            pytest.fail(f"{process.args} did not end in {timeout} s\n{stdout[-2000:]}\n{stderr[-2000:]}")
+        self.end()
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def start(
+        self, command: Sequence[str | Path], ranks: int | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Starts at the repository root: by deepspeed on `ranks` CPU processes, by Python when a .py comes first, else as is."""
+        words = [str(word) for word in command]
+        if ranks is not None:
+            words = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(unused_port()), *words]
+        elif words[0].endswith(".py"):
+            words = [sys.executable, *words]
+        environment = os.environ | {LAUNCH_MARK: self._mark} | (env or {})
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """SIGKILL for every process with our mark until there is none, and no zombie of ours."""
+        while self._kill():
+            time.sleep(0.02)
+        for started in self._started:
+            started.wait()
+
+    def _kill(self) -> int:
+        found = 0
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(LAUNCH_MARK) == self._mark:
+                    process.kill()
+                    found += 1
+            except psutil.Error:
+                continue  # it has gone, or it is somebody else's
+        return found
+
+    def close(self) -> None:
+        """The end, for processes that the test itself did not wait for."""
+        self.end()
+        for started in self._started:
+            for pipe in (started.stdout, started.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+
+@pytest.fixture
+def launch() -> Iterator[Launcher]:
+    """`launch(["train.py", ...], ranks=2)` -> CompletedProcess; `launch.start(...)` -> Popen for tests that kill."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()

@@ -1,0 +1,93 @@
+"""Figures: they are PNGs of the right size, the same from the same rows, and show every series."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from igpt_ds.evaluate import figures
+from igpt_ds.evaluate.figures import layer_curve, training_curve
+
+
+def made_rows(layers=9):
+    """Rows with what a figure reads."""
+    about = {"dataset": "digits", "eval_split": "val", "seed": 0, "n_train": 5, "dataset_hash": {}, "protocol": "linear_probe"}
+
+    def made(weights, kind, layer, accuracy, model_hash="aaaa", step=100):
+        own = {"weights": weights, "features": kind, "layer": layer, "model_hash": model_hash, "step": step}
+        return about | own | {"accuracy": accuracy, "held_out_accuracy": accuracy}
+
+    curve = [0.5 + 0.4 * (1 - abs(layer / (layers - 1) - 0.5)) for layer in range(layers)]
+    return [
+        *(made("trained", "normed", layer, value) for layer, value in enumerate(curve)),
+        *(made("trained", "raw", layer, value - 0.03) for layer, value in enumerate(curve)),
+        *(made("untrained", "normed", layer, value - 0.3, "bbbb", 0) for layer, value in enumerate(curve)),
+        made("pixels", "pixels", 0, 0.6, None, None),
+    ]
+
+
+def png_size(path):
+    """Width and height from the header of a PNG."""
+    header = path.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    return struct.unpack(">II", header[16:])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of each figure that is drawn."""
+    caught = []
+    finish = figures._finish
+    monkeypatch.setattr(figures, "_finish", lambda figure, axes, path: (caught.append(axes), finish(figure, axes, path)))
+    return caught
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_layer_curve(tmp_path, drawn):
+    layer_curve(made_rows(), tmp_path / "a.png", "a title")
+    layer_curve(list(reversed(made_rows())), tmp_path / "b.png", "a title")
+    assert png_size(tmp_path / "a.png") == (1200, 600)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    axes = drawn[0]
+    assert texts(axes) == [
+        "trained to step 100, normed (best 90.0)",
+        "trained to step 100, raw (best 87.0)",
+        "untrained, normed (best 60.0)",
+        "raw pixels (60.0)",
+    ]
+    assert (axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()) == ("a title", "layer", "val accuracy (%)")
+    normed, star, raw, *_ = axes.get_lines()
+    assert list(normed.get_ydata()) == pytest.approx([50 + 40 * (1 - abs(layer / 8 - 0.5)) for layer in range(9)])
+    assert (normed.get_linestyle(), raw.get_linestyle()) == ("-", "--")
+    assert normed.get_color() == raw.get_color() == star.get_color()
+    assert (star.get_marker(), list(star.get_xdata()), list(star.get_ydata())) == ("*", [4], [pytest.approx(90)])
+    assert list(axes.get_xticks()) == list(range(9))
+
+
+def test_many_layers_and_several_models(tmp_path, drawn):
+    deep = made_rows(61)
+    layer_curve(deep, tmp_path / "deep.png", "deep")
+    assert list(drawn[0].get_xticks()) == list(range(0, 61, 4))
+    later = [row | {"model_hash": "cccc", "step": 200} for row in deep if row["weights"] == "trained"]
+    layer_curve(deep + later, tmp_path / "two.png", "two")
+    assert len({line.get_color() for line in drawn[1].get_lines() if line.get_label().startswith("trained")}) == 2
+
+
+def test_training_curve(tmp_path, drawn):
+    rows = [{"step": step, "loss": 3 - step / 10} for step in range(1, 11)] + [{"step": 10, "val_loss": 2.1}]
+    training_curve({"one": rows}, 16, tmp_path / "one.png", "losses")
+    training_curve({"one": rows, "two": rows[-1:]}, 16, tmp_path / "two.png", "losses")
+    assert png_size(tmp_path / "one.png") == (1200, 600)
+    assert texts(drawn[0]) == ["uniform, ln 16 = 2.773", "training", "validation (2.100)"]
+    assert texts(drawn[1])[1:] == ["one: training", "one: validation (2.100)", "two: validation (2.100)"]
+    assert drawn[0].get_lines()[0].get_ydata()[0] == pytest.approx(2.7725887)
+
+
+def test_a_run_without_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"run r has no rows in its train\.jsonl; train first"):
+        training_curve({"r": [{"step": 1, "loss": None}]}, 16, tmp_path / "none.png", "losses")
+    assert not list(tmp_path.iterdir())

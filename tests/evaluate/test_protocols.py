@@ -1,0 +1,166 @@
+"""The protocol: what is standardised, held out, chosen and reported, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from igpt_ds.evaluate.features import open_features
+from igpt_ds.evaluate.protocols import linear_probe, stratified_order
+
+
+def clouds(n, seed, width=6, classes=3, spread=1.0):
+    """n points around `classes` centres."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    centres = np.random.default_rng(99).normal(size=(classes, width)) * 2
+    return centres[labels] + spread * rng.normal(size=(n, width)), labels
+
+
+@pytest.fixture
+def sets(made_features):
+    """(train, val) of a made directory: sets({"train": (x, y), ...}) or well separated clouds."""
+
+    def make(splits=None, **more):
+        path = made_features(splits or {"train": clouds(200, 1), "val": clouds(100, 2)}, **more)
+        return open_features(path, "train"), open_features(path, "val")
+
+    return make
+
+
+def test_the_whole_protocol_against_scikit_learn(sets):
+    """The same steps by other means: numpy's moments, scikit-learn's fits."""
+    features, labels = load_digits(return_X_y=True)
+    features = features * np.logspace(0, 2, 64) + 3
+    splits = {"train": (features[:1000], labels[:1000]), "val": (features[1000:], labels[1000:])}
+    train, val = sets(splits, classes=10)
+    grid = [1e-4, 1e-3, 1e-2, 1e-1]
+    probe = linear_probe(train, val, 0, "normed", C_grid=grid, seed=3)
+
+    x, y = splits["train"][0].astype(np.float32).astype(np.float64), splits["train"][1]
+    deviation = x.std(0)
+    scale = np.where(deviation > 0, deviation, 1)
+    x, tested = (x - x.mean(0)) / scale, (splits["val"][0].astype(np.float32) - x.mean(0)) / scale
+    order = stratified_order(y, 3)
+    held_out, rest = order[:100], order[100:]
+    accuracies = [
+        LogisticRegression(C=C, max_iter=2000, tol=1e-6).fit(x[rest], y[rest]).score(x[held_out], y[held_out]) for C in grid
+    ]
+    best = int(np.argmax(accuracies))
+    final = LogisticRegression(C=grid[best], max_iter=2000, tol=1e-6).fit(x, y)
+
+    assert probe.held_out_accuracies == pytest.approx(accuracies, abs=0.011)
+    assert grid[best] == probe.C
+    assert probe.held_out_accuracy == max(probe.held_out_accuracies)
+    assert probe.accuracy == pytest.approx(final.score(tested, splits["val"][1]), abs=0.002)
+    assert probe.train_accuracy == pytest.approx(final.score(x, y), abs=0.002)
+    assert (probe.n_train, probe.n_eval, probe.n_features, probe.n_classes) == (1000, 797, 64, 10)
+    assert probe.converged
+    assert probe.grad_norm <= 1e-6
+
+
+def test_a_seed_decides_everything(sets):
+    train, val = sets({"train": clouds(200, 1, spread=3), "val": clouds(100, 2, spread=3)})
+    probes = [linear_probe(train, val, 0, "normed", seed=seed) for seed in (0, 0, 1)]
+    assert probes[0] == probes[1]
+    assert probes[0].held_out_accuracies != probes[2].held_out_accuracies
+
+
+def test_the_reported_split_chooses_nothing(sets):
+    """Other labels in the reported split change the accuracy, and not one thing besides."""
+    splits = {"train": clouds(200, 1, spread=3), "val": clouds(100, 2, spread=3)}
+    shuffled = {"train": splits["train"], "val": (splits["val"][0], np.roll(splits["val"][1], 1))}
+    one, other = (linear_probe(*sets(made, name=name), 0, "normed") for made, name in ((splits, "a"), (shuffled, "b")))
+    assert one.accuracy > other.accuracy
+    assert {**one.__dict__, "accuracy": 0} == {**other.__dict__, "accuracy": 0}
+
+
+def test_every_beginning_of_the_order_is_stratified():
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 20)
+    order = stratified_order(labels, 0)
+    assert sorted(order) == list(range(100))
+    for n in (10, 20, 50, 90):
+        counts = np.bincount(labels[order[:n]], minlength=3)
+        assert np.abs(counts - n * np.array([0.5, 0.3, 0.2])).max() <= 1
+    assert not np.array_equal(order, stratified_order(labels, 1))
+    equal = np.repeat(np.arange(10), 10)
+    extra = {tuple(sorted(np.bincount(equal[stratified_order(equal, seed)[:5]], minlength=10))) for seed in range(5)}
+    assert extra == {(0, 0, 0, 0, 0, 1, 1, 1, 1, 1)}
+    assert len({tuple(sorted(equal[stratified_order(equal, seed)[:5]])) for seed in range(5)}) > 1, "not always the same classes"
+
+
+def test_few_labels(sets):
+    train, val = sets({"train": clouds(2000, 1), "val": clouds(100, 2)})
+    probe = linear_probe(train, val, 0, "normed", max_train=30)
+    assert (probe.n_train, probe.n_classes) == (30, 3)
+    assert probe.accuracy > 0.8
+    for wrong in (1, 2001):
+        with pytest.raises(
+            ValueError, match=rf"--max_train {wrong} must lie between 2 and the 2000 images of split 'train' in .*made"
+        ):
+            linear_probe(train, val, 0, "normed", max_train=wrong)
+
+
+def test_features_that_never_change_do_not_matter(sets):
+    (x, y), (tested, truth) = clouds(200, 1), clouds(100, 2)
+    constant = np.full((200, 1), 0.1), np.full((100, 1), 7.0)  # 7: a constant of training may change later, and must not count
+    plain = linear_probe(*sets({"train": (x, y), "val": (tested, truth)}, name="a"), 0, "normed")
+    more = {"train": (np.hstack([x, constant[0]]), y), "val": (np.hstack([tested, constant[1]]), truth)}
+    padded = linear_probe(*sets(more, name="b"), 0, "normed")
+    assert padded.accuracy == plain.accuracy
+    assert padded.objective == pytest.approx(plain.objective, rel=1e-6)
+
+
+def test_a_class_that_is_too_rare_to_be_held_out(sets):
+    x, y = clouds(200, 1)
+    probe = linear_probe(
+        *sets({"train": (np.vstack([x, x[:1] + 50]), np.append(y, 3)), "val": clouds(50, 2)}, classes=4), 0, "normed"
+    )
+    assert probe.n_classes == 4
+    assert probe.accuracy > 0.9
+
+
+@pytest.mark.parametrize(("grid", "edge"), [([1e5, 1e6, 1e7], "low"), ([1e-9, 1e-2, 1e9], None), ([1.0], None)])
+def test_the_edge_of_the_grid(sets, grid, edge):
+    train, val = sets({"train": clouds(300, 1, spread=4, width=60), "val": clouds(100, 2, width=60)})
+    probe = linear_probe(train, val, 0, "normed", C_grid=[*reversed(grid), grid[0]])
+    assert probe.C_grid == grid
+    assert probe.grid_edge == edge
+
+
+def test_the_upper_edge_of_the_grid(sets):
+    """The classes differ in a small difference of two features, which only large weights can see."""
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=400), rng.integers(0, 2, 400)
+    x = np.stack([z, z + 0.1 * y], 1)
+    probe = linear_probe(*sets({"train": (x, y), "val": (x, y)}, classes=2), 0, "normed", C_grid=[1e-4, 1e4])
+    assert (probe.grid_edge, probe.accuracy) == ("high", 1.0)
+
+
+def test_float32_finds_the_same(sets):
+    train, val = sets()
+    exact, rough = (linear_probe(train, val, 0, "normed", precision=precision) for precision in ("fp64", "fp32"))
+    assert exact.accuracy == rough.accuracy
+    assert exact.objective == pytest.approx(rough.objective, rel=1e-4)
+
+
+def test_real_features_pass_through(features_dir, pixels_dir):
+    for path, kind in ((features_dir, "raw"), (pixels_dir, "pixels")):
+        train, val = open_features(path, "train"), open_features(path, "val")
+        probe = linear_probe(train, val, 0, kind)
+        assert (probe.n_train, probe.n_eval) == (len(train.labels), len(val.labels))
+
+
+def test_labels_that_no_probe_can_use(sets):
+    x, y = clouds(20, 1)
+    train, val = sets({"train": (x, np.where(np.arange(20) == 7, -1, y)), "val": (x, y)}, name="a")
+    with pytest.raises(ValueError, match=r"image 7 of split 'train' in .*a has label -1, not one of 0\.\.2"):
+        linear_probe(train, val, 0, "normed")
+    train, val = sets({"train": (x, y), "val": (x, y + 3)}, name="b")
+    with pytest.raises(ValueError, match=r"image 0 of split 'val' in .*b has label \d, not one of 0\.\.2"):
+        linear_probe(train, val, 0, "normed")
+    train, val = sets({"train": (x, y * 0 + 2), "val": (x, y)}, name="c")
+    with pytest.raises(ValueError, match=r"the training labels hold one class only \(class2\), in .*c"):
+        linear_probe(train, val, 0, "normed")

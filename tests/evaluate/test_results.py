@@ -1,0 +1,159 @@
+"""Result rows: written, replaced, read back, and made into tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from igpt_ds.evaluate import results
+from igpt_ds.evaluate.features import open_features
+from igpt_ds.evaluate.protocols import linear_probe
+from igpt_ds.evaluate.results import (
+    add_results,
+    best_row,
+    experiment,
+    label,
+    layer_table,
+    make_row,
+    markdown_table,
+    read_results,
+    series,
+)
+
+
+@pytest.fixture(scope="module")
+def row(features_dir):
+    """The row of a real probe."""
+    train, val = (open_features(features_dir, split) for split in ("train", "val"))
+    return make_row(linear_probe(train, val, 1, "normed", C_grid=[0.01, 1.0, 100.0]), train, val)
+
+
+@pytest.fixture(scope="module")
+def rows(row):
+    """Trained normed and raw, untrained and pixels, three layers each, with accuracies that are easy to read."""
+
+    def made(weights, kind, layer, held_out, accuracy, **more):
+        about = {"weights": weights, "features": kind, "layer": layer, "held_out_accuracy": held_out, "accuracy": accuracy}
+        return row | about | {"model_hash": f"{weights}-hash", "n_train": 36, "n_eval": 12, "C": 0.1} | more
+
+    return [
+        made("pixels", "pixels", 0, 0.4, 0.41, model_hash=None, step=None, n_features=48),
+        *(made("untrained", "normed", layer, 0.2, 0.5 + layer / 100, step=0) for layer in range(3)),
+        *(made("trained", "raw", layer, 0.5 + layer / 10, 0.6) for layer in (2, 1, 0)),
+        *(made("trained", "normed", layer, [0.5, 0.9, 0.8][layer], [0.99, 0.7, 0.8][layer]) for layer in range(3)),
+    ]
+
+
+def test_a_row_says_everything(row, features_dir):
+    manifest = json.loads((features_dir / "manifest.json").read_text())
+    assert json.loads(json.dumps(row)) == row
+    assert (row["format"], row["version"], row["protocol"]) == ("igpt_ds.result", 1, "linear_probe")
+    assert (row["features"], row["layer"], row["weights"], row["step"]) == ("normed", 1, "trained", 7)
+    assert row["model_hash"] == manifest["model_hash"]
+    assert row["dataset_hash"] == {split: manifest["splits"][split]["dataset_hash"] for split in ("train", "val")}
+    assert (row["train_split"], row["eval_split"], row["n_features"]) == ("train", "val", 16)
+    assert row["C"] in row["C_grid"]
+    for name in ("held_out_accuracy", "accuracy", "objective", "grad_norm", "iterations", "converged", "seed", "git_commit"):
+        assert name in row
+
+
+def test_a_rerun_replaces_its_row(tmp_path, rows):
+    path = tmp_path / "runs" / "results.jsonl"
+    assert read_results(path) == []
+    add_results(path, rows[:3])
+    add_results(path, rows[3:])
+    assert read_results(path) == rows
+    again = rows[1] | {"accuracy": 0.123, "git_commit": "later"}
+    add_results(path, [again])
+    assert read_results(path) == [rows[0], *rows[2:], again]
+    for name, value in (("seed", 1), ("n_train", 7), ("dataset_hash", {"train": "x", "val": "y"}), ("model_hash", "z")):
+        add_results(path, [again | {name: value}])
+    assert len(read_results(path)) == len(rows) + 4
+    assert [file.name for file in path.parent.iterdir()] == ["results.jsonl"], "nothing temporary may stay behind"
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{broken", r"results\.jsonl line 2 is not valid JSON; remove the line"),
+        ('{"format": "igpt_ds.result", "version": 9}', r"results\.jsonl line 2 is not igpt_ds\.result version 1"),
+        ("[1]", r"results\.jsonl line 2 is not igpt_ds\.result version 1"),
+        ('{"format": "igpt_ds.result", "version": 1}', r"results\.jsonl line 2 has no 'protocol'"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, rows, line, complaint):
+    path = tmp_path / "results.jsonl"
+    text = "\n".join([json.dumps(rows[0]), line, json.dumps(rows[1])]) + "\n"
+    path.write_text(text)
+    for action in (lambda: read_results(path), lambda: add_results(path, rows)):
+        with pytest.raises(ValueError, match=complaint):
+            action()
+    assert path.read_text() == text
+
+
+def test_series_and_their_best_layers(rows):
+    found = series(list(reversed(rows)))
+    assert [(one[0]["weights"], one[0]["features"]) for one in found] == [
+        ("trained", "normed"),
+        ("trained", "raw"),
+        ("untrained", "normed"),
+        ("pixels", "pixels"),
+    ]
+    assert all([row["layer"] for row in one] == sorted(row["layer"] for row in one) for one in found)
+    assert [best_row(one)["layer"] for one in found] == [1, 2, 0, 0], "by the held-out images; of equals the lowest"
+
+
+def test_tables(rows):
+    assert markdown_table(list(reversed(rows))) == markdown_table(rows)
+    assert markdown_table(rows).splitlines() == [
+        "| images | features | best layer | width | C | held out | accuracy |",
+        "|---|---|---|---|---|---|---|",
+        "| shards: 36 train, 12 val | trained to step 7, normed | 1 of 0..2 | 16 | 0.1 | 90.0 | 70.0 |",
+        "| shards: 36 train, 12 val | trained to step 7, raw | 2 of 0..2 | 16 | 0.1 | 70.0 | 60.0 |",
+        "| shards: 36 train, 12 val | untrained, normed | 0 of 0..2 | 16 | 0.1 | 20.0 | 50.0 |",
+        "| shards: 36 train, 12 val | raw pixels | - | 48 | 0.1 | 40.0 | 41.0 |",
+    ]
+    assert layer_table([row for row in rows if row["layer"] or row["features"] == "normed"]).splitlines() == [
+        "| layer | trained to step 7, normed | trained to step 7, raw | untrained, normed |",
+        "|---|---|---|---|",
+        "| 0 | 99.0 | - | 50.0 |",
+        "| 1 | 70.0 | 60.0 | 51.0 |",
+        "| 2 | 80.0 | 60.0 | 52.0 |",
+    ]
+
+
+def test_what_looks_alike_is_told_apart(rows):
+    trained = rows[-1]
+    other = trained | {"model_hash": "another-model"}
+    assert label(trained, rows) == "trained to step 7, normed"
+    assert label(other, [*rows, other]) == "trained to step 7 another-, normed"
+    assert label(trained | {"step": 9}, [*rows, other]) == "trained to step 9, normed"
+    assert "normed, seed 0 |" in markdown_table([*rows, other | {"seed": 1}])
+    assert "another-, normed, seed 1 |" in markdown_table([*rows, other | {"seed": 1}])
+
+
+def test_rows_of_one_experiment(rows):
+    assert experiment(rows) == experiment(rows, "shards") == rows
+    more = [*rows, rows[0] | {"dataset": "cifar10"}]
+    assert experiment(more, "shards") == rows
+    with pytest.raises(ValueError, match="several experiments: dataset is cifar10 and shards; choose one with --dataset"):
+        experiment(more)
+    with pytest.raises(ValueError, match=r"no rows of 'mnist'; they have \['cifar10', 'shards'\]"):
+        experiment(more, "mnist")
+    with pytest.raises(ValueError, match="no rows; probe first"):
+        experiment([])
+    with pytest.raises(ValueError, match="several experiments: n_train is 36 and 40; keep them in files of their own"):
+        experiment([*rows, rows[0] | {"n_train": 40}])
+
+
+def test_rows_are_made_of_what_protocols_and_features_say(row, features_dir):
+    """No field of a probe or of the features' origin is lost on the way, or overwritten by another of its name."""
+    train, val = (open_features(features_dir, split) for split in ("train", "val"))
+    probe = linear_probe(train, val, 1, "normed", C_grid=[0.01, 1.0, 100.0])
+    assert {field.name for field in dataclasses.fields(probe)} - {"kind"} <= set(row)
+    assert set(results.IDENTITY) | set(results.EXPERIMENT) <= set(row)
+    for field in dataclasses.fields(probe):
+        if field.name != "kind":
+            assert row[field.name] == getattr(probe, field.name)

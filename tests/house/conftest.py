@@ -1,0 +1,30 @@
+"""The repository as the house tests see it: its files, its programs, and what each does in a fresh interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What importing each module, and asking each program for --help, did in a process of its own (see fresh.py)."""
+    here = tmp_path_factory.mktemp("fresh")
+    command = [sys.executable, str(ROOT / "tests" / "house" / "fresh.py")]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not list(here.iterdir()), "importing the package wrote files"
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def flags(fresh: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
+    """The long flags of each program, by the words that start it ("train.py", "-m igpt_ds.plan")."""
+    return {name: set(report["flags"]) for name, report in fresh["programs"].items()}

@@ -1,0 +1,124 @@
+"""Imports each module and runs each program's --help, every one in a forked process; prints what they did as JSON.
+
+    python tests/house/fresh.py            the JSON that the house tests read
+    python tests/house/fresh.py --flags    one line a flag, for tests/house/flags.txt
+
+torch and numpy are loaded once, before the forks, so that the whole house takes seconds and not minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[2]
+ENTRY = '\nif __name__ == "__main__":\n'
+
+
+def modules() -> list[str]:
+    """Every module of the package by its dotted name."""
+    names = []
+    for path in sorted((ROOT / "igpt_ds").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def programs() -> list[str]:
+    """What can be started: root scripts and tools by their path, modules with an entry as `-m name`."""
+    scripts = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+    runnable = [name for name in modules() if ENTRY in _source(name)]
+    return [str(path.relative_to(ROOT)) for path in scripts] + [f"-m {name}" for name in runnable]
+
+
+def _source(module: str) -> str:
+    path = ROOT / module.replace(".", "/")
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+
+
+def import_module(name: str) -> dict[str, Any]:
+    """What importing did besides defining names."""
+    environment, rng, threads = dict(os.environ), torch.get_rng_state(), torch.get_num_threads()
+    numbers, dtype = str(np.random.get_state()), torch.get_default_dtype()
+    __import__(name)
+    return {
+        "environment_changed": dict(os.environ) != environment,
+        "rng_changed": not torch.equal(torch.get_rng_state(), rng) or str(np.random.get_state()) != numbers,
+        "torch_changed": (torch.get_num_threads(), torch.get_default_dtype()) != (threads, dtype),
+    }
+
+
+def ask_help(program: str) -> dict[str, Any]:
+    """Runs `program --help`; the long flags that it lists."""
+    sys.argv = [program, "--help"]
+    output, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(output):
+        try:
+            if program.startswith("-m "):
+                runpy.run_module(program[3:], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    usage = output.getvalue()
+    listed = re.findall(r"^  (?:-\w(?: \w+)?, )?(--\w+)(?:, (--[\w-]+))?", usage, flags=re.MULTILINE)
+    return {"status": status, "help": usage, "flags": sorted({flag for pair in listed for flag in pair if flag} - {"--help"})}
+
+
+def in_fork(work: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    """The work's report from a child process, with what the child printed and which packages it loaded."""
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as answer:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads; torch has none running yet
+            child = os.fork()
+        if child == 0:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+            report: dict[str, Any] = {"error": "", "flags": [], "help": ""}
+            try:
+                report |= work(name)
+            except BaseException:
+                report["error"] = traceback.format_exc()
+            report["loaded"] = sorted({module.split(".")[0] for module in sys.modules})
+            json.dump(report, answer)
+            for file in (sys.stdout, sys.stderr, answer):
+                file.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+        for file in (answer, printed):
+            file.seek(0)
+        return json.load(answer) | {"printed": printed.read()}
+
+
+def main() -> None:
+    """Every module, every program."""
+    reports = {name: in_fork(ask_help, name) for name in programs()}
+    if sys.argv[1:] == ["--flags"]:
+        broken = [f"{name} --help\n{report['error']}" for name, report in reports.items() if report["error"]]
+        if broken:
+            sys.exit("\n".join(broken))
+        print("# Every flag of every program. After a change made on purpose:")
+        print("#     python tests/house/fresh.py --flags > tests/house/flags.txt")
+        for program, report in reports.items():
+            print(program)
+            print(*(f"    {flag}" for flag in report["flags"]), sep="\n")
+    else:
+        print(json.dumps({"modules": {name: in_fork(import_module, name) for name in modules()}, "programs": reports}))
+
+
+if __name__ == "__main__":
+    main()

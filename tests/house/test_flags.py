@@ -1,0 +1,110 @@
+"""The command line is frozen, and every command that a text shows works with it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "runs"} & set(path.relative_to(ROOT).parts)]
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.s*")), *sorted((ROOT / "tools").glob("*.sh")), ROOT / ".ci" / "run"]
+# What else may stand in a text's command: its first word is not ours to check.
+FOREIGN = {"git", "cd", "tar", "export", "source", "squeue", "scancel", "pip", "tensorboard", "ls", "mkdir", "cp"}
+STARTERS = {"python", "python3", ".venv/bin/python", "deepspeed", "torchrun", "srun", "sbatch", "exec"}
+
+
+def test_flags_are_the_frozen_ones(flags):
+    text = re.sub(r"^#.*\n", "", (ROOT / "tests" / "house" / "flags.txt").read_text(), flags=re.MULTILINE)
+    blocks = [block.splitlines() for block in re.split(r"^(?=\S)", text, flags=re.MULTILINE) if block]
+    frozen = {program: {flag.strip() for flag in listed} for program, *listed in blocks}
+    assert flags == frozen, "changed on purpose? python tests/house/fresh.py --flags > tests/house/flags.txt"
+
+
+def commands(text: str) -> list[str]:
+    """The commands of the ```bash blocks, continuation lines joined, comments left out."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def check_command(command: str, flags: dict[str, set[str]]) -> None:
+    """Fails when a command of the text names a target, a file or a flag that does not exist."""
+    for part in re.split(r"\s(?:&&|\|\||[|;&])(?:\s|$)", command):
+        words = shlex.split(part, comments=True)
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            words.pop(0)
+        if not words or words[0] in FOREIGN:
+            continue
+        if words[0] == "make":
+            targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+            unknown = [word for word in words[1:] if "=" not in word and word not in targets]
+            assert not unknown, f"make has no target {unknown}: {command}"
+        elif words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), f"{words[1]} does not exist: {command}"
+        else:
+            assert words[0] in STARTERS, f"{words[0]}: what is that? {command}"
+            check_arguments(words, flags, command)
+
+
+def check_arguments(words: list[str], flags: dict[str, set[str]], command: str) -> None:
+    """The program among the words exists, and has every flag that follows it."""
+    for place, word in enumerate(words[1:], start=1):
+        program = f"-m {words[place + 1]}" if word == "-m" else word
+        if program in flags or word.endswith((".py", ".sbatch")):
+            break
+    else:
+        pytest.fail(f"starts no program of ours: {command}")
+    if word.endswith(".sbatch"):
+        assert (ROOT / word).is_file(), f"{word} does not exist: {command}"
+        program = "train.py"
+    assert program in flags, f"{program} does not exist: {command}"
+    unknown = {word.split("=")[0] for word in words[place:] if word.startswith("--")} - flags[program] - {"--help"}
+    assert not unknown, f"{program} has no {', '.join(unknown)}: {command}"
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_texts_exist(path, flags):
+    for command in commands(path.read_text()):
+        check_command(command, flags)
+
+
+def test_example_commands_of_programs_exist(fresh, flags):
+    for name, report in fresh["programs"].items():
+        text = report["help"].replace("\\\n", " ")
+        examples = re.findall(r"^ *((?:python|deepspeed|torchrun|srun) (?:\S+ )*?\S+\.py .*)$", text, flags=re.MULTILINE)
+        assert examples or name.startswith("-m "), f"{name} --help shows no example"
+        for example in examples:
+            check_command(example, flags)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_parse_and_call_programs_with_flags_they_have(path, flags):
+    parsed = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert parsed.returncode == 0, parsed.stderr
+    text = re.sub(r"^\s*#.*$", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    for line in text.splitlines():
+        for program, known in flags.items():
+            _, called, arguments = line.partition(f"{program} ")
+            unknown = {flag for flag in re.findall(r"--[\w-]+", arguments) if called} - known
+            assert not unknown, f"{path}: {program} has no {', '.join(unknown)}"
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("make dmeo", "no target"),
+        ("python tools/nothing.py", "does not exist"),
+        ("python tools/make_shards.py --sauce x", "has no --sauce"),
+        ("OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --leraning_rate 1", "has no --leraning_rate"),
+        ("sbatch slurm/none.sbatch", "does not exist"),
+        ("frobnicate", "what is that"),
+        ("python", "starts no program"),
+    ],
+)
+def test_a_wrong_command_is_noticed(command, complaint, flags):
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=complaint):
+        check_command(command, flags)

@@ -1,0 +1,114 @@
+"""The first and fourth law: imports go down the floors only, and guests stay at their doors."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = sorted((ROOT / "igpt_ds").rglob("*.py"))
+PROGRAMS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+
+# Where a package from outside may be imported; elsewhere nobody needs to have it, or to know it.
+DOORS = {
+    "deepspeed": ["train/engine.py", "train/checkpoint.py"],
+    "webdataset": ["data/shards.py"],
+    "PIL": ["data/images.py"],
+    "sklearn": ["evaluate/", "data/sources.py", "data/palette.py"],
+    "matplotlib": ["evaluate/figures.py"],
+    "safetensors": ["model/store.py", "model/interop.py"],
+    "tensorboard": ["train/metrics.py"],
+}
+# These load a guest when a function needs it and not before, so that the rest of the file works without.
+LAZY = {"deepspeed", "webdataset", "sklearn", "matplotlib"}
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every import of a file, in functions too: the dotted name of what is imported, and whether it waits for a function.
+
+    What stands under `if TYPE_CHECKING:` never happens, so it waits as well.
+    """
+    tree = ast.parse(path.read_text(), str(path))
+    waiting = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    waiting += [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    inside = {id(node) for block in waiting for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write it out"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            dynamic = getattr(node, "id", getattr(node, "attr", "")) in ("__import__", "import_module")
+            assert not dynamic, f"{path}:{node.lineno}: an import that no reader can follow"
+            continue
+        yield from ((name, id(node) in inside) for name in names)
+
+
+def floor(name: str) -> tuple[int, str]:
+    """The floor of a dotted name of ours, and its wing: where two wings share a floor they do not know each other."""
+    wing = name.split(".")[1] if "." in name else ""
+    height = {"data": 1, "model": 1, "train": 2, "evaluate": 2}.get(wing, 0)
+    return height, wing if height else ""
+
+
+def module(name: str) -> str:
+    """The module of ours that a dotted name lies in: `igpt_ds.files.read_json` -> `igpt_ds.files`."""
+    while not (path := ROOT / name.replace(".", "/")).with_suffix(".py").is_file() and not path.is_dir():
+        name = name.rpartition(".")[0]
+    return name
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *PROGRAMS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    here = floor(dotted(path)) if path in PACKAGE else (3, "")
+    for name, _ in imports(path):
+        root = name.split(".")[0]
+        assert root not in ("tools", "tests", *(script.stem for script in ROOT.glob("*.py"))), f"{path} imports {name}"
+        if root == "igpt_ds":
+            there = floor(name)
+            assert there[0] < here[0] or there == here, f"{path} imports {name}, which lies beside or above it"
+
+
+def test_no_module_needs_itself():
+    graph = {dotted(path): {module(name) for name, _ in imports(path) if name.startswith("igpt_ds")} for path in PACKAGE}
+    packages = {dotted(path) for path in PACKAGE if path.name == "__init__.py"}
+    graphlib.TopologicalSorter({name: needs - packages for name, needs in graph.items()}).prepare()  # raises on a circle
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *PROGRAMS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_guests_stay_at_their_doors(path):
+    here = str(path.relative_to(ROOT)).removeprefix("igpt_ds/")
+    for name, waits in imports(path):
+        guest = name.split(".")[0]
+        if name.startswith("torch.utils.tensorboard"):
+            guest = "tensorboard"
+        if guest in DOORS:
+            assert any(here.startswith(door) for door in DOORS[guest]), f"{path} imports {name}; its doors: {DOORS[guest]}"
+            assert waits or guest not in LAZY, f"{path} imports {name} at the top; import it in the function that needs it"
+
+
+@pytest.mark.parametrize(
+    ("path", "friends"),
+    [("model/transformer.py", {"torch"}), ("plan.py", set()), ("config.py", set()), ("files.py", set()), ("cli.py", set())],
+)
+def test_the_plainest_files_need_next_to_nothing(path, friends):
+    for name, _ in imports(ROOT / "igpt_ds" / path):
+        plain = name.split(".")[0] in sys.stdlib_module_names | friends
+        ours = name.startswith("igpt_ds.") and floor(name)[0] == 0 and not name.startswith("igpt_ds.dist")
+        assert plain or ours, f"{path} imports {name}"
+        assert not ours or path != "model/transformer.py" or name.startswith("igpt_ds.config."), f"{path} imports {name}"
+
+
+def test_no_room_for_what_has_no_home():
+    homeless = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
+    assert not [path for path in PACKAGE if path.stem in homeless or path.parent.name in homeless]

@@ -1,0 +1,103 @@
+"""Bad input is one line on stderr and status 2; a mistake of ours keeps its traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from igpt_ds import cli
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No rank has joined in this process, whatever another test did; `run` would end pytest itself."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+
+
+def failing(error):
+    def main(argv=None):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error", [ValueError("lr=-1 must be positive"), FileNotFoundError(2, "No such file", "a.npy")])
+def test_bad_input_is_one_line_and_status_2(error, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/sample.py"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(failing(error))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"sample.py: error: {error}\n"
+
+
+def test_an_error_of_many_lines_is_printed_on_one(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        cli.run(failing(ValueError("1 validation error\nstagee\n  not permitted\n")))
+    assert capsys.readouterr().err == "train.py: error: 1 validation error; stagee; not permitted\n"
+
+
+def test_other_errors_are_ours_and_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(failing(ZeroDivisionError()))
+
+
+def test_main_is_called_without_arguments_of_its_own():
+    seen = []
+    cli.run(seen.append)
+    assert seen == [None]
+
+
+def test_before_the_ranks_have_joined_only_the_first_of_a_node_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        cli.run(failing(ValueError("bad")))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+JOINED = """
+import torch.distributed as ranks
+from igpt_ds import cli
+
+def main(argv):
+    ranks.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    print("joined")
+    {then}
+
+cli.run(main)
+print("parted", ranks.is_initialized())
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "expected"),
+    [
+        ("raise ValueError('bad')", (2, "joined\n", "program.py: error: bad\n")),
+        ("pass", (0, "joined\nparted False\n", "")),
+    ],
+)
+def test_joined_ranks_all_speak_and_part(launch, tmp_path, free_port, then, expected):
+    program = tmp_path / "program.py"
+    program.write_text(JOINED.format(port=free_port, then=then))
+    done = launch([program], env={"LOCAL_RANK": "1", "PYTHONWARNINGS": "ignore"})
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+def test_parser_keeps_the_docstring_shows_defaults_and_refuses_abbreviations(capsys):
+    parser = cli.parser("Line one.\n\n    an example\n")
+    parser.add_argument("--images", type=int, default=7, help="how many")
+    assert "\n    an example\n" in parser.format_help()
+    assert "how many (default: 7)" in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--imag", "3"])
+    assert "unrecognized arguments: --imag 3" in capsys.readouterr().err
+
+
+def test_a_program_ends_with_status_2(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("from igpt_ds import cli\n\ndef main(argv):\n    raise ValueError('no')\n\ncli.run(main)\n")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "program.py: error: no\n")

@@ -1,0 +1,138 @@
+"""Files appear whole or not at all, and a file that cannot be read gives one clear line."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from igpt_ds import files
+from igpt_ds.files import atomic_dir, atomic_file, read_json, read_json_lines, sha256_file, write_json, write_json_lines
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def fail(_):
+    raise RuntimeError("half way")
+
+
+def test_atomic_file_replaces_only_when_the_block_ends_well(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with atomic_file(path, "w") as file:
+        file.write("old")
+        assert not path.exists()
+    with pytest.raises(RuntimeError, match="half way"), atomic_file(path, "w") as file:
+        fail(file.write("new"))
+    assert path.read_text() == "old"
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_atomic_dir_appears_whole(tmp_path):
+    path = tmp_path / "new" / "d"
+    with atomic_dir(path) as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "a.txt").write_text("a")
+        assert not path.exists()
+        assert partial.parent == path.parent  # the same file system, so that the rename is atomic
+    assert (path / "sub" / "a.txt").read_text() == "a"
+    assert names(path.parent) == ["d"]
+
+
+def test_atomic_dir_leaves_nothing_after_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="half way"), atomic_dir(tmp_path / "d") as partial:
+        fail((partial / "a.txt").write_text("a"))
+    assert names(tmp_path) == []
+
+
+def test_atomic_dir_takes_an_empty_directory_and_refuses_a_full_one(tmp_path):
+    path = tmp_path / "d"
+    path.mkdir()
+    with atomic_dir(path) as partial:
+        (partial / "a.txt").write_text("first")
+    with pytest.raises(ValueError, match=r"/d exists already; choose another name or remove it$"), atomic_dir(path):
+        pass
+    with pytest.raises(ValueError, match=r"a\.txt exists already"), atomic_dir(path / "a.txt"):
+        pass
+    assert (path / "a.txt").read_text() == "first"
+
+
+@pytest.mark.parametrize("kind", ["atomic_file", "atomic_dir"])
+def test_killed_in_the_block_leaves_the_name_free_for_the_next(tmp_path, kind):
+    path = tmp_path / "target"
+    program = (
+        f"import os, pathlib, signal\nfrom igpt_ds.files import {kind}\n"
+        f"with {kind}(pathlib.Path({str(path)!r})) as opened:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert not path.exists()
+    with getattr(files, kind)(path):
+        pass
+    assert path.exists()
+
+
+def test_two_processes_of_the_same_number_do_not_share_a_partial(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # two containers, or two nodes on a shared disk
+    with atomic_dir(tmp_path / "d") as first:
+        (first / "a.txt").write_text("first")
+        with atomic_dir(tmp_path / "d") as second:
+            (second / "a.txt").write_text("second")
+        assert (tmp_path / "d" / "a.txt").read_text() == "second"
+        (tmp_path / "d" / "a.txt").unlink()
+    assert (tmp_path / "d" / "a.txt").read_text() == "first"
+
+
+def test_sha256_of_a_file_longer_than_a_piece(tmp_path):
+    content = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+    assert files._sha256(io.BytesIO(content)) == hashlib.sha256(content).hexdigest()  # Python 3.10's way
+
+
+def test_json_round_trip(tmp_path):
+    value = {"lr": 0.003, "betas": [0.9, 0.95], "name": "größe"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", "recipe") == value
+    assert (tmp_path / "a.json").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, r"^recipe .*/a\.json does not exist$"),
+        (b"{", r"^recipe .*/a\.json is not valid JSON: "),
+        (b"\xff", r"^recipe .*/a\.json is not valid JSON: "),
+    ],
+)
+def test_json_that_cannot_be_read(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        read_json(tmp_path / "a.json", "recipe")
+
+
+def test_json_that_is_a_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"^recipe .* cannot be read: Is a directory$"):
+        read_json(tmp_path, "recipe")
+
+
+def test_json_lines_round_trip_and_missing(tmp_path):
+    rows = [{"step": 1}, {"step": 2}]
+    assert read_json_lines(tmp_path / "a.jsonl") == []
+    write_json_lines(tmp_path / "a.jsonl", rows)
+    assert read_json_lines(tmp_path / "a.jsonl") == rows
+
+
+def test_json_lines_leave_out_a_torn_last_line_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    assert read_json_lines(path) == [{"step": 1}]
+    path.write_text('{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl line 1 is not valid JSON; remove the line$"):
+        read_json_lines(path)

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# The whole thread: images -> palette -> shards -> ZeRO-3 training -> model dir -> features -> probes -> pictures.
+#
+#     bash tools/story.sh RECIPE SOURCE OUT [more flags of train.py]
+#     bash tools/story.sh digits_nano_ar_8 digits: runs/demo
+#
+# Trains on every GPU, or on two CPU processes where there is none. Each stage is skipped when its result is there, and an
+# interrupted training goes on from its newest checkpoint, so the same command finishes what was begun.
+set -euo pipefail
+if (($# < 3)); then
+  echo "usage: bash tools/story.sh RECIPE SOURCE OUT [more flags of train.py]" >&2
+  exit 2
+fi
+recipe=$1 source=$2 out=$3
+shift 3
+repo=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$out"
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus > 0)); then
+  ranks=$gpus ds_config=$repo/ds_configs/zero3_bf16.json
+else
+  ranks=2 ds_config=$repo/ds_configs/zero3_fp32.json
+  export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+read -r n_px n_colors < <(python -c 'import sys
+from igpt_ds.config import get_recipe
+model = get_recipe(sys.argv[1]).model
+print(model.n_px, model.n_vocab)' "$recipe")
+
+say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+
+say "palette and shards: $source at ${n_px}x${n_px}, $n_colors colours"
+[[ -e $out/palette.npy ]] || python "$repo/tools/fit_palette.py" --source "$source" --n_px "$n_px" --n_colors "$n_colors" --out "$out/palette.npy"
+[[ -e $out/shards ]] || python "$repo/tools/make_shards.py" --source "$source" --n_px "$n_px" --palette "$out/palette.npy" \
+  --name "${recipe%%_*}" --out "$out/shards"
+
+say "training: $recipe under ZeRO-3 on $ranks ranks"
+[[ -e $out/FINISHED ]] || deepspeed --num_gpus "$ranks" --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" \
+  --run_dir "$out" --ds_config "$ds_config" --resume auto "$@"
+
+say "model dir"
+[[ -e $out/model ]] || python "$repo/tools/consolidate.py" --run_dir "$out" --out "$out/model"
+
+say "features of every layer: trained, untrained, and the pixels alone"
+features=("$out/features/trained" "$out/features/untrained" "$out/features/pixels")
+[[ -e ${features[0]} ]] || python "$repo/tools/extract_features.py" --model "$out/model" --data "$out/shards" --out "${features[0]}"
+[[ -e ${features[1]} ]] || python "$repo/tools/extract_features.py" --model "$out/model" --untrained 0 --data "$out/shards" --out "${features[1]}"
+[[ -e ${features[2]} ]] || python "$repo/tools/extract_features.py" --pixels --data "$out/shards" --out "${features[2]}"
+
+say "linear probes"
+python "$repo/tools/linear_probe.py" --features "${features[@]}" --out "$out/results.jsonl"
+
+say "pictures"
+python "$repo/tools/figures.py" layers --results "$out/results.jsonl" --out "$out/layers.png"
+python "$repo/tools/figures.py" training "$out" --out "$out/training.png"
+python "$repo/tools/sample.py" --model "$out/model" --data "$out/shards" --out "$out/samples.png"
+
+say "what came out"
+python "$repo/tools/tables.py" --run_dir "$out" --results "$out/results.jsonl"
+printf '\naccuracy by layer: %s\nsamples, and completions beside their originals: %s\n' "$out/layers.png" "$out/samples.png"
