@@ -7,7 +7,7 @@ IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH";
 SCRIPTS := .ci/run $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test_fast check bench
+.PHONY: help install demo test test_fast check
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,8 +25,6 @@ test: $(INSTALLED) ## every test; narrow it by ARGS="-k floors"
 test_fast: $(INSTALLED) ## the tests that launch no ranks
 	@$(IN_VENV) python -m pytest -m "not slow" $(ARGS)
 
-bench: $(INSTALLED) ## images/s and MFU of iGPT-S at 32x32 on this machine (CPU: minutes)
-	@$(IN_VENV) bash tools/bench.sh
 
 check: $(INSTALLED) ## format, lint, types, shell scripts
 	@$(IN_VENV) ruff format --check . && ruff check . && mypy && shellcheck $(SCRIPTS) && echo "check: all clean"

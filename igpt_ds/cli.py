@@ -23,25 +23,32 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Calls `main(argv=None)`; a ValueError (bad input) or OSError becomes one line on stderr and exit status 2.
 
     Every rank of a launch meets the same bad input, so before the ranks have joined only the first rank of each node speaks.
-    Joined ranks are parted at the end: an interpreter that ends while gloo's threads live aborts now and then.
     """
     try:
         main(None)
     except (ValueError, OSError) as error:
-        joined = _joined_ranks()
-        if joined or os.environ.get("LOCAL_RANK", "0") == "0":
+        ranks = _joined_ranks()
+        if ranks or os.environ.get("LOCAL_RANK", "0") == "0":
             line = "; ".join(part.strip() for part in str(error).splitlines())
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        if joined:
-            os._exit(2)  # at once: the other ranks may wait in a collective, and parting would wait for them
+        if ranks:
+            _leave(2)  # without parting, which would wait for ranks that may wait in a collective
         sys.exit(2)
-    if joined := _joined_ranks():
-        joined.destroy_process_group()
+    if ranks := _joined_ranks():
+        ranks.destroy_process_group()
+        _leave(0)
+
+
+def _leave(status: int) -> None:
+    # An interpreter that shuts down while gloo's threads still let go of Python objects aborts, about once in twenty launches.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _joined_ranks() -> Any:
     """torch.distributed once the ranks have joined, else None; does not import torch for a program that has no use for it."""
     torch = sys.modules.get("torch")
-    joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed if torch is not None and joined else None
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed

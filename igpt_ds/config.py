@@ -110,7 +110,7 @@ _DIGITS = Recipe(
     "digits_nano_ar_8",
     ModelConfig(n_layer=6, n_head=4, n_embd=48, n_px=8, n_vocab=17),  # digits have 17 grey levels: nothing is lost
     batch_images=64,
-    steps=400,
+    steps=600,
     lr=0.005,
     warmup_steps=40,
 )  # not augmented: the digits fill their 8x8 pixels, so that shifted or mirrored ones are no digits

@@ -68,7 +68,6 @@ def main(argv):
     {then}
 
 cli.run(main)
-print("parted", ranks.is_initialized())
 """
 
 
@@ -76,10 +75,10 @@ print("parted", ranks.is_initialized())
     ("then", "expected"),
     [
         ("raise ValueError('bad')", (2, "joined\n", "program.py: error: bad\n")),
-        ("pass", (0, "joined\nparted False\n", "")),
+        ("pass", (0, "joined\n", "")),
     ],
 )
-def test_joined_ranks_all_speak_and_part(launch, tmp_path, free_port, then, expected):
+def test_joined_ranks_all_speak_and_leave_with_the_right_status(launch, tmp_path, free_port, then, expected):
     program = tmp_path / "program.py"
     program.write_text(JOINED.format(port=free_port, then=then))
     done = launch([program], env={"LOCAL_RANK": "1", "PYTHONWARNINGS": "ignore"})

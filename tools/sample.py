@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     grid = decode(draw(model, torch.zeros(args.rows * columns, 0, dtype=torch.int64), args, "samples"), palette, model)
     if args.data:
         grid = np.concatenate([grid, completions(model, palette, args)])
-    save_grid(args.out, grid, columns, args.scale)
+    save_grid(args.out, grid, columns, args.scale or max(1, 64 // model.config.n_px))
     print(
         f"{args.out}: {args.rows * columns} samples"
         + (f", {args.completions} completions of {columns} images" if args.data else "")
@@ -57,11 +57,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
     parser.add_argument("--top_k", type=int, help="draw among the k likeliest colours only; all when left out")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--scale", type=int, default=4, help="screen pixels for each image pixel")
+    parser.add_argument("--scale", type=int, help="screen pixels for each image pixel; as many as make 64 when left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to draw")
     args = parser.parse_args(argv)
     for name in ("rows", "columns", "completions", "scale"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     return args
 

@@ -23,10 +23,11 @@ else
   ranks=2 ds_config=$repo/ds_configs/zero3_fp32.json
   export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
-read -r n_px n_colors < <(python -c 'import sys
+python -m igpt_ds.plan --recipe "$recipe" >/dev/null # stops here when there is no such recipe, and lists those there are
+read -r n_px n_colors steps < <(python -c 'import sys
 from igpt_ds.config import get_recipe
-model = get_recipe(sys.argv[1]).model
-print(model.n_px, model.n_vocab)' "$recipe")
+recipe = get_recipe(sys.argv[1])
+print(recipe.model.n_px, recipe.model.n_vocab, recipe.steps)' "$recipe")
 
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
@@ -37,7 +38,7 @@ say "palette and shards: $source at ${n_px}x${n_px}, $n_colors colours"
 
 say "training: $recipe under ZeRO-3 on $ranks ranks"
 [[ -e $out/FINISHED ]] || deepspeed --num_gpus "$ranks" --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" \
-  --run_dir "$out" --ds_config "$ds_config" --resume auto "$@"
+  --run_dir "$out" --ds_config "$ds_config" --resume auto --val_every $((steps / 10)) --save_every $((steps / 4)) "$@"
 
 say "model dir"
 [[ -e $out/model ]] || python "$repo/tools/consolidate.py" --run_dir "$out" --out "$out/model"

@@ -1,0 +1,102 @@
+"""What a user can get wrong on the command line of train.py: one line, the value, the file, the fix, status 2."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """train.py's main, on one rank; everything below stops before the ranks join."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("train_story", ROOT / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda words: module.main(words[1:])
+
+
+def test_unknown_recipe(main: Any) -> None:
+    with pytest.raises(ValueError, match=r"recipe 'igpt_xxl' is unknown; known: .*igpt_xl_ar_64"):
+        main(["train.py", "--recipe", "igpt_xxl", "--dry_run"])
+
+
+def test_missing_paths(main: Any, command: Command, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--data and --run_dir are needed"):
+        main(["train.py", "--recipe", "igpt_s_ar_32"])
+    with pytest.raises(ValueError, match=r"nowhere is no shard directory.*tools/make_shards.py"):
+        main(command("run", "--data", str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"ds_config nothing\.json does not exist"):
+        main(command("run", "--ds_config", "nothing.json"))
+
+
+def test_shards_that_do_not_fit_the_recipe(main: Any, command: Command) -> None:
+    with pytest.raises(ValueError, match="n_px=4 but the model has n_px=8; make shards with --n_px 8"):
+        main(command("run", "--n_px", "8"))
+    with pytest.raises(ValueError, match="n_vocab=8.*n_vocab=16"):
+        main(command("run", "--n_vocab", "16"))
+
+
+def test_torn_shard(main: Any, command: Command, tiny_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_dataset, tmp_path / "torn")
+    shard = tmp_path / "torn" / "train-000000.tar"
+    os.truncate(shard, shard.stat().st_size - 512)
+    with pytest.raises(ValueError, match=r"train-000000\.tar is missing or torn: \d+ bytes, expected \d+"):
+        main(command("run", "--data", str(tmp_path / "torn")))
+
+
+def test_batch_that_does_not_divide(main: Any, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(ValueError, match="batch_images=12 does not divide into 5 ranks; nearest that does: 10 or 15"):
+        main(command("run"))
+    with pytest.raises(ValueError, match="into 5 ranks x micro batch 4; nearest that does: 20"):
+        main(command("run", "--micro_batch", "4"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'"),
+        ({"gradient_clipping": 1.0}, "'gradient_clipping' is set by the recipe as clip; remove it here"),
+        ({"zero_optimization": {"stage": 2}}, "stage=2; this project trains and consolidates stage 3"),
+    ],
+)
+def test_ds_config_keys(main: Any, command: Command, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}} | keys))
+    with pytest.raises(ValueError, match=message) as error:
+        main(command("run", "--ds_config", str(path)))
+    assert str(path) in str(error.value)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(main: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(["train.py", "--recipe", "igpt_xl_ar_64", "--dry_run", "--run_dir", str(tmp_path / "run"), "--micro_batch", "4"])
+    assert "6,810,875,904" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_user_sees_one_line_and_status_2(launch: Any, command: Command) -> None:
+    done = launch(command("run", "--n_px", "8"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_unknown_or_abbreviated_flag_is_refused(launch: Any, command: Command) -> None:
+    done = launch(command("run", "--stepz", "8"))
+    assert done.returncode == 2
+    assert "unrecognized arguments: --stepz" in done.stderr
