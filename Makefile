@@ -25,7 +25,6 @@ test: $(INSTALLED) ## every test; narrow it by ARGS="-k floors"
 test_fast: $(INSTALLED) ## the tests that launch no ranks
 	@$(IN_VENV) python -m pytest -m "not slow" $(ARGS)
 
-
 check: $(INSTALLED) ## format, lint, types, shell scripts
 	@$(IN_VENV) ruff format --check . && ruff check . && mypy && shellcheck $(SCRIPTS) && echo "check: all clean"
 

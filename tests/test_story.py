@@ -17,7 +17,7 @@ def test_the_story_from_images_to_pictures(launch: Any, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     toy = ["--steps", "8", "--warmup_steps", "2", "--batch_images", "16", "--n_layer", "2", "--val_images", "32"]
     command = ["bash", "tools/story.sh", "digits_nano_ar_8", "digits:", str(out), *toy]
-    done = launch(command, timeout=240)
+    done = launch(command, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for name in ("layers.png", "samples.png", "training.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG"), name
@@ -34,7 +34,7 @@ def test_the_story_from_images_to_pictures(launch: Any, tmp_path: Path) -> None:
     assert "ln 17 = 2.8332 before the first" in done.stdout
     assert str(out / "samples.png") in done.stdout
 
-    again = launch(command, timeout=240)  # every stage has its result: only probes, pictures and tables are made again
+    again = launch(command, timeout=400)  # every stage has its result: only probes, pictures and tables are made again
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert "step 8/8" not in again.stdout
     assert len(read_results(out / "results.jsonl")) == 13

@@ -32,7 +32,7 @@ class Metrics:
         if not self.speaks:
             return
         path = run_dir / "train.jsonl"
-        write_json_lines(path, [row for row in read_json_lines(path) if row["step"] <= start_step])
+        write_json_lines(path, [row for row in read_json_lines(path) if 0 < start_step >= row["step"]])
         self.rows = open(path, "a", buffering=1)  # noqa: SIM115  (closed in `close`)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         self.bar = tqdm(total=run.recipe.steps, initial=start_step, unit="step", disable=None)

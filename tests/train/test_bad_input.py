@@ -47,7 +47,7 @@ def test_missing_paths(main: Any, command: Command, tmp_path: Path) -> None:
 def test_shards_that_do_not_fit_the_recipe(main: Any, command: Command) -> None:
     with pytest.raises(ValueError, match="n_px=4 but the model has n_px=8; make shards with --n_px 8"):
         main(command("run", "--n_px", "8"))
-    with pytest.raises(ValueError, match="n_vocab=8.*n_vocab=16"):
+    with pytest.raises(ValueError, match=r"n_vocab=8 .*n_vocab=16"):
         main(command("run", "--n_vocab", "16"))
 
 
