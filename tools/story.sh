@@ -21,7 +21,8 @@ if ((gpus > 0)); then
   ranks=$gpus ds_config=$repo/ds_configs/zero3_bf16.json
 else
   ranks=2 ds_config=$repo/ds_configs/zero3_fp32.json
-  export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  export DS_ACCELERATOR=cpu
+  threads=1 # for each rank: two ranks take two cores
 fi
 python -m igpt_ds.plan --recipe "$recipe" >/dev/null # stops here when there is no such recipe, and lists those there are
 read -r n_px n_colors steps < <(python -c 'import sys
@@ -37,7 +38,7 @@ say "palette and shards: $source at ${n_px}x${n_px}, $n_colors colours"
   --name "${recipe%%_*}" --out "$out/shards"
 
 say "training: $recipe under ZeRO-3 on $ranks ranks"
-[[ -e $out/FINISHED ]] || deepspeed --num_gpus "$ranks" --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" \
+[[ -e $out/FINISHED ]] || OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" \
   --run_dir "$out" --ds_config "$ds_config" --resume auto --val_every $((steps / 10)) --save_every $((steps / 4)) "$@"
 
 say "model dir"
