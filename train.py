@@ -128,21 +128,14 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 
 def prepare_run_dir(args: argparse.Namespace, run: Run, data: dict[str, Any]) -> None:
     """Rank 0 makes or checks the run directory; all ranks stop with its error if it refuses."""
-    refusal = None
-    if dist.rank() == 0:
-        try:
-            run_dir.prepare(args.run_dir, run, data, args.data / "palette.npy", args.resume == "auto")
-            say(json.dumps(run_to_dict(run), indent=1))
-        except ValueError as error:
-            refusal = str(error)
-    refusal = dist.from_rank_0(refusal)
-    if refusal:
-        raise ValueError(refusal)
+    palette = args.data / "palette.npy"
+    dist.from_rank_0(lambda: run_dir.prepare(args.run_dir, run, data, palette, args.resume == "auto"))
+    say(json.dumps(run_to_dict(run), indent=1))
 
 
 def resume(engine: Any, args: argparse.Namespace) -> int:
     """Loads the newest whole checkpoint that rank 0 finds; returns its step, or 0 where there is none."""
-    found = dist.from_rank_0(newest_checkpoint(args.run_dir / "checkpoints") if dist.rank() == 0 else None)
+    found = dist.from_rank_0(lambda: newest_checkpoint(args.run_dir / "checkpoints"))
     if found is None:
         return 0
     checkpoint, manifest = found

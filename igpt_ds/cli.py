@@ -19,6 +19,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
+class SharedError(ValueError):
+    """Bad input that every rank raises at the same place: rank 0 speaks for all."""
+
+
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Calls `main(argv=None)`; a ValueError (bad input) or OSError becomes one line on stderr and exit status 2.
 
@@ -28,7 +32,8 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         main(None)
     except (ValueError, OSError) as error:
         ranks = _joined_ranks()
-        if ranks or os.environ.get("LOCAL_RANK", "0") == "0":
+        silent = isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0"
+        if not silent and (ranks or os.environ.get("LOCAL_RANK", "0") == "0"):
             line = "; ".join(part.strip() for part in str(error).splitlines())
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         if ranks:

@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
+
+from igpt_ds.cli import SharedError
+
+T = TypeVar("T")
 
 
 def map_environment(env: MutableMapping[str, str]) -> None:
@@ -89,12 +93,23 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
+def from_rank_0(function: Callable[[], T]) -> T:
+    """What the function returns on rank 0, which alone calls it, on every rank; if it refuses there, all ranks stop.
+
+    Raises:
+        SharedError: with rank 0's ValueError or OSError in words, on every rank.
+    """
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except (ValueError, OSError) as error:
+            box[1] = str(error)
     if world_size() > 1:
         td.broadcast_object_list(box, src=0)
-    return box[0]
+    if box[1] is not None:
+        raise SharedError(box[1])
+    return cast(T, box[0])
 
 
 def barrier() -> None:

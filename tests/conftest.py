@@ -87,7 +87,7 @@ class Launcher:
         self._started: list[subprocess.Popen[str]] = []
 
     def __call__(
-        self, command: Sequence[str | Path], ranks: int | None = None, timeout: float = 120, env: dict[str, str] | None = None
+        self, command: Sequence[str | Path], ranks: int | None = None, timeout: float = 300, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Runs to the end; what still lives afterwards is killed. Fails the test after `timeout` seconds."""
         process = self.start(command, ranks, env)

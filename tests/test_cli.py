@@ -58,6 +58,16 @@ def test_before_the_ranks_have_joined_only_the_first_of_a_node_speaks(capsys, mo
     assert capsys.readouterr().err == ""
 
 
+def test_a_shared_error_is_rank_0s_to_tell(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    for rank, told in (("0", "program.py: error: bad\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            cli.run(failing(cli.SharedError("bad")))
+        assert end.value.code == 2
+        assert capsys.readouterr().err == told
+
+
 JOINED = """
 import torch.distributed as ranks
 from igpt_ds import cli

@@ -2,7 +2,8 @@
 
 import pytest
 
-from igpt_ds.dist import map_environment
+from igpt_ds.cli import SharedError
+from igpt_ds.dist import from_rank_0, map_environment
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -53,3 +54,12 @@ def test_one_process_of_a_job_of_many_is_refused() -> None:
     env = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
     with pytest.raises(ValueError, match="4 tasks but only one process runs; start it with `srun`"):
         map_environment(env)
+
+
+def test_rank_0_answers_for_all() -> None:
+    def refuse() -> None:
+        raise ValueError("no such thing")
+
+    assert from_rank_0(lambda: 7) == 7
+    with pytest.raises(SharedError, match="no such thing"):
+        from_rank_0(refuse)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import dist
+from igpt_ds.cli import SharedError
 from igpt_ds.files import atomic_file, fsync_path, read_json, sha256_file, write_json
 from igpt_ds.train.engine import restore_rng, rng_states
 
@@ -112,11 +113,12 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any]) -> 
     """Restores weights, optimizer and generators of every rank.
 
     Raises:
-        ValueError: written by another number of ranks, or one of this rank's files is not what was written.
+        SharedError: written by another number of ranks.
+        ValueError: one of this rank's files is not what was written.
     """
     if manifest["world_size"] != dist.world_size():
         ranks = manifest["world_size"]
-        raise ValueError(f"{checkpoint} was written by {ranks} ranks and this run has {dist.world_size()}; start {ranks} ranks")
+        raise SharedError(f"{checkpoint} was written by {ranks} ranks and this run has {dist.world_size()}; start {ranks} ranks")
     for entry in manifest["files"]:
         if f"zero_pp_rank_{dist.rank()}_" in entry["name"] and sha256_file(checkpoint / entry["name"]) != entry["sha256"]:
             raise ValueError(f"{checkpoint / entry['name']} is damaged (sha256 differs); remove {checkpoint} and resume again")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from igpt_ds import dist
+from igpt_ds.cli import SharedError
 from igpt_ds.config import Run
 from igpt_ds.data.loader import Loader, sequential
 from igpt_ds.data.shards import ShardSet
@@ -81,7 +82,7 @@ def fit(
 def refuse_non_finite(loss: float, step: int, lr: float, checkpoints: Path) -> None:
     """Stops a run whose loss is no number any more, before a checkpoint of it replaces a good one."""
     if not math.isfinite(loss):
-        raise ValueError(
+        raise SharedError(
             f"the loss of step {step} is {loss} at lr {lr:.2e}; the last good state is in {checkpoints}: "
             "start again with a lower --lr (paper A.1: too high a rate gives an irrecoverable spike)"
         )

@@ -97,7 +97,7 @@ def test_torchrun_in_bf16_without_ninja_or_compiler(launch: Any, command: Comman
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Returns as soon as train.jsonl tells of the step."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         if any(row["step"] >= step for row in read_json_lines(run_dir / "train.jsonl")):
             return
@@ -131,7 +131,7 @@ def test_staged_run_torn_checkpoint_and_wrong_ranks(launch: Any, command: Comman
 
     refused = launch(command("staged", "--resume", "auto"), ranks=2)
     assert refused.returncode != 0
-    assert "was written by 1 ranks and this run has 2; start 1 ranks" in refused.stderr
+    assert refused.stderr.count("was written by 1 ranks and this run has 2; start 1 ranks") == 1
 
     done = launch(command("staged", "--resume", "auto"))
     succeed(done)
