@@ -69,7 +69,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="feature directory to make")
     parser.add_argument("--layers", type=int, nargs="+", help="layers 0..L; all when left out")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="after the layer norm, or before")
-    parser.add_argument("--batch", type=int, default=64, help="images at once")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="images at a time; more than 32 are slower on a CPU, whose caches they overflow"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products")
     args = parser.parse_args(argv)

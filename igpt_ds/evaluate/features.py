@@ -118,7 +118,7 @@ def extract(
     *,
     layers: Sequence[int] | None = None,
     kinds: Sequence[str] = KINDS,
-    batch: int = 64,
+    batch: int = 32,
     device: str = "cpu",
     precision: str = "fp32",
 ) -> None:

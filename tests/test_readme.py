@@ -1,0 +1,31 @@
+"""What README shows is what commands print: each table between `<!-- COMMAND -->` and `<!-- end -->` comes out again, byte for byte."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHOWN = re.findall(r"<!-- python (\S+) (.+?) -->\n(.*?)<!-- end -->\n", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("tool", "arguments", "shown"), SHOWN, ids=[arguments for _, arguments, _ in SHOWN])
+def test_tables_come_out_again(tool: str, arguments: str, shown: str) -> None:
+    command = [sys.executable, tool, *arguments.split()]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.strip("\n") == printed.strip("\n")
+
+
+def test_there_is_something_to_compare() -> None:
+    assert SHOWN
+
+
+def test_pictures_are_there() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).is_file(), picture
