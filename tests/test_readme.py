@@ -1,4 +1,4 @@
-"""What README shows is what commands print: each table between `<!-- COMMAND -->` and `<!-- end -->` comes out again, byte for byte."""
+"""README shows what commands print: tables between `<!-- COMMAND -->` and `<!-- end -->` come out again, byte for byte."""
 
 from __future__ import annotations
 
