@@ -80,15 +80,16 @@ def fit_to_square(image: np.ndarray, n_px: int, resize_filter: str = DEFAULT_FIL
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1) -> None:
-    """Writes images, uint8 [N, h, w, 3], row by row into one PNG: each pixel as scale x scale, one grey pixel between images."""
+    """Writes images, uint8 [N, h, w, 3], row by row into one PNG: each pixel as scale x scale, grey bars between images."""
     n, height, width, _ = images.shape
     assert min(n, columns, scale) > 0
     columns = min(columns, n)
     rows = -(-n // columns)
-    cell_height, cell_width = height * scale + 1, width * scale + 1
-    canvas = np.full((rows * cell_height + 1, columns * cell_width + 1, 3), _SEPARATOR, dtype=np.uint8)
+    bar = max(1, scale // 2)
+    cell_height, cell_width = height * scale + bar, width * scale + bar
+    canvas = np.full((rows * cell_height + bar, columns * cell_width + bar, 3), _SEPARATOR, dtype=np.uint8)
     for index, image in enumerate(images):
-        top, left = index // columns * cell_height + 1, index % columns * cell_width + 1
+        top, left = index // columns * cell_height + bar, index % columns * cell_width + bar
         canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, axis=0).repeat(scale, axis=1)
     with atomic_file(path) as file:
         Image.fromarray(canvas).save(file, format="PNG")

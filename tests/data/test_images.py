@@ -148,11 +148,11 @@ def test_grid_shows_each_pixel_and_separates_images(tmp_path):
     images = np.random.default_rng(3).integers(0, 100, (5, 2, 3, 3), dtype=np.uint8)
     save_grid(tmp_path / "new" / "grid.png", images, columns=2, scale=4)
     grid = read_image(tmp_path / "new" / "grid.png")
-    assert grid.shape == (3 * 9 + 1, 2 * 13 + 1, 3)
+    assert grid.shape == (3 * 10 + 2, 2 * 14 + 2, 3)
     for index, image in enumerate(images):
-        top, left = index // 2 * 9 + 1, index % 2 * 13 + 1
+        top, left = index // 2 * 10 + 2, index % 2 * 14 + 2
         np.testing.assert_array_equal(grid[top : top + 8 : 4, left : left + 12 : 4], image)
         np.testing.assert_array_equal(grid[top + 3 : top + 8 : 4, left + 3 : left + 12 : 4], image)
-    assert (grid[::9] == 128).all()
-    assert (grid[:, ::13] == 128).all()
-    assert (grid[19:, 14:] == 128).all()  # the empty sixth place
+    assert (grid[::10] == 128).all()
+    assert (grid[:, ::14] == 128).all()
+    assert (grid[22:, 16:] == 128).all()  # the empty sixth place
