@@ -20,16 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli, dist, plan
-from igpt_ds.config import ModelConfig, Recipe, Run, get_recipe, join, load_ds_config, override, run_to_dict
+from igpt_ds.config import ModelConfig, Recipe, get_recipe, join, load_ds_config, override, run_to_dict
 from igpt_ds.data.loader import Loader, check_shards
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.files import atomic_file
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.train import run_dir
-from igpt_ds.train.checkpoint import load_checkpoint, newest_checkpoint
+from igpt_ds.train.checkpoint import load_checkpoint, newest_checkpoint, set_aside_newer
 from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.loop import Cadence, fit, validation_loss
 from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
+
+DS_CONFIG = Path(__file__).resolve().parent / "ds_configs" / "zero3_bf16.json"
+LEAST = {
+    "val_images": 1,
+    "val_every": 0,
+    "save_every": 0,
+    "log_every": 0,
+    "keep_last": 1,
+    "keep_every": 0,
+    "stop_at_step": 1,
+    "seed": 0,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,9 +60,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = start_ranks()
     data = {"path": str(args.data), "dataset_hash": train_shards.dataset_hash, "palette_hash": train_shards.palette_hash}
-    prepare_run_dir(args, run, data)
+    facts = {"recipe": run_to_dict(run)["recipe"], "data": data, "precision": run.precision}
+    palette, checkpoints = args.data / "palette.npy", args.run_dir / "checkpoints"
+    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, args.resume == "auto"))
+    if args.verify_shards:
+        dist.from_rank_0(train_shards.verify)
+        dist.from_rank_0(val_shards.verify)
+    say(json.dumps(run_to_dict(run), indent=1))
     engine = build_engine(run)
-    start_step = resume(engine, args) if args.resume == "auto" else 0
+    start_step = resume(engine, checkpoints, facts) if args.resume == "auto" else 0
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, data, palette))
     peak, source = peak_of_all_ranks(device, run.precision)
     say(f"{plan.parameters(recipe.model):,} parameters; {peak / 1e12:.2f} TFLOP/s over {run.world_size} ranks ({source})")
 
@@ -67,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     validate = partial(validation_loss, engine, val_shards, run.micro_batch, args.val_images)
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
     cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
-    facts = {"recipe": run_to_dict(run)["recipe"], "data": data, "precision": run.precision}
     metrics = Metrics(args.run_dir, run, start_step, peak)
-    checkpoints = args.run_dir / "checkpoints"
     fit(engine, run, loader, autoregressive_loss, validate, metrics, cadence, checkpoints, facts, start_step)
     metrics.close()
     finish(args.run_dir, last_step == recipe.steps)
@@ -83,10 +100,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--config", type=Path, help="a run.json (or a recipe in JSON) to take the recipe from")
     parser.add_argument("--data", type=Path, help="directory of token shards")
     parser.add_argument("--run_dir", type=Path, help="where everything is written")
-    parser.add_argument("--ds_config", type=Path, default=Path("ds_configs/zero3_bf16.json"), help="how it fits the machines")
+    parser.add_argument("--ds_config", type=Path, default=DS_CONFIG, help="how it fits the machines")
     parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step, instead of the ds_config's")
     parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: from the newest complete checkpoint")
     parser.add_argument("--dry_run", action="store_true", help="print what the run would cost, and stop")
+    verify = "compare every shard's sha256 with its index before the first step"
+    parser.add_argument("--verify_shards", action=argparse.BooleanOptionalAction, default=True, help=verify)
     parser.add_argument("--val_split", default="val", help="split that the validation loss is measured on")
     parser.add_argument("--val_images", type=int, help="how many of its images, from the first; all when left out")
     parser.add_argument("--val_every", type=int, default=1000, help="steps between validation losses")
@@ -102,6 +121,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.dry_run and (args.data is None or args.run_dir is None):
         raise ValueError("--data and --run_dir are needed, except with --dry_run")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
     return args
 
 
@@ -126,22 +149,15 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
     return override(recipe, given | ({"betas": tuple(given["betas"])} if "betas" in given else {}))
 
 
-def prepare_run_dir(args: argparse.Namespace, run: Run, data: dict[str, Any]) -> None:
-    """Rank 0 makes or checks the run directory; all ranks stop with its error if it refuses."""
-    palette = args.data / "palette.npy"
-    dist.from_rank_0(lambda: run_dir.prepare(args.run_dir, run, data, palette, args.resume == "auto"))
-    say(json.dumps(run_to_dict(run), indent=1))
-
-
-def resume(engine: Any, args: argparse.Namespace) -> int:
+def resume(engine: Any, checkpoints: Path, facts: dict[str, Any]) -> int:
     """Loads the newest whole checkpoint that rank 0 finds; returns its step, or 0 where there is none."""
-    found = dist.from_rank_0(lambda: newest_checkpoint(args.run_dir / "checkpoints"))
-    if found is None:
-        return 0
-    checkpoint, manifest = found
-    load_checkpoint(engine, checkpoint, manifest)
-    say(f"resumed from {checkpoint}: {manifest['step']} steps, {manifest['images_seen']:,} images")
-    return int(manifest["step"])
+    found = dist.from_rank_0(lambda: newest_checkpoint(checkpoints))
+    step = int(found[1]["step"]) if found else 0
+    if found:
+        load_checkpoint(engine, *found, facts)
+    say(f"resumed from {found[0]}: {step} steps, {found[1]['images_seen']:,} images" if found else "nothing to resume: step 0")
+    dist.from_rank_0(lambda: set_aside_newer(checkpoints, step))
+    return step
 
 
 def finish(where: Path, finished: bool) -> None:

@@ -39,6 +39,11 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         if ranks:
             _leave(2)  # without parting, which would wait for ranks that may wait in a collective
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        if _joined_ranks():
+            _leave(130)
+        sys.exit(130)
     if ranks := _joined_ranks():
         ranks.destroy_process_group()
         _leave(0)

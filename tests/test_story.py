@@ -38,3 +38,7 @@ def test_the_story_from_images_to_pictures(launch: Any, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert "step 8/8" not in again.stdout
     assert len(read_results(out / "results.jsonl")) == 13
+
+    other = launch([*command, "--lr", "0.1"])  # and never shown as the result of something else
+    assert other.returncode == 2
+    assert "holds another story" in other.stderr

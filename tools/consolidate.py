@@ -14,6 +14,7 @@ import torch
 
 from igpt_ds import cli
 from igpt_ds.config import recipe_from_dict
+from igpt_ds.data.palette import load_palette
 from igpt_ds.files import sha256_file
 from igpt_ds.model.store import read_info, save_model
 from igpt_ds.model.transformer import Transformer
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{checkpoint / entry['name']} is damaged (sha256 differs); choose another --step")
 
     recipe = recipe_from_dict(manifest["recipe"], str(checkpoint / "manifest.json"))
+    palette = args.run_dir / "palette.npy"
+    if load_palette(palette).hash != manifest["data"]["palette_hash"]:
+        raise ValueError(f"{palette} is not the palette of the training shards; copy theirs to {args.run_dir}")
     weights = dict(whole_tensors(checkpoint, manifest["world_size"]))
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Transformer(recipe.model).state_dict().items()}
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "step": manifest["step"],
         "images_seen": manifest["images_seen"],
     }
-    save_model(args.out, weights, info, args.run_dir / "palette.npy")
+    save_model(args.out, weights, info, palette)
     size = sum(tensor.numel() for tensor in weights.values())
     print(f"{args.out}: step {manifest['step']}, {size:,} parameters, sha256 {read_info(args.out).model_hash[:16]}")
 

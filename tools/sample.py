@@ -20,6 +20,7 @@ from igpt_ds import cli
 from igpt_ds.data.images import save_grid
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards import ShardSet
+from igpt_ds.evaluate.features import pick_device
 from igpt_ds.model.sampling import sample
 from igpt_ds.model.store import load_model
 from igpt_ds.model.transformer import Transformer
@@ -58,8 +59,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, help="draw among the k likeliest colours only; all when left out")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     parser.add_argument("--scale", type=int, help="screen pixels for each image pixel; as many as make 64 when left out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to draw")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
     for name in ("rows", "columns", "completions", "scale"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -90,7 +92,7 @@ def completions(model: Transformer, palette: Palette, args: argparse.Namespace) 
     drawn = draw(model, originals[:, :half].repeat(args.completions, 1), args, "completions")
     given = decode(originals, palette, model)
     given_half = given.copy()
-    given_half[:, n_px // 2 :] = 128
+    given_half[:, n_px // 2 :] = 200  # not given
     return np.concatenate([given, given_half, decode(drawn, palette, model)])
 
 

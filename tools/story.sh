@@ -14,7 +14,14 @@ fi
 recipe=$1 source=$2 out=$3
 shift 3
 repo=$(cd "$(dirname "$0")/.." && pwd)
+[[ -d $repo/.venv/bin ]] && PATH=$repo/.venv/bin:$PATH
+asked="recipe $recipe, source $source, flags: $*"
 mkdir -p "$out"
+if [[ -e $out/story.txt && $(<"$out/story.txt") != "$asked" ]]; then
+  echo "story.sh: error: $out holds another story ($(<"$out/story.txt")); choose another directory" >&2
+  exit 2
+fi
+printf '%s\n' "$asked" >"$out/story.txt"
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus > 0)); then
@@ -30,6 +37,8 @@ from igpt_ds.config import get_recipe
 recipe = get_recipe(sys.argv[1])
 print(recipe.model.n_px, recipe.model.n_vocab, recipe.steps)' "$recipe")
 
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 say "palette and shards: $source at ${n_px}x${n_px}, $n_colors colours"
@@ -38,7 +47,7 @@ say "palette and shards: $source at ${n_px}x${n_px}, $n_colors colours"
   --name "${recipe%%_*}" --out "$out/shards"
 
 say "training: $recipe under ZeRO-3 on $ranks ranks"
-[[ -e $out/FINISHED ]] || OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" \
+[[ -e $out/FINISHED ]] || OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" \
   --run_dir "$out" --ds_config "$ds_config" --resume auto --val_every $((steps / 10)) --save_every $((steps / 4)) "$@"
 
 say "model dir"

@@ -263,7 +263,7 @@ class ShardSet:
             if not good.all():
                 bad = int(rows[~good][0])
                 where = f"{self.path / self._about[shard]['name']}: byte {bad * records.dtype.itemsize}"
-                raise ValueError(f"{where} does not begin image {ids[places][~good][0]} of {self.split}; {_AGAIN}")
+                raise ValueError(f"{where} does not hold image {ids[places][~good][0]} of {self.split}; {_AGAIN}")
             found.append((places, records))
         return found
 
@@ -271,6 +271,7 @@ class ShardSet:
         digits = (ids[:, None] // _POWERS % 10 + ord("0")).astype(np.uint8)
         good = (records["cls_digits"] == digits).all(axis=1) & (records["npy_digits"] == digits).all(axis=1)
         good &= (records["cls_suffix"] == b".cls") & (records["npy_suffix"] == b".npy")
+        good &= np.char.isdigit(records["label"]) & (records["tokens"] < self.n_vocab).all(axis=(1, 2))
         return good & (records["preamble"] == self._preamble).all(axis=1)
 
     def verify(self) -> None:

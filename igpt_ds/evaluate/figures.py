@@ -42,7 +42,7 @@ def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         color = _COLORS[models.index(one[0]["model_hash"]) % len(_COLORS)] if weights == "trained" else _GREY
         marker, line = ("o", "-") if one[0]["features"] == "normed" else ("s", "--")
         best = best_row(one)
-        text = f"{label(best, rows)} (best {100 * best['accuracy']:.1f})"
+        text = f"{label(best, rows)} (chosen {100 * best['accuracy']:.1f})"
         layers = [row["layer"] for row in one]
         axes.plot(layers, accuracies, color=color, linestyle=line, marker=marker, markersize=4, label=text)
         if weights == "trained":

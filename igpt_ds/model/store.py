@@ -65,7 +65,11 @@ def read_info(model_dir: Path) -> ModelInfo:
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"{path} has no {missing[0]!r}; consolidate the checkpoint again")
-    return ModelInfo(**{name: values[name] for name in names} | {"config": ModelConfig(**values["config"])})
+    try:
+        config = ModelConfig(**values["config"])
+    except TypeError as error:
+        raise ValueError(f"{path} holds no model shape: {error}; consolidate the checkpoint again") from None
+    return ModelInfo(**{name: values[name] for name in names} | {"config": config})
 
 
 def load_model(model_dir: Path) -> tuple[Transformer, ModelInfo]:

@@ -8,6 +8,7 @@ appears before the other ranks have finished. Called by train.py; the manifest i
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -70,12 +71,14 @@ def prune(directory: Path, keep_last: int, keep_every: int) -> None:
     for path in complete[: -max(1, keep_last)]:
         step = int(path.name.removeprefix("step-"))
         if not (keep_every and step % keep_every == 0):
-            shutil.rmtree(path)
+            doomed = path.with_name(f"{path.name}.partial")  # if this is killed half way, the next start removes the rest
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """All checkpoints, complete or not, from the oldest step to the newest."""
-    return sorted(path for path in directory.glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint} is not complete: it has no COMPLETE file; choose another step")
     path = checkpoint / "manifest.json"
     manifest = read_json(path, "checkpoint manifest")
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; read it with the code that wrote it")
     for entry in manifest["files"]:
         file = checkpoint / entry["name"]
@@ -109,13 +112,32 @@ def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any]) -> None:
+def set_aside_newer(directory: Path, step: int) -> None:
+    """Renames checkpoints of later steps to `.broken`: they were passed over, and must not count when old ones are pruned."""
+    for path in list_checkpoints(directory):
+        if int(path.name.removeprefix("step-")) > step:
+            broken = path.with_name(f"{path.name}.broken")
+            shutil.rmtree(broken, ignore_errors=True)
+            os.replace(path, broken)
+
+
+def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
     """Restores weights, optimizer and generators of every rank.
 
+    Args:
+        facts: what this run would write into a manifest.
+
     Raises:
-        SharedError: written by another number of ranks.
+        SharedError: written by another run, in another precision, or by another number of ranks.
         ValueError: one of this rank's files is not what was written.
     """
+    for name in ("precision", "recipe"):
+        if manifest[name] != facts[name]:
+            raise SharedError(
+                f"{checkpoint} is of {name} {manifest[name]} and this run of {facts[name]}; choose another --run_dir"
+            )
+    if manifest["data"]["dataset_hash"] != facts["data"]["dataset_hash"]:
+        raise SharedError(f"{checkpoint} was trained on other images than {facts['data']['path']}; name the shards of that run")
     if manifest["world_size"] != dist.world_size():
         ranks = manifest["world_size"]
         raise SharedError(f"{checkpoint} was written by {ranks} ranks and this run has {dist.world_size()}; start {ranks} ranks")

@@ -25,6 +25,8 @@ from igpt_ds.train.engine import take_step
 from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.schedule import learning_rate
 
+MAX_SKIPS = 10
+
 
 @dataclass(frozen=True)
 class Cadence:
@@ -61,29 +63,38 @@ def fit(
     """
     recipe = run.recipe
     stream = loader.stream(start_step * recipe.batch_images)
+    skips_in_a_row, skipped_before = 0, engine.skipped_steps
     if start_step == 0:
         metrics.validation(0, validate())
     for step in range(start_step + 1, cadence.last_step + 1):
         micro_batches = [next(stream)[0].to(engine.device, non_blocking=True) for _ in range(run.accumulation)]
         lr = learning_rate(recipe, step - 1)
         loss = take_step(engine, micro_batches, loss_function, lr)
-        if cadence.due(cadence.log_every, step):
+        skips_in_a_row = skips_in_a_row + 1 if engine.skipped_steps > skipped_before else 0
+        skipped_before = engine.skipped_steps
+        log, save = cadence.due(cadence.log_every, step), cadence.due(cadence.save_every, step)
+        if log or save:
             mean_loss = float(dist.sum_over_ranks(loss)) / run.world_size
-            refuse_non_finite(mean_loss, step, lr, checkpoints)
+            refuse_lost_run(mean_loss, skips_in_a_row, step, lr, checkpoints)
+        if log:
             metrics.training(step, mean_loss, lr, float(engine.get_global_grad_norm()), engine.skipped_steps)
         if cadence.due(cadence.val_every, step):
             metrics.validation(step, validate())
-        if cadence.due(cadence.save_every, step):
+        if save:
             where = facts | {"step": step, "images_seen": step * recipe.batch_images}
             save_checkpoint(engine, checkpoints, where, cadence.keep_last, cadence.keep_every)
             metrics.restart_clock(step)
 
 
-def refuse_non_finite(loss: float, step: int, lr: float, checkpoints: Path) -> None:
-    """Stops a run whose loss is no number any more, before a checkpoint of it replaces a good one."""
-    if not math.isfinite(loss):
+def refuse_lost_run(loss: float, skips_in_a_row: int, step: int, lr: float, checkpoints: Path) -> None:
+    """Stops a run that learns nothing any more, before a checkpoint of it replaces a good one.
+
+    DeepSpeed skips the update of a step whose gradient is not finite; a few such steps are bad luck, MAX_SKIPS in a row are not.
+    """
+    if not math.isfinite(loss) or skips_in_a_row >= MAX_SKIPS:
         raise SharedError(
-            f"the loss of step {step} is {loss} at lr {lr:.2e}; the last good state is in {checkpoints}: "
+            f"the loss of step {step} is {loss} at lr {lr:.2e}, after {skips_in_a_row} skipped steps in a row; "
+            f"the last good state is in {checkpoints}: "
             "start again with a lower --lr (paper A.1: too high a rate gives an irrecoverable spike)"
         )
 

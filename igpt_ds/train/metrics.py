@@ -63,6 +63,7 @@ class Metrics:
         self._say(
             f"step {step}/{recipe.steps} | loss {loss:.4f} nats/token | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
             f"{images_per_s:.1f} images/s | MFU {100 * mfu:.1f} % | {memory:.2f} GiB"
+            + (f" | {skipped_steps} steps skipped" if skipped_steps else "")
         )
 
     def validation(self, step: int, val_loss: float) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds.config import Recipe, Run, recipe_from_dict, run_to_dict
-from igpt_ds.files import read_json, write_json
+from igpt_ds.files import atomic_file, read_json, write_json
 from igpt_ds.provenance import git_commit
 
 FORMAT, VERSION = "igpt_ds.run", 1
 
 
-def prepare(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: bool) -> None:
-    """Makes the run directory, or checks that the one that is there belongs to this run.
+def check(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: bool) -> None:
+    """Checks that the run directory is new or belongs to this run; writes nothing but the directory itself.
 
     Args:
         data: what identifies the training data: dataset_hash, palette_hash, path.
@@ -26,20 +26,28 @@ def prepare(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume
 
     Raises:
         ValueError: the directory holds another run's config (the first difference is named), or a run that was not to be
-            continued, or another palette.
+            continued, or another palette, or checkpoints of nobody knows which run.
     """
     path = run_dir / "run.json"
     if path.exists():
         _check_same(read_run(run_dir), run, data, path)
         if not resume:
             raise ValueError(f"{run_dir} holds a run already; continue it with --resume auto or choose another --run_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    elif (run_dir / "checkpoints").exists():
+        raise ValueError(f"{run_dir} holds checkpoints but no run.json to say of which run; choose another --run_dir")
     copy = run_dir / "palette.npy"
     if copy.exists() and copy.read_bytes() != palette.read_bytes():
         raise ValueError(f"{copy} is another palette than {palette}; choose another --run_dir")
-    shutil.copyfile(palette, copy)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path) -> None:
+    """Writes down which run this is, once it is known to start: run.json and the palette. Clears what a killed save left."""
+    if not (run_dir / "palette.npy").exists():
+        with atomic_file(run_dir / "palette.npy") as file:
+            file.write(palette.read_bytes())
     header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": data}
-    write_json(path, header | run_to_dict(run))
+    write_json(run_dir / "run.json", header | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(torn)
 

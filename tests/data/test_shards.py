@@ -277,18 +277,19 @@ def test_shard_too_short_for_its_images(damaged):
         ShardSet(damaged, "train")
 
 
-@pytest.mark.parametrize("offset", [0, 8, 11, 1024, 1032, 1034, 1536, 1600])  # names and preambles of image 3's two members
+# Names and preambles of image 3's two members, its label, and the upper byte of its first token, which no palette has.
+@pytest.mark.parametrize("offset", [0, 8, 11, 512, 1024, 1032, 1034, 1536, 1600, 1665])
 def test_an_image_at_the_wrong_place(damaged, offset):
     place = 3 * 2048 + offset
     with open(damaged / "train-000000.tar", "r+b") as shard:
         shard.seek(place)
         byte = shard.read(1)
         shard.seek(place)
-        shard.write(bytes([byte[0] ^ 1]))
+        shard.write(bytes([byte[0] ^ 0x41]))
     shards = ShardSet(damaged, "train")
     shards.tokens(np.array([2, 4]))
     for read in (shards.tokens, shards.labels):
-        message = r"train-000000.tar: byte 6144 does not begin image 3 of train; make the shards again with tools/make_shards.py"
+        message = r"train-000000.tar: byte 6144 does not hold image 3 of train; make the shards again with tools/make_shards.py"
         with pytest.raises(ValueError, match=message):
             read(np.array([0, 3, 8]))
 

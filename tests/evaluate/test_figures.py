@@ -54,9 +54,9 @@ def test_layer_curve(tmp_path, drawn):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     axes = drawn[0]
     assert texts(axes) == [
-        "trained to step 100, normed (best 90.0)",
-        "trained to step 100, raw (best 87.0)",
-        "untrained, normed (best 60.0)",
+        "trained to step 100, normed (chosen 90.0)",
+        "trained to step 100, raw (chosen 87.0)",
+        "untrained, normed (chosen 60.0)",
         "raw pixels (60.0)",
     ]
     assert (axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()) == ("a title", "layer", "val accuracy (%)")

@@ -16,7 +16,7 @@ from igpt_ds.data.shards import ShardSet
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.train.checkpoint import save_checkpoint
 from igpt_ds.train.engine import build_engine, start_ranks, take_step
-from igpt_ds.train.run_dir import prepare, read_recipe
+from igpt_ds.train.run_dir import read_recipe, record
 
 
 def main(_: object) -> None:
@@ -31,7 +31,7 @@ def main(_: object) -> None:
         take_step(engine, [next(stream)[0]], autoregressive_loss, lr=0.01)
     facts = {"path": str(data), "dataset_hash": shards.dataset_hash, "palette_hash": shards.palette_hash}
     if dist.rank() == 0:
-        prepare(out, run, facts, data / "palette.npy", resume=False)
+        record(out, run, facts, data / "palette.npy")
     dist.barrier()
     manifest = {"step": 3, "images_seen": 36, "recipe": recipe_to_dict(recipe), "data": facts}
     save_checkpoint(engine, out / "checkpoints", manifest, keep_last=1, keep_every=0)

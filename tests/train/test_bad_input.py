@@ -51,6 +51,14 @@ def test_shards_that_do_not_fit_the_recipe(main: Any, command: Command) -> None:
         main(command("run", "--n_vocab", "16"))
 
 
+@pytest.mark.parametrize(
+    ("flag", "least"), [("val_images", 1), ("stop_at_step", 1), ("save_every", 0), ("keep_last", 1), ("seed", 0)]
+)
+def test_numbers_that_are_too_small(main: Any, command: Command, flag: str, least: int) -> None:
+    with pytest.raises(ValueError, match=f"--{flag} {least - 1} must be at least {least}"):
+        main(command("run", f"--{flag}", str(least - 1)))
+
+
 def test_torn_shard(main: Any, command: Command, tiny_dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_dataset, tmp_path / "torn")
     shard = tmp_path / "torn" / "train-000000.tar"

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.train.checkpoint import checkpoint_name, list_checkpoints, newest_checkpoint, prune, read_manifest
+from igpt_ds.cli import SharedError
+from igpt_ds.train.checkpoint import (
+    checkpoint_name,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    prune,
+    read_manifest,
+    set_aside_newer,
+)
 
 
 def make(directory: Path, step: int) -> Path:
@@ -67,6 +76,34 @@ def test_pruning_keeps_the_last_and_every_kth(tmp_path: Path) -> None:
         make(tmp_path, step)
     prune(tmp_path, keep_last=2, keep_every=300)
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in (300, 600, 800, 900)]
+
+
+def test_checkpoints_of_later_steps_are_set_aside(tmp_path: Path) -> None:
+    """Else a damaged one, passed over when a run resumed, would outlive the good ones when old ones are pruned."""
+    for step in (100, 200, 300):
+        make(tmp_path, step)
+    (tmp_path / "step-00000100.bak").mkdir()
+    set_aside_newer(tmp_path, 100)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(100)]
+    assert (tmp_path / f"{checkpoint_name(300)}.broken" / "COMPLETE").exists()
+
+
+class NoEngine:
+    """Whatever is asked of it is a failure: nothing may be loaded."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "bf16"}, "is of precision fp32 and this run of bf16"),
+        ({"recipe": {"lr": 2}}, r"is of recipe \{'lr': 1\} and this run of \{'lr': 2\}"),
+        ({"data": {"dataset_hash": "b", "path": "shards"}}, "was trained on other images than shards"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    facts = {"precision": "fp32", "recipe": {"lr": 1}, "data": {"dataset_hash": "a", "path": "shards"}}
+    with pytest.raises(SharedError, match=message):
+        load_checkpoint(NoEngine(), tmp_path, facts | {"world_size": 1, "files": []}, facts | changes)
 
 
 def test_pruning_never_removes_the_newest_complete_one(tmp_path: Path) -> None:

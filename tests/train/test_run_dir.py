@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt_ds.config import Recipe, join, recipe_to_dict
+from igpt_ds.config import Recipe, Run, join, recipe_to_dict
 from igpt_ds.train import run_dir
 
 DATA = {"path": "shards", "dataset_hash": "d", "palette_hash": "p"}
@@ -20,9 +20,14 @@ def palette(tmp_path: Path) -> Path:
     return tmp_path / "palette.npy"
 
 
+def start(where: Path, run: Run, palette: Path, resume: bool = False, data: dict[str, str] = DATA) -> None:
+    run_dir.check(where, run, data, palette, resume)
+    run_dir.record(where, run, data, palette)
+
+
 def test_a_run_is_written_down_and_can_be_given_back(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
     where = tmp_path / "runs" / "a"
-    run_dir.prepare(where, join(recipe, ZERO, 2), DATA, palette, resume=False)
+    start(where, join(recipe, ZERO, 2), palette, resume=False)
     assert run_dir.read_recipe(where / "run.json") == recipe
     assert run_dir.read_run(where)["ds_config"]["gradient_accumulation_steps"] == 1
     assert (where / "palette.npy").read_bytes() == palette.read_bytes()
@@ -30,22 +35,28 @@ def test_a_run_is_written_down_and_can_be_given_back(tmp_path: Path, recipe: Rec
 
 def test_the_same_run_continues_only_when_asked(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
     where, run = tmp_path / "a", join(recipe, ZERO, 2)
-    run_dir.prepare(where, run, DATA, palette, resume=False)
+    start(where, run, palette, resume=False)
     (where / "checkpoints" / "step-00000004.partial").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds a run already; continue it with --resume auto"):
-        run_dir.prepare(where, run, DATA, palette, resume=False)
-    run_dir.prepare(where, run, DATA, palette, resume=True)
+        start(where, run, palette, resume=False)
+    start(where, run, palette, resume=True)
     assert not (where / "checkpoints" / "step-00000004.partial").exists()
 
 
 def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
     where = tmp_path / "a"
-    run_dir.prepare(where, join(recipe, ZERO, 2), DATA, palette, resume=False)
+    start(where, join(recipe, ZERO, 2), palette, resume=False)
     other = join(dataclasses.replace(recipe, lr=0.02), ZERO, 2)
     with pytest.raises(ValueError, match=r"run.json is of another run: lr is 0.01 there and 0.02 here"):
-        run_dir.prepare(where, other, DATA, palette, resume=True)
+        start(where, other, palette, resume=True)
     with pytest.raises(ValueError, match=r"dataset_hash is d there and e here"):
-        run_dir.prepare(where, join(recipe, ZERO, 2), DATA | {"dataset_hash": "e"}, palette, resume=True)
+        start(where, join(recipe, ZERO, 2), palette, True, DATA | {"dataset_hash": "e"})
+
+
+def test_checkpoints_of_nobody_knows_which_run_are_refused(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds checkpoints but no run\.json"):
+        start(tmp_path / "a", join(recipe, ZERO, 2), palette, resume=True)
 
 
 def test_another_palette_is_not_overwritten(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
@@ -53,7 +64,7 @@ def test_another_palette_is_not_overwritten(tmp_path: Path, recipe: Recipe, pale
     where.mkdir()
     np.save(where / "palette.npy", np.ones((8, 3), np.float32))
     with pytest.raises(ValueError, match=r"palette.npy is another palette than"):
-        run_dir.prepare(where, join(recipe, ZERO, 2), DATA, palette, resume=True)
+        start(where, join(recipe, ZERO, 2), palette, resume=True)
 
 
 def test_files_that_are_no_run_are_refused(tmp_path: Path, recipe: Recipe) -> None:
