@@ -16,7 +16,7 @@ def test_a_run_that_learns_nothing_any_more_stops(loss: float, skips: int) -> No
 
 
 def test_a_few_skipped_steps_are_no_reason() -> None:
-    refuse_lost_run(2.0, MAX_SKIPS - 1, 7, 0.1, Path("runs/a/checkpoints"))
+    assert refuse_lost_run(2.0, MAX_SKIPS - 1, 7, 0.1, Path("runs/a/checkpoints")) is None
 
 
 def test_the_last_step_is_always_due() -> None:
