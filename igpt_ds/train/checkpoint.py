@@ -128,8 +128,8 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any], fac
         facts: what this run would write into a manifest.
 
     Raises:
-        SharedError: written by another run, in another precision, or by another number of ranks.
-        ValueError: one of this rank's files is not what was written.
+        SharedError: written by another run, in another precision, or by another number of ranks; or a file of some rank is not
+            what was written.
     """
     for name in ("precision", "recipe"):
         if manifest[name] != facts[name]:
@@ -141,8 +141,10 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any], fac
     if manifest["world_size"] != dist.world_size():
         ranks = manifest["world_size"]
         raise SharedError(f"{checkpoint} was written by {ranks} ranks and this run has {dist.world_size()}; start {ranks} ranks")
-    for entry in manifest["files"]:
-        if f"zero_pp_rank_{dist.rank()}_" in entry["name"] and sha256_file(checkpoint / entry["name"]) != entry["sha256"]:
-            raise ValueError(f"{checkpoint / entry['name']} is damaged (sha256 differs); remove {checkpoint} and resume again")
+    mine = [entry for entry in manifest["files"] if f"zero_pp_rank_{dist.rank()}_" in entry["name"]]
+    damaged = [entry["name"] for entry in mine if sha256_file(checkpoint / entry["name"]) != entry["sha256"]]
+    damaged = [name for names in dist.gather_objects(damaged) for name in names]  # all ranks stop, or none
+    if damaged:
+        raise SharedError(f"{checkpoint / damaged[0]} is damaged (sha256 differs); remove {checkpoint} and resume again")
     _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     restore_rng(client_state["igpt_ds/rng"])

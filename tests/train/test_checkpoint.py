@@ -106,6 +106,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[st
         load_checkpoint(NoEngine(), tmp_path, facts | {"world_size": 1, "files": []}, facts | changes)
 
 
+def test_a_file_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path, 100)
+    facts = {"precision": "fp32", "recipe": {}, "data": {"dataset_hash": "a", "path": "shards"}}
+    manifest = read_manifest(path) | facts | {"world_size": 1}
+    with pytest.raises(SharedError, match=r"zero_pp_rank_0_mp_rank_00_optim_states\.pt is damaged \(sha256 differs\)"):
+        load_checkpoint(NoEngine(), path, manifest, facts)
+
+
 def test_pruning_never_removes_the_newest_complete_one(tmp_path: Path) -> None:
     make(tmp_path, 100)
     (make(tmp_path, 200) / "COMPLETE").unlink()
