@@ -129,7 +129,7 @@ def test_an_error_reaches_the_consumer_at_its_batch(tmp_path, memory, palette8):
     stream = Loader(ShardSet(tmp_path / "out", "train"), 2, 2).stream(0)
     for _ in range(3):
         next(stream)
-    with pytest.raises(ValueError, match=rf"does not begin image {order[7]} of train"):
+    with pytest.raises(ValueError, match=rf"does not hold image {order[7]} of train"):
         next(stream)
     assert not loader_threads()
 
