@@ -107,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     verify = "compare every shard's sha256 with its index before the first step"
     parser.add_argument("--verify_shards", action=argparse.BooleanOptionalAction, default=True, help=verify)
     parser.add_argument("--val_split", default="val", help="split that the validation loss is measured on")
-    parser.add_argument("--val_images", type=int, help="how many of its images, from the first; all when left out")
+    parser.add_argument("--val_images", type=int, help="how many of its images, evenly spread; all when left out")
     parser.add_argument("--val_every", type=int, default=1000, help="steps between validation losses")
     parser.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--keep_last", type=int, default=2, help="how many of the newest checkpoints to keep")

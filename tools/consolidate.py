@@ -15,10 +15,9 @@ import torch
 from igpt_ds import cli
 from igpt_ds.config import recipe_from_dict
 from igpt_ds.data.palette import load_palette
-from igpt_ds.files import sha256_file
 from igpt_ds.model.store import read_info, save_model
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.checkpoint import checkpoint_name, newest_checkpoint, read_manifest
+from igpt_ds.train.checkpoint import checkpoint_name, damaged_files, newest_checkpoint, read_manifest
 from igpt_ds.train.zero_files import whole_tensors
 
 
@@ -39,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         checkpoint = directory / checkpoint_name(args.step)
         manifest = read_manifest(checkpoint)
-    for entry in manifest["files"]:
-        if sha256_file(checkpoint / entry["name"]) != entry["sha256"]:
-            raise ValueError(f"{checkpoint / entry['name']} is damaged (sha256 differs); choose another --step")
+    if damaged := damaged_files(checkpoint, manifest["files"]):
+        raise ValueError(f"{checkpoint / damaged[0]} is damaged (sha256 differs); choose another --step")
 
     recipe = recipe_from_dict(manifest["recipe"], str(checkpoint / "manifest.json"))
     palette = args.run_dir / "palette.npy"

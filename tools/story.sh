@@ -18,10 +18,9 @@ repo=$(cd "$(dirname "$0")/.." && pwd)
 asked="recipe $recipe, source $source, flags: $*"
 mkdir -p "$out"
 if [[ -e $out/story.txt && $(<"$out/story.txt") != "$asked" ]]; then
-  echo "story.sh: error: $out holds another story ($(<"$out/story.txt")); choose another directory" >&2
+  echo "story.sh: error: $out holds another story ($(<"$out/story.txt")); choose another directory, or remove this one" >&2
   exit 2
 fi
-printf '%s\n' "$asked" >"$out/story.txt"
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus > 0)); then
@@ -43,12 +42,13 @@ say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 say "palette and shards: $source at ${n_px}x${n_px}, $n_colors colours"
 [[ -e $out/palette.npy ]] || python "$repo/tools/fit_palette.py" --source "$source" --n_px "$n_px" --n_colors "$n_colors" --out "$out/palette.npy"
+printf '%s\n' "$asked" >"$out/story.txt" # now that recipe and source are known to be there
 [[ -e $out/shards ]] || python "$repo/tools/make_shards.py" --source "$source" --n_px "$n_px" --palette "$out/palette.npy" \
   --name "${recipe%%_*}" --out "$out/shards"
 
 say "training: $recipe under ZeRO-3 on $ranks ranks"
-[[ -e $out/FINISHED ]] || OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" \
-  --run_dir "$out" --ds_config "$ds_config" --resume auto --val_every $((steps / 10)) --save_every $((steps / 4)) "$@"
+[[ -e $out/FINISHED ]] || OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --master_port "$port" \
+  --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" --run_dir "$out" --ds_config "$ds_config" --resume auto --val_every $((steps / 10)) --save_every $((steps / 4)) "$@"
 
 say "model dir"
 [[ -e $out/model ]] || python "$repo/tools/consolidate.py" --run_dir "$out" --out "$out/model"

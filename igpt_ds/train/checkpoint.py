@@ -51,8 +51,6 @@ def save_checkpoint(engine: Any, directory: Path, facts: dict[str, Any], keep_la
         write_json(partial / "manifest.json", header | facts | {"files": files})
         with atomic_file(partial / "COMPLETE", "w") as file:
             file.write(f"{len(files)} files\n")
-        if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
         os.replace(partial, final)
         fsync_path(directory)
         prune(directory, keep_last, keep_every)
@@ -102,6 +100,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def damaged_files(checkpoint: Path, entries: list[dict[str, Any]]) -> list[str]:
+    """The names of those of a manifest's files that do not hold what was written, by their sha256."""
+    return [entry["name"] for entry in entries if sha256_file(checkpoint / entry["name"]) != entry["sha256"]]
+
+
 def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint and its manifest; each newer one that is damaged is named on stderr."""
     for checkpoint in reversed(list_checkpoints(directory)):
@@ -142,8 +145,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any], fac
         ranks = manifest["world_size"]
         raise SharedError(f"{checkpoint} was written by {ranks} ranks and this run has {dist.world_size()}; start {ranks} ranks")
     mine = [entry for entry in manifest["files"] if f"zero_pp_rank_{dist.rank()}_" in entry["name"]]
-    damaged = [entry["name"] for entry in mine if sha256_file(checkpoint / entry["name"]) != entry["sha256"]]
-    damaged = [name for names in dist.gather_objects(damaged) for name in names]  # all ranks stop, or none
+    damaged = [name for names in dist.gather_objects(damaged_files(checkpoint, mine)) for name in names]  # all stop, or none
     if damaged:
         raise SharedError(f"{checkpoint / damaged[0]} is damaged (sha256 differs); remove {checkpoint} and resume again")
     _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

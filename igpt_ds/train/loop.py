@@ -100,7 +100,7 @@ def refuse_lost_run(loss: float, skips_in_a_row: int, step: int, lr: float, chec
 
 
 def validation_loss(engine: Any, shards: ShardSet, micro_batch: int, val_images: int | None) -> float:
-    """The mean nats per token over the first val_images of the split (None: all), in order, without augmentation.
+    """The mean nats per token over val_images of the split, evenly spread (None: all), without augmentation.
 
     Every rank makes the same number of forward passes, as ZeRO-3 needs; the result is the same for any number of ranks up
     to rounding.
