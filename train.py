@@ -6,6 +6,9 @@ starts it on every GPU of this machine; `deepspeed --num_gpus 2` on two, or on t
 `torchrun`, `srun python train.py` and plain `python train.py` work as well. After an interruption the same command with
 `--resume auto` goes on from the newest complete checkpoint as if nothing had happened. `--dry_run` prints what the run
 would cost and stops. Any knob of the recipe can be set by its name (`--lr 0.001 --n_layer 12`).
+
+Several directories after `--data` are mixed in one order, by `--data_weights`. The validation loss is that of the first one.
+Where training shards cannot be mapped, `--stream 'pipe:curl -sf https://host/{shard}'` reads them in sequence.
 """
 
 from __future__ import annotations
@@ -14,15 +17,20 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from igpt_ds import cli, dist, plan
-from igpt_ds.config import ModelConfig, Recipe, get_recipe, join, load_ds_config, override, run_to_dict
-from igpt_ds.data.loader import Loader, check_shards
+from igpt_ds.config import ModelConfig, Recipe, Run, get_recipe, join, load_ds_config, override, run_to_dict
+from igpt_ds.data.loader import Batches, Loader, check_shards
+from igpt_ds.data.mixture import MAX_BAD, ON_BAD, Mixture, open_mixture
 from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 from igpt_ds.files import atomic_file
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.train import run_dir
@@ -55,17 +63,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan.describe(recipe, run.world_size, run.micro_batch, run.accumulation, run.precision, run.activation_checkpointing)
         )
         return
-    train_shards, val_shards = (ShardSet(args.data, split) for split in ("train", args.val_split))
-    check_shards(train_shards, recipe.model)
+    images, val_shards = open_images(args), ShardSet(args.data[0], args.val_split)
+    check_shards(images, recipe.model)
+    check_shards(val_shards, recipe.model)
 
     device = start_ranks()
-    data = {"path": str(args.data), "dataset_hash": train_shards.dataset_hash, "palette_hash": train_shards.palette_hash}
+    data = images.facts()
     facts = {"recipe": run_to_dict(run)["recipe"], "data": data, "precision": run.precision}
-    palette, checkpoints = args.data / "palette.npy", args.run_dir / "checkpoints"
+    palette, checkpoints = args.data[0] / "palette.npy", args.run_dir / "checkpoints"
     dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, args.resume == "auto"))
     if args.verify_shards:
-        dist.from_rank_0(train_shards.verify)
-        dist.from_rank_0(val_shards.verify)
+        verify(images, val_shards)
     say(json.dumps(run_to_dict(run), indent=1))
     engine = build_engine(run)
     start_step = resume(engine, checkpoints, facts) if args.resume == "auto" else 0
@@ -73,16 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     peak, source = peak_of_all_ranks(device, run.precision)
     say(f"{plan.parameters(recipe.model):,} parameters; {peak / 1e12:.2f} TFLOP/s over {run.world_size} ranks ({source})")
 
-    loader = Loader(
-        train_shards,
-        batch_images=recipe.batch_images,
-        micro_batch=run.micro_batch,
-        rank=dist.rank(),
-        world_size=run.world_size,
-        seed=recipe.seed,
-        augment_pad=recipe.augment_pad,
-        augment_flip=recipe.augment_flip,
-    )
+    loader = batches(images, run)
     validate = partial(validation_loss, engine, val_shards, run.micro_batch, args.val_images)
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
     cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
@@ -98,7 +97,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="name of a recipe")
     what.add_argument("--config", type=Path, help="a run.json (or a recipe in JSON) to take the recipe from")
-    parser.add_argument("--data", type=Path, help="directory of token shards")
+    parser.add_argument("--data", type=Path, nargs="+", help="directories of token shards; validation is on the first one's")
+    parser.add_argument(
+        "--data_weights", type=float, nargs="+", help="how often each of --data is seen; default: by their images"
+    )
+    parser.add_argument("--exclude", type=Path, nargs="+", default=[], help="lists of training images to leave out")
+    parser.add_argument(
+        "--on_bad", choices=ON_BAD, default="stop", help="skip: take the next image for a damaged one, and say so"
+    )
+    parser.add_argument("--max_bad", type=float, default=MAX_BAD, help="fraction of a dataset's images that may be skipped")
+    parser.add_argument("--stream", metavar="URL", help="read training shards in sequence from URL with {shard} for their names")
     parser.add_argument("--run_dir", type=Path, help="where everything is written")
     parser.add_argument("--ds_config", type=Path, default=DS_CONFIG, help="how it fits the machines")
     parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step, instead of the ds_config's")
@@ -125,6 +133,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
+    if not 0 <= args.max_bad < 1:
+        raise ValueError(f"--max_bad {args.max_bad:g} must be at least 0 and below 1")
+    if args.stream and (len(args.data or ()) > 1 or args.exclude or args.data_weights or args.on_bad == "skip"):
+        raise ValueError("--stream takes one --data as it is, without --data_weights, --exclude and --on_bad skip")
     return args
 
 
@@ -147,6 +159,40 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
     recipe = get_recipe(args.recipe) if args.recipe else run_dir.read_recipe(args.config)
     given = {field.name: getattr(args, field.name) for field in knob_fields() if getattr(args, field.name) is not None}
     return override(recipe, given | ({"betas": tuple(given["betas"])} if "betas" in given else {}))
+
+
+def open_images(args: argparse.Namespace) -> Mixture | ShardStream:
+    """The training images: mapped shards, or a stream where --stream says so."""
+    if args.stream:
+        return ShardStream(args.data[0], args.stream)
+    return open_mixture(args.data, args.data_weights, args.exclude, args.on_bad, args.max_bad)
+
+
+def verify(images: Mixture | ShardStream, val_shards: ShardSet) -> None:
+    """Reads all shards before the first step. With --on_bad skip the ranks divide the images, and damaged ones are left out."""
+    if isinstance(images, Mixture) and images.on_bad == "skip":
+        parts = dist.gather_objects(images.damaged(dist.rank(), dist.world_size()))
+        try:
+            images.skip([np.sort(np.concatenate(ids)) for ids in zip(*parts, strict=True)], aloud=dist.rank() == 0)
+        except ValueError as error:
+            raise cli.SharedError(str(error)) from None  # every rank counts the same
+        say(f"{images.n_skipped} of {images.n_images:,} training images are damaged and skipped")
+    elif isinstance(images, Mixture):
+        for shards in images.shard_sets:
+            dist.from_rank_0(shards.verify)
+    dist.from_rank_0(val_shards.verify)
+
+
+def batches(images: Mixture | ShardStream, run: Run) -> Batches:
+    """This rank's training batches, without labels."""
+    recipe = run.recipe
+    layout: dict[str, Any] = {"rank": dist.rank(), "world_size": run.world_size, "seed": recipe.seed, "with_labels": False}
+    augmentation: dict[str, Any] = {"augment_pad": recipe.augment_pad, "augment_flip": recipe.augment_flip}
+    if isinstance(images, Mixture):
+        return Loader(images, recipe.batch_images, run.micro_batch, **layout, **augmentation)
+    if dist.rank() == 0:
+        print(LIMITS, file=sys.stderr, flush=True)
+    return StreamLoader(images, recipe.batch_images, run.micro_batch, **layout, **augmentation)
 
 
 def resume(engine: Any, checkpoints: Path, facts: dict[str, Any]) -> int:

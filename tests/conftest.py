@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from igpt_ds.config import ModelConfig
+from igpt_ds.data.images import decode_image
 from igpt_ds.data.palette import fit_palette
-from igpt_ds.data.shards import write_dataset
+from igpt_ds.data.shard_writer import write_dataset
 from igpt_ds.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +73,8 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
     """Shards of the tiny images with a palette of 8 colours, splits train and val; read only."""
     source = open_source(f"imagefolder:{tiny_images}")
-    pixels = np.concatenate([image.reshape(-1, 3) for _, image, _ in source])
+    images = [decode_image(file.read_bytes()) for file in sorted(tiny_images.rglob("*.png"))]
+    pixels = np.concatenate([image.reshape(-1, 3) for image in images])
     palette, _ = fit_palette(pixels, 8, seed=0)
     directory = tmp_path_factory.mktemp("tiny") / "shards"
     write_dataset(directory, source, palette, 4, val_fraction=0.25, images_per_shard=16)

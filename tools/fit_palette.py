@@ -1,55 +1,182 @@
 """Fits a palette to the pixels of a source by k-means (paper 3.2) and writes it as .npy, float32 [n_colors, 3] in [-1, 1].
 
-All images of the source count, each made n_px x n_px first when --n_px is given, as the shards will be.
+Only the source's train images count, each cut and resized as the shards will be when --n_px is given. Beside the palette
+stands its report, palette.json for palette.npy: hash, inertia, PSNR and what it was fitted to.
 
-    python tools/fit_palette.py --source imagefolder:cifar/train --n_px 32 --n_colors 512 --out palette.npy
+    python tools/fit_palette.py --source cifar10:cifar-10-batches-py --n_px 32 --n_colors 512 --out palette.npy
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import heapq
+import itertools
+import json
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from igpt_ds import cli
-from igpt_ds.data.images import DEFAULT_FILTER, FILTERS, fit_to_square
-from igpt_ds.data.palette import ColorCounts, fit_colors, save_palette
-from igpt_ds.data.sources import DEFAULT_MAX_BAD, open_source
+from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, save_grid, square
+from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, load_palette, report_path, save_palette
+from igpt_ds.data.shard_writer import DEFAULT_MAX_BAD
+from igpt_ds.data.sources import Entry, open_source
+
+_BATCH = 64  # images a worker is given at a time
+_SWATCH_COLUMNS, _N_PREVIEW, _PREVIEW_PX = 32, 12, 64
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Counts colours, clusters them, writes the palette, prints what it is worth."""
+    """Counts colours, clusters them, writes the palette and its pictures, prints what it is worth."""
+    args = _arguments(argv)
+    source = open_source(args.source)
+    entries = _chosen(source.entries(), args.max_images, args.seed)
+    counts, start, n_images, n_bad = ColorCounts(), time.perf_counter(), 0, 0
+    worst = ""
+    batches = _batches(entries)
+    jobs = ((source.name, batch, args.n_px, args.crop, args.filter, args.seed) for batch in batches)
+    with tqdm(desc="colours", unit=" images", leave=False, disable=None) as bar:
+        for codes, number, n, errors in _results(_count, jobs, args.workers):
+            counts.add_codes(codes, number)
+            n_images, n_bad = n_images + n, n_bad + len(errors)
+            worst = worst or next(iter(errors), "")
+            bar.update(n + len(errors))
+    if n_bad > args.max_bad * (n_images + n_bad):
+        raise ValueError(
+            f"{n_bad} of {n_images + n_bad} images are unreadable, more than --max_bad {args.max_bad:g}; the first: {worst}"
+        )
+    if not n_images:
+        raise ValueError(f"source {args.source} lists no train images to fit a palette to")
+    counted = time.perf_counter()
+    palette, report = fit_colors(*counts.weighted(args.max_pixels, args.seed), args.n_colors, args.seed)
+    made = {"seed": args.seed, "source": source.name, "n_px": args.n_px, "crop": args.crop, "filter": args.filter}
+    save_palette(args.out, palette, report | made | {"n_images": n_images})
+    palette = load_palette(args.out)
+    fitted = time.perf_counter()
+    if args.swatch:
+        save_grid(args.swatch, palette.decode(np.arange(len(palette)))[:, None, None], _SWATCH_COLUMNS, scale=16)
+    if args.preview:
+        _preview(args, source.name, palette)
+
+    print(f"images      {n_images} at {n_images / (counted - start):.0f}/s, {n_bad} unreadable")
+    print(f"pixels      {report['n_pixels']} of {counts.n_pixels} clustered, {report['n_unique']} different colours")
+    print(f"palette     {len(palette)} colours in {fitted - counted:.1f} s: {args.out}, {report_path(args.out).name}")
+    print(f"inertia     {report['inertia']:.6g} (model space)   PSNR {report['psnr']:.2f} dB")
+    print(f"hash        {palette.hash}")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--source", required=True, help="digits: or imagefolder:DIR")
+    parser.add_argument("--source", required=True, help="such as cifar10:PATH, imagenet:DIR, imagefolder:DIR or digits:")
     parser.add_argument("--out", type=Path, required=True, help="the palette file, .npy")
     parser.add_argument("--n_colors", type=int, default=512, help="colours of the palette, the model's n_vocab")
     parser.add_argument("--n_px", type=int, help="make the images n_px x n_px first; as they are when left out")
-    parser.add_argument("--filter", choices=list(FILTERS), default=DEFAULT_FILTER, help="resizing filter")
+    parser.add_argument("--crop", choices=CROPS, default="none", help="how an image becomes a square (paper 3.1)")
+    parser.add_argument("--filter", choices=FILTERS, default=DEFAULT_FILTER, help="resizing filter")
+    parser.add_argument("--max_images", type=int, help="read at most this many images, chosen by a hash of their keys; else all")
     parser.add_argument("--max_pixels", type=int, default=1_000_000, help="cluster at most this many pixels, drawn from all")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn pixels and of the first centres")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the chosen images and pixels, of random crops, of the first centres"
+    )
     parser.add_argument("--max_bad", type=float, default=DEFAULT_MAX_BAD, help="fraction of images that may be unreadable")
+    parser.add_argument("--workers", type=int, default=1, help="processes that read images")
+    parser.add_argument("--swatch", type=Path, help="also write the colours in their order as this PNG")
+    parser.add_argument("--preview", type=Path, help="also write some images before and after as this PNG")
     args = parser.parse_args(argv)
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists already; choose another name or remove it")
-    if args.max_pixels < 1:
-        raise ValueError(f"max_pixels={args.max_pixels} must be at least 1")
+    for taken in (args.out, report_path(args.out)):
+        if taken.exists():
+            raise ValueError(f"{taken} exists already; choose another name or remove it")
+    if args.out.suffix != ".npy":
+        raise ValueError(f"out={args.out} must end in .npy")
+    for name in ("max_pixels", "max_images", "n_px", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if args.n_px is None and args.crop != "none":
+        raise ValueError(f"crop={args.crop} needs --n_px")
+    return args
 
-    source = open_source(args.source, args.max_bad)
-    counts, start = ColorCounts(), time.perf_counter()
-    for _, image, _ in tqdm(source, total=len(source), desc="colours", unit=" images", leave=False, disable=None):
-        counts.add(fit_to_square(image, args.n_px, args.filter) if args.n_px is not None else image)
-    counted = time.perf_counter()
-    palette, report = fit_colors(*counts.weighted(args.max_pixels, args.seed), args.n_colors, args.seed)
-    save_palette(args.out, palette)
 
-    n_images = len(source) - len(source.skipped)
-    print(f"images      {n_images} at {n_images / (counted - start):.0f}/s, {len(source.skipped)} unreadable")
-    print(f"pixels      {report['n_pixels']} of {counts.n_pixels} clustered, {report['n_unique']} different colours")
-    print(f"palette     {len(palette)} colours in {time.perf_counter() - counted:.1f} s: {args.out}")
-    print(f"inertia     {report['inertia']:.6g} (model space)   PSNR {report['psnr']:.2f} dB")
-    print(f"hash        {palette.hash}")
+def _chosen(entries: Iterator[Entry], max_images: int | None, seed: int) -> Iterator[Entry]:
+    """The train entries, in their order; at most max_images of them, those whose keys hash lowest."""
+    train = (entry for entry in entries if entry.split == "train")
+    if max_images is None:
+        return train
+
+    def rank(item: tuple[int, Entry]) -> bytes:
+        return hashlib.sha256(json.dumps([seed, item[1].key]).encode()).digest()
+
+    return iter([entry for _, entry in sorted(heapq.nsmallest(max_images, enumerate(train), key=rank), key=lambda item: item[0])])
+
+
+def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    while batch := list(itertools.islice(entries, _BATCH)):
+        yield batch
+
+
+def _read(name: str, entries: list[Entry], n_px: int | None, crop: str, resize_filter: str, seed: int) -> Iterator[Any]:
+    """Each image as uint8 [h, w, 3], or the ValueError that says why it cannot be read."""
+    for entry, result in zip(entries, open_source(name).read(entries), strict=True):
+        try:
+            if isinstance(result, ValueError):
+                raise result
+            image = decode_image(result, entry.key) if isinstance(result, bytes) else result
+        except ValueError as error:
+            yield error
+            continue
+        if n_px is not None:
+            image = square(image, n_px, crop=crop, resize_filter=resize_filter, seed=seed, key=entry.key)
+        yield image
+
+
+def _count(job: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray, int, list[str]]:
+    """In a worker: the colour codes of a batch of images, how often each occurs, the number of images, what went wrong."""
+    images = list(_read(*job))
+    errors = [str(image) for image in images if isinstance(image, ValueError)]
+    codes = [color_codes(image).ravel() for image in images if not isinstance(image, ValueError)]
+    if not codes:
+        return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64), 0, errors
+    return (*np.unique(np.concatenate(codes), return_counts=True), len(codes), errors)
+
+
+def _results(function: Callable[[Any], Any], jobs: Iterator[Any], workers: int) -> Iterator[Any]:
+    """function(job) for each job, in order; only a few jobs are in flight, so that memory stays flat."""
+    if workers == 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        yield from _in_order(pool, function, jobs, 4 * workers)
+
+
+def _in_order(pool: Executor, function: Callable[[Any], Any], jobs: Iterator[Any], ahead: int) -> Iterator[Any]:
+    waiting = deque(pool.submit(function, job) for job in itertools.islice(jobs, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
+
+
+def _preview(args: argparse.Namespace, name: str, palette: Palette) -> None:
+    """Pairs of an image and what the palette leaves of it."""
+    n_px = args.n_px or _PREVIEW_PX
+    entries = list(_chosen(open_source(name).entries(), _N_PREVIEW, args.seed))
+    images, captions = [], []
+    for entry, image in zip(entries, _read(name, entries, n_px, args.crop, args.filter, args.seed), strict=True):
+        if isinstance(image, ValueError):
+            continue
+        after = palette.decode(palette.encode(image))
+        error = float(((image.astype(np.float64) - after) ** 2).mean())
+        images += [image, after]
+        captions += [entry.key, f"{10 * np.log10(255**2 / error):.1f} dB" if error else "equal"]
+    if images:
+        save_grid(args.preview, np.stack(images), columns=6, scale=max(1, 128 // n_px), captions=captions)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,90 @@
-"""Pixels in and out: image files become uint8 [h, w, 3], squares of n_px; grids of images become one PNG.
+"""Pixels in and out: an image file's bytes become uint8 [h, w, 3], then squares of n_px; grids of images become one PNG.
 
-The only module that knows PIL. `data/sources.py` reads with it, `data/shards.py` squares with it, sampling saves grids with it.
+The only module that knows PIL and simplejpeg. `tools/fit_palette.py` and the shard writer decode and square with it, sampling
+and contact sheets save grids with it. The same bytes give the same pixels on every machine, at any number of threads.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from igpt_ds.files import atomic_file
 
 # How a resized pixel is made of its neighbours; each filter widens with the reduction (antialias). The paper names none.
-FILTERS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+# Bicubic is the default: it keeps edges sharper than bilinear, and lanczos rings at 32 px.
+FILTERS = ("bicubic", "bilinear", "box", "lanczos")
 DEFAULT_FILTER = "bicubic"
-_SEPARATOR = 128  # the grey of the lines between the images of a grid
+_TORCH_FILTERS = ("bicubic", "bilinear")  # several times PIL's speed, and within one grey level of it
+
+# none: web images and ready-made small ones; center: the paper's evaluation; random: its training augmentation (3.1).
+CROPS = ("none", "center", "random")
+CROP_PX = 224  # side of the paper's crops
+SHORT_SIDES = (256, 384)  # the short side before a random crop, both ends included
+_MAX_ASPECT = 16  # a strip is cut to this many times its width before a resize would make it longer still
+
+_EXIF_ORIENTATION = 0x0112
+_SEPARATOR = 128  # the grey of the lines between the images of a grid, and under its captions
+_CAPTION_PX = 14  # height of a line of PIL's built-in font
 
 
-def read_image(source: Path | IO[bytes]) -> np.ndarray:
-    """Decodes an image file to uint8 [h, w, 3], turned upright as its EXIF says.
+# --------------------------------------------------------------------------------------------------- decoding
 
-    Grey, CMYK and palette images become RGB, 16-bit grey keeps its upper 8 bits, transparency is laid over white.
+
+def decode_image(data: bytes, name: str = "image") -> np.ndarray:
+    """Decodes an image file's bytes to uint8 [h, w, 3], turned upright as its EXIF says.
+
+    Grey, CMYK and palette images become RGB, 16-bit grey keeps its upper 8 bits, transparency is laid over white. JPEGs in
+    RGB or grey go through simplejpeg, with PIL's pixels to the bit; what it does not like at once is PIL's to judge.
 
     Raises:
-        ValueError: the file cannot be read, is no image, or is so large that it looks like a decompression bomb.
+        ValueError: the bytes are no image, or a torn one, or so large an image that it looks like a decompression bomb.
     """
-    name = source if isinstance(source, Path) else getattr(source, "name", "stream")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata does not matter to pixels
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+            warnings.simplefilter("ignore")  # odd metadata does not matter to pixels; size is checked below
+            with Image.open(io.BytesIO(data)) as image:
+                _refuse_bomb(image.size)
+                pixels = _jpeg_pixels(data, image)
+                return np.array(_rgb(ImageOps.exif_transpose(image))) if pixels is None else pixels
+    except UnidentifiedImageError:
+        reason = "its bytes are of no known format" if data else "it is empty"
     except Exception as error:  # decoders meet hostile bytes and raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} cannot be read as an image: {reason}") from None
+    raise ValueError(f"{name} cannot be read as an image: {reason}")
+
+
+def _refuse_bomb(size: tuple[int, int]) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and size[0] * size[1] > limit:  # PIL itself only warns up to twice this limit
+        raise ValueError(f"its {size[0]} x {size[1]} pixels are more than {limit}, like a decompression bomb's")
+
+
+def _jpeg_pixels(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """The pixels by simplejpeg, or None where PIL must decode: `image` is the same bytes opened, not yet loaded."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    # Only the one flag of the EXIF is looked for, and only where there is one: parsing it costs a third of a small decode.
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+    if orientation != 1:
+        return None
+    try:
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        if (width, height) != image.size:  # the size that passed the check is the size that is decoded
+            return None
+        if image.mode == "RGB":
+            return np.asarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
+        return np.repeat(simplejpeg.decode_jpeg(data, "GRAY", strict=True), 3, axis=2)
+    except ValueError:  # strict stops at blemishes, such as bytes between markers, that PIL reads over; PIL refuses torn files
+        return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -56,40 +98,124 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit_to_square(image: np.ndarray, n_px: int, resize_filter: str = DEFAULT_FILTER) -> np.ndarray:
-    """The short side scaled to n_px, then the central square: uint8 [h, w, 3] -> [n_px, n_px, 3].
+def square(
+    image: np.ndarray,
+    n_px: int,
+    *,
+    crop: str = "none",
+    resize_filter: str = DEFAULT_FILTER,
+    seed: int = 0,
+    key: str = "",
+    view: int = 0,
+) -> np.ndarray:
+    """Cuts and resizes as in the paper (3.1): uint8 [h, w, 3] -> [n_px, n_px, 3].
 
-    The paper's evaluation crop (3.1) in one step: no random scale, no random position. An image that is n_px x n_px already
-    passes unchanged, so that ready-made small images are not filtered twice.
+    crop "none": the short side to n_px, then the central square; an image of n_px x n_px passes unchanged.
+    crop "center": the short side to 224, the central 224 x 224, then to n_px.
+    crop "random": the short side to a uniform draw of 256..384, a uniform 224 x 224 window, then to n_px. The draws are a
+    function of (seed, key, view) alone, so that neither order nor worker changes a view. The flip of other recipes is not here.
+
+    Sides round half to even, an odd remainder of a central cut falls right and below, and a side of more than 16 times the
+    other loses its ends first.
 
     Raises:
-        ValueError: the filter is unknown, or n_px is not positive.
+        ValueError: the crop or the filter is unknown, or n_px is not positive.
     """
     if n_px < 1:
         raise ValueError(f"n_px={n_px} must be at least 1")
     if resize_filter not in FILTERS:
         raise ValueError(f"filter {resize_filter!r} is unknown; known: {', '.join(FILTERS)}")
+    if crop not in CROPS:
+        raise ValueError(f"crop {crop!r} is unknown; known: {', '.join(CROPS)}")
+    assert image.dtype == np.uint8
+    assert image.ndim == 3
+    assert image.shape[2] == 3
+    image = _without_ends(image)
+    if crop == "none":
+        return _central(_to_short_side(image, n_px, resize_filter), n_px)
+    if crop == "center":
+        window = _central(_to_short_side(image, CROP_PX, resize_filter), CROP_PX)
+    else:
+        window = _random_window(image, resize_filter, _draws(seed, key, view))
+    return _to_short_side(window, n_px, resize_filter)
+
+
+def _without_ends(image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
-    if (height, width) == (n_px, n_px):
+    longest = _MAX_ASPECT * min(height, width)
+    if max(height, width) <= longest:
         return image
-    short = min(height, width)
-    size = (round(width * n_px / short), round(height * n_px / short))
-    resized = np.asarray(Image.fromarray(image).resize(size, FILTERS[resize_filter]))
-    top, left = (size[1] - n_px) // 2, (size[0] - n_px) // 2
-    return resized[top : top + n_px, left : left + n_px]
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    return image[top : top + longest, left : left + longest]
 
 
-def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1) -> None:
-    """Writes images, uint8 [N, h, w, 3], row by row into one PNG: each pixel as scale x scale, grey bars between images."""
+def _to_short_side(image: np.ndarray, short: int, resize_filter: str) -> np.ndarray:
+    height, width = image.shape[:2]
+    now = min(height, width)
+    return image if now == short else _resize(image, round(height * short / now), round(width * short / now), resize_filter)
+
+
+def _central(image: np.ndarray, side: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+def _random_window(image: np.ndarray, resize_filter: str, draws: tuple[int, int, int]) -> np.ndarray:
+    low, high = SHORT_SIDES
+    image = _to_short_side(image, low + _below(draws[0], high - low + 1), resize_filter)
+    height, width = image.shape[:2]
+    top, left = _below(draws[1], height - CROP_PX + 1), _below(draws[2], width - CROP_PX + 1)
+    return image[top : top + CROP_PX, left : left + CROP_PX]
+
+
+def _draws(seed: int, key: str, view: int) -> tuple[int, int, int]:
+    """Three numbers of 64 bits; JSON keeps (1, "2") and (12, "") apart and holds any string."""
+    digest = hashlib.blake2b(json.dumps([seed, key, view]).encode(), digest_size=24).digest()
+    first, second, third = (int.from_bytes(digest[start : start + 8], "little") for start in (0, 8, 16))
+    return first, second, third
+
+
+def _below(draw: int, n: int) -> int:
+    """A draw of 64 bits as one of 0..n-1, uniform but for 1 in 2^64 / n."""
+    return draw * n >> 64
+
+
+def _resize(image: np.ndarray, height: int, width: int, resize_filter: str) -> np.ndarray:
+    if resize_filter not in _TORCH_FILTERS:
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling[resize_filter.upper()]))
+    import torch  # lazily: grids and decoding do without
+
+    if not image.flags.writeable:  # torch shares memory and warns of arrays that it may not change, though it only reads
+        image = image.copy()
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(pixels, (height, width), mode=resize_filter, antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> None:
+    """Writes images, uint8 [N, h, w, 3], row by row into one PNG: each pixel as scale x scale, grey bars between images.
+
+    captions: a short text for each image, drawn below it in one line and cut to its width.
+    """
     n, height, width, _ = images.shape
     assert min(n, columns, scale) > 0
+    assert captions is None or len(captions) == n
     columns = min(columns, n)
     rows = -(-n // columns)
     bar = max(1, scale // 2)
-    cell_height, cell_width = height * scale + bar, width * scale + bar
+    cell_height, cell_width = height * scale + bar + (_CAPTION_PX if captions else 0), width * scale + bar
     canvas = np.full((rows * cell_height + bar, columns * cell_width + bar, 3), _SEPARATOR, dtype=np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * cell_height + bar, index % columns * cell_width + bar
+    corners = [(index // columns * cell_height + bar, index % columns * cell_width + bar) for index in range(n)]
+    for image, (top, left) in zip(images, corners, strict=True):
         canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    picture = Image.fromarray(canvas)
+    if captions:
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
+        for caption, (top, left) in zip(captions, corners, strict=True):
+            line = " ".join(caption.split())
+            while line and draw.textlength(line, font=font) > width * scale:
+                line = line[:-1]
+            draw.text((left, top + height * scale), line, fill="black", font=font)
     with atomic_file(path) as file:
-        Image.fromarray(canvas).save(file, format="PNG")
+        picture.save(file, format="PNG")

@@ -1,30 +1,59 @@
 """Batches: from a number of images seen to tokens and labels, on any rank, without any state of its own.
 
-In: a ShardSet. Out: int64 tokens [B, T] and labels [B]. `train/loop.py` and the evaluation call. What a batch holds is a pure
-function of (seed, images seen, rank, micro_step), so that a resumed run, or one on other ranks, sees the same images.
+In: ShardSets or a Mixture of them. Out: uint16 tokens [B, T] and int64 labels [B]; who consumes tokens casts them on its device.
+`train/loop.py` and the evaluation call. What a batch holds is a pure function of (seed, images seen, rank, micro_step), so that
+a resumed run, or one on other ranks, sees the same images.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from igpt_ds.config import ModelConfig, batch_layout
-from igpt_ds.data.order import random_words, shuffled
+from igpt_ds.data.mixture import Mixture
+from igpt_ds.data.order import random_words
 from igpt_ds.data.shards import ShardSet
 
-_ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; 0 is the order's own
-_AHEAD = 2  # micro batches made in advance
+_ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; the others belong to the order
+_ORDER_CHUNK = 16384  # positions whose images are computed at once: numpy's price is a call's, not a number's
+_READ_BYTES, _READ_IMAGES = 1 << 22, 1024  # at most so much is read at once and handed over between the threads
+_AHEAD = 2  # such handfuls made in advance
+_AUGMENT_CHUNK = 128  # images augmented at once: what fits the cache
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # tokens int64 [B, T], labels int64 [B]
+
+class Batch(NamedTuple):
+    """One micro batch."""
+
+    tokens: torch.Tensor  # uint16 [B, T]; `.to(device, non_blocking=True).long()` is for whoever consumes them
+    labels: torch.Tensor  # int64 [B]; [0] where they were not asked for
 
 
-def check_shards(shards: ShardSet, model: ModelConfig) -> None:
+class Images(Protocol):
+    """What ShardSet, Mixture and ShardStream have in common."""
+
+    n_px: int
+    n_vocab: int
+
+    @property
+    def path(self) -> object:
+        """Where they lie."""
+
+
+class Batches(Protocol):
+    """Where training batches come from: a Loader, or a StreamLoader where there is no random access."""
+
+    def stream(self, images_seen: int) -> Iterator[Batch]:
+        """Every further micro batch of this rank, without end."""
+
+
+def check_shards(shards: Images, model: ModelConfig) -> None:
     """Refuses shards that do not fit the model.
 
     Raises:
@@ -41,16 +70,19 @@ def check_shards(shards: ShardSet, model: ModelConfig) -> None:
 class Loader:
     """Training batches of one rank.
 
-    The stream of images is endless and the same for every layout: position p is place p % n_images of epoch p // n_images.
-    A step takes the next batch_images positions, laid out as [accumulation, world_size, micro_batch].
+    The stream of images is endless and the same for every layout: see `Mixture`. A step takes the next batch_images positions,
+    laid out as [accumulation, world_size, micro_batch].
+
+    Args:
+        with_labels: read labels too; without, a batch has none, and they cost nothing.
 
     Raises:
-        ValueError: batch_images does not divide into micro_batch x world_size.
+        ValueError: batch_images does not divide into micro_batch x world_size, or labels of datasets with different classes.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | Mixture,
         batch_images: int,
         micro_batch: int,
         rank: int = 0,
@@ -58,38 +90,89 @@ class Loader:
         seed: int = 0,
         augment_pad: int = 0,
         augment_flip: bool = False,
+        with_labels: bool = True,
     ) -> None:
         assert 0 <= rank < world_size
         assert 0 <= augment_pad < shards.n_px
-        self.shards, self.batch_images, self.micro_batch = shards, batch_images, micro_batch
+        self.mixture = shards if isinstance(shards, Mixture) else Mixture([shards])
+        self.batch_images, self.micro_batch = batch_images, micro_batch
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.augment_pad, self.augment_flip = augment_pad, augment_flip
+        self.augment_pad, self.augment_flip, self.with_labels = augment_pad, augment_flip, with_labels
         _, self.accumulation = batch_layout(batch_images, micro_batch, world_size)
+        if with_labels and any(shards.classes != self.mixture.classes for shards in self.mixture.shard_sets):
+            raise ValueError(f"{self.mixture.path} have different classes, so their labels cannot be mixed; name one dataset")
 
     def batch(self, images_seen: int, micro_step: int) -> Batch:
         """This rank's share of one micro_step of the step that begins after images_seen images: B = micro_batch."""
         assert 0 <= micro_step < self.accumulation
-        first = images_seen + (micro_step * self.world_size + self.rank) * self.micro_batch
-        positions = np.arange(first, first + self.micro_batch)
-        ids = shuffled(positions, self.shards.n_images, self.seed)
-        tokens = augment(self.shards.tokens(ids), positions, self.seed, self.augment_pad, self.augment_flip)
-        return _to_torch(tokens, self.shards.labels(ids))
+        positions = self._positions(images_seen, micro_step, 1)
+        return self._read(positions, *self.mixture.images_at(positions, self.seed))[0]
 
     def stream(self, images_seen: int) -> Iterator[Batch]:
         """Every further micro batch, without end, made ahead of time by one thread.
 
         An error in the thread is raised here, at the batch that it belongs to. Closing the iterator ends the thread.
         """
-        steps = ((seen, micro_step) for seen in count(images_seen, self.batch_images) for micro_step in range(self.accumulation))
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
-            ahead: deque[Future[Batch]] = deque()
-            try:
-                for step in steps:
-                    ahead.append(executor.submit(self.batch, *step))
-                    if len(ahead) > _AHEAD:
-                        yield ahead.popleft().result()
-            finally:
-                executor.shutdown(cancel_futures=True)
+        return made_ahead(self._chunks(images_seen))
+
+    def _chunks(self, images_seen: int) -> Generator[list[Batch], None, None]:
+        """The micro batches in handfuls: each step costs a call, whatever the number of images."""
+        many = max(1, _ORDER_CHUNK // self.micro_batch)
+        images = min(_READ_IMAGES, _READ_BYTES // (2 * self.mixture.n_px**2))
+        few = max(1, images // self.micro_batch) * self.micro_batch
+        number = 0
+        while True:
+            positions = self._positions(images_seen, number, many)
+            which, ids = self.mixture.images_at(positions, self.seed)
+            for start in range(0, len(ids), few):
+                part = slice(start, start + few)
+                try:
+                    batches = self._read(positions[part], which[part], ids[part])
+                except ValueError:  # once more, one by one, so that the batches before the damaged one still come
+                    for first in range(start, min(start + few, len(ids)), self.micro_batch):
+                        part = slice(first, first + self.micro_batch)
+                        yield self._read(positions[part], which[part], ids[part])
+                else:
+                    yield batches
+            number += many
+
+    def _positions(self, images_seen: int, first: int, count: int) -> np.ndarray:
+        """Stream positions of this rank's micro batches first .. first + count - 1 after images_seen: [count * micro_batch].
+
+        The number of a micro batch counts over micro_steps and steps alike, since a step is accumulation * world_size of them.
+        """
+        starts = images_seen + (np.arange(first, first + count) * self.world_size + self.rank) * self.micro_batch
+        return (starts[:, None] + np.arange(self.micro_batch)).ravel()
+
+    def _read(self, positions: np.ndarray, which: np.ndarray, ids: np.ndarray) -> list[Batch]:
+        tokens, labels = self.mixture.read(which, ids, self.with_labels)
+        return to_batches(augment(tokens, positions, self.seed, self.augment_pad, self.augment_flip), labels, self.micro_batch)
+
+
+def made_ahead(chunks: Generator[list[Batch], None, None]) -> Iterator[Batch]:
+    """The batches of an endless generator of lists, which runs in one thread a few lists ahead.
+
+    An error in the thread is raised here in its turn. Closing this iterator ends the thread and closes the generator.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
+        ahead: deque[Future[list[Batch]]] = deque()
+        try:
+            while True:
+                while len(ahead) <= _AHEAD:
+                    ahead.append(executor.submit(next, chunks))
+                yield from ahead.popleft().result()
+        finally:
+            executor.shutdown(cancel_futures=True)
+            chunks.close()
+
+
+def to_batches(grids: np.ndarray, labels: np.ndarray, micro_batch: int) -> list[Batch]:
+    """Cuts uint16 [N, n_px, n_px] and labels [N], or [0] for none, into micro batches that share their memory."""
+    tokens = torch.from_numpy(grids.reshape(len(grids), -1)).split(micro_batch)
+    if not len(labels):
+        none = torch.from_numpy(labels)
+        return [Batch(part, none) for part in tokens]
+    return [Batch(*pair) for pair in zip(tokens, torch.from_numpy(labels).split(micro_batch), strict=True)]
 
 
 def sequential(
@@ -106,7 +189,7 @@ def sequential(
     for start in range(0, n, batch * world_size):
         places = start + rank * batch + np.arange(batch)
         ids = np.minimum(places, n - 1) * shards.n_images // n
-        yield *_to_torch(shards.tokens(ids), shards.labels(ids)), torch.from_numpy((places < n).astype(np.float32))
+        yield *to_batches(*shards.read(ids), batch)[0], torch.from_numpy((places < n).astype(np.float32))
 
 
 def augment(grids: np.ndarray, positions: np.ndarray, seed: int, pad: int, flip: bool) -> np.ndarray:
@@ -115,23 +198,34 @@ def augment(grids: np.ndarray, positions: np.ndarray, seed: int, pad: int, flip:
     Reflect-padded by `pad` on each side, then a random window, then mirrored for half of the images. The palette maps each pixel
     by itself, so that doing this to tokens equals doing it to pixels.
     """
-    n_px = grids.shape[-1]
-    rows = columns = np.broadcast_to(np.arange(n_px), (len(grids), n_px))
-    if pad:
-        choices = np.uint64(2 * pad + 1)
-        top, left = ((random_words(seed, purpose, positions) % choices).astype(np.int64) for purpose in (_ROW, _COLUMN))
-        rows, columns = _reflect(rows + top[:, None] - pad, n_px), _reflect(columns + left[:, None] - pad, n_px)
-    if flip:
-        mirrored = (random_words(seed, _FLIP, positions) >> np.uint64(63)).astype(bool)
-        columns = np.where(mirrored[:, None], columns[:, ::-1], columns)
-    return grids[np.arange(len(grids))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if not (pad or flip):
+        return grids
+    n_px, size = grids.shape[-1], np.uint64(2 * pad + 1)
+    top, left = ((random_words(seed, purpose, positions) % size).astype(np.int64) for purpose in (_ROW, _COLUMN))
+    mirrored = (random_words(seed, _FLIP, positions) >> np.uint64(63)).astype(bool) if flip else np.zeros(len(grids), dtype=bool)
+    result = np.empty_like(grids)
+    for start in range(0, len(grids), _AUGMENT_CHUNK):
+        part = slice(start, start + _AUGMENT_CHUNK)
+        variants = result[part]
+        if pad:
+            windows: np.ndarray = sliding_window_view(_reflect_padded(grids[part], pad), (n_px, n_px), (1, 2))  # type: ignore[call-overload]
+            variants[:] = windows[np.arange(len(windows)), top[part], left[part]]
+        else:
+            variants[:] = grids[part]
+        if flip:  # by torch, which turns rows several times faster than numpy
+            turned = torch.from_numpy(variants.view(np.int16)[mirrored[part]]).flip(2)
+            variants[mirrored[part]] = turned.numpy().view(np.uint16)
+    return result
 
 
-def _reflect(index: np.ndarray, n: int) -> np.ndarray:
-    """Mirrors indices outside 0 .. n - 1 at the border pixel, which is not repeated."""
-    index = np.abs(index)
-    return n - 1 - np.abs(n - 1 - index)
-
-
-def _to_torch(grids: np.ndarray, labels: np.ndarray) -> Batch:
-    return torch.from_numpy(grids.reshape(len(grids), -1).astype(np.int64)), torch.from_numpy(labels)
+def _reflect_padded(grids: np.ndarray, pad: int) -> np.ndarray:
+    """Mirrors at the border pixel, which is not repeated: [B, n, n] -> [B, n + 2 pad, n + 2 pad], 0 < pad < n."""
+    B, n_px, _ = grids.shape
+    padded = np.empty((B, n_px + 2 * pad, n_px + 2 * pad), dtype=grids.dtype)
+    inner = padded[:, pad:-pad]
+    inner[:, :, pad:-pad] = grids
+    inner[:, :, :pad] = grids[:, :, pad:0:-1]
+    inner[:, :, -pad:] = grids[:, :, -2 : -2 - pad : -1] if pad < n_px - 1 else grids[:, :, -2::-1]
+    padded[:, :pad] = padded[:, 2 * pad : pad : -1]
+    padded[:, -pad:] = padded[:, -pad - 2 : -2 * pad - 2 : -1]
+    return padded

@@ -1,18 +1,26 @@
 """The order of the training images: a pure function from a position in the endless stream to an image.
 
-In: stream positions, the number of images, a seed. Out: image ids. `data/loader.py` calls. Nothing is stored: epoch e is the
-permutation that (seed, e) select, computed for just the positions asked, so that resuming at any position costs nothing.
+In: stream positions, the number of images, a seed. Out: image ids. `data/mixture.py` and `data/streaming.py` call. Nothing is
+stored: epoch e is the permutation that (seed, e) select, computed for just the positions asked, so that resuming at any
+position costs nothing.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-ORDER_VERSION = 1  # a change of any number below is another order: raise this
+ORDER_VERSION = 2  # a change of any number below is another order: raise this
 
-_ROUNDS = 8  # four make a Feistel network hard to tell from random; the rest is for halves of only a few bits
+MAX_IMAGES = 2**32 - 1
+BLOCK = 4096  # positions in which several datasets have exactly their shares
+
+_ROUNDS = 6  # four make a Feistel network hard to tell from random
+_SMALL, _SMALL_ROUNDS = 1024, 16  # halves of only a few bits need more of them
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of the splitmix64 generator
 _MASK64 = (1 << 64) - 1
+_ORDER, _SLOTS, _DATASET = 0, 4, 5  # purposes of random words; 1 to 3 belong to the augmentation
 
 
 def random_words(seed: int, purpose: int, *counters: np.ndarray) -> np.ndarray:
@@ -35,29 +43,120 @@ def _mix(words: np.ndarray) -> np.ndarray:
 
 
 def shuffled(positions: np.ndarray, n_images: int, seed: int) -> np.ndarray:
-    """The image at each position of the stream: int64 [B] -> int64 [B] in 0 .. n_images - 1.
+    """The image at each position of the stream: int64 [B] -> int64 [B] in 0 .. n_images - 1; n_images at most MAX_IMAGES.
 
     Position p is place p % n_images of epoch p // n_images; in each epoch every image comes exactly once, in another order.
     """
-    assert n_images > 0
-    assert (positions >= 0).all()
-    epoch, place = np.divmod(positions.astype(np.int64), n_images)
-    keys = random_words(seed, 0, epoch)
-    bits = max(1, (n_images - 1).bit_length())
-    ids = place.astype(np.uint64)
-    outside: np.ndarray = np.ones(len(ids), dtype=bool)
-    while outside.any():  # cycle walking: permute 0 .. 2^bits - 1 until inside; fewer than two turns on average
-        ids[outside] = _permute(ids[outside], keys[outside], bits)
-        outside = ids >= n_images
+    return _permuted(positions, n_images, seed, _ORDER)
+
+
+def mixed(positions: np.ndarray, shares: list[int], sizes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images at some positions of a stream of several datasets: int64 [B] -> which dataset [B], image ids in it [B].
+
+    The stream is divided into blocks of sum(shares) positions. A block holds dataset k in exactly shares[k] of its places, which
+    a permutation of its own chooses, and goes on in that dataset's own stream of `shuffled` images where the block before it
+    ended: each dataset's images come exactly once in each of its epochs. A dataset alone has the order of `shuffled`.
+    """
+    if len(shares) == 1:
+        return np.zeros(len(positions), dtype=np.int64), shuffled(positions, sizes[0], seed)
+    block = sum(shares)
+    slots = _permuted(positions, block, seed, _SLOTS)
+    blocks = positions // block
+    first = np.cumsum([0, *shares])
+    which = np.searchsorted(first, slots, side="right") - 1
+    seeds = random_words(seed, _DATASET, np.arange(len(shares)))
+    ids = np.empty(len(positions), dtype=np.int64)
+    for k, share in enumerate(shares):
+        places = np.flatnonzero(which == k)
+        own = blocks[places] * share + slots[places] - first[k]
+        ids[places] = shuffled(own, sizes[k], int(seeds[k]))
+    return which, ids
+
+
+def shares_of(weights: list[float]) -> list[int]:
+    """How many of each BLOCK positions every dataset has, in proportion to the weights: largest remainders, at least one.
+
+    Raises:
+        ValueError: a weight is not a positive number, or too small for one position of a block.
+    """
+    if len(weights) == 1:
+        return [BLOCK]
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"--data_weights {weight:g} must be a number above 0; leave that dataset out instead")
+    exact = [weight / sum(weights) * BLOCK for weight in weights]
+    shares = [math.floor(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda k: (shares[k] - exact[k], k))
+    for k in by_remainder[: BLOCK - sum(shares)]:
+        shares[k] += 1
+    if 0 in shares:
+        k = shares.index(0)
+        least = f"at least {sum(weights) / BLOCK:.3g} of {sum(weights):.3g} is needed"
+        raise ValueError(f"weight {weights[k]:g} of dataset {k + 1} is less than one image in {BLOCK}: {least} (--data_weights)")
+    return shares
+
+
+def _permuted(positions: np.ndarray, n: int, seed: int, purpose: int) -> np.ndarray:
+    assert 0 < n <= MAX_IMAGES
+    if not len(positions):
+        return np.empty(0, dtype=np.int64)
+    positions = positions.astype(np.int64, copy=False)
+    first, last = int(positions.min()), int(positions.max())
+    assert first >= 0
+    epochs = (first // n, last // n)
+    if epochs[0] == epochs[1]:
+        keys = _round_keys(random_words(seed, purpose, np.array(epochs[:1])), n)
+        places = (positions - epochs[0] * n).astype(np.uint32)
+    else:
+        epoch = positions // n
+        places = (positions - epoch * n).astype(np.uint32)
+        if epochs[1] - epochs[0] < len(positions):  # draw the keys once an epoch, not once a position
+            words = random_words(seed, purpose, np.arange(epochs[0], epochs[1] + 1))[epoch - epochs[0]]
+        else:
+            words = random_words(seed, purpose, epoch)
+        keys = _round_keys(words, n)
+    columns = math.isqrt(n - 1) + 1
+    rows = -(-n // columns)  # a grid of rows x columns, no larger than needed: at most a row holds no images
+    ids = _feistel(places, rows, columns, keys)
+    outside = np.flatnonzero(ids >= n)
+    while len(outside):  # cycle walking: permute the grid again until inside
+        again = _feistel(ids[outside], rows, columns, [key if len(key) == 1 else key[outside] for key in keys])
+        ids[outside] = again
+        outside = outside[again >= n]
     return ids.astype(np.int64)
 
 
-def _permute(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
-    """A keyed permutation of 0 .. 2^bits - 1, element by element: a Feistel network on an upper and a lower half."""
-    lower_bits = np.uint64((bits + 1) // 2)
-    upper_mask, lower_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << (bits + 1) // 2) - 1)
-    upper, lower = values >> lower_bits, values & lower_mask
-    for number in range(0, _ROUNDS, 2):  # each line can be undone by doing it again
-        upper = upper ^ (_mix((keys + np.uint64(number)) ^ _mix(lower)) & upper_mask)
-        lower = lower ^ (_mix((keys + np.uint64(number + 1)) ^ _mix(upper)) & lower_mask)
-    return (upper << lower_bits) | lower
+def _round_keys(words: np.ndarray, n: int) -> list[np.ndarray]:
+    """Two 32-bit keys for each round from a 64-bit word for each position, or one for all: uint64 [N] -> uint32 [N] each."""
+    low, high = words.astype(np.uint32), (words >> np.uint64(32)).astype(np.uint32)
+    keys = []
+    for number in range(_SMALL_ROUNDS if n <= _SMALL else _ROUNDS):
+        keys += [low + np.uint32(number * 0x9E3779B9 & 0xFFFFFFFF), high ^ np.uint32(number * 0x7F4A7C15 & 0xFFFFFFFF)]
+    return keys
+
+
+def _feistel(places: np.ndarray, rows: int, columns: int, keys: list[np.ndarray]) -> np.ndarray:
+    """A keyed permutation of the cells of a grid, uint32 [N] in 0 .. rows * columns - 1, two keys a round.
+
+    In turn the row is moved by a hash of the column, and the column by a hash of the row; each move can be undone. 32-bit words
+    and in-place operations, since this runs once for every image that is read.
+    """
+    row = places // np.uint32(columns)
+    column = places - row * np.uint32(columns)
+    hashed, scratch = np.empty_like(places), np.empty_like(places)
+    moved, other, n_moved, n_other = row, column, rows, columns
+    for one, two in zip(keys[::2], keys[1::2], strict=True):
+        np.bitwise_xor(other, one, out=hashed)
+        np.multiply(hashed, np.uint32(0x85EBCA6B), out=hashed)  # the multipliers of murmur3's finaliser
+        np.right_shift(hashed, np.uint32(15), out=scratch)
+        np.bitwise_xor(hashed, scratch, out=hashed)
+        np.bitwise_xor(hashed, two, out=hashed)
+        np.multiply(hashed, np.uint32(0xC2B2AE35), out=hashed)
+        np.right_shift(hashed, np.uint32(16), out=hashed)
+        np.multiply(hashed, np.uint32(n_moved), out=hashed)  # below 2^16 * 2^16
+        np.right_shift(hashed, np.uint32(16), out=hashed)  # 0 .. n_moved - 1
+        np.add(moved, hashed, out=moved)
+        np.subtract(moved, np.uint32(n_moved), out=scratch)  # wraps round below 0, so that the smaller one is the remainder
+        np.minimum(moved, scratch, out=moved)
+        moved, other, n_moved, n_other = other, moved, n_other, n_moved
+    return row * np.uint32(columns) + column

@@ -1,6 +1,6 @@
 """The palette: V colours that stand for every pixel (paper 3.2), so that an image is a grid of 9-bit tokens instead of RGB bytes.
 
-In: uint8 pixels. Out: uint16 tokens, and back. `data/shards.py` encodes with it, sampling decodes with it, and
+In: uint8 pixels. Out: uint16 tokens, and back. The shard writer encodes with it, sampling decodes with it, and
 `tools/fit_palette.py` makes one by k-means. Colours live in model space, x / 127.5 - 1, as in OpenAI's release.
 """
 
@@ -8,25 +8,44 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from igpt_ds.files import atomic_file
+from igpt_ds.data.kmeans import kmeans
+from igpt_ds.data.palette_table import (
+    N_RGB,
+    build_table,
+    code_pixels,
+    color_codes,
+    load_table,
+    nearest,
+    save_table,
+    table_path,
+)
+from igpt_ds.files import atomic_file, read_json, write_json
 
 MAX_COLORS = 65536  # tokens are stored in 16 bits
-_N_RGB = 1 << 24  # every colour that three bytes can hold
-_BLOCK = 1024  # colours compared with the palette at a time: a float64 block of 1024 x 512 fits a core's cache
+# Of the 512 colours in kmeans_centers.npy of OpenAI's image-gpt release (the file's own sha256 is c614a3d2..., header included).
+OPENAI_PALETTE_HASH = "017426d148bc9650db9174810c0bd1c7a0d8a8d5b8ae6200465f4d34ebfb02f0"
+# What an object compares directly, in pixels x colours, before it looks for a cached table, and before it builds one.
+_WORK_BEFORE_LOADING, _WORK_BEFORE_BUILDING = 1 << 22, 1 << 27  # 8,192 and 262,144 pixels with 512 colours: 0.01 s and 0.4 s
 
 
 @dataclass(frozen=True, eq=False)
 class Palette:
-    """V colours, float32 [V, 3] in [-1, 1]. Compare two palettes by their `hash`."""
+    """V colours, float32 [V, 3] in [-1, 1]. Compare two palettes by their `hash`.
+
+    file: where it was loaded from; the table of `prepare_table` is looked for beside it.
+    """
 
     colors: np.ndarray
+    file: Path | None = None
+    _state: dict[str, Any] = field(default_factory=lambda: {"work": 0, "table": None, "looked": False}, repr=False)
 
     def __post_init__(self) -> None:
         assert self.colors.dtype == np.float32
@@ -36,6 +55,9 @@ class Palette:
         colors.setflags(write=False)
         object.__setattr__(self, "colors", colors)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Palette, (self.colors, self.file)  # without the table, which another process maps for itself
+
     def __len__(self) -> int:
         return len(self.colors)
 
@@ -44,27 +66,37 @@ class Palette:
         """The hex sha256 of the colours as little-endian float32 in C order."""
         return hashlib.sha256(self.colors.astype("<f4").tobytes()).hexdigest()
 
-    @cached_property
-    def _table(self) -> np.ndarray:
-        # token + 1 of every colour met so far, 0 elsewhere: zeroed pages cost no memory until they are written
-        return np.zeros(_N_RGB, dtype=np.int32)
+    @property
+    def name(self) -> str:
+        """What to call it in print."""
+        return "OpenAI's palette" if self.hash == OPENAI_PALETTE_HASH else f"palette {self.hash[:16]}"
 
     def encode(self, image: np.ndarray) -> np.ndarray:
         """The nearest colour of each pixel: uint8 [..., 3] -> uint16 [...].
 
         Exact: the smallest sum over R, G, B of squared differences in float64 model space; the first index wins a tie.
-        Each colour is compared with the palette once in the life of this object, afterwards it is looked up.
+        The first pixels are compared directly, later ones are looked up in a table of all colours.
         """
         assert (image.dtype, image.shape[-1]) == (np.uint8, 3)
         codes = color_codes(image)
-        tokens = self._table[codes]
-        if not tokens.all():
-            unseen = np.unique(codes[tokens == 0])
-            for start in range(0, len(unseen), _BLOCK):
-                block = unseen[start : start + _BLOCK]
-                self._table[block] = _nearest(_code_pixels(block), self.colors)[0] + 1
-            tokens = self._table[codes]
-        return (tokens - 1).astype(np.uint16)
+        table = self._state["table"]
+        if table is None:
+            table = self._table_for(codes.size)
+        if table is not None:
+            return table.take(codes)
+        different, inverse = np.unique(codes, return_inverse=True)
+        return nearest(code_pixels(different), self.colors)[0].astype(np.uint16)[inverse].reshape(codes.shape)
+
+    def _table_for(self, n_pixels: int) -> np.ndarray | None:
+        """The table once it is worth its making, else None."""
+        state = self._state
+        state["work"] += n_pixels * len(self)
+        if state["work"] > _WORK_BEFORE_LOADING and not state["looked"] and self.file is not None:
+            state["looked"] = True
+            state["table"] = load_table(table_path(self.file), self.hash, _say_not_used)
+        if state["work"] > _WORK_BEFORE_BUILDING and state["table"] is None:
+            state["table"] = build_table(self.colors)
+        return state["table"]
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """The colour of each token: integers [...] -> uint8 [..., 3]."""
@@ -72,30 +104,8 @@ class Palette:
         return np.clip(pixels, 0, 255).astype(np.uint8)[np.asarray(tokens)]
 
 
-def color_codes(pixels: np.ndarray) -> np.ndarray:
-    """One number R * 65536 + G * 256 + B a pixel: uint8 [..., 3] -> int32 [...]."""
-    wide = pixels.astype(np.int32)
-    return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
-
-
-def _code_pixels(codes: np.ndarray) -> np.ndarray:
-    """The inverse of `color_codes`: int [N] -> uint8 [N, 3]."""
-    return np.stack([codes >> 16, (codes >> 8) & 255, codes & 255], axis=-1).astype(np.uint8)
-
-
-def _nearest(pixels: np.ndarray, colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest colour and its squared distance: uint8 [N, 3], float32 [V, 3] -> int64 [N], float64 [N], by brute force.
-
-    Direct differences: the expansion |a|^2 - 2ab + |b|^2 cancels and can pick another colour where two are almost tied.
-    """
-    wide = pixels.astype(np.float64) / 127.5 - 1
-    distance = np.zeros((len(pixels), len(colors)))
-    for channel in range(3):
-        difference = wide[:, channel, None] - colors[None, :, channel].astype(np.float64)
-        difference *= difference
-        distance += difference
-    nearest = distance.argmin(axis=1)
-    return nearest, distance[np.arange(len(pixels)), nearest]
+def _say_not_used(reason: str) -> None:
+    print(f"{reason}; it is not used", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -103,6 +113,9 @@ def _nearest(pixels: np.ndarray, colors: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def load_palette(path: Path) -> Palette:
     """Reads a palette from a .npy file, float32 [V, 3] in [-1, 1].
+
+    A file cannot say whether it means [-1, 1] or [0, 1]. Without any negative value it is taken only where the report beside
+    it (palette.json for palette.npy), which `save_palette` writes, names its hash.
 
     Raises:
         ValueError: no such file, not a .npy file, another dtype or shape, or values that are not in model space.
@@ -115,14 +128,62 @@ def load_palette(path: Path) -> Palette:
     except (ValueError, EOFError) as error:
         raise ValueError(f"palette {path} is not a .npy file of numbers: {str(error).splitlines()[0]}") from None
     _check_colors(colors, f"palette {path}")
-    return Palette(colors)
+    palette = Palette(colors, Path(path))
+    if colors.min() >= 0 and not _vouched(palette):
+        raise ValueError(
+            f"palette {path} has no negative value and looks like [0, 1] values; a palette lies in [-1, 1]: use 2 * colors - 1, "
+            f"or keep the report {report_path(path).name} of tools/fit_palette.py beside it"
+        )
+    return palette
 
 
-def save_palette(path: Path, palette: Palette) -> None:
-    """Writes a palette as .npy, atomically; refuses what `load_palette` would refuse."""
+def prepare_table(path: Path, threads: int = 1) -> Palette:
+    """`load_palette` with the table of all 256^3 colours at hand, built in about a second where it is not cached yet.
+
+    The table goes into `path`.table, 32 MiB, for processes that load the palette later and share its pages. Where it cannot
+    be written this is said on stderr, and the palette works without.
+    """
+    palette = load_palette(path)
+    cache = table_path(path)
+    table = load_table(cache, palette.hash, _say_not_used)
+    if table is None:
+        table = build_table(palette.colors, threads)
+        try:
+            save_table(cache, table, palette.hash)
+        except OSError as error:
+            print(f"the palette's table cannot be cached as {cache}: {error.strerror}", file=sys.stderr, flush=True)
+        else:
+            table = load_table(cache, palette.hash, _say_not_used)  # the mapped file, so that this process shares it too
+    palette._state.update(table=table, looked=True)
+    return palette
+
+
+def save_palette(path: Path, palette: Palette, report: dict[str, Any] | None = None) -> None:
+    """Writes a palette as .npy, and beside it its report with hash and n_colors, each atomically.
+
+    The report is written when one is given, and for a palette without negative values, which could not be loaded without.
+    An infinite psnr stands there as null.
+    """
     _check_colors(palette.colors, f"palette for {path}")
+    if report is not None or palette.colors.min() >= 0:
+        whole = {"hash": palette.hash, "n_colors": len(palette)} | (report or {})
+        write_json(report_path(path), {key: None if value == math.inf else value for key, value in whole.items()})
     with atomic_file(path) as file:
         np.lib.format.write_array(file, palette.colors.astype("<f4"), version=(1, 0))
+
+
+def report_path(palette_path: Path) -> Path:
+    """Where the report of a palette file stands."""
+    return palette_path.with_suffix(".json")
+
+
+def _vouched(palette: Palette) -> bool:
+    assert palette.file is not None
+    try:
+        report = read_json(report_path(palette.file), "palette report")
+    except ValueError:
+        return False
+    return isinstance(report, dict) and report.get("hash") == palette.hash
 
 
 def _check_colors(colors: np.ndarray, where: str) -> None:
@@ -133,10 +194,6 @@ def _check_colors(colors: np.ndarray, where: str) -> None:
     low, high = float(colors.min()), float(colors.max())
     if not -1 <= low <= high <= 1:  # also false for NaN
         raise ValueError(f"{where} holds values from {low:g} to {high:g}; a palette lies in [-1, 1], pixel / 127.5 - 1")
-    if low >= 0:
-        raise ValueError(
-            f"{where} has no negative value and looks like [0, 1] values; a palette lies in [-1, 1]: use 2 * colors - 1"
-        )
 
 
 # --------------------------------------------------------------------------------------------------- fitting
@@ -146,12 +203,15 @@ class ColorCounts:
     """How often each RGB colour occurs: pixels go in image by image, and memory stays bounded however many there are."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(_N_RGB, dtype=np.int64)
+        self._counts = np.zeros(N_RGB, dtype=np.int64)
         self.n_pixels = 0
 
     def add(self, pixels: np.ndarray) -> None:
         """Counts pixels, uint8 [..., 3]."""
-        codes, counts = np.unique(color_codes(pixels), return_counts=True)
+        self.add_codes(*np.unique(color_codes(pixels), return_counts=True))
+
+    def add_codes(self, codes: np.ndarray, counts: np.ndarray) -> None:
+        """Counts different colours, codes int [U], that occur counts [U] times each."""
         self._counts[codes] += counts
         self.n_pixels += int(counts.sum())
 
@@ -163,7 +223,7 @@ class ColorCounts:
             drawn = np.random.default_rng(seed).integers(self.n_pixels, size=max_pixels)
             counts = np.bincount(np.searchsorted(counts.cumsum(), drawn, side="right"), minlength=len(codes))
             codes, counts = codes[counts > 0], counts[counts > 0]
-        return _code_pixels(codes), counts
+        return code_pixels(codes), counts
 
 
 def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palette, dict[str, Any]]:
@@ -174,7 +234,7 @@ def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palet
 
 
 def fit_colors(colors: np.ndarray, counts: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palette, dict[str, Any]]:
-    """k-means over U different colours, uint8 [U, 3], that occur counts [U] times; one seeded k-means++ start.
+    """k-means over U different colours, uint8 [U, 3], that occur counts [U] times.
 
     Returns the palette, its colours ordered by luminance, and a report: inertia (the sum over pixels of the squared distance
     in model space), psnr (dB, of 8-bit pixels), n_pixels, n_unique. The paper does not say how its palette was fitted.
@@ -186,28 +246,17 @@ def fit_colors(colors: np.ndarray, counts: np.ndarray, n_colors: int, seed: int 
         most = min(len(colors), MAX_COLORS)
         raise ValueError(f"n_colors={n_colors} but the images hold {len(colors)} different colours; use --n_colors 1 to {most}")
     points = colors.astype(np.float64) / 127.5 - 1
-    centres = points if len(points) == n_colors else _kmeans(points, counts, n_colors, seed)
+    centres = points if len(points) == n_colors else kmeans(points, counts.astype(np.float64), n_colors, seed)
     luminance = centres @ [0.299, 0.587, 0.114]
     order = np.lexsort((centres[:, 2], centres[:, 1], centres[:, 0], luminance))
     palette = Palette(centres[order].clip(-1, 1).astype(np.float32))
     return palette, _report(palette, colors, counts)
 
 
-def _kmeans(points: np.ndarray, counts: np.ndarray, n_colors: int, seed: int) -> np.ndarray:
-    from sklearn.cluster import KMeans  # lazily: only a fit needs them
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(limits=1):  # threads add up in any order, and the same seed must give the same bits
-        model = KMeans(n_colors, init="k-means++", n_init=1, max_iter=100, random_state=seed)
-        return model.fit(points, sample_weight=counts.astype(np.float64)).cluster_centers_
-
-
 def _report(palette: Palette, colors: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-    inertia = 0.0
-    for start in range(0, len(colors), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        inertia += float(_nearest(colors[block], palette.colors)[1] @ counts[block])
-    n_pixels = int(counts.sum())
+    nearest_colors = palette.colors[palette.encode(colors)].astype(np.float64)
+    squares = ((colors / 127.5 - 1 - nearest_colors) ** 2).sum(axis=1)
+    inertia, n_pixels = float((squares * counts).sum()), int(counts.sum())
     squared_error = inertia * 127.5**2 / (3 * n_pixels)  # per 8-bit value
     psnr = 10 * math.log10(255**2 / squared_error) if squared_error > 0 else math.inf
     return {"inertia": inertia, "psnr": psnr, "n_pixels": n_pixels, "n_unique": len(colors)}

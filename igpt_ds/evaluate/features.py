@@ -134,7 +134,7 @@ def extract(
     wanted = check_layers(layers, model.config.n_layer)
 
     def pooled(grids: np.ndarray) -> Pooled:
-        tokens = torch.from_numpy(grids.reshape(len(grids), -1).astype(np.int64)).to(device)
+        tokens = torch.from_numpy(grids.reshape(len(grids), -1)).to(device).long()
         with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             for layer, (h, n) in enumerate(model.residuals(tokens)):
                 if layer in wanted:

@@ -1,7 +1,7 @@
-"""Figures: result rows and training rows enter, PNG files leave. Drawn without a display and without any global state.
+"""Figures: result rows, training rows and scores enter, PNG files leave. Drawn without a display and without any global state.
 
-Called by `tools/figures.py`. Colours are Okabe and Ito's, which colour-blind readers can tell apart; line styles and
-markers say the same again.
+Called by `tools/figures.py` and `tools/filter_shards.py`. Colours are Okabe and Ito's, which colour-blind readers can tell
+apart; line styles and markers say the same again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from igpt_ds.evaluate.results import Row, best_row, label, series
 from igpt_ds.files import atomic_file
@@ -78,6 +80,24 @@ def training_curve(runs: dict[str, list[dict[str, Any]]], n_vocab: int, path: Pa
         if validation:
             text = f"{prefix}validation ({validation[-1][1]:.3f})"
             axes.plot(*zip(*validation, strict=True), color=color, marker="o", markersize=4, label=text)
+    _finish(figure, axes, path)
+
+
+def score_histogram(scores: dict[str, np.ndarray], threshold: float, path: Path, title: str, bins: int = 100) -> None:
+    """The distribution of each named set of scores as an outline, all of the same area, and the threshold, as a PNG.
+
+    Args:
+        scores: float [N] for each name; memory maps are read in pieces.
+    """
+    lowest, highest = (float(end([end(values) for values in scores.values()])) for end in (np.min, np.max))
+    edges = np.linspace(lowest, highest if highest > lowest else lowest + 1, bins + 1)
+    figure, axes = _new(title, "score: log odds of reference against candidate", "share of images a bin (%)")
+    for number, (name, values) in enumerate(scores.items()):
+        counts, _ = np.histogram(values, edges)
+        line = ("-", "--", ":")[number % 3]
+        text = f"{name} ({len(values)})"
+        axes.stairs(100 * counts / len(values), edges, color=_COLORS[number % len(_COLORS)], linestyle=line, label=text)
+    axes.axvline(threshold, color=_BLACK, linestyle=":", label=f"kept from {threshold:.3f}")
     _finish(figure, axes, path)
 
 

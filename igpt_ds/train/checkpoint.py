@@ -140,7 +140,15 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any], fac
                 f"{checkpoint} is of {name} {manifest[name]} and this run of {facts[name]}; choose another --run_dir"
             )
     if manifest["data"]["dataset_hash"] != facts["data"]["dataset_hash"]:
-        raise SharedError(f"{checkpoint} was trained on other images than {facts['data']['path']}; name the shards of that run")
+        raise SharedError(
+            f"{checkpoint} was trained on other images than {facts['data']['path']}; name the shards and weights of that run"
+        )
+    before, now = manifest["data"].get("order"), facts["data"].get("order")
+    if before != now:
+        raise SharedError(
+            f"{checkpoint} saw its images in order {before} and this run would in {now}; "
+            "use the code and the way of reading (--stream or not) of that run, or choose another --run_dir"
+        )
     if manifest["world_size"] != dist.world_size():
         ranks = manifest["world_size"]
         raise SharedError(f"{checkpoint} was written by {ranks} ranks and this run has {dist.world_size()}; start {ranks} ranks")

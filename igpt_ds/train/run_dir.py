@@ -21,7 +21,7 @@ def check(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: 
     """Checks that the run directory is new or belongs to this run; writes nothing but the directory itself.
 
     Args:
-        data: what identifies the training data: dataset_hash, palette_hash, path.
+        data: what identifies the training data: dataset_hash, palette_hash, order, path.
         resume: whether the user asked to continue.
 
     Raises:
@@ -55,7 +55,7 @@ def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path) -> None
 def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path) -> None:
     new = run_to_dict(run)["recipe"]
     pairs = [(name, old["recipe"].get(name), value) for name, value in new.items()]
-    pairs += [(name, old["data"].get(name), data[name]) for name in ("dataset_hash", "palette_hash")]
+    pairs += [(name, old["data"].get(name), data.get(name)) for name in ("dataset_hash", "palette_hash", "order")]
     for name, before, now in pairs:
         if before != now:
             raise ValueError(f"{path} is of another run: {name} is {before} there and {now} here; choose another --run_dir")

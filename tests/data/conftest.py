@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from igpt_ds.data.palette import Palette, fit_colors
-from igpt_ds.data.shards import ShardSet, write_dataset
-from igpt_ds.data.sources import ImageFolder, open_source
+from igpt_ds.data.shard_writer import write_dataset
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.sources import Entry, open_source
 
 
 @dataclass
@@ -19,22 +20,29 @@ class Memory:
     images: np.ndarray
     name: str = "memory:"
     classes: list[str] = field(default_factory=lambda: ["cat", "dog", "owl"])
-    skipped: list[str] = field(default_factory=list)
+    val_fraction: float = 0.1
+    n_test: int = 0  # how many of the last images are test images
+    unreadable: tuple[int, ...] = ()
 
-    def __len__(self):
-        return len(self.images)
+    def entries(self):
+        """As data/sources asks."""
+        for index in range(len(self.images)):
+            split = "test" if index >= len(self.images) - self.n_test else "train"
+            yield Entry(split, f"image{index}", index % len(self.classes), [index])
 
-    def __iter__(self):
-        for index, image in enumerate(self.images):
-            yield f"image{index}", image, index % len(self.classes)
+    def read(self, entries):
+        """As data/sources asks."""
+        for entry in entries:
+            bad = entry.place[0] in self.unreadable
+            yield ValueError(f"{entry.key} cannot be read") if bad else self.images[entry.place[0]]
 
 
 @pytest.fixture(scope="session")
 def memory():
     """Makes a source of n random images: memory(n, n_px=4)."""
 
-    def make(n, n_px=4, seed=0):
-        return Memory(np.random.default_rng(seed).integers(0, 256, (n, n_px, n_px, 3), dtype=np.uint8))
+    def make(n, n_px=4, seed=0, **options):
+        return Memory(np.random.default_rng(seed).integers(0, 256, (n, n_px, n_px, 3), dtype=np.uint8), **options)
 
     return make
 
@@ -93,12 +101,6 @@ def folder(tmp_path):
         return tmp_path / name
 
     return make
-
-
-@pytest.fixture
-def image_folder(folder):
-    """The same as an opened source."""
-    return lambda classes, **options: ImageFolder(folder(classes), **options)
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig
+from igpt_ds.data import loader as loader_module
 from igpt_ds.data.loader import Loader, augment, check_shards, sequential
 from igpt_ds.data.order import shuffled
-from igpt_ds.data.shards import ShardSet, write_dataset
+from igpt_ds.data.shard_writer import write_dataset
+from igpt_ds.data.shards import DamagedImagesError, ShardSet
 
 
 def step_of(shards, images_seen, batch_images, world_size, accumulation, **options):
@@ -24,7 +26,8 @@ def step_of(shards, images_seen, batch_images, world_size, accumulation, **optio
 
 
 def assert_same(one, other):
-    assert torch.equal(one[0], other[0])
+    assert one[0].dtype == other[0].dtype == torch.uint16
+    assert torch.equal(one[0].long(), other[0].long())
     assert torch.equal(one[1], other[1])
 
 
@@ -35,7 +38,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_each_image_once_an_epoch(tiny_of, world_size, accumulation):
     shards = tiny_of(48)
-    every = shards.tokens(np.arange(48)).reshape(48, 16).astype(np.int64)
+    every = shards.tokens(np.arange(48)).reshape(48, 16)
     assert len(np.unique(every, axis=0)) == 48
     for epoch in range(3):
         steps = [step_of(shards, epoch * 48 + seen, 24, world_size, accumulation, seed=1) for seen in (0, 24)]
@@ -61,7 +64,7 @@ def test_any_layout_equals_one_rank(tiny_of, n, micro_batch, world_size, accumul
     one = step_of(shards, images_seen, batch_images, 1, 1, **options)
     assert_same(step_of(shards, images_seen, batch_images, world_size, accumulation, **options), one)
     assert one[0].shape == (batch_images, 16)
-    assert one[0].dtype == one[1].dtype == torch.int64
+    assert (one[0].dtype, one[1].dtype) == (torch.uint16, torch.int64)
     ids = shuffled(np.arange(images_seen, images_seen + batch_images), n, seed)
     np.testing.assert_array_equal(one[1].numpy(), shards.labels(ids))
     if not (pad or flip):
@@ -72,8 +75,16 @@ def test_ranks_hold_different_images(digits):
     shards = ShardSet(digits, "train")
     first, second = (Loader(shards, 8, 2, rank, 2, seed=3).batch(0, 1)[0] for rank in (0, 1))
     whole = Loader(shards, 8, 8, seed=3).batch(0, 0)[0]
-    assert torch.equal(torch.cat([first, second]), whole[4:])
-    assert not torch.equal(first, second)
+    assert torch.equal(torch.cat([first, second]).long(), whole[4:].long())
+    assert not torch.equal(first.long(), second.long())
+
+
+def test_labels_are_left_out_when_nobody_needs_them(tiny_of):
+    shards = tiny_of(23)
+    with_labels, without = (Loader(shards, 4, 2, seed=3, with_labels=wanted) for wanted in (True, False))
+    for one, other in zip(itertools.islice(with_labels.stream(0), 30), without.stream(0), strict=False):
+        assert torch.equal(one.tokens.long(), other.tokens.long())
+        assert (one.labels.shape, other.labels.shape, other.labels.dtype) == ((2,), (0,), torch.int64)
 
 
 def test_batch_that_does_not_divide_is_refused(tiny_of):
@@ -89,6 +100,7 @@ def test_batch_that_does_not_divide_is_refused(tiny_of):
 @settings(max_examples=20, deadline=None)
 @given(start=st.integers(0, 1000), steps=st.integers(0, 5), world_size=st.integers(1, 2), accumulation=st.integers(1, 3))
 def test_resume_equals_continuing(tiny_of, start, steps, world_size, accumulation):
+    """Whatever the handfuls are that the thread works in: here a few micro batches each."""
     batch_images = 2 * world_size * accumulation
     loader = Loader(tiny_of(23), batch_images, 2, world_size - 1, world_size, seed=9, augment_pad=1, augment_flip=True)
     endless = loader.stream(start)
@@ -120,16 +132,29 @@ def test_closing_or_forgetting_the_stream_ends_its_thread(tiny_of):
     assert not loader_threads()
 
 
+@pytest.mark.parametrize("micro_batch", [1, 7, 100, 3000])
+def test_the_stream_is_batch_after_batch(tiny_of, monkeypatch, micro_batch):
+    """Over many handfuls, for micro batches smaller and larger than one."""
+    monkeypatch.setattr(loader_module, "_ORDER_CHUNK", 512)
+    monkeypatch.setattr(loader_module, "_READ_BYTES", 32 * 64)
+    loader = Loader(tiny_of(23), 2 * 3 * micro_batch, micro_batch, 1, 3, seed=2, augment_pad=1, augment_flip=True)
+    stream = loader.stream(12)
+    for step in range(max(2, 700 // micro_batch)):
+        for micro_step in range(2):
+            assert_same(next(stream), loader.batch(12 + step * loader.batch_images, micro_step))
+    stream.close()
+
+
 def test_an_error_reaches_the_consumer_at_its_batch(tmp_path, memory, palette8):
     write_dataset(tmp_path / "out", memory(20), palette8, 4, val_fraction=0)
     order = shuffled(np.arange(20), 20, 0)
     with open(tmp_path / "out" / "train-000000.tar", "r+b") as file:  # spoil the image that comes eighth, in the fourth batch
-        file.seek(int(order[7]) * 2048)
-        file.write(b"x")
+        file.seek(int(order[7]) * 2048 + 1536 + 128)
+        file.write(b"\xff")
     stream = Loader(ShardSet(tmp_path / "out", "train"), 2, 2).stream(0)
     for _ in range(3):
         next(stream)
-    with pytest.raises(ValueError, match=rf"does not hold image {order[7]} of train"):
+    with pytest.raises(DamagedImagesError, match=rf"image {order[7]} at byte {order[7] * 2048} is damaged"):
         next(stream)
     assert not loader_threads()
 
@@ -159,7 +184,7 @@ def test_augmented_images_are_windows_of_the_padded_image(n_px, pad, seed):
         for grid, variant in zip(grids, result, strict=True):
             assert variant.tobytes() in reference_variants(grid, pad)
     if not pad:
-        np.testing.assert_array_equal(augment(grids, np.arange(12), seed, 0, False), grids)
+        assert augment(grids, np.arange(12), seed, 0, False) is grids  # and not a copy, which costs as much as reading
 
 
 def test_all_variants_are_equally_likely():
@@ -186,10 +211,18 @@ def test_mirroring_alone_mirrors_half():
 
 def test_a_later_epoch_draws_another_variant(digits):
     loader = Loader(ShardSet(digits, "val"), 1, 1, seed=2, augment_pad=2)
-    n = loader.shards.n_images
+    n = loader.mixture.n_images
     order = [shuffled(np.arange(n) + epoch * n, n, 2) for epoch in range(6)]
     variants = {tuple(loader.batch(epoch * n + int(np.argmax(ids == 5)), 0)[0][0].tolist()) for epoch, ids in enumerate(order)}
     assert len(variants) > 3
+
+
+def test_many_images_are_augmented_as_one_by_one():
+    grids = np.random.default_rng(3).integers(0, 512, (300, 8, 8)).astype(np.uint16)
+    together = augment(grids, np.arange(300), 1, 2, True)
+    for place in (0, 127, 128, 299):
+        alone = augment(grids[place : place + 1].copy(), np.array([place]), 1, 2, True)
+        np.testing.assert_array_equal(together[place : place + 1], alone)
 
 
 def test_augmentation_is_frozen():
@@ -211,7 +244,7 @@ def test_validation_covers_the_split_exactly_once(tiny_of, n, batch, world_size,
     kept_tokens, kept_labels = [], []
     for step in zip(*passes, strict=True):
         for tokens, labels, weight in step:
-            assert (tokens.shape, tokens.dtype) == ((batch, 16), torch.int64)
+            assert (tokens.shape, tokens.dtype) == ((batch, 16), torch.uint16)
             assert (labels.shape, labels.dtype) == ((batch,), torch.int64)
             assert (weight.shape, weight.dtype) == ((batch,), torch.float32)
             kept_tokens += tokens[weight == 1].tolist()

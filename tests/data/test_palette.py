@@ -1,13 +1,29 @@
 """The palette is exact, stable, and refuses what is no palette."""
 
 import hashlib
+import itertools
+import json
+import os
+import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, fit_palette, load_palette, save_palette
+from igpt_ds.data import palette as palette_module
+from igpt_ds.data.palette import (
+    OPENAI_PALETTE_HASH,
+    ColorCounts,
+    Palette,
+    fit_colors,
+    fit_palette,
+    load_palette,
+    prepare_table,
+    report_path,
+    save_palette,
+)
+from igpt_ds.data.palette_table import build_table, code_pixels, color_codes, nearest, table_path
 
 
 def brute_force(pixels, colors):
@@ -34,14 +50,6 @@ def test_encode_equals_brute_force(n_colors, seed, n_pixels):
     palette = random_palette(n_colors, seed)
     pixels = np.random.default_rng(seed + 1).integers(0, 256, (n_pixels, 3), dtype=np.uint8)
     np.testing.assert_array_equal(palette.encode(pixels), brute_force(pixels, palette.colors))
-
-
-def test_encode_equals_brute_force_on_every_colour():
-    palette = random_palette(5, 0)
-    levels = np.arange(256, dtype=np.uint8)
-    for red in range(256):
-        plane = np.stack(np.broadcast_arrays(np.uint8(red), levels[:, None], levels[None]), axis=-1)
-        np.testing.assert_array_equal(palette.encode(plane).ravel(), brute_force(plane.reshape(-1, 3), palette.colors))
 
 
 def test_encode_equals_brute_force_on_openai_palette(openai_palette_file):
@@ -146,9 +154,197 @@ def test_load_refuses_missing_and_foreign_files(tmp_path):
 
 
 def test_save_refuses_what_load_would(tmp_path):
-    with pytest.raises(ValueError, match=r"palette for .*p.npy has no negative value"):
-        save_palette(tmp_path / "p.npy", Palette(np.ones((2, 3), dtype=np.float32)))
+    with pytest.raises(ValueError, match=r"palette for .*p.npy holds values from 2 to 2"):
+        save_palette(tmp_path / "p.npy", Palette(np.full((2, 3), 2, dtype=np.float32)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_palette_without_dark_colours_is_vouched_for_by_its_own_report(tmp_path):
+    path = tmp_path / "p.npy"
+    bright, report = fit_palette(np.random.default_rng(0).integers(128, 256, (500, 3), dtype=np.uint8), 8)
+    save_palette(path, bright, report | {"seed": 3})
+    assert load_palette(path).hash == bright.hash
+    written = json.loads(report_path(path).read_text())
+    assert written == {"hash": bright.hash, "n_colors": 8, "seed": 3} | report
+    save_palette(tmp_path / "copy.npy", load_palette(path))  # a copy can be loaded too
+    assert load_palette(tmp_path / "copy.npy").hash == bright.hash
+    for foreign in (json.dumps(written | {"hash": "0" * 64}), "[]", "{"):
+        report_path(path).write_text(foreign)
+        with pytest.raises(ValueError, match=r"or keep the report p.json of tools/fit_palette.py beside it"):
+            load_palette(path)
+
+
+def test_a_perfect_fit_has_a_report_that_is_json(tmp_path):
+    colors = np.array([[-1, 0, 1], [0.5, 0.25, 0]], dtype=np.float32)
+    save_palette(tmp_path / "p.npy", Palette(colors), {"psnr": float("inf")})
+    assert json.loads((tmp_path / "p.json").read_text(), parse_constant=pytest.fail)["psnr"] is None
+
+
+# --------------------------------------------------------------------------------------------------- the table of all colours
+
+
+def corner_cases():
+    """Palettes on which bounds could be too tight: ties by symmetry, duplicates, one plane, clumps, colours on byte values."""
+    levels = (np.array([0, 1, 127, 128, 255]) / 127.5 - 1).astype(np.float32)
+    rng = np.random.default_rng(5)
+    return {
+        "one": np.zeros((1, 3), np.float32),
+        "lattice": np.array(list(itertools.product(levels, repeat=3)), dtype=np.float32),
+        "mirrored": np.array(list(itertools.product([-0.5, 0.5], repeat=3)), dtype=np.float32),
+        "doubled": np.tile(rng.uniform(-1, 1, (20, 3)).astype(np.float32), (3, 1)),
+        "grey": np.repeat(np.linspace(-1, 1, 300, dtype=np.float32)[:, None], 3, axis=1),
+        "clump": (rng.normal(0, 0.01, (600, 3)) - 0.9).clip(-1, 1).astype(np.float32),
+        "random": rng.uniform(-1, 1, (512, 3)).astype(np.float32),
+    }
+
+
+def sample_pixels(colors, n):
+    """n random colours, the palette's own and those halfway between two of them, where the ties are, with their surroundings."""
+    rng = np.random.default_rng(1)
+    bytes_ = 127.5 * (colors.astype(np.float64) + 1)
+    pairs = rng.integers(len(colors), size=(500, 2))
+    centres = np.concatenate([bytes_[rng.integers(len(colors), size=200)], bytes_[pairs].mean(axis=1)])
+    around = np.floor(centres)[:, None] + np.array(list(itertools.product((-1, 0, 1, 2), repeat=3)))
+    return np.concatenate([rng.integers(0, 256, (n, 3)), around.reshape(-1, 3).clip(0, 255)]).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", corner_cases())
+def test_the_table_is_brute_force(name):
+    colors = corner_cases()[name]
+    table = build_table(colors)
+    assert (table.shape, table.dtype) == ((1 << 24,), np.uint16)
+    pixels = sample_pixels(colors, 10_000)
+    np.testing.assert_array_equal(table[color_codes(pixels)], nearest(pixels, colors)[0])
+
+
+def test_the_table_is_brute_force_on_200_000_colours_of_the_released_palette(openai_palette_file):
+    colors = load_palette(openai_palette_file).colors
+    table = build_table(colors)
+    pixels = sample_pixels(colors, 200_000)
+    np.testing.assert_array_equal(table[color_codes(pixels)], nearest(pixels, colors)[0])
+    np.testing.assert_array_equal(build_table(colors, threads=3), table)
+
+
+@pytest.mark.skipif(os.environ.get("IGPT_DS_EXHAUSTIVE") != "1", reason="all 16.7M colours: set IGPT_DS_EXHAUSTIVE=1")
+def test_the_table_is_brute_force_on_every_colour(openai_palette_file):
+    for colors in (load_palette(openai_palette_file).colors, corner_cases()["lattice"]):
+        table = build_table(colors)
+        for codes in np.arange(1 << 24).reshape(256, -1):
+            np.testing.assert_array_equal(table[codes], nearest(code_pixels(codes), colors)[0])
+
+
+def test_the_table_of_65536_colours():
+    colors = np.random.default_rng(2).uniform(-1, 1, (65536, 3)).astype(np.float32)
+    pixels = np.random.default_rng(3).integers(0, 256, (500, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(build_table(colors)[color_codes(pixels)], nearest(pixels, colors)[0])
+
+
+def test_tokens_are_those_of_the_released_formula(openai_palette_file):
+    palette = load_palette(openai_palette_file)
+    pixels = np.random.default_rng(4).integers(0, 256, (200_000, 3), dtype=np.uint8)
+    tokens = palette.encode(pixels)
+
+    def expanded(dtype):
+        a, b = (pixels / 127.5 - 1).astype(dtype), palette.colors.astype(dtype).T
+        parts = np.array_split(a, 50)
+        return np.concatenate([((p**2).sum(1)[:, None] - 2 * p @ b + (b**2).sum(0)).argmin(1) for p in parts])
+
+    np.testing.assert_array_equal(tokens, expanded(np.float64))
+    differ = np.flatnonzero(tokens != expanded(np.float32))
+    assert len(differ) <= 5  # float32 rounds the expansion: 2 of 2,097,152 colours on one machine, all of them near ties
+    x = pixels[differ] / 127.5 - 1
+    ours, theirs = (((x - palette.colors[t[differ]]) ** 2).sum(1) for t in (tokens, expanded(np.float32)))
+    assert (theirs - ours < 1e-6).all()
+
+
+def test_openai_palette_is_known_by_name(openai_palette_file):
+    assert load_palette(openai_palette_file).hash == OPENAI_PALETTE_HASH
+    assert load_palette(openai_palette_file).name == "OpenAI's palette"
+    assert random_palette(4, 0).name == f"palette {random_palette(4, 0).hash[:16]}"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    palette = random_palette(64, 8)
+    save_palette(tmp_path / "p.npy", palette)
+    return tmp_path / "p.npy"
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts the tables that are built."""
+    calls = []
+    monkeypatch.setattr(palette_module, "build_table", lambda *a, **k: calls.append(1) or build_table(*a, **k))
+    return calls
+
+
+def test_a_few_images_build_no_table_and_many_do(builds):
+    palette = random_palette(512, 9)
+    images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
+    few = palette.encode(images[:10])
+    assert not builds
+    many = palette.encode(images)
+    palette.encode(images)
+    assert len(builds) == 1
+    np.testing.assert_array_equal(many[:10], few)
+    np.testing.assert_array_equal(many.reshape(-1), nearest(images.reshape(-1, 3), palette.colors)[0])
+
+
+def test_a_prepared_table_is_cached_mapped_and_used_by_others(saved, builds, capsys, pixels):
+    prepared = prepare_table(saved)
+    assert len(builds) == 1
+    assert table_path(saved) == saved.with_name("p.npy.table")
+    assert table_path(saved).stat().st_size == 4096 + 2 * (1 << 24)
+    many = np.tile(pixels, (40, 1))
+    expected = brute_force(pixels, prepared.colors)
+    for palette in (prepared, prepare_table(saved), load_palette(saved), pickle.loads(pickle.dumps(prepared))):
+        np.testing.assert_array_equal(palette.encode(many)[:3000], expected)
+        mapped = palette._state["table"]
+        assert isinstance(mapped.base, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            mapped[0] = 1
+    assert len(builds) == 1
+    assert len(pickle.dumps(prepared)) < 5000
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:], "is damaged: its bytes have another sha256"),
+        (lambda data: data[:-1], "is damaged: it has 33558527 bytes instead of 33558528"),
+        (lambda data: data[:50], "belongs to another palette"),
+        (lambda data: data[:33] + b"\xff\n", "belongs to another palette"),
+        (lambda data: b"", "is no table of this version"),
+        (lambda data: data.replace(random_palette(64, 8).hash.encode(), b"0" * 64, 1), "belongs to another palette"),
+    ],
+)
+def test_a_table_that_is_damaged_or_foreign_is_never_used(saved, damage, words, builds, capsys, pixels):
+    prepare_table(saved)
+    table_path(saved).write_bytes(damage(table_path(saved).read_bytes()))
+    palette = load_palette(saved)
+    many = np.tile(pixels, (40, 1))
+    expected = np.tile(brute_force(pixels, palette.colors), 40)
+    for _ in range(2):
+        np.testing.assert_array_equal(palette.encode(many), expected)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert words in error
+    assert error.endswith("; it is not used\n")
+    prepare_table(saved)  # says it once more, and mends it
+    assert words in capsys.readouterr().err
+    np.testing.assert_array_equal(load_palette(saved).encode(many), expected)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_cache(saved, capsys, pixels, monkeypatch):
+    table_path(saved).mkdir()  # root may write anywhere, but nobody can replace a directory by a file
+    palette = prepare_table(saved)
+    np.testing.assert_array_equal(palette.encode(pixels), brute_force(pixels, palette.colors))
+    error = capsys.readouterr().err
+    assert "the palette's table cannot be cached as" in error
+    assert "Is a directory" in error
+    assert not list(saved.parent.glob(".*"))
 
 
 # --------------------------------------------------------------------------------------------------- fitting

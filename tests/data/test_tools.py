@@ -47,8 +47,8 @@ def test_palette_then_shards(palette_file, tmp_path):
         train.dataset_hash[:16],
         val.dataset_hash[:16],
         f"{train.n_images} images in 1 shards",
-        "1797 at",
-        "0 unreadable",
+        "made        1797 images at",
+        "unreadable  0 images",
     ):
         assert text in result.stdout
 
@@ -62,7 +62,7 @@ def test_every_flag_reaches_its_place(folder, tmp_path):
     assert "1 unreadable" in result.stdout
     shape = ["--n_px", 4, "--val_fraction", 0.4, "--images_per_shard", 5]
     result = tool("make_shards.py", *source, *shape, "--palette", tmp_path / "p.npy", "--out", tmp_path / "shards")
-    assert "1 unreadable" in result.stdout
+    assert "unreadable  1 images" in result.stdout
     train, val = (ShardSet(tmp_path / "shards", split) for split in ("train", "val"))
     assert train.n_images + val.n_images == 39
     assert 8 < val.n_images < 24

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
 import pytest
 
 from igpt_ds.evaluate import figures
-from igpt_ds.evaluate.figures import layer_curve, training_curve
+from igpt_ds.evaluate.figures import layer_curve, score_histogram, training_curve
 
 
 def made_rows(layers=9):
@@ -91,3 +92,22 @@ def test_a_run_without_rows(tmp_path):
     with pytest.raises(ValueError, match=r"run r has no rows in its train\.jsonl; train first"):
         training_curve({"r": [{"step": 1, "loss": None}]}, 16, tmp_path / "none.png", "losses")
     assert not list(tmp_path.iterdir())
+
+
+def test_score_histogram(tmp_path, drawn):
+    scores = {"candidates": np.repeat([-1.0, 0.5, 3.0], [2, 1, 1]), "reference": np.array([3.0, 2.5])}
+    score_histogram(scores, 0.4, tmp_path / "a.png", "a title", bins=4)
+    score_histogram(scores, 0.4, tmp_path / "b.png", "a title", bins=4)
+    assert png_size(tmp_path / "a.png") == (1200, 600)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    axes = drawn[0]
+    assert texts(axes) == ["candidates (4)", "reference (2)", "kept from 0.400"]
+    candidates, reference = (patch.get_data() for patch in axes.patches)
+    np.testing.assert_allclose(candidates.edges, [-1, 0, 1, 2, 3])
+    np.testing.assert_allclose(candidates.values, [50, 25, 0, 25])  # per cent
+    np.testing.assert_allclose(reference.values, [0, 0, 0, 100])
+
+
+def test_scores_that_are_all_equal_are_drawn_too(tmp_path, drawn):
+    score_histogram({"candidates": np.full(3, 2.0)}, 2.0, tmp_path / "a.png", "a title")
+    assert sum(drawn[0].patches[0].get_data().values) == pytest.approx(100)

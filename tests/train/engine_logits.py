@@ -28,7 +28,7 @@ def main(_: object) -> None:
     loader = Loader(shards, recipe.batch_images, run.micro_batch, dist.rank(), run.world_size, recipe.seed, 0, False)
     stream = loader.stream(0)
     for _step in range(3):
-        take_step(engine, [next(stream)[0]], autoregressive_loss, lr=0.01)
+        take_step(engine, [next(stream).tokens.long()], autoregressive_loss, lr=0.01)
     facts = {"path": str(data), "dataset_hash": shards.dataset_hash, "palette_hash": shards.palette_hash}
     if dist.rank() == 0:
         record(out, run, facts, data / "palette.npy")
@@ -36,7 +36,7 @@ def main(_: object) -> None:
     manifest = {"step": 3, "images_seen": 36, "recipe": recipe_to_dict(recipe), "data": facts}
     save_checkpoint(engine, out / "checkpoints", manifest, keep_last=1, keep_every=0)
     with torch.no_grad():
-        logits = engine(torch.from_numpy(shards.tokens(np.arange(4)).reshape(4, -1).astype(np.int64)))
+        logits = engine(torch.from_numpy(shards.tokens(np.arange(4)).reshape(4, -1)).long())
     if dist.rank() == 0:
         np.save(out / "logits.npy", logits.numpy())
 

@@ -67,6 +67,23 @@ def test_torn_shard(main: Any, command: Command, tiny_dataset: Path, tmp_path: P
         main(command("run", "--data", str(tmp_path / "torn")))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_bad", "1"], "--max_bad 1 must be at least 0 and below 1"),
+        (["--data_weights", "1", "2"], "--data_weights has 2 numbers for 1 datasets; give one for each"),
+        (["--exclude", "nothing.json"], r"exclusion list nothing\.json does not exist"),
+        (["--stream", "https://host/x"], r"--stream https://host/x does not say where the name of a shard goes"),
+        (["--stream", "{shard}", "--on_bad", "skip"], "--stream takes one --data as it is, without"),
+        (["--stream", "{shard}", "--exclude", "a.json"], "--stream takes one --data as it is, without"),
+        (["--stream", "{shard}", "--data", "a", "b"], "--stream takes one --data as it is, without"),
+    ],
+)
+def test_ways_to_read_that_do_not_fit(main: Any, command: Command, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(command("run", *words))
+
+
 def test_batch_that_does_not_divide(main: Any, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(ValueError, match="batch_images=12 does not divide into 5 ranks; nearest that does: 10 or 15"):

@@ -97,11 +97,18 @@ class NoEngine:
     [
         ({"precision": "bf16"}, "is of precision fp32 and this run of bf16"),
         ({"recipe": {"lr": 2}}, r"is of recipe \{'lr': 1\} and this run of \{'lr': 2\}"),
-        ({"data": {"dataset_hash": "b", "path": "shards"}}, "was trained on other images than shards"),
+        (
+            {"data": {"dataset_hash": "b", "path": "shards"}},
+            "was trained on other images than shards; name the shards and weights",
+        ),
+        (
+            {"data": {"dataset_hash": "a", "path": "shards", "order": "stream"}},
+            r"saw its images in order 2 and this run would in stream; use the code and the way of reading \(--stream or not\)",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    facts = {"precision": "fp32", "recipe": {"lr": 1}, "data": {"dataset_hash": "a", "path": "shards"}}
+    facts = {"precision": "fp32", "recipe": {"lr": 1}, "data": {"dataset_hash": "a", "path": "shards", "order": 2}}
     with pytest.raises(SharedError, match=message):
         load_checkpoint(NoEngine(), tmp_path, facts | {"world_size": 1, "files": []}, facts | changes)
 

@@ -38,7 +38,7 @@ def plain_torch_losses(recipe: Recipe, data: Path) -> list[float]:
     loader = Loader(ShardSet(data, "train"), batch, batch, 0, 1, recipe.seed, recipe.augment_pad, recipe.augment_flip)
     losses = []
     for step in range(recipe.steps):
-        tokens, _ = loader.batch(step * batch, 0)
+        tokens = loader.batch(step * batch, 0).tokens.long()
         loss = autoregressive_loss(model(tokens), tokens)
         optimizer.zero_grad()
         loss.backward()
@@ -75,6 +75,7 @@ def test_two_ranks_with_accumulation_equal_plain_torch(
     assert (info.step, info.images_seen) == (12, 144)
     total = torch.zeros(2, dtype=torch.float64)
     for tokens, _, weight in sequential(ShardSet(tiny_dataset, "val"), 4):
+        tokens = tokens.long()
         with torch.no_grad():
             total += torch.stack([(image_nats(model(tokens), tokens) * weight).sum(), weight.sum()])
     assert float(total[0] / total[1]) == pytest.approx(rows[-1]["val_loss"], abs=1e-6)

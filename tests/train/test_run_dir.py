@@ -10,7 +10,7 @@ import pytest
 from igpt_ds.config import Recipe, Run, join, recipe_to_dict
 from igpt_ds.train import run_dir
 
-DATA = {"path": "shards", "dataset_hash": "d", "palette_hash": "p"}
+DATA = {"path": "shards", "dataset_hash": "d", "palette_hash": "p", "order": 2}
 ZERO = {"zero_optimization": {"stage": 3}}
 
 
@@ -51,6 +51,8 @@ def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, 
         start(where, other, palette, resume=True)
     with pytest.raises(ValueError, match=r"dataset_hash is d there and e here"):
         start(where, join(recipe, ZERO, 2), palette, True, DATA | {"dataset_hash": "e"})
+    with pytest.raises(ValueError, match=r"order is 2 there and stream here"):
+        start(where, join(recipe, ZERO, 2), palette, True, DATA | {"order": "stream"})
 
 
 def test_checkpoints_of_nobody_knows_which_run_are_refused(tmp_path: Path, recipe: Recipe, palette: Path) -> None:

@@ -1,0 +1,205 @@
+"""The training images: one dataset, or several mixed by weight, as one endless stream; and what happens to damaged ones.
+
+In: ShardSets, weights, exclusion lists. Out: tokens and labels of stream positions. `data/loader.py` and train.py call. The
+stream is a function of (seed, position) alone; nothing grows with the number of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igpt_ds.data.exclusion import read_exclusion
+from igpt_ds.data.order import MAX_IMAGES, ORDER_VERSION, mixed, shares_of
+from igpt_ds.data.shards import DamagedImagesError, ShardSet
+
+ON_BAD = ("stop", "skip")
+MAX_BAD = 0.001
+_CHUNK = 1024  # images checked at a time
+
+
+class Mixture:
+    """Datasets that are trained on together, each in its own shuffled order, in constant proportions.
+
+    Attributes: shard_sets; shares, of each dataset in a block of order.BLOCK positions; n_images of all; path, all of them in
+    words; n_px, n_vocab, classes, palette_hash; dataset_hash: with one dataset its own, else of their hashes and shares in order.
+
+    Args:
+        weights: one number above 0 for each dataset; in proportion to the numbers of images when left out.
+        on_bad: "stop" raises DamagedImagesError; "skip" takes the next image that is whole instead, the last one's next being the
+            first: a function of the image id, so the same on every rank. Each damaged image is named on stderr when first met.
+        max_bad: the fraction of a dataset's images that may be skipped.
+
+    Raises:
+        ValueError: the datasets differ in n_px or palette, weights that do not fit, a dataset of more than order.MAX_IMAGES.
+    """
+
+    def __init__(
+        self,
+        shard_sets: Sequence[ShardSet],
+        weights: Sequence[float] | None = None,
+        on_bad: str = "stop",
+        max_bad: float = MAX_BAD,
+    ) -> None:
+        assert shard_sets
+        assert on_bad in ON_BAD
+        self.shard_sets, self.on_bad, self.max_bad = list(shard_sets), on_bad, max_bad
+        first = self.shard_sets[0]
+        for other in self.shard_sets:
+            for name in ("n_px", "palette_hash"):
+                one, two = getattr(first, name), getattr(other, name)
+                if one != two:
+                    fix = "make the shards again with the same --n_px and --palette"
+                    raise ValueError(f"{first.path} has {name} {one} and {other.path} {two}; to train on both, {fix}")
+            if other.n_images > MAX_IMAGES:
+                raise ValueError(f"{other.path} has {other.n_images} images; more than {MAX_IMAGES} need several datasets")
+        if weights is not None and len(weights) != len(self.shard_sets):
+            raise ValueError(f"--data_weights has {len(weights)} numbers for {len(self.shard_sets)} datasets; give one for each")
+        self._sizes = [shards.n_images for shards in self.shard_sets]
+        self.shares = shares_of(list(weights) if weights is not None else [float(size) for size in self._sizes])
+        self.n_images = sum(self._sizes)
+        self.n_px, self.n_vocab, self.palette_hash = first.n_px, first.n_vocab, first.palette_hash
+        self.classes = first.classes
+        self.path = " + ".join(str(shards.path) for shards in self.shard_sets)
+        self.dataset_hash = first.dataset_hash
+        if len(self.shard_sets) > 1:
+            lines = [f"{shards.dataset_hash} {share}" for shards, share in zip(self.shard_sets, self.shares, strict=True)]
+            self.dataset_hash = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        none: np.ndarray = np.empty(0, dtype=np.int64)
+        self._bad = [none for _ in self.shard_sets]  # damaged images, sorted
+        self._good = [none for _ in self.shard_sets]  # which to take instead
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the training data, for run.json and checkpoints."""
+        parts = [
+            {"path": str(shards.path), "dataset_hash": shards.dataset_hash, "n_images": shards.n_images, "share": share}
+            for shards, share in zip(self.shard_sets, self.shares, strict=True)
+        ]
+        hashes = {"dataset_hash": self.dataset_hash, "palette_hash": self.palette_hash}
+        return {"path": self.path, **hashes, "order": ORDER_VERSION, "datasets": parts}
+
+    def images_at(self, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images at some positions of the stream: int64 [B] -> which dataset [B], image ids in it [B]."""
+        return mixed(positions, self.shares, self._sizes, seed)
+
+    def read(self, which: np.ndarray, ids: np.ndarray, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens uint16 [B, n_px, n_px] and labels int64 [B] of images as `images_at` names them; labels [0] if not wanted.
+
+        Raises:
+            DamagedImagesError: with on_bad "stop".
+            ValueError: with on_bad "skip", more than max_bad of a dataset's images are damaged.
+        """
+        if len(self.shard_sets) == 1:
+            return self._read(0, ids, with_labels)
+        tokens = np.empty((len(ids), self.n_px, self.n_px), dtype=np.uint16)
+        labels = np.empty(len(ids) if with_labels else 0, dtype=np.int64)
+        for k in range(len(self.shard_sets)):
+            places = np.flatnonzero(which == k)
+            tokens[places], found = self._read(k, ids[places], with_labels)
+            if with_labels:
+                labels[places] = found
+        return tokens, labels
+
+    def _read(self, k: int, ids: np.ndarray, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
+        shards = self.shard_sets[k]
+        while True:
+            if len(self._bad[k]):
+                place = np.minimum(self._bad[k].searchsorted(ids), len(self._bad[k]) - 1)
+                ids = np.where(self._bad[k][place] == ids, self._good[k][place], ids)
+            try:
+                return shards.read(ids) if with_labels else (shards.tokens(ids), np.empty(0, dtype=np.int64))
+            except DamagedImagesError as error:
+                if self.on_bad == "stop":
+                    raise
+                self._note(k, error.ids)
+
+    def _note(self, k: int, damaged: np.ndarray, aloud: bool = True) -> None:
+        """Takes note of damaged images, names the new ones, and refuses too many."""
+        shards = self.shard_sets[k]
+        new = np.setdiff1d(damaged, self._bad[k])
+        bad = np.union1d(damaged, self._bad[k])
+        allowed = min(int(self.max_bad * shards.n_images), shards.n_images - 1)
+        if len(bad) > allowed:
+            raise ValueError(
+                f"{len(bad)} of {shards.n_images} images of {shards.path} ({shards.split}) are damaged, image {bad[0]} among "
+                f"them; --max_bad {self.max_bad:g} allows {allowed}: see tools/verify_shards.py, make the shards again"
+            )
+        ends = np.flatnonzero(np.diff(bad, append=-1) != 1)  # of runs of damaged images
+        good = bad[ends[ends.searchsorted(np.arange(len(bad)))]] + 1
+        good[good == shards.n_images] = good[0] if bad[0] == 0 else 0
+        self._bad[k], self._good[k] = bad, good
+        for place in bad.searchsorted(new) if aloud else ():
+            line = f"image {bad[place]} of {shards.path} ({shards.split}) is damaged; image {good[place]} is taken instead"
+            print(line, file=sys.stderr, flush=True)
+
+    @property
+    def n_skipped(self) -> int:
+        """How many damaged images are known by now."""
+        return sum(len(bad) for bad in self._bad)
+
+    def damaged(self, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
+        """Reads this rank's share of all images; for each dataset the sorted ids, int64, of the damaged ones."""
+        found = []
+        for shards in self.shard_sets:
+            bad = [np.empty(0, dtype=np.int64)]
+            for start in range(rank * _CHUNK, shards.n_images, world_size * _CHUNK):
+                try:
+                    shards.tokens(np.arange(start, min(start + _CHUNK, shards.n_images)))
+                except DamagedImagesError as error:
+                    bad.append(error.ids)
+            found.append(np.sort(np.concatenate(bad)))
+        return found
+
+    def skip(self, damaged: Sequence[np.ndarray], aloud: bool = True) -> None:
+        """Takes note of damaged images before they are met: sorted ids for each dataset, as `damaged` finds them.
+
+        With `aloud` they are named on stderr.
+
+        Raises:
+            ValueError: they are more than max_bad of a dataset's images.
+        """
+        for k, ids in enumerate(damaged):
+            if len(ids):
+                self._note(k, ids, aloud)
+
+
+def open_mixture(
+    paths: Sequence[Path],
+    weights: Sequence[float] | None = None,
+    exclusions: Sequence[Path] = (),
+    on_bad: str = "stop",
+    max_bad: float = MAX_BAD,
+) -> Mixture:
+    """Opens the train splits of dataset directories, without the images that exclusion lists name.
+
+    Raises:
+        ValueError: as ShardSet and Mixture do; an exclusion list that is about none of the datasets, or two about one; a dataset
+            twice.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"--data {' '.join(map(str, paths))} names a dataset twice; give it a larger weight instead")
+    shard_sets = [ShardSet(path, "train") for path in paths]
+    lists: dict[int, Path] = {}
+    for file in exclusions:
+        k, ids = _matching(file, [ShardSet(path, "train") for path in paths] if lists else shard_sets)
+        if k in lists:
+            raise ValueError(f"exclusion lists {lists[k]} and {file} are both about {paths[k]}; join them into one")
+        lists[k] = file
+        shard_sets[k] = ShardSet(paths[k], "train", exclude=ids)
+    return Mixture(shard_sets, weights, on_bad, max_bad)
+
+
+def _matching(file: Path, shard_sets: list[ShardSet]) -> tuple[int, np.ndarray]:
+    """Which dataset an exclusion list is about, and the ids."""
+    refusals = []
+    for k, shards in enumerate(shard_sets):
+        try:
+            return k, read_exclusion(file, shards)
+        except ValueError as error:
+            refusals.append(str(error))
+    raise ValueError("; ".join(dict.fromkeys(refusals)))

@@ -1,0 +1,44 @@
+"""Where raw images come from: a source named by one word lists its images and reads them, in a fixed order.
+
+In: a spec such as `cifar10:DIR`. Out: a `Source`. `tools/fit_palette.py` and `data/shard_writer.py` read sources; a further
+kind is a class in a file of this package and a line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from igpt_ds.data.sources.base import Entry, Result, Source
+from igpt_ds.data.sources.cifar import Cifar
+from igpt_ds.data.sources.digits import Digits
+from igpt_ds.data.sources.folders import ImageFolder
+from igpt_ds.data.sources.imagenet import ImageNet
+from igpt_ds.data.sources.stl10 import STL10
+from igpt_ds.data.sources.webtars import WebTars
+
+__all__ = ["KINDS", "Entry", "ImageFolder", "Result", "Source", "open_source"]
+
+# What stands before the colon -> what stands after it, and who opens that.
+KINDS: dict[str, tuple[str, Callable[[str], Source]]] = {
+    "imagenet": ("DIR", lambda rest: ImageNet(Path(rest))),
+    "cifar10": ("PATH", lambda rest: Cifar("cifar10", Path(rest))),
+    "cifar100": ("PATH", lambda rest: Cifar("cifar100", Path(rest))),
+    "stl10": ("PATH", lambda rest: STL10(Path(rest))),
+    "imagefolder": ("DIR", lambda rest: ImageFolder(Path(rest))),
+    "webdataset": ("SPEC", WebTars),
+    "digits": ("", lambda rest: Digits()),
+}
+
+
+def open_source(spec: str) -> Source:
+    """Opens `KIND:WHERE`, for example `imagefolder:photos`; cheap, no image is read.
+
+    Raises:
+        ValueError: the kind is unknown, or its files are missing or contradict each other.
+    """
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind not in KINDS or bool(rest) != bool(KINDS[kind][0]):
+        known = ", ".join(f"{name}:{where}" for name, (where, _) in KINDS.items())
+        raise ValueError(f"source {spec!r} is unknown; known: {known}")
+    return KINDS[kind][1](rest)

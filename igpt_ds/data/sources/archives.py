@@ -1,0 +1,101 @@
+"""The files of a published dataset, whether its archive was unpacked or not.
+
+In: a path, and the file names of each format. Out: the bytes of those files. `sources/cifar.py`, `sources/stl10.py` and
+`sources/imagenet_truth.py` read through it. An archive is unpacked anew, up to the file that is asked for, each time.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from igpt_ds.data.sources.places import open_binary
+from igpt_ds.data.sources.tars import BROKEN, Member, Window, walk
+
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+
+
+class Files:
+    """The files of one format of a dataset, in a folder or an archive. Files of other names are passed over."""
+
+    def __init__(self, path: Path, form: str, members: Mapping[str, Member] | None) -> None:
+        self.path, self.form = path, form
+        self.folder = path if members is None else None  # the unpacked folder, if it is one
+        self._members = members
+
+    def has(self, name: str) -> bool:
+        """Whether this file is there."""
+        return (self.path / name).is_file() if self._members is None else name in self._members
+
+    def full_name(self, name: str) -> str:
+        """What errors call the file."""
+        return f"{self.path}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """The whole file.
+
+        Raises:
+            ValueError: it does not exist, or the archive is cut or damaged.
+        """
+        if not self.has(name):
+            raise ValueError(f"{self.full_name(name)} does not exist; unpack or download the dataset again")
+        if self._members is None:
+            with open_binary(self.path / name) as file:
+                return file.read()
+        data = b""
+        with _unpacked(self.path) as window, suppress(*BROKEN):
+            data = window.data(self._members[name])
+        if len(data) != self._members[name].size:
+            raise ValueError(f"{self.path} was cut in {name}; download it again")
+        return data
+
+
+def find_files(path: Path, formats: Mapping[str, Sequence[str]]) -> Files:
+    """The first format of which a file lies in `path`, in its folder below `path`, or in the archive `path`.
+
+    `formats` gives for each format the folder that its archive unpacks to and the names of its files.
+
+    Raises:
+        ValueError: `path` does not exist, or holds no file of any format.
+    """
+    expected = f"expected the folder {' or '.join(formats)}, a folder that contains it, or its archive (.tar.gz, .tar.xz, .tar)"
+    if path.is_dir():
+        for form, names in formats.items():
+            for folder in (path, path / form):
+                if any((folder / name).is_file() for name in names):
+                    return Files(folder, form, None)
+    elif path.is_file():
+        members = _members(path, {name for names in formats.values() for name in names})
+        for form, names in formats.items():
+            if members.keys() & set(names):
+                return Files(path, form, members)
+    else:
+        raise ValueError(f"{path} does not exist; {expected}")
+    raise ValueError(f"{path} holds no file of this dataset; {expected}")
+
+
+def _members(path: Path, names: set[str]) -> dict[str, Member]:
+    """The members with these last names, whatever folder they are in; stops when all are found."""
+    found: dict[str, Member] = {}
+    with _unpacked(path) as window:
+        for member in walk(window, str(path)):
+            name = member.name.rpartition("/")[2]
+            if name in names:
+                found.setdefault(name, member)
+                if len(found) == len(names):
+                    break
+    return found
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[Window]:
+    with open_binary(path) as file:
+        opener = _OPENERS.get(file.read(2))
+        file.seek(0)
+        unpacked: IO[bytes] = opener(file) if opener else file  # type: ignore[operator]
+        yield Window(unpacked)

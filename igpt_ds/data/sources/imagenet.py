@@ -1,0 +1,133 @@
+"""`imagenet:DIR`: ILSVRC2012 as it was published, or as it is commonly unpacked.
+
+In, of the training set: `DIR/train/<wnid>/*.JPEG` or `DIR/ILSVRC2012_img_train.tar`, a tar of one tar a class, read where it
+lies. Of the validation set, which may be absent: `DIR/val/<wnid>/*.JPEG`; or `DIR/val/*.JPEG` or `DIR/ILSVRC2012_img_val.tar`
+with their ground truth (`sources/imagenet_truth.py`). DIR may be the root of Kaggle's download. Out: a source whose "test" is the
+validation set, as in paper 3.1; the unlabelled test set is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from igpt_ds.data.sources.base import Entry, Result, has_images, image_names, is_image_name, visible_folders
+from igpt_ds.data.sources.imagenet_truth import Truth
+from igpt_ds.data.sources.places import open_binary, read_places
+from igpt_ds.data.sources.tars import Member, Window, tar_window, walk
+
+_KAGGLE = Path("ILSVRC/Data/CLS-LOC")
+_TRAIN_TAR = "ILSVRC2012_img_train.tar"
+_VAL_TAR = "ILSVRC2012_img_val.tar"
+
+
+class ImageNet:
+    """Classes are the wnids, ordered by name as torchvision orders them; keys `train/<wnid>/<file>` and `val/<file>`.
+
+    Raises:
+        ValueError: there are no images, or validation images without ground truth; later, from the listing: a tar is cut, a class
+            is empty, or a validation image has no ground truth or a class that the training set lacks.
+    """
+
+    val_fraction = 0.04  # paper 3.1: "we use 4% as our experimental validation set"
+
+    def __init__(self, directory: Path) -> None:
+        self.name = f"imagenet:{directory}"
+        root = self._root = directory / _KAGGLE if (directory / _KAGGLE).is_dir() else directory
+        self._train_folder = (root / "train").is_dir()
+        self._train_tar = not self._train_folder and (root / _TRAIN_TAR).is_file()
+        self._val_folder = (root / "val").is_dir()
+        val_tar = not self._val_folder and (root / _VAL_TAR).is_file()
+        if not (self._train_folder or self._train_tar or self._val_folder or val_tar):
+            known = f"train/<wnid>/*.JPEG, {_TRAIN_TAR}, val/*.JPEG or {_VAL_TAR}"
+            raise ValueError(f"source directory {directory} holds no ImageNet; expected in it {known}")
+        loose = self._val_folder and has_images(root / "val")
+        if loose and visible_folders(root / "val"):
+            raise ValueError(
+                f"{root}/val holds both loose images and class folders; finish moving them, or move one of the two away"
+            )
+        self._truth = Truth.find((directory, root), root / ("val" if loose else _VAL_TAR)) if loose or val_tar else None
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The wnids of the training set; without it, those of the validation set."""
+        if self._train_folder:
+            return visible_folders(self._root / "train")
+        if self._train_tar:
+            return [member.name.removesuffix(".tar") for member in self._class_tars]
+        return visible_folders(self._root / "val") if self._truth is None else sorted(set(self._truth.wnids.values()))
+
+    def entries(self) -> Iterator[Entry]:
+        """The training set class by class, then the validation set; images by name. Holds the names of one folder or tar."""
+        labels = {wnid: label for label, wnid in enumerate(self.classes)}
+        if self._train_folder:
+            yield from self._folders("train", "train", labels)
+        elif self._train_tar:
+            yield from self._tar_of_tars(labels)
+        if self._truth is not None:
+            for name, place in self._flat_val():
+                wnid = self._truth.wnid(name)
+                yield Entry("test", f"val/{name}", self._label(wnid, labels, f"the image val/{name}"), place)
+        elif self._val_folder:
+            yield from self._folders("test", "val", labels)
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Result]:
+        """The JPEG files' bytes."""
+        return read_places(self._root, entries)
+
+    def _label(self, wnid: str, labels: dict[str, int], what: str) -> int:
+        if wnid not in labels:
+            raise ValueError(
+                f"{self._root}: {what} is of the class {wnid}, which the training set lacks; add or remove the class"
+            )
+        return labels[wnid]
+
+    def _folders(self, split: str, below: str, labels: dict[str, int]) -> Iterator[Entry]:
+        for wnid in visible_folders(self._root / below):
+            label = self._label(wnid, labels, f"the folder {below}/{wnid}")
+            names = image_names(self._root / below / wnid)
+            if not names:
+                raise ValueError(f"{self._root}/{below}/{wnid} holds no images; fill it or remove it")
+            for name in names:
+                path = f"{below}/{wnid}/{name}"
+                yield Entry(split, path if split == "train" else f"{below}/{name}", label, [path])
+
+    @cached_property
+    def _class_tars(self) -> list[Member]:
+        """The tars in the tar of the training set, by name."""
+        path = self._root / _TRAIN_TAR
+        with tar_window(path) as window:
+            members = sorted(walk(window, str(path)))
+        wrong = [member.name for member in members if not member.name.endswith(".tar")]
+        if wrong or not members:
+            raise ValueError(f"{path} holds {wrong[0] if wrong else 'nothing'}, expected only <wnid>.tar; download it again")
+        return members
+
+    def _tar_of_tars(self, labels: dict[str, int]) -> Iterator[Entry]:
+        with open_binary(self._root / _TRAIN_TAR) as file:
+            for tar in self._class_tars:
+                wnid = tar.name.removesuffix(".tar")
+                window = Window(file, tar.offset, tar.size)
+                images = _images(window, f"{self._root / _TRAIN_TAR} ({tar.name})")
+                if not images:
+                    raise ValueError(f"{self._root / _TRAIN_TAR} ({tar.name}) holds no images; download it again")
+                for image in images:
+                    yield Entry("train", f"train/{wnid}/{image.name}", labels[wnid], [_TRAIN_TAR, image.offset, image.size])
+
+    def _flat_val(self) -> Iterator[tuple[str, list[str | int]]]:
+        """Name and place of each image that needs ground truth."""
+        if self._val_folder:
+            for name in image_names(self._root / "val"):
+                yield name, [f"val/{name}"]
+            return
+        with tar_window(self._root / _VAL_TAR) as window:
+            images = _images(window, str(self._root / _VAL_TAR))
+        for image in images:
+            yield image.name, [_VAL_TAR, image.offset, image.size]
+
+
+def _images(window: Window, name: str) -> list[Member]:
+    """The images of one tar by name; ImageNet's largest has 50,000."""
+    members = (member._replace(name=member.name.rpartition("/")[2]) for member in walk(window, name))
+    return sorted(member for member in members if is_image_name(member.name))

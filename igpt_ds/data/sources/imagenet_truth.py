@@ -1,0 +1,94 @@
+"""Which class each validation image of ILSVRC2012 belongs to; the images themselves do not say.
+
+In: `LOC_val_solution.csv` (Kaggle), or the development kit `ILSVRC2012_devkit_t12` as folder or .tar.gz. Out: file name -> wnid.
+`sources/imagenet.py` asks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from igpt_ds.data.sources.archives import find_files
+
+_CSV = "LOC_val_solution.csv"
+_KIT = "ILSVRC2012_devkit_t12"
+_NUMBERS = "ILSVRC2012_validation_ground_truth.txt"  # of line n: the ILSVRC2012_ID of ILSVRC2012_val_<n>.JPEG
+_META = "meta.mat"  # ILSVRC2012_ID -> wnid
+
+
+class Truth:
+    """The ground truth in one file or folder, read when it is first asked."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    def find(cls, directories: Sequence[Path], images: Path) -> Truth:
+        """The ground truth in any of these directories, for the images at `images`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for directory in directories:
+            for path in (directory / _CSV, directory / _KIT, directory / f"{_KIT}.tar.gz"):
+                if path.exists():
+                    return cls(path)
+        lacking = f"no ground truth for them lies in {' or '.join(sorted({str(path) for path in directories}))}"
+        fix = f"put {_CSV} (Kaggle) or {_KIT}.tar.gz (image-net.org) there, sort the images into class folders, or move them away"
+        raise ValueError(f"{images} holds validation images, but {lacking}; {fix}")
+
+    def wnid(self, file: str) -> str:
+        """The class of an image by its file name.
+
+        Raises:
+            ValueError: the ground truth does not mention it.
+        """
+        stem = file.rpartition(".")[0]
+        if stem not in self.wnids:
+            raise ValueError(f"{self._path} says nothing of the image {file}; remove the image or complete the ground truth")
+        return self.wnids[stem]
+
+    @cached_property
+    def wnids(self) -> dict[str, str]:
+        """File name without its ending -> wnid, for every image.
+
+        Raises:
+            ValueError: the file cannot be read as what its name says.
+        """
+        if self._path.name == _CSV:
+            return self._from_csv()
+        folder = self._path / "data" if (self._path / "data").is_dir() else self._path
+        files = find_files(folder, {_KIT: (_NUMBERS, _META)})
+        numbers = files.read(_NUMBERS).split()
+        wnids = _wnids_by_number(files.read(_META), files.full_name(_META))
+        unknown = [number for number in numbers if number not in wnids]
+        if unknown:
+            raise ValueError(
+                f"{files.full_name(_NUMBERS)} holds {unknown[0]!r}, a class number that {_META} lacks; download it again"
+            )
+        return {f"ILSVRC2012_val_{line:08d}": wnids[number] for line, number in enumerate(numbers, start=1)}
+
+    def _from_csv(self) -> dict[str, str]:
+        rows = list(csv.DictReader(io.StringIO(self._path.read_text(errors="replace"))))
+        try:
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+        except (KeyError, IndexError, AttributeError):
+            raise ValueError(f"{self._path} is not a table of ImageId,PredictionString; download it again") from None
+
+
+def _wnids_by_number(data: bytes, name: str) -> dict[bytes, str]:
+    """ILSVRC2012_ID, as decimal digits, -> wnid."""
+    from scipy.io import loadmat  # lazily: only the development kit needs it
+
+    try:
+        synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"].reshape(-1)
+        return {b"%d" % int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{name} cannot be read as the development kit's table of classes: {reason}; download it again"
+        ) from None

@@ -1,0 +1,230 @@
+"""`webdataset:SPEC`: tars of JPEG, PNG or WebP files as img2dataset writes them, on disk or out of a command.
+
+In: SPEC is a tar, a folder of tars, brace notation such as `web/{00000..00099}.tar`, or `pipe:COMMAND`, also with braces. Out: a
+source, all "train". A tar on disk is read by seeks. A command is run again to read what it listed, from its start up to the last
+image that is asked for, so anything but a single pass over it is slow; copy the tars if you can.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from braceexpand import braceexpand
+
+from igpt_ds.data.sources.base import VAL_FRACTION, Entry, Result
+from igpt_ds.data.sources.places import read_places
+from igpt_ds.data.sources.tars import Window, tar_window, walk
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+class _Image(NamedTuple):
+    key: str
+    label: int | None
+    number: int  # of its member in the tar, from 0
+    offset: int
+    size: int
+
+
+class WebTars:
+    """Keys are `<tar>/<member key>`, where the member key is the name up to its first dot, as webdataset has it.
+
+    Labels come from `.cls` members, decimal numbers. Their classes are the lines of `classes.txt` beside the first tar, else "0"
+    to the highest label, for which all tars are listed once. Without `.cls` members every label is 0, the class "unlabelled".
+    Other members, and what img2dataset leaves beside the tars, are passed over.
+
+    Raises:
+        ValueError: SPEC names no tar, or two of one name; later, from the listing: a tar is cut, a command fails, a key comes
+            twice, some images are labelled and others are not, or a label has no class.
+    """
+
+    val_fraction = VAL_FRACTION
+
+    def __init__(self, spec: str) -> None:
+        self.name = f"webdataset:{spec}"
+        self._pipe = spec.startswith("pipe:")
+        self._urls = _expand(spec.removeprefix("pipe:")) if self._pipe else _find(spec)
+        self._stems = _stems(self._urls, self._pipe)
+        self._highest: int | None = None  # label, known after one whole listing
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The classes' names; may list all tars, see the class."""
+        if not self._labelled:
+            return ["unlabelled"]
+        if self._class_file:
+            return self._class_file.read_text().splitlines()
+        if self._highest is None:
+            for _ in self.entries():
+                pass
+        return [str(label) for label in range((self._highest or 0) + 1)]
+
+    def entries(self) -> Iterator[Entry]:
+        """Tar by tar in the order of SPEC, a folder's tars by name; images in the order in which they lie there."""
+        highest, known = 0, len(self.classes) if self._class_file or not self._labelled else None
+        for url, stem in zip(self._urls, self._stems, strict=True):
+            for image in self._images(url):
+                if (image.label is not None) != self._labelled:
+                    raise ValueError(
+                        f"{url}: {image.key} {_has(image.label)} .cls member, unlike the first image; label all or none"
+                    )
+                label = image.label or 0
+                if known is not None and label >= known:
+                    raise ValueError(f"{url}: {image.key} has the label {label}, but {self._class_file} names {known} classes")
+                highest = max(highest, label)
+                place = [url, image.number] if self._pipe else [url, image.offset, image.size]
+                yield Entry("train", f"{stem}/{image.key}", label, place)
+        self._highest = highest
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Result]:
+        """The members' bytes. One pass over a command for entries of it in ascending order."""
+        if not self._pipe:
+            yield from read_places(Path(), entries)
+            return
+        for command, run in groupby(entries, key=lambda entry: entry.place[0]):
+            numbers = [entry.place[1] for entry in run]
+            while numbers:
+                rise = next((i for i in range(1, len(numbers)) if numbers[i] <= numbers[i - 1]), len(numbers))
+                yield from _members_of(command, numbers[:rise])
+                numbers = numbers[rise:]
+
+    def _images(self, url: str) -> Iterator[_Image]:
+        opened: AbstractContextManager[Window] = _piped(url) if self._pipe else tar_window(Path(url))
+        with opened as window:
+            yield from _images(window, url)
+
+    @cached_property
+    def _labelled(self) -> bool:
+        """Whether the first image of all has a .cls member; all others must be like it."""
+        first = next((image for url in self._urls for image in self._images(url)), None)
+        if first is None:
+            raise ValueError(f"{self.name} holds no images; expected members that end in .{', .'.join(_IMAGES)}")
+        return first.label is not None
+
+    @property
+    def _class_file(self) -> Path | None:
+        file = Path(self._urls[0]).parent / "classes.txt"
+        return file if not self._pipe and file.is_file() else None
+
+
+def _has(label: int | None) -> str:
+    return "has no" if label is None else "has a"
+
+
+def _images(window: Window, name: str) -> Iterator[_Image]:
+    """The images of one tar. Members that share the name up to the first dot belong together and lie side by side."""
+    seen: set[str] = set()
+    key, image, label = "", None, None
+    for number, member in enumerate(walk(window, name)):
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        if not stem:
+            continue  # a hidden file
+        if folder + slash + stem != key:
+            if image is not None:
+                yield image._replace(label=label)
+            key, image, label = folder + slash + stem, None, None
+        if extension.lower() in _IMAGES:
+            if key in seen:
+                raise ValueError(f"{name} holds two images of the key {key!r}; give each a name of its own")
+            seen.add(key)
+            image = _Image(key, None, number, member.offset, member.size)
+        elif extension == "cls":
+            data = window.data(member).strip()
+            if not data.isdigit():
+                raise ValueError(f"{name}: {member.name} holds {data[:20]!r} where a class number should stand")
+            label = int(data)
+    if image is not None:
+        yield image._replace(label=label)
+
+
+def _expand(spec: str) -> list[str]:
+    if "{" not in spec:
+        return [spec]
+    try:
+        return list(braceexpand(spec))
+    except ValueError:
+        raise ValueError(f"webdataset: the braces of {spec!r} do not match; write for example {{00000..00099}}") from None
+
+
+def _find(spec: str) -> list[str]:
+    """The tars on disk that a spec names."""
+    if "://" in spec:
+        raise ValueError(f"webdataset:{spec} is not on disk; write for example 'webdataset:pipe:curl -sfL {spec}'")
+    path = Path(spec)
+    if path.is_dir():
+        tars = sorted(str(file) for file in path.glob("*.tar") if not file.name.startswith("."))
+        if not tars:
+            raise ValueError(f"source directory {path} holds no tars; expected {path}/<name>.tar")
+        return tars
+    tars = [spec] if path.exists() else _expand(spec)
+    for tar in tars:
+        if not Path(tar).is_file():
+            raise ValueError(f"tar {tar} does not exist; name a tar, a folder of tars, or several as {{00000..00099}}.tar")
+    return tars
+
+
+def _stems(urls: list[str], pipe: bool) -> list[str]:
+    """What the keys of each tar begin with. A command is called after the last tar in it, or by its number."""
+    if not pipe:
+        stems = [Path(url).stem for url in urls]
+        twice = sorted(stem for stem, same in groupby(sorted(stems)) if len(list(same)) > 1)
+        if twice:
+            raise ValueError(f"two tars are called {twice[0]}.tar, so that keys would not be unique; give each a name of its own")
+        return stems
+    found = [re.findall(r"([^\s/'\"]+?)\.tar\b", url)[-1:] for url in urls]
+    stems = [words[0] for words in found if words]
+    return stems if len(set(stems)) == len(urls) else [str(number) for number in range(len(urls))]
+
+
+@contextmanager
+def _piped(command: str) -> Iterator[Window]:
+    """What a shell command writes. If it was read to its end the command must have succeeded; else it is ended."""
+    process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    window = Window(process.stdout)
+    try:
+        try:
+            yield window
+        except ValueError:
+            _check(window, process)  # a cut tar is the lesser news where the command failed
+            raise
+        _check(window, process)
+    finally:
+        process.stdout.close()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
+            process.wait()
+
+
+def _check(window: Window, process: subprocess.Popen[bytes]) -> None:
+    if window.ended and process.wait():
+        failed = f"the command {process.args!r} failed with exit status {process.returncode}"
+        raise ValueError(f"{failed}; run it by hand to see why") from None
+
+
+def _members_of(command: str, numbers: list[int]) -> Iterator[bytes]:
+    """The data of the members with these ascending numbers, in one run of the command."""
+    left = iter(numbers)
+    wanted: int | None = next(left)
+    with _piped(command) as window:
+        for number, member in enumerate(walk(window, command)):
+            if number != wanted:
+                continue
+            data = window.data(member)
+            if len(data) != member.size:
+                raise ValueError(f"{command} was cut in {member.name}; copy it again")
+            yield data
+            wanted = next(left, None)
+            if wanted is None:
+                return
+        raise ValueError(f"the command {command!r} gives no member {wanted} any more; it was changed after it was listed")

@@ -1,0 +1,208 @@
+"""The fallback where shards cannot be mapped: training batches from shards that are read in sequence by webdataset.
+
+In: a dataset directory's index.json, and a URL to read each shard from: a path, https://..., or pipe:COMMAND. Out: batches as a
+Loader makes them. train.py calls when `--stream` is given. It cannot keep all that a Loader promises: see LIMITS.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igpt_ds.config import batch_layout
+from igpt_ds.data.loader import Batch, augment, made_ahead, to_batches
+from igpt_ds.data.order import random_words, shuffled
+from igpt_ds.data.palette import load_palette
+from igpt_ds.data.shards import read_index
+
+LIMITS = (
+    "--stream reads shards in sequence. What it cannot promise: images are drawn from a buffer, not from the whole set; with an "
+    "uneven number of images a rank, the epochs of the ranks drift apart; --resume goes on at the beginning of a shard, not at "
+    "the exact image; another number of ranks sees another order; a damaged image is noticed only where a shard's count, its "
+    "names or its colours are wrong."
+)
+BUFFER_IMAGES = 8192  # that the next image is drawn from
+_BUFFER = 6  # purpose of random words
+_HANDFUL = 1024  # images drawn at once
+
+Image = tuple[np.ndarray, int]  # uint16 [n_px, n_px], label
+
+
+class ShardStream:
+    """The train split of a dataset directory whose training shards lie elsewhere.
+
+    Args:
+        path: directory of index.json and palette.npy.
+        url: where webdataset reads a shard from; its name stands in for {shard}.
+
+    Attributes: path, url, shards, n_images, n_px, n_vocab, palette_hash, dataset_hash.
+
+    Raises:
+        ValueError: a URL without {shard}, no index, no train split, or a palette of another hash.
+    """
+
+    def __init__(self, path: Path, url: str) -> None:
+        if "{shard}" not in url:
+            raise ValueError(f"--stream {url} does not say where the name of a shard goes; write {{shard}} there")
+        index = read_index(path)
+        if "train" not in index["splits"]:
+            raise ValueError(f"{path} has no split 'train' to stream; it has {', '.join(index['splits'])}")
+        about = index["splits"]["train"]
+        self.path, self.url = path, url
+        self.shards: list[dict[str, Any]] = about["shards"]
+        self.n_images: int = sum(shard["n_images"] for shard in self.shards)
+        self.n_px: int = index["n_px"]
+        self.n_vocab: int = index["n_vocab"]
+        self.palette_hash: str = index["palette_hash"]
+        self.dataset_hash: str = about["dataset_hash"]
+        if load_palette(path / index["palette"]).hash != self.palette_hash:
+            raise ValueError(f"{path / index['palette']} is not the palette that the shards were made with; copy theirs")
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the training data, for run.json and checkpoints."""
+        hashes = {"dataset_hash": self.dataset_hash, "palette_hash": self.palette_hash}
+        return {"path": str(self.path), **hashes, "order": "stream", "stream": self.url}
+
+    def read(self, number: int) -> Generator[Image, None, None]:
+        """The images of one shard, in its order.
+
+        Raises:
+            ValueError: the stream breaks, or gives other images or fewer than the index says.
+        """
+        from webdataset.gopen import gopen
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        about = self.shards[number]
+        url, expected = self.url.replace("{shard}", about["name"]), about["n_images"]
+        found, name, stream = 0, -1, None
+        try:
+            stream = gopen(url)
+            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
+                name = self._name(sample, name)
+                found += 1
+                if found <= expected:
+                    yield self._decode(sample)
+            while stream.read(1 << 20):  # a command that still writes would die of a closed pipe
+                pass
+            stream.close()
+        except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+            fix = "check the URL, and the shard with tools/verify_shards.py"
+            reason = next((part for part in error.args if isinstance(part, str)), type(error).__name__)
+            raise ValueError(f"stream {url} broke after {found} of {expected} images ({reason}); {fix}") from None
+        finally:
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+        if found != expected:
+            fix = "the transfer was cut or the shard is damaged: check it with tools/verify_shards.py"
+            raise ValueError(f"stream {url} gave {found} images where the index says {expected}; {fix}")
+
+    def _name(self, sample: dict[str, Any], before: int) -> int:
+        """The number that names an image; webdataset passes over what it does not understand, but names must rise."""
+        key = sample["__key__"]
+        if not key.isdecimal() or int(key) <= before or not {"npy", "cls"} <= set(sample):
+            raise ValueError(f"image {key} should not come after {before}, or is not whole")
+        return int(key)
+
+    def _decode(self, sample: dict[str, Any]) -> Image:
+        grid = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+        if grid.dtype != np.uint16 or grid.shape != (self.n_px, self.n_px) or grid.max() >= self.n_vocab:
+            raise ValueError(f"image {sample['__key__']} is not {self.n_px}x{self.n_px} tokens below {self.n_vocab}")
+        return grid, int(sample["cls"])
+
+
+class StreamLoader:
+    """Training batches of one rank from a stream of shards.
+
+    Each epoch the shards are permuted by (seed, epoch) and dealt to the ranks in turn; a seeded buffer shuffles their images. The
+    batches are a function of (seed, images_seen, rank, world_size).
+
+    Raises:
+        ValueError: fewer shards than ranks, or a batch that does not divide.
+    """
+
+    def __init__(
+        self,
+        shards: ShardStream,
+        batch_images: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        augment_pad: int = 0,
+        augment_flip: bool = False,
+        with_labels: bool = True,
+        buffer_images: int = BUFFER_IMAGES,
+    ) -> None:
+        self.shards, self.micro_batch = shards, micro_batch
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.augment_pad, self.augment_flip, self.with_labels = augment_pad, augment_flip, with_labels
+        self.buffer_images = max(1, min(buffer_images, shards.n_images // world_size))
+        _, self.accumulation = batch_layout(batch_images, micro_batch, world_size)
+        if len(shards.shards) < world_size:
+            has = f"{shards.path} has {len(shards.shards)} training shards to stream and this run has {world_size} ranks"
+            raise ValueError(f"{has}; start fewer ranks, or make the shards again with a smaller --images_per_shard")
+
+    def stream(self, images_seen: int) -> Iterator[Batch]:
+        """Every further micro batch, without end, made ahead of time by one thread; from the beginning of a shard.
+
+        Raises:
+            ValueError: a shard is not what the index says; the URL and both counts are named.
+        """
+        return made_ahead(self._chunks(images_seen))
+
+    def _chunks(self, images_seen: int) -> Generator[list[Batch], None, None]:
+        few = max(1, _HANDFUL // self.micro_batch)
+        images = self._shuffled(images_seen)
+        number = 0
+        try:
+            while True:
+                drawn = [next(images) for _ in range(few * self.micro_batch)]
+                starts = images_seen + ((number + np.arange(few)) * self.world_size + self.rank) * self.micro_batch
+                positions = (starts[:, None] + np.arange(self.micro_batch)).ravel()
+                grids = augment(np.stack([grid for grid, _ in drawn]), positions, self.seed, self.augment_pad, self.augment_flip)
+                labels = np.array([label for _, label in drawn] if self.with_labels else [], dtype=np.int64)
+                yield to_batches(grids, labels, self.micro_batch)
+                number += few
+        finally:
+            images.close()
+
+    def _shuffled(self, images_seen: int) -> Generator[Image, None, None]:
+        """Images in a random order: each is drawn from the next buffer_images of the shards, and the next one takes its place."""
+        images = self._images(images_seen)
+        try:
+            buffer = [next(images) for _ in range(self.buffer_images)]
+            drawn = 0
+            while True:
+                counter = self.rank + self.world_size * np.arange(drawn, drawn + _HANDFUL)
+                words = random_words(self.seed, _BUFFER, np.array([images_seen]), counter)
+                for place in (words % np.uint64(self.buffer_images)).tolist():
+                    yield buffer[place]
+                    buffer[place] = next(images)
+                drawn += _HANDFUL
+        finally:
+            images.close()
+
+    def _images(self, images_seen: int) -> Generator[Image, None, None]:
+        """The images of this rank's shards, epoch after epoch, from the shard that images_seen images of all ranks lead to."""
+        left, epoch = images_seen // self.world_size, 0
+        while True:
+            for number in self.shards_of(epoch):
+                n_images = self.shards.shards[number]["n_images"]
+                if left >= n_images:
+                    left -= n_images
+                    continue
+                left = 0
+                yield from self.shards.read(number)
+            epoch += 1
+
+    def shards_of(self, epoch: int) -> list[int]:
+        """The numbers of the shards that this rank reads in an epoch, in order."""
+        n = len(self.shards.shards)
+        return shuffled(epoch * n + np.arange(n), n, self.seed)[self.rank :: self.world_size].tolist()

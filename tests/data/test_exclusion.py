@@ -1,0 +1,97 @@
+"""Exclusion lists: what is written comes back, and a list about anything else is refused with what it is about."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from igpt_ds.data.exclusion import read_exclusion, write_exclusion
+from igpt_ds.data.shards import ShardSet
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_dataset):
+    return ShardSet(tiny_dataset, "train")
+
+
+@pytest.fixture
+def file(shards, tmp_path):
+    path = tmp_path / "lists" / "exclude.json"
+    write_exclusion(path, shards, np.array([1, 4, 5]), {"method": "phash"})
+    return path
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_comes_back(shards, tmp_path, data):
+    ids = np.array(sorted(data.draw(st.sets(st.integers(0, shards.n_images - 1), max_size=shards.n_images - 1))), dtype=np.int64)
+    write_exclusion(tmp_path / "a.json", shards, ids, {})
+    found = read_exclusion(tmp_path / "a.json", shards)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, ids)
+
+
+def test_says_what_it_is_about(file, shards):
+    content = json.loads(file.read_text())
+    assert content == {
+        "format": "igpt_ds.exclusion",
+        "version": 1,
+        "dataset_hash": shards.dataset_hash,
+        "split": "train",
+        "n_images": shards.n_images,
+        "about": {"method": "phash"},
+        "ids": [1, 4, 5],
+    }
+    assert [path.name for path in file.parent.iterdir()] == ["exclude.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"version": 2}, "exclude.json is not igpt_ds.exclusion version 1; make the list again with tools/dedup_shards.py"),
+        ({"format": "igpt_ds.shards"}, "is not igpt_ds.exclusion version 1"),
+        ({"ids": None}, "has no 'ids'; make the list again"),
+        ({"split": "val"}, "is about split 'val', not 'train'; make the list again"),
+        ({"dataset_hash": "0" * 64}, "is about images 000000000000, "),
+        ({"ids": "1 2"}, "its ids are not a list of whole numbers; make the list again"),
+        ({"ids": [1, 2.5]}, "its ids are not a list of whole numbers"),
+        ({"ids": [0, True]}, "its ids are not a list of whole numbers"),
+        ({"ids": [-3, 2]}, "names image -3; "),
+        ({"ids": [2, 10**30]}, f"names image {10**30}; "),
+        ({"ids": [4, 1]}, "its ids must rise, 4 stands before 1; make the list again"),
+        ({"ids": [1, 1]}, "its ids must rise, 1 stands before 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(file, shards, change, complaint):
+    content = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        read_exclusion(file, shards)
+
+
+def test_a_list_of_everything_is_refused(tmp_path, shards):
+    write_exclusion(tmp_path / "all.json", shards, np.arange(shards.n_images), {})
+    with pytest.raises(ValueError, match=f"names all {shards.n_images} images of .*; nothing would be left"):
+        read_exclusion(tmp_path / "all.json", shards)
+
+
+def test_damaged_json_is_refused(file, shards):
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"exclusion list .*exclude.json is not valid JSON"):
+        read_exclusion(file, shards)
+    with pytest.raises(ValueError, match=r"exclusion list .*none.json does not exist"):
+        read_exclusion(file.parent / "none.json", shards)
+    file.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"is not igpt_ds\.exclusion version 1"):
+        read_exclusion(file, shards)
+
+
+def test_a_list_of_other_images_is_refused(file, tiny_dataset):
+    val = ShardSet(tiny_dataset, "val")
+    with pytest.raises(ValueError, match="is about split 'train', not 'val'"):
+        read_exclusion(file, val)

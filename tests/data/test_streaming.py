@@ -1,0 +1,182 @@
+"""Shards read in sequence by webdataset: every image comes, and a stream that is cut stops the run."""
+
+import itertools
+import os
+import shutil
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from igpt_ds.data.palette import Palette, save_palette
+from igpt_ds.data.shard_writer import write_dataset
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, memory, palette8):
+    """60 images, 10 a shard; read only."""
+    path = tmp_path_factory.mktemp("streamed") / "whole"
+    write_dataset(path, memory(60), palette8, 4, val_fraction=0, images_per_shard=10)
+    return path
+
+
+@pytest.fixture
+def away(dataset, tmp_path):
+    """The same dataset in two places: (directory of index and palette, directory of the training shards)."""
+    shards, index = tmp_path / "bucket", tmp_path / "index"
+    shutil.copytree(dataset, shards)
+    index.mkdir()
+    for name in ("index.json", "palette.npy"):
+        (shards / name).rename(index / name)
+    return index, shards
+
+
+def take(loader, n, images_seen=0):
+    stream = loader.stream(images_seen)
+    batches = list(itertools.islice(stream, n))
+    stream.close()
+    return torch.cat([tokens for tokens, _ in batches]).numpy(), torch.cat([labels for _, labels in batches]).numpy()
+
+
+@pytest.mark.parametrize("url", ["pipe:cat {bucket}/{{shard}}", "{bucket}/{{shard}}", "file:{bucket}/{{shard}}"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_image_comes_once_an_epoch(away, dataset, url, world_size):
+    """With a buffer of one the order is that of the shards; with a large one it is another one of the same images."""
+    stream = ShardStream(away[0], url.format(bucket=away[1]))
+    loaders = [StreamLoader(stream, 10 * world_size, 10, rank, world_size, 3, buffer_images=1) for rank in range(world_size)]
+    whole = ShardSet(dataset, "train")
+    orders = []
+    for epoch in range(2):
+        found = [take(loader, 6 // world_size, epoch * 60) for loader in loaders]
+        tokens, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        ids = [int(np.flatnonzero((whole.tokens(np.arange(60)).reshape(60, 16) == grid).all(1))[0]) for grid in tokens]
+        assert sorted(ids) == list(range(60))
+        np.testing.assert_array_equal(labels, whole.labels(np.array(ids)))
+        shards = [shard for loader in loaders for shard in loader.shards_of(epoch)]
+        assert ids == [shard * 10 + place for shard in shards for place in range(10)]
+        orders.append(shards)
+    assert orders[0] != orders[1]
+
+
+def test_a_buffer_shuffles_and_loses_nothing(away):
+    stream = ShardStream(away[0], f"{away[1]}/{{shard}}")
+    plain = take(StreamLoader(stream, 60, 60, seed=1, buffer_images=1), 20)[0]
+    mixed = take(StreamLoader(stream, 60, 60, seed=1, buffer_images=30), 20)[0]
+    assert (plain == mixed).all(axis=1).mean() < 0.1
+    counts = Counter(grid.tobytes() for grid in mixed)
+    assert len(counts) == 60
+    assert abs(np.array(list(counts.values())) - 20).max() <= 2  # at most what still lies in the buffer
+    again = take(StreamLoader(stream, 60, 60, seed=1, buffer_images=30), 20)[0]
+    np.testing.assert_array_equal(mixed, again)
+    assert not (take(StreamLoader(stream, 60, 60, seed=2, buffer_images=30), 20)[0] == mixed).all()
+
+
+def test_ranks_see_different_images_and_augment_them(away, dataset):
+    stream = ShardStream(away[0], f"{away[1]}/{{shard}}")
+    parts = [take(StreamLoader(stream, 20, 10, rank, 2, seed=1, augment_flip=True, buffer_images=1), 3)[0] for rank in range(2)]
+    every = ShardSet(dataset, "train").tokens(np.arange(60))
+    both = {grid.tobytes() for grid in every} | {grid[:, ::-1].tobytes() for grid in every}
+    seen = [{grid.tobytes() for grid in part} for part in parts]
+    assert seen[0] | seen[1] <= both
+    assert not seen[0] & seen[1]
+    assert not seen[0] <= {grid.tobytes() for grid in every}
+
+
+def test_resume_goes_on_at_the_beginning_of_a_shard(away):
+    stream = ShardStream(away[0], f"{away[1]}/{{shard}}")
+    loader = StreamLoader(stream, 10, 5, seed=3, buffer_images=1)
+    whole = take(loader, 24)[0]
+    for seen in (0, 10, 30, 60, 90):
+        np.testing.assert_array_equal(take(loader, 2, seen)[0], whole[seen : seen + 10])
+    np.testing.assert_array_equal(take(loader, 2, 25)[0], whole[20:30])  # some twice rather than never
+
+
+def test_labels_are_left_out_when_nobody_needs_them(away):
+    loader = StreamLoader(ShardStream(away[0], f"{away[1]}/{{shard}}"), 10, 10, with_labels=False)
+    batch = next(loader.stream(0))
+    assert (batch.tokens.dtype, batch.tokens.shape, batch.labels.shape) == (torch.uint16, (10, 16), (0,))
+
+
+def cut(shard, bytes_kept):
+    os.truncate(shard, bytes_kept)
+
+
+def flip_a_name(shard, image):
+    with open(shard, "r+b") as file:
+        file.seek(image * 2048 + 3)
+        file.write(b"\xff")
+
+
+def set_token(shard, image):
+    with open(shard, "r+b") as file:
+        file.seek(image * 2048 + 1536 + 128)
+        file.write(b"\xff\xff")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda shard: cut(shard, 7 * 2048),
+            "gave 7 images where the index says 10; the transfer was cut or the shard is damaged",
+        ),
+        (lambda shard: cut(shard, 7 * 2048 + 700), r"gave [78] images where the index says 10|broke after [78] of 10 images"),
+        (lambda shard: cut(shard, 7 * 2048 + 1800), r"broke after 7 of 10 images \(unexpected end of data.*check the URL"),
+        (lambda shard: cut(shard, 0), r"of 10 images|gave 0 images where the index says 10"),
+        (lambda shard: flip_a_name(shard, 4), "gave 4 images where the index says 10"),
+        (lambda shard: set_token(shard, 4), "image 0000000.4 is not 4x4 tokens below 8"),
+        (lambda shard: shard.unlink(), "broke after 0 of 10 images"),
+        (lambda shard: shard.write_bytes(2 * shard.read_bytes()[:20480] + bytes(1024)), "should not come after|duplicate"),
+    ],
+    ids=["between images", "in a header", "in tokens", "at once", "a flipped bit in a header", "a token", "no file", "twice"],
+)
+@pytest.mark.parametrize("url", ["pipe:cat {bucket}/{{shard}}", "{bucket}/{{shard}}"])
+def test_a_stream_that_is_cut_stops_the_run(away, url, damage, message, capfd):
+    damage(away[1] / "train-000003.tar")
+    stream = StreamLoader(ShardStream(away[0], url.format(bucket=away[1])), 10, 10, seed=3, buffer_images=1).stream(0)
+    with pytest.raises(ValueError, match=rf"^stream \S.*train-000003\.tar .*({message})"):
+        list(itertools.islice(stream, 200))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_closing_the_stream_ends_its_command(away):
+    stream = StreamLoader(ShardStream(away[0], f"pipe:cat {away[1]}/{{shard}}"), 2, 2, buffer_images=4).stream(0)
+    next(stream)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_what_cannot_be_streamed(away):
+    index = away[0]
+    with pytest.raises(
+        ValueError, match=r"--stream https://host/x\.tar does not say where the name of a shard goes; write {shard}"
+    ):
+        ShardStream(index, "https://host/x.tar")
+    with pytest.raises(ValueError, match="is no shard directory"):
+        ShardStream(index / "nothing", "{shard}")
+    stream = ShardStream(index, "{shard}")
+    with pytest.raises(ValueError, match="has 6 training shards to stream and this run has 7 ranks; start fewer ranks"):
+        StreamLoader(stream, 7, 1, 0, 7)
+    with pytest.raises(ValueError, match="batch_images=5 does not divide into 2 ranks"):
+        StreamLoader(stream, 5, 2, 0, 2)
+    save_palette(index / "palette.npy", Palette(np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)))
+    with pytest.raises(ValueError, match=r"palette\.npy is not the palette that the shards were made with; copy theirs"):
+        ShardStream(index, "{shard}")
+    text = (index / "index.json").read_text()
+    (index / "index.json").write_text(text.replace('"train": {', '"test": {'))
+    with pytest.raises(ValueError, match="has no split 'train' to stream; it has test"):
+        ShardStream(index, "{shard}")
+
+
+def test_a_stream_says_what_it_is(away):
+    stream = ShardStream(away[0], "{shard}")
+    assert stream.n_images == 60
+    facts = stream.facts()
+    assert (facts["order"], facts["stream"], facts["path"]) == ("stream", "{shard}", str(away[0]))
+    assert {"dataset_hash", "palette_hash"} <= set(facts)
+    for word in ("--resume", "ranks", "buffer", "damaged"):
+        assert word in LIMITS

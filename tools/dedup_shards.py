@@ -1,0 +1,126 @@
+"""Finds images of an evaluation set inside a training set, and writes the list of training images to leave out.
+
+    python tools/dedup_shards.py --train shards/imagenet32 --eval shards/cifar10_32 --eval_split test --out exclude.json
+    python tools/dedup_shards.py --train shards/web --eval shards/cifar10_32 --out exclude.json --sheet pairs.png
+
+Give the list to train.py --exclude. Perceptual hashes (phash, dhash; 64 bits an image) find an image again after another resize,
+JPEG, palette or brightness, and its mirror image; --method tokens finds grids that are equal in every token. No method finds
+random crops, and flat images (next to no contrast, so that their hashes are all alike) are not compared. Look at --sheet before
+you trust a larger --max_distance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from igpt_ds import cli
+from igpt_ds.data.duplicates import METHODS, Found, find_duplicates
+from igpt_ds.data.exclusion import write_exclusion
+from igpt_ds.data.images import save_grid, square
+from igpt_ds.data.shards import ShardSet
+
+MAX_DISTANCE = 4  # CIFAR-10 in 512 colours: finds 97 % of images made JPEGs of quality 40, and one wrong pair in 400 million
+SUSPICIOUS = 0.001  # of the training set, near one single evaluation image
+PAIRS_A_ROW, CELL = 4, 96
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Opens both, compares, writes the list and the sheet, says what was found."""
+    args = parse(argv)
+    train, evaluated = ShardSet(args.train, args.train_split), ShardSet(args.eval, args.eval_split)
+    start = time.perf_counter()
+    found = find_duplicates(train, evaluated, args.method, args.max_distance, args.workers)
+    seconds = time.perf_counter() - start
+    write_exclusion(args.out, train, found.train_ids, about(found, train, evaluated, args))
+    n_train, n_found = train.n_images, len(found.train_ids)
+    print(f"{n_train} training and {evaluated.n_images} evaluation images, {args.method}, at most {args.max_distance} bits apart")
+    print(f"{seconds:.1f} s, {n_train / seconds:.0f} images/s, {found.n_pairs / seconds:.3g} pairs/s, mirror images included")
+    print(f"flat, not compared: {found.flat_train} of the training and {found.flat_eval} of the evaluation set")
+    print(
+        f"{args.out}: {n_found} training images ({n_found / n_train:.4%}) are near {len(set(found.eval_ids))} evaluation images"
+    )
+    warn(found, n_train)
+    if args.sheet and n_found:
+        print(f"{args.sheet}: {sheet(args.sheet, found, train, evaluated, args.pairs)} pairs, the nearest first")
+    elif args.sheet:
+        print(f"{args.sheet} was not written: there is no pair to show")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--train", type=Path, required=True, help="shards to leave images out of")
+    parser.add_argument("--eval", type=Path, required=True, help="shards whose images must not be trained on")
+    parser.add_argument("--train_split", default="train", help="split of --train")
+    parser.add_argument("--eval_split", default="test", help="split of --eval")
+    parser.add_argument("--out", type=Path, required=True, help="exclusion list to write")
+    parser.add_argument("--method", choices=METHODS, default="phash", help="how images are compared")
+    parser.add_argument(
+        "--max_distance", type=int, help=f"hash bits that may differ; {MAX_DISTANCE}, or 0 for tokens, when left out"
+    )
+    parser.add_argument("--sheet", type=Path, help="PNG of the pairs found, training image left of evaluation image")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs on the sheet, spread over all distances")
+    parser.add_argument("--workers", type=int, help="processes; as many as cores when left out")
+    args = parser.parse_args(argv)
+    if args.method == "tokens" and args.max_distance:
+        raise ValueError(f"--max_distance {args.max_distance} has no meaning for tokens, which are equal or not; leave it out")
+    if args.max_distance is None:
+        args.max_distance = 0 if args.method == "tokens" else MAX_DISTANCE
+    if args.workers is None:
+        args.workers = cores
+    if not 1 <= args.pairs <= 10_000:
+        raise ValueError(f"--pairs {args.pairs} must lie in 1..10000")
+    return args
+
+
+def about(found: Found, train: ShardSet, evaluated: ShardSet, args: argparse.Namespace) -> dict[str, object]:
+    """What the list says of how it was made."""
+    return {
+        "reason": f"near an image of {evaluated.name} split {evaluated.split}",
+        "method": args.method,
+        "max_distance": args.max_distance,
+        "train": train.name,
+        "eval": evaluated.name,
+        "eval_split": evaluated.split,
+        "eval_dataset_hash": evaluated.dataset_hash,
+        "eval_images_found": len(set(found.eval_ids)),
+        "flat_train": found.flat_train,
+        "flat_eval": found.flat_eval,
+    }
+
+
+def warn(found: Found, n_train: int) -> None:
+    """Says so when one evaluation image excludes suspiciously many: its hash may say too little."""
+    images, counts = np.unique(found.eval_ids, return_counts=True)
+    if len(counts) and counts.max() > max(10, SUSPICIOUS * n_train):
+        worst = f"evaluation image {images[counts.argmax()]} alone excludes {counts.max()} training images"
+        print(f"warning: {worst}; look at --sheet and take a smaller --max_distance if they are not alike", file=sys.stderr)
+
+
+def sheet(path: Path, found: Found, train: ShardSet, evaluated: ShardSet, pairs: int) -> int:
+    """Draws pairs, at most so many, evenly spread over all by distance; returns how many."""
+    order = np.argsort(found.distances, kind="stable")
+    shown = order[np.arange(min(pairs, len(order))) * len(order) // min(pairs, len(order))]
+    n_px = max(train.n_px, evaluated.n_px)
+    images, captions = [], []
+    for place in shown:
+        number, other = found.train_ids[[place]], found.eval_ids[[place]]
+        images += [
+            square(shards.palette.decode(shards.tokens(ids)[0]), n_px) for shards, ids in ((train, number), (evaluated, other))
+        ]
+        mirror = " mirror" if found.mirrored[place] else ""
+        captions += [f"train {number[0]}", f"{other[0]}: {found.distances[place]} bits{mirror}"]
+    save_grid(path, np.stack(images), 2 * PAIRS_A_ROW, max(1, CELL // n_px), captions)
+    return len(shown)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,154 @@
+"""Keeps the candidate images that look most like a reference set to our own model, as new shards.
+
+    python tools/filter_shards.py --model models/s --reference shards/in32 --candidates shards/web --keep 0.1 --out shards/web_in
+
+The paper trains its largest model on web images "filtered to be similar to ImageNet" and does not say how. Here a logistic
+classifier on mean-pooled features of one layer tells reference from candidates; candidates with the highest log odds are kept,
+none scored by a classifier that was fitted on it. Beside OUT stands OUT_report: report.json, scores.npy (float32, one a
+candidate), histogram.png and sheet.png (above kept images, below dropped ones, each from high to low score).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from igpt_ds import cli
+from igpt_ds.data.images import save_grid
+from igpt_ds.data.shard_writer import copy_images
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.evaluate.domain import Domain, Reader, fit_domain, keep_best, n_to_keep
+from igpt_ds.evaluate.features import PRECISIONS, Origin, check_layers, open_model, pick_device
+from igpt_ds.evaluate.figures import score_histogram
+from igpt_ds.files import atomic_dir, write_json
+
+COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows each of kept and dropped ones, screen pixels of an image's side
+DRAWN = 10_000  # kept and dropped ones each, among which the sheet's images are spread evenly by score
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Opens everything, fits, scores every candidate, writes report and shards."""
+    args = parse(argv)
+    reference, candidates = ShardSet(args.reference, args.reference_split), ShardSet(args.candidates, args.candidates_split)
+    check(reference, candidates, args.out)
+    n = n_to_keep(candidates.n_images, args.keep)
+    with atomic_dir(args.report) as report:
+        model, origin = open_model(args.model, reference)
+        deepest = model.config.n_layer
+        layer = deepest // 2 if args.layer is None else check_layers([args.layer], deepest)[0]
+        read = Reader(model, layer, args.batch, pick_device(args.device), args.precision)
+        domain = fit_domain(read, reference, candidates, fit_images=args.fit_images, seed=args.seed)
+        say_how_well(domain, layer, deepest)
+        start = time.perf_counter()
+        scores = score_all(report / "scores.npy", read, domain, candidates)
+        seconds = time.perf_counter() - start
+        kept, threshold = keep_best(scores, n)
+        title = f"{candidates.name}: {n} of {candidates.n_images} kept, like {reference.name}"
+        groups = {"candidates": scores, "reference": domain.reference_scores}
+        score_histogram(groups, threshold, report / "histogram.png", title)
+        sheet(report / "sheet.png", candidates, scores, kept, args.seed)
+        note = facts(reference, candidates, origin, domain, read) | {"keep": args.keep, "n_kept": n, "threshold": threshold}
+        write_json(report / "report.json", note)
+        copy_images(args.out, candidates, kept, note=note)
+    print(f"{candidates.n_images} candidates scored in {seconds:.1f} s, {candidates.n_images / seconds:.1f} images/s")
+    print(f"{args.out}: {n} images ({n / candidates.n_images:.2%}), score {threshold:.3f} and above")
+    print(f"{args.report}: report.json, scores.npy, histogram.png, sheet.png")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--model", type=Path, required=True, help="model dir")
+    parser.add_argument("--reference", type=Path, required=True, help="shards of what the candidates should look like")
+    parser.add_argument("--candidates", type=Path, required=True, help="shards to choose from")
+    parser.add_argument("--reference_split", default="train", help="split of --reference")
+    parser.add_argument("--candidates_split", default="train", help="split of --candidates")
+    parser.add_argument("--keep", type=float, required=True, help="fraction of the candidates to keep")
+    parser.add_argument("--out", type=Path, required=True, help="shard directory to write")
+    parser.add_argument("--report", type=Path, help="directory for report, scores and pictures; OUT_report when left out")
+    parser.add_argument("--layer", type=int, help="layer whose features are read; the middle one when left out")
+    parser.add_argument("--fit_images", type=int, default=10_000, help="images of each set that the classifier is fitted on")
+    parser.add_argument("--seed", type=int, default=0, help="draws the images of the fit, the folds, the sheet")
+    parser.add_argument("--batch", type=int, default=32, help="images in a forward pass")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products")
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch} must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must be at least 0")
+    args.report = args.report or args.out.with_name(f"{args.out.name}_report")
+    return args
+
+
+def check(reference: ShardSet, candidates: ShardSet, out: Path) -> None:
+    """Refuses what would fail, or mean nothing, after hours of scoring."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another name or remove it")
+    if reference.dataset_hash == candidates.dataset_hash:
+        raise ValueError(f"{reference.path} and {candidates.path} hold the same images; name two different sets")
+    if (reference.n_px, reference.palette_hash) != (candidates.n_px, candidates.palette_hash):
+        sides = " and ".join(f"{s.path} ({s.n_px}x{s.n_px}, palette {s.palette_hash[:8]})" for s in (reference, candidates))
+        raise ValueError(f"{sides} are not read by one model; make both with its n_px and palette.npy")
+
+
+def say_how_well(domain: Domain, layer: int, deepest: int) -> None:
+    """One line on the classifiers, before the long part begins."""
+    fitted = f"{domain.n_fit} images of each set, layer {layer} of 0..{deepest}, C {domain.C:g}"
+    print(f"{fitted}: AUC {domain.auc:.4f}, accuracy {100 * domain.accuracy:.2f} % on images not fitted on", flush=True)
+    if not domain.converged:
+        print("warning: a fit has not converged; its scores still order the candidates", file=sys.stderr)
+
+
+def score_all(path: Path, read: Reader, domain: Domain, candidates: ShardSet) -> np.ndarray:
+    """Writes one score a candidate as .npy, float32 [N], batch by batch; returns the memory map."""
+    scores = np.lib.format.open_memmap(path, "w+", np.dtype("<f4"), (candidates.n_images,))
+    with tqdm(total=candidates.n_images, unit=" images", desc="scores", leave=False, disable=None) as bar:
+        for start in range(0, candidates.n_images, 1 << 16):
+            for ids, features in read(candidates, np.arange(start, min(start + (1 << 16), candidates.n_images))):
+                scores[ids] = domain.score(ids, features)
+                bar.update(len(ids))
+    scores.flush()
+    return scores
+
+
+def facts(reference: ShardSet, candidates: ShardSet, origin: Origin, domain: Domain, read: Reader) -> dict[str, Any]:
+    """What the report and the new index say of the choice."""
+    sides = {"reference": reference, "candidates": candidates}
+    about = {
+        name: {"name": s.name, "split": s.split, "n_images": s.n_images, "dataset_hash": s.dataset_hash}
+        for name, s in sides.items()
+    }
+    of_model = {"model_hash": origin.model_hash, "step": origin.step, "layer": read.layer, "precision": read.precision}
+    fit = {"n_fit": domain.n_fit, "C": domain.C, "auc": domain.auc, "accuracy": domain.accuracy, "converged": domain.converged}
+    return {"tool": "tools/filter_shards.py", **about, **of_model, **fit, "seed": domain.seed}
+
+
+def sheet(path: Path, candidates: ShardSet, scores: np.ndarray, kept: np.ndarray, seed: int) -> None:
+    """Draws kept images above dropped ones; where none is dropped, kept ones alone."""
+    random = np.random.default_rng(seed)
+    is_kept = np.zeros(len(scores), dtype=bool)
+    is_kept[kept] = True
+    shown, words = [], []
+    for group, word in ((kept, "kept"), (np.flatnonzero(~is_kept), "dropped")):
+        if len(group):
+            drawn = random.choice(group, min(DRAWN, len(group)), replace=False)
+            ranked = drawn[np.lexsort((drawn, -scores[drawn]))]
+            n = min(COLUMNS * ROWS, len(ranked))
+            n = n // COLUMNS * COLUMNS or n  # whole rows, so that the dropped ones begin a new one
+            shown.append(ranked[np.arange(n) * len(ranked) // n])
+            words += [word] * n
+    ids = np.concatenate(shown)
+    captions = [f"{scores[number]:+.2f} {word}" for number, word in zip(ids, words, strict=True)]
+    save_grid(path, candidates.palette.decode(candidates.tokens(ids)), COLUMNS, max(1, CELL // candidates.n_px), captions)
+
+
+if __name__ == "__main__":
+    cli.run(main)

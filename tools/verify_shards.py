@@ -1,0 +1,57 @@
+"""Reads all shards of a dataset directory and compares them with its index; names the damaged bytes.
+
+    python tools/verify_shards.py --data shards/imagenet_32
+
+Exits with 1 when anything is damaged. Several shards are read at a time (--workers).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from igpt_ds import cli
+from igpt_ds.data.damage import all_damage
+from igpt_ds.data.palette import load_palette
+from igpt_ds.data.shards import SPLITS, read_index
+
+NAMED = 20  # damages that are printed one by one
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks palette and shards, prints what is damaged and how fast that was."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--data", type=Path, required=True, help="the dataset directory")
+    parser.add_argument("--split", nargs="+", choices=SPLITS, help="only these splits; all when left out")
+    parser.add_argument("--workers", type=int, help="shards read at a time; when left out as many as there are cores, and a few")
+    args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers {args.workers} must be at least 1")
+    index, start = read_index(args.data), time.perf_counter()
+    splits = args.split or list(index["splits"])
+    if missing := [split for split in splits if split not in index["splits"]]:
+        raise ValueError(f"{args.data} has no split {missing[0]!r}; it has {', '.join(index['splits'])}")
+    if load_palette(args.data / index["palette"]).hash != index["palette_hash"]:
+        raise ValueError(f"{args.data / index['palette']} is not the palette that the shards were made with")
+
+    shards = [shard for split in splits for shard in index["splits"][split]["shards"]]
+    checks, n_damages = all_damage(args.data, shards, index["n_px"], args.workers), 0
+    for _, found in tqdm(checks, "verify", len(shards), unit=" shards", leave=False, disable=None):
+        for damage in found[: max(0, NAMED - n_damages)]:
+            tqdm.write(f"damaged: {damage}", file=sys.stderr)
+        n_damages += len(found)
+    size, seconds = sum(shard["bytes"] for shard in shards), time.perf_counter() - start
+    n_images = sum(shard["n_images"] for shard in shards)
+    print(f"verified    {len(shards)} shards of {', '.join(splits)}: {n_images} images, {size / 1e6:.1f} MB")
+    print(f"speed       {size / 1e6 / seconds:.0f} MB/s")
+    print(f"damaged     {n_damages} images or byte ranges")
+    if n_damages:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
