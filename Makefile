@@ -7,7 +7,7 @@ IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH";
 SCRIPTS := .ci/run $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test_fast check
+.PHONY: help install demo test test_fast check bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,6 +24,9 @@ test: $(INSTALLED) ## every test; narrow it by ARGS="-k floors"
 
 test_fast: $(INSTALLED) ## the tests that launch no ranks
 	@$(IN_VENV) python -m pytest -m "not slow" $(ARGS)
+
+bench: $(INSTALLED) ## ours beside its peers, about two minutes: make bench IMAGES=a/folder/of/JPEGs
+	@$(IN_VENV) python tools/bench_data.py --images "$(IMAGES)" --quick
 
 check: $(INSTALLED) ## format, lint, types, shell scripts
 	@$(IN_VENV) ruff format --check . && ruff check . && mypy && shellcheck $(SCRIPTS) && echo "check: all clean"

@@ -1,59 +1,48 @@
-"""Measures the data wing against its peers, side by side on one core: medians of interleaved repetitions.
+"""Measures the data wing against its peers, side by side on one core: medians of turns. Exits with 1 when a bar is missed.
 
-Exits with status 1 when a bar is missed. --quick takes one to two minutes, most of it scikit-learn's k-means; --images is any
-folder of JPEGs, photographs of 200 px or more.
+--images is any folder of JPEGs, photographs of 200 px or more. --quick takes about a minute.
 
     python tools/bench_data.py --images ILSVRC2012/train --quick --out bench_data.json
+    python tools/bench_data.py --show docs/bench_data.json
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import statistics
+import io
+import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
-from igpt_ds import cli
+from igpt_ds import bench, cli
+from igpt_ds.bench import Row, medians
 from igpt_ds.data.images import DEFAULT_FILTER, decode_image, square
 from igpt_ds.data.kmeans import kmeans
+from igpt_ds.data.loader import Loader
 from igpt_ds.data.palette import ColorCounts, Palette, fit_palette, prepare_table, save_palette
 from igpt_ds.data.palette_table import build_table, nearest
-from igpt_ds.files import write_json
-from igpt_ds.provenance import git_commit
+from igpt_ds.data.shard_writer import copy_images, write_dataset
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.sources import open_source
 
-_N_COLORS = 512  # the paper's (3.2)
-_PACKAGES = ("numpy", "torch", "pillow", "simplejpeg", "scikit-learn", "scipy", "faiss-cpu", "webdataset")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison. Where more is better `bar` is the least ratio ours / peer; `at_most` turns it round."""
-
-    what: str
-    unit: str
-    ours: float
-    peer_name: str
-    peer: float
-    ratio: float
-    bar: float | None = None
-    at_most: bool = False
-    note: str = ""
-
-    @property
-    def holds(self) -> bool:
-        """Whether the bar is met; a row without a bar informs only."""
-        return self.bar is None or (self.ratio <= self.bar if self.at_most else self.ratio >= self.bar)
+N_COLORS = 512  # the paper's (3.2)
+BATCH = 128  # images
+# Runs a program and prints the most memory that it had; getrusage would count what its parent had.
+PEAK = """import atexit, runpy, sys
+atexit.register(lambda: print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]))
+runpy.run_path(sys.argv.pop(1), run_name="__main__")"""
+MAX_IMAGES = 1000  # JPEGs that are read, the first ones by their paths
+PACKAGES = ("numpy", "torch", "pillow", "simplejpeg", "scikit-learn", "scipy", "faiss-cpu", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -63,60 +52,45 @@ class World:
     files: list[bytes]
     palette: Palette
     quick: bool
+    work: Path  # an empty folder
 
     @property
-    def repetitions(self) -> int:
-        """How often each contender runs."""
+    def turns(self) -> int:
+        """How often each contender's turn comes."""
         return 5 if self.quick else 15
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the chosen measurements, prints the table, writes the JSON, exits 1 when a bar is missed."""
-    measures: dict[str, Callable[[World], list[Row]]] = {"quantise": quantise, "palette": palette_fit, "jpeg": jpeg}
-    parser = cli.parser(__doc__)
-    parser.add_argument("--images", type=Path, required=True, help="a folder of JPEGs, searched through all its folders")
-    parser.add_argument("--max_images", type=int, default=1000, help="read at most this many of them, in order of their paths")
+    """Runs the chosen measurements, prints the table, writes the JSON."""
+    measures = {function.__name__: function for function in (quantise, palette, jpeg, loader, memory)}
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--images", type=Path, help="a folder of JPEGs, searched through all its folders")
     parser.add_argument("--only", choices=list(measures), nargs="+", default=list(measures), help="these measurements alone")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="fewer turns")
     parser.add_argument("--out", type=Path, help="also write the rows and the machine's facts as this JSON")
+    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
     args = parser.parse_args(argv)
+    if args.show:
+        print(bench.table(bench.read_bench(args.show)))
+        return
+    if args.images is None:
+        raise ValueError("--images is needed: a folder of JPEGs")
 
-    from threadpoolctl import threadpool_limits
-    from torch import set_num_threads
-
-    set_num_threads(1)
-    with threadpool_limits(limits=1), tempfile.TemporaryDirectory() as directory:
-        world = _world(args.images, args.max_images, args.quick, Path(directory))
+    with bench.one_core(), tempfile.TemporaryDirectory() as directory:
+        world = open_world(args.images, args.quick, Path(directory))
         rows = [row for name in args.only for row in measures[name](world)]
-    _print(rows)
-    if args.out:
-        write_json(args.out, {"facts": _facts(args.quick), "rows": [asdict(row) | {"holds": row.holds} for row in rows]})
-    if not all(row.holds for row in rows):
-        sys.exit(1)
+    bench.finish(rows, args.out, args.quick, PACKAGES)
 
 
-def _world(directory: Path, max_images: int, quick: bool, work: Path) -> World:
-    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:max_images]
+def open_world(directory: Path, quick: bool, work: Path) -> World:
+    """Reads the JPEGs and fits their palette."""
+    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:MAX_IMAGES]
     if not paths:
         raise ValueError(f"images={directory} holds no .jpg or .jpeg file; name a folder of JPEGs")
     files = [path.read_bytes() for path in paths]
     pixels = np.concatenate([square(decode_image(data), 64).reshape(-1, 3) for data in files[:100]])
-    palette, report = fit_palette(pixels, _N_COLORS)
-    save_palette(work / "palette.npy", palette, report)
-    return World(files, prepare_table(work / "palette.npy"), quick)
-
-
-def _medians(contenders: dict[str, Callable[[], Any]], repetitions: int, warm: bool = True) -> dict[str, float]:
-    """Seconds of each contender: they take turns, so that whatever else the machine does meets all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in tqdm(range(repetitions + 1), leave=False, disable=None):
-        for name, run in contenders.items():
-            if warm:
-                run()  # untimed: the one before has filled the caches with its own
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first turn warms up
+    save_palette(work / "palette.npy", *fit_palette(pixels, N_COLORS))
+    return World(files, prepare_table(work / "palette.npy"), quick, work)
 
 
 # --------------------------------------------------------------------------------------------------- measurements
@@ -142,16 +116,12 @@ def quantise(world: World) -> list[Row]:
             assert (tokens == nearest(image.reshape(-1, 3), world.palette.colors)[0]).all()
             assert (tokens == hf(a)).mean() > 0.999
         contenders = _quantisers(world.palette, images, points, hf)
-        rate = {name: len(batch) / value for name, value in _medians(contenders, world.repetitions).items()}
+        rate = {name: len(batch) / value for name, value in medians(contenders, world.turns).items()}
         ours = rate.pop("ours")
-        for name, value in rate.items():
-            bar = 200.0 if (name, how) == ("HF formula", "in a batch") else None
-            rows.append(Row("quantise 32x32", "images/s", ours, name, value, ours / value, bar, note=how))
-    start = time.perf_counter()
-    build_table(world.palette.colors)
-    seconds_built = time.perf_counter() - start
-    rows.append(Row("table of 256^3", "s", seconds_built, "", 1.0, seconds_built, 1.0, at_most=True, note="bar: a second"))
-    return rows
+        bars = {"HF formula": 200.0} if images[0] is batch else {}  # it takes images in batches
+        rows += [Row("quantise 32x32", "images/s", ours, value, name, bars.get(name), note=how) for name, value in rate.items()]
+    built = medians({"table": partial(build_table, world.palette.colors)}, world.turns)["table"]
+    return [*rows, Row("table of 256^3 colours", "s", built, 1.0, "a second", 1.0, at_most=True)]
 
 
 def _quantisers(
@@ -165,25 +135,18 @@ def _quantisers(
         "HF formula": lambda: [hf(a) for a in points],
         "sklearn pairwise_distances_argmin": lambda: [pairwise_distances_argmin(a, colors) for a in points],
     }
-    if index := _faiss_index(palette.colors):
+    with warnings.catch_warnings(), suppress(ImportError):
+        warnings.simplefilter("ignore")  # of its build tools
+        import faiss
+
+        faiss.omp_set_num_threads(1)
+        index = faiss.IndexFlatL2(3)
+        index.add(palette.colors)
         contenders["faiss IndexFlatL2"] = lambda: [index.search(a.astype(np.float32), 1) for a in points]
     return contenders
 
 
-def _faiss_index(colors: np.ndarray) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its build tools
-            import faiss
-    except ImportError:
-        return None
-    faiss.omp_set_num_threads(1)
-    index = faiss.IndexFlatL2(3)
-    index.add(colors)
-    return index
-
-
-def palette_fit(world: World) -> list[Row]:
+def palette(world: World) -> list[Row]:
     """512 colours of 1,000,000 pixels: k-means from the same first centres, and how good it is."""
     from sklearn.cluster import KMeans, kmeans_plusplus
 
@@ -191,51 +154,36 @@ def palette_fit(world: World) -> list[Row]:
     pixels = np.concatenate([square(decode_image(data), 96).reshape(-1, 3) for data in world.files])
     pixels = pixels[random.permutation(len(pixels))[:1_000_000]]
     points = pixels / 127.5 - 1
-    init, _ = kmeans_plusplus(points[:50_000], _N_COLORS, random_state=0)  # scikit-learn's own, on a part
+    init, _ = kmeans_plusplus(points[:50_000], N_COLORS, random_state=0)  # scikit-learn's own, on a part
     found: dict[str, np.ndarray] = {}
 
     def ours() -> None:
         counts = ColorCounts()
         counts.add(pixels)
         colors, weights = counts.weighted()
-        found["ours"] = kmeans(colors / 127.5 - 1, weights.astype(np.float64), _N_COLORS, init=init)
+        found["ours"] = kmeans(colors / 127.5 - 1, weights.astype(np.float64), N_COLORS, init=init)
 
     def sklearn() -> None:
-        model = KMeans(_N_COLORS, init=init, n_init=1, algorithm="lloyd")
+        model = KMeans(N_COLORS, init=init, n_init=1, algorithm="lloyd")
         found["sklearn"] = model.fit(points).cluster_centers_
 
-    mine = _medians({"ours": ours}, 1 if world.quick else 3, warm=False)["ours"]
-    start = time.perf_counter()  # once: it takes minutes, and the bar is far from its noise
-    sklearn()
-    theirs = time.perf_counter() - start
+    seconds = medians({"ours": ours, "sklearn": sklearn}, 1 if world.quick else 3, warm_up=False)
     inertia = {name: _inertia(points, pixels, centres) for name, centres in found.items()}
-    ratio = inertia["ours"] / inertia["sklearn"]
-    size = f"{len(pixels):,} pixels, k = {_N_COLORS}"
+    size = f"{len(pixels):,} pixels, k = {N_COLORS}"
+    peer = "sklearn KMeans lloyd, same first centres"
     return [
-        Row(
-            "palette fit",
-            "pixels/s",
-            len(pixels) / mine,
-            "sklearn KMeans lloyd",
-            len(pixels) / theirs,
-            theirs / mine,
-            10.0,
-            note=size,
-        ),
-        Row("palette inertia", "", inertia["ours"], "sklearn KMeans lloyd", inertia["sklearn"], ratio, 1.005, at_most=True),
+        Row("palette fit", "pixels/s", len(pixels) / seconds["ours"], len(pixels) / seconds["sklearn"], peer, 10.0, note=size),
+        Row("palette inertia", "", inertia["ours"], inertia["sklearn"], peer, 1.005, at_most=True),
     ]
 
 
 def _inertia(points: np.ndarray, pixels: np.ndarray, centres: np.ndarray) -> float:
-    palette = Palette(centres.clip(-1, 1).astype(np.float32))
-    tokens = np.concatenate([palette.encode(part) for part in np.array_split(pixels, 10)])
-    return float(((points - palette.colors[tokens]) ** 2).sum())
+    fitted = Palette(centres.clip(-1, 1).astype(np.float32))
+    return float(((points - fitted.colors[fitted.encode(pixels)]) ** 2).sum())
 
 
 def jpeg(world: World) -> list[Row]:
     """JPEG bytes to 64x64 tokens: ours against PIL's decode and resize with the same filter, crop and quantiser."""
-    import io
-
     from PIL import Image
 
     files = world.files[: 32 if world.quick else 160]
@@ -254,43 +202,97 @@ def jpeg(world: World) -> list[Row]:
         "ours": lambda: [world.palette.encode(square(decode_image(data), 64)) for data in files],
         "PIL": lambda: [world.palette.encode(by_pil(data)) for data in files],
     }
-    seconds = _medians(contenders, world.repetitions)
+    seconds = medians(contenders, world.turns)
     mine, theirs = (len(files) / seconds[name] for name in ("ours", "PIL"))
     note = f"{DEFAULT_FILTER}; at most {max(differences)} grey level(s) apart"
-    return [Row("JPEG to 64x64 tokens", "images/s/core", mine, "PIL", theirs, mine / theirs, 1.5, note=note)]
+    return [Row("JPEG to 64x64 tokens", "images/s", mine, theirs, "PIL alone", 1.5, note=note)]
 
 
-# --------------------------------------------------------------------------------------------------- report
+def loader(world: World) -> list[Row]:
+    """Batches of 128 images of 1,024 and 4,096 tokens in random order, from shards that the page cache holds."""
+    rows = []
+    for n_px in (32, 64):
+        n_images, source = 32768, open_source(f"imagefolder:{small_jpegs(world, 512, n_px)}")
+        write_dataset(world.work / f"few{n_px}", source, world.palette, n_px, val_fraction=0)
+        few, path = ShardSet(world.work / f"few{n_px}", "train"), world.work / f"many{n_px}"
+        copy_images(path, few, np.arange(n_images) % few.n_images, note={})
+        verified = ShardSet(path, "train")
+        verified.verify()
+        flat = np.lib.format.open_memmap(path / "flat.npy", "w+", np.uint16, (n_images, n_px * n_px))
+        flat[:] = verified.tokens(np.arange(n_images)).reshape(n_images, -1)
+        n = 4 * n_images // BATCH  # four epochs
+        contenders = {
+            "ours": (n, partial(read_ours, verified, n)),
+            "ours, unverified": (n // 4, partial(read_first_time, path, n // 4)),
+            "np.memmap gather": (n, partial(read_memmap, flat, n)),
+            "webdataset .npy": (n // 32, partial(read_webdataset, path, n // 32)),
+        }
+        seconds = medians({name: run for name, (_, run) in contenders.items()}, world.turns, turn_seconds=0)
+        rate = {name: BATCH * batches / seconds[name] for name, (batches, _) in contenders.items()}
+        what, memmap, webdataset = f"loader, {n_px * n_px} tokens", "np.memmap gather", "webdataset .npy"
+        rows.append(Row(what, "images/s", rate["ours"], rate[webdataset], webdataset, 20.0))
+        rows.append(Row(what, "images/s", rate["ours"], rate[memmap], memmap, 0.7))
+        rows.append(Row(what, "images/s", rate["ours, unverified"], rate[memmap], memmap, note="first read, with checksums"))
+    return rows
 
 
-def _print(rows: list[Row]) -> None:
-    print(f"{'what':22} {'ours':>12} {'peer':>12} {'unit':14} {'ratio':>9} {'bar':>10}  peer; note")
-    for row in rows:
-        bar = "" if row.bar is None else f"{'<=' if row.at_most else '>='} {row.bar:g}{'' if row.holds else ' MISSED'}"
-        remark = "; ".join(part for part in (row.peer_name, row.note) if part)
-        print(f"{row.what:22} {row.ours:12.4g} {row.peer:12.4g} {row.unit:14} {row.ratio:9.4g} {bar:>10}  {remark}")
+def small_jpegs(world: World, n_images: int, n_px: int) -> Path:
+    """A folder to make shards of: one class of n_images small JPEGs."""
+    from PIL import Image
+
+    folder = world.work / f"{n_images}_of_{n_px}"
+    (folder / "images").mkdir(parents=True)
+    some = [Image.fromarray(square(decode_image(data), n_px)) for data in world.files[:100]]
+    for number in range(n_images):
+        some[number % len(some)].save(folder / "images" / f"{number:05d}.jpg")
+    return folder
 
 
-def _facts(quick: bool) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "commit": git_commit(),
-        "quick": quick,
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+def read_first_time(path: Path, n_batches: int) -> None:
+    """The training loader on shards that nobody has verified: each image is checked as it is read."""
+    read_ours(ShardSet(path, "train"), n_batches)
+
+
+def read_ours(shards: ShardSet, n_batches: int) -> None:
+    """The training loader."""
+    for batch in islice(Loader(shards, BATCH, BATCH, with_labels=False).stream(0), n_batches):
+        assert batch.tokens.shape == (BATCH, shards.n_px**2)
+
+
+def read_memmap(flat: np.ndarray, n_batches: int) -> None:
+    """Random rows of one array on disk: the least that can be done."""
+    random, batches = np.random.default_rng(0), len(flat) // BATCH
+    for batch in range(n_batches):
+        if batch % batches == 0:
+            order = random.permutation(len(flat))
+        start = batch % batches * BATCH
+        torch.from_numpy(flat[order[start : start + BATCH]])
+
+
+def read_webdataset(path: Path, n_batches: int) -> None:
+    """webdataset with its own .npy decoder, in the order of the files, which is easier."""
+    import webdataset
+
+    files = sorted(str(file) for file in path.glob("train-*.tar"))
+    images = webdataset.WebDataset(files, shardshuffle=False).decode().to_tuple("npy", "cls").batched(BATCH, collation_fn=list)
+    for batch in islice(images, n_batches):
+        torch.from_numpy(np.stack([grid for grid, _ in batch]))
+
+
+def memory(world: World) -> list[Row]:
+    """The most memory that make_shards takes for 50,000 images (10,000 when quick), against that for 1,000."""
+    peak, counts = {}, (1_000, 10_000 if world.quick else 50_000)
+    for n_images in counts:
+        folder = small_jpegs(world, n_images, 32)
+        tool = str(Path(__file__).with_name("make_shards.py"))
+        command = [sys.executable, "-c", PEAK, tool, "--source", f"imagefolder:{folder}", "--workers", "1", "--n_px", "32"]
+        command += ["--palette", str(world.work / "palette.npy"), "--out", str(world.work / f"shards{n_images}")]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        peak[n_images] = int(printed.split()[-2]) / 1024
+    few, many = counts
+    return [
+        Row("memory of make_shards", "MiB", peak[many], peak[few], f"itself for {few:,} images", 1.1, True, f"{many:,} images")
+    ]
 
 
 if __name__ == "__main__":

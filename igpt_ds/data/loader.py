@@ -24,7 +24,7 @@ from igpt_ds.data.shards import ShardSet
 _ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; the others belong to the order
 _ORDER_CHUNK = 16384  # positions whose images are computed at once: numpy's price is a call's, not a number's
 _READ_BYTES, _READ_IMAGES = 1 << 22, 1024  # at most so much is read at once and handed over between the threads
-_AHEAD = 2  # such handfuls made in advance
+_AHEAD = 1  # such handfuls made in advance, beside the one in the making; more of them leave the core's cache
 _AUGMENT_CHUNK = 128  # images augmented at once: what fits the cache
 
 

@@ -21,10 +21,11 @@ def make_model_dir(tiny_config, tiny_dataset):
 
     def make(path: Path, n_px: int = 4, **changes) -> Path:
         model = fresh_model(dataclasses.replace(tiny_config, n_px=n_px), seed=1)
+        generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "ln_" in name:  # gains that differ from 1, so that each norm can be told from the next
-                    weight.uniform_(0.5, 1.5)
+                    weight.uniform_(0.5, 1.5, generator=generator)
         info = {"config": model.config, "objective": "ar", "palette_hash": ShardSet(tiny_dataset, "train").palette_hash}
         save_model(path, model.state_dict(), info | {"step": 7, "images_seen": 56} | changes, tiny_dataset / "palette.npy")
         return path
