@@ -1,4 +1,4 @@
-"""README shows what commands print: tables between `<!-- COMMAND -->` and `<!-- end -->` come out again, byte for byte."""
+"""README and docs show what commands print: tables between `<!-- COMMAND -->` and `<!-- end -->` come out again, byte for byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHOWN = re.findall(r"<!-- python (\S+) (.+?) -->\n(.*?)<!-- end -->\n", (ROOT / "README.md").read_text(), re.DOTALL)
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"<!-- python (\S+) (.+?) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+SHOWN = [shown for text in TEXTS for shown in BLOCK.findall(text.read_text())]
 
 
 @pytest.mark.parametrize(("tool", "arguments", "shown"), SHOWN, ids=[arguments for _, arguments, _ in SHOWN])
@@ -21,7 +23,7 @@ def test_tables_come_out_again(tool: str, arguments: str, shown: str) -> None:
 
 
 def test_there_is_something_to_compare() -> None:
-    assert SHOWN
+    assert {"tools/tables.py", "tools/bench_data.py"} <= {tool for tool, _, _ in SHOWN}
 
 
 def test_pictures_are_there() -> None:
