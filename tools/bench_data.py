@@ -184,13 +184,13 @@ def _inertia(points: np.ndarray, pixels: np.ndarray, centres: np.ndarray) -> flo
 
 def jpeg(world: World) -> list[Row]:
     """JPEG bytes to 64x64 tokens: ours against PIL's decode and resize with the same filter, crop and quantiser."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     files = world.files[: 32 if world.quick else 160]
 
     def by_pil(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as opened:
-            image = opened.convert("RGB")
+            image = ImageOps.exif_transpose(opened).convert("RGB")
         short = min(image.size)
         width, height = (round(side * 64 / short) for side in image.size)
         resized = np.asarray(image.resize((width, height), Image.Resampling[DEFAULT_FILTER.upper()]))
