@@ -5,7 +5,8 @@
 starts it on every GPU of this machine; `deepspeed --num_gpus 2` on two, or on two CPU processes where there is no GPU.
 `torchrun`, `srun python train.py` and plain `python train.py` work as well. After an interruption the same command with
 `--resume auto` goes on from the newest complete checkpoint as if nothing had happened. `--dry_run` prints what the run
-would cost and stops. Any knob of the recipe can be set by its name (`--lr 0.001 --n_layer 12`).
+would cost and stops. Any knob of the recipe can be set by its name (`--lr 0.001 --n_layer 12`). The objective is said by the
+recipe alone: `igpt_s_ar_32` predicts each pixel from those before it, `igpt_s_bert_32` hidden pixels from all others.
 
 Several directories after `--data` are mixed in one order, by `--data_weights`. The validation loss is that of the first one.
 Where training shards cannot be mapped, `--stream 'pipe:curl -sf https://host/{shard}'` reads them in sequence.
@@ -26,17 +27,16 @@ from typing import Any
 import numpy as np
 
 from igpt_ds import cli, dist, plan
-from igpt_ds.config import ModelConfig, Recipe, Run, get_recipe, join, load_ds_config, override, run_to_dict
+from igpt_ds.config import INITS, ModelConfig, Recipe, Run, get_recipe, join, load_ds_config, override, run_to_dict
 from igpt_ds.data.loader import Batches, Loader, check_shards
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD, Mixture, open_mixture
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 from igpt_ds.files import atomic_file
-from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.train import run_dir
 from igpt_ds.train.checkpoint import load_checkpoint, newest_checkpoint, set_aside_newer
 from igpt_ds.train.engine import build_engine, start_ranks
-from igpt_ds.train.loop import Cadence, fit, validation_loss
+from igpt_ds.train.loop import Cadence, fit, pretraining_loss, validation_loss
 from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
 
 DS_CONFIG = Path(__file__).resolve().parent / "ds_configs" / "zero3_bf16.json"
@@ -82,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"{plan.parameters(recipe.model):,} parameters; {peak / 1e12:.2f} TFLOP/s over {run.world_size} ranks ({source})")
 
     loader = batches(images, run)
-    validate = partial(validation_loss, engine, val_shards, run.micro_batch, args.val_images)
+    validate = partial(validation_loss, engine, recipe, val_shards, run.micro_batch, args.val_images)
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
     cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
     metrics = Metrics(args.run_dir, run, start_step, peak)
-    fit(engine, run, loader, autoregressive_loss, validate, metrics, cadence, checkpoints, facts, start_step)
+    fit(engine, run, loader, pretraining_loss(recipe), validate, metrics, cadence, checkpoints, facts, start_step)
     metrics.close()
     finish(args.run_dir, last_step == recipe.steps)
 
@@ -141,7 +141,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def knob_fields() -> list[dataclasses.Field[Any]]:
-    """The fields of Recipe and ModelConfig that a flag may change."""
+    """The fields of Recipe and ModelConfig that a flag may change; the objective is said by the recipe's name, with its lr."""
     fields = [*dataclasses.fields(Recipe), *dataclasses.fields(ModelConfig)]
     return [field for field in fields if field.name not in ("name", "model", "objective")]
 
@@ -151,7 +151,9 @@ def _flag_type(name: str) -> dict[str, Any]:
         return {"type": float, "nargs": 2}
     if name == "augment_flip":
         return {"action": argparse.BooleanOptionalAction, "default": None}
-    return {"type": float if name in ("lr", "eps", "clip") else int}
+    if name == "init":
+        return {"choices": INITS}
+    return {"type": float if name in ("lr", "eps", "clip", "mask_prob") else int}
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         ranks = _joined_ranks()
         silent = isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0"
         if not silent and (ranks or os.environ.get("LOCAL_RANK", "0") == "0"):
-            line = "; ".join(part.strip() for part in str(error).splitlines())
+            line = "; ".join(part.strip() for part in _text(error).splitlines())
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         if ranks:
             _leave(2)  # without parting, which would wait for ranks that may wait in a collective
@@ -47,6 +48,13 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     if ranks := _joined_ranks():
         ranks.destroy_process_group()
         _leave(0)
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        fix = "; free some space there and run the same command again" if error.errno == errno.ENOSPC else ""
+        return f"{error.filename}: {error.strerror}{fix}"
+    return str(error)
 
 
 def _leave(status: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from igpt_ds.files import read_json
 
 CHECKPOINTING = ("none", "full")  # activation checkpointing: keep every activation, or recompute each block
+OBJECTIVES = ("ar", "bert")  # paper 2.1
+INITS = ("released", "sparse_transformer")  # how fresh weights are drawn; the table is model/transformer.py's
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Recipe:
     steps: int
     lr: float
     warmup_steps: int
-    objective: str = "ar"  # auto-regressive, paper 2.1
+    objective: str = "ar"  # auto-regressive, or "bert" (paper 2.1)
+    mask_prob: float = 0.15  # of a pixel to be hidden under "bert" (paper 2.1); 0.20 did as well (A.1)
+    init: str = "released"  # how fresh weights are drawn, see model/transformer.py
     betas: tuple[float, float] = (0.9, 0.95)  # paper 3.4
     eps: float = 1e-8
     clip: float = 1.0  # gradient norm; the paper names none, 1.0 is GPT-3's and does not bind in calm training
@@ -71,8 +75,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective != "ar":
-            raise ValueError(f"objective={self.objective!r} is unknown; known: ar")
+        for name, known in (("objective", OBJECTIVES), ("init", INITS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        if not 0 < self.mask_prob < 1:
+            raise ValueError(f"mask_prob={self.mask_prob} must lie between 0 and 1; the paper takes 0.15")
         for name in ("batch_images", "steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
@@ -89,21 +96,16 @@ class Recipe:
             raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
 
 
-def _paper(name: str, size: str, n_px: int, lr: float, batch_images: int = 128, steps: int = 1_000_000) -> Recipe:
+def _paper(size: str, objective: str, n_px: int, lr: float, batch_images: int = 128, steps: int = 1_000_000) -> Recipe:
     # Warm-up is one epoch (paper 3.4): 1,281,167 images less the 4 % of validation images (3.1), in batches.
     warmup_steps = math.ceil(round(1_281_167 * 0.96) / batch_images)
-    return Recipe(name, ModelConfig(**SIZES[size], n_px=n_px), batch_images, steps, lr, warmup_steps)
+    name = f"igpt_{size}_{objective}_{n_px}"
+    return Recipe(name, ModelConfig(**SIZES[size], n_px=n_px), batch_images, steps, lr, warmup_steps, objective)
 
 
 # For machines without a GPU: half an hour on two cores, and a minute or two.
 _CIFAR10 = Recipe(
-    "cifar10_nano_ar_16",
-    ModelConfig(**SIZES["nano"], n_px=16),
-    batch_images=64,
-    steps=2400,
-    lr=0.003,
-    warmup_steps=200,
-    augment_flip=True,
+    "cifar10_nano_ar_16", ModelConfig(**SIZES["nano"], n_px=16), 64, steps=2400, lr=0.003, warmup_steps=200, augment_flip=True
 )
 
 _DIGITS = Recipe(
@@ -119,12 +121,16 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         _DIGITS,
+        dataclasses.replace(_DIGITS, name="digits_nano_bert_8", objective="bert"),
         _CIFAR10,
-        _paper("igpt_s_ar_32", "s", 32, lr=0.003),
-        _paper("igpt_m_ar_32", "m", 32, lr=0.003),
-        _paper("igpt_l_ar_32", "l", 32, lr=0.001),
-        _paper("igpt_l_ar_48", "l", 48, lr=0.01),
-        _paper("igpt_xl_ar_64", "xl", 64, lr=0.0003, batch_images=64, steps=2_000_000),
+        _paper("s", "ar", 32, lr=0.003),
+        _paper("m", "ar", 32, lr=0.003),
+        _paper("l", "ar", 32, lr=0.001),
+        _paper("l", "ar", 48, lr=0.01),
+        _paper("xl", "ar", 64, lr=0.0003, batch_images=64, steps=2_000_000),
+        _paper("s", "bert", 32, lr=0.01),
+        _paper("m", "bert", 32, lr=0.003),
+        _paper("l", "bert", 32, lr=0.001),
     )
 }
 
@@ -145,7 +151,10 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     if unknown:
         raise ValueError(f"recipe has no {unknown[0]!r}; it has {', '.join(_KNOBS + _SHAPE)}")
     model = dataclasses.replace(recipe.model, **{name: value for name, value in changes.items() if name in _SHAPE})
-    return dataclasses.replace(recipe, model=model, **{name: value for name, value in changes.items() if name in _KNOBS})
+    changed = dataclasses.replace(recipe, model=model, **{name: value for name, value in changes.items() if name in _KNOBS})
+    if "mask_prob" in changes and changed.objective != "bert":
+        raise ValueError(f"mask_prob={changed.mask_prob} means nothing to {recipe.name}: its objective is {changed.objective}")
+    return changed
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

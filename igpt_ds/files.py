@@ -43,6 +43,10 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.replace(partial, path)
         fsync_path(path.parent)
+    except OSError as error:
+        if error.filename is None:  # as when the disk is full
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

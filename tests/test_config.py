@@ -46,18 +46,25 @@ def test_sizes_are_the_papers():
 
 def test_recipes_are_the_papers():
     table = {
-        name: (recipe.model.n_px, recipe.lr, recipe.batch_images, recipe.steps, recipe.betas)
+        name: (recipe.objective, recipe.model.n_px, recipe.lr, recipe.batch_images, recipe.steps, recipe.betas)
         for name, recipe in RECIPES.items()
         if name.startswith("igpt_")
     }
     adam = (0.9, 0.95)
     assert table == {
-        "igpt_s_ar_32": (32, 0.003, 128, 1_000_000, adam),
-        "igpt_m_ar_32": (32, 0.003, 128, 1_000_000, adam),
-        "igpt_l_ar_32": (32, 0.001, 128, 1_000_000, adam),
-        "igpt_l_ar_48": (48, 0.01, 128, 1_000_000, adam),
-        "igpt_xl_ar_64": (64, 0.0003, 64, 2_000_000, adam),
+        "igpt_s_ar_32": ("ar", 32, 0.003, 128, 1_000_000, adam),
+        "igpt_m_ar_32": ("ar", 32, 0.003, 128, 1_000_000, adam),
+        "igpt_l_ar_32": ("ar", 32, 0.001, 128, 1_000_000, adam),
+        "igpt_l_ar_48": ("ar", 48, 0.01, 128, 1_000_000, adam),
+        "igpt_xl_ar_64": ("ar", 64, 0.0003, 64, 2_000_000, adam),
+        "igpt_s_bert_32": ("bert", 32, 0.01, 128, 1_000_000, adam),
+        "igpt_m_bert_32": ("bert", 32, 0.003, 128, 1_000_000, adam),
+        "igpt_l_bert_32": ("bert", 32, 0.001, 128, 1_000_000, adam),
     }
+    for name, recipe in RECIPES.items():
+        if name.startswith("igpt_"):
+            assert recipe.model == ModelConfig(**SIZES[name.split("_")[1]], n_px=recipe.model.n_px)
+            assert (recipe.mask_prob, recipe.init) == (0.15, "released")
     assert S_32.warmup_steps == 9609  # 1,281,167 x 0.96 = 1,229,920 images in batches of 128: one epoch, rounded up
     assert RECIPES["igpt_xl_ar_64"].warmup_steps == 19218
 
@@ -85,7 +92,12 @@ def test_n_ctx_is_one_token_a_pixel():
         ({"augment_pad": 32}, r"^augment_pad=32 must lie between 0 and n_px - 1 = 31$"),
         ({"betas": (0.9, 1.0)}, r"^betas=\(0\.9, 1\.0\) must be two numbers in \[0, 1\)$"),
         ({"betas": (0.9,)}, r"^betas=\(0\.9,\) must be two numbers in \[0, 1\)$"),
-        ({"objective": "bart"}, r"^objective='bart' is unknown; known: ar$"),
+        ({"objective": "bart"}, r"^objective='bart' is unknown; known: ar, bert$"),
+        ({"init": "xavier"}, r"^init='xavier' is unknown; known: released, sparse_transformer$"),
+        ({"mask_prob": 0.0}, r"^mask_prob=0\.0 must lie between 0 and 1; the paper takes 0\.15$"),
+        ({"mask_prob": 1.0}, r"^mask_prob=1\.0 must lie between 0 and 1"),
+        ({"mask_prob": float("nan")}, r"^mask_prob=nan must lie between 0 and 1"),
+        ({"mask_prob": 0.2}, r"^mask_prob=0\.2 means nothing to igpt_s_ar_32: its objective is ar$"),
         ({"lrr": 1}, r"^recipe has no 'lrr'; it has batch_images, .*, lr, .*, n_layer, "),
     ],
 )
@@ -98,10 +110,11 @@ def test_override_reaches_knobs_and_shape_and_changes_nothing_else():
     changed = override(S_32, {"lr": 0.01, "n_layer": 2})
     assert (changed.lr, changed.model.n_layer) == (0.01, 2)
     assert override(changed, {"lr": S_32.lr, "n_layer": 24}) == S_32
+    assert override(RECIPES["igpt_s_bert_32"], {"mask_prob": 0.2}).mask_prob == 0.2
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"^recipe 'igpt_s' is unknown; known: .*, igpt_s_ar_32, .*igpt_xl_ar_64$"):
+    with pytest.raises(ValueError, match=r"^recipe 'igpt_s' is unknown; known: .*, igpt_s_ar_32, .*igpt_l_bert_32$"):
         get_recipe("igpt_s")
 
 
@@ -126,6 +139,12 @@ def test_a_damaged_recipe_names_its_file(damage, complaint):
     damage(values)
     with pytest.raises(ValueError, match=complaint):
         recipe_from_dict(values, "run.json")
+
+
+def test_a_recipe_written_by_older_code_has_what_it_did_not_know():
+    values = recipe_to_dict(S_32)
+    del values["mask_prob"], values["init"]
+    assert recipe_from_dict(values, "run.json") == S_32
 
 
 def test_what_is_no_dict_is_no_recipe():

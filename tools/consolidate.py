@@ -47,13 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{palette} is not the palette of the training shards; copy theirs to {args.run_dir}")
     weights = dict(whole_tensors(checkpoint, manifest["world_size"]))
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in Transformer(recipe.model).state_dict().items()}
+        expected = {
+            name: tensor.shape for name, tensor in Transformer(recipe.model, objective=recipe.objective).state_dict().items()
+        }
     if {name: tensor.shape for name, tensor in weights.items()} != expected:
         raise ValueError(f"{checkpoint} does not hold the tensors of its own recipe; it was written by other code")
     info = {
         "config": recipe.model,
         "recipe": recipe.name,
         "objective": recipe.objective,
+        "mask_prob": recipe.mask_prob if recipe.objective == "bert" else None,
+        "init": recipe.init,
         "palette_hash": manifest["data"]["palette_hash"],
         "dataset_hash": manifest["data"]["dataset_hash"],
         "step": manifest["step"],

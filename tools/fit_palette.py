@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"seed={args.seed} must be at least 0")
     if args.n_px is None and args.crop != "none":
         raise ValueError(f"crop={args.crop} needs --n_px")
     return args
@@ -122,9 +125,12 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         yield batch
 
 
+_opened = lru_cache(maxsize=1)(open_source)  # once a process: archives are slow to open
+
+
 def _read(name: str, entries: list[Entry], n_px: int | None, crop: str, resize_filter: str, seed: int) -> Iterator[Any]:
     """Each image as uint8 [h, w, 3], or the ValueError that says why it cannot be read."""
-    for entry, result in zip(entries, open_source(name).read(entries), strict=True):
+    for entry, result in zip(entries, _opened(name).read(entries), strict=True):
         try:
             if isinstance(result, ValueError):
                 raise result
@@ -166,7 +172,7 @@ def _in_order(pool: Executor, function: Callable[[Any], Any], jobs: Iterator[Any
 def _preview(args: argparse.Namespace, name: str, palette: Palette) -> None:
     """Pairs of an image and what the palette leaves of it."""
     n_px = args.n_px or _PREVIEW_PX
-    entries = list(_chosen(open_source(name).entries(), _N_PREVIEW, args.seed))
+    entries = list(_chosen(_opened(name).entries(), _N_PREVIEW, args.seed))
     images, captions = [], []
     for entry, image in zip(entries, _read(name, entries, n_px, args.crop, args.filter, args.seed), strict=True):
         if isinstance(image, ValueError):

@@ -21,7 +21,7 @@ from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shard_plan import Settings
-from igpt_ds.data.shard_writer import DEFAULT_MAX_BAD, IMAGES_PER_SHARD, list_images, making, merge, write_shards
+from igpt_ds.data.shard_writer import DEFAULT_MAX_BAD, IMAGES_PER_SHARD, check_work, list_images, making, merge, write_shards
 from igpt_ds.data.sources import open_source
 
 CROP_HELP = (
@@ -39,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.part != (0, 1) and args.stage != "write":
         raise ValueError(f"--part belongs to --stage write, not {args.stage}")
 
+    check_work(args.part, args.workers, args.max_bad)
+    if args.stage in ("write", "merge") and not (making(args.out) / "plan").is_dir():
+        raise ValueError(f"nothing was listed for {args.out}; begin with --stage list")
     source, palette, start = open_source(args.source), load_palette(args.palette), time.perf_counter()
     fraction = source.val_fraction if args.val_fraction is None else args.val_fraction
     settings = Settings(
         source.name, palette.hash, args.n_px, fraction, args.images_per_shard, args.seed, args.filter, args.crop, args.views
     )
-    if args.stage == "merge" and not making(args.out).is_dir():
-        raise ValueError(f"there is no {making(args.out)} to merge; begin with --stage list")
     plan = list_images(args.out, source, palette, settings)
     counts = ", ".join(f"{count} {split}" for split, count in plan.counts.items() if count)
     print(f"listed      {counts} images of {source.name}")

@@ -1,15 +1,19 @@
-"""Draws images from a model dir, and completes the lower halves of real ones, as one PNG.
+"""Draws images from a model dir and completes real ones, as one PNG or as a GIF of their drawing; maps what each pixel costs.
 
     python tools/sample.py --model models/s --data shards/cifar10_32 --out samples.png
+    python tools/sample.py --model models/s --rows 0 --images cat.jpg dog.png --prefix_rows 12 --out completed.png --gif drawn.gif
+    python tools/sample.py --model models/s --data shards/cifar10_32 --split test --ids 3 14 15 --heat_map costs.png
 
-Above, images drawn from nothing. Below, with --data: a row of originals from the split, what the model is given of each
-(the upper half), and one row for each completion.
+Above, images drawn from nothing. Below, with --data or --images: originals, what the model is given of each (the upper half, or
+--prefix_rows), and one row for each completion. --heat_map shows originals beside the nats that each pixel costs the model given
+those before it. The same seed draws the same images in batches of any size.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,88 +21,179 @@ import torch
 from tqdm import tqdm
 
 from igpt_ds import cli
-from igpt_ds.data.images import save_grid
+from igpt_ds.data.images import decode_image, save_gif, save_grid, square
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.features import pick_device
-from igpt_ds.model.sampling import sample
+from igpt_ds.evaluate.features import PRECISIONS, pick_device
+from igpt_ds.evaluate.figures import heat_maps
+from igpt_ds.evaluate.likelihood import pixel_nats
+from igpt_ds.model.sampling import check_filter, sample
 from igpt_ds.model.store import load_model
 from igpt_ds.model.transformer import Transformer
 
+NOT_GIVEN, EMPTY = 200, 128  # greys of pixels that are not there yet, and of places that stay empty
+GIF_FRAMES = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image of the grid, uint8 [n_px, n_px, 3], with the number of its pixels that were there before the drawing."""
+
+    image: np.ndarray
+    given: int
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Loads, draws, writes the PNG."""
+    """Loads, draws, writes what was asked for."""
     args = parse(argv)
-    model, info = load_model(args.model)
+    model, info = load_model(args.model, "ar")
     palette = load_palette(args.model / "palette.npy")
     if palette.hash != info.palette_hash:
         raise ValueError(f"{args.model / 'palette.npy'} is not the palette the model was trained with; consolidate again")
+    check_filter(args.temperature, args.top_k, args.top_p, info.config.n_vocab)
+    n_px = model.config.n_px
+    rows = n_px // 2 if args.prefix_rows is None else args.prefix_rows
+    if not 1 <= rows < n_px:
+        raise ValueError(f"--prefix_rows {rows} must lie between 1 and {n_px - 1}, for the model's images are {n_px}x{n_px}")
     model = model.to(args.device)
-    columns = args.columns
-    grid = decode(draw(model, torch.zeros(args.rows * columns, 0, dtype=torch.int64), args, "samples"), palette, model)
-    if args.data:
-        grid = np.concatenate([grid, completions(model, palette, args)])
-    save_grid(args.out, grid, columns, args.scale or max(1, 64 // model.config.n_px))
-    print(
-        f"{args.out}: {args.rows * columns} samples"
-        + (f", {args.completions} completions of {columns} images" if args.data else "")
-    )
+    originals = given_images(model, palette, args)
+    scale = args.scale or max(1, 64 // n_px)
+    if args.out or args.gif:
+        tiles = [Tile(image, 0) for image in decode(draw_from_nothing(model, args), palette, n_px)]
+        if originals is not None:
+            tiles += completions(model, palette, originals, rows, args)
+        if args.out:
+            save_grid(args.out, np.stack([tile.image for tile in tiles]), args.columns, scale)
+            about = f", {args.completions} completions of {len(originals)} images" if originals is not None else ""
+            print(f"{args.out}: {args.rows * args.columns} samples{about}")
+        if args.gif:
+            save_gif(args.gif, frames(tiles), args.columns, scale)
+            print(f"{args.gif}: {args.rows * args.columns} samples{' and completions' if originals is not None else ''} drawn")
+    if args.heat_map and originals is not None:
+        nats = np.concatenate([pixel_nats(model, part.to(args.device)) for part in originals.split(args.batch)])
+        heat_maps(decode(originals, palette, n_px), nats.reshape(-1, n_px, n_px), args.heat_map)
+        print(f"{args.heat_map}: {len(nats)} images, {nats.mean(dtype=np.float64):.4f} nats per token")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--model", type=Path, required=True, help="model dir")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--data", type=Path, help="shards whose images are completed; none when left out")
+    parser.add_argument("--out", type=Path, help="PNG to write: samples, and completions below them")
+    parser.add_argument("--gif", type=Path, help="GIF to write: the same grid while it is being drawn")
+    parser.add_argument("--heat_map", type=Path, help="PNG to write: the given images and what each pixel costs")
+    parser.add_argument("--data", type=Path, help="shards whose images are given; none when left out")
     parser.add_argument("--split", default="val", help="split of --data")
-    parser.add_argument("--rows", type=int, default=4, help="rows of samples")
+    parser.add_argument("--ids", type=int, nargs="+", help="images of the split; a row, evenly spread, when left out")
+    parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="image files that are given, cut to their centre")
+    parser.add_argument("--prefix_rows", type=int, help="upper pixel rows that a completion starts from; half when left out")
+    parser.add_argument("--rows", type=int, default=4, help="rows of samples drawn from nothing")
     parser.add_argument("--columns", type=int, default=8, help="images in a row")
     parser.add_argument("--completions", type=int, default=2, help="completions of each image")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
     parser.add_argument("--top_k", type=int, help="draw among the k likeliest colours only; all when left out")
+    parser.add_argument(
+        "--top_p", type=float, help="draw among the fewest colours that reach this probability; all when left out"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     parser.add_argument("--scale", type=int, help="screen pixels for each image pixel; as many as make 64 when left out")
+    parser.add_argument("--batch", type=int, default=64, help="images drawn at a time")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and products while drawing")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
-    for name in ("rows", "columns", "completions", "scale"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    least = {"rows": 0, "columns": 1, "completions": 1, "scale": 1, "batch": 1, "seed": 0}
+    for name, smallest in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < smallest:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {smallest}")
+    if not (args.out or args.gif or args.heat_map):
+        raise ValueError("there is nothing to write; name a file by --out, --gif or --heat_map")
+    for name, suffix in (("out", ".png"), ("gif", ".gif"), ("heat_map", ".png")):
+        if getattr(args, name) and getattr(args, name).suffix.lower() != suffix:
+            raise ValueError(f"--{name} {getattr(args, name)} would hold another format than its name says; end it in {suffix}")
+    if args.data and args.images:
+        raise ValueError("--data and --images both give images; name one of them")
+    if args.ids and not args.data:
+        raise ValueError("--ids are images of --data, which is missing")
+    if not (args.data or args.images) and (args.heat_map or not args.rows):
+        raise ValueError(f"{'--heat_map' if args.heat_map else '--rows 0'} needs images; give --data or --images")
     return args
 
 
-def draw(model: Transformer, prefix: torch.Tensor, args: argparse.Namespace, what: str) -> torch.Tensor:
-    """Continues the prefixes [B, P] to images [B, T]."""
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    positions = tqdm(range(prefix.size(1), model.config.n_ctx), desc=what, unit="pixel", disable=None)
-    return sample(model, prefix.to(args.device), generator, args.temperature, args.top_k, progress=positions).cpu()
-
-
-def completions(model: Transformer, palette: Palette, args: argparse.Namespace) -> np.ndarray:
-    """Rows of originals, of their given halves, and of completions: uint8 [(2 + completions) * columns, n_px, n_px, 3]."""
-    shards = ShardSet(args.data, args.split)
+def given_images(model: Transformer, palette: Palette, args: argparse.Namespace) -> torch.Tensor | None:
+    """The images to complete and to map, int64 [N, T], or None."""
     n_px = model.config.n_px
+    if args.images:
+        pixels = [square(decode_image(file.read_bytes(), str(file)), n_px) for file in args.images]
+        return torch.from_numpy(palette.encode(np.stack(pixels)).reshape(len(pixels), -1).astype(np.int64))
+    if not args.data:
+        return None
+    shards = ShardSet(args.data, args.split)
     if shards.palette_hash != palette.hash or shards.n_px != n_px:
         raise ValueError(
             f"{args.data} ({shards.n_px}x{shards.n_px}, palette {shards.palette_hash[:8]}) does not fit the model "
             f"{args.model} ({n_px}x{n_px}, palette {palette.hash[:8]}); name the shards it was trained on"
         )
-    if shards.n_images < args.columns:
-        raise ValueError(f"{args.data} split {args.split!r} has {shards.n_images} images; --columns {args.columns} needs more")
-    ids = np.linspace(0, shards.n_images - 1, args.columns).astype(np.int64)  # spread over the classes
-    originals = torch.from_numpy(shards.tokens(ids).reshape(args.columns, -1).astype(np.int64))
-    half = n_px // 2 * n_px
-    drawn = draw(model, originals[:, :half].repeat(args.completions, 1), args, "completions")
-    given = decode(originals, palette, model)
-    given_half = given.copy()
-    given_half[:, n_px // 2 :] = 200  # not given
-    return np.concatenate([given, given_half, decode(drawn, palette, model)])
+    ids = np.array(args.ids, dtype=np.int64) if args.ids else spread(shards.n_images, args)
+    if outside := [str(number) for number in ids if not 0 <= number < shards.n_images]:
+        raise ValueError(f"--ids {' '.join(outside)} not in {args.data} split {args.split!r}: it has 0..{shards.n_images - 1}")
+    return torch.from_numpy(shards.tokens(ids).reshape(len(ids), -1).astype(np.int64))
 
 
-def decode(tokens: torch.Tensor, palette: Palette, model: Transformer) -> np.ndarray:
+def spread(n_images: int, args: argparse.Namespace) -> np.ndarray:
+    """Ids of a row of images, spread over the classes."""
+    if n_images < args.columns:
+        raise ValueError(f"{args.data} split {args.split!r} has {n_images} images; --columns {args.columns} needs more")
+    return np.linspace(0, n_images - 1, args.columns).astype(np.int64)
+
+
+def draw_from_nothing(model: Transformer, args: argparse.Namespace) -> torch.Tensor:
+    """int64 [rows * columns, T]."""
+    return draw(model, torch.zeros(args.rows * args.columns, 0, dtype=torch.int64), args, "samples")
+
+
+def draw(model: Transformer, prefix: torch.Tensor, args: argparse.Namespace, what: str) -> torch.Tensor:
+    """Continues the prefixes [B, P] to images [B, T], some at a time."""
+    generator = torch.Generator().manual_seed(args.seed)
+    T, P, drawn = model.config.n_ctx, prefix.size(1), [torch.zeros(0, model.config.n_ctx, dtype=torch.int64)]
+    filters = (args.temperature, args.top_k, args.top_p)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    for part in prefix.split(args.batch) if len(prefix) else ():
+        positions = tqdm(range(P, T), desc=what, unit="pixel", disable=None)
+        drawn.append(sample(model, part.to(args.device), generator, *filters, progress=positions, dtype=dtype).cpu())
+    return torch.cat(drawn)
+
+
+def completions(
+    model: Transformer, palette: Palette, originals: torch.Tensor, rows: int, args: argparse.Namespace
+) -> Iterator[Tile]:
+    """Of each row of originals [N, T]: the originals, their given parts, their completions; short rows are filled up."""
+    n_px, N = model.config.n_px, len(originals)
+    drawn = draw(model, originals[:, : rows * n_px].repeat(args.completions, 1), args, "completions")
+    upper = decode(originals, palette, n_px)
+    upper[:, rows:] = NOT_GIVEN
+    bands = [(decode(originals, palette, n_px), n_px**2), (upper, n_px**2)]
+    bands += [(decode(part, palette, n_px), rows * n_px) for part in drawn.split(N)]
+    blank = Tile(np.full((n_px, n_px, 3), EMPTY, dtype=np.uint8), n_px**2)
+    for start in range(0, N, args.columns):
+        for images, given in bands:
+            row = [Tile(image, given) for image in images[start : start + args.columns]]
+            yield from row + [blank] * (args.columns - len(row))
+
+
+def frames(tiles: Sequence[Tile]) -> Iterator[np.ndarray]:
+    """The grid from nothing drawn to all drawn, every image at its own even pace: uint8 [N, n_px, n_px, 3] each."""
+    n_px = tiles[0].image.shape[0]
+    for number in range(GIF_FRAMES + 1):
+        frame = np.stack([tile.image for tile in tiles])
+        for image, tile in zip(frame, tiles, strict=True):
+            shown = tile.given + (n_px**2 - tile.given) * number // GIF_FRAMES
+            image.reshape(-1, 3)[shown:] = NOT_GIVEN
+        yield frame
+
+
+def decode(tokens: torch.Tensor, palette: Palette, n_px: int) -> np.ndarray:
     """tokens [B, T] -> uint8 [B, n_px, n_px, 3]."""
-    n_px = model.config.n_px
     return palette.decode(tokens.numpy().reshape(-1, n_px, n_px))
 
 

@@ -1,4 +1,4 @@
-"""Pixels in and out: an image file's bytes become uint8 [h, w, 3], then squares of n_px; grids of images become one PNG.
+"""Pixels in and out: an image file's bytes become uint8 [h, w, 3], then squares of n_px; grids of images become one PNG or GIF.
 
 The only module that knows PIL and simplejpeg. `tools/fit_palette.py` and the shard writer decode and square with it, sampling
 and contact sheets save grids with it. The same bytes give the same pixels on every machine, at any number of threads.
@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -198,17 +198,11 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, capt
 
     captions: a short text for each image, drawn below it in one line and cut to its width.
     """
-    n, height, width, _ = images.shape
-    assert min(n, columns, scale) > 0
-    assert captions is None or len(captions) == n
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    bar = max(1, scale // 2)
-    cell_height, cell_width = height * scale + bar + (_CAPTION_PX if captions else 0), width * scale + bar
-    canvas = np.full((rows * cell_height + bar, columns * cell_width + bar, 3), _SEPARATOR, dtype=np.uint8)
-    corners = [(index // columns * cell_height + bar, index % columns * cell_width + bar) for index in range(n)]
-    for image, (top, left) in zip(images, corners, strict=True):
-        canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    assert captions is None or len(captions) == len(images)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path} would hold a PNG; give it a name that ends in .png")
+    canvas, corners = _grid(images, columns, scale, _CAPTION_PX if captions else 0)
+    _, height, width, _ = images.shape
     picture = Image.fromarray(canvas)
     if captions:
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
@@ -219,3 +213,33 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, capt
             draw.text((left, top + height * scale), line, fill="black", font=font)
     with atomic_file(path) as file:
         picture.save(file, format="PNG")
+
+
+def save_gif(
+    path: Path, frames: Iterable[np.ndarray], columns: int, scale: int = 1, frame_ms: int = 60, last_ms: int = 3000
+) -> None:
+    """Writes an endless GIF of grids as `save_grid` lays them out: frames of uint8 [N, h, w, 3], the last one shown for longer.
+
+    A GIF has 256 colours; those that suit the last frame best serve all frames, so that nothing flickers.
+    """
+    pictures = [Image.fromarray(_grid(images, columns, scale, 0)[0]) for images in frames]
+    colors = pictures[-1].quantize(256)
+    indexed = [picture.quantize(palette=colors, dither=Image.Dither.NONE) for picture in pictures]
+    durations = [frame_ms] * (len(indexed) - 1) + [last_ms]
+    with atomic_file(path) as file:
+        indexed[0].save(file, format="GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
+
+
+def _grid(images: np.ndarray, columns: int, scale: int, caption_px: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The canvas, uint8 [H, W, 3], and the top left corner of each image, with room for a caption below each."""
+    n, height, width, _ = images.shape
+    assert min(n, columns, scale) > 0
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    bar = max(1, scale // 2)
+    cell_height, cell_width = height * scale + bar + caption_px, width * scale + bar
+    canvas = np.full((rows * cell_height + bar, columns * cell_width + bar, 3), _SEPARATOR, dtype=np.uint8)
+    corners = [(index // columns * cell_height + bar, index % columns * cell_width + bar) for index in range(n)]
+    for image, (top, left) in zip(images, corners, strict=True):
+        canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    return canvas, corners

@@ -1,6 +1,6 @@
 """Batches: from a number of images seen to tokens and labels, on any rank, without any state of its own.
 
-In: ShardSets or a Mixture of them. Out: uint16 tokens [B, T] and int64 labels [B]; who consumes tokens casts them on its device.
+In: ShardSets or a Mixture of them. Out: uint16 tokens [B, T], int64 labels [B] and int64 positions [B] in the endless stream.
 `train/loop.py` and the evaluation call. What a batch holds is a pure function of (seed, images seen, rank, micro_step), so that
 a resumed run, or one on other ranks, sees the same images.
 """
@@ -17,8 +17,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from igpt_ds.config import ModelConfig, batch_layout
+from igpt_ds.counter_random import random_words
 from igpt_ds.data.mixture import Mixture
-from igpt_ds.data.order import random_words
 from igpt_ds.data.shards import ShardSet
 
 _ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; the others belong to the order
@@ -31,8 +31,19 @@ _AUGMENT_CHUNK = 128  # images augmented at once: what fits the cache
 class Batch(NamedTuple):
     """One micro batch."""
 
-    tokens: torch.Tensor  # uint16 [B, T]; `.to(device, non_blocking=True).long()` is for whoever consumes them
+    tokens: torch.Tensor  # uint16 [B, T]; int64 after `to`
     labels: torch.Tensor  # int64 [B]; [0] where they were not asked for
+    first: int  # the position of its first image in the endless stream; the others follow it
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 [B], on the CPU: where in the endless stream each image stands. What is drawn for an image is drawn by this."""
+        return torch.arange(self.first, self.first + len(self.tokens))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch as a network takes it; uint16 crosses to the device, a quarter of what int64 would be."""
+        tokens = self.tokens.to(device, non_blocking=True).long()
+        return Batch(tokens, self.labels.to(device, non_blocking=True), self.first)
 
 
 class Images(Protocol):
@@ -146,7 +157,8 @@ class Loader:
 
     def _read(self, positions: np.ndarray, which: np.ndarray, ids: np.ndarray) -> list[Batch]:
         tokens, labels = self.mixture.read(which, ids, self.with_labels)
-        return to_batches(augment(tokens, positions, self.seed, self.augment_pad, self.augment_flip), labels, self.micro_batch)
+        variants = augment(tokens, positions, self.seed, self.augment_pad, self.augment_flip)
+        return to_batches(variants, labels, positions, self.micro_batch)
 
 
 def made_ahead(chunks: Generator[list[Batch], None, None]) -> Iterator[Batch]:
@@ -166,30 +178,39 @@ def made_ahead(chunks: Generator[list[Batch], None, None]) -> Iterator[Batch]:
             chunks.close()
 
 
-def to_batches(grids: np.ndarray, labels: np.ndarray, micro_batch: int) -> list[Batch]:
-    """Cuts uint16 [N, n_px, n_px] and labels [N], or [0] for none, into micro batches that share their memory."""
+def to_batches(grids: np.ndarray, labels: np.ndarray, positions: np.ndarray, micro_batch: int) -> list[Batch]:
+    """Cuts uint16 [N, n_px, n_px], labels [N], or [0] for none, and positions [N] into micro batches that share their memory."""
     tokens = torch.from_numpy(grids.reshape(len(grids), -1)).split(micro_batch)
+    firsts = positions[::micro_batch].tolist()
     if not len(labels):
         none = torch.from_numpy(labels)
-        return [Batch(part, none) for part in tokens]
-    return [Batch(*pair) for pair in zip(tokens, torch.from_numpy(labels).split(micro_batch), strict=True)]
+        return [Batch(part, none, first) for part, first in zip(tokens, firsts, strict=True)]
+    return [Batch(*parts) for parts in zip(tokens, torch.from_numpy(labels).split(micro_batch), firsts, strict=True)]
+
+
+def one_pass(
+    n_images: int, batch: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """The numbers of a split's images in one pass over it: int64 [B] and their weight, float32 [B], B = batch.
+
+    Every rank makes the same number of batches. Where images run out the last one is repeated with weight 0 (else 1), so that
+    sum(weight * loss) / sum(weight) over all ranks is the exact mean. `limit` takes that many images, evenly spread over the
+    split, since sources come class by class.
+    """
+    n = n_images if limit is None else min(limit, n_images)
+    assert n > 0
+    for start in range(0, n, batch * world_size):
+        places = start + rank * batch + np.arange(batch)
+        yield np.minimum(places, n - 1) * n_images // n, torch.from_numpy((places < n).astype(np.float32))
 
 
 def sequential(
     shards: ShardSet, batch: int, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """One pass over a split in its order, without augmentation, for validation: (tokens, labels, weight), B = batch.
-
-    Every rank makes the same number of batches. Where images run out the last one is repeated with weight 0 (float32 [B], else
-    1), so that sum(weight * loss) / sum(weight) over all ranks is the exact mean. `limit` takes that many images, evenly spread
-    over the split, since sources come class by class.
-    """
-    n = shards.n_images if limit is None else min(limit, shards.n_images)
-    assert n > 0
-    for start in range(0, n, batch * world_size):
-        places = start + rank * batch + np.arange(batch)
-        ids = np.minimum(places, n - 1) * shards.n_images // n
-        yield *to_batches(*shards.read(ids), batch)[0], torch.from_numpy((places < n).astype(np.float32))
+    """`one_pass` over a split with what stands there, without augmentation: (tokens uint16 [B, T], labels int64 [B], weight)."""
+    for ids, weight in one_pass(shards.n_images, batch, rank, world_size, limit):
+        tokens, labels = shards.read(ids)
+        yield torch.from_numpy(tokens.reshape(batch, -1)), torch.from_numpy(labels), weight
 
 
 def augment(grids: np.ndarray, positions: np.ndarray, seed: int, pad: int, flip: bool) -> np.ndarray:

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from igpt_ds.counter_random import random_words
+
 ORDER_VERSION = 2  # a change of any number below is another order: raise this
 
 MAX_IMAGES = 2**32 - 1
@@ -18,28 +20,7 @@ BLOCK = 4096  # positions in which several datasets have exactly their shares
 
 _ROUNDS = 6  # four make a Feistel network hard to tell from random
 _SMALL, _SMALL_ROUNDS = 1024, 16  # halves of only a few bits need more of them
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of the splitmix64 generator
-_MASK64 = (1 << 64) - 1
-_ORDER, _SLOTS, _DATASET = 0, 4, 5  # purposes of random words; 1 to 3 belong to the augmentation
-
-
-def random_words(seed: int, purpose: int, *counters: np.ndarray) -> np.ndarray:
-    """Uniform 64-bit words that depend on (seed, purpose, counters) alone: integers [N] each -> uint64 [N].
-
-    A counter-based generator: what is drawn for a position never depends on which rank draws it, or on what was drawn before.
-    """
-    words = np.full(1, (seed ^ (purpose * _GOLDEN)) & _MASK64, dtype=np.uint64)
-    for counter in counters:
-        words = _mix(_mix(words) ^ counter.astype(np.uint64))
-    return words
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    """One step of splitmix64: uint64 [N] -> uint64 [N], a bijection in which each input bit moves half of the output bits."""
-    words = words + np.uint64(_GOLDEN)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+_ORDER, _SLOTS, _DATASET = 0, 4, 5  # purposes of random words
 
 
 def shuffled(positions: np.ndarray, n_images: int, seed: int) -> np.ndarray:

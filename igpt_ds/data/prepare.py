@@ -7,21 +7,28 @@ process gets entries and sends tokens back: 2 KiB for an image of 32x32, while t
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from igpt_ds.data.images import decode_image, square
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.sources import Entry, Source, open_source
 
 CHUNK = 256  # images of one task: a fraction of a second of work
+_NAMED = 5  # unreadable images that are named
 _AHEAD = 3  # tasks that wait or run for each process
 
 
@@ -54,6 +61,27 @@ class Prepared(NamedTuple):
     tokens: np.ndarray  # uint16 [N, n_px, n_px]
     labels: np.ndarray  # int64 [N]
     unreadable: list[tuple[str, str]]  # key, reason
+
+
+class Unreadable:
+    """Counts images that cannot be read and stops when they are too many."""
+
+    def __init__(self, source: str, n_entries: int, max_bad: float) -> None:
+        self.count = 0
+        self._source, self._n_entries, self._max_bad = source, n_entries, max_bad
+        self._named: list[str] = []
+
+    def add(self, images: list[Any], say: bool = False) -> None:
+        """Images as (key, reason)."""
+        named = [reason for _, reason in images[: _NAMED - len(self._named)]]
+        for reason in named if say else []:
+            tqdm.write(f"skipped: {reason}", file=sys.stderr)
+        self._named += named
+        self.count += len(images)
+        if self.count > self._max_bad * self._n_entries:
+            allowed = f"more than the {self._max_bad:g} of {self._n_entries} images that may be"
+            fix = "repair the files or raise --max_bad"
+            raise ValueError(f"{self._source}: {self.count} unreadable, {allowed}: {'; '.join(self._named)}; {fix}")
 
 
 def prepare(source: Source, palette: Palette, task: Task) -> Prepared:
@@ -99,6 +127,11 @@ def prepared(tasks: Iterable[Task], source: Source, palette_file: Path, workers:
         return
     context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
     context.set_forkserver_preload([__name__])
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # which all workers inherit: Ctrl-C is for this process to tell them
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(source.name, palette_file))
     ahead: deque[Future[Prepared]] = deque()
     try:
@@ -121,8 +154,16 @@ _worker: dict[str, tuple[Source, Palette]] = {}  # of a worker process: what it 
 def _begin(source_name: str, palette_file: Path) -> None:
     import torch  # its threads would fight with the other processes
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker["opened"] = open_source(source_name), load_palette(palette_file)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # killed, it could not tell its workers
+    os._exit(1)
 
 
 def _work(task: Task) -> Prepared:

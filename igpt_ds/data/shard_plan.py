@@ -20,9 +20,11 @@ from tqdm import tqdm
 from igpt_ds.data.images import CROPS, FILTERS
 from igpt_ds.data.prepare import Look
 from igpt_ds.data.record import MAX_IMAGES
-from igpt_ds.data.shards import SPLITS
+from igpt_ds.data.shards import SPLITS, signed
 from igpt_ds.data.sources import Entry, Source
-from igpt_ds.files import atomic_dir, read_json, write_json
+from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
+
+MAX_PX = 1024  # a million tokens an image; the paper's largest has 4,096
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Settings:
         for name in ("n_px", "images_per_shard", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_px > MAX_PX:
+            raise ValueError(f"n_px={self.n_px} must be at most {MAX_PX}")
         if self.filter not in FILTERS:
             raise ValueError(f"filter {self.filter!r} is unknown; known: {', '.join(FILTERS)}")
         if self.crop not in CROPS:
@@ -74,11 +78,18 @@ class Planned:
     first: int  # the place in the split of its first image
     n_entries: int
     file: Path
+    sha256: str  # of that file
 
     def entries(self) -> Iterator[Entry]:
-        """Its images, from the plan's file."""
-        with open(self.file, encoding="utf-8") as lines:
-            yield from (Entry(*json.loads(line)) for line in lines)
+        """Its images, from the plan's file.
+
+        Raises:
+            ValueError: the file is not what was written.
+        """
+        content = self.file.read_bytes() if self.file.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise ValueError(f"{self.file} is damaged; remove {self.file.parents[1]} and begin again")
+        yield from (Entry(*json.loads(line)) for line in content.splitlines())
 
 
 def split_of(key: str, seed: int, val_fraction: float) -> str:
@@ -108,8 +119,9 @@ def make_plan(path: Path, source: Source, settings: Settings) -> None:
                 digest.update(json.dumps([split, entry.key, entry.label]).encode())
                 counts[split] += 1
         _check_counts(counts, source, settings)
+        hashes = {file.name: sha256_file(file) for file in sorted(partial.glob("*.jsonl"))}
         plan = {"settings": asdict(settings), "classes": source.classes, "source_hash": digest.hexdigest(), "counts": counts}
-        write_json(partial / "plan.json", plan)
+        write_json(partial / "plan.json", signed(plan | {"lists": hashes}))
 
 
 def _new_file(directory: Path, split: str, number: int) -> IO[str]:
@@ -138,13 +150,16 @@ class Plan:
 
     def __init__(self, path: Path) -> None:
         about = read_json(path / "plan.json", "plan")
+        if not isinstance(about, dict) or about != signed(about):
+            raise ValueError(f"plan {path / 'plan.json'} is damaged; remove {path.parent} and begin again")
         try:
             self.settings = Settings(**about["settings"])
             self.classes: list[str] = about["classes"]
             self.source_hash: str = about["source_hash"]
             self.counts: dict[str, int] = about["counts"]
+            self._lists: dict[str, str] = about["lists"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"plan {path / 'plan.json'} is damaged ({error}); remove {path.parent} and begin again") from None
+            raise ValueError(f"plan {path / 'plan.json'} is of another version ({error}); remove {path.parent}") from None
         self._path = path
 
     @property
@@ -155,14 +170,14 @@ class Plan:
     def shards(self) -> list[Planned]:
         """Every shard, split by split."""
         return [
-            Planned(f"{split}-{number:06d}.tar", split, first, min(size, count - first), self._file(split, number))
+            Planned(
+                f"{name}.tar", split, first, min(size, count - first), self._path / f"{name}.jsonl", self._lists[f"{name}.jsonl"]
+            )
             for split, count in self.counts.items()
             for size in [self.settings.entries_per_shard(split)]
             for number, first in enumerate(range(0, count, size))
+            for name in [f"{split}-{number:06d}"]
         ]
-
-    def _file(self, split: str, number: int) -> Path:
-        return self._path / f"{split}-{number:06d}.jsonl"
 
     def differences(self, settings: Settings) -> list[str]:
         """The settings in which this plan is not what is asked for now, each in words."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -28,18 +27,17 @@ from tqdm import tqdm
 
 from igpt_ds.data.images import DEFAULT_FILTER
 from igpt_ds.data.palette import Palette, load_palette, prepare_table, save_palette
-from igpt_ds.data.prepare import CHUNK, Prepared, Task, prepared
+from igpt_ds.data.prepare import CHUNK, Prepared, Task, Unreadable, prepared
 from igpt_ds.data.record import pack
 from igpt_ds.data.shard_file import shard_file
 from igpt_ds.data.shard_plan import Plan, Planned, Settings, chunks, make_plan
-from igpt_ds.data.shards import FORMAT, VERSION, ShardSet, read_index, split_hash
+from igpt_ds.data.shards import FORMAT, VERSION, ShardSet, read_index, signed, split_hash
 from igpt_ds.data.sources import Source
 from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
 
 IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
 DEFAULT_MAX_BAD = 0.001  # one unreadable image in a thousand is a blemish, more is a broken copy
 IMAGES_PER_PROCESS = 2048  # for fewer it is not worth while to start another process
-_NAMED = 5  # unreadable images that are named
 _RECORDED = ("val_fraction", "images_per_shard", "seed", "filter", "crop", "views")  # settings, as they stand in the index
 _PACKAGES = ("numpy", "pillow", "simplejpeg", "torch")  # what decodes and resizes
 
@@ -102,20 +100,18 @@ def list_images(path: Path, source: Source, palette: Palette, settings: Settings
                 work.rmdir()
                 raise
     plan = Plan(work / "plan")
+    if load_palette(work / "palette.npy").hash != plan.settings.palette_hash:
+        raise ValueError(f"{work / 'palette.npy'} is not the palette of {work / 'plan'}; remove {work} and begin again")
     if different := plan.differences(settings):
         raise ValueError(f"{work} was begun with other settings ({'; '.join(different)}); go on with those, or remove it")
     return plan
 
 
-def write_shards(
-    path: Path, source: Source, *, part: tuple[int, int] = (0, 1), workers: int = 1, max_bad: float = DEFAULT_MAX_BAD
-) -> int:
-    """Makes the listed shards that are not there yet; with part=(i, n) only every n-th, from the i-th on.
-
-    Returns how many images of the source were read.
+def check_work(part: tuple[int, int], workers: int, max_bad: float) -> None:
+    """Refuses impossible numbers before anything is done.
 
     Raises:
-        ValueError: nothing was listed, `part` or a number is out of range, too many images are unreadable.
+        ValueError: one of them is out of range.
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
@@ -123,26 +119,45 @@ def write_shards(
         raise ValueError(f"max_bad={max_bad} must lie between 0 and 1")
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part {part[0]}/{part[1]} does not exist; the first of n is 0/n, the last n-1/n")
+
+
+def write_shards(
+    path: Path, source: Source, *, part: tuple[int, int] = (0, 1), workers: int = 1, max_bad: float = DEFAULT_MAX_BAD
+) -> int:
+    """Makes the listed shards that are not there yet; with part=(i, n) only every n-th, from the i-th on.
+
+    Returns how many images of the source are in them.
+
+    Raises:
+        ValueError: nothing was listed, `part` or a number is out of range, too many images are unreadable.
+    """
+    check_work(part, workers, max_bad)
     work = making(path)
     plan = Plan(work / "plan")
     mine = plan.shards()[part[0] :: part[1]]
     missing = [shard for shard in mine if not _entry_file(work, shard).is_file()]
     if not missing:
         return 0
-    unreadable = _Unreadable(source.name, plan.n_entries, max_bad)
+    unreadable = Unreadable(source.name, plan.n_entries, max_bad)
     for shard in mine:
         if shard not in missing:
             unreadable.add(_read_entry(work, shard)["unreadable"])
-    palette_file = work / "palette.npy"
+    before, palette_file = unreadable.count, work / "palette.npy"
     total = sum(shard.n_entries for shard in missing)
     processes = min(workers, -(-total // IMAGES_PER_PROCESS))
     if processes > 1:
         prepare_table(palette_file)  # which they share
-    with tqdm(total=total, desc="shards", unit=" images", leave=False, disable=None) as bar:
-        results = prepared(_tasks(missing, plan), source, palette_file, processes)
-        for name, of_shard in groupby(results, attrgetter("shard")):
-            _write_shard(work, name, of_shard, unreadable, bar)
-    return total
+    try:
+        with tqdm(total=total, desc="shards", unit=" images", leave=False, disable=None) as bar:
+            results = prepared(_tasks(missing, plan), source, palette_file, processes)
+            for name, of_shard in groupby(results, attrgetter("shard")):
+                _write_shard(work, name, of_shard, unreadable, bar)
+    except (FileNotFoundError, ValueError):
+        if (work / "plan").exists():
+            raise
+        shutil.rmtree(work, ignore_errors=True)  # the shard at hand may have made it again
+        raise ValueError(f"{work} went away: another process has finished or removed it; look at {path}") from None
+    return total - (unreadable.count - before)
 
 
 def _tasks(shards: list[Planned], plan: Plan) -> Iterator[Task]:
@@ -153,7 +168,7 @@ def _tasks(shards: list[Planned], plan: Plan) -> Iterator[Task]:
             first += len(chunk)
 
 
-def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable: _Unreadable, bar: Any) -> None:
+def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable: Unreadable, bar: Any) -> None:
     """Writes one shard, then its entry of the index, which says that the shard is there."""
     mine: list[tuple[str, str]] = []
     with shard_file(work / name) as shard:
@@ -165,28 +180,7 @@ def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable:
         entry = shard.close()
     if not shard.n_images:
         (work / name).unlink()
-    write_json(work / f"{name}.json", entry | {"unreadable": mine})
-
-
-class _Unreadable:
-    """Counts images that cannot be read and stops when they are too many."""
-
-    def __init__(self, source: str, n_entries: int, max_bad: float) -> None:
-        self.count = 0
-        self._source, self._n_entries, self._max_bad = source, n_entries, max_bad
-        self._named: list[str] = []
-
-    def add(self, images: list[Any], say: bool = False) -> None:
-        """Images as (key, reason)."""
-        named = [reason for _, reason in images[: _NAMED - len(self._named)]]
-        for reason in named if say else []:
-            tqdm.write(f"skipped: {reason}", file=sys.stderr)
-        self._named += named
-        self.count += len(images)
-        if self.count > self._max_bad * self._n_entries:
-            allowed = f"more than the {self._max_bad:g} of {self._n_entries} images that may be"
-            fix = "repair the files or raise --max_bad"
-            raise ValueError(f"{self._source}: {self.count} unreadable, {allowed}: {'; '.join(self._named)}; {fix}")
+    write_json(work / f"{name}.json", signed({"shard": entry, "unreadable": mine}))
 
 
 def merge(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> dict[str, Any]:
@@ -200,13 +194,13 @@ def merge(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD)
     shards = plan.shards()
     if missing := [shard.name for shard in shards if not _entry_file(work, shard).is_file()]:
         raise ValueError(f"{work}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}; make them first")
-    unreadable = _Unreadable(plan.settings.source, plan.n_entries, max_bad)
+    unreadable = Unreadable(plan.settings.source, plan.n_entries, max_bad)
     splits: dict[str, list[dict[str, Any]]] = {}
     for shard in shards:
-        entry = _read_entry(work, shard)
-        unreadable.add(entry.pop("unreadable"))
-        if entry["n_images"]:
-            splits.setdefault(shard.split, []).append(entry)
+        about = _read_entry(work, shard)
+        unreadable.add(about["unreadable"])
+        if about["shard"]["n_images"]:
+            splits.setdefault(shard.split, []).append(about["shard"])
     index = {
         "format": FORMAT,
         "version": VERSION,
@@ -225,10 +219,14 @@ def merge(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD)
             split: _describe(entries, plan.settings.palette_hash, plan.settings.n_px) for split, entries in splits.items()
         },
     }
+    index = signed(index)
     write_json(work / "index.json", index)
-    if path.exists():
-        path.rmdir()
-    os.replace(work, path)
+    try:
+        if path.exists():
+            path.rmdir()
+        os.replace(work, path)
+    except OSError:
+        raise ValueError(f"{path} was finished by another process meanwhile, or cannot be made; look there") from None
     fsync_path(path.parent)
     for file in [*path.glob("*.tar.json"), *path.glob("palette.npy.*"), *path.glob(".*.partial")]:
         file.unlink()
@@ -246,7 +244,11 @@ def _entry_file(work: Path, shard: Planned) -> Path:
 
 
 def _read_entry(work: Path, shard: Planned) -> dict[str, Any]:
-    return read_json(_entry_file(work, shard), "entry of a shard")
+    file = _entry_file(work, shard)
+    about = read_json(file, "entry of a shard")
+    if not isinstance(about, dict) or about != signed(about) or not {"shard", "unreadable"} <= about.keys():
+        raise ValueError(f"{file} is damaged; remove it and run the same command again, which makes {shard.name} anew")
+    return about
 
 
 def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | None = None, note: dict[str, Any]) -> dict[str, Any]:
@@ -274,5 +276,6 @@ def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | Non
             "derived": note,
             "splits": {"train": _describe(entries, shards.palette_hash, shards.n_px)},
         }
+        index = signed(index)
         write_json(partial / "index.json", index)
     return index

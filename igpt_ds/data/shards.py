@@ -9,6 +9,7 @@ extraction and sampling read.
 from __future__ import annotations
 
 import hashlib
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,15 @@ def read_index(path: Path) -> dict[str, Any]:
     index = read_json(file, "shard index")
     if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"shard index {file} is not {FORMAT} version {VERSION}; {AGAIN}")
+    if index.get("sha256") != signed(index)["sha256"]:
+        raise ValueError(f"shard index {file} was changed since it was written: its sha256 differs; {AGAIN}")
     return index
+
+
+def signed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the sha256 of all of them but itself, so that a reader sees every change."""
+    content = {key: value for key, value in values.items() if key != "sha256"}
+    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def split_hash(palette_hash: str, n_px: int, shards: list[dict[str, Any]]) -> str:

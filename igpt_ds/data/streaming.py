@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from igpt_ds.config import batch_layout
+from igpt_ds.counter_random import random_words
 from igpt_ds.data.loader import Batch, augment, made_ahead, to_batches
-from igpt_ds.data.order import random_words, shuffled
+from igpt_ds.data.order import shuffled
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards import read_index
 
@@ -168,7 +169,7 @@ class StreamLoader:
                 positions = (starts[:, None] + np.arange(self.micro_batch)).ravel()
                 grids = augment(np.stack([grid for grid, _ in drawn]), positions, self.seed, self.augment_pad, self.augment_flip)
                 labels = np.array([label for _, label in drawn] if self.with_labels else [], dtype=np.int64)
-                yield to_batches(grids, labels, self.micro_batch)
+                yield to_batches(grids, labels, positions, self.micro_batch)
                 number += few
         finally:
             images.close()

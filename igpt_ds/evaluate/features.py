@@ -1,6 +1,6 @@
 """Features: each layer's activations, averaged over the positions of an image (paper 2.4). Written and read here alone.
 
-In: a transformer and shards. Out: a directory
+In: a transformer and shards. A bert model sees the whole image here, with nothing masked. Out: a directory
 
     manifest.json                     what the features are of, and what a reader must check
     {split}/labels.npy                int64 [N]
@@ -60,11 +60,9 @@ def open_model(model_dir: Path, shards: ShardSet, untrained: int | None = None) 
         untrained: the seed to draw fresh weights with; None takes the trained ones.
 
     Raises:
-        ValueError: the shards have another n_px or palette, or the objective is not one whose features we know.
+        ValueError: the shards have another n_px or palette.
     """
     info = read_info(model_dir)
-    if info.objective != "ar":
-        raise ValueError(f"{model_dir} was trained with objective {info.objective!r}; features are defined for 'ar' here")
     if info.config.n_px != shards.n_px:
         sizes = f"{info.config.n_px}x{info.config.n_px} images, {shards.path} holds {shards.n_px}x{shards.n_px}"
         raise ValueError(f"{model_dir} reads {sizes}; make shards with --n_px {info.config.n_px}")
@@ -72,7 +70,7 @@ def open_model(model_dir: Path, shards: ShardSet, untrained: int | None = None) 
         hashes = f"palette {info.palette_hash[:12]}, {shards.path} was made with {shards.palette_hash[:12]}"
         raise ValueError(f"{model_dir} was trained with {hashes}; make the shards with {model_dir / 'palette.npy'}")
     if untrained is not None:
-        model = fresh_model(info.config, untrained)
+        model = fresh_model(info.config, untrained, info.objective, info.init)
         return model, Origin("untrained", info.palette_hash, "mean", _hash(model), info.objective, 0, untrained)
     model, info = load_model(model_dir)
     return model, Origin("trained", info.palette_hash, "mean", info.model_hash, info.objective, info.step)

@@ -1,7 +1,7 @@
-"""Figures: result rows, training rows and scores enter, PNG files leave. Drawn without a display and without any global state.
+"""Figures: result rows, training rows, scores and likelihoods enter, PNG files leave, without a display and any global state.
 
-Called by `tools/figures.py` and `tools/filter_shards.py`. Colours are Okabe and Ito's, which colour-blind readers can tell
-apart; line styles and markers say the same again.
+Called by `tools/figures.py`, `tools/filter_shards.py` and `tools/sample.py`. Colours are Okabe and Ito's, which colour-blind
+readers can tell apart; line styles and markers say the same again.
 """
 
 from __future__ import annotations
@@ -101,6 +101,33 @@ def score_histogram(scores: dict[str, np.ndarray], threshold: float, path: Path,
     _finish(figure, axes, path)
 
 
+def heat_maps(images: np.ndarray, nats: np.ndarray, path: Path, columns: int = 2) -> None:
+    """Each image beside the map of what its pixels cost the model, in nats, dark where little, on one scale, as a PNG.
+
+    Args:
+        images: uint8 [N, h, w, 3]
+        nats: float [N, h, w], the negative log-likelihood of each pixel given those before it
+        columns: pairs of an image and its map in a row
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(4.4 * columns + 1.2, 2.4 * rows + 0.2), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, 2 * columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, (image, cost) in enumerate(zip(images, nats, strict=True)):
+        left, right = grid[number // columns, 2 * (number % columns) :][:2]
+        left.imshow(image, interpolation="nearest")
+        drawn = right.imshow(cost, cmap="magma", vmin=0.0, vmax=float(nats.max()), interpolation="nearest")
+        right.set_title(f"{cost.mean():.3f} nats per token", fontsize="small")
+    figure.colorbar(drawn, ax=grid, label="nats of a pixel given those before it", shrink=0.9)
+    _save(figure, path)
+
+
 def _new(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -119,5 +146,9 @@ def _new(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 def _finish(figure: Figure, axes: Axes, path: Path) -> None:
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})  # the same bytes from the same rows

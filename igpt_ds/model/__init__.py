@@ -1,1 +1,1 @@
-"""The transformer, its objective, its samples and its files."""
+"""The transformer, its objectives, its samples and its files."""

@@ -1,5 +1,7 @@
 """The transformer of Image GPT: tokens [B, T] enter, logits [B, T, V] leave; logits at position i predict pixel i.
 
+It is built for one of two objectives: auto-regressive, or BERT's, where some pixels are hidden and predicted from the others.
+
 The arithmetic is that of the released code (openai/image-gpt src/model.py), which is also HF's ImageGPT: RMS norm with a
 gain and nothing else, quick-GELU, no biases, a learned start-of-sequence vector, learned positions, an output matrix of
 its own. Called by the training loop, by feature extraction and by sampling.
@@ -15,34 +17,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt_ds.config import ModelConfig
+from igpt_ds.config import OBJECTIVES, ModelConfig
 
 
-def init_std(config: ModelConfig) -> dict[str, float]:
-    """The standard deviation of each freshly drawn tensor: the released code's initialisation.
+def init_std(config: ModelConfig, init: str = "released") -> dict[str, float]:
+    """The standard deviation of each freshly drawn tensor; every distribution is N(0, std), and 0 means zeros.
 
-    | tensor                   | distribution          |
-    |--------------------------|-----------------------|
-    | wte, sos                 | N(0, 0.02)            |
-    | wpe                      | N(0, 0.01)            |
-    | attn.c_attn (q, k, v)    | N(0, 1 / sqrt(C))     |
-    | attn.c_proj              | N(0, 1 / sqrt(C * L)) |
-    | mlp.c_fc, mlp.c_proj     | N(0, 0.02)            |
-    | head                     | 0, so step 0 loses ln V |
-    | ln_1, ln_2, ln_f (gains) | 1                     |
+    | tensor                   | "released"      | "sparse_transformer"  |
+    |--------------------------|-----------------|-----------------------|
+    | wte, sos                 | 0.02            | 0.01                  |
+    | wpe                      | 0.01            | 0.01                  |
+    | attn.c_attn (q, k, v)    | 1 / sqrt(C)     | sqrt(0.125 / C)       |
+    | attn.c_proj              | 1 / sqrt(C * L) | 0.25 / sqrt(C * L)    |
+    | mlp.c_fc                 | 0.02            | sqrt(0.125 / C)       |
+    | mlp.c_proj               | 0.02            | 0.25 / sqrt(C * L)    |
+    | head                     | 0               | 0, so step 0 loses ln V |
+    | ln_1, ln_2, ln_f (gains) | all 1           | all 1                 |
+
+    "released" is openai/image-gpt src/model.py, and the default: the published weights grew out of it, so that a run beside
+    theirs differs in nothing that we know of. "sparse_transformer" is what the paper writes (3.3: layer-dependent, as in Child et
+    al. 2019), in the numbers that its authors give 64x64 ImageNet in openai/distribution_augmentation (train.py, and
+    imagenet64-8gpu of hyperparams.py): variance 0.125 over the inputs; out of attention 0.125 / (2 L C) and out of the MLP
+    0.5 / (2 L 4 C), which are the same number.
 
     Each module draws its own tensors while it is built: under `deepspeed.zero.Init` a tensor is partitioned as soon as its
     module is complete, and a later initialisation would touch nothing.
     """
     C, L = config.n_embd, config.n_layer
+    if init == "released":
+        return {
+            "wte": 0.02,
+            "sos": 0.02,
+            "wpe": 0.01,
+            "attn.c_attn": C**-0.5,
+            "attn.c_proj": (C * L) ** -0.5,
+            "mlp.c_fc": 0.02,
+            "mlp.c_proj": 0.02,
+            "head": 0.0,
+        }
+    assert init == "sparse_transformer", init
+    inward, outward = (0.125 / C) ** 0.5, 0.25 * (C * L) ** -0.5
     return {
-        "wte": 0.02,
-        "sos": 0.02,
+        "wte": 0.01,
+        "sos": 0.01,
         "wpe": 0.01,
-        "attn.c_attn": C**-0.5,
-        "attn.c_proj": (C * L) ** -0.5,
-        "mlp.c_fc": 0.02,
-        "mlp.c_proj": 0.02,
+        "attn.c_attn": inward,
+        "attn.c_proj": outward,
+        "mlp.c_fc": inward,
+        "mlp.c_proj": outward,
         "head": 0.0,
     }
 
@@ -94,12 +116,12 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: each position sees itself and the earlier ones."""
+    """Multi-head self-attention; where it is causal, each position sees itself and the earlier ones, else all of them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, std: dict[str, float], causal: bool) -> None:
         super().__init__()
-        C, std = config.n_embd, init_std(config)
-        self.n_head = config.n_head
+        C = config.n_embd
+        self.n_head, self.causal = config.n_head, causal
         self.c_attn = Projection(C, 3 * C, std["attn.c_attn"])
         self.c_proj = Projection(C, C, std["attn.c_proj"])
 
@@ -110,16 +132,16 @@ class Attention(nn.Module):
         if cache is not None:
             assert t == 1 or cache.length == 0, "a filled cache takes one position at a time"
             k, v = cache.extend(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and t > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, t, C))
 
 
 class MLP(nn.Module):
     """C -> 4 C -> C with quick-GELU, x * sigmoid(1.702 x), between."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, std: dict[str, float]) -> None:
         super().__init__()
-        C, std = config.n_embd, init_std(config)
+        C = config.n_embd
         self.c_fc = Projection(C, 4 * C, std["mlp.c_fc"])
         self.c_proj = Projection(4 * C, C, std["mlp.c_proj"])
 
@@ -132,12 +154,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """h + attn(ln_1 h), then the same with the MLP and ln_2 (paper 2.2)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, std: dict[str, float], causal: bool) -> None:
         super().__init__()
         self.ln_1 = Norm(config.n_embd)
-        self.attn = Attention(config)
+        self.attn = Attention(config, std, causal)
         self.ln_2 = Norm(config.n_embd)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, std)
 
     def forward(self, h: Tensor, cache: Cache | None = None) -> Tensor:
         """[B, t, C] -> [B, t, C]."""
@@ -152,28 +174,49 @@ class Transformer(nn.Module):
         config: its shape.
         activation_checkpointing: "none" keeps all activations for the backward pass; "full" keeps the blocks' inputs and
             computes each block twice.
+        objective: "ar" predicts each pixel from those before it; "bert" predicts hidden pixels from all others (paper 2.1), with
+            no mask in attention and no sos.
+        init: how fresh weights are drawn, see `init_std`.
     """
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none") -> None:
+    def __init__(
+        self, config: ModelConfig, activation_checkpointing: str = "none", objective: str = "ar", init: str = "released"
+    ) -> None:
         super().__init__()
-        std = init_std(config)
-        self.config = config
+        assert objective in OBJECTIVES, objective
+        std = init_std(config, init)
+        self.config, self.objective = config, objective
         self.activation_checkpointing = activation_checkpointing
         self.wte = nn.Embedding(config.n_vocab, config.n_embd, _weight=_drawn(config.n_vocab, config.n_embd, std=std["wte"]))
-        self.sos = _drawn(config.n_embd, std=std["sos"])
+        if objective == "ar":
+            self.sos = _drawn(config.n_embd, std=std["sos"])
         self.wpe = _drawn(config.n_ctx, config.n_embd, std=std["wpe"])
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, std, causal=objective == "ar") for _ in range(config.n_layer))
         self.ln_f = Norm(config.n_embd)
         self.head = Projection(config.n_embd, config.n_vocab, std["head"])
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens [B, t] -> h^0 [B, t, C]: sos, then the pixels but the last, each with its position."""
-        sos = self.sos.expand(tokens.size(0), 1, -1)
-        return torch.cat([sos, self.wte(tokens[:, :-1])], dim=1) + self.wpe[: tokens.size(1)]
+    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """tokens [B, t] -> h^0 [B, t, C].
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] int64 -> logits [B, T, V]; logits[:, i] is a function of tokens[:, :i] alone."""
-        h = self.embed(tokens)
+        "ar": sos, then the pixels but the last, each with its position. "bert": every pixel with its position; where mask
+        [B, t] is True, the position alone (paper 2.2).
+        """
+        if self.objective == "ar":
+            assert mask is None, "an auto-regressive model hides nothing"
+            content = torch.cat([self.sos.expand(tokens.size(0), 1, -1), self.wte(tokens[:, :-1])], dim=1)
+        else:
+            content = self.wte(tokens)
+            if mask is not None:
+                content = content.masked_fill(mask[:, :, None], 0.0)
+        return content + self.wpe[: tokens.size(1)]
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """tokens [B, T] int64, and for "bert" mask [B, T] bool (True: hidden and to be predicted) -> logits [B, T, V].
+
+        "ar": logits[:, i] is a function of tokens[:, :i] alone. "bert": of the tokens that are not masked.
+        """
+        assert (mask is None) == (self.objective == "ar"), "the bert objective alone takes a mask, and needs one"
+        h = self.embed(tokens, mask)
         for block in self.blocks:
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
                 h = checkpoint(block, h, use_reentrant=False)
@@ -185,7 +228,7 @@ class Transformer(nn.Module):
         """Yields (h^l, n^l), each [B, T, C], for l = 0..L, one layer at a time.
 
         h^l is the residual stream that block l reads; n^l = layer norm of h^l as that block applies it (paper 2.2, 2.4).
-        For l = L there is no such block and n^L is ln_f's.
+        For l = L there is no such block and n^L is ln_f's. A bert model reads the whole image here, with nothing masked.
         """
         h = self.embed(tokens)
         for block in self.blocks:
@@ -194,7 +237,8 @@ class Transformer(nn.Module):
         yield h, self.ln_f(h)
 
     def new_caches(self, B: int) -> list[Cache]:
-        """An empty cache for each layer, for B images."""
+        """An empty cache for each layer, for B images; "ar" alone."""
+        assert self.objective == "ar", "there is no order of pixels in a bert model"
         config = self.config
         return [Cache(B, config.n_head, config.n_ctx, config.n_embd // config.n_head, self.sos) for _ in self.blocks]
 

@@ -18,6 +18,7 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.files import atomic_file, fsync_path, read_json, sha256_file, write_json
 from igpt_ds.train.engine import restore_rng, rng_states
+from igpt_ds.train.run_dir import recipe_differences
 
 FORMAT, VERSION = "igpt_ds.checkpoint", 1
 
@@ -134,10 +135,11 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any], fac
         SharedError: written by another run, in another precision, or by another number of ranks; or a file of some rank is not
             what was written.
     """
-    for name in ("precision", "recipe"):
-        if manifest[name] != facts[name]:
+    differences = recipe_differences(manifest["recipe"], facts["recipe"])
+    for name, before, now in [("precision", manifest["precision"], facts["precision"]), *differences]:
+        if before != now:
             raise SharedError(
-                f"{checkpoint} is of {name} {manifest[name]} and this run of {facts[name]}; choose another --run_dir"
+                f"{checkpoint} is of another run: {name} is {before} there and {now} here; choose another --run_dir"
             )
     if manifest["data"]["dataset_hash"] != facts["data"]["dataset_hash"]:
         raise SharedError(

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from igpt_ds import dist
 from igpt_ds.config import Run
+from igpt_ds.data.loader import Batch
 from igpt_ds.model.transformer import Transformer
+
+# What a run minimises: (engine, micro batch on its device) -> a scalar. Pre-training and fine-tuning differ in this alone.
+LossFunction = Callable[[Any, Batch], Tensor]
 
 
 def start_ranks() -> torch.device:
@@ -45,7 +50,7 @@ def build_engine(run: Run) -> Any:
 
     seed_everything(run.recipe.seed)
     with deepspeed.zero.Init(config_dict_or_path=run.ds_config):
-        model = Transformer(run.recipe.model, run.activation_checkpointing)
+        model = Transformer(run.recipe.model, run.activation_checkpointing, run.recipe.objective, run.recipe.init)
     settings: dict[str, Any] = {"lr": run.recipe.lr, "betas": run.recipe.betas, "eps": run.recipe.eps}
     if run.ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -57,7 +62,7 @@ def build_engine(run: Run) -> Any:
     return engine
 
 
-def take_step(engine: Any, micro_batches: list[Tensor], loss_function: Any, lr: float) -> Tensor:
+def take_step(engine: Any, micro_batches: list[Batch], loss_function: LossFunction, lr: float) -> Tensor:
     """One optimizer step: forward and backward over the micro batches, then the update at this learning rate.
 
     Returns:
@@ -66,8 +71,8 @@ def take_step(engine: Any, micro_batches: list[Tensor], loss_function: Any, lr: 
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     total = torch.zeros((), device=engine.device)
-    for tokens in micro_batches:
-        loss = loss_function(engine(tokens), tokens)
+    for batch in micro_batches:
+        loss = loss_function(engine, batch)
         engine.backward(loss)
         engine.step()  # updates only after the last micro batch of the accumulation
         total += loss.detach()

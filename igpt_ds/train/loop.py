@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
-from igpt_ds.config import Run
-from igpt_ds.data.loader import Batches, sequential
+from igpt_ds.config import Recipe, Run
+from igpt_ds.data.loader import Batches, one_pass
 from igpt_ds.data.shards import ShardSet
-from igpt_ds.model.objectives import image_nats
+from igpt_ds.model.objectives import image_loss
 from igpt_ds.train.checkpoint import save_checkpoint
-from igpt_ds.train.engine import take_step
+from igpt_ds.train.engine import LossFunction, take_step
 from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.schedule import learning_rate
 
 MAX_SKIPS = 10
+VALIDATION_SEED = 0  # of the masks, whatever the run's: the validation losses of two runs compare
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def fit(
     engine: Any,
     run: Run,
     loader: Batches,
-    loss_function: Callable[[Tensor, Tensor], Tensor],
+    loss_function: LossFunction,
     validate: Callable[[], float],
     metrics: Metrics,
     cadence: Cadence,
@@ -67,8 +67,7 @@ def fit(
     if start_step == 0:
         metrics.validation(0, validate())
     for step in range(start_step + 1, cadence.last_step + 1):
-        # uint16 crosses to the device, a quarter of what int64 would be
-        micro_batches = [next(stream).tokens.to(engine.device, non_blocking=True).long() for _ in range(run.accumulation)]
+        micro_batches = [next(stream).to(engine.device) for _ in range(run.accumulation)]
         lr = learning_rate(recipe, step - 1)
         loss = take_step(engine, micro_batches, loss_function, lr)
         skips_in_a_row = skips_in_a_row + 1 if engine.skipped_steps > skipped_before else 0
@@ -100,18 +99,26 @@ def refuse_lost_run(loss: float, skips_in_a_row: int, step: int, lr: float, chec
         )
 
 
-def validation_loss(engine: Any, shards: ShardSet, micro_batch: int, val_images: int | None) -> float:
+def pretraining_loss(recipe: Recipe) -> LossFunction:
+    """gen_loss or bert_loss (paper 2.1), in nats per token: the mean over images; masks by an image's position in the stream."""
+    nats = image_loss(recipe.objective, recipe.seed, recipe.mask_prob)
+    return lambda engine, batch: nats(engine, batch.tokens, batch.positions).mean()
+
+
+def validation_loss(engine: Any, recipe: Recipe, shards: ShardSet, micro_batch: int, val_images: int | None) -> float:
     """The mean nats per token over val_images of the split, evenly spread (None: all), without augmentation.
 
     Every rank makes the same number of forward passes, as ZeRO-3 needs; the result is the same for any number of ranks up
-    to rounding.
+    to rounding. Masks are drawn by an image's number in the split: the same at every step, on any ranks, for any seed.
     """
+    image_nats = image_loss(recipe.objective, VALIDATION_SEED, recipe.mask_prob)
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     with torch.no_grad():
-        for tokens, _, weight in sequential(shards, micro_batch, dist.rank(), dist.world_size(), val_images):
-            tokens, weight = tokens.to(engine.device).long(), weight.to(engine.device)
-            nats = image_nats(engine(tokens), tokens).double()
+        for ids, weight in one_pass(shards.n_images, micro_batch, dist.rank(), dist.world_size(), val_images):
+            tokens = torch.from_numpy(shards.tokens(ids).reshape(micro_batch, -1)).to(engine.device).long()
+            weight = weight.to(engine.device)
+            nats = image_nats(engine, tokens, torch.from_numpy(ids)).double()
             total += torch.stack([(nats * weight).sum(), weight.sum()])
     engine.train()
     dist.sum_over_ranks(total)

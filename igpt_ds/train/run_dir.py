@@ -6,6 +6,7 @@ colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,22 @@ def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path) -> None
 
 def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path) -> None:
     new = run_to_dict(run)["recipe"]
-    pairs = [(name, old["recipe"].get(name), value) for name, value in new.items()]
-    pairs += [(name, old["data"].get(name), data.get(name)) for name in ("dataset_hash", "palette_hash", "order")]
-    for name, before, now in pairs:
+    differences = recipe_differences(old["recipe"], new)
+    pairs = [(name, old["data"].get(name), data.get(name)) for name in ("dataset_hash", "palette_hash", "order")]
+    for name, before, now in [*differences, *pairs]:
         if before != now:
             raise ValueError(f"{path} is of another run: {name} is {before} there and {now} here; choose another --run_dir")
+
+
+def recipe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, there, here) for what differs between two recipes as dicts, what changes the meaning of the weights first.
+
+    A knob that older code did not know stands at its default there.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    names = sorted(ours, key=lambda name: name not in ("objective", "model"))
+    pairs = [(name, theirs.get(name, defaults[name]), ours[name]) for name in names]
+    return [(name, there, here) for name, there, here in pairs if there != here]
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

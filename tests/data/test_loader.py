@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig
 from igpt_ds.data import loader as loader_module
-from igpt_ds.data.loader import Loader, augment, check_shards, sequential
+from igpt_ds.data.loader import Batch, Loader, augment, check_shards, one_pass, sequential
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.shard_writer import write_dataset
 from igpt_ds.data.shards import DamagedImagesError, ShardSet
@@ -22,13 +22,14 @@ def step_of(shards, images_seen, batch_images, world_size, accumulation, **optio
     micro_batch = batch_images // (world_size * accumulation)
     loaders = [Loader(shards, batch_images, micro_batch, rank, world_size, **options) for rank in range(world_size)]
     parts = [loader.batch(images_seen, micro_step) for micro_step in range(accumulation) for loader in loaders]
-    return torch.cat([tokens for tokens, _ in parts]), torch.cat([labels for _, labels in parts])
+    return [torch.cat(column) for column in zip(*((*part[:2], part.positions) for part in parts), strict=True)]
 
 
 def assert_same(one, other):
     assert one[0].dtype == other[0].dtype == torch.uint16
     assert torch.equal(one[0].long(), other[0].long())
     assert torch.equal(one[1], other[1])
+    assert one[2:] == other[2:] if isinstance(one, Batch) else torch.equal(one[2], other[2])
 
 
 # --------------------------------------------------------------------------------------------------- training batches
@@ -42,7 +43,7 @@ def test_each_image_once_an_epoch(tiny_of, world_size, accumulation):
     assert len(np.unique(every, axis=0)) == 48
     for epoch in range(3):
         steps = [step_of(shards, epoch * 48 + seen, 24, world_size, accumulation, seed=1) for seen in (0, 24)]
-        tokens = torch.cat([tokens for tokens, _ in steps]).numpy()
+        tokens = torch.cat([step[0] for step in steps]).numpy()
         assert sorted(tokens.tolist()) == sorted(every.tolist())
 
 
@@ -65,7 +66,10 @@ def test_any_layout_equals_one_rank(tiny_of, n, micro_batch, world_size, accumul
     assert_same(step_of(shards, images_seen, batch_images, world_size, accumulation, **options), one)
     assert one[0].shape == (batch_images, 16)
     assert (one[0].dtype, one[1].dtype) == (torch.uint16, torch.int64)
-    ids = shuffled(np.arange(images_seen, images_seen + batch_images), n, seed)
+    positions = np.arange(images_seen, images_seen + batch_images)
+    assert one[2].dtype == torch.int64
+    np.testing.assert_array_equal(one[2].numpy(), positions)
+    ids = shuffled(positions, n, seed)
     np.testing.assert_array_equal(one[1].numpy(), shards.labels(ids))
     if not (pad or flip):
         np.testing.assert_array_equal(one[0].numpy(), shards.tokens(ids).reshape(batch_images, 16))
@@ -85,6 +89,13 @@ def test_labels_are_left_out_when_nobody_needs_them(tiny_of):
     for one, other in zip(itertools.islice(with_labels.stream(0), 30), without.stream(0), strict=False):
         assert torch.equal(one.tokens.long(), other.tokens.long())
         assert (one.labels.shape, other.labels.shape, other.labels.dtype) == ((2,), (0,), torch.int64)
+
+
+def test_a_batch_goes_to_its_device_as_a_network_takes_it(tiny_of):
+    batch = Loader(tiny_of(23), 4, 4).batch(8, 0)
+    moved = batch.to("cpu")
+    assert (moved.tokens.dtype, moved.tokens.tolist()) == (torch.int64, batch.tokens.tolist())
+    assert (moved.labels.tolist(), moved.positions.tolist()) == (batch.labels.tolist(), [8, 9, 10, 11])
 
 
 def test_batch_that_does_not_divide_is_refused(tiny_of):
@@ -252,6 +263,8 @@ def test_validation_covers_the_split_exactly_once(tiny_of, n, batch, world_size,
             assert ((weight == 0) | (weight == 1)).all()
     ids = np.arange(wanted) * n // wanted
     assert len(set(ids.tolist())) == wanted
+    numbers = zip(*(one_pass(n, batch, rank, world_size, limit) for rank in range(world_size)), strict=True)
+    assert [i for step in numbers for i_of, weight in step for i in i_of[weight.numpy() == 1].tolist()] == ids.tolist()
     assert kept_tokens == shards.tokens(ids).reshape(wanted, 16).tolist()
     assert kept_labels == shards.labels(ids).tolist()
 

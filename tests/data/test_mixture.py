@@ -44,7 +44,7 @@ def step_of(mixture, images_seen, micro_batch, world_size, accumulation, seed):
     batch_images = micro_batch * world_size * accumulation
     loaders = [Loader(mixture, batch_images, micro_batch, rank, world_size, seed) for rank in range(world_size)]
     parts = [loader.batch(images_seen, micro_step) for micro_step in range(accumulation) for loader in loaders]
-    return torch.cat([tokens for tokens, _ in parts]).numpy()
+    return torch.cat([part.tokens for part in parts]).numpy()
 
 
 # --------------------------------------------------------------------------------------------------- mixing

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpt_ds.data.order import BLOCK, MAX_IMAGES, ORDER_VERSION, mixed, random_words, shares_of, shuffled
+from igpt_ds.data.order import BLOCK, MAX_IMAGES, ORDER_VERSION, mixed, shares_of, shuffled
 
 SEEDS = st.integers(-(2**63), 2**64)
 
@@ -180,14 +180,3 @@ def test_shares_are_the_rounded_weights(weights):
 def test_weights_that_cannot_be_kept(weights, message):
     with pytest.raises(ValueError, match=message):
         shares_of(weights)
-
-
-def test_random_words_depend_on_all_that_is_named():
-    counters = np.arange(1000)
-    base = random_words(1, 2, counters)
-    assert (base.dtype, len(set(base.tolist()))) == (np.uint64, 1000)
-    for other in (random_words(2, 2, counters), random_words(1, 3, counters), random_words(1, 2, counters + 1000)):
-        assert not set(other.tolist()) & set(base.tolist())
-    np.testing.assert_array_equal(random_words(1, 2, counters[5:9]), base[5:9])
-    bits = np.unpackbits(base.view(np.uint8)).reshape(1000, 64).mean(axis=0)
-    assert np.abs(bits - 0.5).max() < 5 * 0.5 / np.sqrt(1000)

@@ -18,7 +18,7 @@ from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shard_plan import Plan, Settings, make_plan, split_of
 from igpt_ds.data.shard_writer import copy_images, list_images, making, merge, write_dataset, write_shards
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards import ShardSet, signed
 from igpt_ds.data.sources import open_source
 
 
@@ -39,6 +39,8 @@ def same(one, other):
 
 def test_index_tells_what_a_reader_must_know(tiny, palette8):
     index = json.loads((tiny / "index.json").read_text())
+    assert index == signed(index)
+    del index["sha256"]
     splits = index.pop("splits")
     assert set(index.pop("made_with")) == {"numpy", "pillow", "simplejpeg", "torch"}
     assert len(index.pop("source_hash")) == 64
@@ -277,6 +279,7 @@ def options(**changes):
         ({"val_fraction": 1}, "val_fraction=1 must be at least 0 and below 1"),
         ({"images_per_shard": 0}, "images_per_shard=0 must be at least 1"),
         ({"n_px": 0}, "n_px=0 must be at least 1"),
+        ({"n_px": 1025}, "n_px=1025 must be at most 1024"),
         ({"views": 0}, "views=0 must be at least 1"),
         ({"filter": "sinc"}, "filter 'sinc' is unknown; known: "),
         ({"crop": "left"}, "crop 'left' is unknown; known: none, center, random"),
@@ -350,11 +353,89 @@ def test_merging_too_early(tmp_path, memory, palette8):
         merge(tmp_path / "out")
 
 
+@pytest.fixture
+def begun(tmp_path, memory, palette8):
+    """A dataset of 40 images of which the first of two parts is made."""
+    list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
+    write_shards(tmp_path / "out", memory(40), part=(0, 2))
+    return making(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [lambda lines: lines[:-1], lambda lines: lines[:-1] + lines[:1], lambda lines: ["{"]])
+def test_a_damaged_list_of_images(begun, memory, change):
+    file = begun / "plan" / "train-000001.jsonl"
+    file.write_text("\n".join(change(file.read_text().splitlines())) + "\n")
+    with pytest.raises(ValueError, match=rf"{file} is damaged; remove {begun} and begin again"):
+        write_shards(begun.with_suffix(""), memory(40))
+
+
+def test_a_damaged_palette_of_a_begun_dataset(begun, memory, palette8):
+    colors = palette8.colors.copy()
+    colors[3, 1] = 0.25
+    save_palette(begun / "palette.npy", Palette(colors))
+    with pytest.raises(ValueError, match=rf"{begun}/palette.npy is not the palette of {begun}/plan; remove {begun} and begin"):
+        list_images(begun.with_suffix(""), memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"shard": {}, "unreadable": [], "sha256": ""}'])
+def test_a_damaged_entry_of_a_shard(begun, memory, content):
+    file = begun / "train-000000.tar.json"
+    file.write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"{file} is damaged; remove it and run the same command again, which makes train-000000"
+    ):
+        write_shards(begun.with_suffix(""), memory(40))
+    file.unlink()
+    write_shards(begun.with_suffix(""), memory(40))
+    merge(begun.with_suffix(""))
+    for split in ("train", "val"):
+        ShardSet(begun.with_suffix(""), split).verify()
+
+
+def test_a_directory_that_another_process_finished(begun, memory, palette8):
+    class Finishing(type(memory(40))):
+        def read(self, entries):
+            if begun.exists():
+                write_shards(begun.with_suffix(""), memory(40))
+                merge(begun.with_suffix(""))
+            return super().read(entries)
+
+    with pytest.raises(ValueError, match=r"out.making went away: another process has finished or removed it; look at .*out"):
+        write_shards(begun.with_suffix(""), Finishing(memory(40).images))
+    assert not begun.exists()
+    ShardSet(begun.with_suffix(""), "train").verify()
+
+
+def test_a_merged_directory_that_cannot_be_put_in_place(begun, memory):
+    write_shards(begun.with_suffix(""), memory(40))
+    begun.with_suffix("").mkdir()
+    (begun.with_suffix("") / "something").write_text("else")
+    with pytest.raises(ValueError, match=r"out was finished by another process meanwhile, or cannot be made; look there"):
+        merge(begun.with_suffix(""))
+
+
+def test_workers_end_with_a_killed_tool(tmp_path, folder, launch):
+    raw = folder({"cat": 1100, "dog": 1100})
+    save_palette(tmp_path / "palette.npy", Palette(np.array([[-1, -1, -1], [1, 1, 1]], dtype=np.float32)))
+    command = ["tools/make_shards.py", "--source", f"imagefolder:{raw}", "--palette", tmp_path / "palette.npy", "--n_px", "3"]
+    process = launch.start([*command, "--workers", "2", "--out", tmp_path / "out"])
+    family = []
+    while process.poll() is None and len(family) < 3:
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
 def test_a_damaged_plan(tmp_path, memory, palette8):
     plan = list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
     assert plan.n_entries == 40
     (making(tmp_path / "out") / "plan" / "plan.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"plan .*plan.json is damaged \('settings'\); remove .*out.making and begin again"):
+    with pytest.raises(ValueError, match=r"plan .*plan.json is damaged; remove .*out.making and begin again"):
+        write_shards(tmp_path / "out", memory(40))
+    (making(tmp_path / "out") / "plan" / "plan.json").write_text(json.dumps(signed({})))
+    with pytest.raises(ValueError, match=r"plan .*plan.json is of another version \('settings'\); remove .*out.making"):
         write_shards(tmp_path / "out", memory(40))
     shutil.rmtree(making(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"plan .* does not exist"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shard_plan import split_of
-from igpt_ds.data.shards import DamagedImagesError, ShardSet, read_index
+from igpt_ds.data.shards import DamagedImagesError, ShardSet, read_index, signed
 from igpt_ds.data.sources import open_source
 
 
@@ -29,7 +29,7 @@ def damaged(tiny, tmp_path):
 
 def edit_index(path, **changes):
     index = json.loads((path / "index.json").read_text()) | changes
-    (path / "index.json").write_text(json.dumps(index))
+    (path / "index.json").write_text(json.dumps(signed(index)))
 
 
 # --------------------------------------------------------------------------------------------------- round trip
@@ -151,6 +151,23 @@ def test_index_that_is_no_object(damaged):
     (damaged / "index.json").write_text("[]")
     with pytest.raises(ValueError, match=r"index.json is not igpt_ds.shards version 2"):
         ShardSet(damaged, "train")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_change_of_the_index_is_seen(tiny, tmp_path_factory, data):
+    index = json.loads((tiny / "index.json").read_text())
+    place, key = index, data.draw(st.sampled_from(sorted(set(index) - {"format", "version"})))
+    while isinstance(place[key], dict | list) and place[key]:
+        place = place[key]
+        key = data.draw(st.sampled_from(sorted(place))) if isinstance(place, dict) else data.draw(st.integers(0, len(place) - 1))
+    place[key] = data.draw(st.sampled_from([None, "other", 12345, [], -1]).filter(lambda value: value != place[key]))
+    path = tmp_path_factory.mktemp("index")
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"index.json was changed since it was written: its sha256 differs; make the shards again"
+    ):
+        read_index(path)
 
 
 def test_damaged_index(damaged):

@@ -1,6 +1,7 @@
 """Shards read in sequence by webdataset: every image comes, and a stream that is cut stops the run."""
 
 import itertools
+import json
 import os
 import shutil
 import threading
@@ -12,7 +13,7 @@ import torch
 
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards import ShardSet, read_index, signed
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 
 
@@ -39,7 +40,7 @@ def take(loader, n, images_seen=0):
     stream = loader.stream(images_seen)
     batches = list(itertools.islice(stream, n))
     stream.close()
-    return torch.cat([tokens for tokens, _ in batches]).numpy(), torch.cat([labels for _, labels in batches]).numpy()
+    return torch.cat([batch.tokens for batch in batches]).numpy(), torch.cat([batch.labels for batch in batches]).numpy()
 
 
 @pytest.mark.parametrize("url", ["pipe:cat {bucket}/{{shard}}", "{bucket}/{{shard}}", "file:{bucket}/{{shard}}"])
@@ -93,6 +94,14 @@ def test_resume_goes_on_at_the_beginning_of_a_shard(away):
     for seen in (0, 10, 30, 60, 90):
         np.testing.assert_array_equal(take(loader, 2, seen)[0], whole[seen : seen + 10])
     np.testing.assert_array_equal(take(loader, 2, 25)[0], whole[20:30])  # some twice rather than never
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_batches_carry_their_positions_in_the_stream_of_all_ranks(away, rank):
+    stream = StreamLoader(ShardStream(away[0], f"{away[1]}/{{shard}}"), 12, 3, rank, 2).stream(24)
+    found = [next(stream).positions.tolist() for _ in range(4)]
+    stream.close()
+    assert found == [[first + 3 * rank + place for place in range(3)] for first in (24, 30, 36, 42)]
 
 
 def test_labels_are_left_out_when_nobody_needs_them(away):
@@ -166,8 +175,9 @@ def test_what_cannot_be_streamed(away):
     save_palette(index / "palette.npy", Palette(np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)))
     with pytest.raises(ValueError, match=r"palette\.npy is not the palette that the shards were made with; copy theirs"):
         ShardStream(index, "{shard}")
-    text = (index / "index.json").read_text()
-    (index / "index.json").write_text(text.replace('"train": {', '"test": {'))
+    values = read_index(index)
+    values["splits"] = {"test": values["splits"]["train"]}
+    (index / "index.json").write_text(json.dumps(signed(values)))
     with pytest.raises(ValueError, match="has no split 'train' to stream; it has test"):
         ShardStream(index, "{shard}")
 

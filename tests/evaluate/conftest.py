@@ -20,7 +20,7 @@ def make_model_dir(tiny_config, tiny_dataset):
     """Makes a model dir for the tiny dataset: make_model_dir(path, n_px=4, objective="ar", ...) -> path."""
 
     def make(path: Path, n_px: int = 4, **changes) -> Path:
-        model = fresh_model(dataclasses.replace(tiny_config, n_px=n_px), seed=1)
+        model = fresh_model(dataclasses.replace(tiny_config, n_px=n_px), seed=1, objective=changes.get("objective", "ar"))
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for name, weight in model.named_parameters():

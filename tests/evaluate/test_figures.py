@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from igpt_ds.evaluate import figures
-from igpt_ds.evaluate.figures import layer_curve, score_histogram, training_curve
+from igpt_ds.evaluate.figures import heat_maps, layer_curve, score_histogram, training_curve
 
 
 def made_rows(layers=9):
@@ -111,3 +111,24 @@ def test_score_histogram(tmp_path, drawn):
 def test_scores_that_are_all_equal_are_drawn_too(tmp_path, drawn):
     score_histogram({"candidates": np.full(3, 2.0)}, 2.0, tmp_path / "a.png", "a title")
     assert sum(drawn[0].patches[0].get_data().values) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_heat_maps(tmp_path, monkeypatch, n):
+    caught = []
+    save = figures._save
+    monkeypatch.setattr(figures, "_save", lambda figure, path: (caught.append(figure), save(figure, path)))
+    images = np.random.default_rng(0).integers(0, 255, (n, 4, 4, 3), dtype=np.uint8)
+    nats = np.arange(n * 16.0).reshape(n, 4, 4)
+    heat_maps(images, nats, tmp_path / "a.png")
+    heat_maps(images, nats, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    *pairs, scale = caught[0].axes
+    shown = [axes for axes in pairs if axes.images]
+    assert len(shown) == 2 * n
+    for number, (left, right) in enumerate(zip(shown[::2], shown[1::2], strict=True)):
+        assert np.array_equal(left.images[0].get_array(), images[number])
+        assert np.array_equal(right.images[0].get_array(), nats[number])
+        assert right.images[0].get_clim() == (0, 16 * n - 1)  # one scale for all
+        assert right.get_title() == f"{nats[number].mean():.3f} nats per token"
+    assert scale.get_ylabel() == "nats of a pixel given those before it"

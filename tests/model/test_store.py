@@ -47,6 +47,35 @@ def test_foreign_configs_are_refused(model_dir: Path, changes: dict[str, object]
         read_info(model_dir)
 
 
+def test_a_reader_of_one_objective_refuses_the_other(model: Transformer, model_dir: Path, tmp_path: Path) -> None:
+    masked = fresh_model(model.config, seed=1, objective="bert")
+    info = {"config": model.config, "objective": "bert", "palette_hash": "abc", "step": 7, "images_seen": 70}
+    save_model(
+        tmp_path / "bert",
+        masked.state_dict(),
+        info | {"mask_prob": 0.2, "init": "sparse_transformer"},
+        model_dir / "palette.npy",
+    )
+    for reader in (read_info, load_model):
+        with pytest.raises(ValueError, match=r"bert was trained with objective 'bert', and this needs 'ar'; name another model"):
+            reader(tmp_path / "bert", "ar")
+        with pytest.raises(ValueError, match=r"model was trained with objective 'ar', and this needs 'bert'"):
+            reader(model_dir, "bert")
+    loaded, told = load_model(tmp_path / "bert", "bert")
+    assert (told.objective, told.mask_prob, told.init, loaded.objective) == ("bert", 0.2, "sparse_transformer", "bert")
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in masked.state_dict().items())
+    assert (read_info(model_dir, "ar").mask_prob, read_info(model_dir, "ar").init) == (None, "released")
+
+
+def test_weights_of_the_other_objective_are_refused(model_dir: Path) -> None:
+    change_config(model_dir, objective="bert")
+    with pytest.raises(ValueError, match=r"does not fit .*config.json.*sos"):
+        load_model(model_dir)
+    change_config(model_dir, objective="bart")
+    with pytest.raises(ValueError, match=r"config.json has objective 'bart'; known: ar, bert; read it with the code that"):
+        load_model(model_dir)
+
+
 def test_a_config_without_a_field_is_refused(model_dir: Path) -> None:
     path = model_dir / "config.json"
     values = json.loads(path.read_text())
@@ -87,3 +116,6 @@ def test_fresh_models_depend_on_the_seed_alone(model: Transformer) -> None:
     same, other = fresh_model(model.config, seed=5), fresh_model(model.config, seed=6)
     assert torch.equal(one.wte.weight, same.wte.weight)
     assert not torch.equal(one.wte.weight, other.wte.weight)
+    sparse, masked = fresh_model(model.config, 5, init="sparse_transformer"), fresh_model(model.config, 5, objective="bert")
+    torch.testing.assert_close(sparse.wte.weight, one.wte.weight / 2)
+    assert (masked.objective, hasattr(masked, "sos")) == ("bert", False)

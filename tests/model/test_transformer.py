@@ -80,25 +80,59 @@ def test_causality(model: Transformer, tokens: torch.Tensor) -> None:
         assert torch.all(difference[i + 1 :] > 0)
 
 
-def test_fresh_standard_deviations() -> None:
+# What the tables say for C = 128, L = 2, worked out by hand: 128^-0.5, (128 * 2)^-0.5, (0.125 / 128)^0.5, 0.25 (128 * 2)^-0.5.
+STDS = {
+    "released": {"wte": 0.02, "sos": 0.02, "wpe": 0.01, "qkv": 0.088388, "attn_out": 0.0625, "mlp_in": 0.02, "mlp_out": 0.02},
+    "sparse_transformer": {
+        **{"wte": 0.01, "sos": 0.01, "wpe": 0.01},
+        **{"qkv": 0.03125, "attn_out": 0.015625, "mlp_in": 0.03125, "mlp_out": 0.015625},
+    },
+}
+TENSORS = {
+    "wte": "wte.weight",
+    "sos": "sos",
+    "wpe": "wpe",
+    "qkv": "blocks.1.attn.c_attn.weight",
+    "attn_out": "blocks.1.attn.c_proj.weight",
+    "mlp_in": "blocks.1.mlp.c_fc.weight",
+    "mlp_out": "blocks.1.mlp.c_proj.weight",
+}
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+@pytest.mark.parametrize("init", STDS)
+def test_fresh_standard_deviations(init: str, objective: str) -> None:
     wide = ModelConfig(n_layer=2, n_head=4, n_embd=128, n_px=16, n_vocab=512)
-    weights = fresh_model(wide, seed=0).state_dict()
-    table = init_std(wide)
-    measured = {
-        "wte": weights["wte.weight"],
-        "sos": weights["sos"],
-        "wpe": weights["wpe"],
-        "attn.c_attn": weights["blocks.1.attn.c_attn.weight"],
-        "attn.c_proj": weights["blocks.1.attn.c_proj.weight"],
-        "mlp.c_fc": weights["blocks.1.mlp.c_fc.weight"],
-        "mlp.c_proj": weights["blocks.1.mlp.c_proj.weight"],
-        "head": weights["head.weight"],
-    }
-    assert measured.keys() == table.keys()
-    for name, weight in measured.items():
+    weights = fresh_model(wide, seed=0, objective=objective, init=init).state_dict()
+    for name, std in STDS[init].items():
+        if name == "sos" and objective == "bert":
+            continue
+        weight = weights[TENSORS[name]]
         tolerance = 0.2 if name == "sos" else 0.03  # sos has C values only
-        assert weight.std().item() == pytest.approx(table[name], rel=tolerance), name
+        assert weight.std().item() == pytest.approx(std, rel=tolerance), name
+        assert weight.mean().item() == pytest.approx(0, abs=5 * std / weight.numel() ** 0.5), name
+    assert not weights["head.weight"].any()
     assert all(torch.all(weight == 1) for name, weight in weights.items() if "ln_" in name)
+
+
+@pytest.mark.parametrize(
+    ("size", "qkv", "attn_out"),
+    [("s", 0.04419, 0.00902), ("m", 0.03125, 0.00521), ("l", 0.02552, 0.00368), ("xl", 0.01804, 0.00233)],
+)
+def test_the_released_models_standard_deviations(size: str, qkv: float, attn_out: float) -> None:
+    table = init_std(ModelConfig(**SIZES[size]))
+    assert table["attn.c_attn"] == pytest.approx(qkv, abs=5e-6)
+    assert table["attn.c_proj"] == pytest.approx(attn_out, abs=5e-6)
+
+
+def test_sparse_transformer_is_the_sibling_codes_arithmetic() -> None:
+    """Its variances are written with the number of inputs of each product, 4 C of them out of the MLP."""
+    config = ModelConfig(**SIZES["l"])
+    C, L = config.n_embd, config.n_layer
+    table = init_std(config, "sparse_transformer")
+    assert table["attn.c_proj"] == pytest.approx(math.sqrt(0.125 * 0.5 / C / L), rel=1e-12)
+    assert table["mlp.c_proj"] == pytest.approx(math.sqrt(0.5 / (4 * C) / L * 0.5), rel=1e-12)
+    assert table["attn.c_attn"] == table["mlp.c_fc"] == pytest.approx(math.sqrt(0.125 / C), rel=1e-12)
 
 
 def test_activation_checkpointing_changes_nothing(model: Transformer, tokens: torch.Tensor) -> None:

@@ -13,9 +13,9 @@ from igpt_ds import cli, dist
 from igpt_ds.config import join, load_ds_config, recipe_to_dict
 from igpt_ds.data.loader import Loader
 from igpt_ds.data.shards import ShardSet
-from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.train.checkpoint import save_checkpoint
 from igpt_ds.train.engine import build_engine, start_ranks, take_step
+from igpt_ds.train.loop import pretraining_loss
 from igpt_ds.train.run_dir import read_recipe, record
 
 
@@ -28,7 +28,7 @@ def main(_: object) -> None:
     loader = Loader(shards, recipe.batch_images, run.micro_batch, dist.rank(), run.world_size, recipe.seed, 0, False)
     stream = loader.stream(0)
     for _step in range(3):
-        take_step(engine, [next(stream).tokens.long()], autoregressive_loss, lr=0.01)
+        take_step(engine, [next(stream).to(engine.device)], pretraining_loss(recipe), lr=0.01)
     facts = {"path": str(data), "dataset_hash": shards.dataset_hash, "palette_hash": shards.palette_hash}
     if dist.rank() == 0:
         record(out, run, facts, data / "palette.npy")

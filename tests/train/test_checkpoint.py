@@ -95,8 +95,10 @@ class NoEngine:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "bf16"}, "is of precision fp32 and this run of bf16"),
-        ({"recipe": {"lr": 2}}, r"is of recipe \{'lr': 1\} and this run of \{'lr': 2\}"),
+        ({"precision": "bf16"}, "is of another run: precision is fp32 there and bf16 here; choose another --run_dir"),
+        ({"recipe": {"lr": 2}}, "is of another run: lr is 1 there and 2 here; choose another --run_dir"),
+        ({"recipe": {"lr": 2, "objective": "bert"}}, "is of another run: objective is ar there and bert here"),
+        ({"recipe": {"lr": 1, "mask_prob": 0.2}}, r"is of another run: mask_prob is 0\.15 there and 0\.2 here"),
         (
             {"data": {"dataset_hash": "b", "path": "shards"}},
             "was trained on other images than shards; name the shards and weights",

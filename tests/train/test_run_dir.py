@@ -49,10 +49,29 @@ def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, 
     other = join(dataclasses.replace(recipe, lr=0.02), ZERO, 2)
     with pytest.raises(ValueError, match=r"run.json is of another run: lr is 0.01 there and 0.02 here"):
         start(where, other, palette, resume=True)
+    masked = join(dataclasses.replace(recipe, name="other", objective="bert"), ZERO, 2)
+    with pytest.raises(
+        ValueError, match=r"run.json is of another run: objective is ar there and bert here; choose another --run"
+    ):
+        start(where, masked, palette, resume=True)
     with pytest.raises(ValueError, match=r"dataset_hash is d there and e here"):
         start(where, join(recipe, ZERO, 2), palette, True, DATA | {"dataset_hash": "e"})
     with pytest.raises(ValueError, match=r"order is 2 there and stream here"):
         start(where, join(recipe, ZERO, 2), palette, True, DATA | {"order": "stream"})
+
+
+def test_a_run_of_older_code_continues(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    """Knobs that it did not know are those it had."""
+    where, run = tmp_path / "a", join(recipe, ZERO, 2)
+    start(where, run, palette)
+    path = where / "run.json"
+    values = json.loads(path.read_text())
+    del values["recipe"]["mask_prob"], values["recipe"]["init"]
+    path.write_text(json.dumps(values))
+    start(where, run, palette, resume=True)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="init is released there and sparse_transformer here"):
+        start(where, join(dataclasses.replace(recipe, init="sparse_transformer"), ZERO, 2), palette, resume=True)
 
 
 def test_checkpoints_of_nobody_knows_which_run_are_refused(tmp_path: Path, recipe: Recipe, palette: Path) -> None:

@@ -27,6 +27,7 @@ class Files:
         self.path, self.form = path, form
         self.folder = path if members is None else None  # the unpacked folder, if it is one
         self._members = members
+        self._held: dict[str, bytes] = {}  # of an archive: what was read, for going back in it takes seconds
 
     def has(self, name: str) -> bool:
         """Whether this file is there."""
@@ -47,9 +48,12 @@ class Files:
         if self._members is None:
             with open_binary(self.path / name) as file:
                 return file.read()
+        if name in self._held:
+            return self._held[name]
         data = b""
         with _unpacked(self.path) as window, suppress(*BROKEN):
             data = window.data(self._members[name])
+        self._held[name] = data
         if len(data) != self._members[name].size:
             raise ValueError(f"{self.path} was cut in {name}; download it again")
         return data

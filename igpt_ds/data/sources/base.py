@@ -72,6 +72,6 @@ def has_images(directory: Path) -> bool:
 
 
 def image_names(directory: Path) -> list[str]:
-    """The names of the images in a directory itself, sorted."""
+    """The names of the images in a directory itself, sorted; also of what only looks like one, which reading will tell."""
     with os.scandir(directory) as found:
-        return sorted(item.name for item in found if is_image_name(item.name) and item.is_file())
+        return sorted(item.name for item in found if is_image_name(item.name) and not item.is_dir())

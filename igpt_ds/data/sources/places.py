@@ -5,6 +5,7 @@ In: entries with a place `[path]` or `[path, offset, size]`. Out: the bytes. Fol
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +44,8 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
 
 def _whole(path: Path) -> bytes | ValueError:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return ValueError(f"{path} cannot be read: it is no file")  # a fifo or a device would never end
         return path.read_bytes()
     except OSError as error:
         return ValueError(f"{path} cannot be read: {error.strerror}")

@@ -97,7 +97,9 @@ def walk(window: Window, name: str) -> Iterator[Member]:
         if member is None:
             break
         cast(Any, tar).members.clear()  # tarfile would keep every header that it has read
-        if member.isreg() and not member.issparse():
+        if member.issym() or member.islnk() or member.issparse():
+            raise ValueError(f"{name} holds the link or sparse file {member.name}; pack the tar again with plain files (tar -h)")
+        if member.isreg():
             if window.size is not None and member.offset_data + member.size > window.size:
                 raise _cut(name, window.start + member.offset_data, f"{member.name} should have {member.size} bytes")
             yield Member(member.name.removeprefix("./"), window.start + member.offset_data, member.size)

@@ -22,9 +22,10 @@ from braceexpand import braceexpand
 
 from igpt_ds.data.sources.base import VAL_FRACTION, Entry, Result
 from igpt_ds.data.sources.places import read_places
-from igpt_ds.data.sources.tars import Window, tar_window, walk
+from igpt_ds.data.sources.tars import Member, Window, tar_window, walk
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
+_MOST_CLASSES = 1_000_000  # a larger class number is a mistake, and would fill the memory with names of classes
 
 
 class _Image(NamedTuple):
@@ -123,31 +124,46 @@ def _has(label: int | None) -> str:
 def _images(window: Window, name: str) -> Iterator[_Image]:
     """The images of one tar. Members that share the name up to the first dot belong together and lie side by side."""
     seen: set[str] = set()
-    key, image, label = "", None, None
-    for number, member in enumerate(walk(window, name)):
-        folder, slash, file = member.name.rpartition("/")
-        stem, _, extension = file.partition(".")
-        if not stem:
-            continue  # a hidden file
-        if folder + slash + stem != key:
-            if image is not None:
-                yield image._replace(label=label)
-            key, image, label = folder + slash + stem, None, None
-        if extension.lower() in _IMAGES:
-            if key in seen:
-                raise ValueError(f"{name} holds two images of the key {key!r}; give each a name of its own")
+    members = ((number, member, *_key(member.name)) for number, member in enumerate(walk(window, name)))
+    for key, group in groupby(members, key=lambda found: found[2]):
+        image, label, other = None, None, ""
+        for number, member, _, extension in group:
+            if extension.lower() in _IMAGES:
+                if key in seen or image:
+                    raise ValueError(f"{name} holds two images of the key {key!r}; give each a name of its own")
+                image = _Image(key, None, number, member.offset, member.size)
+            elif extension == "cls":
+                label = _label(window, member, name)
+            elif extension.lower().rpartition(".")[2] in _IMAGES:
+                other = member.name
+        if image is not None:
             seen.add(key)
-            image = _Image(key, None, number, member.offset, member.size)
-        elif extension == "cls":
-            data = window.data(member).strip()
-            if not data.isdigit():
-                raise ValueError(f"{name}: {member.name} holds {data[:20]!r} where a class number should stand")
-            label = int(data)
-    if image is not None:
-        yield image._replace(label=label)
+            yield image._replace(label=label)
+        elif label is not None:
+            raise ValueError(f"{name}: the label of {key} does not lie beside its image; pack the tar sorted by name")
+        elif other and key.rpartition("/")[2]:
+            raise ValueError(f"{name}: {other} has a dot inside its name, where webdataset ends the key; rename it")
+
+
+def _key(name: str) -> tuple[str, str]:
+    """`folder/12.jpg` -> (`folder/12`, `jpg`). Hidden files have a key that ends in a slash, or none."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension if stem else ""
+
+
+def _label(window: Window, member: Member, name: str) -> int:
+    data = window.data(member).strip()
+    if not data.isdigit():
+        raise ValueError(f"{name}: {member.name} holds {data[:20]!r} where a class number should stand")
+    if len(data) > 9 or int(data) >= _MOST_CLASSES:
+        raise ValueError(f"{name}: {member.name} holds the class number {data[:20].decode()}; at most {_MOST_CLASSES - 1}")
+    return int(data)
 
 
 def _expand(spec: str) -> list[str]:
+    if not spec.strip():
+        raise ValueError("webdataset:pipe: names no command; write for example 'webdataset:pipe:cat web/{00000..00099}.tar'")
     if "{" not in spec:
         return [spec]
     try:

@@ -1,0 +1,174 @@
+"""Likelihood: a model and shards enter, nats per token of each image leave, and their mean with its standard error.
+
+Three scales of one number (facts of the unit, not of the model):
+
+    nats per token      the mean negative log-likelihood of a pixel's palette colour, as OpenAI prints it
+    bits per token      nats / ln 2
+    bits per sub-pixel  bits per token / 3, for one token stands for three colour values
+
+It compares with results on the same palette, n_px and images alone. It does not compare with the bits per dimension of models
+of raw 8-bit images: the palette has thrown most of those bits away before the model sees them. A BERT model's masked nats (paper
+2.1) are given what lies on all sides of a pixel, and compare with no auto-regressive model's.
+
+Images go in batches that are the same for any number of ranks, dealt out in turn; their values come back in float64 and are
+summed in the order of the images. So the result is the same to the bit for any number of ranks on equal devices. Another batch
+size may change what kernels round: measured on a CPU, with batches of 1 to 13 at widths of 16 to 512 in fp32 and bf16, it changed
+no bit. Called by `tools/evaluate.py` and `tools/sample.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as td
+from tqdm import tqdm
+
+from igpt_ds import dist
+from igpt_ds.config import SIZES, ModelConfig
+from igpt_ds.counter_random import random_words
+from igpt_ds.data.palette import OPENAI_PALETTE_HASH
+from igpt_ds.data.shards import ShardSet, read_index
+from igpt_ds.model.objectives import image_loss, token_nats
+from igpt_ds.model.transformer import Transformer
+
+FORMAT, VERSION = "igpt_ds.likelihood", 1
+# Nats per token at 1M steps, from the README of openai/image-gpt: 32x32, its palette, centre crops, ImageNet's test split.
+PUBLISHED = {"s": 2.0895, "m": 2.0614, "l": 2.0466}
+_DRAWS = 9  # purpose of random words: the seeds of the mask draws
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a likelihood is computed. Masks are drawn for BERT models alone, mask_draws times for each image."""
+
+    batch: int = 32
+    precision: str = "fp32"  # of the matrix products; the residual stream stays float32
+    mask_draws: int = 1
+    seed: int = 0
+    mask_prob: float = 0.15  # paper 2.1
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "mask_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} must be at least 0")
+        if not 0 < self.mask_prob < 1:
+            raise ValueError(f"--mask_prob {self.mask_prob} must lie between 0 and 1")
+
+
+def join_ranks(device: str) -> str:
+    """Joins the other processes of this launch, if there are others; "cuda" becomes this rank's own GPU. Needs no DeepSpeed."""
+    dist.map_environment(os.environ)
+    if dist.world_size() > 1:
+        td.init_process_group("gloo")  # what the ranks say to each other is a few numbers at the end
+    return f"cuda:{dist.local_rank()}" if device == "cuda" else device
+
+
+def choose_ids(n_images: int, limit: int | None) -> np.ndarray:
+    """`limit` images (None: all), evenly spread over the split, since sources come class by class: int64, rising.
+
+    Raises:
+        ValueError: limit is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} must be at least 1")
+    n = n_images if limit is None else min(limit, n_images)
+    return np.arange(n) * n_images // n
+
+
+def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: Settings) -> np.ndarray:
+    """The nats per token of some images of a split, on every rank: ids int64 [N] -> float64 [N]. The model's device computes.
+
+    For a BERT model, of an image's masked tokens, averaged over the mask draws; masks follow from (seed, draw, id, pixel) alone.
+
+    Raises:
+        ValueError: a likelihood is not finite, or bytes of an image are not those that were written.
+    """
+    starts = range(0, len(ids), settings.batch)
+    bar = tqdm(starts, "likelihood", unit=" batches", leave=False, disable=True if dist.rank() else None)
+    mine = {}
+    for number, start in enumerate(bar):
+        if number % dist.world_size() == dist.rank():
+            mine[start] = _batch_nats(model, shards, ids[start : start + settings.batch], settings)
+    together: dict[int, np.ndarray] = {}
+    for part in dist.gather_objects(mine):
+        together |= part
+    return np.concatenate([together[start] for start in starts])
+
+
+@torch.inference_mode()
+def _batch_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: Settings) -> np.ndarray:
+    device = model.wpe.device
+    tokens = torch.from_numpy(shards.tokens(ids).reshape(len(ids), -1)).to(device).long()
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    draws = settings.mask_draws if model.objective == "bert" else 1
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        for seed in _seeds(settings.seed, draws):
+            total += image_loss(model.objective, seed, settings.mask_prob)(model, tokens, torch.from_numpy(ids)).double().cpu()
+    values = (total / draws).numpy()
+    if not np.isfinite(values).all():
+        wrong = ids[~np.isfinite(values)][0]
+        raise ValueError(f"the likelihood of image {wrong} of {shards.path} is not finite; check the model, or use fp32")
+    return values
+
+
+def _seeds(seed: int, draws: int) -> Iterator[int]:
+    """A seed for each draw: seed + draw would give the draws of neighbouring seeds masks in common."""
+    return map(int, random_words(seed, _DRAWS, np.arange(draws)))
+
+
+@torch.inference_mode()
+def pixel_nats(model: Transformer, tokens: torch.Tensor) -> np.ndarray:
+    """The nats of each pixel given those before it: tokens int64 [B, T] -> float32 [B, T], whose mean is `image_nats`.
+
+    Raises:
+        ValueError: the model is not an auto-regressive one.
+    """
+    if model.objective != "ar":
+        raise ValueError(f"a model of objective {model.objective!r} gives an image no likelihood pixel by pixel")
+    return token_nats(model(tokens), tokens).cpu().numpy()
+
+
+def summarise(nats: np.ndarray) -> dict[str, dict[str, Any]]:
+    """float64 [N], nats per token of each image -> mean and standard error in each of the three units.
+
+    The standard error is over images: their standard deviation / sqrt(N); None for one image.
+    """
+    N = len(nats)
+    mean = math.fsum(nats) / N
+    error = math.sqrt(math.fsum((nats - mean) ** 2) / (N - 1) / N) if N > 1 else None
+    scales = {"nats_per_token": 1.0, "bits_per_token": 1 / math.log(2), "bits_per_sub_pixel": 1 / (3 * math.log(2))}
+    return {
+        unit: {"mean": mean * scale, "standard_error": None if error is None else error * scale} for unit, scale in scales.items()
+    }
+
+
+def compare_published(config: ModelConfig, objective: str, shards: ShardSet, n_images: int) -> tuple[str | None, list[str]]:
+    """The size whose published likelihood this one stands beside, or None and each condition that fails, in words.
+
+    Args:
+        n_images: how many of the split were evaluated.
+    """
+    shape = (config.n_layer, config.n_head, config.n_embd)
+    size = next((name for name in PUBLISHED if tuple(SIZES[name][key] for key in ("n_layer", "n_head", "n_embd")) == shape), None)
+    index = read_index(shards.path)
+    source, crop = str(index.get("source", "unknown")), index.get("crop", "unknown")
+    conditions = {
+        f"the objective is {objective!r}, not 'ar'": objective == "ar",
+        f"{shape[0]} layers, {shape[1]} heads, width {shape[2]} are none of S, M, L": size is not None,
+        f"n_px is {config.n_px}, not 32": config.n_px == 32,
+        f"the palette is {shards.palette.name}, not OpenAI's": shards.palette_hash == OPENAI_PALETTE_HASH,
+        f"the images come from {source}, not from imagenet:": source.startswith("imagenet:"),
+        f"the split is {shards.split!r}, not 'test'": shards.split == "test",
+        f"the crop is {crop!r}, not 'center'": crop == "center",
+        f"{n_images} images are not the whole split of {shards.n_images}": n_images == shards.n_images,
+    }
+    failing = [words for words, holds in conditions.items() if not holds]
+    return (None if failing else size), failing

@@ -1,0 +1,123 @@
+"""Measures a model's likelihood on shards: nats and bits per token, bits per sub-pixel, each with its standard error.
+
+    python tools/evaluate.py --model models/s --data shards/imagenet_32 --split test --out likelihood.json
+    torchrun --nproc_per_node 8 tools/evaluate.py --model models/s --data shards/imagenet_32 --split test
+    python tools/evaluate.py --model models/bert --data shards/imagenet_32 --mask_draws 5
+
+Bits per sub-pixel are bits per token / 3: one token stands for three colour values. They are of palette colours, and do not
+compare with the bits per dimension of raw 8-bit images. The published likelihood is printed beside the result where it is of the
+same kind. Under a launcher the ranks share the images; their number changes no bit of the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from igpt_ds import cli, dist
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.evaluate import likelihood
+from igpt_ds.evaluate.features import PRECISIONS, open_model, pick_device
+from igpt_ds.files import write_json
+from igpt_ds.model.store import ModelInfo, read_info
+from igpt_ds.provenance import git_commit
+
+UNITS = {"nats_per_token": "nats per token", "bits_per_token": "bits per token", "bits_per_sub_pixel": "bits per sub-pixel"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Opens model and shards, measures on all ranks, prints and writes on the first."""
+    args = parse(argv)
+    device = pick_device(args.device)
+    shards = ShardSet(args.data, args.split)
+    info = read_info(args.model)
+    settings = likelihood.Settings(args.batch, args.precision, args.mask_draws, args.seed, mask_prob(args.mask_prob, info))
+    ids = likelihood.choose_ids(shards.n_images, args.limit)
+    model, _ = open_model(args.model, shards)
+    nats = likelihood.shard_nats(model.to(likelihood.join_ranks(device)), shards, ids, settings)
+    if dist.rank():
+        return
+    measured = likelihood.summarise(nats)
+    report(args, info, shards, settings, measured, len(ids))
+    size, failing = likelihood.compare_published(info.config, info.objective, shards, len(ids))
+    if size:
+        published = likelihood.PUBLISHED[size]
+        here = measured["nats_per_token"]["mean"] - published
+        print(f"published: {published} nats per token for iGPT-{size.upper()} after 1M steps (OpenAI's README); here {here:+.4f}")
+    else:
+        known = " / ".join(map(str, likelihood.PUBLISHED.values()))
+        more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
+        print(f"published: {known} nats per token for S / M / L do not apply: {failing[0]}{more}")
+    if args.out:
+        beside = {"published": likelihood.PUBLISHED[size] if size else None, "published_does_not_apply": failing}
+        write_json(args.out, about(info, shards, settings, len(ids)) | measured | beside)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--model", type=Path, required=True, help="model dir")
+    parser.add_argument("--data", type=Path, required=True, help="shards to read")
+    parser.add_argument("--split", default="val", help="train, val, test or train+val")
+    parser.add_argument("--limit", type=int, help="this many images, evenly spread over the split; all when left out")
+    parser.add_argument("--batch", type=int, default=32, help="images at a time")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products")
+    parser.add_argument("--mask_draws", type=int, default=1, help="BERT: masks drawn for each image, whose nats are averaged")
+    parser.add_argument("--mask_prob", type=float, help="BERT: the chance of each pixel to be hidden; the model's when left out")
+    parser.add_argument("--seed", type=int, default=0, help="BERT: of the masks")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
+    return parser.parse_args(argv)
+
+
+def mask_prob(asked: float | None, info: ModelInfo) -> float:
+    """What was asked for, else what the model was trained with, else the paper's."""
+    trained = likelihood.Settings.mask_prob if info.mask_prob is None else info.mask_prob
+    return trained if asked is None else asked
+
+
+def report(
+    args: argparse.Namespace,
+    info: ModelInfo,
+    shards: ShardSet,
+    settings: likelihood.Settings,
+    measured: dict[str, Any],
+    n_images: int,
+) -> None:
+    """Prints what was measured, and each unit on a line of its own."""
+    masks = f", {settings.mask_draws} masks of {settings.mask_prob:g} each" if info.objective == "bert" else ""
+    print(f"{args.model} (step {info.step}) on {args.data} split {args.split}: {n_images} images{masks}, {args.precision}")
+    for unit, words in UNITS.items():
+        mean, error = measured[unit]["mean"], measured[unit]["standard_error"]
+        print(f"{words:<18} {mean:.4f}" + ("" if error is None else f" +- {error:.4f}"))
+    print(f"knowing nothing    {math.log(shards.n_vocab):.4f} nats per token, ln {shards.n_vocab}")
+
+
+def about(info: ModelInfo, shards: ShardSet, settings: likelihood.Settings, n_images: int) -> dict[str, Any]:
+    """What was measured on what, for the file: nothing in it depends on the number of ranks."""
+    masks = {"mask_draws": settings.mask_draws, "mask_prob": settings.mask_prob, "seed": settings.seed}
+    return {
+        "format": likelihood.FORMAT,
+        "version": likelihood.VERSION,
+        "commit": git_commit(),
+        "model_hash": info.model_hash,
+        "objective": info.objective,
+        "step": info.step,
+        "dataset": shards.name,
+        "dataset_hash": shards.dataset_hash,
+        "palette_hash": shards.palette_hash,
+        "split": shards.split,
+        "n_px": shards.n_px,
+        "n_images": n_images,
+        "precision": settings.precision,
+        "batch": settings.batch,
+        "masks": masks if info.objective == "bert" else None,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,42 @@
+"""Makes an HF ImageGPT directory of a model dir, for ImageGPTForCausalImageModeling and ImageGPTImageProcessor.from_pretrained.
+
+    python tools/export_hf.py --model models/s --out hf/imagegpt-s
+
+HF puts no start-of-sequence token before the pixels: its users must. For n pixels the input is [sos, x_0 .. x_{n-2}] with
+sos = vocab_size - 1, and the logits at i predict x_i; without it everything is off by one position. transformers need not be
+installed. BERT models have no place in HF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt_ds import cli
+from igpt_ds.data.palette import load_palette
+from igpt_ds.model.interop import write_hf
+from igpt_ds.model.store import load_model, read_info
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Loads, checks, writes the directory."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--model", type=Path, required=True, help="model dir")
+    parser.add_argument("--out", type=Path, required=True, help="the HF directory to make")
+    args = parser.parse_args(argv)
+
+    objective = read_info(args.model).objective
+    if objective != "ar":
+        raise ValueError(
+            f"{args.model} has objective {objective!r}; HF's ImageGPT is auto-regressive only, so it cannot be exported"
+        )
+    palette = load_palette(args.model / "palette.npy")
+    model, info = load_model(args.model)
+    if palette.hash != info.palette_hash:
+        raise ValueError(f"{args.model / 'palette.npy'} is not the palette the model was trained with; make the model dir again")
+    write_hf(args.out, info.config, model.state_dict(), palette.colors)
+    print(f"{args.out}: vocab_size {info.config.n_vocab + 1}; start every image with token {info.config.n_vocab} (sos)")
+
+
+if __name__ == "__main__":
+    cli.run(main)

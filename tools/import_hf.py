@@ -1,0 +1,54 @@
+"""Makes a model dir of an HF ImageGPT directory: config.json, model.safetensors or pytorch_model.bin, preprocessor_config.json.
+
+    python tools/import_hf.py --hf imagegpt-small --out models/s
+
+The palette is the processor's 'clusters'; --palette gives one to a directory without. transformers need not be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from igpt_ds import cli
+from igpt_ds.data.palette import Palette, load_palette, save_palette
+from igpt_ds.model.interop import Foreign, read_hf, save_foreign
+from igpt_ds.model.store import read_info
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads, checks, writes the model dir."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--hf", type=Path, required=True, help="directory as HF's save_pretrained or hub makes it")
+    parser.add_argument("--out", type=Path, required=True, help="the model dir to make")
+    parser.add_argument("--palette", type=Path, help="palette.npy, for a directory whose processor has no 'clusters'")
+    args = parser.parse_args(argv)
+
+    foreign = read_hf(args.hf)
+    palette = choose_palette(foreign, args.hf, args.palette)
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "palette.npy"
+        save_palette(file, palette)
+        save_foreign(args.out, foreign, file, palette.hash)
+    size = sum(tensor.numel() for tensor in foreign.weights.values())
+    print(f"{args.out}: {size:,} parameters, {palette.name}, sha256 {read_info(args.out).model_hash[:16]}")
+
+
+def choose_palette(foreign: Foreign, directory: Path, path: Path | None) -> Palette:
+    """The directory's own palette, or the given one where it has none."""
+    own = None if foreign.colors is None else Palette(foreign.colors)
+    if path is None:
+        if own is None:
+            raise ValueError(f"{directory / 'preprocessor_config.json'} gives no 'clusters'; name the palette with --palette")
+        return own
+    given = load_palette(path)
+    if own is not None and given.hash != own.hash:
+        raise ValueError(f"--palette {path} is not the palette that {directory / 'preprocessor_config.json'} holds; leave it out")
+    if len(given) != foreign.config.n_vocab:
+        raise ValueError(f"--palette {path} has {len(given)} colours; the model in {directory} has {foreign.config.n_vocab}")
+    return given
+
+
+if __name__ == "__main__":
+    cli.run(main)

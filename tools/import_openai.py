@@ -1,0 +1,42 @@
+"""Makes a model dir of a released checkpoint of openai/image-gpt: model.ckpt-N.index and its .data-* files. No TensorFlow.
+
+    python tools/import_openai.py --checkpoint igpt-s/model.ckpt-1000000 --palette kmeans_centers.npy --out models/igpt_s
+
+Shape and objective come from the tensors. A checkpoint does not carry its palette: the one of the release is expected with 512
+colours, and any other is refused. Optimizer and classifier are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt_ds import cli
+from igpt_ds.data.palette import OPENAI_PALETTE_HASH, load_palette
+from igpt_ds.model.interop import save_foreign
+from igpt_ds.model.openai_checkpoint import read_openai
+from igpt_ds.model.store import read_info
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks the palette, reads the tensors, writes the model dir."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="path of the checkpoint without .index")
+    parser.add_argument("--palette", type=Path, required=True, help="kmeans_centers.npy of the release")
+    parser.add_argument("--out", type=Path, required=True, help="the model dir to make")
+    args = parser.parse_args(argv)
+
+    palette = load_palette(args.palette)
+    foreign = read_openai(args.checkpoint)
+    if len(palette) != foreign.config.n_vocab:
+        raise ValueError(f"--palette {args.palette} has {len(palette)} colours; {args.checkpoint} has {foreign.config.n_vocab}")
+    if len(palette) == 512 and palette.hash != OPENAI_PALETTE_HASH:
+        raise ValueError(f"--palette {args.palette} is not OpenAI's; give kmeans_centers.npy of the image-gpt release")
+    save_foreign(args.out, foreign, args.palette, palette.hash)
+    size = sum(tensor.numel() for tensor in foreign.weights.values())
+    about = f"objective {foreign.objective}, step {foreign.step}, {size:,} parameters, {palette.name}"
+    print(f"{args.out}: {about}, sha256 {read_info(args.out).model_hash[:16]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
