@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -111,3 +112,11 @@ def test_a_program_ends_with_status_2(tmp_path):
     program.write_text("from igpt_ds import cli\n\ndef main(argv):\n    raise ValueError('no')\n\ncli.run(main)\n")
     done = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "program.py: error: no\n")
+
+
+def test_a_full_disk_is_told_with_the_fix(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_shards.py"])
+    with pytest.raises(SystemExit):
+        cli.run(failing(OSError(errno.ENOSPC, "No space left on device", "out.tar")))
+    line = "make_shards.py: error: out.tar: No space left on device; free some space there and run the same command again\n"
+    assert capsys.readouterr().err == line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -136,3 +137,10 @@ def test_json_lines_leave_out_a_torn_last_line_only(tmp_path):
     path.write_text('{"st\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl line 1 is not valid JSON; remove the line$"):
         read_json_lines(path)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left on device") as caught, atomic_file(tmp_path / "out.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "out.bin")
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""README and docs show what commands print: tables between `<!-- COMMAND -->` and `<!-- end -->` come out again, byte for byte."""
+"""README and docs show what commands print: what stands between `<!-- COMMAND -->` and `<!-- end -->` comes out again."""
 
 from __future__ import annotations
 

@@ -415,3 +415,9 @@ def test_captions_stand_under_their_images_and_stay_in_their_cells(tmp_path):
             cell = grid[row * 56 + 2 : row * 56 + 42, column * 42 + 2 : column * 42 + 42]
             assert (cell == (200 if (row, column) != (1, 1) else 128)).all()
     assert (grid[:, ::42][:, :2] == 128).all()  # no letter in the bars
+
+
+def test_a_grid_is_a_png_by_name_too(tmp_path):
+    with pytest.raises(ValueError, match=r"index.json would hold a PNG; give it a name that ends in .png"):
+        save_grid(tmp_path / "index.json", np.zeros((1, 4, 4, 3), dtype=np.uint8), 1)
+    assert not list(tmp_path.iterdir())

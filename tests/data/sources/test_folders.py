@@ -1,5 +1,7 @@
 """`imagefolder:`: one folder a class, with or without train and test above them."""
 
+import os
+
 import pytest
 
 from igpt_ds.data.sources import open_source
@@ -64,3 +66,17 @@ def test_a_file_that_cannot_be_read_comes_back_as_an_error(tree):
     assert (first, third) == (b"0", b"2")
     assert isinstance(second, ValueError)
     assert str(second) == f"{directory}/cat/1.jpg cannot be read: No such file or directory"
+
+
+def test_what_only_looks_like_an_image_is_counted(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "good.jpg").write_bytes(b"x")
+    (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    source = open_source(f"imagefolder:{tmp_path}")
+    entries = list(source.entries())
+    gone, good, pipe = source.read(entries)
+    assert [entry.key for entry in entries] == ["cat/gone.jpg", "cat/good.jpg", "cat/pipe.jpg"]
+    assert good == b"x"
+    assert "gone.jpg cannot be read: No such file" in str(gone)
+    assert "pipe.jpg cannot be read: it is no file" in str(pipe)

@@ -225,3 +225,41 @@ def test_a_walk_keeps_nothing(tmp_path, write_tar):
         tracemalloc.stop()
     small, large = peaks
     assert large < 1.1 * small
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            {"a.jpg": b"x", "b.jpg": b"y", "a.cls": b"1", "b.cls": b"2"},
+            "the label of a does not lie beside its image; pack the tar",
+        ),
+        ({"a.cls": b"1", "b.jpg": b"y"}, "the label of a does not lie beside its image; pack the tar sorted by name"),
+        (
+            {"no.dots.in.jpg": b"x", "b.jpg": b"y"},
+            "no.dots.in.jpg has a dot inside its name, where webdataset ends the key; rename",
+        ),
+        ({"a.jpg": b"x", "a.cls": b"99999999999999"}, "a.cls holds the class number 99999999999999; at most 999999"),
+        ({"a.jpg": b"x", "a.cls": b"1000000"}, "a.cls holds the class number 1000000; at most 999999"),
+    ],
+)
+def test_what_would_be_lost_or_fill_the_memory(tmp_path, write_tar, members, message):
+    path = write_tar(tmp_path / "web.tar", members)
+    for spec in (path, f"pipe:cat {path}"):
+        with pytest.raises(ValueError, match=message):
+            list(open_source(f"webdataset:{spec}").entries())
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_tars_are_refused(tmp_path, kind):
+    with tarfile.open(tmp_path / "web.tar", "w") as tar:
+        link = tarfile.TarInfo("a.jpg")
+        link.type, link.linkname = kind, "b.jpg"
+        tar.addfile(link)
+    with pytest.raises(ValueError, match=r"web.tar holds the link or sparse file a.jpg; pack the tar again with plain files"):
+        list(open_source(f"webdataset:{tmp_path / 'web.tar'}").entries())
+
+
+def test_a_pipe_without_a_command():
+    with pytest.raises(ValueError, match="webdataset:pipe: names no command; write for example"):
+        open_source("webdataset:pipe:")
