@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from igpt_ds import cli, dist, plan
 from igpt_ds.config import INITS, ModelConfig, Recipe, Run, get_recipe, join, load_ds_config, override, run_to_dict
@@ -33,6 +34,7 @@ from igpt_ds.data.mixture import MAX_BAD, ON_BAD, Mixture, open_mixture
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 from igpt_ds.files import atomic_file
+from igpt_ds.model.transformer import attention_backend
 from igpt_ds.train import run_dir
 from igpt_ds.train.checkpoint import load_checkpoint, newest_checkpoint, set_aside_newer
 from igpt_ds.train.engine import build_engine, start_ranks
@@ -79,7 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_step = resume(engine, checkpoints, facts) if args.resume == "auto" else 0
     dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, data, palette))
     peak, source = peak_of_all_ranks(device, run.precision)
-    say(f"{plan.parameters(recipe.model):,} parameters; {peak / 1e12:.2f} TFLOP/s over {run.world_size} ranks ({source})")
+    weights = plan.parameters(recipe.model, recipe.objective)
+    attention = attention_backend(
+        recipe.model, recipe.objective == "ar", device, torch.bfloat16 if run.precision == "bf16" else torch.float32
+    )
+    speed = f"{peak / 1e12:.2f} TFLOP/s over {run.world_size} ranks ({source})"
+    say(f"{weights:,} parameters; {speed}; attention by torch's {attention} kernel on {device.type}")
 
     loader = batches(images, run)
     validate = partial(validation_loss, engine, recipe, val_shards, run.micro_batch, args.val_images)

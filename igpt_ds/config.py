@@ -13,7 +13,7 @@ from typing import Any
 
 from igpt_ds.files import read_json
 
-CHECKPOINTING = ("none", "full")  # activation checkpointing: keep every activation, or recompute each block
+CHECKPOINTING = ("none", "selective", "full")  # of activations: keep all, recompute what is cheap, or each whole block
 OBJECTIVES = ("ar", "bert")  # paper 2.1
 INITS = ("released", "sparse_transformer")  # how fresh weights are drawn; the table is model/transformer.py's
 

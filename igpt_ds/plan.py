@@ -27,10 +27,10 @@ PEAK_FLOPS = {
 }
 
 
-def parameters(config: ModelConfig) -> int:
-    """The exact number of weights: blocks of 12 C^2 + 2 C, two [V, C] tables, T positions, sos and ln_f."""
+def parameters(config: ModelConfig, objective: str = "ar") -> int:
+    """The exact number of weights: blocks of 12 C^2 + 2 C, two [V, C] tables, T positions, ln_f, and sos unless for "bert"."""
     C, L = config.n_embd, config.n_layer
-    return L * (12 * C * C + 2 * C) + 2 * config.n_vocab * C + config.n_ctx * C + 2 * C
+    return L * (12 * C * C + 2 * C) + 2 * config.n_vocab * C + config.n_ctx * C + (2 if objective == "ar" else 1) * C
 
 
 def forward_flops_per_token(config: ModelConfig, causal: bool) -> float:
@@ -73,16 +73,18 @@ def memory_per_rank(config: ModelConfig, world_size: int, micro_batch: int, prec
     """Model states sharded over the ranks, and the activations of one micro step.
 
     bf16: weights 2 B, gradients accumulated in fp32 4 B, master weights and two moments 12 B each parameter. fp32: 4, 4, 8
-    and a 4-byte flat copy. Activations per token and layer: "full" keeps the 1 C of each block's input and works in one
-    block's 34 C; "none" keeps 34 C in all of them (norm in and out, q k v, attention, MLP before and after quick-GELU).
+    and a 4-byte flat copy. Activations per token and block: "none" keeps 16 C (each norm's input and output, q k v, attention,
+    and 4 C on either side of quick-GELU), "selective" 9 C (the block's input, q k v, attention, and before quick-GELU), "full"
+    the 1 C of the block's input; what is recomputed makes one block complete again, beside 10 C of gradients in flight.
     """
     N = parameters(config)
     half = precision == "bf16"
     size = 2 if half else 4
     C, L = config.n_embd, config.n_layer
-    kept = 34 * L if checkpointing == "none" else L + 34
+    kept = {"none": 16, "selective": 9, "full": 1}[checkpointing]
+    held = kept * L + (16 - kept) + 10
     tokens = micro_batch * config.n_ctx
-    activations = tokens * (kept * C * size + 10 * config.n_vocab)
+    activations = tokens * (held * C * size + 10 * config.n_vocab)
     return Memory(size * N / world_size, 4 * N / world_size, 12 * N / world_size, activations)
 
 
@@ -93,15 +95,15 @@ def describe(recipe: Recipe, world_size: int, micro_batch: int, accumulation: in
     tokens = recipe.batch_images * config.n_ctx
     memory = memory_per_rank(config, world_size, micro_batch, precision, checkpointing)
     days = recipe.steps * tokens * flops / (0.5 * PEAK_FLOPS["H100"] * world_size) / 86400
+    half = f", {causal / 1e9:.3f} G (causal half)" if recipe.objective == "ar" else ""
     return "\n".join(
         (
             f"recipe          {recipe.name}: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
             f"{config.n_px}x{config.n_px} pixels of {config.n_vocab} colours",
-            f"parameters      {parameters(config):,}",
+            f"parameters      {parameters(config, recipe.objective):,}",
             f"batch           {recipe.batch_images} images = {world_size} ranks x micro batch {micro_batch} x "
             f"accumulation {accumulation}; {tokens:,} tokens a step, {recipe.steps:,} steps",
-            f"training FLOPs  {flops / 1e9:.3f} G a token (full attention), {causal / 1e9:.3f} G (causal half); "
-            f"{flops * tokens * recipe.steps:.3e} in all",
+            f"training FLOPs  {flops / 1e9:.3f} G a token (full attention){half}; {flops * tokens * recipe.steps:.3e} in all",
             f"memory a rank   {memory.total / GIB:.2f} GiB = weights {memory.weights / GIB:.2f} + gradients "
             f"{memory.gradients / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f} + activations "
             f"{memory.activations / GIB:.2f} ({precision}, activation checkpointing {checkpointing}), and buffers",
@@ -118,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=1, help="number of ranks")
     parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step; all of them when left out")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of weights and activations")
-    parser.add_argument("--activation_checkpointing", choices=CHECKPOINTING, default="full", help="none keeps, full recomputes")
+    parser.add_argument("--activation_checkpointing", choices=CHECKPOINTING, default="full", help="see memory a rank")
     args = parser.parse_args(argv)
     recipe = get_recipe(args.recipe)
     if args.gpus < 1:

@@ -171,7 +171,10 @@ def test_a_good_ds_config_is_returned_as_it_is(tmp_path):
         ({"scheduler": {}}, r"'scheduler' is set by the recipe as lr, warmup_steps and steps; "),
         ({"gradient_cliping": 1.0}, r"a\.json: unknown key 'gradient_cliping'; known: igpt_ds, activation_checkpointing, "),
         ({"igpt_ds": {"checkpointing": "full"}}, r"a\.json: unknown key 'checkpointing' in 'igpt_ds'; known: activation_ch"),
-        ({"igpt_ds": {"activation_checkpointing": "half"}}, r"activation_checkpointing='half' is unknown; known: none, full$"),
+        (
+            {"igpt_ds": {"activation_checkpointing": "half"}},
+            r"activation_checkpointing='half' is unknown; known: none, selective, full$",
+        ),
         ({"zero_optimization": {"stage": 2}}, r"a\.json: zero_optimization\.stage=2; this project trains and consolidates st"),
         ({}, r"zero_optimization\.stage=None; "),
         ({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}, r"a\.json: fp16 is not supported; use bf16 or neither$"),

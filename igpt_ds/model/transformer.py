@@ -15,9 +15,10 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention import SDPBackend
 
-from igpt_ds.config import OBJECTIVES, ModelConfig
+from igpt_ds.config import CHECKPOINTING, OBJECTIVES, ModelConfig
+from igpt_ds.model.fused import linear, quick_gelu, rms_norm, run_block
 
 
 def init_std(config: ModelConfig, init: str = "released") -> dict[str, float]:
@@ -83,7 +84,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n_in] -> [..., n_out]."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Norm(nn.Module):
@@ -95,24 +96,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
-
-
-class Cache:
-    """Keys and values [B, H, T, D] of the positions that one attention layer has seen; allocated once."""
-
-    def __init__(self, B: int, H: int, T: int, D: int, like: Tensor) -> None:
-        self.keys = like.new_empty(B, H, T, D)
-        self.values = like.new_empty(B, H, T, D)
-        self.length = 0
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends [B, H, t, D] and returns everything so far."""
-        end = self.length + k.size(2)
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return rms_norm(x, self.weight, eps=1e-5)
 
 
 class Attention(nn.Module):
@@ -125,14 +109,11 @@ class Attention(nn.Module):
         self.c_attn = Projection(C, 3 * C, std["attn.c_attn"])
         self.c_proj = Projection(C, C, std["attn.c_proj"])
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """[B, t, C] -> [B, t, C]; with a cache, x continues the positions in it (all at once, or one at a time)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, t, C] -> [B, t, C]."""
         B, t, C = x.shape
         q, k, v = self.c_attn(x).view(B, t, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            assert t == 1 or cache.length == 0, "a filled cache takes one position at a time"
-            k, v = cache.extend(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and t > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, t, C))
 
 
@@ -147,8 +128,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, t, C] -> [B, t, C]."""
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))
+        return self.c_proj(quick_gelu(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -161,10 +141,21 @@ class Block(nn.Module):
         self.ln_2 = Norm(config.n_embd)
         self.mlp = MLP(config, std)
 
-    def forward(self, h: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         """[B, t, C] -> [B, t, C]."""
-        h = h + self.attn(self.ln_1(h), cache)
+        h = h + self.attn(self.ln_1(h))
         return h + self.mlp(self.ln_2(h))
+
+
+def attention_backend(config: ModelConfig, causal: bool, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that torch takes for this model's attention in training: "flash", "efficient", "cudnn" or "math".
+
+    torch itself is asked, with queries of the model's shape; "math" holds T x T numbers a head and is slow.
+    """
+    shape = (1, config.n_head, config.n_ctx, config.n_embd // config.n_head)
+    q, k, v = (torch.empty(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=causal))
+    return str(choice.name).removesuffix("_ATTENTION").lower()
 
 
 class Transformer(nn.Module):
@@ -172,8 +163,9 @@ class Transformer(nn.Module):
 
     Args:
         config: its shape.
-        activation_checkpointing: "none" keeps all activations for the backward pass; "full" keeps the blocks' inputs and
-            computes each block twice.
+        activation_checkpointing: "none" keeps all activations for the backward pass, 16 C a token and block; "selective" 9 C: the
+            blocks' inputs, queries, keys and values, attention and what enters quick-GELU, and recomputes the rest; "full" keeps
+            the blocks' inputs, 1 C, and computes each block twice.
         objective: "ar" predicts each pixel from those before it; "bert" predicts hidden pixels from all others (paper 2.1), with
             no mask in attention and no sos.
         init: how fresh weights are drawn, see `init_std`.
@@ -184,6 +176,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         assert objective in OBJECTIVES, objective
+        assert activation_checkpointing in CHECKPOINTING, activation_checkpointing
         std = init_std(config, init)
         self.config, self.objective = config, objective
         self.activation_checkpointing = activation_checkpointing
@@ -218,10 +211,7 @@ class Transformer(nn.Module):
         assert (mask is None) == (self.objective == "ar"), "the bert objective alone takes a mask, and needs one"
         h = self.embed(tokens, mask)
         for block in self.blocks:
-            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                h = checkpoint(block, h, use_reentrant=False)
-            else:
-                h = block(h)
+            h = run_block(block, h, self.activation_checkpointing)
         return self.head(self.ln_f(h))
 
     def residuals(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -235,19 +225,3 @@ class Transformer(nn.Module):
             yield h, cast(Block, block).ln_1(h)
             h = block(h)
         yield h, self.ln_f(h)
-
-    def new_caches(self, B: int) -> list[Cache]:
-        """An empty cache for each layer, for B images; "ar" alone."""
-        assert self.objective == "ar", "there is no order of pixels in a bert model"
-        config = self.config
-        return [Cache(B, config.n_head, config.n_ctx, config.n_embd // config.n_head, self.sos) for _ in self.blocks]
-
-    def next_logits(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
-        """tokens [B, i] -> logits [B, V] of pixel i, reusing what the caches hold of the earlier positions."""
-        B, i = tokens.shape
-        done = caches[0].length
-        sos = self.sos.expand(B, 1, -1)
-        h = torch.cat([sos, self.wte(tokens)], dim=1)[:, done:] + self.wpe[done : i + 1]
-        for block, cache in zip(self.blocks, caches, strict=True):
-            h = block(h, cache)
-        return self.head(self.ln_f(h[:, -1]))

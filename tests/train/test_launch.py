@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from igpt_ds.config import Recipe
 from igpt_ds.data.loader import Loader, sequential
 from igpt_ds.data.shards import ShardSet
-from igpt_ds.files import read_json_lines
+from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.model.objectives import autoregressive_loss, image_nats
 from igpt_ds.model.store import load_model
 from igpt_ds.model.transformer import Transformer
@@ -49,8 +50,10 @@ def plain_torch_losses(recipe: Recipe, data: Path) -> list[float]:
     return losses
 
 
-def succeed(done: subprocess.CompletedProcess[str]) -> None:
+def succeed(done: subprocess.CompletedProcess[str]) -> str:
+    """What it printed."""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def training_losses(rows: list[dict[str, Any]]) -> list[float]:
@@ -84,6 +87,18 @@ def test_two_ranks_with_accumulation_equal_plain_torch(
 def test_plain_python_runs_one_rank(launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path) -> None:
     succeed(launch(command("one")))
     assert training_losses(curves("one")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_activation_checkpointing_of_sharded_weights_equals_plain_torch(
+    launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, sharded_config: Path, mode: str
+) -> None:
+    """ZeRO-3 gathers a module's weights while it runs, also when it runs again; "full" is the other tests'."""
+    settings = read_json(sharded_config, "ds_config") | {"igpt_ds": {"activation_checkpointing": mode}}
+    sharded_config.write_text(json.dumps(settings))
+    said = succeed(launch(command("two"), ranks=2))
+    assert training_losses(curves("two")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
+    assert "attention by torch's flash kernel on cpu" in said
 
 
 def test_torchrun_in_bf16_without_ninja_or_compiler(launch: Any, command: Command, curves: Curves, tmp_path: Path) -> None:
