@@ -12,6 +12,7 @@ from igpt_ds import cli
 from igpt_ds.config import CHECKPOINTING, ModelConfig, Recipe, batch_layout, get_recipe
 
 GIB = 2**30
+GPU_BYTES = 80e9  # of an H100 or A100
 
 # Dense bf16 FLOP/s that the makers print for one GPU, by the name torch reports (longest match wins).
 PEAK_FLOPS = {
@@ -88,8 +89,35 @@ def memory_per_rank(config: ModelConfig, world_size: int, micro_batch: int, prec
     return Memory(size * N / world_size, 4 * N / world_size, 12 * N / world_size, activations)
 
 
-def describe(recipe: Recipe, world_size: int, micro_batch: int, accumulation: int, precision: str, checkpointing: str) -> str:
-    """A plan in plain text: what is trained, what it costs, what each rank holds."""
+def recommended_checkpointing(
+    config: ModelConfig, world_size: int, micro_batch: int, precision: str, gpu_bytes: float = GPU_BYTES
+) -> str | None:
+    """The mode that recomputes least among those that fit a GPU with a tenth to spare for buffers; None where none does."""
+    fits = (
+        mode
+        for mode in CHECKPOINTING
+        if memory_per_rank(config, world_size, micro_batch, precision, mode).total < 0.9 * gpu_bytes
+    )
+    return next(fits, None)
+
+
+def _advice(config: ModelConfig, world_size: int, micro_batch: int, precision: str, gpu_bytes: float) -> str:
+    sizes = {mode: memory_per_rank(config, world_size, micro_batch, precision, mode).total / GIB for mode in CHECKPOINTING}
+    choice = recommended_checkpointing(config, world_size, micro_batch, precision, gpu_bytes)
+    listed = ", ".join(f"{mode} {size:.1f}" for mode, size in sizes.items())
+    return f"{choice or 'more ranks or a smaller micro batch'} on a GPU of {gpu_bytes / 1e9:.0f} GB ({listed} GiB)"
+
+
+def describe(
+    recipe: Recipe,
+    world_size: int,
+    micro_batch: int,
+    accumulation: int,
+    precision: str,
+    checkpointing: str,
+    gpu_bytes: float = GPU_BYTES,
+) -> str:
+    """A plan in plain text: what is trained, what it costs, what each rank holds, and what it should recompute."""
     config = recipe.model
     flops, causal = (train_flops_per_token(config, causal=kind) for kind in (False, True))
     tokens = recipe.batch_images * config.n_ctx
@@ -107,6 +135,7 @@ def describe(recipe: Recipe, world_size: int, micro_batch: int, accumulation: in
             f"memory a rank   {memory.total / GIB:.2f} GiB = weights {memory.weights / GIB:.2f} + gradients "
             f"{memory.gradients / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f} + activations "
             f"{memory.activations / GIB:.2f} ({precision}, activation checkpointing {checkpointing}), and buffers",
+            f"recommended     activation checkpointing {_advice(config, world_size, micro_batch, precision, gpu_bytes)}",
             f"checkpoint      {12 * parameters(config) / 1e9:.2f} GB each",
             f"time            {days:.1f} days on {world_size} H100 at an assumed MFU of 50 %",
         )
@@ -121,12 +150,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step; all of them when left out")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of weights and activations")
     parser.add_argument("--activation_checkpointing", choices=CHECKPOINTING, default="full", help="see memory a rank")
+    parser.add_argument("--gpu_memory", type=float, default=GPU_BYTES / 1e9, help="GB of one GPU, for the recommendation")
     args = parser.parse_args(argv)
     recipe = get_recipe(args.recipe)
     if args.gpus < 1:
         raise ValueError(f"gpus={args.gpus} must be at least 1")
+    if not args.gpu_memory > 0:
+        raise ValueError(f"gpu_memory={args.gpu_memory:g} must be a positive number of GB")
     micro_batch, accumulation = batch_layout(recipe.batch_images, args.micro_batch, args.gpus)
-    print(describe(recipe, args.gpus, micro_batch, accumulation, args.precision, args.activation_checkpointing))
+    gpu_bytes, mode = args.gpu_memory * 1e9, args.activation_checkpointing
+    print(describe(recipe, args.gpus, micro_batch, accumulation, args.precision, mode, gpu_bytes))
 
 
 if __name__ == "__main__":
