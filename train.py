@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from igpt_ds import cli, dist, plan
-from igpt_ds.config import INITS, ModelConfig, Recipe, Run, get_recipe, join, load_ds_config, override, run_to_dict
+from igpt_ds.config import INITS, ModelConfig, Recipe, get_recipe, override
 from igpt_ds.data.loader import Batches, Loader, check_shards
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD, Mixture, open_mixture
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
+from igpt_ds.ds_config import Run, join, load_ds_config, run_to_dict
 from igpt_ds.files import atomic_file
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.train import run_dir

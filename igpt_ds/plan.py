@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from igpt_ds import cli
-from igpt_ds.config import CHECKPOINTING, ModelConfig, Recipe, batch_layout, get_recipe
+from igpt_ds.config import CHECKPOINTING, ModelConfig, Recipe, get_recipe
+from igpt_ds.ds_config import batch_layout
 
 GIB = 2**30
 GPU_BYTES = 80e9  # of an H100 or A100

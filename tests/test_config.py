@@ -9,19 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igpt_ds.config import (
-    RECIPES,
-    SIZES,
-    ModelConfig,
-    batch_layout,
-    get_recipe,
-    join,
-    load_ds_config,
-    override,
-    recipe_from_dict,
-    recipe_to_dict,
-    run_to_dict,
-)
+from igpt_ds.config import RECIPES, SIZES, ModelConfig, get_recipe, override, recipe_from_dict, recipe_to_dict
+from igpt_ds.ds_config import batch_layout, join, load_ds_config, run_to_dict
 
 S_32 = RECIPES["igpt_s_ar_32"]
 

@@ -29,7 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from igpt_ds import bench, cli, plan
 from igpt_ds.bench import Row
 from igpt_ds.bench_device import BANDWIDTH, PEAK, Session, table
-from igpt_ds.config import CHECKPOINTING, ModelConfig, get_recipe, join, load_ds_config, override
+from igpt_ds.config import CHECKPOINTING, ModelConfig, get_recipe, override
+from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import write_json
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.sampling import Decoder, choose

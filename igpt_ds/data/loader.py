@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from igpt_ds.config import ModelConfig, batch_layout
+from igpt_ds.config import ModelConfig
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards import ShardSet
+from igpt_ds.ds_config import batch_layout
 
 _ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; the others belong to the order
 _ORDER_CHUNK = 16384  # positions whose images are computed at once: numpy's price is a call's, not a number's

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from igpt_ds.config import batch_layout
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.loader import Batch, augment, made_ahead, to_batches
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards import read_index
+from igpt_ds.ds_config import batch_layout
 
 LIMITS = (
     "--stream reads shards in sequence. What it cannot promise: images are drawn from a buffer, not from the whole set; with an "

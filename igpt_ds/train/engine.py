@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from igpt_ds import dist
-from igpt_ds.config import Run
 from igpt_ds.data.loader import Batch
+from igpt_ds.ds_config import Run
 from igpt_ds.model.transformer import Transformer
 
 # What a run minimises: (engine, micro batch on its device) -> a scalar. Pre-training and fine-tuning differ in this alone.

@@ -15,9 +15,10 @@ import torch
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
-from igpt_ds.config import Recipe, Run
+from igpt_ds.config import Recipe
 from igpt_ds.data.loader import Batches, one_pass
 from igpt_ds.data.shards import ShardSet
+from igpt_ds.ds_config import Run
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.train.checkpoint import save_checkpoint
 from igpt_ds.train.engine import LossFunction, take_step

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from igpt_ds import dist, plan
-from igpt_ds.config import Run
+from igpt_ds.ds_config import Run
 from igpt_ds.files import read_json_lines, write_json_lines
 from igpt_ds.model.fused import linear
 from igpt_ds.plan import GIB, train_flops_per_token

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.config import RECIPES, join, load_ds_config
+from igpt_ds.config import RECIPES
+from igpt_ds.ds_config import join, load_ds_config
 
 DIRECTORY = Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(DIRECTORY.glob("*.json"))

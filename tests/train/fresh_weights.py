@@ -10,7 +10,7 @@ import deepspeed
 from safetensors.torch import save_file
 
 from igpt_ds import cli, dist
-from igpt_ds.config import join, load_ds_config
+from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.run_dir import read_recipe
 

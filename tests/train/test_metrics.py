@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.config import Recipe, join
+from igpt_ds.config import Recipe
+from igpt_ds.ds_config import join
 from igpt_ds.files import read_json_lines
 from igpt_ds.train.metrics import Metrics, memory_gib
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt_ds.config import Recipe, Run, join, recipe_to_dict
+from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.ds_config import Run, join
 from igpt_ds.train import run_dir
 
 DATA = {"path": "shards", "dataset_hash": "d", "palette_hash": "p", "order": 2}
