@@ -5,8 +5,8 @@
     python tools/evaluate.py --model models/bert --data shards/imagenet_32 --mask_draws 5
 
 Bits per sub-pixel are bits per token / 3: one token stands for three colour values. They are of palette colours, and do not
-compare with the bits per dimension of raw 8-bit images. The published likelihood is printed beside the result where it is of the
-same kind. Under a launcher the ranks share the images; their number changes no bit of the result.
+compare with the bits per dimension of raw 8-bit images. The published likelihood is printed beside an auto-regressive
+model's where it is of the same kind. Under a launcher the ranks share the images; their number changes no bit of the result.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from igpt_ds import cli, dist
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.evaluate import likelihood
 from igpt_ds.evaluate.features import PRECISIONS, open_model, pick_device
+from igpt_ds.evaluate.results import add_results, likelihood_row, read_results
 from igpt_ds.files import write_json
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.provenance import git_commit
 
+BERT_FLAGS = ("mask_draws", "mask_prob", "seed")
 UNITS = {"nats_per_token": "nats per token", "bits_per_token": "bits per token", "bits_per_sub_pixel": "bits per sub-pixel"}
 
 
@@ -32,9 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Opens model and shards, measures on all ranks, prints and writes on the first."""
     args = parse(argv)
     device = pick_device(args.device)
+    if args.results:
+        read_results(args.results)  # a damaged file is found now and not after the measurement
     shards = ShardSet(args.data, args.split)
     info = read_info(args.model)
-    settings = likelihood.Settings(args.batch, args.precision, args.mask_draws, args.seed, mask_prob(args.mask_prob, info))
+    if given := [f"--{name}" for name in BERT_FLAGS if getattr(args, name) is not None and info.objective != "bert"]:
+        raise ValueError(f"{given[0]} is of masks, and {args.model} was trained with objective {info.objective!r}; leave it out")
+    masks = {name: getattr(args, name) for name in ("mask_draws", "seed") if getattr(args, name) is not None}
+    settings = likelihood.Settings(args.batch, args.precision, mask_prob=mask_prob(args.mask_prob, info), **masks)
     ids = likelihood.choose_ids(shards.n_images, args.limit)
     model, _ = open_model(args.model, shards)
     nats = likelihood.shard_nats(model.to(likelihood.join_ranks(device)), shards, ids, settings)
@@ -47,13 +54,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         published = likelihood.PUBLISHED[size]
         here = measured["nats_per_token"]["mean"] - published
         print(f"published: {published} nats per token for iGPT-{size.upper()} after 1M steps (OpenAI's README); here {here:+.4f}")
-    else:
+    elif info.objective == "ar":
         known = " / ".join(map(str, likelihood.PUBLISHED.values()))
         more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
         print(f"published: {known} nats per token for S / M / L do not apply: {failing[0]}{more}")
+    beside = {"published": likelihood.PUBLISHED[size] if size else None, "published_does_not_apply": failing}
+    document = about(info, shards, settings, len(ids)) | measured | beside
     if args.out:
-        beside = {"published": likelihood.PUBLISHED[size] if size else None, "published_does_not_apply": failing}
-        write_json(args.out, about(info, shards, settings, len(ids)) | measured | beside)
+        write_json(args.out, document)
+    if args.results:
+        add_results(args.results, [likelihood_row(document, info.config)])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,10 +76,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="images at a time")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products")
-    parser.add_argument("--mask_draws", type=int, default=1, help="BERT: masks drawn for each image, whose nats are averaged")
+    parser.add_argument(
+        "--mask_draws", type=int, help="BERT: masks drawn for each image, whose nats are averaged; 1 when left out"
+    )
     parser.add_argument("--mask_prob", type=float, help="BERT: the chance of each pixel to be hidden; the model's when left out")
-    parser.add_argument("--seed", type=int, default=0, help="BERT: of the masks")
+    parser.add_argument("--seed", type=int, help="BERT: of the masks; 0 when left out")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--results", type=Path, help="results.jsonl to add a row to, for Figure 3")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
     return parser.parse_args(argv)
 

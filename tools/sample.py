@@ -106,6 +106,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, smallest in least.items():
         if getattr(args, name) is not None and getattr(args, name) < smallest:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {smallest}")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed {args.seed} must be below 2^63")
     if not (args.out or args.gif or args.heat_map):
         raise ValueError("there is nothing to write; name a file by --out, --gif or --heat_map")
     for name, suffix in (("out", ".png"), ("gif", ".gif"), ("heat_map", ".png")):

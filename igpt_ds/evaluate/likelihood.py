@@ -30,6 +30,7 @@ import torch.distributed as td
 from tqdm import tqdm
 
 from igpt_ds import dist
+from igpt_ds.cli import SharedError
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH
@@ -57,8 +58,8 @@ class Settings:
         for name in ("batch", "mask_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed} must be at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} must lie between 0 and 2^63 - 1")
         if not 0 < self.mask_prob < 1:
             raise ValueError(f"--mask_prob {self.mask_prob} must lie between 0 and 1")
 
@@ -89,16 +90,22 @@ def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: 
     For a BERT model, of an image's masked tokens, averaged over the mask draws; masks follow from (seed, draw, id, pixel) alone.
 
     Raises:
-        ValueError: a likelihood is not finite, or bytes of an image are not those that were written.
+        SharedError: a likelihood is not finite, or bytes of an image are not those that were written; on every rank.
     """
     starts = range(0, len(ids), settings.batch)
     bar = tqdm(starts, "likelihood", unit=" batches", leave=False, disable=True if dist.rank() else None)
-    mine = {}
-    for number, start in enumerate(bar):
-        if number % dist.world_size() == dist.rank():
-            mine[start] = _batch_nats(model, shards, ids[start : start + settings.batch], settings)
+    mine: dict[int, np.ndarray] = {}
+    problem = None
+    try:
+        for number, start in enumerate(bar):
+            if number % dist.world_size() == dist.rank():
+                mine[start] = _batch_nats(model, shards, ids[start : start + settings.batch], settings)
+    except (ValueError, OSError) as error:  # told to all, or the others would wait for this one
+        problem = str(error)
     together: dict[int, np.ndarray] = {}
-    for part in dist.gather_objects(mine):
+    for part, complaint in dist.gather_objects((mine, problem)):
+        if complaint is not None:
+            raise SharedError(complaint)
         together |= part
     return np.concatenate([together[start] for start in starts])
 
@@ -129,11 +136,14 @@ def pixel_nats(model: Transformer, tokens: torch.Tensor) -> np.ndarray:
     """The nats of each pixel given those before it: tokens int64 [B, T] -> float32 [B, T], whose mean is `image_nats`.
 
     Raises:
-        ValueError: the model is not an auto-regressive one.
+        ValueError: the model is not an auto-regressive one, or a likelihood is not finite.
     """
     if model.objective != "ar":
         raise ValueError(f"a model of objective {model.objective!r} gives an image no likelihood pixel by pixel")
-    return token_nats(model(tokens), tokens).cpu().numpy()
+    nats = token_nats(model(tokens), tokens).cpu().numpy()
+    if not np.isfinite(nats).all():
+        raise ValueError("the likelihood of a pixel is not finite; check the model's weights")
+    return nats
 
 
 def summarise(nats: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -29,12 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from igpt_ds.config import ModelConfig
 from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
-from igpt_ds.model.store import save_model
+from igpt_ds.model.store import save_model, write_tensors
 
 # What ImageGPTConfig takes where config.json is silent, and the only values that our arithmetic has.
 _HF_ARITHMETIC = {
@@ -116,7 +115,7 @@ def write_hf(directory: Path, config: ModelConfig, weights: dict[str, Tensor], c
         "size": {"height": config.n_px, "width": config.n_px},  # the class's default is 256
     }
     with atomic_dir(directory) as partial_dir:
-        save_file(_weights_to_hf(config, weights), partial_dir / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(partial_dir / "model.safetensors", _weights_to_hf(config, weights), {"format": "pt"})
         write_json(partial_dir / "config.json", names | shape | sizes | drops | _HF_ARITHMETIC | scale)
         write_json(partial_dir / "preprocessor_config.json", processor)
 
@@ -210,8 +209,8 @@ def _open_shards(index: Path) -> tuple[Tensors, list[Path]]:
 
 
 def _open_tensors(path: Path) -> Tensors:
-    if not path.exists():
-        raise ValueError(f"{path} is missing; download it again")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, or no file; download it again")
     if path.suffix == ".safetensors":
         try:
             file = safe_open(path, "pt")
@@ -237,7 +236,7 @@ def _weights_from_hf(tensors: Tensors, config: ModelConfig, directory: Path) -> 
         if name not in left:
             raise ValueError(f"{directory} has no tensor {name!r}; only a whole ImageGPTForCausalImageModeling can be imported")
         tensor = left.pop(name)()
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
             found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             raise ValueError(f"{directory}: {name!r} is {found}; by config.json it must hold numbers of shape {list(shape)}")
         return tensor.float()
@@ -282,7 +281,7 @@ def _hf_colors(directory: Path, config: ModelConfig) -> np.ndarray | None:
         return None
     try:
         colors = np.array(clusters, dtype=np.float64).astype(np.float32)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(f"{path}: 'clusters' is not a list of colours") from None
     if colors.shape != (config.n_vocab, 3):
         shape = f"{list(colors.shape)}; config.json's vocab_size asks for {[config.n_vocab, 3]}"

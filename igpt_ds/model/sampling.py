@@ -17,6 +17,7 @@ from igpt_ds.model.transformer import Block, Transformer
 
 Linear = Callable[[Tensor], Tensor]
 _EPS = 1e-5  # of the norms, as in model/transformer.py
+_COLDEST = 1e-9  # temperature, at which differences of float32 logits still decide
 
 
 def _linear(weight: Tensor, B: int) -> Linear:
@@ -104,17 +105,19 @@ class Decoder:
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """logits [B, V] / temperature, with the unlikely colours at -inf.
+    """logits [B, V] / temperature, up to a constant of each row, with the unlikely colours at -inf.
 
     Args:
         top_k: only the k likeliest colours of each row stay (and those as likely as the last of them).
         top_p: of these, only the fewest likeliest colours whose probabilities reach p together (nucleus sampling).
 
     Raises:
-        ValueError: temperature is not positive, top_k is not in 1..V, or top_p not in (0, 1].
+        ValueError: temperature is not a number of at least 1e-9, top_k is not in 1..V, or top_p not in (0, 1].
     """
     check_filter(temperature, top_k, top_p, logits.size(-1))
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # the difference, or a quotient may overflow
     if top_k is not None:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -129,8 +132,10 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
 
 def check_filter(temperature: float, top_k: int | None, top_p: float | None, V: int) -> None:
     """Raises the ValueErrors of `filter_logits`, before anything is computed."""
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be greater than 0")
+    if not _COLDEST <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature={temperature} must be a number of at least {_COLDEST:g}; top_k=1 always takes the likeliest"
+        )
     if top_k is not None and not 1 <= top_k <= V:
         raise ValueError(f"top_k={top_k} must lie between 1 and the number of colours, {V}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -168,7 +173,7 @@ def sample(
         dtype: of the weights while drawing; bfloat16 halves what a GPU must read for each pixel.
 
     Raises:
-        ValueError: the model was trained with another objective than "ar", or a filter is out of its range.
+        ValueError: the model was trained with another objective than "ar", a filter is out of range, or a logit is not finite.
     """
     if model.objective != "ar":
         raise ValueError(f"a model of objective {model.objective!r} predicts hidden pixels from all others and draws no image")
@@ -178,11 +183,14 @@ def sample(
     u = torch.rand(B, T - P, generator=generator, dtype=torch.float64).T.contiguous().to(prefix.device)
     tokens = torch.zeros(B, T, dtype=torch.int64, device=prefix.device)
     tokens[:, :P] = prefix
-    decoder = Decoder(model, B, dtype)
+    decoder, finite = Decoder(model, B, dtype), torch.ones((), dtype=torch.bool, device=prefix.device)
     for i in progress if progress is not None else range(P, T):
         if not use_cache:
             logits = model(tokens[:, : i + 1])[:, -1].float()  # the last token is no input of its own logits
         else:
             logits = decoder.prefill(tokens[:, :P]) if i == P else decoder.step(tokens[:, i - 1])
+        finite &= logits.isfinite().all()  # asked once at the end: a GPU need not wait for each pixel
         tokens[:, i] = choose(filter_logits(logits, temperature, top_k, top_p), u[i - P])
+    if not finite:
+        raise ValueError("the model's logits are not finite; check its weights, or draw in fp32")
     return tokens

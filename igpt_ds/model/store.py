@@ -1,27 +1,47 @@
 """The model dir: a trained transformer as three plain files, written by consolidation and read by every offline tool.
 
 config.json holds the shape and what a reader must check; model.safetensors the float32 weights; palette.npy the colours
-that the tokens stand for.
+that the tokens stand for. After fine-tuning a fourth, class_head.safetensors, holds the class head; a reader of transformers has
+no use for it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
+import os
+import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt_ds.config import OBJECTIVES, ModelConfig
 from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
+from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.transformer import Transformer
 
 FORMAT, VERSION = "igpt_ds.model", 1
+HEAD_FILE = "class_head.safetensors"
+T = TypeVar("T")
+_KINDS: dict[str, tuple[type, ...]] = {  # of config.json's values
+    "config": (dict,),
+    "palette_hash": (str,),
+    "model_hash": (str,),
+    "step": (int,),
+    "images_seen": (int,),
+    "mask_prob": (float, type(None)),
+    "init": (str,),
+    "class_head": (dict, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -36,23 +56,78 @@ class ModelInfo:
     model_hash: str
     mask_prob: float | None = None  # that a "bert" model was trained with, where it is known
     init: str = "released"  # how its weights were drawn before the first step
+    class_head: dict[str, Any] | None = None  # after fine-tuning: "classes", "layer", "hash" of its file, and how it was trained
 
 
-def save_model(model_dir: Path, weights: dict[str, Tensor], info: dict[str, Any], palette: Path) -> None:
+@dataclass(frozen=True)
+class WeightStream:
+    """Float32 weights that are never all in memory: `blocks(name)` gives one tensor's bytes in order."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    blocks: Callable[[str], Iterable[bytes | memoryview]]
+
+
+def save_model(model_dir: Path, weights: dict[str, Tensor] | WeightStream, info: dict[str, Any], palette: Path) -> None:
     """Writes a model dir, whole or not at all.
 
     Args:
-        weights: the float32 state dict of a Transformer.
-        info: the fields of ModelInfo except model_hash, which is taken from the written file.
+        weights: the float32 state dict of a Transformer, or its tensors one at a time.
+        info: the fields of ModelInfo except model_hash and class_head's "hash", which are taken from the written files.
         palette: the palette file to carry along.
     """
     with atomic_dir(model_dir) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "model.safetensors")
+        if isinstance(weights, WeightStream):
+            head, rest = _parted(weights.shapes)
+            _stream_file(WeightStream(rest, weights.blocks), partial / "model.safetensors")
+            if head:
+                _stream_file(WeightStream(head, weights.blocks), partial / HEAD_FILE)
+        else:
+            if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+                raise ValueError(f"{model_dir} would hold weights that are not finite: {wrong[0]!r}; nothing was written")
+            head_weights, rest_weights = _parted(weights)
+            write_tensors(partial / "model.safetensors", rest_weights)
+            if head_weights:
+                write_tensors(partial / HEAD_FILE, head_weights)
+        if info.get("class_head"):
+            info = info | {"class_head": info["class_head"] | {"hash": sha256_file(partial / HEAD_FILE)}}
         shutil.copyfile(palette, partial / "palette.npy")
         model_hash = sha256_file(partial / "model.safetensors")
         config = dataclasses.asdict(info["config"])
         header = {"format": FORMAT, "version": VERSION}
         write_json(partial / "config.json", header | info | {"config": config, "model_hash": model_hash})
+
+
+def _parted(weights: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The class head, and all else."""
+    head = {name: weight for name, weight in weights.items() if name == CLASS_HEAD}
+    return head, {name: weight for name, weight in weights.items() if name != CLASS_HEAD}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file; what hinders it is an OSError that names the directory it belongs to, as for every other file."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _stream_file(weights: WeightStream, path: Path) -> None:
+    """The bytes that safetensors would write: the header's length in 8 bytes, the header in JSON, the tensors by their names."""
+    header, end = {}, 0
+    for name in sorted(weights.shapes):
+        start, end = end, end + 4 * torch.Size(weights.shapes[name]).numel()
+        header[name] = {"dtype": "F32", "shape": list(weights.shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in header:
+            for block in weights.blocks(name):
+                file.write(block)
+        written = file.tell()
+    assert written == 8 + len(text) + end
 
 
 def read_info(model_dir: Path, objective: str | None = None) -> ModelInfo:
@@ -75,9 +150,14 @@ def read_info(model_dir: Path, objective: str | None = None) -> ModelInfo:
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"{path} has no {missing[0]!r}; consolidate the checkpoint again")
+    for name, kinds in _KINDS.items():
+        if name in values and type(values[name]) not in kinds:
+            raise ValueError(
+                f"{path} has {name}={values[name]!r}, which this code never writes; consolidate the checkpoint again"
+            )
     try:
         config = ModelConfig(**values["config"])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no model shape: {error}; consolidate the checkpoint again") from None
     info = ModelInfo(**{name: values[name] for name in names} | {"config": config})
     if info.objective not in OBJECTIVES:
@@ -102,18 +182,87 @@ def load_model(model_dir: Path, objective: str | None = None) -> tuple[Transform
     """
     info = read_info(model_dir, objective)
     path = model_dir / "model.safetensors"
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; consolidate the checkpoint again")
-    if sha256_file(path) != info.model_hash:
-        raise ValueError(f"{path} is not the file that config.json describes (sha256 differs); consolidate again")
+    _check_file(path, info.model_hash)
     with torch.device("meta"):
         model = Transformer(info.config, objective=info.objective)
+    _load(model, [path], model_dir)
+    return model.eval(), info
+
+
+def load_classifier(model_dir: Path) -> tuple[Classifier, ModelInfo]:
+    """A fine-tuned model with its class head, in float32 on the CPU, in eval mode; `ModelInfo.class_head` is there.
+
+    Raises:
+        ValueError: it has no class head; and as `load_model`.
+    """
+    info = read_info(model_dir)
+    if info.class_head is None:
+        raise ValueError(f"{model_dir} has no class head; fine-tune it with finetune.py first, or name another model")
+    files = [model_dir / "model.safetensors", model_dir / HEAD_FILE]
+    for path, expected in zip(files, (info.model_hash, info.class_head["hash"]), strict=True):
+        _check_file(path, expected)
+    with torch.device("meta"):
+        model = Classifier(info.config, len(info.class_head["classes"]), info.class_head["layer"], objective=info.objective)
+    _load(model, files, model_dir)
+    return model.eval(), info
+
+
+@contextmanager
+def open_weights(model_dir: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Gives a function from a transformer's weight's name to the weight, read from the file when asked for: no copy of all."""
+    with safe_open(model_dir / "model.safetensors", framework="pt") as file:
+        yield file.get_tensor
+
+
+def verified_info(model_dir: Path) -> ModelInfo:
+    """`read_info` of a model dir whose weights are those that were written; raises a ValueError as `load_model` does."""
+    info = read_info(model_dir)
+    _check_file(model_dir / "model.safetensors", info.model_hash)
+    return info
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; consolidate the checkpoint again")
+    if sha256_file(path) != expected:
+        raise ValueError(f"{path} is not the file that config.json describes (sha256 differs); consolidate again")
+
+
+def _load(model: Transformer, files: Iterable[Path], model_dir: Path) -> None:
+    path = model_dir / "model.safetensors"
     try:
-        model.load_state_dict(load_file(path), strict=True, assign=True)
+        weights = {name: weight for path in files for name, weight in load_file(path).items()}
+        model.load_state_dict(weights, strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit {model_dir / 'config.json'}: {reason}") from None
+
+
+def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:
+    """The model as `load_model` gives it, but for its blocks: their weights stay in the file, and are meta tensors here.
+
+    Raises:
+        ValueError: as `load_model` does.
+    """
+    info, path = read_info(model_dir), model_dir / "model.safetensors"
+    if not path.exists() or sha256_file(path) != info.model_hash:
+        raise ValueError(f"{path} is not the file that config.json describes (sha256 differs); consolidate again")
+    with torch.device("meta"):
+        model = Transformer(info.config, objective=info.objective)
+    for name in ("wte.", "wpe", "sos", "ln_f.", "head."):
+        weights = {name + end: weight for end, weight in read_tensors(path, name).items()}
+        model.load_state_dict(weights, strict=False, assign=True)
     return model.eval(), info
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a model.safetensors whose names begin with a prefix, by the rest of their names.
+
+    The file is opened anew and closed, so that what was read of it does not stay in the process's memory.
+    """
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118, safe_open is no dict
+        return {name.removeprefix(prefix): file.get_tensor(name).clone() for name in names}
 
 
 def fresh_model(config: ModelConfig, seed: int, objective: str = "ar", init: str = "released") -> Transformer:

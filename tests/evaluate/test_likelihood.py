@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -129,7 +130,8 @@ def test_limits_spread_over_the_split():
     [
         ({"batch": 0}, "--batch 0 must be at least 1"),
         ({"mask_draws": 0}, "--mask_draws 0 must be at least 1"),
-        ({"seed": -1}, "--seed -1 must be at least 0"),
+        ({"seed": -1}, r"--seed -1 must lie between 0 and 2\^63 - 1"),
+        ({"seed": 2**63}, "--seed 9223372036854775808 must lie"),
         ({"mask_prob": 1.0}, "--mask_prob 1.0 must lie between 0 and 1"),
     ],
 )
@@ -190,7 +192,34 @@ def test_each_condition_that_fails_is_said(imagenet, monkeypatch, tmp_path):
     assert compare_published(s, "ar", test, 2) == (None, [f"the palette is {test.palette.name}, not OpenAI's"])
 
 
+def test_a_broken_model_costs_no_pixel_anything(speaking, val):
+    broken = speaking("ar")
+    with torch.no_grad():
+        broken.ln_f.weight[0] = float("inf")
+    with pytest.raises(ValueError, match="the likelihood of a pixel is not finite; check the model's weights"):
+        pixel_nats(broken, torch.from_numpy(val.tokens(np.arange(2)).reshape(2, -1).astype(np.int64)))
+
+
 # ------------------------------------------------------------------------------------------------ real launches
+
+
+@pytest.mark.slow
+def test_damage_that_one_rank_meets_is_one_line(launch, free_port, speaking, tiny_dataset, val, tmp_path):
+    model = speaking("ar")
+    info = {"config": model.config, "objective": "ar", "palette_hash": val.palette_hash, "step": 7, "images_seen": 56}
+    save_model(tmp_path / "model", model.state_dict(), info, tiny_dataset / "palette.npy")
+    shutil.copytree(tiny_dataset, tmp_path / "shards")
+    (shard,) = (tmp_path / "shards").glob("val-*.tar")
+    with open(shard, "r+b") as file:  # the last image, which the second rank reads
+        file.seek(-(1024 + 512 + 40), 2)
+        file.write(b"\xff" * 600)
+    words = ["tools/evaluate.py", "--model", tmp_path / "model", "--data", tmp_path / "shards", "--batch", 6]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port", free_port, "--nproc_per_node", 2]
+    done = launch([*launcher, *words])
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if "evaluate.py: error: " in line]
+    assert "damaged" in line
+    assert "evaluate/likelihood.py" not in done.stderr  # no traceback of ours, only the launcher's own
 
 
 @pytest.mark.slow
@@ -204,7 +233,8 @@ def test_ranks_change_no_bit(launch, free_port, speaking, tiny_dataset, val, tmp
     written = []
     for launcher in (None, *launchers):
         out = tmp_path / f"{launcher}.json"
-        command = [*words, "--mask_draws", "2", "--batch", batch, "--out", out]
+        masks = ["--mask_draws", "2"] if objective == "bert" else []
+        command = [*words, *masks, "--batch", batch, "--out", out]
         if launcher == "torchrun":
             command = [sys.executable, "-m", "torch.distributed.run", "--master_port", free_port, "--nproc_per_node", 3, *command]
         done = launch(command, ranks=2 if launcher == "deepspeed" else None)

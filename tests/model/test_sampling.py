@@ -106,7 +106,7 @@ def test_choose_walks_the_cumulative_distribution() -> None:
 
 def test_top_k_keeps_the_k_largest() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
-    assert filter_logits(logits, 0.5, 2).tolist() == [[float("-inf"), 6.0, 4.0, float("-inf")]]
+    assert filter_logits(logits, 0.5, 2).tolist() == [[float("-inf"), 0.0, -2.0, float("-inf")]]
     assert filter_logits(logits).tolist() == logits.tolist()
 
 
@@ -129,8 +129,10 @@ def test_top_p_against_brute_force(top_p: float, top_k: int | None) -> None:
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "message"),
     [
-        (0.0, None, None, r"temperature=0.0 must be greater than 0"),
-        (float("nan"), None, None, r"temperature=nan must be greater than 0"),
+        (0.0, None, None, r"temperature=0.0 must be a number of at least 1e-09; top_k=1 always takes the likeliest"),
+        (1e-38, None, None, r"temperature=1e-38 must be a number"),
+        (float("nan"), None, None, r"temperature=nan must be a number"),
+        (float("inf"), None, None, r"temperature=inf must be a number"),
         (1.0, 0, None, r"top_k=0 must lie between 1 and the number of colours, 8"),
         (1.0, 9, None, r"top_k=9 must lie between 1 and the number of colours, 8"),
         (1.0, None, 0.0, r"top_p=0.0 must be greater than 0 and at most 1"),
@@ -144,6 +146,20 @@ def test_bad_filters_are_refused(
         filter_logits(torch.zeros(1, 8), temperature, top_k, top_p)
     with pytest.raises(ValueError, match=message):
         sample(model, torch.zeros(1, 0, dtype=torch.int64), seeded(), temperature, top_k, top_p)
+
+
+def test_the_lowest_temperature_takes_the_likeliest() -> None:
+    logits = 1e6 * torch.randn(20, 11, generator=seeded())
+    assert torch.equal(filter_logits(logits, 1e-9).softmax(-1).argmax(-1), logits.argmax(-1))
+    assert filter_logits(logits, 1e-9).softmax(-1).isfinite().all()
+
+
+def test_a_broken_model_draws_nothing(config: ModelConfig) -> None:
+    broken = fresh_model(config, seed=0)
+    with torch.no_grad():
+        broken.blocks[-1].mlp.c_proj.weight[0, 0] = float("nan")  # type: ignore[union-attr, index]
+    with pytest.raises(ValueError, match=r"the model's logits are not finite; check its weights, or draw in fp32"):
+        sample(broken, torch.zeros(1, 0, dtype=torch.int64), seeded())
 
 
 def test_bert_models_draw_nothing(config: ModelConfig) -> None:

@@ -1,13 +1,15 @@
 """What is saved is what is loaded; what was changed on the way is refused."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from igpt_ds.model.store import fresh_model, load_model, read_info, save_model
+from igpt_ds.model.store import WeightStream, fresh_model, load_model, read_info, save_model
 from igpt_ds.model.transformer import Transformer
 
 
@@ -25,6 +27,20 @@ def test_load_gives_what_was_saved(model: Transformer, model_dir: Path, tokens: 
     assert torch.equal(loaded(tokens), model(tokens))
     assert (info.config, info.objective, info.palette_hash, info.step, info.images_seen) == (model.config, "ar", "abc", 7, 70)
     assert sorted(path.name for path in model_dir.iterdir()) == ["config.json", "model.safetensors", "palette.npy"]
+
+
+def test_weights_that_come_in_blocks_make_the_same_file(model: Transformer, model_dir: Path, tmp_path: Path) -> None:
+    weights = model.state_dict()
+
+    def blocks(name: str) -> list[bytes]:
+        content = weights[name].numpy().tobytes()
+        return [content[:4], content[4:]]
+
+    stream = WeightStream({name: tuple(tensor.shape) for name, tensor in weights.items()}, blocks)
+    info = {"config": model.config, "objective": "ar", "palette_hash": "abc", "step": 7, "images_seen": 70, "recipe": "x"}
+    save_model(tmp_path / "streamed", stream, info, tmp_path / "palette.npy")
+    files = [path / "model.safetensors" for path in (model_dir, tmp_path / "streamed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def change_config(model_dir: Path, **changes: object) -> None:
@@ -83,6 +99,46 @@ def test_a_config_without_a_field_is_refused(model_dir: Path) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="has no 'palette_hash'"):
         read_info(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_prob": "x"}, r"config.json has mask_prob='x', which this code never writes"),
+        ({"palette_hash": None}, r"config.json has palette_hash=None"),
+        ({"step": "abc"}, r"config.json has step='abc'"),
+        (
+            {"config": {"n_layer": "6", "n_head": 1, "n_embd": 4}},
+            r"config.json holds no model shape: n_layer='6' must be a whole",
+        ),
+    ],
+)
+def test_a_config_of_other_kinds_of_values_is_refused(model_dir: Path, changes: dict[str, object], message: str) -> None:
+    change_config(model_dir, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(model_dir)
+
+
+def test_weights_that_are_not_finite_are_not_written(model: Transformer, model_dir: Path, tmp_path: Path) -> None:
+    weights = model.state_dict() | {"wpe": torch.full_like(model.wpe, float("nan"))}
+    info = {"config": model.config, "objective": "ar", "palette_hash": "abc", "step": 7, "images_seen": 70}
+    with pytest.raises(ValueError, match="not finite: 'wpe'; nothing was written"):
+        save_model(tmp_path / "broken", weights, info, model_dir / "palette.npy")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_limit_of_file_size_is_an_error_with_the_files_name(model: Transformer, model_dir: Path, tmp_path: Path) -> None:
+    info = {"config": model.config, "objective": "ar", "palette_hash": "abc", "step": 7, "images_seen": 70}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*model.safetensors"):
+            save_model(tmp_path / "full", model.state_dict(), info, model_dir / "palette.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "palette.npy"]
 
 
 def test_changed_weights_are_refused(model_dir: Path) -> None:
