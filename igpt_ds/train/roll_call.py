@@ -1,0 +1,65 @@
+"""A notice board for ranks that may be dead: each says things on its own, and nobody waits for ever.
+
+Values enter under a name, on any rank; rank 0 collects them and learns who said nothing. It stands on torch's TCPStore, which
+works before a process group exists and when some ranks never come. Called by tools/preflight.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as td
+
+from igpt_ds import dist
+
+_LOOK_EVERY = 0.1  # seconds
+
+
+class RollCall:
+    """The notice board. Rank 0 hosts it, or torchrun's agent.
+
+    Raises:
+        ConnectionError: nobody hosts it within `seconds`: rank 0 has not come.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # multi_tenant: the process group that may come later has its store at the same port.
+        hosts = {"is_master": dist.rank() == 0 and not agent, "wait_for_workers": False, "multi_tenant": True}
+        try:
+            store = td.TCPStore(host, port, timeout=timedelta(seconds=seconds), **hosts)
+        except (RuntimeError, OSError) as error:  # DistError is a RuntimeError
+            raise ConnectionError(f"rank 0 did not answer at {host}:{port} within {seconds:g} s ({_first_line(error)})") from None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = td.PrefixStore(f"roll_call/{attempt}", store)
+
+    def say(self, what: str, value: Any, rank: int | None = None) -> None:
+        """Puts a JSON value under a name and this rank; another rank's name stands for what is said to all."""
+        self._store.set(f"{what}/{dist.rank() if rank is None else rank}", json.dumps(value))
+
+    def heard(self, what: str, rank: int) -> Any:
+        """What a rank said; None where it said nothing yet."""
+        key = f"{what}/{rank}"
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def collect(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
+        """What each of the ranks says within some seconds; those that say nothing are left out."""
+        end, waiting, said = time.monotonic() + seconds, set(ranks), dict[int, Any]()
+        while True:
+            for rank in sorted(waiting):
+                if (value := self.heard(what, rank)) is not None:
+                    said[rank] = value
+            waiting -= set(said)
+            if not waiting or time.monotonic() > end:
+                return dict(sorted(said.items()))
+            time.sleep(_LOOK_EVERY)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]

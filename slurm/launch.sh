@@ -1,0 +1,221 @@
+# shellcheck shell=bash
+# What pretrain.sbatch, finetune.sbatch and sweep_lr.sbatch share: ranks that are started, stopped, restarted and given up with care.
+#
+#     launch train.py --run_dir runs/xl ...         as the last command of a batch script
+#     sweep --out runs/sweep -- --recipe NAME ...   the same for one task of the learning rates' array
+#
+# What the program promises: status 85 after USR1, TERM, a file RUN_DIR/STOP or --max_minutes, with a complete checkpoint; 86 when
+# it hung; RUN_DIR/FINISHED, and not status 0, says that all is done. `--resume auto` goes on from the newest complete checkpoint.
+# What is left here: RUN_DIR/restarts.jsonl, a line for each start and each end; RUN_DIR/owner, the start that may write
+# checkpoints ("JOB.RESTART"; the ranks have theirs in IGPT_DS_OWNER); RUN_DIR/hostfile, the nodes.
+set -uo pipefail
+shopt -s nullglob
+[[ -f slurm/env.sh ]] || { echo "error: $PWD is not the repository root; submit there" >&2; exit 2; }
+source slurm/env.sh
+readonly STOPPED=85 HUNG=86 BAD_INPUT=2 BAD_NODES=3
+
+say() { echo "== $(date +%FT%T) job $SLURM_JOB_ID, restart $restart: $*"; }
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+launch() { # PROGRAM WORD...: the program on all ranks of all nodes
+  local program=$1 words=("${@:2}")
+  [[ -f $program ]] || fail "$PWD holds no $program; submit at the repository root"
+  set_up "$(flag --run_dir "${words[@]}")"
+  if flag --stop_at_step "${words[@]}" >/dev/null; then early=1; fi
+  [[ -z ${DATA:-} ]] || flag --data "${words[@]}" >/dev/null || words+=(--data "$DATA")
+  ((restart == 0)) && flag --resume "${words[@]}" >/dev/null || words+=(--resume auto)
+  check_nodes "$program" "${words[@]}"
+  # shellcheck disable=SC2016 # the node's own SLURM_NODEID, expanded there
+  ((status != 0)) || follow 'exec deepspeed --no_ssh --log_level warning --hostfile "$HOSTFILE" --node_rank "$SLURM_NODEID" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' "$program" "${words[@]}"
+  finish
+}
+
+sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itself, on the job's one node; the flags of train.py after --
+  local own=() out name
+  while (($#)) && [[ $1 != -- ]]; do
+    own+=("$1")
+    shift
+  done
+  (($#)) || fail "no flags of train.py; write them after --"
+  out=$(flag --out "${own[@]}") || fail "--out is missing; name the directory of the search"
+  name=$(python -c 'import sys; from igpt_ds.train.sweep import rate, run_name; print(run_name(rate(int(sys.argv[1]))))' "$SLURM_ARRAY_TASK_ID") || exit 2
+  set_up "$out/$name"
+  early=1 # a rate that is lost has ended as well, and the tool says so by status 0
+  local training=(deepspeed --num_gpus "$ranks" --master_port "$MASTER_PORT" train.py "${@:2}")
+  # shellcheck disable=SC2016 # the words are expanded there
+  follow 'exec python tools/sweep_lr.py "$@"' "${own[@]}" --array_index "$SLURM_ARRAY_TASK_ID" -- "${training[@]}"
+  finish
+}
+
+set_up() { # RUN_DIR: everything before the ranks start
+  run_dir=$1 restart=${SLURM_RESTART_COUNT:-0}
+  [[ -n $run_dir ]] || fail "--run_dir is missing; name the run's directory, on a disk that all nodes share"
+  early=0 usr1=0 step='' again='' bad='' status=0 errors=$(mktemp)
+  trap 'rm -f "$errors"' EXIT
+  trap 'usr1=1; say "USR1: every rank is told to save and stop"; pass_on' USR1
+  trap : TERM # the ranks have it too, and save; SLURM gives them KillWait seconds
+  if [[ -e $run_dir/FINISHED ]]; then
+    say "$run_dir is finished"
+    exit 0
+  fi
+  prepare
+  begin
+}
+
+prepare() { # what the ranks need to find each other
+  ranks=${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-}} # with --exclusive SLURM_GPUS_ON_NODE counts all that the node has
+  ranks=${ranks##*:}                                # "8" or "h100:8"
+  [[ -n $ranks ]] || fail "how many ranks has a node? give sbatch --gpus-per-node, or set RANKS_PER_NODE in slurm/cluster.sh"
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # Below the ports that systems hand out by themselves; another for each start, lest a rank of the last one answers.
+  MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * restart) % 10000))
+  HOSTFILE=$run_dir/hostfile IGPT_DS_OWNER=$SLURM_JOB_ID.$restart
+  TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$run_dir/flight_recorder/rank_}
+  export MASTER_ADDR MASTER_PORT HOSTFILE IGPT_DS_OWNER TORCH_FR_DUMP_TEMP_FILE
+  # --ntasks            or srun repeats the job's number of tasks
+  # --cpu-bind=none     or the single task, with all its ranks, is bound to one core
+  # --kill-on-bad-exit  one dead node ends the step at once, and not after the collectives' time limit
+  srun=(srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 "${IN_SRUN[@]}")
+}
+
+images() { # images_seen of the newest complete checkpoint
+  local complete=("$run_dir"/checkpoints/step-[0-9]*[0-9]/COMPLETE) seen=''
+  ((${#complete[@]} == 0)) || seen=$(grep -m 1 -oE '"images_seen": *[0-9]+' "${complete[-1]%/*}/manifest.json")
+  echo "${seen:-0}" | grep -oE '[0-9]+$'
+}
+
+record() { # EVENT [MORE]: a line of restarts.jsonl; fails where it cannot be written
+  printf '{"event": "%s", "job": "%s", "restart": %d, "time": "%s", "nodes": "%s", "images_seen": %d%s}\n' \
+    "$1" "$SLURM_JOB_ID" "$restart" "$(date +%FT%T%:z)" "$SLURM_JOB_NODELIST" "$(images)" "${2:-}" >>"$run_dir/restarts.jsonl"
+}
+
+begin() { # takes the run over; counts how many starts in a row have brought nothing, this one among them
+  local owner='' line best=-1
+  [[ ! -e $run_dir/owner ]] || owner=$(<"$run_dir/owner")
+  owner=${owner%.*}
+  if [[ -n $owner && $owner != "$SLURM_JOB_ID" && -n $(squeue -h -t RUNNING,COMPLETING -o %i -j "$owner" 2>/dev/null) ]]; then
+    fail "job $owner is still at work in $run_dir; cancel it, or choose another --run_dir"
+  fi
+  starts=0 seen=$(images)
+  if mkdir -p "$run_dir" && echo "$IGPT_DS_OWNER" >"$run_dir/owner.partial" && mv "$run_dir/owner.partial" "$run_dir/owner" &&
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$ranks/" >"$HOSTFILE" && record start; then
+    while read -r line; do
+      [[ $line == *'"start"'*"\"job\": \"$SLURM_JOB_ID\""* && $line =~ \"images_seen\":\ ([0-9]+) ]] || continue
+      if ((BASH_REMATCH[1] > best)); then best=${BASH_REMATCH[1]} starts=1; else starts=$((starts + 1)); fi
+    done <"$run_dir/restarts.jsonl"
+  else
+    starts=$((restart + 1)) status=1
+    again="$run_dir cannot be written"
+    finish
+  fi
+  if ((starts > ${MAX_FRUITLESS:-3})); then
+    again="$((starts - 1)) starts in a row brought no new checkpoint, the last of them ended by SLURM"
+    give_up 1
+  fi
+  say "start on $SLURM_JOB_NODELIST, $ranks ranks a node, after $seen images"
+}
+
+check_nodes() { # PROGRAM WORD...: looks at every node before a rank is started; sets `bad` to those that are not fit
+  [[ $1 == train.py && ${PREFLIGHT:-1} != 0 ]] || return 0 # it takes the flags of train.py alone
+  shift
+  local said
+  # One task a rank: each looks at its own GPU. --overcommit, for the job was given one task a node.
+  # tee -a, or it would empty the log.
+  said=$("${srun[@]}" --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) --ntasks-per-node="$ranks" --overcommit \
+    --kill-on-bad-exit=0 "${INSIDE[@]}" python tools/preflight.py "$@" | tee -a /dev/stderr)
+  status=$?
+  bad=$(sed -n 's/^bad_nodes: //p' <<<"$said" | tr ',' '\n')
+  [[ -z $bad ]] || status=$BAD_NODES
+}
+
+pass_on() { # USR1 to all ranks, again and again until they end: the first may find them before they listen
+  [[ -n $step ]] || return 0
+  (while kill -USR1 "$step" 2>/dev/null; do sleep 5; done) &
+}
+
+follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `status`, and `bad` to the nodes where a rank was killed
+  local script=$1
+  shift
+  if ((usr1)); then # it came during the preflight
+    status=$STOPPED
+    return
+  fi
+  # USR1 is for the ranks, which listen to it whatever they inherit. srun hands it on, and the launchers would die of it.
+  (trap '' USR1 && exec "${srun[@]}" "${INSIDE[@]}" bash -c "trap '' USR1; $script" bash "$@") 2> >(tee "$errors" >&2) &
+  step=$!
+  ((usr1 == 0)) || pass_on
+  while :; do # a signal ends `wait`, and not the step
+    wait "$step"
+    status=$?
+    kill -0 "$step" 2>/dev/null || break
+  done
+  step=''
+  sleep 1 # tee
+  # The first node to fail makes srun end the others, and of all statuses srun takes the highest, which is that of being ended.
+  local one codes
+  codes=$(sed -nE 's/^srun: error: .*exit code ([0-9]+)$/\1/p' "$errors")
+  ((status == 0)) || status=$(head -n 1 <<<"${codes:-$status}")
+  for one in $HUNG $STOPPED; do
+    ! grep -qx "$one" <<<"$codes" || status=$one
+  done
+  # A launcher whose rank was killed (by the system, when memory ran out or a GPU fell off) has a status above 128.
+  bad=$(sed -nE 's/^srun: error: ([^: ]+): tasks? [0-9,-]+: (Exited with exit code (129|1[3-9][0-9]|2[0-9][0-9])|Killed|Bus error|Segmentation fault|Aborted).*/\1/p' "$errors")
+}
+
+finish() { # what the end means, and whether the job queues again
+  local state
+  if ((status == 0)) && { ((early)) || [[ -e $run_dir/FINISHED ]]; }; then
+    record end ', "status": 0, "reason": "finished"'
+    say "finished"
+    exit 0
+  fi
+  case $status in
+    0) again="it ended without $run_dir/FINISHED" status=1 ;;
+    "$STOPPED") again="it was asked to stop, and saved what it had" ;;
+    "$HUNG") again="it hung" ;;
+    "$BAD_NODES") again="bad nodes: ${bad//$'\n'/ }" ;;
+    *) again=${again:-"it ended with status $status"} ;;
+  esac
+  record end ", \"status\": $status, \"reason\": \"$again\", \"bad_nodes\": \"$(join "$bad")\""
+  (($(images) <= seen)) || starts=0
+  state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE 'JobState=\w+')
+  if [[ ${state#*=} != RUNNING ]]; then # cancelled, or a node was lost, upon which SLURM queues it again
+    say "$again; SLURM has ended the job, and what comes next is not ours to say"
+    exit "$status"
+  fi
+  [[ ! -e $run_dir/STOP ]] || give_up "$status" "$run_dir/STOP is there; submit again to go on"
+  ((starts < ${MAX_FRUITLESS:-3})) || give_up "$status" "$starts starts in a row brought no new checkpoint"
+  ((status != BAD_INPUT || restart > 0 || starts == 0)) || give_up "$status" "the first start refused its input"
+  requeue
+}
+
+join() { paste -sd , <<<"$1"; }
+
+give_up() { # STATUS [WHY]
+  say "$again; not queued again${2:+: $2}"
+  exit "$1"
+}
+
+requeue() { # ends this script: SLURM stops the job's processes
+  local old exclude='' left
+  if [[ -n $bad ]]; then
+    old=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' ExcNodeList=\S+' | cut -d = -f 2 | grep -v '(null)')
+    exclude=$(join "$bad")${old:+,$old}
+    left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N | sort -u | grep -cvxF -f <(scontrol show hostnames "$exclude"))
+    if ((left < SLURM_JOB_NUM_NODES)); then
+      say "$bad stays: without it there are $left nodes for $SLURM_JOB_NUM_NODES"
+      exclude=''
+    fi
+  fi
+  say "$again; queued again${exclude:+ without $exclude}"
+  trap '' TERM
+  scontrol requeue "$SLURM_JOB_ID" || exit 1
+  # Only a waiting job takes another list of nodes.
+  [[ -z $exclude ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
+  exit "$status"
+}

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Submits a batch script with the values of slurm/cluster.sh, at the repository root:
+#
+#     bash slurm/submit.sh [--sbatch_option=value ...] NAME [FLAG ...]
+#     bash slurm/submit.sh pretrain --recipe igpt_xl_ar_64 --data shards/imagenet_64 --run_dir runs/xl
+#
+# NAME: pretrain, finetune, sweep_lr, make_shards, extract_features, probe, tool. What follows goes to the program. Logs are in
+# LOGS. Prints each job's name and number; where one job needs another's result it waits for it, and is cancelled when that fails.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source slurm/env.sh
+usage() {
+  echo "usage: bash slurm/submit.sh [--sbatch_option=value ...] pretrain|finetune|sweep_lr|make_shards|extract_features|probe|tool [FLAG ...]" >&2
+  exit 2
+}
+[[ -f $IGPT_DS_CLUSTER ]] || { echo "error: $IGPT_DS_CLUSTER is not there; cp slurm/cluster.example.sh slurm/cluster.sh, and change its values" >&2; exit 2; }
+
+asked=()
+while (($#)) && [[ $1 == -* ]]; do
+  asked+=("$1")
+  shift
+done
+(($#)) || usage
+name=$1
+shift
+[[ -f slurm/$name.sbatch ]] || usage
+mkdir -p "${LOGS:=runs/logs}"
+
+resources() { # NAME: sets `ours` to the sbatch options of NAME.sbatch
+  ours=(--partition="$PARTITION" --time="$TIME")
+  local gpus=''
+  case $1 in
+    pretrain | finetune) ours+=(--nodes="$NODES") gpus=$GPUS_PER_NODE ;;
+    sweep_lr) gpus=$GPUS_PER_NODE ;;
+    extract_features | probe) ours+=(--cpus-per-task="$CPUS") gpus=${GPUS_PER_NODE:+1} ;;
+    *) ours=(--partition="$CPU_PARTITION" --time="$TIME" --cpus-per-task="$CPUS") ;;
+  esac
+  [[ -z $gpus || ${GPUS_PER_NODE:-0} == 0 ]] || ours+=(--gpus-per-node="$gpus")
+  [[ -z ${ACCOUNT:-} ]] || ours+=(--account="$ACCOUNT")
+  ours+=("${OPTIONS[@]}")
+}
+
+job='' after=afterok
+put() { # [--sbatch_option ...] -- WORD...: one job, which waits for the one put before
+  local options=() log=$LOGS/%x-%j.out ours
+  resources "$name"
+  while [[ $1 != -- ]]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  [[ $name != sweep_lr && " ${options[*]} ${asked[*]}" != *' --array='* ]] || log=$LOGS/%x-%A_%a.out
+  [[ -z $job ]] || options+=(--dependency="$after:$job" --kill-on-invalid-dep=yes)
+  job=$(sbatch --parsable --output="$log" "${ours[@]}" "${asked[@]}" "${options[@]}" "slurm/$name.sbatch" "$@")
+  job=${job%%;*} # on a cluster of clusters its name follows
+  echo "$name $job"
+}
+wants() { # FLAG...: whether one of the flags, or of sbatch's options, is among what was asked for
+  local one
+  for one in "$@"; do
+    ! flag "$one" "${asked[@]}" "${words[@]}" >/dev/null || return 0
+  done
+  return 1
+}
+
+words=("$@")
+case $name in
+  make_shards)
+    if wants --stage --array; then
+      put -- "$@"
+    else
+      put -- --stage list "$@"
+      put --array=0-$((PARTS - 1)) -- --stage write "$@"
+      put -- --stage merge "$@"
+    fi
+    ;;
+  extract_features)
+    if wants --pixels --part --merge --array; then # pixels are quick, and have no parts
+      put -- "$@"
+    else
+      put --array=0-$((PARTS - 1)) -- "$@"
+      put -- --merge "$PARTS" --out "$(flag --out "$@")"
+    fi
+    ;;
+  sweep_lr)
+    put -- "$@"
+    name=tool after=afterany asked=() # the table is of those that ended well
+    put -- tools/sweep_lr.py --collect --out "$(flag --out "$@")"
+    ;;
+  *) put -- "$@" ;;
+esac
