@@ -87,9 +87,10 @@ def medians(
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
-def finish(rows: Sequence[Row], out: Path | None, quick: bool, packages: Sequence[str]) -> None:
+def finish(rows: Sequence[Row], out: Path | None, quick: bool, packages: Sequence[str], cores_used: int = 1) -> None:
     """Prints the table, writes rows and the machine's facts as JSON, exits with 1 when a bar is missed."""
-    about = {"format": FORMAT, "facts": _facts(quick, packages), "rows": [asdict(row) for row in rows]}
+    facts = _facts(quick, packages) | {"cores_used": cores_used}
+    about = {"format": FORMAT, "facts": facts, "rows": [asdict(row) for row in rows]}
     print(table(about))
     if out is not None:
         write_json(out, about)
@@ -124,7 +125,9 @@ def table(about: Mapping[str, Any]) -> str:
         )
     facts = about["facts"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    return "\n".join([*lines, "", f"One core of {facts['cpu']}; Python {facts['python']}, {versions}."])
+    used = facts.get("cores_used", 1)
+    cores = "One core" if used == 1 else f"{used} cores"
+    return "\n".join([*lines, "", f"{cores} of {facts['cpu']}; Python {facts['python']}, {versions}."])
 
 
 def _number(value: float) -> str:

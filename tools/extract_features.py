@@ -4,7 +4,18 @@
     python tools/extract_features.py --model models/s --untrained 0 --data shards/cifar32 --out features/untrained
     python tools/extract_features.py --pixels --data shards/cifar32 --out features/pixels
 
-The first is of the trained model, the second of one of the same shape with fresh weights, the third of the colours alone.
+The first is of the trained model, the second of one of the same shape with fresh weights, the third of the colours alone. A
+bert model sees whole images, or through masks (paper 4.6); five masks of the images to evaluate on, and one of the others:
+
+    python tools/extract_features.py --model models/b --data shards/cifar32 --mask_draws 1 5 --out features/b
+
+Killed, it goes on where it was when it is given the same command again. On many GPUs or nodes, each makes a part, which one of
+them merges in the end. A model that does not fit in memory has its blocks read one at a time for so many images together:
+
+    python tools/extract_features.py --model models/xl --data shards/imagenet64 --precision bf16 --part 0/8 --out features/xl
+    python tools/extract_features.py --merge 8 --out features/xl
+    python tools/extract_features.py --model models/xl --data shards/imagenet64 --stream_layers 256 --out features/xl
+
 Needs no GPU and no process group.
 """
 
@@ -13,49 +24,55 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.features import (
-    KINDS,
-    PRECISIONS,
-    check_layers,
-    estimated_bytes,
-    extract,
-    extract_pixels,
-    open_model,
-    pick_device,
-    span,
-)
+from igpt_ds.evaluate.extraction import extract, extract_pixels
+from igpt_ds.evaluate.feature_files import DTYPES, merge
+from igpt_ds.evaluate.features import KINDS, PRECISIONS, Network, open_model, pick_device
+
+say = partial(print, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Opens the shards, says how much will be written, writes it."""
+    """Merges parts, or opens the shards and writes their features."""
     args = parse(argv)
+    if args.merge:
+        manifest = merge(args.out, args.merge)
+        images = sum(about["n_images"] for about in manifest["splits"].values())
+        say(f"{args.out}: {images} images of {args.merge} parts")
+        return
     shard_sets = [ShardSet(args.data, split) for split in args.splits]
-    n_images = sum(shards.n_images for shards in shard_sets)
     start = time.perf_counter()
     if args.pixels:
-        announce(args.out, n_images, 3 * shard_sets[0].n_px ** 2, [0], ["pixels"])
-        extract_pixels(args.out, shard_sets)
+        extract_pixels(args.out, shard_sets, dtype=args.dtype, report=say)
     else:
-        model, origin = open_model(args.model, shard_sets[0], args.untrained)
-        layers = check_layers(args.layers, model.config.n_layer)
-        announce(args.out, n_images, model.config.n_embd, layers, args.kinds)
-        extract(
-            args.out,
-            shard_sets,
-            model,
-            origin,
-            layers=layers,
-            kinds=args.kinds,
-            batch=args.batch,
-            device=pick_device(args.device),
-            precision=args.precision,
-        )
-    seconds = time.perf_counter() - start
-    print(f"{args.out}: {n_images} images in {seconds:.1f} s, {n_images / seconds:.1f} images/s")
+        from_model(args, shard_sets)
+    seconds, images = time.perf_counter() - start, sum(shards.n_images for shards in shard_sets)
+    say(f"{args.out}: {images} images in {seconds:.1f} s" if args.part == (0, 1) else f"part {args.part[0]}: {seconds:.1f} s")
+
+
+def from_model(args: argparse.Namespace, shard_sets: Sequence[ShardSet]) -> None:
+    """Opens the model and extracts."""
+    device = pick_device(args.device)
+    model, origin = open_model(args.model, shard_sets[0], args.untrained, blocks_elsewhere=bool(args.stream_layers))
+    blocks = args.model / "model.safetensors" if args.stream_layers else None
+    extract(
+        args.out,
+        shard_sets,
+        Network(model, device, args.precision, blocks, args.batch),
+        origin,
+        layers=args.layers,
+        kinds=args.kinds,
+        dtype=args.dtype,
+        mask_draws=args.mask_draws,
+        mask_seed=args.mask_seed,
+        at_once=args.stream_layers,
+        part=args.part,
+        report=say,
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="model dir; needed unless --pixels")
     parser.add_argument("--untrained", type=int, metavar="SEED", help="fresh weights of this seed in the model's shape")
     parser.add_argument("--pixels", action="store_true", help="the palette colours themselves, without a model")
-    parser.add_argument("--data", type=Path, required=True, help="shards to read")
+    parser.add_argument("--data", type=Path, help="shards to read; needed unless --merge")
     parser.add_argument("--splits", nargs="+", default=["train", "val"], help="splits of the shards")
     parser.add_argument("--out", type=Path, required=True, help="feature directory to make")
     parser.add_argument("--layers", type=int, nargs="+", help="layers 0..L; all when left out")
@@ -73,20 +90,45 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--batch", type=int, default=32, help="images at a time; more than 32 are slower on a CPU, whose caches they overflow"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products and their weights")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the files")
+    parser.add_argument(
+        "--mask_draws", type=int, nargs="+", default=[0], help="masks of each image, one number or one a split; 0: whole images"
+    )
+    parser.add_argument("--mask_seed", type=int, default=0, help="of the masks")
+    parser.add_argument(
+        "--stream_layers", type=int, metavar="IMAGES", help="hold one block at a time, read anew for so many images together"
+    )
+    parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="this part of the images, for --merge N")
+    parser.add_argument("--merge", type=int, metavar="N", help="make --out of its N parts and remove them; needs no other flag")
     args = parser.parse_args(argv)
-    if args.pixels and (args.model is not None or args.untrained is not None or args.layers is not None):
-        raise ValueError("--pixels needs no model; leave out --model, --untrained and --layers")
-    if not args.pixels and args.model is None:
-        raise ValueError("--model is missing; name a model dir, or give --pixels")
+    check(args)
     return args
 
 
-def announce(out: Path, n_images: int, n_features: int, layers: Sequence[int], kinds: Sequence[str]) -> None:
-    """One line on what will be written."""
-    mebibytes = estimated_bytes(n_images, n_features, len(layers), len(kinds)) / 2**20
-    what = f"{n_images} images, layers {span(layers)}, {' and '.join(kinds)}, {n_features} features"
-    print(f"{out}: {what}, {mebibytes:.1f} MiB", flush=True)
+def part(text: str) -> tuple[int, int]:
+    """I/N as two numbers."""
+    first, slash, count = text.partition("/")
+    if not (slash and first.isdigit() and count.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, as in 0/4")
+    return int(first), int(count)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together."""
+    if args.merge is not None:
+        if args.merge < 1:
+            raise ValueError(f"--merge {args.merge} must be at least 1")
+        return
+    if args.data is None:
+        raise ValueError("--data is missing; name the shards, or give --merge")
+    if args.pixels and (args.model is not None or args.untrained is not None or args.layers is not None or args.part != (0, 1)):
+        raise ValueError("--pixels needs no model; leave out --model, --untrained, --layers and --part")
+    if not args.pixels and args.model is None:
+        raise ValueError("--model is missing; name a model dir, or give --pixels")
+    if args.stream_layers is not None and (args.stream_layers < 1 or args.untrained is not None):
+        wrong = "with --untrained" if args.untrained is not None else args.stream_layers
+        raise ValueError(f"--stream_layers {wrong}: name at least 1 image, and a trained model, whose blocks lie in a file")
 
 
 if __name__ == "__main__":

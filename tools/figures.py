@@ -1,9 +1,19 @@
-"""Draws figures: accuracy by layer of probe results, or the loss of training runs.
+"""Draws figures: of probe results, of training runs, of planned ones.
 
     python tools/figures.py --out layers.png layers --results results.jsonl
+    python tools/figures.py --out figure2.png datasets --results cifar10.jsonl cifar100.jsonl stl10.jsonl
+    python tools/figures.py --out figure3.png loss --results s.jsonl m.jsonl
+    python tools/figures.py --out figure4.png objectives --results ar.jsonl bert.jsonl
+    python tools/figures.py --out confusion.png confusion --results results.jsonl --features features/s
+    python tools/figures.py --out confusion.png confusion --counts confusion.json
+    python tools/figures.py --out neighbours.png neighbours --results results.jsonl --features features/s --data shards/cifar32
     python tools/figures.py --out training.png training runs/a runs/b
+    python tools/figures.py --out plan.png plan h100.json h200.json
 
-`layers` reads --results, and --dataset where they are of several; `training` reads run directories.
+`layers` draws every series of one data set; `datasets` the paper's Figure 2; `loss` its Figure 3, from models that have both a
+probe and a likelihood (tools/evaluate.py --results); `objectives` its Figure 4. `confusion` and `neighbours` look into the best
+probe of the features' model, or `confusion` at what tools/evaluate_classifier.py counted. `training` draws runs over one
+another, by images seen; `plan` reads what `python -m igpt_ds.plan --table --json` printed.
 """
 
 from __future__ import annotations
@@ -12,57 +22,182 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from igpt_ds import cli
-from igpt_ds.evaluate.figures import layer_curve, training_curve
-from igpt_ds.evaluate.results import experiment, read_results
-from igpt_ds.files import read_json_lines
+from igpt_ds.data.images import save_grid
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.evaluate import figures_paper
+from igpt_ds.evaluate.classification import read_confusion
+from igpt_ds.evaluate.feature_files import open_features
+from igpt_ds.evaluate.figures import layer_curve, plan_curve, training_curve
+from igpt_ds.evaluate.neighbours import confusion, nearest
+from igpt_ds.evaluate.protocols import Settings
+from igpt_ds.evaluate.results import Row, best_row, by_layer, experiment, read_all
+from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.train.run_dir import read_run
+
+# What each figure reads, in words and as flags: those it needs, then those it may have besides --title and --out.
+READS: dict[str, tuple[str, set[str], set[str]]] = {
+    "layers": ("--results FILE and no run directories", {"results"}, {"dataset"}),
+    "datasets": ("--results FILES and nothing else", {"results"}, set()),
+    "loss": ("--results FILES, and --dataset where the probes are of several", {"results"}, {"dataset"}),
+    "objectives": ("--results FILES and nothing else", {"results"}, set()),
+    "confusion": ("--results FILES and --features DIR, or --counts FILE", {"results", "features"}, {"dataset", "kind"}),
+    "neighbours": (
+        "--results FILES, --features DIR and --data DIR",
+        {"results", "features", "data"},
+        {"dataset", "kind", "queries", "neighbours"},
+    ),
+    "training": ("run directories, and neither --results nor --dataset", {"runs"}, {"log"}),
+    "plan": ("files of `python -m igpt_ds.plan --table --json`, and neither --results nor --dataset", {"runs"}, set()),
+}
+FLAGS = ("runs", "results", "dataset", "features", "counts", "data", "kind", "queries", "neighbours", "log")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the one that is asked for."""
     args = parse(argv)
-    if args.figure == "layers":
-        layers(args)
-    else:
-        training(args)
+    draw = {
+        "layers": layers,
+        "datasets": datasets,
+        "loss": loss,
+        "objectives": objectives,
+        "confusion": confused,
+        "neighbours": neighbours,
+        "training": training,
+        "plan": planned,
+    }
+    draw[args.figure](args)
     print(args.out)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
-    parser.add_argument("figure", choices=("layers", "training"), help="which figure")
-    parser.add_argument("runs", type=Path, nargs="*", help="training: run directories")
-    parser.add_argument("--results", type=Path, help="layers: results.jsonl")
-    parser.add_argument("--dataset", help="layers: the data set, by the name in the results")
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("figure", choices=tuple(READS), help="which figure")
+    parser.add_argument("runs", type=Path, nargs="*", help="training: run directories; plan: files of planned tables")
+    parser.add_argument("--results", type=Path, nargs="+", help="results.jsonl of one run or of several")
+    parser.add_argument("--dataset", help="the data set, by the name in the results, where they are of several")
+    parser.add_argument("--features", type=Path, help="confusion, neighbours: feature directory")
+    parser.add_argument("--counts", type=Path, help="confusion: what tools/evaluate_classifier.py --confusion wrote")
+    parser.add_argument("--data", type=Path, help="neighbours: the shards that the features are of")
+    parser.add_argument("--kind", help="confusion, neighbours: kind of features; the best of all kinds when left out")
+    parser.add_argument("--queries", type=int, help="neighbours: images to look from, 8 when left out")
+    parser.add_argument("--neighbours", type=int, help="neighbours: how many of each, 8 when left out")
+    parser.add_argument("--log", action="store_true", help="training: both axes logarithmic")
     parser.add_argument("--title", help="above the figure; made from what is drawn when left out")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     args = parser.parse_args(argv)
-    if args.figure == "layers" and (args.results is None or args.runs):
-        raise ValueError("layers reads --results FILE and no run directories")
-    if args.figure == "training" and (not args.runs or args.results or args.dataset):
-        raise ValueError("training reads run directories, and neither --results nor --dataset")
+    words, needed, allowed = READS[args.figure]
+    given = {name for name in FLAGS if getattr(args, name)}
+    if args.figure == "confusion" and args.counts:
+        needed, allowed = {"counts"}, set()
+    if args.log and args.figure != "training":
+        raise ValueError(f"--log is for training; {args.figure} is drawn on axes of its own")
+    if args.title and args.figure == "neighbours":
+        raise ValueError("--title is drawn over axes, and neighbours has captions instead; leave it out")
+    if needed - given or given - needed - allowed:
+        raise ValueError(f"{args.figure} reads {words}")
     return args
 
 
 def layers(args: argparse.Namespace) -> None:
     """Accuracy by layer."""
-    rows = experiment(read_results(args.results), args.dataset)
+    rows = experiment(read_all(args.results), args.dataset)
     row = rows[0]
     title = f"Linear probes on {row['dataset']}: {row['n_train']} training images, {row['n_eval']} evaluated"
     layer_curve(rows, args.out, args.title or title)
 
 
+def datasets(args: argparse.Namespace) -> None:
+    """Figure 2."""
+    figures_paper.dataset_curves(read_all(args.results), args.out, args.title or "Linear probe accuracy by layer")
+
+
+def loss(args: argparse.Namespace) -> None:
+    """Figure 3."""
+    title = args.title or "Linear probe accuracy against generative loss"
+    figures_paper.loss_curves(read_all(args.results), args.out, title, args.dataset)
+
+
+def objectives(args: argparse.Namespace) -> None:
+    """Figure 4."""
+    figures_paper.objective_bars(read_all(args.results), args.out, args.title or "Auto-regressive against BERT pre-training")
+
+
+def best_probe(args: argparse.Namespace) -> Row:
+    """The best probe, by the held-out images, of the features' model."""
+    model_hash = open_features(args.features, "train").manifest["model_hash"]
+    rows = by_layer(read_all(args.results), ["best_layer"])
+    rows = [row for row in rows if row["model_hash"] == model_hash and args.kind in (None, row["features"])]
+    if not rows:
+        kind = f" of kind {args.kind}" if args.kind else ""
+        raise ValueError(f"the results hold no probe{kind} of the model of {args.features}; run tools/linear_probe.py on it")
+    return best_row(experiment(rows, args.dataset))
+
+
+def confused(args: argparse.Namespace) -> None:
+    """A confusion matrix, of the best probe or of a fine-tuned model."""
+    if args.counts:
+        counted = read_confusion(args.counts)
+        counts = np.array(counted["counts"])
+        title = f"{args.counts.stem}, {counted['split']}: {100 * np.trace(counts) / counts.sum():.1f} % right"
+        figures_paper.confusion_matrix(counts, counted["classes"], args.out, args.title or title)
+        return
+    row = best_probe(args)
+    train, evaluated = (open_features(args.features, row[name]) for name in ("train_split", "eval_split"))
+    settings = Settings((row["C"],), tol=row["tol"], seed=row["seed"], precision=row["precision"])
+    counts = confusion(train, evaluated, row, settings)
+    percent = 100 * np.trace(counts) / counts.sum()
+    title = f"{row['dataset']} {row['eval_split']}, layer {row['layer']} {row['features']}: {percent:.1f} % right"
+    figures_paper.confusion_matrix(counts, train.classes, args.out, args.title or title)
+
+
+def neighbours(args: argparse.Namespace) -> None:
+    """Each query and the training images nearest to it, drawn in the palette's colours, with their classes."""
+    row = best_probe(args)
+    sides = [(open_features(args.features, row[name]), ShardSet(args.data, row[name])) for name in ("train_split", "eval_split")]
+    for features, shards in sides:
+        if features.dataset_hash != shards.dataset_hash:
+            raise ValueError(f"{args.features} is not of the images in {args.data}; name the shards it was extracted from")
+    (train, train_shards), (evaluated, shards) = sides
+    Q = min(args.queries or 8, shards.n_images)
+    queries = np.arange(Q) * shards.n_images // Q
+    found = nearest(train, evaluated, queries, row["layer"], row["features"], args.neighbours or 8)
+    pictures, captions = [], []
+    for query, ids in zip(queries, found, strict=True):
+        grids = np.concatenate([shards.tokens(np.array([query])), train_shards.tokens(ids)])
+        pictures.append(shards.palette.decode(grids))
+        captions += [f"> {evaluated.classes[evaluated.labels[query]]}", *(train.classes[label] for label in train.labels[ids])]
+    scale = max(1, 64 // shards.n_px)
+    save_grid(args.out, np.concatenate(pictures), found.shape[1] + 1, scale, captions)
+
+
 def training(args: argparse.Namespace) -> None:
-    """Loss by step."""
+    """Loss by images seen."""
     vocabularies = {run_dir: read_run(run_dir)["recipe"]["model"]["n_vocab"] for run_dir in args.runs}
     if len(set(vocabularies.values())) > 1:
         sizes = ", ".join(f"{run_dir} {n_vocab}" for run_dir, n_vocab in vocabularies.items())
         raise ValueError(f"losses over palettes of different sizes do not compare ({sizes}); draw them apart")
-    runs = {str(run_dir): read_json_lines(run_dir / "train.jsonl") for run_dir in args.runs}
-    title = args.title or f"Pre-training: {', '.join(run_dir.resolve().name for run_dir in args.runs)}"
-    training_curve(runs, vocabularies[args.runs[0]], args.out, title)
+    names = [run_dir.resolve().name for run_dir in args.runs]
+    if len(set(names)) < len(names):
+        names = [str(run_dir) for run_dir in args.runs]
+    runs = {name: read_json_lines(run_dir / "train.jsonl") for name, run_dir in zip(names, args.runs, strict=True)}
+    title = args.title or f"Pre-training: {', '.join(names) if len(names) <= 3 else f'{len(names)} runs'}"
+    training_curve(runs, vocabularies[args.runs[0]], args.out, title, args.log)
+
+
+def planned(args: argparse.Namespace) -> None:
+    """Days by GPUs."""
+    tables = {}
+    for path in args.runs:
+        rows = read_json(path, "planned table")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "gpus" in row for row in rows) or len(rows) < 2:
+            raise ValueError(f"{path} is no table of `python -m igpt_ds.plan --table --json`")
+        known = next((row for row in rows if "recipe" in row), {"recipe": path.stem, "gpu": ""})
+        tables[f"{known['recipe']}, {known['gpu']}"] = rows
+    plan_curve(tables, args.out, args.title or "Planned training: days, and MFU at each point")
 
 
 if __name__ == "__main__":

@@ -1,52 +1,61 @@
 """Linear probes: how much a linear classifier reads out of each layer's features.
 
     python tools/linear_probe.py --features features/s features/untrained features/pixels --out results.jsonl
+    python tools/linear_probe.py --protocol low_data --features features/s --kinds normed --out results.jsonl
 
-One row a layer goes to results.jsonl; a row that was measured before is replaced. Penalty and best layer are chosen on a
-tenth of the training images; the accuracy is that on --eval_split.
+Rows go to results.jsonl; one that was measured before is replaced. Penalty and layer are chosen on a tenth of the training
+images; the accuracy is that on --eval_split. The protocols:
+
+    best_layer  every layer by itself, a row each; the best is chosen when rows are read (paper 4.1)
+    concat      the features of five layers around the best one, side by side (paper 4.4)
+    low_data    the best layer with 40, 250 and 4000 labels, on five balanced subsets each: mean and deviation (paper 4.7)
+    mask_vote   the best layer of a bert model: the modal prediction over five masks of each image (paper 4.6)
+
+All but the first look for the best layer themselves, among --layers; a single one is taken as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from igpt_ds import cli
-from igpt_ds.evaluate.features import KINDS, FeatureSet, open_features, pick_device
-from igpt_ds.evaluate.protocols import C_GRID, PRECISIONS, Probe, linear_probe
-from igpt_ds.evaluate.results import add_results, make_row, markdown_table, read_results
+from igpt_ds.evaluate import variants
+from igpt_ds.evaluate.feature_files import FeatureSet, open_features
+from igpt_ds.evaluate.features import KINDS, pick_device
+from igpt_ds.evaluate.protocols import C_GRID, PRECISIONS, Settings, linear_probe
+from igpt_ds.evaluate.results import add_results, by_layer, make_row, markdown_table, read_results
+
+Results = Iterator[tuple[Any, dict[str, Any]]]  # probes, and what else their rows say
+say = partial(print, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Opens everything, probes layer by layer, prints the table of best layers."""
+    """Opens everything, probes, prints the table of best layers."""
     args = parse(argv)
     read_results(args.out)  # a damaged file is found now and not after the first probe
+    settings = Settings.of(args.C_grid, tol=args.tol, seed=args.seed, device=pick_device(args.device), precision=args.precision)
     sets = [(open_features(path, args.train_split), open_features(path, args.eval_split)) for path in args.features]
-    work = [(train, evaluated, layer, kind) for train, evaluated in sets for layer, kind in asked(train, args)]
+    work = [(train, evaluated, kind, layers) for train, evaluated in sets for kind, layers in asked(train, args)]
+    protocol: Callable[..., Results] = {
+        "best_layer": every_layer,
+        "concat": concat,
+        "low_data": low_data,
+        "mask_vote": mask_vote,
+    }[args.protocol]
     rows = []
-    progress = tqdm(work, unit="probe", desc="probes", disable=None)
-    for train, evaluated, layer, kind in progress:
-        probe = linear_probe(
-            train,
-            evaluated,
-            layer,
-            kind,
-            C_grid=args.C_grid,
-            tol=args.tol,
-            seed=args.seed,
-            max_train=args.max_train,
-            device=pick_device(args.device),
-            precision=args.precision,
-        )
-        rows.append(make_row(probe, train, evaluated))
-        add_results(args.out, rows[-1:])
-        report(probe, train, progress)
-    print(markdown_table(rows))
-    print(f"{args.out}: {len(rows)} rows")
+    for train, evaluated, kind, layers in work:
+        for probe, more in protocol(args, train, evaluated, kind, layers, settings):
+            rows.append(make_row(probe, train, evaluated, args.protocol, **more))
+            add_results(args.out, rows[-1:])
+            report(rows[-1], train)
+    if by_layer(rows):
+        say(markdown_table(rows))
+    say(f"{args.out}: {len(rows)} rows")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,39 +63,98 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--features", type=Path, nargs="+", required=True, help="feature directories")
     parser.add_argument("--out", type=Path, required=True, help="results.jsonl to add to")
+    parser.add_argument(
+        "--protocol", choices=("best_layer", "concat", "low_data", "mask_vote"), default="best_layer", help="see above"
+    )
     parser.add_argument("--layers", type=int, nargs="+", help="layers to probe; all when left out")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds to probe; all when left out")
     parser.add_argument("--train_split", default="train", help="split to fit on")
     parser.add_argument("--eval_split", default="val", help="split whose accuracy is reported")
     parser.add_argument("--C_grid", type=float, nargs="+", default=C_GRID, help="scikit-learn's C, inverse penalties to try")
     parser.add_argument("--tol", type=float, default=1e-6, help="largest entry of the gradient of objective / (C N) at the end")
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out tenth")
-    parser.add_argument("--max_train", type=int, help="fit on that many images only, classes in proportion")
+    parser.add_argument("--seed", type=int, default=0, help="of the held-out tenth, of subsets and of broken ties")
+    parser.add_argument("--max_train", type=int, help="best_layer: fit on that many images only, classes in proportion")
+    parser.add_argument("--n_labels", type=int, nargs="+", default=variants.LABELS, help="low_data: labels of a subset")
+    parser.add_argument("--subsets", type=int, default=variants.SUBSETS, help="low_data: random subsets")
+    parser.add_argument("--n_masks", type=int, default=variants.N_MASKS, help="mask_vote: masks that vote")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp64", help="of the matrix products")
-    return parser.parse_args(argv)
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the features in memory")
+    args = parser.parse_args(argv)
+    if args.max_train is not None and args.protocol != "best_layer":
+        raise ValueError(f"--max_train belongs to --protocol best_layer, not {args.protocol}; leave it out")
+    for name, least in (("subsets", 1), ("n_masks", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+    return args
 
 
-def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[int, str]]:
-    """The layers and kinds to probe. Pixels stand outside: they have one layer of one kind, which is always probed."""
+def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[str, list[int]]]:
+    """The kinds and layers to probe. Pixels stand outside: they have one layer of one kind, which is always probed."""
     if features.kinds == ["pixels"]:
-        return [(layer, "pixels") for layer in features.layers]
-    pairs = [(layer, kind) for kind in args.kinds or features.kinds for layer in args.layers or features.layers]
-    for layer, kind in pairs:
-        features.layer(layer, kind)  # whatever is missing or torn is found before the first probe
+        return [("pixels", features.layers)]
+    pairs = [(kind, args.layers or features.layers) for kind in args.kinds or features.kinds]
+    for kind, layers in pairs:
+        for layer in layers:
+            features.layer(layer, kind)  # whatever is missing or torn is found before the first probe
     return pairs
 
 
-def report(probe: Probe, train: FeatureSet, progress: tqdm) -> None:
-    """One line on a probe, and a warning where its result needs a second look."""
-    what = f"{train.path} layer {probe.layer} {probe.kind}"
-    found = f"C {probe.C:g}, held out {100 * probe.held_out_accuracy:.2f} %, {probe.eval_split} {100 * probe.accuracy:.2f} %"
-    progress.write(f"{what}: {found}, {probe.iterations} iterations", file=sys.stdout)
-    if probe.grid_edge:
-        progress.write(f"warning: {what}: C {probe.C:g} is the grid's {probe.grid_edge} end; widen --C_grid", file=sys.stderr)
-    if not probe.converged:
-        left = f"gradient {probe.grad_norm:.1e} after {probe.iterations} iterations"
-        progress.write(f"warning: {what}: not converged, {left}; leave the largest values out of --C_grid", file=sys.stderr)
+def every_layer(
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: Settings
+) -> Results:
+    """A probe for each layer."""
+    for layer in layers:
+        yield linear_probe(train, evaluated, layer, kind, settings, args.max_train), {}
+
+
+def concat(
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: Settings
+) -> Results:
+    """One probe of five layers."""
+    variants.window(train.layers, layers[0])  # too few layers are noticed before any is searched
+    layer = variants.best_layer(train, layers, kind, settings, say)
+    yield variants.concat(train, evaluated, layer, kind, settings)
+
+
+def low_data(
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: Settings
+) -> Results:
+    """A result for each number of labels. The layer is the best for all labels, which the row says."""
+    for n_labels in args.n_labels:
+        variants.balanced_subset(train, n_labels, settings.seed, 0)  # the same, for labels
+    layer = variants.best_layer(train, layers, kind, settings, say)
+    chosen = {"layer_chosen_by": "name" if len(layers) == 1 else "held-out tenth of all labels"}
+    for n_labels in args.n_labels:
+        yield variants.low_data(train, evaluated, layer, kind, n_labels, settings, args.subsets), chosen
+
+
+def mask_vote(
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: Settings
+) -> Results:
+    """One probe, and the vote over its masks."""
+    variants.check_masks(train, evaluated, args.n_masks)
+    layer = variants.best_layer(train, layers, kind, settings, say)
+    yield variants.mask_vote(train, evaluated, layer, kind, settings, args.n_masks)
+
+
+def report(row: dict[str, Any], train: FeatureSet) -> None:
+    """One line on a result, and a warning where it needs a second look."""
+    layers = "+".join(map(str, row.get("layers", [row["layer"]])))
+    what = f"{train.path} layer {layers} {row['features']}"
+    accuracy = f"{row['eval_split']} {100 * row['accuracy']:.2f} %"
+    if row["protocol"] == "low_data":
+        what += f", {row['n_labels']} labels"
+        say(f"{what}: {accuracy} +- {100 * row['deviation']:.2f} over {len(row['subset_accuracies'])} subsets")
+    else:
+        ended = f"objective {row['objective']:.6g}, gradient {row['grad_norm']:.1e} after {row['iterations']} iterations"
+        vote = f", one mask {100 * row['single_accuracy']:.2f} %" if "single_accuracy" in row else ""
+        say(f"{what}: C {row['C']:g}, held out {100 * row['held_out_accuracy']:.2f} %, {accuracy}{vote}; {ended}")
+    if row["grid_edge"]:
+        C = row["C_grid"][0 if row["grid_edge"] == "low" else -1]
+        print(f"warning: {what}: C {C:g} is the grid's {row['grid_edge']} end; widen --C_grid", file=sys.stderr)
+    if not row["converged"]:
+        left = f", gradient {row['grad_norm']:.1e} after {row['iterations']} iterations" if "grad_norm" in row else ""
+        print(f"warning: {what}: not converged{left}; leave the largest values out of --C_grid", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,52 @@
-"""Prints what a run reached as Markdown: its validation loss, the best layers, and the accuracy of every layer.
+"""Prints result rows as Markdown: what one run reached at every layer, or the paper's tables with ours beside them.
 
-python tools/tables.py --results runs/demo/results.jsonl --run_dir runs/demo
+    python tools/tables.py --results runs/demo/results.jsonl --run_dir runs/demo
+    python tools/tables.py --results runs/s/results.jsonl runs/m/results.jsonl --paper 1 2 3 4 5
+
+Without --paper: the validation loss of --run_dir, the best layers, and the accuracy of every layer. With it: those tables of the
+paper, its rows and other methods', ours, and the difference; --run_dir adds that run's learning rate to Table 5.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.evaluate.results import experiment, layer_table, markdown_table, read_results
+from igpt_ds.evaluate.results import experiment, layer_table, markdown_table, read_all
+from igpt_ds.evaluate.tables import TITLES, paper_table
 from igpt_ds.files import read_json_lines
-from igpt_ds.train.run_dir import read_run
+from igpt_ds.train.run_dir import read_recipe, read_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads rows, prints tables."""
-    parser = cli.parser(__doc__ or "")
-    parser.add_argument("--results", type=Path, required=True, help="results.jsonl")
-    parser.add_argument("--run_dir", type=Path, help="run whose validation loss is printed")
-    parser.add_argument("--dataset", help="the data set, where the results are of several")
-    args = parser.parse_args(argv)
-    rows = experiment(read_results(args.results), args.dataset)
+    args = parse(argv)
+    every = read_all(args.results)
+    if args.paper:
+        recipes = [read_recipe(args.run_dir / "run.json")] if args.run_dir else []
+        print("\n\n".join(paper_table(number, every, recipes) for number in args.paper))
+        return
+    rows = experiment(every, args.dataset)
     if args.run_dir:
         print(validation_line(args.run_dir) + "\n")
     print(markdown_table(rows) + "\n")
     print(layer_table(rows))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--results", type=Path, nargs="+", required=True, help="results.jsonl of one run or of several")
+    parser.add_argument("--paper", type=int, nargs="+", choices=sorted(TITLES), help="tables of the paper to print instead")
+    parser.add_argument("--run_dir", type=Path, help="run whose validation loss, or learning rate, is printed")
+    parser.add_argument("--dataset", help="the data set, where the results are of several")
+    args = parser.parse_args(argv)
+    if args.paper and args.dataset:
+        raise ValueError(f"--dataset {args.dataset} goes without --paper, whose tables name their own data sets; leave it out")
+    return args
 
 
 def validation_line(run_dir: Path) -> str:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 
 from igpt_ds.data.shards import ShardSet
+from igpt_ds.evaluate.features import Network
 from igpt_ds.evaluate.logistic import Fit, fit
 from igpt_ds.evaluate.protocols import stratified_order
 from igpt_ds.model.transformer import Transformer
@@ -47,10 +47,10 @@ class Reader:
         Raises:
             ValueError: features that are not finite.
         """
-        model = self.model.to(self.device).eval()
+        network = Network(self.model, self.device, self.precision, batch=self.batch)
         for start in range(0, len(ids), self.batch):
             some = ids[start : start + self.batch]
-            values = self._pooled(model, shards.tokens(some))
+            values = network.pooled(shards.tokens(some), [self.layer], ["normed"])[self.layer, "normed"]
             if not np.isfinite(values).all():
                 raise ValueError(f"layer {self.layer} is not finite for images of {shards.path}; check the model, or use fp32")
             yield some, values
@@ -58,13 +58,6 @@ class Reader:
     def all(self, shards: ShardSet, ids: np.ndarray) -> np.ndarray:
         """The features of some images at once: float32 [len(ids), C]."""
         return np.concatenate([values for _, values in self(shards, ids)])
-
-    def _pooled(self, model: Transformer, grids: np.ndarray) -> np.ndarray:
-        tokens = torch.from_numpy(grids.reshape(len(grids), -1).astype(np.int64)).to(self.device)
-        bf16 = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
-        with torch.inference_mode(), bf16:
-            _, n = next(islice(model.residuals(tokens), self.layer, None))  # what lies above is never computed
-            return n.mean(1, dtype=torch.float32).cpu().numpy()
 
 
 @dataclass(frozen=True)

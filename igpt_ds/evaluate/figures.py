@@ -1,6 +1,6 @@
 """Figures: result rows, training rows, scores and likelihoods enter, PNG files leave, without a display and any global state.
 
-Called by `tools/figures.py`, `tools/filter_shards.py` and `tools/sample.py`. Colours are Okabe and Ito's, which colour-blind
+Called by `tools/figures.py`, `sweep_lr.py`, `filter_shards.py` and `sample.py`. Colours are Okabe and Ito's, which colour-blind
 readers can tell apart; line styles and markers say the same again.
 """
 
@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from igpt_ds.evaluate import figures_canvas as canvas
+from igpt_ds.evaluate.figures_canvas import BLACK, COLORS, GREY, LINES
 from igpt_ds.evaluate.results import Row, best_row, label, series
-from igpt_ds.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-_GREY, _BLACK = "#8C8C8C", "#333333"
-_SIZE, _DPI = (8.0, 4.0), 150  # inches, dots an inch: 1200 pixels wide
 
 
 def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -34,14 +30,14 @@ def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
     Args:
         rows: of one experiment (`results.experiment`).
     """
-    figure, axes = _new(title, "layer", f"{rows[0]['eval_split']} accuracy (%)")
+    figure, axes = canvas.new_axes(title, "layer", f"{rows[0]['eval_split']} accuracy (%)")
     models = list(dict.fromkeys(row["model_hash"] for one in series(rows) for row in one if row["weights"] == "trained"))
     for one in series(rows):
         weights, accuracies = one[0]["weights"], [100 * row["accuracy"] for row in one]
         if weights == "pixels":
-            axes.axhline(accuracies[0], color=_BLACK, linestyle=":", label=f"raw pixels ({accuracies[0]:.1f})")
+            axes.axhline(accuracies[0], color=BLACK, linestyle=":", label=f"raw pixels ({accuracies[0]:.1f})")
             continue
-        color = _COLORS[models.index(one[0]["model_hash"]) % len(_COLORS)] if weights == "trained" else _GREY
+        color = COLORS[models.index(one[0]["model_hash"]) % len(COLORS)] if weights == "trained" else GREY
         marker, line = ("o", "-") if one[0]["features"] == "normed" else ("s", "--")
         best = best_row(one)
         text = f"{label(best, rows)} (chosen {100 * best['accuracy']:.1f})"
@@ -52,35 +48,116 @@ def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
             axes.plot([best["layer"]], [height], marker="*", markersize=15, color=color, markeredgecolor="white", zorder=4)
     layers = sorted({row["layer"] for row in rows})
     axes.set_xticks([layer for layer in layers if layer % max(1, math.ceil((layers[-1] + 1) / 16)) == 0])
-    _finish(figure, axes, path)
+    canvas.finish(figure, axes, path)
 
 
-def training_curve(runs: dict[str, list[dict[str, Any]]], n_vocab: int, path: Path, title: str) -> None:
-    """Training and validation loss against step as a PNG, with the loss of a model that knows nothing, ln V.
+def training_curve(runs: dict[str, list[dict[str, Any]]], n_vocab: int, path: Path, title: str, log: bool = False) -> None:
+    """Training and validation loss against images seen as a PNG, with the loss of a model that knows nothing, ln V.
+
+    Images and not steps, so that runs of different batches lie over one another.
 
     Args:
         runs: for each run's name the rows of its train.jsonl; those with "loss" are training steps, those with "val_loss"
             validations, both in nats per token.
         n_vocab: V, the colours of the palette.
+        log: both axes logarithmic, as scaling laws are drawn; leaves out what stands before the first image.
 
     Raises:
         ValueError: a run has no rows yet.
     """
-    figure, axes = _new(title, "step", "nats per token")
-    axes.axhline(math.log(n_vocab), color=_BLACK, linestyle=":", label=f"uniform, ln {n_vocab} = {math.log(n_vocab):.3f}")
+    figure, axes = canvas.new_axes(title, "images seen", "nats per token")
+    axes.axhline(math.log(n_vocab), color=BLACK, linestyle=":", label=f"uniform, ln {n_vocab} = {math.log(n_vocab):.3f}")
     for number, (name, rows) in enumerate(runs.items()):
-        color = _COLORS[number % len(_COLORS)]
+        color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
         prefix = f"{name}: " if len(runs) > 1 else ""
-        training = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-        validation = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+        shown = [row for row in rows if row["images_seen"] or not log]
+        training = [(row["images_seen"], row["loss"]) for row in shown if row.get("loss") is not None]
+        validation = [(row["images_seen"], row["val_loss"]) for row in shown if row.get("val_loss") is not None]
         if not training and not validation:
             raise ValueError(f"run {name} has no rows in its train.jsonl; train first")
         if training:
-            axes.plot(*zip(*training, strict=True), color=color, alpha=0.4, linewidth=1, label=f"{prefix}training")
+            axes.plot(
+                *zip(*training, strict=True), color=color, linestyle=line, alpha=0.4, linewidth=1, label=f"{prefix}training"
+            )
         if validation:
             text = f"{prefix}validation ({validation[-1][1]:.3f})"
-            axes.plot(*zip(*validation, strict=True), color=color, marker="o", markersize=4, label=text)
-    _finish(figure, axes, path)
+            axes.plot(*zip(*validation, strict=True), color=color, linestyle=line, marker="o", markersize=4, label=text)
+    _scale_images(axes, log)
+    canvas.finish(figure, axes, path)
+
+
+def _scale_images(axes: Axes, log: bool) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, ScalarFormatter
+
+    if log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_locator(LogLocator(subs=()))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
+
+
+def rate_curve(
+    rates: Sequence[float],
+    losses: Sequence[float | None],
+    path: Path,
+    title: str,
+    measured: str = "final validation loss, nats per token",
+) -> None:
+    """Final validation loss, or what `measured` says, against the peak rate, on a logarithmic axis, as a PNG; a star at the best.
+
+    Args:
+        rates: at least one.
+        losses: nats per token; None: the run ended by a spike, drawn as a cross above all others.
+    """
+    figure, axes = canvas.new_axes(title, "learning rate", measured)
+    axes.set_xscale("log")
+    known = sorted((rate, loss) for rate, loss in zip(rates, losses, strict=True) if loss is not None)
+    if known:
+        axes.plot(*zip(*known, strict=True), color=COLORS[0], marker="o", markersize=5, label="trained to the end")
+        rate, loss = min(known, key=lambda pair: pair[1])
+        axes.plot([rate], [loss], color=COLORS[0], marker="*", markersize=15, markeredgecolor="white", zorder=4)
+        axes.annotate(f"{rate:g}: {loss:.4f}", (rate, loss), textcoords="offset points", xytext=(0, -18), ha="center")
+    spiked = [rate for rate, loss in zip(rates, losses, strict=True) if loss is None]
+    if spiked:
+        top = [1.0] * len(spiked)
+        over = axes.get_xaxis_transform()
+        axes.plot(spiked, top, linestyle="", marker="x", color=COLORS[1], transform=over, clip_on=False, label="ended by a spike")
+    axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+    axes.set_xticks([], minor=True)
+    axes.margins(0.1, 0.2)
+    canvas.finish(figure, axes, path)
+
+
+def plan_curve(tables: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+    """Days against GPUs on logarithmic axes as a PNG, each point with its MFU; dotted, what each GPU more would be worth at best.
+
+    Args:
+        tables: for each name the rows of `python -m igpt_ds.plan --table --json`; those without "days" are left out.
+
+    Raises:
+        ValueError: a table has no row that can be drawn.
+    """
+    figure, axes = canvas.new_axes(title, "GPUs", "days")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = set()
+    for number, (name, rows) in enumerate(tables.items()):
+        shown = [row for row in rows if row.get("fits")]
+        if not shown:
+            raise ValueError(f"{name} has no number of GPUs on which the run fits; plan it with --table --json on larger GPUs")
+        color = COLORS[number % len(COLORS)]
+        gpus, days = [row["gpus"] for row in shown], [row["days"] for row in shown]
+        axes.plot(gpus, days, color=color, marker="o", markersize=5, label=name)
+        axes.plot(gpus, [days[0] * gpus[0] / N for N in gpus], color=color, linestyle=":", linewidth=1)
+        for row in shown:
+            text, place = f"{100 * row['mfu']:.0f} %", (row["gpus"], row["days"])
+            where: dict[str, Any] = {"xytext": (4, 6)} if number == 0 else {"xytext": (-4, -4 - 11 * number), "ha": "right"}
+            axes.annotate(text, place, textcoords="offset points", fontsize="small", color=color, **where)
+        ticks |= set(gpus)
+    axes.set_xticks(sorted(ticks), [str(N) for N in sorted(ticks)])
+    canvas.finish(figure, axes, path)
 
 
 def score_histogram(scores: dict[str, np.ndarray], threshold: float, path: Path, title: str, bins: int = 100) -> None:
@@ -91,14 +168,14 @@ def score_histogram(scores: dict[str, np.ndarray], threshold: float, path: Path,
     """
     lowest, highest = (float(end([end(values) for values in scores.values()])) for end in (np.min, np.max))
     edges = np.linspace(lowest, highest if highest > lowest else lowest + 1, bins + 1)
-    figure, axes = _new(title, "score: log odds of reference against candidate", "share of images a bin (%)")
+    figure, axes = canvas.new_axes(title, "score: log odds of reference against candidate", "share of images a bin (%)")
     for number, (name, values) in enumerate(scores.items()):
         counts, _ = np.histogram(values, edges)
         line = ("-", "--", ":")[number % 3]
         text = f"{name} ({len(values)})"
-        axes.stairs(100 * counts / len(values), edges, color=_COLORS[number % len(_COLORS)], linestyle=line, label=text)
-    axes.axvline(threshold, color=_BLACK, linestyle=":", label=f"kept from {threshold:.3f}")
-    _finish(figure, axes, path)
+        axes.stairs(100 * counts / len(values), edges, color=COLORS[number % len(COLORS)], linestyle=line, label=text)
+    axes.axvline(threshold, color=BLACK, linestyle=":", label=f"kept from {threshold:.3f}")
+    canvas.finish(figure, axes, path)
 
 
 def heat_maps(images: np.ndarray, nats: np.ndarray, path: Path, columns: int = 2) -> None:
@@ -109,13 +186,9 @@ def heat_maps(images: np.ndarray, nats: np.ndarray, path: Path, columns: int = 2
         nats: float [N, h, w], the negative log-likelihood of each pixel given those before it
         columns: pairs of an image and its map in a row
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(4.4 * columns + 1.2, 2.4 * rows + 0.2), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas.new_figure((4.4 * columns + 1.2, 2.4 * rows + 0.2))
     grid = figure.subplots(rows, 2 * columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -125,30 +198,4 @@ def heat_maps(images: np.ndarray, nats: np.ndarray, path: Path, columns: int = 2
         drawn = right.imshow(cost, cmap="magma", vmin=0.0, vmax=float(nats.max()), interpolation="nearest")
         right.set_title(f"{cost.mean():.3f} nats per token", fontsize="small")
     figure.colorbar(drawn, ax=grid, label="nats of a pixel given those before it", shrink=0.9)
-    _save(figure, path)
-
-
-def _new(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize="medium")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _finish(figure: Figure, axes: Axes, path: Path) -> None:
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})  # the same bytes from the same rows
+    canvas.save(figure, path)

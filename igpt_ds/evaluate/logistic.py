@@ -2,26 +2,29 @@
 
 The objective is scikit-learn's `LogisticRegression(C=...)`: the summed cross entropy times C plus half the squared weights,
 intercepts free. (Their C is the inverse strength of the penalty; it is written `C_grid` and `Fit.C` here, and the C of the
-shapes remains the features' width.) All values of the grid are solved at once: an evaluation is two matrix products for all
-of them. Called by protocols.
+shapes remains the features' width.) The values of the grid are solved together: an evaluation is two matrix products for all
+that have not converged. First every second one, from zero; then the others, from what lies between their neighbours' solutions,
+which saves a fifth of the work. Features in float32 are iterated on in float32 and finished in float64. Called by protocols.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_ds.evaluate.lbfgs import minimise
+from igpt_ds.evaluate.lbfgs import Minimum, minimise
 
 _LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits held at once; on the CPU they then stay in its cache
+_COPIED = {"cpu": 1 << 19, "cuda": 1 << 26}  # and features of which a copy is made
 # The part of the objective that one more step may promise at the end: where classes separate, the gradient is small long
-# before the minimum. This keeps the objective within 1e-6 of the minimum in float64.
-_PROMISE = {torch.float64: 1e-8, torch.float32: 1e-6}
+# before the minimum. This keeps the objective within 1e-6 of the minimum.
+_PROMISE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Fit:
     """G solutions, one for each value of the grid.
 
     `objective` is scikit-learn's. `grad_norm` is the largest absolute entry of the gradient of objective / (C * N), which
-    `tol` bounds. `classes` are the labels that occurred; the K rows of the weights stand for them.
+    `tol` bounds; both are computed in float64 from the features as given. `classes` are the labels that occurred; the K rows of
+    the weights stand for them.
     """
 
     C: np.ndarray  # float64 [G]
@@ -53,7 +57,7 @@ class Fit:
         G, K, width = self.weights.shape
         weights = torch.as_tensor(self.weights).to(features).view(G * K, width)
         intercepts = torch.as_tensor(self.intercepts).to(features).view(G * K, 1)
-        rows = _chunk_rows(features, G * K)
+        rows = _chunk_rows(features, G * K, copied=False)
         best = [(weights @ x.T + intercepts).view(G, K, -1).argmax(1) for x in features.split(rows)]
         return self.classes[torch.cat(best, 1).cpu().numpy()]
 
@@ -70,9 +74,10 @@ class Spectrum:
     def of(features: Tensor) -> Spectrum:
         """The spectrum of features [N, C]: two passes, then an eigendecomposition of [C, C]."""
         N, width = features.shape
-        mean = features.mean(0, dtype=torch.float64)
+        parts = features.split(_chunk_rows(features, 1, copied=True))  # whole, they might be copied
+        mean = torch.stack([x.sum(0, dtype=torch.float64) for x in parts]).sum(0) / N
         covariance = torch.zeros(width, width, dtype=torch.float64, device=features.device)
-        for x in features.split(1 << 14):
+        for x in parts:
             centred = x - mean.to(x)
             covariance += centred.T @ centred
         variances, axes = torch.linalg.eigh(covariance / N)
@@ -89,10 +94,12 @@ def fit(
     spectrum: Spectrum | None = None,
     start: Fit | None = None,
 ) -> Fit:
-    """Minimises the objective for every value of the grid, in the precision and on the device of the features.
+    """Minimises the objective for every value of the grid, on the device of the features.
 
-    Vectors (weights, gradients, history) are float64 whatever the features are. Labels that do not occur get no weights, as
-    in scikit-learn. For two classes scikit-learn fits one weight vector; a doubled penalty gives the same here.
+    Float32 features take float32 products until they have nothing more to say, then float64 ones on parts of them, so that the
+    result is as exact as with float64 features; it costs a few evaluations. Vectors (weights, gradients, history) are float64
+    always. Labels that do not occur get no weights, as in scikit-learn. For two classes scikit-learn fits one weight vector; a
+    doubled penalty gives the same here.
 
     Args:
         features: float64 or float32 [N, C]. Standardise them first: the penalty treats all features alike.
@@ -108,21 +115,19 @@ def fit(
     """
     classes, targets = _check(features, labels, C_grid, tol)
     spectrum = spectrum or Spectrum.of(features)
-    strengths = torch.tensor(list(C_grid), dtype=torch.float64, device=features.device)
-    problem = _Softmax(features, torch.as_tensor(targets, device=features.device), len(classes), strengths, spectrum)
-    theta = spectrum.mean.new_zeros(len(strengths), len(classes), features.shape[1] + 1)
-    if start is not None:
-        assert start.weights.shape == (1, len(classes), features.shape[1]), "start holds one fit of the same shape"
-        theta[..., :-1] = torch.as_tensor(start.weights).to(theta)
-        theta[..., -1] = torch.as_tensor(start.intercepts).to(theta) + theta[..., :-1] @ spectrum.mean
-    found = minimise(problem, theta.flatten(1), tol, max_iterations)
-    theta = found.theta.view_as(theta)
+    grid, N = torch.tensor(list(C_grid), dtype=torch.float64, device=features.device), len(features)
+    problem = _Softmax(features, torch.as_tensor(targets, device=features.device), len(classes), grid, spectrum)
+    if start is not None or len(grid) < 3:
+        found = _solve(problem, _start(start, problem, len(grid)), tol, max_iterations)
+    else:
+        found = _solve_neighbours(problem, grid, tol, max_iterations)
+    theta = found.theta.view(len(grid), len(classes), -1)
     return Fit(
-        C=strengths.cpu().numpy(),
+        C=grid.cpu().numpy(),
         weights=theta[..., :-1].cpu().numpy(),
         intercepts=(theta[..., -1] - theta[..., :-1] @ spectrum.mean).cpu().numpy(),
         classes=classes,
-        objective=(found.value * strengths * len(features)).cpu().numpy(),
+        objective=(found.value * grid * N).cpu().numpy(),
         grad_norm=found.grad_norm.cpu().numpy(),
         iterations=found.iterations.cpu().numpy(),
         converged=found.converged.cpu().numpy(),
@@ -130,11 +135,49 @@ def fit(
     )
 
 
+def _start(start: Fit | None, problem: _Softmax, G: int) -> Tensor:
+    """The first point of G problems, [G, K * (C + 1)]: zero, or a fit with its intercept as seen from the features' mean."""
+    mean = problem.spectrum.mean
+    theta = mean.new_zeros(G, problem.K, len(mean) + 1)
+    if start is not None:
+        assert start.weights.shape == (1, problem.K, len(mean)), "start holds one fit of the same shape"
+        theta[..., :-1] = torch.as_tensor(start.weights).to(theta)
+        theta[..., -1] = torch.as_tensor(start.intercepts).to(theta) + theta[..., :-1] @ mean
+    return theta.flatten(1)
+
+
+def _solve(problem: _Softmax, theta: Tensor, tol: float, max_iterations: int) -> Minimum:
+    """Minimises from theta, in the features' precision first and then in float64, which alone says what has converged."""
+    if problem.dtype == torch.float64:
+        return minimise(problem, theta, tol, max_iterations)
+    rough = minimise(problem, theta, tol, max_iterations)
+    left = max(1, max_iterations - int(rough.iterations.max()))
+    found = minimise(problem.exact(), rough.theta, tol, left)
+    iterations, evaluations = rough.iterations + found.iterations, rough.evaluations + found.evaluations
+    return replace(found, iterations=iterations, evaluations=evaluations)
+
+
+def _solve_neighbours(problem: _Softmax, grid: Tensor, tol: float, max_iterations: int) -> Minimum:
+    """Every second value from the weakest penalty down, then those between, each from a line through its neighbours in log C."""
+    order = grid.argsort()
+    coarse, fine = order.flip(0)[::2].flip(0), order.flip(0)[1::2].flip(0)
+    first = _solve(problem.only(coarse), _start(None, problem, len(coarse)), tol, max_iterations)
+    at, known = grid[fine].log(), grid[coarse].log()
+    above = torch.searchsorted(known, at).clamp(max=len(coarse) - 1)
+    below = (above - 1).clamp_min(0)  # the strongest penalty of an even number has one neighbour alone
+    part = ((at - known[below]) / (known[above] - known[below]).clamp_min(1e-300)).clamp(0, 1)[:, None]
+    second = _solve(problem.only(fine), first.theta[below].lerp(first.theta[above], part), tol, max_iterations)
+    back = torch.cat([coarse, fine]).argsort()
+    names = ("theta", "value", "grad_norm", "iterations", "converged")
+    both = {name: torch.cat([getattr(first, name), getattr(second, name)])[back] for name in names}
+    return replace(first, evaluations=first.evaluations + second.evaluations, **both)
+
+
 def _check(features: Tensor, labels: np.ndarray, C_grid: Sequence[float], tol: float) -> tuple[np.ndarray, np.ndarray]:
     """The labels that occur, and each image's index into them."""
     if features.ndim != 2 or len(features) != len(labels):
         raise ValueError(f"features of shape {list(features.shape)} do not go with {len(labels)} labels; give [N, C] and [N]")
-    if not torch.isfinite(features).all():
+    if not all(torch.isfinite(x).all() for x in features.split(_chunk_rows(features, 1, copied=True))):
         raise ValueError("the features hold values that are not finite; extract them again in fp32")
     if not len(C_grid) or not all(value > 0 and math.isfinite(value) for value in C_grid):
         raise ValueError(f"C_grid={list(C_grid)} must hold positive numbers")
@@ -146,8 +189,9 @@ def _check(features: Tensor, labels: np.ndarray, C_grid: Sequence[float], tol: f
     return classes.astype(np.int64), targets
 
 
-def _chunk_rows(features: Tensor, columns: int) -> int:
-    return max(64, _LOGITS[features.device.type] // columns)
+def _chunk_rows(features: Tensor, columns: int, copied: bool) -> int:
+    where, width = features.device.type, max(1, features.shape[1])
+    return max(64, min(_LOGITS[where] // columns, _COPIED[where] // width if copied else len(features)))
 
 
 class _Softmax:
@@ -157,12 +201,26 @@ class _Softmax:
     frees it from the weights. The solution is the same.
     """
 
+    promise = _PROMISE
+
     def __init__(self, features: Tensor, targets: Tensor, K: int, C_grid: Tensor, spectrum: Spectrum) -> None:
         self.features, self.targets, self.K, self.spectrum = features, targets, K, spectrum
         self.strengths = (2.0 if K == 2 else 1.0) / (C_grid * len(features))
         self.variances = torch.cat([spectrum.variances, spectrum.mean.new_ones(1)])  # the intercept's feature is a one
-        self.promise = _PROMISE[features.dtype]
-        self.resolution = 10 * torch.finfo(features.dtype).eps
+        self.dtype = features.dtype  # of the products
+        self.resolution = 10 * torch.finfo(self.dtype).eps
+
+    def only(self, which: Tensor) -> _Softmax:
+        """The problems of these strengths alone."""
+        chosen = copy(self)
+        chosen.strengths = self.strengths[which]
+        return chosen
+
+    def exact(self) -> _Softmax:
+        """The same with products in float64, of features that are cast part by part."""
+        chosen = copy(self)
+        chosen.dtype, chosen.resolution = torch.float64, 10 * torch.finfo(torch.float64).eps
+        return chosen
 
     def evaluate(self, theta: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values [g], gradients [g, K * (C + 1)] and the softmax's mean curvature [g].
@@ -173,11 +231,12 @@ class _Softmax:
         G, K, N, mean = len(theta), self.K, len(self.features), self.spectrum.mean
         theta = theta.view(G, K, -1)
         weights = theta[..., :-1]
-        W = weights.reshape(G * K, -1).to(self.features)
-        b = (theta[..., -1] - weights @ mean).view(G * K, 1).to(self.features)
+        W = weights.reshape(G * K, -1).to(self.dtype)
+        b = (theta[..., -1] - weights @ mean).view(G * K, 1).to(self.dtype)
         value, squares, gradient = theta.new_zeros(G), theta.new_zeros(G), torch.zeros_like(theta)
-        rows = _chunk_rows(self.features, G * K)
-        for x, y in zip(self.features.split(rows), self.targets.split(rows), strict=True):
+        rows = _chunk_rows(self.features, G * K, copied=self.dtype != self.features.dtype)
+        for stored, y in zip(self.features.split(rows), self.targets.split(rows), strict=True):
+            x = stored.to(self.dtype)
             # Classes before images: a softmax over a far dimension runs twice as fast as over a near one of ten.
             log_p = torch.log_softmax((W @ x.T).add_(b).view(G, K, -1), dim=1)
             target = y.expand(G, 1, -1)

@@ -1,20 +1,21 @@
 """The linear probe (paper 2.4, 3.4): how good a linear classifier is on one layer's features, and how that is measured.
 
-Standardise by the training images; choose the penalty on a tenth of them held out (paper 3.1); fit again on all of them;
-only then look at the split that is reported. The layer, too, is chosen by the held-out tenth (`results.best_row`), never by
-the reported split. In: feature sets. Out: a `Probe` for each layer and kind. Called by `tools/linear_probe.py`.
+Hold out a tenth of the training images (paper 3.1); standardise by the others, and choose the penalty by the accuracy on the
+tenth; standardise and fit again on all training images; only then look at the split that is reported. The layer, too, is chosen
+by the held-out tenth (`results.best_row`), never by the reported split. One copy of the training features is in memory, whatever
+the grid. In: feature sets. Out: a `Probe` for each layer and kind. Called by variants and `tools/linear_probe.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_ds.evaluate.features import FeatureSet
+from igpt_ds.evaluate.feature_files import FeatureSet
 from igpt_ds.evaluate.logistic import Fit, Spectrum, fit
 
 # scikit-learn's C, for standardised features. For 10,000 images raw pixels do best at 1e-2, narrow features at 1 to 100, and
@@ -22,6 +23,82 @@ from igpt_ds.evaluate.logistic import Fit, Spectrum, fit
 C_GRID = tuple(10.0**power for power in range(-5, 4))
 HELD_OUT = 0.1  # of the training images: paper 3.1
 PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32}
+_CHUNK_BYTES = 1 << 21  # of features read at once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How probes are fitted."""
+
+    C_grid: tuple[float, ...] = C_GRID
+    tol: float = 1e-6  # the largest entry of the gradient of objective / (C N) at the end
+    seed: int = 0
+    device: str = "cpu"
+    precision: str = "fp32"  # of the features in memory and of most products; what is reported is exact to float64
+
+    @staticmethod
+    def of(C_grid: Sequence[float], **others: object) -> Settings:
+        """With the grid's values sorted, each once."""
+        return replace(Settings(tuple(sorted({float(value) for value in C_grid}))), **others)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a probe sees of a feature set: one layer of a kind, or several side by side, [N, width]."""
+
+    features: FeatureSet
+    layers: tuple[int, ...]
+    kind: str
+    mask: int = 0  # the number of the mask, where images are masked
+
+    @property
+    def width(self) -> int:
+        """Features of an image."""
+        return len(self.layers) * int(self.features.manifest["n_features"])
+
+    def chunks(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """The rows of some images, in turn: float64 [n, width].
+
+        The files are mapped anew for each piece, so that what was read does not stay in the process's memory.
+        """
+        rows = max(1, _CHUNK_BYTES // (8 * self.width))
+        for start in range(0, len(ids), rows):
+            some = ids[start : start + rows]
+            maps = (self.features.layer(layer, self.kind, self.mask) for layer in self.layers)
+            yield np.concatenate([one[some] for one in maps], axis=1, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Takes features to mean 0 and deviation 1 over the images that it was made of; one that never changes becomes 0."""
+
+    mean: np.ndarray  # float64 [width]
+    scale: np.ndarray
+
+    @staticmethod
+    def of(view: View, ids: np.ndarray) -> Standard:
+        """The moments of these images, in two passes."""
+        mean = np.sum([chunk.sum(0) for chunk in view.chunks(ids)], axis=0) / len(ids)
+        variance = np.sum([np.square(chunk - mean).sum(0) for chunk in view.chunks(ids)], axis=0) / len(ids)
+        deviation = np.sqrt(variance)
+        constant = deviation <= np.finfo(np.float32).eps * np.abs(mean)  # they are stored as float32
+        return Standard(mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=~constant))
+
+    def fill(self, target: Tensor, view: View, ids: np.ndarray) -> None:
+        """Writes the features of these images into target [len(ids), width], in its precision and on its device."""
+        start = 0
+        for chunk in view.chunks(ids):
+            chunk -= self.mean
+            chunk *= self.scale
+            target[start : start + len(chunk)] = torch.from_numpy(chunk)
+            start += len(chunk)
+
+    def predict(self, found: Fit, view: View) -> np.ndarray:
+        """The labels that a fit of one value gives every image of a view, int64 [N], in float64."""
+        labels = []
+        for chunk in view.chunks(np.arange(len(view.features.labels))):
+            labels.append(found.predict(torch.from_numpy((chunk - self.mean) * self.scale))[0])
+        return np.concatenate(labels)
 
 
 @dataclass(frozen=True)
@@ -52,72 +129,112 @@ class Probe:
     precision: str
 
 
+@dataclass
+class Search:
+    """The fits on nine tenths of the training images, for the whole grid, and their accuracy on the tenth."""
+
+    view: View
+    settings: Settings
+    order: np.ndarray  # the images: those of the fit, then the held-out ones
+    x: Tensor  # [N, width], standardised, in that order
+    found: Fit
+    accuracies: np.ndarray  # float64, one a value of the grid
+    spectrum: Spectrum
+
+    @property
+    def best(self) -> int:
+        """The place of the chosen penalty in the grid; of equals, the stronger."""
+        return int(self.accuracies.argmax())
+
+    @staticmethod
+    def of(view: View, ids: np.ndarray, settings: Settings) -> Search:
+        """Searches the grid on these images of a view."""
+        labels = view.features.labels
+        mixed = ids[stratified_order(labels[ids], settings.seed)]
+        n_held_out = max(1, round(HELD_OUT * len(ids)))
+        held_out, rest = np.sort(mixed[:n_held_out]), np.sort(mixed[n_held_out:])
+        x = torch.empty(len(ids), view.width, dtype=PRECISIONS[settings.precision], device=settings.device)
+        standard = Standard.of(view, rest)
+        standard.fill(x[: len(rest)], view, rest)
+        standard.fill(x[len(rest) :], view, held_out)
+        spectrum = Spectrum.of(x[: len(rest)])
+        found = fit(x[: len(rest)], labels[rest], settings.C_grid, tol=settings.tol, spectrum=spectrum)
+        accuracies = (found.predict(x[len(rest) :]) == labels[held_out]).mean(1)
+        return Search(view, settings, np.concatenate([rest, held_out]), x, found, accuracies, spectrum)
+
+    def refit(self) -> tuple[Fit, Standard]:
+        """The fit on all images with the chosen penalty; their features replace those of the search."""
+        labels = self.view.features.labels[self.order]
+        standard = Standard.of(self.view, self.order)
+        standard.fill(self.x, self.view, self.order)
+        start = self.found.only(self.best) if np.array_equal(self.found.classes, np.unique(labels)) else None
+        grid = [self.settings.C_grid[self.best]]
+        return fit(self.x, labels, grid, tol=self.settings.tol, spectrum=self.spectrum, start=start), standard
+
+
+def probe_view(view: View, evaluated: Sequence[View], ids: np.ndarray, settings: Settings) -> tuple[Probe, list[np.ndarray]]:
+    """Probes a view with these training images; the accuracy is that on the first of the evaluated views.
+
+    Returns:
+        the probe, and the predictions for each evaluated view, int64 [N].
+    """
+    search = Search.of(view, ids, settings)
+    final, standard = search.refit()
+    predictions = [standard.predict(final, one) for one in evaluated]
+    best, labels = search.best, view.features.labels[search.order]
+    probe = Probe(
+        layer=view.layers[len(view.layers) // 2],
+        kind=view.kind,
+        train_split=view.features.split,
+        eval_split=evaluated[0].features.split,
+        n_train=len(ids),
+        n_eval=len(evaluated[0].features.labels),
+        n_features=view.width,
+        n_classes=len(final.classes),
+        C=settings.C_grid[best],
+        C_grid=list(settings.C_grid),
+        grid_edge=edge(best, len(settings.C_grid)),
+        held_out_accuracies=[float(accuracy) for accuracy in search.accuracies],
+        held_out_accuracy=float(search.accuracies[best]),
+        train_accuracy=float((final.predict(search.x)[0] == labels).mean()),
+        accuracy=float((predictions[0] == evaluated[0].features.labels).mean()),
+        objective=float(final.objective[0]),
+        grad_norm=float(final.grad_norm[0]),
+        iterations=int(final.iterations[0]),
+        converged=bool(search.found.converged[best] and final.converged[0]),
+        seed=settings.seed,
+        tol=settings.tol,
+        precision=settings.precision,
+    )
+    return probe, predictions
+
+
 def linear_probe(
     train: FeatureSet,
     evaluated: FeatureSet,
     layer: int,
     kind: str,
-    *,
-    C_grid: Sequence[float] = C_GRID,
-    tol: float = 1e-6,
-    seed: int = 0,
+    settings: Settings | None = None,
     max_train: int | None = None,
-    device: str = "cpu",
-    precision: str = "fp64",
 ) -> Probe:
     """Probes one layer.
 
     Args:
-        seed: draws the held-out tenth, and the images of max_train.
+        settings: its seed draws the held-out tenth, and the images of max_train.
         max_train: use that many training images only, the classes in proportion.
 
     Raises:
         ValueError: labels missing or all the same, a max_train, grid or tol without sense, a layer that is not there.
     """
-    grid = sorted({float(value) for value in C_grid})
+    settings = settings or Settings()
     check_labels(evaluated)
-    ids = _training_images(train, max_train, seed)
-    labels = train.labels[ids]
-    features, *moments = _standardised(train.layer(layer, kind)[ids], device, PRECISIONS[precision])
-    order = stratified_order(labels, seed)
-    n_held_out = max(1, round(HELD_OUT * len(ids)))
-    held_out, rest = order[:n_held_out], np.sort(order[n_held_out:])
-    spectrum = Spectrum.of(features)
-    searched = fit(features[torch.from_numpy(rest)], labels[rest], grid, tol=tol, spectrum=spectrum)
-    accuracies = (searched.predict(features[torch.from_numpy(held_out)]) == labels[held_out]).mean(1)
-    best = int(accuracies.argmax())  # the first: of equals, the stronger penalty
-    start = searched.only(best) if np.array_equal(searched.classes, np.unique(labels)) else None
-    final = fit(features, labels, [grid[best]], tol=tol, spectrum=spectrum, start=start)
-    return Probe(
-        layer=layer,
-        kind=kind,
-        train_split=train.split,
-        eval_split=evaluated.split,
-        n_train=len(ids),
-        n_eval=len(evaluated.labels),
-        n_features=features.shape[1],
-        n_classes=len(final.classes),
-        C=grid[best],
-        C_grid=grid,
-        grid_edge=_edge(best, len(grid)),
-        held_out_accuracies=[float(accuracy) for accuracy in accuracies],
-        held_out_accuracy=float(accuracies[best]),
-        train_accuracy=float((final.predict(features)[0] == labels).mean()),
-        accuracy=_accuracy(final, evaluated.layer(layer, kind), evaluated.labels, *moments),
-        objective=float(final.objective[0]),
-        grad_norm=float(final.grad_norm[0]),
-        iterations=int(final.iterations[0]),
-        converged=bool(searched.converged[best] and final.converged[0]),
-        seed=seed,
-        tol=tol,
-        precision=precision,
-    )
+    ids = training_images(train, max_train, settings.seed)
+    return probe_view(View(train, (layer,), kind), [View(evaluated, (layer,), kind)], ids, settings)[0]
 
 
-def _edge(best: int, values: int) -> str | None:
-    if values == 1:
-        return None
-    return {0: "low", values - 1: "high"}.get(best)
+def edge(best: int, values: int) -> str | None:
+    """Which end of the grid the chosen value stands at; a grid of one value has none."""
+    return None if values == 1 else {0: "low", values - 1: "high"}.get(best)
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -138,7 +255,8 @@ def check_labels(features: FeatureSet) -> None:
         raise ValueError(f"{what}, not one of 0..{len(features.classes) - 1}; a probe needs labelled images")
 
 
-def _training_images(train: FeatureSet, max_train: int | None, seed: int) -> np.ndarray:
+def training_images(train: FeatureSet, max_train: int | None, seed: int) -> np.ndarray:
+    """The images to fit on, int64 rising: all, or max_train with the classes in proportion; raises as `linear_probe` does."""
     check_labels(train)
     N = len(train.labels)
     if max_train is not None and not 2 <= max_train <= N:
@@ -151,25 +269,3 @@ def _training_images(train: FeatureSet, max_train: int | None, seed: int) -> np.
         names = ", ".join(train.classes[label] for label in present)
         raise ValueError(f"the training labels hold one class only ({names}), in {train.path}; a probe needs at least 2")
     return ids
-
-
-def _standardised(values: np.ndarray, device: str, dtype: torch.dtype) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Features of mean 0 and deviation 1, with what made them so; a feature that never changes becomes 0."""
-    mean = values.mean(0, dtype=np.float64)
-    deviation = values.std(0, dtype=np.float64)
-    constant = deviation <= np.finfo(np.float32).eps * np.abs(mean)  # they are stored as float32
-    scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=~constant)
-    return _scaled(values, mean, scale, device, dtype), mean, scale
-
-
-def _scaled(values: np.ndarray, mean: np.ndarray, scale: np.ndarray, device: str, dtype: torch.dtype) -> Tensor:
-    tensor = torch.from_numpy(np.array(values)).to(device, dtype)
-    return tensor.sub_(torch.from_numpy(mean).to(tensor)).mul_(torch.from_numpy(scale).to(tensor))
-
-
-def _accuracy(final: Fit, values: np.ndarray, labels: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> float:
-    right = 0
-    for start in range(0, len(values), 1 << 14):
-        part = slice(start, start + (1 << 14))
-        right += int((final.predict(_scaled(values[part], mean, scale, "cpu", torch.float64))[0] == labels[part]).sum())
-    return right / len(values)

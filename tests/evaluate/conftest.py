@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 import torch
 
 from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.features import FORMAT, VERSION, extract, extract_pixels, open_model
+from igpt_ds.evaluate.extraction import extract, extract_pixels
+from igpt_ds.evaluate.feature_files import FORMAT, VERSION
+from igpt_ds.evaluate.features import Network, open_model
 from igpt_ds.model.store import fresh_model, save_model
 
 
@@ -19,8 +23,9 @@ from igpt_ds.model.store import fresh_model, save_model
 def make_model_dir(tiny_config, tiny_dataset):
     """Makes a model dir for the tiny dataset: make_model_dir(path, n_px=4, objective="ar", ...) -> path."""
 
-    def make(path: Path, n_px: int = 4, **changes) -> Path:
-        model = fresh_model(dataclasses.replace(tiny_config, n_px=n_px), seed=1, objective=changes.get("objective", "ar"))
+    def make(path: Path, n_px: int = 4, n_layer: int = 2, n_embd: int = 16, **changes) -> Path:
+        config = dataclasses.replace(tiny_config, n_px=n_px, n_layer=n_layer, n_embd=n_embd)
+        model = fresh_model(config, seed=1, objective=changes.get("objective", "ar"))
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -47,7 +52,8 @@ def both_splits(tiny_dataset) -> list[ShardSet]:
 def features_dir(tmp_path_factory, model_dir, both_splits) -> Path:
     """Features of the tiny model, every layer and kind; read only."""
     path = tmp_path_factory.mktemp("evaluate") / "features"
-    extract(path, both_splits, *open_model(model_dir, both_splits[0]), batch=7)
+    model, origin = open_model(model_dir, both_splits[0])
+    extract(path, both_splits, Network(model, batch=7), origin)
     return path
 
 
@@ -81,13 +87,35 @@ def made_features(tmp_path):
             "step": 1,
             "seed": None,
             "precision": "fp32",
+            "dtype": "fp32",
+            "model": None,
+            "mask_prob": None,
+            "mask_seed": None,
             "layers": [0],
             "kinds": ["normed"],
             "n_features": width,
-            "splits": {split: {"n_images": len(labels), "dataset_hash": split} for split, (_, labels) in splits.items()},
+            "splits": {
+                split: {"n_images": len(labels), "dataset_hash": split, "mask_draws": 0} for split, (_, labels) in splits.items()
+            },
             "classes": [f"class{k}" for k in range(classes)],
         }
         (path / "manifest.json").write_text(json.dumps(manifest))
         return path
 
     return make
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """tool("name", *arguments) -> (exit status, stdout, stderr), in this process, as `python tools/name.py` would."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        status = 0
+        try:
+            runpy.run_path(str(Path(__file__).parents[2] / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run

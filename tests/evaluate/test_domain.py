@@ -24,7 +24,8 @@ from igpt_ds.data.shard_writer import write_dataset
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate.domain import Reader, auc, fit_domain, fold_of, keep_best, n_to_keep
-from igpt_ds.evaluate.features import open_features, open_model
+from igpt_ds.evaluate.feature_files import open_features
+from igpt_ds.evaluate.features import open_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "filter_shards.py"
 RED, BLUE = 0, 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -9,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_ds.evaluate.features import (
-    check_layers,
-    estimated_bytes,
-    extract,
-    extract_pixels,
-    open_features,
-    open_model,
-    pick_device,
-    span,
-)
+from igpt_ds.evaluate.extraction import extract, extract_pixels
+from igpt_ds.evaluate.feature_files import array_bytes, open_features, span
+from igpt_ds.evaluate.features import Network, check_layers, open_model, pick_device
 from igpt_ds.model.store import load_model
+
+
+def made(path, shard_sets, model, origin, batch=32, precision="fp32", **more):
+    """Extracts and returns the path."""
+    extract(path, shard_sets, Network(model, precision=precision, batch=batch), origin, **more)
+    return path
 
 
 def all_tokens(shards):
@@ -36,7 +36,7 @@ def test_bert_features_are_of_the_whole_image(make_model_dir, both_splits, tmp_p
     model_dir = make_model_dir(tmp_path / "model", objective="bert", mask_prob=0.15)
     model, origin = open_model(model_dir, both_splits[0])
     assert (origin.objective, hasattr(model, "sos")) == ("bert", False)
-    extract(tmp_path / "features", both_splits, model, origin, batch=7)
+    made(tmp_path / "features", both_splits, model, origin, batch=7)
     check_against_hooks(tmp_path / "features", model_dir, both_splits)
     tokens = all_tokens(both_splits[0])[:1]
     other = tokens.clone()
@@ -86,7 +86,7 @@ def test_what_is_written_says_what_it_is(features_dir, model_dir, both_splits, t
     assert not features.layer(2, "raw").flags.writeable
     expected = {
         "format": "igpt_ds.features",
-        "version": 1,
+        "version": 2,
         "dataset": tiny_dataset.name,
         "weights": "trained",
         "palette_hash": train.palette_hash,
@@ -96,21 +96,28 @@ def test_what_is_written_says_what_it_is(features_dir, model_dir, both_splits, t
         "step": 7,
         "seed": None,
         "precision": "fp32",
+        "dtype": "fp32",
+        "model": dataclasses.asdict(info.config),
+        "mask_prob": None,
+        "mask_seed": None,
         "layers": [0, 1, 2],
         "kinds": ["normed", "raw"],
         "n_features": 16,
-        "splits": {shards.split: {"n_images": shards.n_images, "dataset_hash": shards.dataset_hash} for shards in both_splits},
+        "splits": {
+            shards.split: {"n_images": shards.n_images, "dataset_hash": shards.dataset_hash, "mask_draws": 0}
+            for shards in both_splits
+        },
         "classes": train.classes,
     }
     assert json.loads((features_dir / "manifest.json").read_text()) == expected
     files = sum(file.stat().st_size for file in features_dir.rglob("layer_*.npy"))
     headers = 128 * len(list(features_dir.rglob("layer_*.npy")))
-    assert files - headers == estimated_bytes(train.n_images + val.n_images, 16, layers=3)
+    assert files - headers == array_bytes(expected) == (train.n_images + val.n_images) * 16 * 4 * 3 * 2
 
 
 @pytest.mark.parametrize("batch", [1, 16, 1000])
 def test_batch_size_changes_nothing(batch, features_dir, model_dir, both_splits, tmp_path):
-    extract(tmp_path / "out", both_splits, *open_model(model_dir, both_splits[0]), batch=batch)
+    made(tmp_path / "out", both_splits, *open_model(model_dir, both_splits[0]), batch=batch)
     for kind in ("normed", "raw"):
         for layer in range(3):
             one, other = (open_features(path, "train").layer(layer, kind) for path in (features_dir, tmp_path / "out"))
@@ -121,7 +128,7 @@ def test_some_layers_and_kinds(features_dir, model_dir, both_splits, tmp_path):
     model, origin = open_model(model_dir, both_splits[0])
     upper = model.blocks[1]
     upper.register_forward_hook(lambda *_: pytest.fail("block 1 lies above the highest layer that was asked for"))
-    extract(tmp_path / "out", both_splits[:1], model, origin, layers=[1, 1], kinds=["raw"])
+    made(tmp_path / "out", both_splits[:1], model, origin, layers=[1, 1], kinds=["raw"])
     features = open_features(tmp_path / "out", "train")
     assert (features.layers, features.kinds) == ([1], ["raw"])
     np.testing.assert_allclose(
@@ -134,20 +141,20 @@ def test_some_layers_and_kinds(features_dir, model_dir, both_splits, tmp_path):
     with pytest.raises(ValueError, match=r"has no split 'val'; it has train"):
         open_features(tmp_path / "out", "val")
     with pytest.raises(ValueError, match="exists already"):
-        extract(tmp_path / "out", both_splits[:1], model, origin)
+        made(tmp_path / "out", both_splits[:1], model, origin)
 
 
 def test_untrained_is_the_shape_with_other_weights(features_dir, model_dir, both_splits, tmp_path):
-    made = {}
+    found = {}
     for name, seed in (("a", 5), ("again", 5), ("b", 6)):
-        extract(tmp_path / name, both_splits, *open_model(model_dir, both_splits[0], untrained=seed))
-        made[name] = open_features(tmp_path / name, "train")
-    a, again, b = made["a"].manifest, made["again"].manifest, made["b"].manifest
+        made(tmp_path / name, both_splits, *open_model(model_dir, both_splits[0], untrained=seed))
+        found[name] = open_features(tmp_path / name, "train")
+    a, again, b = found["a"].manifest, found["again"].manifest, found["b"].manifest
     assert (a["weights"], a["seed"], a["step"]) == ("untrained", 5, 0)
     assert a == again
     assert len({a["model_hash"], b["model_hash"], open_features(features_dir, "train").manifest["model_hash"]}) == 3
-    assert np.array_equal(made["a"].layer(2, "normed"), made["again"].layer(2, "normed"))
-    assert not np.allclose(made["a"].layer(2, "normed"), made["b"].layer(2, "normed"))
+    assert np.array_equal(found["a"].layer(2, "normed"), found["again"].layer(2, "normed"))
+    assert not np.allclose(found["a"].layer(2, "normed"), found["b"].layer(2, "normed"))
 
 
 def test_pixels_are_the_palette_colours(pixels_dir, both_splits):
@@ -167,7 +174,7 @@ def test_pixels_are_the_palette_colours(pixels_dir, both_splits):
 
 
 def test_bf16_stays_close(features_dir, model_dir, both_splits, tmp_path):
-    extract(tmp_path / "out", both_splits, *open_model(model_dir, both_splits[0]), precision="bf16")
+    made(tmp_path / "out", both_splits, *open_model(model_dir, both_splits[0]), precision="bf16")
     rough = open_features(tmp_path / "out", "train")
     assert rough.manifest["precision"] == "bf16"
     exact = open_features(features_dir, "train")
@@ -192,7 +199,7 @@ def test_weights_gone_wrong_are_noticed(model_dir, both_splits, tmp_path):
     with torch.no_grad():
         model.blocks[0].mlp.c_fc.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"layer 1 is not finite for images of .*shards"):
-        extract(tmp_path / "out", both_splits, model, origin)
+        made(tmp_path / "out", both_splits, model, origin)
     assert not list(tmp_path.iterdir()), "nothing half-written may stay behind"
 
 
@@ -229,8 +236,8 @@ def test_no_feature_directory(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"version": 2}, r"manifest\.json is not igpt_ds\.features version 1"),
-        ({"format": "other"}, r"manifest\.json is not igpt_ds\.features version 1"),
+        ({"version": 1}, r"manifest\.json is not igpt_ds\.features version 2"),
+        ({"format": "other"}, r"manifest\.json is not igpt_ds\.features version 2"),
         ({"layers": None}, r"manifest\.json has no 'layers'"),
         ({"weights": None}, r"manifest\.json has no 'weights'"),
     ],

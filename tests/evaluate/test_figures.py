@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from igpt_ds.evaluate import figures
-from igpt_ds.evaluate.figures import heat_maps, layer_curve, score_histogram, training_curve
+from igpt_ds.evaluate import figures_canvas
+from igpt_ds.evaluate.figures import heat_maps, layer_curve, plan_curve, rate_curve, score_histogram, training_curve
 
 
 def made_rows(layers=9):
@@ -39,8 +39,8 @@ def png_size(path):
 def drawn(monkeypatch):
     """The axes of each figure that is drawn."""
     caught = []
-    finish = figures._finish
-    monkeypatch.setattr(figures, "_finish", lambda figure, axes, path: (caught.append(axes), finish(figure, axes, path)))
+    finish = figures_canvas.finish
+    monkeypatch.setattr(figures_canvas, "finish", lambda figure, axes, path: (caught.append(axes), finish(figure, axes, path)))
     return caught
 
 
@@ -79,18 +79,39 @@ def test_many_layers_and_several_models(tmp_path, drawn):
 
 
 def test_training_curve(tmp_path, drawn):
-    rows = [{"step": step, "loss": 3 - step / 10} for step in range(1, 11)] + [{"step": 10, "val_loss": 2.1}]
+    rows = [{"step": step, "images_seen": 64 * step, "loss": 3 - step / 10} for step in range(1, 11)]
+    rows = [{"step": 0, "images_seen": 0, "val_loss": 2.8}, *rows, {"step": 10, "images_seen": 640, "val_loss": 2.1}]
     training_curve({"one": rows}, 16, tmp_path / "one.png", "losses")
     training_curve({"one": rows, "two": rows[-1:]}, 16, tmp_path / "two.png", "losses")
     assert png_size(tmp_path / "one.png") == (1200, 600)
     assert texts(drawn[0]) == ["uniform, ln 16 = 2.773", "training", "validation (2.100)"]
     assert texts(drawn[1])[1:] == ["one: training", "one: validation (2.100)", "two: validation (2.100)"]
     assert drawn[0].get_lines()[0].get_ydata()[0] == pytest.approx(2.7725887)
+    assert drawn[0].get_xlabel() == "images seen"
+    assert list(drawn[0].get_lines()[1].get_xdata()) == [64 * step for step in range(1, 11)]
+    training_curve({str(number): rows for number in range(7)}, 16, tmp_path / "log.png", "losses", log=True)
+    assert (drawn[2].get_xscale(), drawn[2].get_yscale()) == ("log", "log")
+    validations = drawn[2].get_lines()[2::2]
+    assert [len(line.get_xdata()) for line in validations] == [1] * 7  # without the one before the first image
+    assert len({(line.get_color(), line.get_linestyle()) for line in validations}) == 7
+
+
+def test_rate_curve(tmp_path, drawn):
+    rate_curve([0.01, 0.003, 0.001, 0.0003], [None, 2.6, 2.5, 2.7], tmp_path / "a.png", "rates")
+    rate_curve([0.01], [None], tmp_path / "lost.png", "rates")
+    assert png_size(tmp_path / "a.png") == (1200, 600)
+    assert texts(drawn[0]) == ["trained to the end", "ended by a spike"]
+    assert texts(drawn[1]) == ["ended by a spike"]
+    curve, star, crosses = drawn[0].get_lines()
+    assert list(curve.get_xdata()) == [0.0003, 0.001, 0.003]
+    assert (list(star.get_xdata()), list(crosses.get_xdata())) == ([0.001], [0.01])
+    assert [text.get_text() for text in drawn[0].texts] == ["0.001: 2.5000"]
+    assert drawn[0].get_xscale() == "log"
 
 
 def test_a_run_without_rows(tmp_path):
     with pytest.raises(ValueError, match=r"run r has no rows in its train\.jsonl; train first"):
-        training_curve({"r": [{"step": 1, "loss": None}]}, 16, tmp_path / "none.png", "losses")
+        training_curve({"r": [{"step": 1, "images_seen": 64, "loss": None}]}, 16, tmp_path / "none.png", "losses")
     assert not list(tmp_path.iterdir())
 
 
@@ -116,8 +137,8 @@ def test_scores_that_are_all_equal_are_drawn_too(tmp_path, drawn):
 @pytest.mark.parametrize("n", [1, 3])
 def test_heat_maps(tmp_path, monkeypatch, n):
     caught = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: (caught.append(figure), save(figure, path)))
+    save = figures_canvas.save
+    monkeypatch.setattr(figures_canvas, "save", lambda figure, path: (caught.append(figure), save(figure, path)))
     images = np.random.default_rng(0).integers(0, 255, (n, 4, 4, 3), dtype=np.uint8)
     nats = np.arange(n * 16.0).reshape(n, 4, 4)
     heat_maps(images, nats, tmp_path / "a.png")
@@ -132,3 +153,14 @@ def test_heat_maps(tmp_path, monkeypatch, n):
         assert right.images[0].get_clim() == (0, 16 * n - 1)  # one scale for all
         assert right.get_title() == f"{nats[number].mean():.3f} nats per token"
     assert scale.get_ylabel() == "nats of a pixel given those before it"
+
+
+def test_plan_curve_draws_what_fits_beside_the_ideal(drawn, tmp_path):
+    rows = [{"gpus": N, "fits": N > 8, "days": 80 / N, "mfu": 0.4} for N in (8, 16, 32)] + [{"gpus": 64, "reason": "no"}]
+    plan_curve({"xl": rows}, tmp_path / "plan.png", "Plan")
+    (axes,) = drawn
+    days, ideal = (line.get_xydata().tolist() for line in axes.lines)
+    assert days == ideal == [[16, 5.0], [32, 2.5]]
+    assert [text.get_text() for text in axes.texts] == ["40 %", "40 %"]
+    with pytest.raises(ValueError, match=r"^xl has no number of GPUs on which the run fits; "):
+        plan_curve({"xl": rows[:1]}, tmp_path / "none.png", "Plan")

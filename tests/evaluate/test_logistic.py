@@ -32,11 +32,11 @@ def reference(features, labels, C):
     return model, C * cross_entropy + 0.5 * (model.coef_**2).sum()
 
 
-def check_against_reference(features, labels, grid, agree=0.999):
-    found = fit(torch.from_numpy(features), labels, grid)
+def check_against_reference(features, labels, grid, agree=0.999, dtype=torch.float64):
+    found = fit(torch.from_numpy(features).to(dtype), labels, grid)
     assert found.converged.all()
     assert (found.grad_norm <= 1e-6).all()
-    predicted = found.predict(torch.from_numpy(features))
+    predicted = found.predict(torch.from_numpy(features).to(dtype))
     for g, C in enumerate(grid):
         model, objective = reference(features, labels, C)
         assert found.objective[g] == pytest.approx(objective, rel=1e-6), f"C={C}"
@@ -87,14 +87,32 @@ def test_labels_that_do_not_occur(digits):
     assert set(np.unique(found.predict(torch.from_numpy(features)))) <= set(found.classes.tolist())
 
 
-def test_float32_comes_close(digits):
+def test_float32_equals_scikit_learn_too(digits):
+    """The end is in float64, so that objective, gradient and predictions are as exact as with float64 features."""
+    found = check_against_reference(*digits, GRID, dtype=torch.float32)
+    assert found.weights.dtype == np.float64
+
+
+def test_the_order_of_the_grid_means_nothing(digits):
     features, labels = digits
-    exact = fit(torch.from_numpy(features), labels, GRID)
-    rough = fit(torch.from_numpy(features).float(), labels, GRID)
-    assert rough.weights.dtype == np.float64
-    np.testing.assert_allclose(rough.objective, exact.objective, rtol=2e-5)
-    tensors = torch.from_numpy(features), torch.from_numpy(features).float()
-    assert (exact.predict(tensors[0]) == rough.predict(tensors[1])).mean() > 0.999
+    tensor = torch.from_numpy(features)
+    for grid in (GRID, GRID[:4], GRID[:3]):
+        mixed = list(np.random.default_rng(0).permutation(grid))
+        one, other = fit(tensor, labels, grid), fit(tensor, labels, mixed)
+        place = [grid.index(C) for C in mixed]
+        assert other.C.tolist() == mixed
+        np.testing.assert_allclose(other.objective, one.objective[place], rtol=1e-7)
+        assert other.iterations.tolist() == one.iterations[place].tolist()
+
+
+def test_neighbours_save_work(digits):
+    """With each value from zero, the weakest penalties would take as long as their coarse neighbours."""
+    features, labels = digits
+    grid = list(np.logspace(-5, 1, 12))
+    together = fit(torch.from_numpy(features), labels, grid)
+    cold = sum(int(fit(torch.from_numpy(features), labels, [C]).iterations[0]) for C in grid)
+    assert together.converged.all()
+    assert together.iterations.sum() < 0.9 * cold
 
 
 def test_a_grid_is_its_values_one_by_one(digits):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from igpt_ds.evaluate.features import open_features
-from igpt_ds.evaluate.protocols import linear_probe, stratified_order
+from igpt_ds.evaluate.feature_files import open_features
+from igpt_ds.evaluate.protocols import Search, Settings, View, linear_probe, stratified_order
 
 
 def clouds(n, seed, width=6, classes=3, spread=1.0):
@@ -37,33 +42,77 @@ def test_the_whole_protocol_against_scikit_learn(sets):
     splits = {"train": (features[:1000], labels[:1000]), "val": (features[1000:], labels[1000:])}
     train, val = sets(splits, classes=10)
     grid = [1e-4, 1e-3, 1e-2, 1e-1]
-    probe = linear_probe(train, val, 0, "normed", C_grid=grid, seed=3)
+    probe = linear_probe(train, val, 0, "normed", Settings.of(grid, seed=3))
 
-    x, y = splits["train"][0].astype(np.float32).astype(np.float64), splits["train"][1]
-    deviation = x.std(0)
-    scale = np.where(deviation > 0, deviation, 1)
-    x, tested = (x - x.mean(0)) / scale, (splits["val"][0].astype(np.float32) - x.mean(0)) / scale
+    def pipeline(C):
+        return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000, tol=1e-6))
+
+    (x, y), (tested, truth) = ((part[0].astype(np.float32).astype(np.float64), part[1]) for part in splits.values())
     order = stratified_order(y, 3)
-    held_out, rest = order[:100], order[100:]
-    accuracies = [
-        LogisticRegression(C=C, max_iter=2000, tol=1e-6).fit(x[rest], y[rest]).score(x[held_out], y[held_out]) for C in grid
-    ]
+    held_out, rest = order[:100], order[100:]  # moments, too, are those of the rest alone
+    accuracies = [pipeline(C).fit(x[rest], y[rest]).score(x[held_out], y[held_out]) for C in grid]
     best = int(np.argmax(accuracies))
-    final = LogisticRegression(C=grid[best], max_iter=2000, tol=1e-6).fit(x, y)
+    final = pipeline(grid[best]).fit(x, y)
 
-    assert probe.held_out_accuracies == pytest.approx(accuracies, abs=0.011)
+    assert probe.held_out_accuracies == pytest.approx(accuracies, abs=0.001)
     assert grid[best] == probe.C
     assert probe.held_out_accuracy == max(probe.held_out_accuracies)
-    assert probe.accuracy == pytest.approx(final.score(tested, splits["val"][1]), abs=0.002)
+    assert probe.accuracy == pytest.approx(final.score(tested, truth), abs=0.002)
     assert probe.train_accuracy == pytest.approx(final.score(x, y), abs=0.002)
     assert (probe.n_train, probe.n_eval, probe.n_features, probe.n_classes) == (1000, 797, 64, 10)
     assert probe.converged
     assert probe.grad_norm <= 1e-6
 
 
+def test_the_search_never_sees_the_held_out_tenth(sets):
+    """Other features of the held-out images change their accuracy, and not one bit of what was fitted; nor do their labels."""
+    x, y = clouds(200, 1, spread=3)
+    train, _ = sets({"train": (x, y), "val": (x, y)}, name="a")
+    ids = np.arange(200)
+    one = Search.of(View(train, (0,), "normed"), ids, Settings())
+    held_out = one.order[180:]
+    changed = x.copy()
+    changed[held_out] = 1000.0
+    other = Search.of(View(sets({"train": (changed, y), "val": (x, y)}, name="b")[0], (0,), "normed"), ids, Settings())
+    assert sorted(one.order) == list(range(200))
+    assert np.array_equal(other.order, one.order)
+    assert np.array_equal(other.found.weights, one.found.weights)
+    assert (one.accuracies > other.accuracies).any()
+
+
+def test_memory_does_not_hold_the_features_twice(sets):
+    """One copy of 47 MiB, in a process of its own: 1.5 times that is the bar, with the vectors and buffers of a grid in it."""
+    rng = np.random.default_rng(0)
+    splits = {"train": (rng.normal(size=(96_000, 128)), rng.integers(0, 3, 96_000)), "val": clouds(50, 1, width=128)}
+    train, _ = sets(splits)
+    program = (
+        "import sys, threading, torch, psutil, time\n"
+        "from pathlib import Path\n"
+        "from igpt_ds.evaluate.feature_files import open_features\n"
+        "from igpt_ds.evaluate.protocols import Settings, linear_probe\n"
+        "torch.set_num_threads(1)\n"
+        "big, small = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "for path in (small, big):\n"
+        "    before, most, over = psutil.Process().memory_info().rss, [0], threading.Event()\n"
+        "    def watch():\n"
+        "        while not over.wait(0.002):\n"
+        "            most[0] = max(most[0], psutil.Process().memory_info().rss)\n"
+        "    thread = threading.Thread(target=watch)\n"
+        "    thread.start()\n"
+        "    train, val = open_features(path, 'train'), open_features(path, 'val')\n"
+        "    linear_probe(train, val, 0, 'normed', Settings.of([1e-4, 1e-3, 1e-2]))\n"
+        "    over.set()\n"
+        "    thread.join()\n"
+        "print(most[0] - before)\n"
+    )
+    small, _ = sets({"train": clouds(5000, 1, width=128), "val": clouds(50, 1, width=128)}, name="small")
+    done = subprocess.run([sys.executable, "-c", program, train.path, small.path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.5 * 96_000 * 128 * 4, f"{int(done.stdout) / 2**20:.0f} MiB"
+
+
 def test_a_seed_decides_everything(sets):
     train, val = sets({"train": clouds(200, 1, spread=3), "val": clouds(100, 2, spread=3)})
-    probes = [linear_probe(train, val, 0, "normed", seed=seed) for seed in (0, 0, 1)]
+    probes = [linear_probe(train, val, 0, "normed", Settings(seed=seed)) for seed in (0, 0, 1)]
     assert probes[0] == probes[1]
     assert probes[0].held_out_accuracies != probes[2].held_out_accuracies
 
@@ -125,7 +174,7 @@ def test_a_class_that_is_too_rare_to_be_held_out(sets):
 @pytest.mark.parametrize(("grid", "edge"), [([1e5, 1e6, 1e7], "low"), ([1e-9, 1e-2, 1e9], None), ([1.0], None)])
 def test_the_edge_of_the_grid(sets, grid, edge):
     train, val = sets({"train": clouds(300, 1, spread=4, width=60), "val": clouds(100, 2, width=60)})
-    probe = linear_probe(train, val, 0, "normed", C_grid=[*reversed(grid), grid[0]])
+    probe = linear_probe(train, val, 0, "normed", Settings.of([*reversed(grid), grid[0]]))
     assert probe.C_grid == grid
     assert probe.grid_edge == edge
 
@@ -135,13 +184,13 @@ def test_the_upper_edge_of_the_grid(sets):
     rng = np.random.default_rng(0)
     z, y = rng.normal(size=400), rng.integers(0, 2, 400)
     x = np.stack([z, z + 0.1 * y], 1)
-    probe = linear_probe(*sets({"train": (x, y), "val": (x, y)}, classes=2), 0, "normed", C_grid=[1e-4, 1e4])
+    probe = linear_probe(*sets({"train": (x, y), "val": (x, y)}, classes=2), 0, "normed", Settings.of([1e-4, 1e4]))
     assert (probe.grid_edge, probe.accuracy) == ("high", 1.0)
 
 
 def test_float32_finds_the_same(sets):
     train, val = sets()
-    exact, rough = (linear_probe(train, val, 0, "normed", precision=precision) for precision in ("fp64", "fp32"))
+    exact, rough = (linear_probe(train, val, 0, "normed", Settings(precision=precision)) for precision in ("fp64", "fp32"))
     assert exact.accuracy == rough.accuracy
     assert exact.objective == pytest.approx(rough.objective, rel=1e-4)
 

@@ -8,16 +8,22 @@ import json
 import pytest
 
 from igpt_ds.evaluate import results
-from igpt_ds.evaluate.features import open_features
-from igpt_ds.evaluate.protocols import linear_probe
+from igpt_ds.evaluate.feature_files import open_features
+from igpt_ds.evaluate.protocols import Settings, linear_probe
 from igpt_ds.evaluate.results import (
     add_results,
     best_row,
+    by_layer,
     experiment,
+    finetune_row,
     label,
     layer_table,
+    likelihood_row,
     make_row,
     markdown_table,
+    model_name,
+    model_parameters,
+    read_all,
     read_results,
     series,
 )
@@ -27,7 +33,7 @@ from igpt_ds.evaluate.results import (
 def row(features_dir):
     """The row of a real probe."""
     train, val = (open_features(features_dir, split) for split in ("train", "val"))
-    return make_row(linear_probe(train, val, 1, "normed", C_grid=[0.01, 1.0, 100.0]), train, val)
+    return make_row(linear_probe(train, val, 1, "normed", Settings.of([0.01, 1.0, 100.0])), train, val)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,9 @@ def rows(row):
 def test_a_row_says_everything(row, features_dir):
     manifest = json.loads((features_dir / "manifest.json").read_text())
     assert json.loads(json.dumps(row)) == row
-    assert (row["format"], row["version"], row["protocol"]) == ("igpt_ds.result", 1, "linear_probe")
+    assert (row["format"], row["version"], row["kind"], row["protocol"]) == ("igpt_ds.result", 2, "probe", "best_layer")
+    assert row["model"] == {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_px": 4, "n_vocab": 8}
+    assert (row["feature_precision"], row["feature_dtype"]) == ("fp32", "fp32")
     assert (row["features"], row["layer"], row["weights"], row["step"]) == ("normed", 1, "trained", 7)
     assert row["model_hash"] == manifest["model_hash"]
     assert row["dataset_hash"] == {split: manifest["splits"][split]["dataset_hash"] for split in ("train", "val")}
@@ -68,9 +76,26 @@ def test_a_rerun_replaces_its_row(tmp_path, rows):
     again = rows[1] | {"accuracy": 0.123, "git_commit": "later"}
     add_results(path, [again])
     assert read_results(path) == [rows[0], *rows[2:], again]
-    for name, value in (("seed", 1), ("n_train", 7), ("dataset_hash", {"train": "x", "val": "y"}), ("model_hash", "z")):
+    different = {
+        "seed": 1,
+        "n_train": 7,
+        "dataset_hash": {"train": "x", "val": "y"},
+        "model_hash": "z",
+        "feature_precision": "bf16",
+        "feature_dtype": "fp16",
+        "C_grid": [1.0],
+        "tol": 1e-3,
+        "precision": "fp64",
+        "protocol": "sgd",
+        "layers": [0, 1],
+        "n_labels": 40,
+        "mask_draws": 5,
+        "mask_seed": 1,
+    }
+    for name, value in different.items():
+        assert again.get(name) != value
         add_results(path, [again | {name: value}])
-    assert len(read_results(path)) == len(rows) + 4
+    assert len(read_results(path)) == len(rows) + len(different)
     assert [file.name for file in path.parent.iterdir()] == ["results.jsonl"], "nothing temporary may stay behind"
 
 
@@ -78,9 +103,15 @@ def test_a_rerun_replaces_its_row(tmp_path, rows):
     ("line", "complaint"),
     [
         ("{broken", r"results\.jsonl line 2 is not valid JSON; remove the line"),
-        ('{"format": "igpt_ds.result", "version": 9}', r"results\.jsonl line 2 is not igpt_ds\.result version 1"),
-        ("[1]", r"results\.jsonl line 2 is not igpt_ds\.result version 1"),
-        ('{"format": "igpt_ds.result", "version": 1}', r"results\.jsonl line 2 has no 'protocol'"),
+        ('{"format": "igpt_ds.result", "version": 9}', r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
+        ("[1]", r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
+        ('{"format": "igpt_ds.result", "version": 1}', r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
+        (
+            '{"format": "igpt_ds.result", "version": 2, "kind": "guess"}',
+            r"line 2 is of kind 'guess', not one of probe, finetune, likelihood; remove it",
+        ),
+        ('{"format": "igpt_ds.result", "version": 2, "kind": "probe"}', r"results\.jsonl line 2 has no 'weights'"),
+        ('{"format": "igpt_ds.result", "version": 2, "kind": "likelihood"}', r"results\.jsonl line 2 has no 'weights'"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, rows, line, complaint):
@@ -124,12 +155,18 @@ def test_tables(rows):
     ]
 
 
+def test_an_sgd_probe_shows_its_rate(rows):
+    row = {name: value for name, value in rows[-1].items() if name != "C"} | {"protocol": "sgd", "rate": 0.3}
+    assert "| 16 | lr 0.3 | 80.0 | 80.0 |" in markdown_table([row])
+
+
 def test_what_looks_alike_is_told_apart(rows):
     trained = rows[-1]
     other = trained | {"model_hash": "another-model"}
     assert label(trained, rows) == "trained to step 7, normed"
     assert label(other, [*rows, other]) == "trained to step 7 another-, normed"
     assert label(trained | {"step": 9}, [*rows, other]) == "trained to step 9, normed"
+    assert label(trained | {"mask_draws": 5}, rows) == "trained to step 7, normed of masked images"
     assert "normed, seed 0 |" in markdown_table([*rows, other | {"seed": 1}])
     assert "another-, normed, seed 1 |" in markdown_table([*rows, other | {"seed": 1}])
 
@@ -151,9 +188,78 @@ def test_rows_of_one_experiment(rows):
 def test_rows_are_made_of_what_protocols_and_features_say(row, features_dir):
     """No field of a probe or of the features' origin is lost on the way, or overwritten by another of its name."""
     train, val = (open_features(features_dir, split) for split in ("train", "val"))
-    probe = linear_probe(train, val, 1, "normed", C_grid=[0.01, 1.0, 100.0])
+    probe = linear_probe(train, val, 1, "normed", Settings.of([0.01, 1.0, 100.0]))
     assert {field.name for field in dataclasses.fields(probe)} - {"kind"} <= set(row)
-    assert set(results.IDENTITY) | set(results.EXPERIMENT) <= set(row)
+    assert set(results._REQUIRED["probe"]) | set(results.EXPERIMENT) <= set(row)
     for field in dataclasses.fields(probe):
         if field.name != "kind":
             assert row[field.name] == getattr(probe, field.name)
+
+
+MEASURED = {
+    "format": "igpt_ds.likelihood",
+    "version": 1,
+    "commit": "abc",
+    "model_hash": "h",
+    "objective": "ar",
+    "step": 5,
+    "dataset": "cifar10",
+    "dataset_hash": "d",
+    "split": "val",
+    "n_images": 10,
+    "precision": "fp32",
+    "batch": 32,
+    "masks": None,
+    "nats_per_token": {"mean": 2.5, "standard_error": 0.01},
+    "published": None,
+    "published_does_not_apply": ["it is small"],
+}
+FINETUNED = {
+    "weights": "trained",
+    "model_hash": "h",
+    "model": {"n_layer": 24, "n_head": 8, "n_embd": 512, "n_px": 32, "n_vocab": 512},
+    "model_objective": "ar",
+    "step": 5,
+    "dataset": "cifar10",
+    "dataset_hash": {"train": "a", "val": "b"},
+    "n_train": 100,
+    "seed": 0,
+    "loss": "joint",
+    "lr": 0.001,
+    "accuracy": 0.9,
+    "held_out_accuracy": 0.91,
+    "eval_split": "val",
+}
+
+
+def test_rows_of_the_other_kinds(tmp_path, rows, tiny_config):
+    likelihood, finetuned = likelihood_row(MEASURED, tiny_config), finetune_row(**FINETUNED)
+    assert (likelihood["kind"], likelihood["version"], likelihood["model_objective"]) == ("likelihood", 2, "ar")
+    assert likelihood["model"] == dataclasses.asdict(tiny_config)
+    assert (likelihood["nats_per_token"]["mean"], likelihood["git_commit"]) == (2.5, "abc")
+    path = tmp_path / "results.jsonl"
+    add_results(path, [*rows, likelihood, finetuned])
+    add_results(path, [likelihood, finetuned | {"accuracy": 0.95}, finetuned | {"loss": "clf"}, likelihood | {"split": "test"}])
+    assert len(read_results(path)) == len(rows) + 4
+    assert experiment(read_results(path)) == rows, "they are no probes"
+    assert by_layer([*rows, rows[0] | {"protocol": "concat"}, finetuned]) == rows
+    with pytest.raises(AssertionError, match=r"a fine-tuning's row needs \['lr'\]"):
+        finetune_row(**{name: value for name, value in FINETUNED.items() if name != "lr"})
+
+
+def test_rows_of_several_files(tmp_path, rows):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    add_results(one, rows[:2])
+    add_results(two, rows[2:])
+    assert read_all([one, two]) == rows
+    with pytest.raises(ValueError, match=r"--results .*none\.jsonl does not exist; make it with tools/linear_probe\.py"):
+        read_all([one, tmp_path / "none.jsonl"])
+
+
+def test_names_and_sizes_of_models(row):
+    assert model_name(FINETUNED["model"]) == "iGPT-S"
+    assert model_name(row["model"]) == "2 x 16"
+    assert model_name(None) == "model of unknown shape"
+    assert model_name({"n_layer": 8, "n_head": 4, "n_embd": 128}) == "8 x 128", "nano is none of the paper's"
+    assert model_parameters(FINETUNED) == 76_571_648
+    assert model_parameters(row | {"model": None}) is None

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
 import struct
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 
-from igpt_ds.evaluate.features import open_features
+from igpt_ds.evaluate.feature_files import open_features
 from igpt_ds.evaluate.results import read_results
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def png_size(path):
@@ -21,22 +17,6 @@ def png_size(path):
     header = path.read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
     return struct.unpack(">II", header[16:])
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """tool("name", *arguments) -> (exit status, stdout, stderr), in this process, as `python tools/name.py` would."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def test_the_way_from_shards_to_figures(launch, tool, model_dir, tiny_dataset, tmp_path):
@@ -71,9 +51,14 @@ def test_the_way_from_shards_to_figures(launch, tool, model_dir, tiny_dataset, t
         "--max_train",
         len(open_features(directories[0], "train").labels),
     ]
+    again += ["--C_grid", 0.001, 0.1, 10]
     assert tool("linear_probe", "--features", directories[0], "--out", results, *again)[0] == 0
     assert len(read_results(results)) == 13
     assert read_results(results)[-1]["layer"] == 1
+    for more in (["--tol", 1e-5], ["--C_grid", 0.1, 1], ["--precision", "fp64"]):
+        other = tmp_path / "other.jsonl"
+        assert tool("linear_probe", "--features", directories[0], "--out", other, *again, *more)[0] == 0
+    assert len(read_results(other)) == 3, "probes of other settings are other results"
 
     assert tool("figures", "layers", "--results", results, "--out", tmp_path / "layers.png")[:2] == (
         0,
@@ -90,6 +75,47 @@ def test_flags_reach_their_place(tool, model_dir, tiny_dataset, tmp_path):
     features = open_features(tmp_path / "f", "val")
     assert (features.layers, features.kinds, features.manifest["precision"]) == ([0, 2], ["raw"], "bf16")
     assert list(features.manifest["splits"]) == ["val"]
+
+
+def test_parts_and_streams_through_the_tool(tool, model_dir, tiny_dataset, tmp_path):
+    common = ["--model", model_dir, "--data", tiny_dataset, "--batch", 4, "--dtype", "fp16", "--layers", 0, 2]
+    for part in ("1/2", "0/2"):
+        status, said, _ = tool("extract_features", *common, "--part", part, "--out", tmp_path / "parts")
+        assert status == 0
+        assert f"part {part[0]}: " in said
+    assert tool("extract_features", "--merge", 2, "--out", tmp_path / "parts")[:2] == (
+        0,
+        f"{tmp_path}/parts: 48 images of 2 parts\n",
+    )
+    assert tool("extract_features", *common, "--stream_layers", 8, "--out", tmp_path / "streamed")[0] == 0
+    for path in ("parts", "streamed"):
+        features = open_features(tmp_path / path, "train")
+        assert (features.layers, features.layer(2, "raw").dtype) == ([0, 2], np.float16)
+    one, other = (np.asarray(open_features(tmp_path / path, "val").layer(2, "raw")) for path in ("parts", "streamed"))
+    assert np.array_equal(one, other)
+
+
+def test_protocols_through_the_tool(tool, make_model_dir, tiny_dataset, tmp_path):
+    bert = make_model_dir(tmp_path / "bert", objective="bert", mask_prob=0.15, n_layer=4)
+    masks = ["--mask_draws", 1, 5, "--mask_seed", 3]
+    assert tool("extract_features", "--model", bert, "--data", tiny_dataset, *masks, "--out", tmp_path / "f")[0] == 0
+    out, grid = tmp_path / "r.jsonl", ["--C_grid", 0.01, 0.1, 1]
+    common = ["--features", tmp_path / "f", "--kinds", "normed", *grid, "--out", out, "--protocol"]
+    status, said, _ = tool("linear_probe", *common, "concat")
+    assert status == 0
+    assert "layer 0+1+2+3+4 normed: C " in said
+    assert tool("linear_probe", *common, "low_data", "--n_labels", 6, 15, "--subsets", 3)[0] == 0
+    status, said, _ = tool("linear_probe", *common, "mask_vote", "--layers", 2, "--n_masks", 4)
+    assert status == 0
+    assert "one mask " in said
+    rows = read_results(out)
+    assert [row["protocol"] for row in rows] == ["concat", "low_data", "low_data", "mask_vote"]
+    assert (rows[0]["layers"], rows[0]["n_features"]) == ([0, 1, 2, 3, 4], 80)
+    assert [(row["n_labels"], len(row["subset_accuracies"])) for row in rows[1:3]] == [(6, 3), (15, 3)]
+    assert rows[1]["layer_chosen_by"] == "held-out tenth of all labels"
+    assert (rows[3]["layer"], rows[3]["n_masks"], rows[3]["mask_seed"]) == (2, 4, 3)
+    assert tool("linear_probe", *common, "low_data", "--n_labels", 6, "--subsets", 3)[0] == 0
+    assert len(read_results(out)) == 4, "measured again"
 
 
 def test_warnings_of_a_probe(tool, pixels_dir, tmp_path):
@@ -111,7 +137,9 @@ def run_dir(tmp_path):
         path.mkdir()
         run = {"format": "igpt_ds.run", "version": 1, "recipe": {"model": {"n_vocab": n_vocab}}}
         (path / "run.json").write_text(json.dumps(run))
-        (path / "train.jsonl").write_text('{"step": 1, "loss": 2.7}\n{"step": 1, "val_loss": 2.6}\n{"step": 2, "lo')
+        (path / "train.jsonl").write_text(
+            '{"step": 1, "images_seen": 8, "loss": 2.7}\n{"step": 1, "images_seen": 8, "val_loss": 2.6}\n{"step": 2, "lo'
+        )
         return path
 
     return make
@@ -142,6 +170,47 @@ def test_training_figure(tool, run_dir, tmp_path):
         ("extract_features", ["--model", "MODEL", "--data", "SHARDS", "--splits", "test", "--out", "OUT"], "has no split 'test'"),
         ("extract_features", ["--model", "MODEL", "--data", "SHARDS", "--layers", 3, "--out", "OUT"], "--layers 3 is not there"),
         ("extract_features", ["--model", "MODEL", "--data", "SHARDS", "--out", "FEATURES"], "exists already"),
+        ("extract_features", ["--out", "OUT"], "--data is missing; name the shards, or give --merge"),
+        ("extract_features", ["--merge", 0, "--out", "OUT"], "--merge 0 must be at least 1"),
+        ("extract_features", ["--merge", 2, "--out", "OUT"], "out.part-0-of-2 does not exist; extract it with --part"),
+        ("extract_features", ["--pixels", "--part", "0/2", "--data", "SHARDS", "--out", "OUT"], "--pixels needs no model"),
+        (
+            "extract_features",
+            ["--model", "MODEL", "--data", "SHARDS", "--stream_layers", 0, "--out", "OUT"],
+            "--stream_layers 0: name at least 1 image",
+        ),
+        (
+            "extract_features",
+            ["--model", "MODEL", "--untrained", 1, "--data", "SHARDS", "--stream_layers", 8, "--out", "OUT"],
+            "--stream_layers with --untrained: name at least 1 image, and a trained model",
+        ),
+        (
+            "extract_features",
+            ["--model", "MODEL", "--data", "SHARDS", "--mask_draws", 1, "--out", "OUT"],
+            "only bert models see masked images",
+        ),
+        (
+            "linear_probe",
+            ["--features", "FEATURES", "--protocol", "concat", "--out", "OUT"],
+            "concat needs 5 layers and the features hold 0..2",
+        ),
+        (
+            "linear_probe",
+            ["--features", "FEATURES", "--protocol", "concat", "--max_train", 9, "--out", "OUT"],
+            "--max_train belongs to --protocol best_layer, not concat; leave it out",
+        ),
+        ("linear_probe", ["--features", "FEATURES", "--subsets", 0, "--out", "OUT"], "--subsets 0 must be at least 1"),
+        ("linear_probe", ["--features", "FEATURES", "--n_masks", 0, "--out", "OUT"], "--n_masks 0 must be at least 1"),
+        (
+            "linear_probe",
+            ["--features", "FEATURES", "--protocol", "low_data", "--out", "OUT"],
+            "--n_labels 40 must be a multiple of the 3 classes",
+        ),
+        (
+            "linear_probe",
+            ["--features", "FEATURES", "--protocol", "mask_vote", "--out", "OUT"],
+            "has 0 mask draws, and a vote needs 1; extract with --mask_draws 1 5",
+        ),
         ("linear_probe", ["--features", "none", "--out", "OUT"], "none is no feature directory"),
         ("linear_probe", ["--features", "FEATURES", "--eval_split", "test", "--out", "OUT"], "has no split 'test'"),
         ("linear_probe", ["--features", "FEATURES", "--layers", 9, "--out", "OUT"], "features hold layers 0..2, from"),
@@ -149,9 +218,12 @@ def test_training_figure(tool, run_dir, tmp_path):
         ("linear_probe", ["--features", "FEATURES", "--C_grid", 0, "--out", "OUT"], "C_grid=[0.0] must hold positive numbers"),
         ("figures", ["layers", "--out", "OUT"], "layers reads --results FILE"),
         ("figures", ["layers", "RUN", "--results", "x", "--out", "OUT"], "layers reads --results FILE"),
-        ("figures", ["layers", "--results", "none", "--out", "OUT"], "the results hold no rows; probe first"),
+        ("figures", ["layers", "--results", "none", "--out", "OUT"], "--results none does not exist; make it with"),
         ("figures", ["training", "--out", "OUT"], "training reads run directories"),
         ("figures", ["training", "none", "--results", "x", "--out", "OUT"], "training reads run directories"),
+        ("figures", ["plan", "--out", "OUT"], "plan reads files of"),
+        ("figures", ["plan", "none.json", "--log", "--out", "OUT"], "--log is for training; plan is drawn on axes of its own"),
+        ("figures", ["plan", "ds_configs/zero3_bf16.json", "--out", "OUT"], "ds_configs/zero3_bf16.json is no table of"),
         ("figures", ["training", "none", "--out", "OUT"], "run config none/run.json does not exist"),
     ],
 )

@@ -1,0 +1,147 @@
+"""What a fine-tuned network takes images for: a network with a class head and shards enter, predictions and a row leave.
+
+"bert" is shown each image through several masks, for its inputs were masked in training, and takes the class that most of them
+give (paper 4.6). All ranks work together, or one process alone. Called by finetune.py and `tools/evaluate_classifier.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from igpt_ds import dist
+from igpt_ds.data.loader import one_pass
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.evaluate.results import Row, finetune_row
+from igpt_ds.evaluate.variants import vote
+from igpt_ds.files import read_json
+from igpt_ds.model.objectives import draw_masks
+from igpt_ds.model.store import ModelInfo
+
+CONFUSION_FORMAT, CONFUSION_VERSION = "igpt_ds.confusion", 1
+MASK_SEED = 0
+Network = Callable[..., tuple[Any, torch.Tensor]]  # of a model.classifier.Classifier
+
+
+def check_classes(info: ModelInfo, shards: ShardSet) -> None:
+    """Refuses shards with other classes or colours than a model was fine-tuned on.
+
+    Raises:
+        ValueError: they differ.
+    """
+    assert info.class_head is not None
+    if shards.classes != info.class_head["classes"]:
+        raise ValueError(f"{shards.path} has other classes than the model was fine-tuned on; name shards of that dataset")
+    if shards.palette_hash != info.palette_hash:
+        raise ValueError(f"{shards.path} has another palette than the model; make the shards again with the model's palette.npy")
+
+
+def predict(
+    network: Network, shards: ShardSet, batch: int, device: torch.device | str, mask_prob: float | None, mask_draws: int
+) -> np.ndarray:
+    """The class that the network takes each image for, seen through each mask: int64 [M, N], M = 1 where nothing is masked.
+
+    Args:
+        network: in eval mode.
+        batch: images of a rank at once.
+        mask_prob: None hides nothing; then mask_draws does not count.
+    """
+    draws = 1 if mask_prob is None else mask_draws
+    found = np.zeros((draws, shards.n_images), dtype=np.int64)
+    mine: list[tuple[np.ndarray, np.ndarray]] = []
+    with torch.no_grad():
+        for ids, _ in one_pass(shards.n_images, batch, dist.data_rank(), dist.data_world_size()):
+            tokens = torch.from_numpy(shards.tokens(ids).reshape(batch, -1)).to(device).long()
+            classes = []
+            for draw in range(draws):
+                mask = None
+                if mask_prob is not None:
+                    mask = draw_masks(MASK_SEED, ids + (draw << 40), tokens.size(1), mask_prob).to(device)
+                classes.append(network(tokens, mask, with_pixels=False)[1].argmax(1))
+            mine.append((ids, torch.stack(classes).cpu().numpy()))
+    for ids, classes_of in (pair for rank in dist.gather_objects(mine) for pair in rank):
+        found[:, ids] = classes_of
+    return found
+
+
+def judge(predictions: np.ndarray, labels: np.ndarray, K: int, seed: int = MASK_SEED) -> tuple[float, float, np.ndarray]:
+    """predictions [M, N], labels [N] -> accuracy of the vote, mean accuracy of one mask, confusion int64 [K, K].
+
+    Rows of the confusion are true classes, columns those that the vote gives.
+    """
+    voted = vote(predictions, K, seed)
+    counts = np.bincount(labels * K + voted, minlength=K * K).reshape(K, K)
+    return float((voted == labels).mean()), float((predictions == labels).mean()), counts
+
+
+def result(
+    network: Network,
+    info: ModelInfo,
+    held_out: ShardSet,
+    evaluated: ShardSet,
+    batch: int,
+    device: torch.device | str,
+    mask_draws: int,
+) -> tuple[Row, dict[str, Any]]:
+    """Reads both splits once: the row of a fine-tuning, and its confusion matrix as a JSON-ready dict.
+
+    Args:
+        info: of the model dir whose weights the network has.
+        held_out: the images that chose the step; evaluated: those that nobody looked at.
+    """
+    head = info.class_head
+    assert head is not None
+    mask_prob, K = info.mask_prob if info.objective == "bert" else None, len(head["classes"])
+    judged = []
+    for shards in (held_out, evaluated):
+        predictions = predict(network, shards, batch, device, mask_prob, mask_draws)
+        labels = shards.labels(np.arange(shards.n_images))
+        judged.append(judge(predictions, labels, K))
+    (held_out_accuracy, _, _), (accuracy, single, counts) = judged
+    masks = {} if mask_prob is None else {"n_masks": mask_draws, "mask_seed": MASK_SEED, "single_accuracy": single}
+    of_both = {held_out.split: held_out.dataset_hash, evaluated.split: evaluated.dataset_hash}
+    crop = f"pad {head['augment_pad']}" if head["augment_pad"] else ""
+    row = finetune_row(
+        weights="trained" if head["start"] else "untrained",
+        model_hash=info.model_hash,
+        start_hash=head["start"],
+        model=dataclasses.asdict(info.config),
+        model_objective=info.objective,
+        step=head["start_step"],  # of pre-training
+        dataset=evaluated.name,
+        dataset_hash={head["train_split"]: head["dataset_hash"], **of_both},
+        **{
+            name: head[name]
+            for name in ("train_split", "n_train", "seed", "loss", "gen_scale", "lr", "batch_images", "precision")
+        },
+        head_layer=head["layer"],
+        augmentation=" ".join(word for word in (crop, "flip" if head["augment_flip"] else "") if word) or "none",
+        best_step=info.step,
+        held_out_split=held_out.split,
+        eval_split=evaluated.split,
+        n_eval=evaluated.n_images,
+        held_out_accuracy=held_out_accuracy,
+        accuracy=accuracy,
+        palette_hash=info.palette_hash,
+        **masks,
+    )
+    about = {"format": CONFUSION_FORMAT, "version": CONFUSION_VERSION, "model_hash": info.model_hash, "split": evaluated.split}
+    return row, about | {"classes": head["classes"], "counts": counts.tolist()}
+
+
+def read_confusion(path: Path) -> dict[str, Any]:
+    """A confusion matrix as `tools/evaluate_classifier.py --confusion` writes it: classes, counts, split, model_hash.
+
+    Raises:
+        ValueError: no such file, or another format or version.
+    """
+    values = read_json(path, "confusion matrix")
+    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (CONFUSION_FORMAT, CONFUSION_VERSION):
+        known = f"{CONFUSION_FORMAT} version {CONFUSION_VERSION}"
+        raise ValueError(f"{path} is not {known}; make it with tools/evaluate_classifier.py --confusion")
+    return values

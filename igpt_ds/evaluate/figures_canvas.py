@@ -1,0 +1,55 @@
+"""What every figure shares: its size, its colours, its axes, and how it becomes a PNG without a display and any global state.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Called by `figures` and `figures_paper`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from igpt_ds.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+LINES = ("-", "--", "-.")
+GREY, BLACK = "#8C8C8C", "#333333"
+SIZE, DPI = (8.0, 4.0), 150  # inches, dots an inch: 1200 pixels wide
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, titled and labelled."""
+    figure = new_figure(SIZE)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def finish(figure: Figure, axes: Axes, path: Path) -> None:
+    """Adds the legend, right of the axes, and writes."""
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG, whole or not at all."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})  # the same bytes from the same rows

@@ -1,0 +1,207 @@
+"""The paper's Figures 2, 3 and 4 from result rows, with its own numbers where it prints them; and a confusion matrix.
+
+In: result rows (`results.py`), counts. Out: PNG files. Called by `tools/figures.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from igpt_ds.evaluate import figures_canvas as canvas
+from igpt_ds.evaluate.figures_canvas import BLACK, COLORS, LINES
+from igpt_ds.evaluate.paper import FIGURE_4, Bar
+from igpt_ds.evaluate.results import Row, best_row, by_layer, model_name, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SHADES = {"probe": ("#0072B2", "#5AB4E5"), "finetune": ("#D55E00", "#F5A05A")}  # of one mask, and of what a vote adds
+_OBJECTIVES = {"ar": "AR", "bert": "BERT"}
+
+
+def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Accuracy against layer for several data sets (paper Figure 2): a line for each, a star at the best layer of each.
+
+    Args:
+        rows: of trained models; one kind of features is drawn, normed where there are such.
+
+    Raises:
+        ValueError: no probe by layer of a trained model.
+    """
+    lines = [one for one in _trained(rows) if len(one) > 1]
+    if not lines:
+        raise ValueError("the results hold no probes of several layers of a trained model; run tools/linear_probe.py first")
+    figure, axes = canvas.new_axes(title, "layer", "linear probe accuracy (%)")
+    datasets, models = (list(dict.fromkeys(one[0][name] for one in lines)) for name in ("dataset", "model_hash"))
+    for one in lines:
+        best, color = best_row(one), COLORS[datasets.index(one[0]["dataset"]) % len(COLORS)]
+        style = LINES[models.index(one[0]["model_hash"]) % len(LINES)]
+        model = f", {_name(best)}" if len(models) > 1 else ""
+        text = f"{best['dataset']} {best['eval_split']}{model} ({100 * best['accuracy']:.1f} at {best['layer']})"
+        heights = [100 * row["accuracy"] for row in one]
+        layers = [row["layer"] for row in one]
+        axes.plot(layers, heights, color=color, linestyle=style, marker="o", markersize=4, label=text)
+        star = ([best["layer"]], [100 * best["accuracy"]])
+        axes.plot(*star, marker="*", markersize=15, color=color, markeredgecolor="white", zorder=4)
+    last = max(row["layer"] for one in lines for row in one)
+    axes.set_xticks(range(0, last + 1, max(1, math.ceil((last + 1) / 16))))
+    canvas.finish(figure, axes, path)
+
+
+def _trained(rows: Sequence[Row]) -> list[list[Row]]:
+    """The series of trained models, one for each model and data set: of normed features if there are, of masked images if any.
+
+    A BERT model is probed on masked images because it was trained on such (paper 4.6).
+    """
+    found: dict[tuple[str, str], list[Row]] = {}
+    for one in sorted(series([row for row in by_layer(rows) if row["weights"] == "trained"]), key=_preferred):
+        found[one[0]["dataset"], one[0]["model_hash"]] = one
+    return sorted(found.values(), key=lambda one: one[0]["dataset"])
+
+
+def _preferred(one: list[Row]) -> tuple[bool, bool]:
+    return one[0]["features"] == "normed", bool(one[0].get("mask_draws"))
+
+
+def _name(row: Row) -> str:
+    name = model_name(row.get("model"))
+    return f"{name} {_OBJECTIVES[row['model_objective']]}" if row["model_objective"] == "bert" else name
+
+
+def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, list[tuple[float, float, int]]]:
+    """Figure 3's points: for each size of model (nats per token, best layer's accuracy in percent, step), by rising step.
+
+    A probe and a likelihood meet where they are of the same model; the best layer is chosen by the held-out images.
+
+    Args:
+        dataset: that was probed, where there are several.
+
+    Raises:
+        ValueError: no model has both, or the likelihoods or the probes are of several data sets.
+    """
+    likelihoods = {row["model_hash"]: row for row in rows if row["kind"] == "likelihood"}
+    lines = [one for one in _trained(rows) if one[0]["model_hash"] in likelihoods and dataset in (None, one[0]["dataset"])]
+    if not lines:
+        raise ValueError("no model has both a probe and a likelihood; run tools/evaluate.py --results on the models probed")
+    probed = sorted({one[0]["dataset"] for one in lines})
+    if len(probed) > 1:
+        raise ValueError(f"the probes are of several data sets ({', '.join(probed)}); choose one with --dataset")
+    used = [likelihoods[one[0]["model_hash"]] for one in lines]
+    measured = sorted({f"{row['dataset']} {row['split']} ({row['dataset_hash'][:8]})" for row in used})
+    if len(measured) > 1:
+        raise ValueError(f"the likelihoods are of several sets of images ({', '.join(measured)}) and do not compare")
+    found: dict[str, list[tuple[float, float, int]]] = {}
+    for one, loss in sorted(zip(lines, used, strict=True), key=lambda pair: (pair[1]["model"]["n_embd"], pair[1]["step"])):
+        point = (loss["nats_per_token"]["mean"], 100 * best_row(one)["accuracy"], loss["step"])
+        found.setdefault(_name(loss), []).append(point)
+    return found
+
+
+def loss_curves(rows: Sequence[Row], path: Path, title: str, dataset: str | None = None) -> None:
+    """Probe accuracy against validation loss over checkpoints and sizes (paper Figure 3); loss falls to the right.
+
+    Raises:
+        ValueError: as `loss_points`.
+    """
+    points = loss_points(rows, dataset)
+    figure, axes = canvas.new_axes(title, "nats per token of held-out images (better to the right)", "linear probe accuracy (%)")
+    for number, (name, line) in enumerate(points.items()):
+        color = COLORS[number % len(COLORS)]
+        nats, heights, steps = zip(*line, strict=True)
+        axes.plot(nats, heights, color=color, marker="o", markersize=5, label=f"{name} (to step {steps[-1]})")
+        for x, y, step in line:
+            axes.annotate(f"{step}", (x, y), textcoords="offset points", xytext=(4, -11), fontsize="x-small", color=color)
+    axes.invert_xaxis()
+    axes.margins(0.08, 0.12)
+    canvas.finish(figure, axes, path)
+
+
+def objective_bars(rows: Sequence[Row], path: Path, title: str) -> None:
+    """AR against BERT (paper Figure 4): probes and fine-tunes of each, with what a vote over masks adds, and the paper's bars.
+
+    Of several models of one objective the one with the best held-out accuracy is drawn.
+
+    Raises:
+        ValueError: no probe or fine-tuning of a trained model.
+    """
+    bars = measured_bars(rows)
+    if not bars:
+        raise ValueError("the results hold no probe or fine-tuning of a trained model; run tools/linear_probe.py first")
+    figure, axes = canvas.new_axes(title, "", "accuracy (%)")
+    groups = list(dict.fromkeys((dataset, objective) for dataset, objective, _ in bars))
+    for (dataset, objective, evaluation), (single, voted) in bars.items():
+        x = groups.index((dataset, objective)) + (-0.2 if evaluation == "probe" else 0.2)
+        bold, pale = _SHADES[evaluation]
+        axes.bar(x, min(single, voted or single), 0.38, color=pale)
+        if voted is not None:
+            axes.bar(x, abs(voted - single), 0.38, bottom=min(single, voted), color=bold, hatch="" if voted > single else "//")
+        top = (x, min(single, voted or single))
+        number = f"{single if voted is None else voted:.1f}"
+        axes.annotate(number, top, xytext=(0, -3), textcoords="offset points", ha="center", va="top", fontsize="small")
+    _paper_marks(axes, groups, [bar for bar in FIGURE_4 if (bar.dataset, bar.objective) in groups])
+    for evaluation, words in (("probe", "linear probe"), ("finetune", "fine-tuning")):
+        axes.bar(0, 0, color=_SHADES[evaluation][1], label=words)
+        if any(kind == evaluation and voted is not None for (_, _, kind), (_, voted) in bars.items()):
+            axes.bar(0, 0, color=_SHADES[evaluation][0], label=f"{words}: votes over masks")
+    axes.set_xticks(range(len(groups)), [f"{dataset}\n{_OBJECTIVES[objective]}" for dataset, objective in groups])
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.margins(y=0.12)
+    canvas.finish(figure, axes, path)
+
+
+def _paper_marks(axes: Axes, groups: list[tuple[str, str]], paper: Sequence[Bar]) -> None:
+    for exact in (True, False):
+        chosen = [bar for bar in paper if bar.exact == exact]
+        x = [groups.index((bar.dataset, bar.objective)) + (-0.2 if bar.evaluation == "probe" else 0.2) for bar in chosen]
+        if chosen:
+            text = "iGPT-L in the paper" if exact else "in the paper, in round words"
+            fill = BLACK if exact else "white"
+            axes.plot(x, [bar.accuracy for bar in chosen], "D", color=BLACK, markerfacecolor=fill, markersize=6, label=text)
+
+
+def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float, float | None]]:
+    """Figure 4's bars: (data set, objective, "probe" or "finetune") -> accuracy in percent, and that of the vote over masks."""
+    trained = [row for row in rows if row.get("weights") == "trained" and row["kind"] in ("probe", "finetune")]
+    single = [*map(best_row, _trained(rows)), *(row for row in trained if row["kind"] == "finetune")]
+    votes = [row for row in trained if row["kind"] == "probe" and row["protocol"] == "mask_vote"]
+    bars: dict[tuple[str, str, str], tuple[float, float | None]] = {}
+    best: dict[tuple[str, str, str], float] = {}
+    for row in [*single, *votes]:
+        key = (row["dataset"], row["model_objective"], row["kind"])
+        if row["held_out_accuracy"] > best.get(key, -1.0):
+            best[key] = row["held_out_accuracy"]
+            voted = 100 * row["accuracy"] if row.get("n_masks") else None
+            bars[key] = (100 * row.get("single_accuracy", row["accuracy"]), voted)
+    return {key: bars[key] for key in sorted(bars, key=lambda key: (key[0], key[1], key[2] != "probe"))}
+
+
+def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path, title: str) -> None:
+    """How often each class (row) is taken for each other (column), in percent of the row, as a PNG.
+
+    Args:
+        counts: int [K, K], rows the true classes.
+    """
+    K = len(classes)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(12.0, max(5.0, 0.62 * K))
+    figure = canvas.new_figure((side + 1.5, side))
+    axes = figure.add_subplot()
+    drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if K <= 40:
+        axes.set_xticks(range(K), classes, rotation=90)
+        axes.set_yticks(range(K), classes)
+    for (row, column), value in np.ndenumerate(share):
+        if K <= 20 and round(value):
+            axes.text(
+                column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else BLACK, fontsize="small"
+            )
+    figure.colorbar(drawn, ax=axes, label="% of the true class", shrink=0.8)
+    canvas.save(figure, path)

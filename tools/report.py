@@ -1,0 +1,80 @@
+"""Writes one HTML page about one run: configuration, curves, tables, pictures, all inside one file that needs no network.
+
+    python tools/report.py --run_dir runs/s --out runs/s/report.html
+    python tools/report.py --run_dir runs/s --results runs/s/results.jsonl --paper 1 4 5 --out report.html
+
+Results are those of RUN_DIR/results.jsonl where --results is left out, pictures the PNG files of RUN_DIR that this page does not
+draw itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt_ds import cli
+from igpt_ds.evaluate.figures import layer_curve, training_curve
+from igpt_ds.evaluate.report import page
+from igpt_ds.evaluate.results import Row, by_layer, read_all
+from igpt_ds.evaluate.tables import TITLES
+from igpt_ds.files import atomic_file, read_json_lines
+from igpt_ds.train.run_dir import read_run
+
+DRAWN = ("layers.png", "training.png")  # by tools/story.sh, and here again
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the run, draws its curves, writes the page."""
+    args = parse(argv)
+    run, training = read_run(args.run_dir), read_json_lines(args.run_dir / "train.jsonl")
+    own = args.run_dir / "results.jsonl"
+    results = read_all(args.results or ([own] if own.exists() else []))
+    pictures = args.pictures
+    if pictures is None:
+        pictures = [path for path in sorted(args.run_dir.glob("*.png")) if path.name not in DRAWN]
+    name = args.title or args.run_dir.resolve().name
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = curves(Path(scratch), name, run["recipe"]["model"]["n_vocab"], training, results)
+        text = page(name, run, training, results, figures, pictures, args.paper or ())
+    with atomic_file(args.out, "w") as file:
+        file.write(text)
+    print(f"{args.out}: {len(figures)} curves, {len(results)} results, {len(pictures)} pictures, {len(text) / 2**20:.1f} MiB")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--run_dir", type=Path, required=True, help="the run")
+    parser.add_argument("--results", type=Path, nargs="+", help="result files; RUN_DIR/results.jsonl when left out")
+    parser.add_argument("--pictures", type=Path, nargs="*", help="PNG files to show; those of RUN_DIR when left out")
+    parser.add_argument("--paper", type=int, nargs="+", choices=sorted(TITLES), help="tables of the paper to show with ours")
+    parser.add_argument("--title", help="of the page; the run's name when left out")
+    parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out {args.out} would hold HTML; give it a name that ends in .html")
+    for picture in args.pictures or []:
+        if not picture.is_file():
+            raise ValueError(f"--pictures {picture} does not exist; make it first, or leave it out")
+    return args
+
+
+def curves(scratch: Path, name: str, n_vocab: int, training: list[Row], results: list[Row]) -> list[tuple[str, Path]]:
+    """The figures that there are rows for: captions and files."""
+    found = []
+    if any(row.get("loss") is not None or row.get("val_loss") is not None for row in training):
+        training_curve({name: training}, n_vocab, scratch / "training.png", "Loss")
+        found.append(("Training and validation loss, nats per token", scratch / "training.png"))
+    probes = by_layer(results)
+    for dataset in sorted({row["dataset"] for row in probes}):
+        path = scratch / f"layers-{len(found)}.png"
+        rows = [row for row in probes if row["dataset"] == dataset]
+        layer_curve(rows, path, f"Linear probes on {dataset}")
+        found.append((f"Linear probe accuracy by layer, {dataset}", path))
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main)
