@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from igpt_ds import bench, plan
+from igpt_ds import bench, costs
 from igpt_ds.bench import Row
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.files import write_json
@@ -50,7 +50,7 @@ class Session:
     def peak(self) -> float:
         """FLOP/s in bf16 that the maker prints; an H100's where the device is not known."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "H100"
-        return plan.peak_flops(name) or plan.PEAK_FLOPS["H100"]
+        return costs.peak_flops(name) or costs.PEAK_FLOPS["H100"]
 
     def config(self, size: str, n_px: int, n_layer: int | None = None) -> ModelConfig:
         """A size of the paper, maybe with fewer layers; a toy of two layers for --toy."""
@@ -115,10 +115,10 @@ class Session:
     def step_row(self, what: str, config: ModelConfig, B: int, seconds: float) -> Row:
         """A training step in PaLM's convention, with the causal one and the memory beside it."""
         tokens = B * config.n_ctx
-        causal = plan.train_flops_per_token(config, causal=True) * tokens / seconds / self.peak
-        gib = torch.cuda.max_memory_allocated() / plan.GIB if self.device.type == "cuda" else 0.0
+        causal = costs.train_flops_per_token(config, causal=True) * tokens / seconds / self.peak
+        gib = torch.cuda.max_memory_allocated() / costs.GIB if self.device.type == "cuda" else 0.0
         note = f"causal MFU {causal:.1%}, {tokens / seconds:,.0f} tokens/s, at most {gib:.1f} GiB"
-        return self.flops_row(what, plan.train_flops_per_token(config) * tokens, seconds, note)
+        return self.flops_row(what, costs.train_flops_per_token(config) * tokens, seconds, note)
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+STOPPED = 85  # exit status: stopped before the last step with everything saved; the same command with --resume auto goes on
+HUNG = 86  # exit status: a rank gave no sign of life for too long; its stacks are in RUN_DIR/stacks
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser that refuses abbreviated flags and shows defaults; `description` is the tool's docstring."""
@@ -26,6 +29,8 @@ class SharedError(ValueError):
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Calls `main(argv=None)`; a ValueError (bad input) or OSError becomes one line on stderr and exit status 2.
+
+    SystemExit(STOPPED) leaves with that status on every rank.
 
     Every rank of a launch meets the same bad input, so before the ranks have joined only the first rank of each node speaks.
     """
@@ -45,6 +50,11 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         if _joined_ranks():
             _leave(130)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == STOPPED and (ranks := _joined_ranks()):
+            ranks.destroy_process_group()
+            _leave(STOPPED)
+        raise
     if ranks := _joined_ranks():
         ranks.destroy_process_group()
         _leave(0)

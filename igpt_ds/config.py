@@ -12,6 +12,8 @@ from typing import Any
 
 CHECKPOINTING = ("none", "selective", "full")  # of activations: keep all, recompute what is cheap, or each whole block
 OBJECTIVES = ("ar", "bert")  # paper 2.1
+LOSSES = ("joint", "clf", "gen")  # of fine-tuning: gen_loss + clf_loss (paper 2.3), or one of them alone
+GEN_SCALES = ("mean", "sum")  # of gen_loss over the tokens of an image
 INITS = ("released", "sparse_transformer")  # how fresh weights are drawn; the table is model/transformer.py's
 
 
@@ -52,6 +54,24 @@ SIZES = {
 
 
 @dataclass(frozen=True)
+class Finetune:
+    """What fine-tuning adds to a recipe (paper 2.3): a class head on n^layer, its loss, and the weights that it starts from."""
+
+    n_classes: int
+    layer: int  # 0..n_layer; n_layer is ln_f's output, where the paper's head stands
+    start: str  # model_hash of the pre-trained model; "" for fresh weights, drawn from the recipe's seed
+    loss: str = "joint"
+    gen_scale: str = "mean"  # in nats per token, as the released code; "sum" is the likelihood of the whole image
+
+    def __post_init__(self) -> None:
+        for name, known in (("loss", LOSSES), ("gen_scale", GEN_SCALES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        if self.n_classes < 2:
+            raise ValueError(f"n_classes={self.n_classes} must be at least 2; fine-tuning needs labelled shards")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What is learned, independent of the machines. A step is one optimizer step on batch_images images."""
 
@@ -66,10 +86,14 @@ class Recipe:
     init: str = "released"  # how fresh weights are drawn, see model/transformer.py
     betas: tuple[float, float] = (0.9, 0.95)  # paper 3.4
     eps: float = 1e-8
+    spike_window: int = 128  # calm losses whose mean and deviation say what a spike is (train/guards.py)
+    spike_sigmas: float = 6.0  # deviations above the mean that make a loss an outlier; 0 watches for none
+    spike_patience: int = 10  # outliers in a row that make a spike
     clip: float = 1.0  # gradient norm; the paper names none, 1.0 is GPT-3's and does not bind in calm training
     augment_pad: int = 0  # reflect-pad by this many pixels, then crop a random window (paper 3.1, Wide ResNet)
     augment_flip: bool = False  # mirror half of the images (paper 3.1)
     seed: int = 0
+    finetune: Finetune | None = None  # None: pre-training
 
     def __post_init__(self) -> None:
         for name, known in (("objective", OBJECTIVES), ("init", INITS)):
@@ -77,7 +101,7 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         if not 0 < self.mask_prob < 1:
             raise ValueError(f"mask_prob={self.mask_prob} must lie between 0 and 1; the paper takes 0.15")
-        for name in ("batch_images", "steps"):
+        for name in ("batch_images", "steps", "spike_window", "spike_patience"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         if not 0 <= self.warmup_steps <= self.steps:
@@ -85,10 +109,14 @@ class Recipe:
         for name in ("lr", "eps"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+        if not (self.spike_sigmas >= 0 and math.isfinite(self.spike_sigmas)):
+            raise ValueError(f"spike_sigmas={self.spike_sigmas} must not be negative (0 watches for no spikes)")
         if self.clip < 0:
             raise ValueError(f"clip={self.clip} must not be negative (0 turns clipping off)")
         if not 0 <= self.augment_pad < self.model.n_px:
             raise ValueError(f"augment_pad={self.augment_pad} must lie between 0 and n_px - 1 = {self.model.n_px - 1}")
+        if self.finetune is not None and not 0 <= self.finetune.layer <= self.model.n_layer:
+            raise ValueError(f"layer={self.finetune.layer} must lie between 0 and n_layer={self.model.n_layer}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
 
@@ -131,7 +159,7 @@ RECIPES = {
     )
 }
 
-_KNOBS = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("name", "model")]
+_KNOBS = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("name", "model", "finetune")]
 _SHAPE = [field.name for field in dataclasses.fields(ModelConfig)]
 
 
@@ -154,6 +182,20 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     return changed
 
 
+def with_warmup_epochs(recipe: Recipe, epochs: float, n_images: int) -> Recipe:
+    """The recipe with its warm-up given in epochs of the training images (paper 3.4: one), rounded up to whole steps.
+
+    Args:
+        n_images: of the training shards. Where each image was stored as several crops, each crop counts.
+    """
+    if not 0 <= epochs < math.inf:
+        raise ValueError(f"warmup_epochs={epochs:g} must be a number of at least 0")
+    steps = math.ceil(epochs * n_images / recipe.batch_images)
+    if steps > recipe.steps:
+        raise ValueError(f"warmup_epochs={epochs:g} of {n_images} images are {steps} steps, more than steps={recipe.steps}")
+    return dataclasses.replace(recipe, warmup_steps=steps)
+
+
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """A JSON-ready dict; `recipe_from_dict` is its inverse."""
     return dataclasses.asdict(recipe) | {"betas": list(recipe.betas)}
@@ -162,8 +204,9 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 def recipe_from_dict(values: dict[str, Any], where: str) -> Recipe:
     """The inverse of `recipe_to_dict`; `where` names the file in errors."""
     try:
-        model = ModelConfig(**values["model"])
-        return Recipe(**(values | {"model": model, "betas": tuple(values["betas"])}))
+        model, finetune = ModelConfig(**values["model"]), values.get("finetune")
+        more = {"model": model, "betas": tuple(values["betas"]), "finetune": Finetune(**finetune) if finetune else None}
+        return Recipe(**(values | more))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where} is not a recipe: {error}") from None
     except ValueError as error:

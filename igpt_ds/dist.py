@@ -1,6 +1,8 @@
 """Ranks: who am I, how many are we, and the few things that ranks say to each other.
 
 Works the same under `deepspeed`, `torchrun`, bare `srun`, and as one process without any launcher. Called by train.py.
+
+The ranks of a sequence group see the same images (model/ulysses.py); ranks of different groups see different ones.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch.distributed as td
 from igpt_ds.cli import SharedError
 
 T = TypeVar("T")
+
+_sequence_groups: dict[str, td.ProcessGroup] = {}  # ours under "ours", once `start_sequence_groups` has made them
 
 
 def map_environment(env: MutableMapping[str, str]) -> None:
@@ -75,6 +79,43 @@ def world_size() -> int:
 def local_rank() -> int:
     """This process among those of its node, 0-based; also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start_sequence_groups(size: int) -> None:
+    """Divides the ranks into blocks of `size` consecutive ones, each of which shares the tokens of the same images.
+
+    Consecutive, because they exchange activations in every block and so belong on one node. 1: each rank has whole images.
+    Every rank calls it, after the process group was joined.
+    """
+    _sequence_groups.clear()
+    if size > 1:
+        _sequence_groups["ours"] = td.new_subgroups(group_size=size)[0]
+
+
+def sequence_group() -> td.ProcessGroup | None:
+    """The ranks that share this one's images; None where it has them to itself."""
+    return _sequence_groups.get("ours")
+
+
+def sequence_size() -> int:
+    """The number of ranks that share an image."""
+    group = sequence_group()
+    return group.size() if group else 1
+
+
+def sequence_rank() -> int:
+    """This process among those that share its images, 0-based, in the order of the tokens that they hold."""
+    return rank() % sequence_size()
+
+
+def data_rank() -> int:
+    """The number of this process's sequence group, 0-based: which images it sees."""
+    return rank() // sequence_size()
+
+
+def data_world_size() -> int:
+    """The number of sequence groups, each of which sees other images."""
+    return world_size() // sequence_size()
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,9 @@ Called by train.py and the plan; DeepSpeed itself is not imported here.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,31 @@ _ALLOWED = (
     "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 )
-_OUR_SECTION = {"activation_checkpointing": "none"}  # the section "igpt_ds" of a ds_config, with its defaults
+# What DeepSpeed 0.19 took out or renamed, by its dotted name; old files on the web are full of it.
+_NOTHING = "nothing replaces it; remove the key"
+_REMOVED = {
+    "amp": "use bf16 or fp16",
+    "bfloat16": "its name is bf16",
+    "compression_training": _NOTHING,
+    "curriculum_learning": _NOTHING,
+    "eigenvalue": _NOTHING,
+    "elasticity": "a run goes on with another number of ranks by --resume auto; remove the key",
+    "graph_harvesting": _NOTHING,
+    "nebula": "this project writes its own checkpoints; remove the key",
+    "progressive_layer_drop": _NOTHING,
+    "quantize_training": _NOTHING,
+    "sparse_attention": _NOTHING,
+    "sparse_gradients": _NOTHING,
+    "zero_optimization.cpu_offload": "use zero_optimization.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "use zero_optimization.offload_param",
+    "zero_optimization.cpu_offload_use_pin_memory": "use zero_optimization.offload_optimizer.pin_memory",
+    "zero_optimization.mics_hierarchical_params_gather": "use zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.mics_shard_size": "use zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "tools/consolidate.py gathers the weights; remove the key",
+    "zero_optimization.zeropp_loco_param": _NOTHING,
+}
+_OUR_SECTION = {"activation_checkpointing": "none", "sequence_parallel": 1}  # the section "igpt_ds", with its defaults
+STAGES = (1, 2, 3)  # of ZeRO: optimizer states sharded; gradients as well; weights as well
 
 
 @dataclass(frozen=True)
@@ -54,10 +81,12 @@ class Run:
 
     recipe: Recipe
     world_size: int
-    micro_batch: int  # images per rank and micro_step
+    micro_batch: int  # images per sequence group (per rank, where sequence_parallel is 1) and micro_step
     accumulation: int  # micro_steps per step
     activation_checkpointing: str
-    precision: str  # "fp32" or "bf16"
+    precision: str  # "fp32", "bf16" or "fp16"
+    sequence_parallel: int  # consecutive ranks that share the tokens of each image
+    stage: int  # of ZeRO
     ds_config: dict[str, Any]
 
 
@@ -88,46 +117,97 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     for key in values:
         if key in _OWNED_BY_RECIPE:
             raise ValueError(f"ds_config {path}: {key!r} is set by the recipe as {_OWNED_BY_RECIPE[key]}; remove it here")
-        if key not in (*_ALLOWED, "igpt_ds"):
-            raise ValueError(f"ds_config {path}: unknown key {key!r}; known: {', '.join(('igpt_ds', *_ALLOWED))}")
+    refuse_unknown(values, ("igpt_ds", *_ALLOWED), path)
     for key in ("igpt_ds", "zero_optimization", "bf16", "fp16"):
         if not isinstance(values.get(key, {}), dict):
             raise ValueError(f"ds_config {path}: {key!r} must be an object, not {values[key]!r}")
+    refuse_removed(values.get("zero_optimization", {}), path, "zero_optimization.")
     micro_batch = values.get("train_micro_batch_size_per_gpu", 1)
     if not isinstance(micro_batch, int) or micro_batch < 1:
         name = "train_micro_batch_size_per_gpu"
         raise ValueError(f"ds_config {path}: {name}={micro_batch!r} must be a whole number of at least 1")
     ours = values.get("igpt_ds", {})
-    for key in ours:
-        if key not in _OUR_SECTION:
-            raise ValueError(f"ds_config {path}: unknown key {key!r} in 'igpt_ds'; known: {', '.join(_OUR_SECTION)}")
+    refuse_unknown(ours, _OUR_SECTION, path, "igpt_ds.")
     mode = ours.get("activation_checkpointing", "none")
     if mode not in CHECKPOINTING:
         raise ValueError(f"ds_config {path}: activation_checkpointing={mode!r} is unknown; known: {', '.join(CHECKPOINTING)}")
+    sequence_parallel = ours.get("sequence_parallel", 1)
+    if not isinstance(sequence_parallel, int) or isinstance(sequence_parallel, bool) or sequence_parallel < 1:
+        raise ValueError(f"ds_config {path}: sequence_parallel={sequence_parallel!r} must be a whole number of at least 1")
     stage = values.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise ValueError(f"ds_config {path}: zero_optimization.stage={stage!r}; this project trains and consolidates stage 3")
-    if values.get("fp16", {}).get("enabled"):
-        raise ValueError(f"ds_config {path}: fp16 is not supported; use bf16 or neither")
+    if stage not in STAGES or isinstance(stage, bool):
+        raise ValueError(f"ds_config {path}: zero_optimization.stage={stage!r} must be 1, 2 or 3")
+    if values.get("fp16", {}).get("enabled") and values.get("bf16", {}).get("enabled"):
+        raise ValueError(f"ds_config {path}: fp16 and bf16 are both enabled; choose one")
     return values
 
 
-def join(recipe: Recipe, ds_config: dict[str, Any], world_size: int, micro_batch: int | None = None) -> Run:
-    """One run out of what is learned and how it fits the machines; `micro_batch` overrides the ds_config's.
+def refuse_removed(section: Iterable[str], path: Path, prefix: str = "") -> None:
+    """Refuses keys of a section that DeepSpeed 0.19 took out, and says what replaces them."""
+    for key in section:
+        if prefix + key in _REMOVED:
+            raise ValueError(f"ds_config {path}: DeepSpeed 0.19 has no {prefix + key!r} any more; {_REMOVED[prefix + key]}")
+
+
+def refuse_unknown(section: Iterable[str], known: Iterable[str], path: Path, prefix: str = "") -> None:
+    """Refuses keys of a section that nobody reads, with the nearest that somebody does.
+
+    Args:
+        prefix: the section's dotted name with a dot at its end; empty for the top.
+    """
+    refuse_removed(section, path, prefix)
+    names = list(known)
+    for key in section:
+        if key not in names:
+            nearest = difflib.get_close_matches(key, names, 1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(f"ds_config {path}: unknown key {prefix + key!r}{hint}; known: {', '.join(names)}")
+
+
+def join(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    world_size: int,
+    micro_batch: int | None = None,
+    sequence_parallel: int | None = None,
+) -> Run:
+    """One run out of what is learned and how it fits the machines; the last two override the ds_config's.
 
     `ds_config` comes from `load_ds_config`, so it holds no key of the recipe's.
+
+    Raises:
+        ValueError: the batch does not divide, or ranks or heads not by sequence_parallel, or there are too few tokens.
     """
     ours = _OUR_SECTION | ds_config.get("igpt_ds", {})
+    parts = sequence_parallel or ours["sequence_parallel"]
+    check_sequence_parallel(recipe, world_size, parts)
     asked = ds_config.get("train_micro_batch_size_per_gpu") if micro_batch is None else micro_batch
-    micro_batch, accumulation = batch_layout(recipe.batch_images, asked, world_size)
+    micro_batch, accumulation = batch_layout(recipe.batch_images, asked, world_size // parts)
     full = {key: value for key, value in ds_config.items() if key != "igpt_ds"} | {
-        "train_batch_size": recipe.batch_images,
+        "train_batch_size": recipe.batch_images * parts,  # DeepSpeed counts every rank as one of data parallelism
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.clip,  # always written: DeepSpeed's own default changed from 0 to 1
     }
-    precision = "bf16" if ds_config.get("bf16", {}).get("enabled") else "fp32"
-    return Run(recipe, world_size, micro_batch, accumulation, ours["activation_checkpointing"], precision, full)
+    precision = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
+    stage = ds_config["zero_optimization"]["stage"]
+    return Run(recipe, world_size, micro_batch, accumulation, ours["activation_checkpointing"], precision, parts, stage, full)
+
+
+def check_sequence_parallel(recipe: Recipe, world_size: int, parts: int) -> None:
+    """Refuses a number of ranks per image that does not divide the ranks and the heads, or leaves a rank without tokens.
+
+    The tokens need not divide: each rank takes n_ctx / parts of them, rounded up, and the last one what is left.
+    """
+    config = recipe.model
+    shared = math.gcd(world_size, config.n_head)
+    known = [part for part in range(1, shared + 1) if shared % part == 0 and (part - 1) * -(-config.n_ctx // part) < config.n_ctx]
+    here = f"here it may be {', '.join(map(str, known))}"
+    for what, whole in (("ranks", world_size), ("n_head", config.n_head)):
+        if whole % parts:
+            raise ValueError(f"sequence_parallel={parts} does not divide {what}={whole}; {here}")
+    if parts not in known:
+        raise ValueError(f"sequence_parallel={parts} leaves a rank none of n_ctx={config.n_ctx} tokens; {here}")
 
 
 def run_to_dict(run: Run) -> dict[str, Any]:

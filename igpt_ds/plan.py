@@ -1,166 +1,277 @@
-"""What a run costs, by arithmetic alone: parameters, FLOPs, bytes. `python -m igpt_ds.plan --recipe igpt_xl_ar_64 --gpus 64`.
+"""A run planned before it starts: which ds_config, which layout of the batch, how long, how dear, how much disk.
 
-Imports nothing but the standard library and the recipes; called by train.py (MFU, --dry_run) and from the shell.
+    python -m igpt_ds.plan --recipe igpt_xl_ar_64 --gpus 64 --gpu h100-80g --nodes_nic 8x400
+
+prints the plan of a recipe on a number of GPUs: the fastest of the shipped ds_configs that fits, or the one that --ds_config
+names. `--table` goes through 8 to 2048 GPUs. `--json` prints numbers instead of text, and `tools/figures.py plan` draws those
+of a table. All of it is arithmetic: costs.py counts, step_time.py turns counts into seconds. Called from the shell, and by
+`train.py --dry_run` for the run that it would start.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from igpt_ds import cli
-from igpt_ds.config import CHECKPOINTING, ModelConfig, Recipe, get_recipe
-from igpt_ds.ds_config import batch_layout
+from igpt_ds.config import CHECKPOINTING, Recipe, get_recipe
+from igpt_ds.costs import SPARE, Layout, checkpoint_bytes, fits, memory, parameters, train_flops_per_token, wire_bytes
+from igpt_ds.ds_config import Run, join, load_ds_config
+from igpt_ds.plan_text import describe, describe_table
+from igpt_ds.step_time import GPUS, Cluster, step_time
 
-GIB = 2**30
-GPU_BYTES = 80e9  # of an H100 or A100
-
-# Dense bf16 FLOP/s that the makers print for one GPU, by the name torch reports (longest match wins).
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "H800": 989.4e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "V100": 125e12,
-}
+DIRECTORY = Path(__file__).parents[1] / "ds_configs"
+TABLE = tuple(2**power for power in range(3, 12))  # 8 to 2048 GPUs
+DOLLARS = 2.5  # for an hour of an H100 in 2026, between 2 and 3.5 by where it stands
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# A plan that wins by less than this is not worth it: hpZ and the stages that gather after the update bring their own trouble.
+MARGINS = {"hpz": 0.10, "sharded less": 0.05}
 
 
-def parameters(config: ModelConfig, objective: str = "ar") -> int:
-    """The exact number of weights: blocks of 12 C^2 + 2 C, two [V, C] tables, T positions, ln_f, and sos unless for "bert"."""
-    C, L = config.n_embd, config.n_layer
-    return L * (12 * C * C + 2 * C) + 2 * config.n_vocab * C + config.n_ctx * C + (2 if objective == "ar" else 1) * C
-
-
-def forward_flops_per_token(config: ModelConfig, causal: bool) -> float:
-    """FLOPs of a forward pass per token: 2 per matmul weight and 4 C T per layer of attention, half of that if causal.
-
-    The full square is the convention of PaLM, nanoGPT and llm-foundry; the causal half counts what is computed.
-    """
-    C, L = config.n_embd, config.n_layer
-    attention = 4 * L * C * config.n_ctx * (0.5 if causal else 1.0)
-    return 2 * (12 * L * C * C + config.n_vocab * C) + attention
-
-
-def train_flops_per_token(config: ModelConfig, causal: bool = False) -> float:
-    """Forward and backward: three times the forward pass. Recomputation is not counted, so this is MFU's numerator."""
-    return 3 * forward_flops_per_token(config, causal)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The printed dense bf16 peak of a GPU, or None for a device not in the table."""
-    matches = [name for name in PEAK_FLOPS if name in device_name]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+def layout(run: Run) -> Layout:
+    """How a run lies on its ranks, as far as it costs anything."""
+    zero = run.ds_config["zero_optimization"]
+    summed = run.ds_config.get("data_types", {}).get("grad_accum_dtype", run.precision)
+    return Layout(
+        run.world_size,
+        run.micro_batch,
+        run.accumulation,
+        run.sequence_parallel,
+        run.stage,
+        run.precision,
+        run.activation_checkpointing,
+        accumulation_bytes=BYTES.get(summed, 4),
+        hpz=zero.get("zero_hpz_partition_size", 1),
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        overlap=zero.get("overlap_comm", run.stage == 3),
+    )
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that one rank holds under ZeRO-3, by kind."""
+class Price:
+    """What a plan needs to know beside the run: an hour's dollars, and which checkpoints are kept."""
 
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """All kinds together."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+    dollars: float = DOLLARS
+    keep_last: int = 2
+    keep_every: int = 0
 
 
-def memory_per_rank(config: ModelConfig, world_size: int, micro_batch: int, precision: str, checkpointing: str) -> Memory:
-    """Model states sharded over the ranks, and the activations of one micro step.
+def estimate(run: Run, ds_config: str, cluster: Cluster, price: Price) -> dict[str, Any]:
+    """Everything that is known of a run beforehand, as a flat JSON-ready dict; bytes, seconds and dollars unless named."""
+    recipe, config, where = run.recipe, run.recipe.model, layout(run)
+    held, step = memory(config, where), step_time(config, where, cluster, recipe.objective == "ar")
+    full, half = (train_flops_per_token(config, causal) for causal in (False, True))
+    tokens, hours = recipe.batch_images * config.n_ctx, recipe.steps * step.seconds / 3600
+    kept = price.keep_last + (recipe.steps // price.keep_every if price.keep_every else 0)
+    return {
+        "recipe": recipe.name,
+        "objective": recipe.objective,
+        "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, {config.n_px}x{config.n_px} pixels",
+        "parameters": parameters(config, recipe.objective),
+        "ds_config": ds_config,
+        "gpu": cluster.gpu.name,
+        "gpu_bytes": cluster.gpu.memory,
+        "node_gpus": cluster.node_gpus,
+        "node_gbit": cluster.node_network * 8 / 1e9,
+        "gpus": run.world_size,
+        "batch_images": recipe.batch_images,
+        "micro_batch": run.micro_batch,
+        "accumulation": run.accumulation,
+        "sequence_parallel": run.sequence_parallel,
+        "stage": run.stage,
+        "hpz": where.hpz,
+        "precision": run.precision,
+        "rough": where.accumulation_bytes < 4 and run.accumulation > 1,
+        "activation_checkpointing": run.activation_checkpointing,
+        "tokens": tokens,
+        "steps": recipe.steps,
+        "warmup_steps": recipe.warmup_steps,
+        "flops_per_token": full,
+        "flops_per_token_causal": half if recipe.objective == "ar" else full,
+        "flops": full * tokens * recipe.steps,
+        "memory": {
+            "weights": held.weights,
+            "gradients": held.gradients,
+            "optimizer": held.optimizer,
+            "activations": held.activations,
+            "workspace": held.workspace,
+            "total": held.total,
+        },
+        "fits": fits(config, where, cluster.gpu.memory),
+        "wire_bytes": wire_bytes(config, where),
+        "step_seconds": step.seconds,
+        "arithmetic_seconds": step.arithmetic,
+        "communication_seconds": step.communication,
+        "exposed_seconds": step.exposed + step.exchange,
+        "exchange_seconds": step.exchange,
+        "mfu": step.mfu,
+        "mfu_causal": step.mfu * (half / full if recipe.objective == "ar" else 1),
+        "days": hours / 24,
+        "gpu_hours": hours * run.world_size,
+        "dollars_per_gpu_hour": price.dollars,
+        "dollars": hours * run.world_size * price.dollars,
+        "checkpoint_bytes": checkpoint_bytes(config, recipe.objective),
+        "checkpoints_kept": kept,
+        "disk_bytes": checkpoint_bytes(config, recipe.objective) * (kept + 1),
+    }
 
-    bf16: weights 2 B, gradients accumulated in fp32 4 B, master weights and two moments 12 B each parameter. fp32: 4, 4, 8
-    and a 4-byte flat copy. Activations per token and block: "none" keeps 16 C (each norm's input and output, q k v, attention,
-    and 4 C on either side of quick-GELU), "selective" 9 C (the block's input, q k v, attention, and before quick-GELU), "full"
-    the 1 C of the block's input; what is recomputed makes one block complete again, beside 10 C of gradients in flight.
+
+def options(
+    recipe: Recipe, gpus: int, cluster: Cluster, ds_configs: dict[str, dict[str, Any]], asked: argparse.Namespace, price: Price
+) -> list[dict[str, Any]]:
+    """For each ds_config its fastest layout that fits, or where none does the one that needs least memory; the best first.
+
+    Every number of ranks an image that divides ranks, heads and tokens is tried, and every micro batch that divides the batch.
+
+    Raises:
+        ValueError: no layout multiplies out; the nearest numbers of GPUs that do are named.
     """
-    N = parameters(config)
-    half = precision == "bf16"
-    size = 2 if half else 4
-    C, L = config.n_embd, config.n_layer
-    kept = {"none": 16, "selective": 9, "full": 1}[checkpointing]
-    held = kept * L + (16 - kept) + 10
-    tokens = micro_batch * config.n_ctx
-    activations = tokens * (held * C * size + 10 * config.n_vocab)
-    return Memory(size * N / world_size, 4 * N / world_size, 12 * N / world_size, activations)
+    found = []
+    for name, values in ds_configs.items():
+        tried = [estimate(run, name, cluster, price) for run in _runs(recipe, gpus, values, asked, cluster.node_gpus)]
+        if tried:
+            found.append(min(tried, key=_worse))
+    if not found:
+        nearest = [n for n in (*range(gpus, 0, -1), *range(gpus, 8 * gpus + 65)) if _splits(recipe, n, cluster.node_gpus)]
+        below, above = (next((n for n in nearest if (n < gpus) == less), None) for less in (True, False))
+        named = " or ".join(str(n) for n in (below, above) if n)
+        raise ValueError(f"a batch of {recipe.batch_images} images does not divide over {gpus} GPUs; numbers that do: {named}")
+    return sorted(found, key=_worse)
 
 
-def recommended_checkpointing(
-    config: ModelConfig, world_size: int, micro_batch: int, precision: str, gpu_bytes: float = GPU_BYTES
-) -> str | None:
-    """The mode that recomputes least among those that fit a GPU with a tenth to spare for buffers; None where none does."""
-    fits = (
-        mode
-        for mode in CHECKPOINTING
-        if memory_per_rank(config, world_size, micro_batch, precision, mode).total < 0.9 * gpu_bytes
-    )
-    return next(fits, None)
+def _worse(one: dict[str, Any]) -> tuple[bool, bool, float, float]:
+    # What fits comes first, then what sums many gradients in fp32, then what is fast, its doubts counted, then what needs little.
+    doubts = (MARGINS["hpz"] if one["hpz"] > 1 else 0) + (MARGINS["sharded less"] if one["stage"] < 3 else 0)
+    seconds = float(f"{one['step_seconds'] * (1 + doubts):.3g}") if one["fits"] else 0.0
+    return not one["fits"], one["rough"], seconds, one["memory"]["total"]
 
 
-def _advice(config: ModelConfig, world_size: int, micro_batch: int, precision: str, gpu_bytes: float) -> str:
-    sizes = {mode: memory_per_rank(config, world_size, micro_batch, precision, mode).total / GIB for mode in CHECKPOINTING}
-    choice = recommended_checkpointing(config, world_size, micro_batch, precision, gpu_bytes)
-    listed = ", ".join(f"{mode} {size:.1f}" for mode, size in sizes.items())
-    return f"{choice or 'more ranks or a smaller micro batch'} on a GPU of {gpu_bytes / 1e9:.0f} GB ({listed} GiB)"
-
-
-def describe(
-    recipe: Recipe,
-    world_size: int,
-    micro_batch: int,
-    accumulation: int,
-    precision: str,
-    checkpointing: str,
-    gpu_bytes: float = GPU_BYTES,
-) -> str:
-    """A plan in plain text: what is trained, what it costs, what each rank holds, and what it should recompute."""
+def _splits(recipe: Recipe, gpus: int, node_gpus: int) -> list[int]:
+    """The numbers of ranks an image that divide ranks and heads, within a node, whose groups divide the batch."""
     config = recipe.model
-    flops, causal = (train_flops_per_token(config, causal=kind) for kind in (False, True))
-    tokens = recipe.batch_images * config.n_ctx
-    memory = memory_per_rank(config, world_size, micro_batch, precision, checkpointing)
-    days = recipe.steps * tokens * flops / (0.5 * PEAK_FLOPS["H100"] * world_size) / 86400
-    half = f", {causal / 1e9:.3f} G (causal half)" if recipe.objective == "ar" else ""
-    return "\n".join(
-        (
-            f"recipe          {recipe.name}: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
-            f"{config.n_px}x{config.n_px} pixels of {config.n_vocab} colours",
-            f"parameters      {parameters(config, recipe.objective):,}",
-            f"batch           {recipe.batch_images} images = {world_size} ranks x micro batch {micro_batch} x "
-            f"accumulation {accumulation}; {tokens:,} tokens a step, {recipe.steps:,} steps",
-            f"training FLOPs  {flops / 1e9:.3f} G a token (full attention){half}; {flops * tokens * recipe.steps:.3e} in all",
-            f"memory a rank   {memory.total / GIB:.2f} GiB = weights {memory.weights / GIB:.2f} + gradients "
-            f"{memory.gradients / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f} + activations "
-            f"{memory.activations / GIB:.2f} ({precision}, activation checkpointing {checkpointing}), and buffers",
-            f"recommended     activation checkpointing {_advice(config, world_size, micro_batch, precision, gpu_bytes)}",
-            f"checkpoint      {12 * parameters(config) / 1e9:.2f} GB each",
-            f"time            {days:.1f} days on {world_size} H100 at an assumed MFU of 50 %",
-        )
-    )
+    fewest = {p: config.n_ctx - (p - 1) * -(-config.n_ctx // p) for p in range(1, node_gpus + 1)}  # tokens of the last rank
+    parts = (p for p, tokens in fewest.items() if tokens > 0 and not (gpus % p or config.n_head % p))
+    return [p for p in parts if recipe.batch_images % (gpus // p) == 0]
+
+
+def _runs(recipe: Recipe, gpus: int, values: dict[str, Any], asked: argparse.Namespace, node_gpus: int) -> list[Run]:
+    runs = []
+    for parts in [asked.sequence_parallel] if asked.sequence_parallel else _splits(recipe, gpus, node_gpus):
+        share = recipe.batch_images // (gpus // parts) if gpus >= parts else 0
+        for micro_batch in [asked.micro_batch] if asked.micro_batch else range(1, share + 1):
+            if asked.micro_batch or share % micro_batch == 0:
+                runs.append(join(recipe, values, gpus, micro_batch, parts))
+    return runs
+
+
+def shipped(checkpointing: str | None = None) -> dict[str, dict[str, Any]]:
+    """The ds_configs a plan chooses from, by file name: those in bf16; sequence parallelism is tried with each of them anyway."""
+    found = {path.name: load_ds_config(path) for path in sorted(DIRECTORY.glob("*.json"))}
+    wanted = {
+        name: values
+        for name, values in found.items()
+        if values.get("bf16", {}).get("enabled") and "sequence_parallel" not in values.get("igpt_ds", {})
+    }
+    if checkpointing:
+        mode = "activation_checkpointing"
+        wanted = {name: values for name, values in wanted.items() if values.get("igpt_ds", {}).get(mode, "none") == checkpointing}
+    return wanted
+
+
+def network(text: str) -> float:
+    """Bytes a second of a node's cards together, from "8x400": eight cards of 400 Gbit/s."""
+    found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text)
+    if not found or not float(found[1]) * float(found[2]):
+        raise ValueError(f"nodes_nic={text} must be cards times Gbit/s of one, like 8x400")
+    return int(found[1]) * float(found[2]) * 1e9 / 8
+
+
+def dry_run(run: Run, ds_config: str, keep_last: int, keep_every: int) -> str:
+    """The plan of one run, on H100s, in plain text."""
+    return describe([estimate(run, ds_config, Cluster(GPUS["h100-80g"]), Price(DOLLARS, keep_last, keep_every))], SPARE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the plan of a recipe on a number of GPUs."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--recipe", required=True, help="name of a recipe")
+    batch = "another batch than the recipe's, with fewer or more steps over as many images"
+    parser.add_argument("--batch_images", type=int, help=batch)
     parser.add_argument("--gpus", type=int, default=1, help="number of ranks")
-    parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step; all of them when left out")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of weights and activations")
-    parser.add_argument("--activation_checkpointing", choices=CHECKPOINTING, default="full", help="see memory a rank")
-    parser.add_argument("--gpu_memory", type=float, default=GPU_BYTES / 1e9, help="GB of one GPU, for the recommendation")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80g", help="what each of them is")
+    parser.add_argument("--gpu_memory", type=float, help="GB of one GPU, instead of what is known of --gpu")
+    parser.add_argument("--node_gpus", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--nodes_nic", default="8x400", help="network cards of a node x Gbit/s of each")
+    parser.add_argument("--ds_config", type=Path, help="plan with this one, instead of the best of those shipped")
+    parser.add_argument("--activation_checkpointing", choices=CHECKPOINTING, help="choose among ds_configs of this kind only")
+    parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step; the best when left out")
+    parser.add_argument("--sequence_parallel", type=int, help="ranks that share an image; the best number when left out")
+    parser.add_argument("--dollars_per_gpu_hour", type=float, default=DOLLARS, help="price of one GPU")
+    parser.add_argument("--keep_last", type=int, default=2, help="how many of the newest checkpoints to keep")
+    parser.add_argument("--keep_every", type=int, default=0, help="keep checkpoints at multiples of this step for ever; 0: none")
+    parser.add_argument("--table", action="store_true", help=f"one line for each of {TABLE[0]} to {TABLE[-1]} GPUs")
+    parser.add_argument("--markdown", action="store_true", help="print the text between the fences of Markdown")
+    parser.add_argument("--json", action="store_true", help="print numbers instead of text")
     args = parser.parse_args(argv)
-    recipe = get_recipe(args.recipe)
-    if args.gpus < 1:
-        raise ValueError(f"gpus={args.gpus} must be at least 1")
-    if not args.gpu_memory > 0:
-        raise ValueError(f"gpu_memory={args.gpu_memory:g} must be a positive number of GB")
-    micro_batch, accumulation = batch_layout(recipe.batch_images, args.micro_batch, args.gpus)
-    gpu_bytes, mode = args.gpu_memory * 1e9, args.activation_checkpointing
-    print(describe(recipe, args.gpus, micro_batch, accumulation, args.precision, mode, gpu_bytes))
+    cluster, recipe = read_cluster(args), with_batch(get_recipe(args.recipe), args.batch_images)
+    price = Price(args.dollars_per_gpu_hour, args.keep_last, args.keep_every)
+    files = {args.ds_config.name: load_ds_config(args.ds_config)} if args.ds_config else shipped(args.activation_checkpointing)
+    rows = []
+    for gpus in TABLE if args.table else (args.gpus,):
+        try:
+            found = options(recipe, gpus, cluster, files, args, price)
+            rows += found[:1] if args.table else found
+        except ValueError as error:
+            if not args.table:
+                raise
+            rows.append({"gpus": gpus, "reason": str(error)})
+    text = describe_table(rows) if args.table else describe(rows, SPARE)
+    fence = "```\n" if args.markdown else ""
+    print(json.dumps(rows, indent=1) if args.json else f"{fence}{text}{fence and chr(10)}{fence.strip()}")
+
+
+def with_batch(recipe: Recipe, batch_images: int | None) -> Recipe:
+    """The recipe with another batch over as many images. It is another recipe then: its learning rate is not the paper's."""
+    if batch_images is None:
+        return recipe
+    steps, warmup_steps = (max(1, round(n * recipe.batch_images / batch_images)) for n in (recipe.steps, recipe.warmup_steps))
+    return replace(
+        recipe, name=f"{recipe.name} at batch {batch_images}", batch_images=batch_images, steps=steps, warmup_steps=warmup_steps
+    )
+
+
+def read_cluster(args: argparse.Namespace) -> Cluster:
+    """The machines that the flags name.
+
+    Raises:
+        ValueError: a number that is no number of GPUs, bytes or dollars.
+    """
+    least = {
+        "gpus": 1,
+        "batch_images": 1,
+        "node_gpus": 1,
+        "micro_batch": 1,
+        "sequence_parallel": 1,
+        "keep_last": 1,
+        "keep_every": 0,
+    }
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{name}={value} must be at least {bound}")
+    for name, unit in (("gpu_memory", "GB"), ("dollars_per_gpu_hour", "dollars")):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value:g} must be a positive number of {unit}")
+    gpu = GPUS[args.gpu]
+    if args.gpu_memory:
+        gpu = replace(gpu, memory=args.gpu_memory * 1e9)
+    return Cluster(gpu, args.node_gpus, network(args.nodes_nic))
 
 
 if __name__ == "__main__":

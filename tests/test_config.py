@@ -1,4 +1,4 @@
-"""Recipes hold the paper's numbers, a ds_config holds nothing of theirs, and joining them is exact."""
+"""Recipes hold the paper's numbers, and can be changed, printed and read back."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from igpt_ds.config import RECIPES, SIZES, ModelConfig, get_recipe, override, recipe_from_dict, recipe_to_dict
-from igpt_ds.ds_config import batch_layout, join, load_ds_config, run_to_dict
+from igpt_ds.config import RECIPES, SIZES, ModelConfig, get_recipe, override, recipe_from_dict, recipe_to_dict, with_warmup_epochs
 
 S_32 = RECIPES["igpt_s_ar_32"]
-
-
-def write(path, value):
-    path.write_text(json.dumps(value))
-    return path
 
 
 # ------------------------------------------------------------------------------------------ sizes and recipes
@@ -56,6 +48,26 @@ def test_recipes_are_the_papers():
             assert (recipe.mask_prob, recipe.init) == (0.15, "released")
     assert S_32.warmup_steps == 9609  # 1,281,167 x 0.96 = 1,229,920 images in batches of 128: one epoch, rounded up
     assert RECIPES["igpt_xl_ar_64"].warmup_steps == 19218
+
+
+def test_warm_up_of_an_epoch_is_counted_in_batches_of_the_images_there_are():
+    assert with_warmup_epochs(S_32, 1, 1_229_920).warmup_steps == S_32.warmup_steps
+    assert with_warmup_epochs(S_32, 1, 128 * 7 + 1) == dataclasses.replace(S_32, warmup_steps=8)
+    assert with_warmup_epochs(S_32, 0.5, 1280).warmup_steps == 5
+    assert with_warmup_epochs(S_32, 0, 1280).warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "complaint"),
+    [
+        (-1, r"^warmup_epochs=-1 must be a number of at least 0$"),
+        (float("nan"), r"^warmup_epochs=nan must be a number of at least 0$"),
+        (2, r"^warmup_epochs=2 of 128000000 images are 2000000 steps, more than steps=1000000$"),
+    ],
+)
+def test_a_warm_up_that_cannot_be_is_refused(epochs, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        with_warmup_epochs(S_32, epochs, 128_000_000)
 
 
 def test_n_ctx_is_one_token_a_pixel():
@@ -139,112 +151,6 @@ def test_a_recipe_written_by_older_code_has_what_it_did_not_know():
 def test_what_is_no_dict_is_no_recipe():
     with pytest.raises(ValueError, match=r"^run\.json is not a recipe: "):
         recipe_from_dict([1], "run.json")
-
-
-# ------------------------------------------------------------------------------------------------- ds_config
-
-
-def test_a_good_ds_config_is_returned_as_it_is(tmp_path):
-    values = {"zero_optimization": {"stage": 3}, "igpt_ds": {"activation_checkpointing": "full"}, "bf16": {"enabled": True}}
-    assert load_ds_config(write(tmp_path / "a.json", values)) == values
-
-
-@pytest.mark.parametrize(
-    ("values", "complaint"),
-    [
-        ([], r"a\.json must hold one JSON object$"),
-        ({"train_batch_size": 8}, r"a\.json: 'train_batch_size' is set by the recipe as batch_images; remove it here$"),
-        ({"gradient_clipping": 1.0}, r"'gradient_clipping' is set by the recipe as clip; "),
-        ({"gradient_accumulation_steps": 2}, r"'gradient_accumulation_steps' is set by the recipe as batch_images \(the accum"),
-        ({"optimizer": {"type": "Adam"}}, r"'optimizer' is set by the recipe as lr, betas and eps; "),
-        ({"scheduler": {}}, r"'scheduler' is set by the recipe as lr, warmup_steps and steps; "),
-        ({"gradient_cliping": 1.0}, r"a\.json: unknown key 'gradient_cliping'; known: igpt_ds, activation_checkpointing, "),
-        ({"igpt_ds": {"checkpointing": "full"}}, r"a\.json: unknown key 'checkpointing' in 'igpt_ds'; known: activation_ch"),
-        (
-            {"igpt_ds": {"activation_checkpointing": "half"}},
-            r"activation_checkpointing='half' is unknown; known: none, selective, full$",
-        ),
-        ({"zero_optimization": {"stage": 2}}, r"a\.json: zero_optimization\.stage=2; this project trains and consolidates st"),
-        ({}, r"zero_optimization\.stage=None; "),
-        ({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}, r"a\.json: fp16 is not supported; use bf16 or neither$"),
-        ({"zero_optimization": 3}, r"a\.json: 'zero_optimization' must be an object, not 3$"),
-        ({"igpt_ds": "full"}, r"a\.json: 'igpt_ds' must be an object, not 'full'$"),
-        ({"bf16": True}, r"a\.json: 'bf16' must be an object, not True$"),
-        (
-            {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"},
-            r"a\.json: train_micro_batch_size_per_gpu='auto' must be a whole number of at least 1$",
-        ),
-    ],
-)
-def test_a_bad_ds_config_is_refused_by_name(tmp_path, values, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        load_ds_config(write(tmp_path / "a.json", values))
-
-
-# ------------------------------------------------------------------------------------------------------ join
-
-
-@given(micro_batch=st.integers(1, 64), accumulation=st.integers(1, 64), world_size=st.integers(1, 512))
-def test_batch_layout_multiplies_out(micro_batch, accumulation, world_size):
-    batch_images = micro_batch * accumulation * world_size
-    assert batch_layout(batch_images, micro_batch, world_size) == (micro_batch, accumulation)
-    assert batch_layout(batch_images, None, world_size) == (micro_batch * accumulation, 1)
-
-
-@given(batch_images=st.integers(1, 10_000), micro_batch=st.integers(1, 64), world_size=st.integers(1, 512))
-def test_the_batches_named_as_nearest_do_divide(batch_images, micro_batch, world_size):
-    try:
-        found, accumulation = batch_layout(batch_images, micro_batch, world_size)
-        assert found * accumulation * world_size == batch_images
-    except ValueError as error:
-        named = [int(word) for word in str(error).partition("nearest that does: ")[2].split(" or ")]
-        assert named
-        for batch in named:
-            batch_layout(batch, micro_batch, world_size)
-            assert 0 < abs(batch - batch_images) < micro_batch * world_size
-
-
-def test_a_batch_that_does_not_divide_names_the_nearest():
-    with pytest.raises(ValueError, match=r"^batch_images=130 does not divide into 8 ranks x micro batch 4; .*: 128 or 160$"):
-        batch_layout(130, 4, 8)
-    with pytest.raises(ValueError, match=r"^batch_images=3 does not divide into 8 ranks; nearest that does: 8$"):
-        batch_layout(3, None, 8)
-
-
-@pytest.mark.parametrize("micro_batch", [0, -4])
-def test_a_micro_batch_below_one_is_refused(micro_batch):
-    with pytest.raises(ValueError, match=rf"^micro_batch={micro_batch} must be at least 1$"):
-        batch_layout(128, micro_batch, 8)
-
-
-def test_join_writes_what_the_recipe_owns_and_keeps_the_rest():
-    ds_config = {"zero_optimization": {"stage": 3}, "igpt_ds": {"activation_checkpointing": "full"}, "bf16": {"enabled": True}}
-    run = join(S_32, ds_config, world_size=4, micro_batch=8)
-    assert run.ds_config == {
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": True},
-        "train_batch_size": 128,
-        "train_micro_batch_size_per_gpu": 8,
-        "gradient_accumulation_steps": 4,
-        "gradient_clipping": 1.0,
-    }
-    assert (run.micro_batch, run.accumulation, run.activation_checkpointing, run.precision) == (8, 4, "full", "bf16")
-    assert "train_batch_size" not in ds_config
-
-
-def test_join_takes_the_micro_batch_of_the_flag_then_of_the_ds_config_then_the_whole_share():
-    ds_config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2}
-    assert join(S_32, ds_config, 4, micro_batch=16).micro_batch == 16
-    assert join(S_32, ds_config, 4).micro_batch == 2
-    run = join(S_32, {"zero_optimization": {"stage": 3}}, 4)
-    assert (run.micro_batch, run.accumulation, run.precision, run.activation_checkpointing) == (32, 1, "fp32", "none")
-
-
-def test_a_run_is_printable_and_its_recipe_can_be_given_back():
-    run = join(S_32, {"zero_optimization": {"stage": 3}}, 4)
-    printed = json.loads(json.dumps(run_to_dict(run)))
-    assert recipe_from_dict(printed["recipe"], "run.json") == S_32
-    assert printed["world_size"] == 4
 
 
 def test_recipes_cannot_be_changed_in_place():

@@ -3,7 +3,16 @@
 import pytest
 
 from igpt_ds.cli import SharedError
-from igpt_ds.dist import from_rank_0, map_environment
+from igpt_ds.dist import (
+    data_rank,
+    data_world_size,
+    from_rank_0,
+    map_environment,
+    sequence_group,
+    sequence_rank,
+    sequence_size,
+    start_sequence_groups,
+)
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -63,3 +72,11 @@ def test_rank_0_answers_for_all() -> None:
     assert from_rank_0(lambda: 7) == 7
     with pytest.raises(SharedError, match="no such thing"):
         from_rank_0(refuse)
+
+
+def test_without_sequence_groups_every_rank_has_its_own_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    start_sequence_groups(1)
+    assert sequence_group() is None
+    assert (data_rank(), data_world_size(), sequence_rank(), sequence_size()) == (5, 8, 0, 1)

@@ -1,6 +1,6 @@
 """Measures the model on one Hopper GPU within nine minutes and writes each row as it comes. Exits with 1 when a bar is missed.
 
-MFU is by the FLOPs of igpt_ds.plan over the bf16 peak that the maker prints: PaLM's convention in the table, the causal one in
+MFU is by the FLOPs of igpt_ds.costs over the bf16 peak that the maker prints: PaLM's convention in the table, the causal one in
 the notes. What does not fit the memory or the time is a row that says so. --toy runs all of it on a CPU, at sizes that say
 nothing.
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from igpt_ds import bench, cli, plan
+from igpt_ds import bench, cli, costs
 from igpt_ds.bench import Row
 from igpt_ds.bench_device import BANDWIDTH, PEAK, Session, table
 from igpt_ds.config import CHECKPOINTING, ModelConfig, get_recipe, override
@@ -204,7 +204,7 @@ def small(session: Session) -> None:
                 torch.stack([a.mean(1, dtype=torch.float32) for pair in model.residuals(tokens) for a in pair]).cpu()
 
         rate = 2 * B / session.seconds(run)
-        half = session.peak / 2 / (plan.forward_flops_per_token(config, causal=True) * config.n_ctx)
+        half = session.peak / 2 / (costs.forward_flops_per_token(config, causal=True) * config.n_ctx)
         return [Row("S features of all layers", "images/s", rate, half, "half of the printed peak, causal FLOPs")]
 
     session.attempt("S features of all layers", 15, features)
@@ -234,7 +234,7 @@ def _draw(session: Session, what: str, config: ModelConfig, B: int) -> list[Row]
         logits = decoder.step(choose(logits, u))
 
     seconds = session.seconds(run, warm_up=10, times=steps)
-    read = 2.0 * plan.parameters(config) + 4.0 * B * config.n_layer * config.n_embd * decoder.length
+    read = 2.0 * costs.parameters(config) + 4.0 * B * config.n_layer * config.n_embd * decoder.length
     return [Row(what, "pixels/s", B / seconds, B * session.bandwidth / read, "the memory's bandwidth, copying")]
 
 
@@ -264,10 +264,11 @@ def _zero3(session: Session, B: int) -> list[Row]:
     seconds = session.seconds(lambda: take_step(engine, [batch], loss, 1e-5), warm_up=2, times=6)
     what = f"XL under ZeRO-3, {mode} checkpointing, {B} images"
     row = session.step_row(what, config, B, seconds)
-    predicted = plan.memory_per_rank(config, 1, B, run.precision, mode).total / plan.GIB
-    measured = torch.cuda.max_memory_allocated() / plan.GIB if session.device.type == "cuda" else 0.0
+    expected = costs.memory(config, costs.Layout(1, B, precision=run.precision, checkpointing=mode))
+    predicted = (expected.total - costs.CONTEXT) / costs.GIB  # torch does not count the context
+    measured = torch.cuda.max_memory_allocated() / costs.GIB if session.device.type == "cuda" else 0.0
     engine.destroy()
-    return [row, Row(f"memory of XL under ZeRO-3, {B} images", "GiB", measured, predicted, "igpt_ds.plan")]
+    return [row, Row(f"memory of XL under ZeRO-3, {B} images", "GiB", measured, predicted, "igpt_ds.costs")]
 
 
 if __name__ == "__main__":

@@ -174,8 +174,9 @@ def open_mixture(
     exclusions: Sequence[Path] = (),
     on_bad: str = "stop",
     max_bad: float = MAX_BAD,
+    split: str = "train",
 ) -> Mixture:
-    """Opens the train splits of dataset directories, without the images that exclusion lists name.
+    """Opens a split of dataset directories, without the images that exclusion lists name.
 
     Raises:
         ValueError: as ShardSet and Mixture do; an exclusion list that is about none of the datasets, or two about one; a dataset
@@ -183,14 +184,14 @@ def open_mixture(
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"--data {' '.join(map(str, paths))} names a dataset twice; give it a larger weight instead")
-    shard_sets = [ShardSet(path, "train") for path in paths]
+    shard_sets = [ShardSet(path, split) for path in paths]
     lists: dict[int, Path] = {}
     for file in exclusions:
-        k, ids = _matching(file, [ShardSet(path, "train") for path in paths] if lists else shard_sets)
+        k, ids = _matching(file, [ShardSet(path, split) for path in paths] if lists else shard_sets)
         if k in lists:
             raise ValueError(f"exclusion lists {lists[k]} and {file} are both about {paths[k]}; join them into one")
         lists[k] = file
-        shard_sets[k] = ShardSet(paths[k], "train", exclude=ids)
+        shard_sets[k] = ShardSet(paths[k], split, exclude=ids)
     return Mixture(shard_sets, weights, on_bad, max_bad)
 
 

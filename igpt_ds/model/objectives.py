@@ -13,8 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from igpt_ds.counter_random import random_words
+from igpt_ds.model.ulysses import part
 
 _MASK, _FORCED = 7, 8  # purposes of random words
 
@@ -63,14 +65,27 @@ def draw_masks(seed: int, numbers: np.ndarray, T: int, mask_prob: float) -> Tens
     return torch.from_numpy(mask)
 
 
-def image_loss(objective: str, seed: int, mask_prob: float) -> ImageLoss:
-    """The loss of each image under an objective, with the masks of this seed; "ar" draws nothing."""
+def image_loss(objective: str, seed: int, mask_prob: float, group: ProcessGroup | None = None) -> ImageLoss:
+    """The loss of each image under an objective, with the masks of this seed; "ar" draws nothing.
+
+    In a sequence group (see `ulysses`) the network returns the logits of this rank's tokens, and this the sum of their nats over
+    a rank's equal share of what the whole image counts, however many of them are here: the mean over the ranks of the group is
+    the image's loss. So the mean over all ranks, which ZeRO takes of gradients and the loop of losses, is the batch's.
+    """
 
     def autoregressive(network: Callable[..., Tensor], tokens: Tensor, numbers: Tensor) -> Tensor:
-        return image_nats(network(tokens), tokens)
+        if group is None:
+            return image_nats(network(tokens), tokens)
+        T = tokens.size(1)
+        return token_nats(network(tokens), tokens[:, part(group, T)]).sum(dim=1) * (group.size() / T)
 
     def masked(network: Callable[..., Tensor], tokens: Tensor, numbers: Tensor) -> Tensor:
         mask = draw_masks(seed, numbers.numpy(), tokens.size(1), mask_prob).to(tokens.device, non_blocking=True)
-        return masked_nats(network(tokens, mask), tokens, mask)
+        logits = network(tokens, mask)
+        if group is None:
+            return masked_nats(logits, tokens, mask)
+        here = part(group, tokens.size(1))
+        nats = torch.where(mask[:, here], token_nats(logits, tokens[:, here]), 0.0).sum(dim=1)
+        return nats * group.size() / mask.sum(dim=1)
 
     return {"ar": autoregressive, "bert": masked}[objective]

@@ -15,10 +15,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend
 
 from igpt_ds.config import CHECKPOINTING, OBJECTIVES, ModelConfig
 from igpt_ds.model.fused import linear, quick_gelu, rms_norm, run_block
+from igpt_ds.model.ulysses import mean_over_tokens, part, to_heads, to_tokens
 
 
 def init_std(config: ModelConfig, init: str = "released") -> dict[str, float]:
@@ -100,21 +102,26 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; where it is causal, each position sees itself and the earlier ones, else all of them."""
+    """Multi-head self-attention; where it is causal, each position sees itself and the earlier ones, else all of them.
 
-    def __init__(self, config: ModelConfig, std: dict[str, float], causal: bool) -> None:
+    The ranks of a sequence group each enter and leave with their own t = T/sp tokens; between, each has all tokens of H/sp heads.
+    """
+
+    def __init__(self, config: ModelConfig, std: dict[str, float], causal: bool, group: ProcessGroup | None = None) -> None:
         super().__init__()
         C = config.n_embd
-        self.n_head, self.causal = config.n_head, causal
+        self.n_head, self.n_ctx, self.causal, self.group = config.n_head, config.n_ctx, causal, group
         self.c_attn = Projection(C, 3 * C, std["attn.c_attn"])
         self.c_proj = Projection(C, C, std["attn.c_proj"])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, t, C] -> [B, t, C]."""
         B, t, C = x.shape
-        q, k, v = self.c_attn(x).view(B, t, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, t, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4) if self.group is None else to_heads(qkv, self.n_ctx, self.group)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.c_proj(y.transpose(1, 2).reshape(B, t, C))
+        y = y.transpose(1, 2) if self.group is None else to_tokens(y, self.group)
+        return self.c_proj(y.reshape(B, t, C))
 
 
 class MLP(nn.Module):
@@ -134,10 +141,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """h + attn(ln_1 h), then the same with the MLP and ln_2 (paper 2.2)."""
 
-    def __init__(self, config: ModelConfig, std: dict[str, float], causal: bool) -> None:
+    def __init__(self, config: ModelConfig, std: dict[str, float], causal: bool, group: ProcessGroup | None = None) -> None:
         super().__init__()
         self.ln_1 = Norm(config.n_embd)
-        self.attn = Attention(config, std, causal)
+        self.attn = Attention(config, std, causal, group)
         self.ln_2 = Norm(config.n_embd)
         self.mlp = MLP(config, std)
 
@@ -165,48 +172,69 @@ class Transformer(nn.Module):
         config: its shape.
         activation_checkpointing: "none" keeps all activations for the backward pass, 16 C a token and block; "selective" 9 C: the
             blocks' inputs, queries, keys and values, attention and what enters quick-GELU, and recomputes the rest; "full" keeps
-            the blocks' inputs, 1 C, and computes each block twice.
+            the blocks' inputs, 1 C, and computes each block twice. In a sequence group both exchange tokens and heads once more.
         objective: "ar" predicts each pixel from those before it; "bert" predicts hidden pixels from all others (paper 2.1), with
             no mask in attention and no sos.
         init: how fresh weights are drawn, see `init_std`.
+        group: the ranks that share the tokens of the same images (see `ulysses`). Each is given whole images, of n_ctx tokens,
+            and returns logits and residuals for its own t = T/sp tokens; without a group t = T.
     """
 
     def __init__(
-        self, config: ModelConfig, activation_checkpointing: str = "none", objective: str = "ar", init: str = "released"
+        self,
+        config: ModelConfig,
+        activation_checkpointing: str = "none",
+        objective: str = "ar",
+        init: str = "released",
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         assert objective in OBJECTIVES, objective
         assert activation_checkpointing in CHECKPOINTING, activation_checkpointing
         std = init_std(config, init)
-        self.config, self.objective = config, objective
+        assert group is None or config.n_head % group.size() == 0, "ds_config.join refuses it"
+        self.config, self.objective, self.group = config, objective, group
         self.activation_checkpointing = activation_checkpointing
         self.wte = nn.Embedding(config.n_vocab, config.n_embd, _weight=_drawn(config.n_vocab, config.n_embd, std=std["wte"]))
         if objective == "ar":
             self.sos = _drawn(config.n_embd, std=std["sos"])
         self.wpe = _drawn(config.n_ctx, config.n_embd, std=std["wpe"])
-        self.blocks = nn.ModuleList(Block(config, std, causal=objective == "ar") for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, std, objective == "ar", group) for _ in range(config.n_layer))
         self.ln_f = Norm(config.n_embd)
         self.head = Projection(config.n_embd, config.n_vocab, std["head"])
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """tokens [B, t] -> h^0 [B, t, C].
+        """tokens [B, T] -> h^0 [B, t, C].
 
         "ar": sos, then the pixels but the last, each with its position. "bert": every pixel with its position; where mask
-        [B, t] is True, the position alone (paper 2.2).
+        [B, T] is True, the position alone (paper 2.2).
         """
+        assert self.group is None or tokens.size(1) == self.config.n_ctx, "a sequence group divides whole images"
+        here = part(self.group, tokens.size(1))
         if self.objective == "ar":
             assert mask is None, "an auto-regressive model hides nothing"
-            content = torch.cat([self.sos.expand(tokens.size(0), 1, -1), self.wte(tokens[:, :-1])], dim=1)
+            content = self._shifted(tokens, here)
         else:
-            content = self.wte(tokens)
+            content = self.wte(tokens[:, here])
             if mask is not None:
-                content = content.masked_fill(mask[:, :, None], 0.0)
-        return content + self.wpe[: tokens.size(1)]
+                content = content.masked_fill(mask[:, here, None], 0.0)
+        return content + self.wpe[here]
+
+    def _shifted(self, tokens: Tensor, here: slice) -> Tensor:
+        """What stands before each of these pixels: [B, T] -> [B, t, C]."""
+        sos = self.sos.expand(tokens.size(0), 1, -1)
+        if self.group is None:
+            return torch.cat([sos, self.wte(tokens[:, :-1])], dim=1)
+        # The first rank alone has a sos, but ZeRO waits for its gradient on all of them: it is zero on the others.
+        before = self.wte(tokens.roll(1, dims=1)[:, here])
+        first = torch.full((), here.start == 0, device=tokens.device)
+        return torch.cat([torch.where(first, sos, before[:, :1]), before[:, 1:]], dim=1)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """tokens [B, T] int64, and for "bert" mask [B, T] bool (True: hidden and to be predicted) -> logits [B, T, V].
+        """tokens [B, T] int64, and for "bert" mask [B, T] bool (True: hidden and to be predicted) -> logits [B, t, V].
 
-        "ar": logits[:, i] is a function of tokens[:, :i] alone. "bert": of the tokens that are not masked.
+        Without a group t = T. "ar": the logits of a pixel are a function of the pixels before it alone. "bert": of those that
+        are not masked.
         """
         assert (mask is None) == (self.objective == "ar"), "the bert objective alone takes a mask, and needs one"
         h = self.embed(tokens, mask)
@@ -215,7 +243,7 @@ class Transformer(nn.Module):
         return self.head(self.ln_f(h))
 
     def residuals(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (h^l, n^l), each [B, T, C], for l = 0..L, one layer at a time.
+        """Yields (h^l, n^l), each [B, t, C], for l = 0..L, one layer at a time.
 
         h^l is the residual stream that block l reads; n^l = layer norm of h^l as that block applies it (paper 2.2, 2.4).
         For l = L there is no such block and n^L is ln_f's. A bert model reads the whole image here, with nothing masked.
@@ -225,3 +253,10 @@ class Transformer(nn.Module):
             yield h, cast(Block, block).ln_1(h)
             h = block(h)
         yield h, self.ln_f(h)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The features in h^l or n^l, [B, t, C] -> [B, C] float32: the mean over all T tokens, on every rank of the group.
+
+        In a group the images must be whole ones, as in training.
+        """
+        return mean_over_tokens(x, self.config.n_ctx if self.group else x.size(1), self.group)

@@ -1,34 +1,58 @@
-"""Checkpoints that are whole or do not count: saved under a temporary name, listed with checksums, renamed when complete.
+"""An engine's state to a checkpoint and back, on all ranks together.
 
-RUN_DIR/checkpoints/step-00000100/ holds DeepSpeed's ZeRO-3 files of every rank, manifest.json (what the state belongs to,
-and size and sha256 of each file) and, written last, COMPLETE. DeepSpeed's own `latest` file is never written or read: it
-appears before the other ranks have finished. Called by train.py; the manifest is also what consolidation reads.
+Saved under a temporary name, listed with checksums, renamed when complete (train/manifest.py says what lies where). An error of
+one rank's disk is every rank's. DeepSpeed's own `latest` file is never written or read: it appears before the other ranks have
+finished. A checkpoint of another number of ranks is divided anew on the way in. Called by train.py and train/loop.py.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import sys
+import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
-from igpt_ds.files import atomic_file, fsync_path, read_json, sha256_file, write_json
+from igpt_ds.train.disk import SLACK, Writer, require_space
 from igpt_ds.train.engine import restore_rng, rng_states
-from igpt_ds.train.run_dir import recipe_differences
+from igpt_ds.train.manifest import (
+    checkpoint_name,
+    commit,
+    damaged_files,
+    list_checkpoints,
+    newest_checkpoint,
+    prune,
+    read_manifest,
+    remove_leftovers,
+    set_aside_newer,
+)
+from igpt_ds.train.reshard import target_layout, write_rank
+from igpt_ds.train.run_dir import check_owner, recipe_differences, this_start
+from igpt_ds.train.torch_files import read_torch_file
+from igpt_ds.train.zero_files import ZeroCheckpoint
 
-FORMAT, VERSION = "igpt_ds.checkpoint", 1
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint just saved: where, how long all ranks needed, and the bytes of all of its files."""
+
+    path: Path
+    seconds: float
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s, {self.bytes / 1e6 / self.seconds:.0f} MB/s"
 
 
-def checkpoint_name(step: int) -> str:
-    """The directory name of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
-def save_checkpoint(engine: Any, directory: Path, facts: dict[str, Any], keep_last: int, keep_every: int) -> Path:
+def save_checkpoint(
+    engine: Any, directory: Path, facts: dict[str, Any], keep_last: int, keep_every: int, best: int | None = None
+) -> Saved:
     """Saves on all ranks; returns when the checkpoint is complete and old ones are pruned.
 
     Args:
@@ -36,104 +60,148 @@ def save_checkpoint(engine: Any, directory: Path, facts: dict[str, Any], keep_la
         facts: what a reader must know and check; "step" and "images_seen" among them.
         keep_last: how many of the newest to keep, at least 1.
         keep_every: checkpoints at multiples of this step stay for ever; 0 for none.
-    """
-    final = directory / checkpoint_name(facts["step"])
-    partial = directory / f"{final.name}.partial"
-    if dist.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    client_state = {"igpt_ds/rng": rng_states()}
-    engine.save_checkpoint(str(directory), tag=partial.name, client_state=client_state, save_latest=False)
-    mine = [_entry(path) for path in sorted(partial.glob(f"*zero_pp_rank_{dist.rank()}_*.pt"))]
-    files = [entry for entries in dist.gather_objects(mine) for entry in entries]
-    if dist.rank() == 0:
-        header = {"format": FORMAT, "version": VERSION, "world_size": dist.world_size()}
-        write_json(partial / "manifest.json", header | facts | {"files": files})
-        with atomic_file(partial / "COMPLETE", "w") as file:
-            file.write(f"{len(files)} files\n")
-        os.replace(partial, final)
-        fsync_path(directory)
-        prune(directory, keep_last, keep_every)
-    dist.barrier()
-    return final
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    fsync_path(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def prune(directory: Path, keep_last: int, keep_every: int) -> None:
-    """Removes complete checkpoints but the keep_last newest and those at multiples of keep_every (0: none)."""
-    complete = [path for path in list_checkpoints(directory) if (path / "COMPLETE").exists()]
-    for path in complete[: -max(1, keep_last)]:
-        step = int(path.name.removeprefix("step-"))
-        if not (keep_every and step % keep_every == 0):
-            doomed = path.with_name(f"{path.name}.partial")  # if this is killed half way, the next start removes the rest
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints, complete or not, from the oldest step to the newest."""
-    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a complete checkpoint whose files all have their size.
+        best: the step of one more that stays.
 
     Raises:
-        ValueError: it is not complete, of another version, or a file is missing or torn; the file is named.
+        SharedError: the disk is too small or failed on some rank; nothing of the checkpoint is left and no other was touched.
     """
-    if not (checkpoint / "COMPLETE").exists():
-        raise ValueError(f"{checkpoint} is not complete: it has no COMPLETE file; choose another step")
-    path = checkpoint / "manifest.json"
-    manifest = read_json(path, "checkpoint manifest")
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; read it with the code that wrote it")
-    for entry in manifest["files"]:
-        file = checkpoint / entry["name"]
-        found = file.stat().st_size if file.exists() else None
-        if found != entry["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
-            raise ValueError(f"{file} {state}; choose another step")
-    return manifest
+    import deepspeed
+
+    start = time.monotonic()
+    final = directory / checkpoint_name(facts["step"])
+    # With the start's name, or a start that lost the run would clear away what its successor writes.
+    unfinished = directory / ".".join(part for part in (final.name, this_start(), "partial") if part)
+    needed = expected_bytes(engine, directory)
+    dist.from_rank_0(lambda: check_owner(directory.parent))
+    dist.from_rank_0(lambda: _begin(unfinished, needed))
+    states = [rng_states()] if engine.zero_optimization_stage() == 3 else dist.gather_objects(rng_states())
+    writer = Writer(engine.checkpoint_engine)
+    engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda path: None  # tools/consolidate.py does its work
+    try:
+        engine.save_checkpoint(str(directory), tag=unfinished.name, client_state={"igpt_ds/rng": states}, save_latest=False)
+    finally:
+        engine.checkpoint_engine = writer._engine
+    reports = dist.gather_objects((writer.entries, writer.error))
+    agree([error for _, error in reports], unfinished, f"checkpoint {final} could not be saved")
+    versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    header = {"world_size": dist.world_size(), "stage": int(engine.zero_optimization_stage()), "versions": versions}
+    files = [entry for entries, _ in reports for entry in entries]
+    try:
+        dist.from_rank_0(lambda: check_owner(directory.parent))  # it may have changed while this start was writing
+        dist.from_rank_0(lambda: commit(unfinished, final, header | facts, files))
+    except SharedError as error:
+        agree([str(error)], unfinished, f"checkpoint {final} could not be saved")
+    dist.from_rank_0(lambda: prune(directory, keep_last, keep_every, best))
+    return Saved(final, time.monotonic() - start, sum(entry["bytes"] for entry in files))
 
 
-def damaged_files(checkpoint: Path, entries: list[dict[str, Any]]) -> list[str]:
-    """The names of those of a manifest's files that do not hold what was written, by their sha256."""
-    return [entry["name"] for entry in entries if sha256_file(checkpoint / entry["name"]) != entry["sha256"]]
+def _begin(unfinished: Path, needed: int) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        require_space(unfinished, needed, f"checkpoint {unfinished.name.removesuffix('.partial')}")
+    except ValueError:
+        unfinished.rmdir()
+        raise
 
 
-def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its manifest; each newer one that is damaged is named on stderr."""
-    for checkpoint in reversed(list_checkpoints(directory)):
-        try:
-            return checkpoint, read_manifest(checkpoint)
-        except ValueError as error:
-            print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
+def agree(errors: list[str], unfinished: Path, what: str) -> None:
+    """Removes what was half written, and stops all ranks, where some rank met an error. `errors` has "" for those that did not.
+
+    Raises:
+        SharedError: with the first error, the rank that met it and what to do.
+    """
+    failed = [(rank, error) for rank, error in enumerate(errors) if error]
+    if failed:
+        dist.from_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        raise SharedError(
+            f"{what}: on rank {failed[0][0]} {failed[0][1]}; nothing of it is left, and the checkpoint before is whole: "
+            "free some space there (or repair the disk) and run the same command again with --resume auto"
+        )
+
+
+def expected_bytes(engine: Any, directory: Path) -> int:
+    """The size of the next checkpoint: that of the one before, else 12 bytes a parameter, and its weights at stages 1 and 2."""
+    try:
+        before = [entry["bytes"] for entry in read_manifest(list_checkpoints(directory)[-1])["files"]]
+    except (IndexError, ValueError):
+        sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters()]
+        whole = 0 if engine.zero_optimization_stage() == 3 else next(engine.module.parameters()).element_size()
+        return int(SLACK * (12 + whole) * sum(sizes)) + (1 << 17) * dist.world_size()
+    return int(SLACK * sum(before))
+
+
+def check_space(engine: Any, directory: Path, keep_last: int) -> None:
+    """Asks before the first step for room for all checkpoints that will lie there at once: keep_last and the one being saved.
+
+    Raises:
+        SharedError: the disk has less; on every rank.
+    """
+    missing = max(1, keep_last + 1 - len(list_checkpoints(directory)))
+    needed = missing * expected_bytes(engine, directory)
+    dist.from_rank_0(lambda: require_space(directory, needed, f"room for {missing} checkpoints"))
+
+
+def verified_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files hold what was written, on all ranks, which divide the reading.
+
+    Leftovers of interrupted saves are removed, damaged checkpoints named on stderr and renamed to `.broken`.
+    """
+    dist.from_rank_0(partial(remove_leftovers, directory))
+    while found := dist.from_rank_0(partial(newest_checkpoint, directory)):
+        checkpoint, manifest = found
+        damaged = _damaged_on_all_ranks(checkpoint, manifest)
+        if not damaged:
+            dist.from_rank_0(partial(set_aside_newer, directory, manifest["step"]))
+            return checkpoint, manifest
+        if dist.rank() == 0:
+            file = checkpoint / damaged[0]
+            print(f"checkpoint passed over: {file} is damaged (sha256 differs)", file=sys.stderr, flush=True)
+        dist.from_rank_0(partial(set_aside_newer, directory, manifest["step"] - 1))
+    dist.from_rank_0(partial(set_aside_newer, directory, 0))
     return None
 
 
-def set_aside_newer(directory: Path, step: int) -> None:
-    """Renames checkpoints of later steps to `.broken`: they were passed over, and must not count when old ones are pruned."""
-    for path in list_checkpoints(directory):
-        if int(path.name.removeprefix("step-")) > step:
-            broken = path.with_name(f"{path.name}.broken")
-            shutil.rmtree(broken, ignore_errors=True)
-            os.replace(path, broken)
+def _damaged_on_all_ranks(checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
+    mine = damaged_files(checkpoint, manifest["files"][dist.rank() :: dist.world_size()])
+    return [name for names in dist.gather_objects(mine) for name in names]
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Restores weights, optimizer and generators of every rank.
+def load_checkpoint(
+    engine: Any, checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any], verified: bool = False
+) -> None:
+    """Restores weights, optimizer and generators of every rank; a checkpoint of other ranks or sub-groups is divided anew.
 
     Args:
         facts: what this run would write into a manifest.
+        verified: its files were compared with their sha256 just now.
 
     Raises:
-        SharedError: written by another run, in another precision, or by another number of ranks; or a file of some rank is not
-            what was written.
+        SharedError: written by another run, in another precision or at another stage; or some file is not what was written.
+    """
+    refuse_another_run(checkpoint, manifest, facts)
+    stage = int(engine.zero_optimization_stage())
+    if manifest["stage"] != stage:
+        raise SharedError(
+            f"{checkpoint} was saved at ZeRO stage {manifest['stage']} and this run has {stage}; use a ds_config of that stage"
+        )
+    if not verified and (damaged := _damaged_on_all_ranks(checkpoint, manifest)):
+        raise SharedError(f"{checkpoint / damaged[0]} is damaged (sha256 differs); remove {checkpoint} and resume again")
+    if dist.from_rank_0(lambda: _fits(engine, checkpoint, manifest)):
+        _load(engine, checkpoint)
+        return
+    unfinished = checkpoint.with_name(f"{checkpoint.name}.{dist.world_size()}-ranks.partial")
+    divide_anew(engine, checkpoint, manifest, unfinished)
+    _load(engine, unfinished)
+    dist.barrier()
+    dist.from_rank_0(lambda: shutil.rmtree(unfinished))
+
+
+def refuse_another_run(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuses a checkpoint that does not belong to a run of these facts.
+
+    Raises:
+        SharedError: its recipe, precision, images or their order differ; the difference is named.
     """
     differences = recipe_differences(manifest["recipe"], facts["recipe"])
     for name, before, now in [("precision", manifest["precision"], facts["precision"]), *differences]:
@@ -151,12 +219,39 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: dict[str, Any], fac
             f"{checkpoint} saw its images in order {before} and this run would in {now}; "
             "use the code and the way of reading (--stream or not) of that run, or choose another --run_dir"
         )
-    if manifest["world_size"] != dist.world_size():
-        ranks = manifest["world_size"]
-        raise SharedError(f"{checkpoint} was written by {ranks} ranks and this run has {dist.world_size()}; start {ranks} ranks")
-    mine = [entry for entry in manifest["files"] if f"zero_pp_rank_{dist.rank()}_" in entry["name"]]
-    damaged = [name for names in dist.gather_objects(damaged_files(checkpoint, mine)) for name in names]  # all stop, or none
-    if damaged:
-        raise SharedError(f"{checkpoint / damaged[0]} is damaged (sha256 differs); remove {checkpoint} and resume again")
+
+
+def _fits(engine: Any, checkpoint: Path, manifest: dict[str, Any]) -> bool:
+    """Whether DeepSpeed can load the files as they are: its loader checks the number of ranks, but not the sub-groups."""
+    model_files = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))
+    if not model_files:
+        raise ValueError(f"{checkpoint} has no file *mp_rank_00_model_states.pt; remove it and resume again")
+    saved = [list(group.items()) for group in read_torch_file(model_files[0])["param_shapes"]]
+    ours = [list(group.items()) for group in engine._get_zero_param_shapes()]
+    return manifest["world_size"] == dist.world_size() and saved == ours
+
+
+def divide_anew(engine: Any, checkpoint: Path, manifest: dict[str, Any], unfinished: Path) -> None:
+    """Writes the checkpoint's state into `unfinished` as the engine's ranks hold it; each rank writes its own files.
+
+    Raises:
+        SharedError: no room, or a rank could not write; `unfinished` is gone.
+    """
+    needed = int(SLACK * sum(entry["bytes"] for entry in manifest["files"]))
+    dist.from_rank_0(lambda: _begin(unfinished, needed))
+    error = ""
+    try:
+        source = ZeroCheckpoint(checkpoint, manifest["world_size"], manifest["stage"])
+        write_rank(source, target_layout(source, dist.world_size(), engine.zero_sub_group_size()), dist.rank(), unfinished)
+    except (OSError, ValueError) as caught:
+        error = f"{getattr(caught, 'filename', None) or unfinished}: {getattr(caught, 'strerror', None) or caught}"
+    what = f"{checkpoint} of {manifest['world_size']} ranks could not be divided for {dist.world_size()}"
+    agree(dist.gather_objects(error), unfinished, what)
+    if dist.rank() == 0:
+        print(f"{checkpoint} of {manifest['world_size']} ranks was divided for {dist.world_size()}", flush=True)
+
+
+def _load(engine: Any, checkpoint: Path) -> None:
     _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    restore_rng(client_state["igpt_ds/rng"])
+    states = client_state["igpt_ds/rng"]
+    restore_rng(states[dist.rank() % len(states)])

@@ -1,12 +1,17 @@
-"""The door to DeepSpeed: a run enters, a ZeRO-3 engine around a freshly built transformer leaves. Called by train.py."""
+"""The door to DeepSpeed: a run enters, a ZeRO-3 engine around a freshly built transformer leaves; or around a pre-trained one.
+
+Called by train.py and finetune.py."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
+import typing
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +19,11 @@ import torch
 from torch import Tensor
 
 from igpt_ds import dist
+from igpt_ds.cli import SharedError
 from igpt_ds.data.loader import Batch
-from igpt_ds.ds_config import Run
+from igpt_ds.ds_config import Run, refuse_unknown
+from igpt_ds.model.classifier import CLASS_HEAD, Classifier
+from igpt_ds.model.store import open_weights
 from igpt_ds.model.transformer import Transformer
 
 # What a run minimises: (engine, micro batch on its device) -> a scalar. Pre-training and fine-tuning differ in this alone.
@@ -25,14 +33,10 @@ LossFunction = Callable[[Any, Batch], Tensor]
 def start_ranks() -> torch.device:
     """Joins the process group and returns this rank's device: its GPU, or the CPU where there is none."""
     dist.map_environment(os.environ)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch 2.13 deprecates names of collectives that DeepSpeed 0.19 still calls, and says so at each call.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+    _quiet()
     import deepspeed
     import deepspeed.ops
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
     # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, and fail without ninja. gloo serves.
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
@@ -44,13 +48,130 @@ def start_ranks() -> torch.device:
     return torch.device("cuda", dist.local_rank())
 
 
-def build_engine(run: Run) -> Any:
-    """A DeepSpeedEngine around a new transformer, its weights drawn from the recipe's seed and sharded as they are drawn."""
+def _quiet() -> None:
+    # What must be said before DeepSpeed is imported, and that it shall not tell everything it does.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch 2.13 deprecates names of collectives that DeepSpeed 0.19 still calls, and says so at each call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     import deepspeed
 
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def check_ds_config(values: dict[str, Any], path: Path) -> None:
+    """Refuses what DeepSpeed would refuse or ignore inside the sections of a ds_config, before anything is built.
+
+    Args:
+        values: of `load_ds_config`, which has looked at the top of the file.
+
+    Raises:
+        ValueError: a key that DeepSpeed does not know, by its dotted name with the nearest that it does; or a wrong value.
+    """
+    _quiet()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {
+        "bf16": DeepSpeedBF16Config,
+        "comms_logger": CommsLoggerConfig,
+        "compile": CompileConfig,
+        "fp16": DeepSpeedFP16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+    }
+    plain = {  # these sections are no models there: DeepSpeed asks them for the names it knows
+        "activation_checkpointing": list(ACT_CHKPT_DEFAULT),
+        "checkpoint": ["load_universal", "parallel_write", "tag_validation", "use_node_local_storage", "writer"],
+        "data_types": ["buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules", "param_dtype"],
+        "flops_profiler": list(vars(DeepSpeedFlopsProfilerConfig({}))),
+        "torch_autocast": ["dtype", "enabled", "lower_precision_safe_modules"],
+    }
+    for name, known in plain.items():
+        refuse_unknown(_section(values, name, path), known, path, f"{name}.")
+    for name, model in models.items():
+        section = _section(values, name, path)
+        _refuse_unknown_fields(section, model, path, f"{name}.")
+        try:
+            model(**section)
+        except (ValueError, AssertionError) as error:
+            first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+            where = ".".join([name, *map(str, first["loc"])])
+            raise ValueError(f"ds_config {path}: {where}: {first['msg']}") from None
+
+
+def _section(values: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    section = values.get(name, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"ds_config {path}: {name!r} must be an object, not {section!r}")
+    return section
+
+
+def _refuse_unknown_fields(section: Any, model: Any, path: Path, prefix: str) -> None:
+    if not isinstance(section, dict):
+        return  # the model itself says what is wrong with it
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    fields = {name: field for name, field in fields.items() if not (field.json_schema_extra or {}).get("deprecated")}
+    refuse_unknown(section, fields, path, prefix)
+    for name, value in section.items():
+        kinds = [fields[name].annotation, *typing.get_args(fields[name].annotation)]
+        for inner in (kind for kind in kinds if hasattr(kind, "model_fields")):
+            _refuse_unknown_fields(value, inner, path, f"{prefix}{name}.")
+
+
+def build_model(run: Run) -> Transformer:
+    """A new transformer on this rank, its weights drawn from the recipe's seed; under stage 3 each is sharded as soon as drawn.
+
+    Divides the ranks into the run's sequence groups first.
+    """
+    import deepspeed
+
+    dist.start_sequence_groups(run.sequence_parallel)
     seed_everything(run.recipe.seed)
-    with deepspeed.zero.Init(config_dict_or_path=run.ds_config):
-        model = Transformer(run.recipe.model, run.activation_checkpointing, run.recipe.objective, run.recipe.init)
+    with deepspeed.zero.Init(config_dict_or_path=run.ds_config, enabled=run.stage == 3):
+        recipe, group = run.recipe, dist.sequence_group()
+        more = (run.activation_checkpointing, recipe.objective, recipe.init, group)
+        if recipe.finetune is None:
+            return Transformer(recipe.model, *more)
+        return Classifier(recipe.model, recipe.finetune.n_classes, recipe.finetune.layer, *more)
+
+
+def take_weights(model: Transformer, model_dir: Path, stage: int) -> None:
+    """Gives a model that `build_model` made the weights of a model dir, all but the class head's.
+
+    Under stage 3 rank 0 reads one tensor at a time and sends it to the others, each of which keeps its part: nobody holds more
+    than one tensor. A model in bf16 or fp16 rounds the stored float32 weights, and its optimizer's copy begins with the same.
+    """
+    import deepspeed
+
+    with open_weights(model_dir) as stored, torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name == CLASS_HEAD:
+                continue
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=stage == 3):
+                if stage < 3 or dist.rank() == 0:
+                    weight.copy_(stored(name))
+
+
+def build_engine(run: Run, pretrained: Path | None = None) -> Any:
+    """A DeepSpeedEngine around a new transformer.
+
+    Args:
+        pretrained: the model dir whose weights it begins with; None for fresh ones.
+
+    DeepSpeed is not told of sequence groups: it shards over all ranks and averages gradients over all of them, which is right
+    since `image_loss` gives each rank its equal share of an image's loss.
+    """
+    import deepspeed
+
+    if run.precision == "fp16" and not torch.cuda.is_available():
+        raise SharedError("fp16 needs a GPU, DeepSpeed has none of it on a CPU; choose a --ds_config in bf16 or fp32")
+    model = build_model(run)
+    if pretrained is not None:
+        take_weights(model, pretrained, run.stage)
     settings: dict[str, Any] = {"lr": run.recipe.lr, "betas": run.recipe.betas, "eps": run.recipe.eps}
     if run.ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -73,7 +194,8 @@ def take_step(engine: Any, micro_batches: list[Batch], loss_function: LossFuncti
     total = torch.zeros((), device=engine.device)
     for batch in micro_batches:
         loss = loss_function(engine, batch)
-        engine.backward(loss)
+        # An infinite loss may have finite gradients. As NaN it has none, and DeepSpeed leaves the update out on all ranks.
+        engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
         engine.step()  # updates only after the last micro batch of the accumulation
         total += loss.detach()
     return total / len(micro_batches)

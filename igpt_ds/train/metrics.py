@@ -1,99 +1,205 @@
-"""The curves of a run: train.jsonl, TensorBoard and one console line. Rank 0 writes; steps never appear twice.
+"""The curves of a run: train.jsonl, TensorBoard, one console line, wandb where asked for. Rank 0 writes; steps never double.
 
 A training row holds the loss of one step, in nats per token, over the whole global batch; a validation row the mean over
-the validation images. `step` counts completed steps.
+the validation images. `step` counts completed steps, `images_seen` the images of those. Since the last row: `data_wait`, the
+share of the time that rank 0 waited for images; `save_seconds`, what saving took (the speed leaves it out).
+
+`slowest_rank` had the most work of its own, `slowest_ratio` times the median's. What a rank does by itself is hard to see in a
+step that waits for all others in every layer, so two things are timed in which no rank waits for another: getting the step's
+images, and one product of matrices of fixed size, made at every row. A throttled GPU, a crowded core and a slow disk show there.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import math
 import resource
+import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from igpt_ds import dist, plan
-from igpt_ds.ds_config import Run
+from igpt_ds import costs, dist
+from igpt_ds.costs import GIB, train_flops_per_token
+from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import read_json_lines, write_json_lines
 from igpt_ds.model.fused import linear
-from igpt_ds.plan import GIB, train_flops_per_token
+
+SLOW = 1.2  # times the median: worth a word on the console
+Value = float | int | None
 
 
 class Metrics:
-    """Collects what the loop measures. On ranks other than 0 every method returns at once."""
+    """Collects what the loop measures. Every rank calls every method; rank 0 alone writes.
 
-    def __init__(self, run_dir: Path, run: Run, start_step: int, peak: float) -> None:
-        """Rows after start_step, left by a run that was killed, are dropped. peak: FLOP/s of all ranks together."""
-        self.run, self.peak, self.speaks = run, peak, dist.rank() == 0
-        self.clock, self.clock_step = time.perf_counter(), start_step
+    Args:
+        start_step: rows after it, left by a run that was killed, are dropped.
+        peak: FLOP/s of all ranks together.
+        wandb_project: where Weights and Biases shall show the curves too; None: nowhere.
+    """
+
+    def __init__(self, run_dir: Path, run: Run, start_step: int, peak: float, wandb_project: str | None = None) -> None:
+        self.run, self.run_dir, self.peak, self.speaks = run, run_dir, peak, dist.rank() == 0
+        self.product = _matrix(_device(), torch.float32) if run.world_size > 1 else None
+        self.unit = "nats/token" if run.recipe.finetune is None else "nats"  # a class has no tokens
+        self.restart_clock(start_step)
+        self.data_seconds = self.save_seconds = 0.0
+        self.board: SummaryWriter | None = None
         if not self.speaks:
             return
-        path = run_dir / "train.jsonl"
+        self.bar = tqdm(total=run.recipe.steps, initial=start_step, unit="step", disable=None)
+        self._open(start_step)
+        self.wandb = _start_wandb(wandb_project, run_dir, run) if wandb_project else None
+
+    def _open(self, start_step: int) -> None:
+        path = self.run_dir / "train.jsonl"
         write_json_lines(path, [row for row in read_json_lines(path) if 0 < start_step >= row["step"]])
         self.rows = open(path, "a", buffering=1)  # noqa: SIM115  (closed in `close`)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        self.bar = tqdm(total=run.recipe.steps, initial=start_step, unit="step", disable=None)
+        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Takes back the rows after `step`, to which a rollback went."""
+        self.restart_clock(step)
+        if self.speaks:
+            self._close_files()
+            self._open(step)
+            self.bar.n = step
+            self.bar.refresh()
 
     def training(self, step: int, loss: float, lr: float, grad_norm: float, skipped_steps: int) -> None:
-        """Logs a completed step, and the speed since the last one that was logged."""
+        """Logs a completed step, and the speed since the last one that was logged. `loss` may be NaN where it was skipped."""
         now, recipe = time.perf_counter(), self.run.recipe
-        images_per_s = (step - self.clock_step) * recipe.batch_images / (now - self.clock)
-        self.clock, self.clock_step = now, step
-        if not self.speaks:
-            return
+        steps, seconds = step - self.clock_step, now - self.clock
+        images_per_s = steps * recipe.batch_images / seconds
         tokens_per_s = images_per_s * recipe.model.n_ctx
-        mfu, memory = tokens_per_s * train_flops_per_token(recipe.model) / self.peak, memory_gib()
-        row: dict[str, float | None] = {
+        row: dict[str, Value] = {
             "step": step,
             "images_seen": step * recipe.batch_images,
             "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "grad_norm": grad_norm,
             "images_per_s": images_per_s,
             "tokens_per_s": tokens_per_s,
-            "mfu": mfu,
-            "memory_gib": memory,
+            "mfu": tokens_per_s * train_flops_per_token(recipe.model) / self.peak,
+            "memory_gib": memory_gib(),
             "skipped_steps": skipped_steps,
+            "data_wait": self.data_seconds / seconds,
         }
+        if self.save_seconds:
+            row["save_seconds"] = self.save_seconds
+        if self.product is not None:
+            mine = self.data_seconds / max(1, steps) + min(_product_seconds(self.product, 3))
+            row["slowest_rank"], row["slowest_ratio"] = slowest(dist.gather_objects(mine))
+        self.restart_clock(step)
+        self.data_seconds = self.save_seconds = 0.0
+        if not self.speaks:
+            return
         self._write(row, "train")
         self.bar.update(step - self.bar.n)
-        self._say(
-            f"step {step}/{recipe.steps} | loss {loss:.4f} nats/token | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
-            f"{images_per_s:.1f} images/s | MFU {100 * mfu:.1f} % | {memory:.2f} GiB"
-            + (f" | {skipped_steps} steps skipped" if skipped_steps else "")
-        )
+        self._say(console_line(row, recipe.steps, self.unit))
 
-    def validation(self, step: int, val_loss: float) -> None:
-        """Logs a validation loss; the time it took does not count as training time."""
+    def validation(self, step: int, val_loss: float, more: Mapping[str, float] | None = None) -> None:
+        """Logs a validation loss and what else was measured; the time it took does not count as training time."""
         if self.speaks:
-            self._write({"step": step, "images_seen": step * self.run.recipe.batch_images, "val_loss": val_loss}, "val")
+            row: dict[str, Value] = {"step": step, "images_seen": step * self.run.recipe.batch_images, "val_loss": val_loss}
+            self._write(row | dict(more or {}), "val")
             uniform = math.log(self.run.recipe.model.n_vocab)
-            self._say(f"step {step}/{self.run.recipe.steps} | validation {val_loss:.4f} nats/token (uniform {uniform:.4f})")
+            words = f"{val_loss:.4f} {self.unit}" + (f" (uniform {uniform:.4f})" if self.run.recipe.finetune is None else "")
+            others = "".join(f" | {name} {value:.4f}" for name, value in (more or {}).items())
+            self._say(f"step {step}/{self.run.recipe.steps} | validation {words}{others}")
         self.restart_clock(step)
+
+    def waited(self, seconds: float) -> None:
+        """Counts time that this rank waited for images."""
+        self.data_seconds += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Counts time that saving a checkpoint took."""
+        self.save_seconds += seconds
 
     def restart_clock(self, step: int) -> None:
         """Leaves out of the next speed what happened since the last log (validation, saving)."""
-        self.clock, self.clock_step = time.perf_counter(), step
+        self.clock, self.clock_step, self.data_seconds = time.perf_counter(), step, 0.0
 
     def close(self) -> None:
         """Flushes everything."""
         if self.speaks:
-            self.rows.close()
-            self.board.close()
+            self._close_files()
             self.bar.close()
+            if self.wandb:
+                self.wandb.finish()
 
-    def _write(self, row: dict[str, float | None], group: str) -> None:
-        self.rows.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name not in ("step", "images_seen") and value is not None:
-                self.board.add_scalar(f"{group}/{name}", value, row["step"])
+    def _close_files(self) -> None:
+        self.rows.close()
+        if self.board:
+            self.board.close()
+
+    def _write(self, row: dict[str, Value], group: str) -> None:
+        known = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+        self.rows.write(json.dumps(known) + "\n")  # JSON knows neither infinity nor NaN
+        shown = {f"{group}/{name}": value for name, value in known.items() if name not in ("step", "images_seen")}
+        for name, value in shown.items():
+            if value is not None and self.board:
+                self.board.add_scalar(name, value, row["step"])
+        if self.wandb:
+            self.wandb.log(shown | {"images_seen": row["images_seen"]}, step=row["step"])
 
     def _say(self, line: str) -> None:
         self.bar.write(line)
+
+
+def console_line(row: dict[str, Any], steps: int, unit: str = "nats/token") -> str:
+    """A training row in one line of text."""
+    parts = [
+        f"step {row['step']}/{steps}",
+        f"loss {row['loss']:.4f} {unit}",
+        f"lr {row['lr']:.2e}",
+        f"grad norm {row['grad_norm']:.3f}",
+        f"{row['images_per_s']:.1f} images/s",
+        f"MFU {100 * row['mfu']:.1f} %",
+        f"{row['memory_gib']:.2f} GiB",
+        f"data wait {100 * row['data_wait']:.1f} %",
+    ]
+    if row["skipped_steps"]:
+        parts.append(f"{row['skipped_steps']} steps skipped")
+    if row.get("slowest_ratio", 1) > SLOW:
+        parts.append(f"rank {row['slowest_rank']} takes {row['slowest_ratio']:.1f} times the median")
+    return " | ".join(parts)
+
+
+def slowest(seconds: Sequence[float]) -> tuple[int, float]:
+    """(the rank with the most seconds, how many times the median that is); the first of equals."""
+    rank = max(range(len(seconds)), key=lambda index: seconds[index])
+    middle = statistics.median(seconds)
+    return rank, seconds[rank] / middle if middle else 1.0
+
+
+def require_wandb() -> None:
+    """Refuses --wandb where the package is missing, before anything starts.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave --wandb out")
+
+
+def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:
+    import wandb
+
+    # The same run after an interruption. Its service takes no step twice, so that of rows made again it keeps the first.
+    name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(
+        project=project, id=name, name=run_dir.name, dir=str(run_dir), resume="allow", config=run_to_dict(run)["recipe"]
+    )
 
 
 def memory_gib() -> float:
@@ -106,17 +212,29 @@ def memory_gib() -> float:
 def peak_of_all_ranks(device: torch.device, precision: str) -> tuple[float, str]:
     """(FLOP/s of all ranks together, how it is known): the printed bf16 peak of a GPU, else a matmul measured here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    printed = plan.peak_flops(name)
+    printed = costs.peak_flops(name)
     peak = printed if printed else _measured_matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     total = float(dist.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=device)))
     return total, f"{name}, {'printed bf16 peak' if printed else 'measured matmul'}"
 
 
 def _measured_matmul(device: torch.device, dtype: torch.dtype, n: int = 1024, repeats: int = 5) -> float:
-    x = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return 2 * n**3 / min(_product_seconds(_matrix(device, dtype, n), repeats))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _matrix(device: torch.device, dtype: torch.dtype, n: int | None = None) -> Tensor:
+    n = n or (2048 if device.type == "cuda" else 256)  # about a millisecond
+    return torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def _product_seconds(x: Tensor, repeats: int) -> list[float]:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         linear(x, x).sum().item()  # .item() waits for the device
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    return seconds

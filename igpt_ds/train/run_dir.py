@@ -7,6 +7,7 @@ colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path) -> None
     write_json(run_dir / "run.json", header | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(torn)
+
+
+def this_start() -> str:
+    """The name that the batch script gave this start of the job (slurm/launch.sh); empty elsewhere."""
+    return os.environ.get("IGPT_DS_OWNER", "")
+
+
+def check_owner(run_dir: Path) -> None:
+    """Refuses to save where a later start of the job has taken the run over, while this one lives on, on a node that SLURM lost.
+
+    Raises:
+        ValueError: RUN_DIR/owner names another start.
+    """
+    path = run_dir / "owner"
+    if this_start() and path.exists() and (owner := path.read_text().strip()) != this_start():
+        raise ValueError(f"{path} names {owner} and this start is {this_start()}: another start goes on; nothing was saved")
 
 
 def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path) -> None:

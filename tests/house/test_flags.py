@@ -33,7 +33,7 @@ def commands(text: str) -> list[str]:
 
 def check_command(command: str, flags: dict[str, set[str]]) -> None:
     """Fails when a command of the text names a target, a file or a flag that does not exist."""
-    for part in re.split(r"\s(?:&&|\|\||[|;&])(?:\s|$)", command):
+    for part in re.split(r"\s(?:&&|\|\||[|;&]|--)(?:\s|$)", command):
         words = shlex.split(part, comments=True)
         while words and re.fullmatch(r"\w+=.*", words[0]):
             words.pop(0)

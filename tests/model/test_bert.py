@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from igpt_ds.config import ModelConfig
+from igpt_ds.costs import parameters
 from igpt_ds.model.objectives import draw_masks, masked_nats
 from igpt_ds.model.store import fresh_model
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.plan import parameters
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def command(recipe: Recipe, sharded_config: Path, tiny_dataset: Path, tmp_path: 
 @pytest.fixture
 def curves(tmp_path: Path) -> Callable[[str], list[dict[str, Any]]]:
     """curves("run") -> its rows without what a clock or a memory counter measured."""
-    measured = ("images_per_s", "tokens_per_s", "mfu", "memory_gib")
+    measured = ("images_per_s", "tokens_per_s", "mfu", "memory_gib", "data_wait", "save_seconds", "slowest_rank", "slowest_ratio")
 
     def rows(run_dir: str) -> list[dict[str, Any]]:
         found = read_json_lines(tmp_path / run_dir / "train.jsonl")

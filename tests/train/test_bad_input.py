@@ -62,7 +62,8 @@ def test_shards_that_do_not_fit_the_recipe(main: Any, command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "least"), [("val_images", 1), ("stop_at_step", 1), ("save_every", 0), ("keep_last", 1), ("seed", 0)]
+    ("flag", "least"),
+    [("val_images", 1), ("stop_at_step", 1), ("save_every", 0), ("keep_last", 1), ("seed", 0), ("max_rollbacks", 0)],
 )
 def test_numbers_that_are_too_small(main: Any, command: Command, flag: str, least: int) -> None:
     with pytest.raises(ValueError, match=f"--{flag} {least - 1} must be at least {least}"):
@@ -87,6 +88,11 @@ def test_torn_shard(main: Any, command: Command, tiny_dataset: Path, tmp_path: P
         (["--stream", "{shard}", "--on_bad", "skip"], "--stream takes one --data as it is, without"),
         (["--stream", "{shard}", "--exclude", "a.json"], "--stream takes one --data as it is, without"),
         (["--stream", "{shard}", "--data", "a", "b"], "--stream takes one --data as it is, without"),
+        (["--max_minutes", "-1"], "--max_minutes -1 must be a number of minutes, at least 0"),
+        (["--hang_minutes", "nan"], "--hang_minutes nan must be a number of minutes, at least 0"),
+        (["--spike_skip_images", "9"], "--spike_skip_images 9 means nothing without --on_spike rollback"),
+        (["--wandb", "p"], "--wandb needs the package wandb, which is not installed: pip install wandb, or leave --wandb out"),
+        (["--spike_patience", "0"], "spike_patience=0 must be a whole number of at least 1"),
     ],
 )
 def test_ways_to_read_that_do_not_fit(main: Any, command: Command, words: list[str], message: str) -> None:
@@ -107,7 +113,9 @@ def test_batch_that_does_not_divide(main: Any, command: Command, monkeypatch: py
     [
         ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'"),
         ({"gradient_clipping": 1.0}, "'gradient_clipping' is set by the recipe as clip; remove it here"),
-        ({"zero_optimization": {"stage": 2}}, "stage=2; this project trains and consolidates stage 3"),
+        ({"zero_optimization": {"stage": 0}}, "stage=0 must be 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "subgroup_size": 5}}, "unknown key 'zero_optimization.subgroup_size'"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, "no 'zero_optimization.mics_shard_size' any more; use zero"),
     ],
 )
 def test_ds_config_keys(main: Any, command: Command, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
@@ -116,6 +124,26 @@ def test_ds_config_keys(main: Any, command: Command, tmp_path: Path, keys: dict[
     with pytest.raises(ValueError, match=message) as error:
         main(command("run", "--ds_config", str(path)))
     assert str(path) in str(error.value)
+
+
+def test_warm_up_by_epochs(main: Any, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tiny dataset's training split has 37 images, in batches of 12."""
+    main(command("run", "--dry_run", "--warmup_epochs", "1.5"))
+    assert "12 steps, of which 5 warm up" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--warmup_epochs 1 needs --data to count, and no --warmup_steps beside it"):
+        main(command("run", "--warmup_epochs", "1", "--warmup_steps", "3"))
+    with pytest.raises(ValueError, match="--warmup_epochs 1 needs --data to count"):
+        main(["train.py", "--recipe", "igpt_s_ar_32", "--dry_run", "--warmup_epochs", "1"])
+    with pytest.raises(ValueError, match=r"warmup_epochs=9 of 37 images are 28 steps, more than steps=12"):
+        main(command("run", "--warmup_epochs", "9"))
+
+
+def test_ranks_that_share_an_image(main: Any, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="sequence_parallel=3 does not divide n_head=2; here it may be 1"):
+        main(command("run", "--sequence_parallel", "3"))
+    with pytest.raises(ValueError, match="--sequence_parallel 0 must be at least 1"):
+        main(command("run", "--sequence_parallel", "0"))
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(main: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

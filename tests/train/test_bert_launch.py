@@ -21,7 +21,7 @@ from igpt_ds.data.palette import fit_colors
 from igpt_ds.data.shard_writer import write_dataset
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.data.sources import open_source
-from igpt_ds.evaluate.features import open_features
+from igpt_ds.evaluate.feature_files import open_features
 from igpt_ds.files import read_json_lines
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import fresh_model, load_model

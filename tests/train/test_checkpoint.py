@@ -4,15 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from igpt_ds.cli import SharedError
-from igpt_ds.train.checkpoint import (
+from igpt_ds.files import sha256_file
+from igpt_ds.train.checkpoint import Saved, agree, expected_bytes, load_checkpoint, verified_checkpoint
+from igpt_ds.train.disk import Writer, require_space
+from igpt_ds.train.manifest import (
     checkpoint_name,
+    choose_checkpoint,
+    commit,
     list_checkpoints,
-    load_checkpoint,
     newest_checkpoint,
     prune,
     read_manifest,
+    remove_leftovers,
     set_aside_newer,
 )
 
@@ -25,8 +31,8 @@ def make(directory: Path, step: int) -> Path:
     for rank in range(2):
         file = path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         file.write_bytes(b"x" * (10 + rank))
-        files.append({"name": file.name, "bytes": 10 + rank, "sha256": "?"})
-    manifest = {"format": "igpt_ds.checkpoint", "version": 1, "world_size": 2, "step": step, "files": files}
+        files.append({"name": file.name, "bytes": 10 + rank, "sha256": sha256_file(file)})
+    manifest = {"format": "igpt_ds.checkpoint", "version": 2, "stage": 3, "world_size": 2, "step": step, "files": files}
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "COMPLETE").write_text("2 files\n")
     return path
@@ -53,7 +59,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         (lambda path: next(path.glob("*rank_1*")).write_bytes(b"x"), "has 1 bytes instead of 11"),
         (lambda path: next(path.glob("*rank_0*")).unlink(), "is missing"),
         (lambda path: (path / "manifest.json").write_text("{"), "is not valid JSON"),
-        (lambda path: (path / "manifest.json").write_text('{"format": "x"}'), "is not version 1"),
+        (lambda path: (path / "manifest.json").write_text('{"format": "x"}'), "is not version 2"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
@@ -89,7 +95,13 @@ def test_checkpoints_of_later_steps_are_set_aside(tmp_path: Path) -> None:
 
 
 class NoEngine:
-    """Whatever is asked of it is a failure: nothing may be loaded."""
+    """A stage, some weights, and nothing that could load anything."""
+
+    def __init__(self, stage: int = 3) -> None:
+        self.stage, self.module = stage, torch.nn.Linear(99, 10)
+
+    def zero_optimization_stage(self) -> int:
+        return self.stage
 
 
 @pytest.mark.parametrize(
@@ -115,12 +127,131 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[st
         load_checkpoint(NoEngine(), tmp_path, facts | {"world_size": 1, "files": []}, facts | changes)
 
 
+FACTS = {"precision": "fp32", "recipe": {}, "data": {"dataset_hash": "a", "path": "shards"}}
+
+
+def flip(path: Path) -> Path:
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return path
+
+
 def test_a_file_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path, 100)
-    facts = {"precision": "fp32", "recipe": {}, "data": {"dataset_hash": "a", "path": "shards"}}
-    manifest = read_manifest(path) | facts | {"world_size": 1}
+    flip(next(path.glob("*pp_rank_0_*")))
     with pytest.raises(SharedError, match=r"zero_pp_rank_0_mp_rank_00_optim_states\.pt is damaged \(sha256 differs\)"):
-        load_checkpoint(NoEngine(), path, manifest, facts)
+        load_checkpoint(NoEngine(), path, read_manifest(path) | FACTS, FACTS)
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path, 100)
+    with pytest.raises(SharedError, match="was saved at ZeRO stage 3 and this run has 1; use a ds_config of that stage"):
+        load_checkpoint(NoEngine(stage=1), path, read_manifest(path) | FACTS, FACTS)
+
+
+def test_a_checkpoint_without_deepspeeds_files_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path, 100)
+    with pytest.raises(SharedError, match=r"step-00000100 has no file \*mp_rank_00_model_states\.pt; remove it and resume again"):
+        load_checkpoint(NoEngine(), path, read_manifest(path) | FACTS, FACTS)
+
+
+def test_a_flipped_bit_sets_a_checkpoint_aside_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, 100)
+    damaged = flip(next(make(tmp_path, 200).glob("*rank_1*")))
+    (make(tmp_path, 300) / "COMPLETE").unlink()
+    found = verified_checkpoint(tmp_path)
+    assert found is not None
+    assert found[1]["step"] == 100
+    assert f"checkpoint passed over: {damaged} is damaged (sha256 differs)" in capsys.readouterr().err
+    names = ["step-00000100", "step-00000200.broken", "step-00000300.broken"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_without_an_undamaged_one_there_is_none(tmp_path: Path) -> None:
+    flip(next(make(tmp_path, 100).glob("*rank_1*")))
+    assert verified_checkpoint(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000100.broken"]
+
+
+def test_choosing_offline(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no complete checkpoint; train first, or name another --run_dir"):
+        choose_checkpoint(tmp_path, None)
+    path = make(tmp_path / "checkpoints", 100)
+    assert choose_checkpoint(tmp_path, None) == choose_checkpoint(tmp_path, 100) == (path, read_manifest(path))
+    flip(next(path.glob("*rank_1*")))
+    with pytest.raises(ValueError, match=r"is damaged \(sha256 differs\); choose another --step"):
+        choose_checkpoint(tmp_path, 100)
+
+
+def test_leftovers_go_and_what_was_replaced_half_way_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "step-00000100.partial").mkdir()
+    make(tmp_path, 200).rename(tmp_path / "step-00000200.old")
+    make(tmp_path, 300)
+    make(tmp_path / "x", 300).rename(tmp_path / "step-00000300.old")
+    (tmp_path / "x").rmdir()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000200", "step-00000300"]
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) -> None:
+    make(tmp_path, 100)
+    make(tmp_path / "new", 100).rename(tmp_path / "step-00000100.partial")
+    commit(tmp_path / "step-00000100.partial", tmp_path / "step-00000100", {"step": 100, "again": True}, [])
+    assert read_manifest(tmp_path / "step-00000100")["again"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "step-00000100"]
+
+
+def test_the_next_checkpoint_is_as_large_as_the_one_before_or_twelve_bytes_a_parameter(tmp_path: Path) -> None:
+    estimates = [expected_bytes(NoEngine(stage), tmp_path) for stage in (3, 1)]
+    assert estimates == [int(1.02 * 12 * 1000) + 2**17, int(1.02 * 16 * 1000) + 2**17]
+    make(tmp_path, 100)
+    assert expected_bytes(NoEngine(), tmp_path) == int(1.02 * 21)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    require_space(tmp_path / "a" / "b", 1000, "checkpoint step-00000100")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(
+        ValueError, match=r"step-00000100 needs 1,000,000,000,000,000,000 bytes and .*/b has [\d,]+ free; free some"
+    ):
+        require_space(tmp_path / "a" / "b", 10**18, "checkpoint step-00000100")
+
+
+def test_a_full_disk_is_told_of_later_and_nothing_is_raised(tmp_path: Path) -> None:
+    """/dev/full is a disk without any space."""
+    writer = Writer(NoEngine())
+    writer.save({"x": torch.zeros(10)}, str(tmp_path / "a.pt"))
+    assert (writer.error, len(writer.entries)) == ("", 1)
+    entry = writer.entries[0]
+    assert entry == {"name": "a.pt", "bytes": (tmp_path / "a.pt").stat().st_size, "sha256": sha256_file(tmp_path / "a.pt")}
+    writer.save({"x": torch.zeros(1_000_000)}, "/dev/full")
+    assert writer.error == "/dev/full: No space left on device"
+    writer.save({}, str(tmp_path / "b.pt"))
+    assert not (tmp_path / "b.pt").exists()
+    assert writer.zero_optimization_stage() == 3  # everything else is the engine's own
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    writer = Writer(NoEngine())
+    writer.makedirs(str(tmp_path / "file" / "x"))
+    assert writer.error == f"{tmp_path}/file/x: Not a directory"
+
+
+def test_one_ranks_error_is_every_ranks(tmp_path: Path) -> None:
+    (tmp_path / "x.partial").mkdir()
+    agree(["", ""], tmp_path / "x.partial", "checkpoint x could not be saved")
+    with pytest.raises(SharedError, match="checkpoint x could not be saved: on rank 1 y: No space left; nothing of it is left"):
+        agree(["", "y: No space left"], tmp_path / "x.partial", "checkpoint x could not be saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_says_its_speed() -> None:
+    assert str(Saved(Path("step-1"), 2.0, 3_000_000_000)) == "step-1: 3.000 GB in 2.0 s, 1500 MB/s"
 
 
 def test_pruning_never_removes_the_newest_complete_one(tmp_path: Path) -> None:

@@ -138,16 +138,12 @@ def test_kill_9_between_two_saves_then_resume_equals_never_stopping(
     assert curves("killed") == curves("whole")  # losses, validation losses, rates and gradient norms, bit for bit
 
 
-def test_staged_run_torn_checkpoint_and_wrong_ranks(launch: Any, command: Command, curves: Curves, tmp_path: Path) -> None:
+def test_staged_run_with_a_torn_checkpoint(launch: Any, command: Command, curves: Curves, tmp_path: Path) -> None:
     """A run stopped at step 8 whose newest checkpoint is torn goes on from step 4, and ends where a whole run ends."""
     succeed(launch(command("whole")))
     succeed(launch(command("staged", "--stop_at_step", "8")))
     torn = next((tmp_path / "staged" / "checkpoints" / "step-00000008").glob("*optim_states.pt"))
     os.truncate(torn, torn.stat().st_size // 2)
-
-    refused = launch(command("staged", "--resume", "auto"), ranks=2)
-    assert refused.returncode != 0
-    assert refused.stderr.count("was written by 1 ranks and this run has 2; start 1 ranks") == 1
 
     done = launch(command("staged", "--resume", "auto"))
     succeed(done)

@@ -8,7 +8,7 @@ import pytest
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import join
 from igpt_ds.files import read_json_lines
-from igpt_ds.train.metrics import Metrics, memory_gib
+from igpt_ds.train.metrics import SLOW, Metrics, console_line, memory_gib, require_wandb, slowest
 
 
 @pytest.fixture
@@ -41,6 +41,55 @@ def test_a_run_that_starts_over_keeps_nothing(run_dir: Path, recipe: Recipe) -> 
     curves.validation(0, 2.0)
     curves.close()
     assert [row["step"] for row in read_json_lines(run_dir / "train.jsonl")] == [0]
+
+
+def test_a_rollback_takes_rows_back(run_dir: Path, recipe: Recipe) -> None:
+    curves = metrics(run_dir, recipe, start_step=3)
+    curves.waited(0.0)
+    curves.saved(2.5)
+    curves.training(4, loss=float("nan"), lr=0.01, grad_norm=1.0, skipped_steps=1)
+    curves.rewind(2)
+    curves.training(3, loss=1.6, lr=0.01, grad_norm=1.0, skipped_steps=0)
+    curves.close()
+    rows = read_json_lines(run_dir / "train.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert (rows[-1]["loss"], rows[-1]["data_wait"]) == (1.6, 0.0)
+    assert "save_seconds" not in rows[-1]
+
+
+def test_saving_and_waiting_stand_in_the_next_row(run_dir: Path, recipe: Recipe) -> None:
+    curves = metrics(run_dir, recipe, start_step=3)
+    curves.clock -= 100.0
+    curves.waited(25.0)
+    curves.saved(2.5)
+    curves.training(4, loss=float("nan"), lr=0.01, grad_norm=1.0, skipped_steps=1)
+    curves.training(5, loss=1.0, lr=0.01, grad_norm=1.0, skipped_steps=1)
+    curves.close()
+    *_, skipped, after = read_json_lines(run_dir / "train.jsonl")
+    assert skipped["loss"] is None
+    assert skipped["save_seconds"] == 2.5
+    assert skipped["data_wait"] == pytest.approx(0.25, rel=0.05)
+    assert skipped["images_per_s"] == pytest.approx(recipe.batch_images / 100, rel=0.05)
+    assert "save_seconds" not in after
+    assert after["data_wait"] == 0
+
+
+def test_the_slowest_rank_is_named_where_it_is_slow() -> None:
+    assert slowest([1.0, 1.0, 3.0, 1.0]) == (2, 3.0)
+    assert slowest([1.0, 1.0]) == (0, 1.0)
+    assert slowest([0.0, 0.0]) == (0, 1.0)
+    row = {"step": 7, "loss": 2.5, "lr": 0.001, "grad_norm": 0.5, "images_per_s": 10.0, "mfu": 0.4, "memory_gib": 1.0}
+    row |= {"data_wait": 0.01, "skipped_steps": 0}
+    line = "step 7/9 | loss 2.5000 nats/token | lr 1.00e-03 | grad norm 0.500 | 10.0 images/s | MFU 40.0 % | 1.00 GiB | "
+    assert console_line(row, 9) == line + "data wait 1.0 %"
+    assert "median" not in console_line(row | {"slowest_rank": 3, "slowest_ratio": SLOW}, 9)
+    slow = console_line(row | {"slowest_rank": 3, "slowest_ratio": 1.5, "skipped_steps": 2}, 9)
+    assert slow.endswith("| 2 steps skipped | rank 3 takes 1.5 times the median")
+
+
+def test_wandb_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="--wandb needs the package wandb, which is not installed: pip install wandb, or leave"):
+        require_wandb()
 
 
 def test_memory_is_that_of_this_process() -> None:

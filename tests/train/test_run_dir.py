@@ -98,3 +98,14 @@ def test_files_that_are_no_run_are_refused(tmp_path: Path, recipe: Recipe) -> No
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe_to_dict(recipe)))
     assert run_dir.read_recipe(path) == recipe
+
+
+def test_a_start_that_lost_the_run_may_not_save(tmp_path, monkeypatch):
+    run_dir.check_owner(tmp_path)
+    (tmp_path / "owner").write_text("12.1\n")
+    run_dir.check_owner(tmp_path)  # nobody's start, outside of a batch job
+    monkeypatch.setenv("IGPT_DS_OWNER", "12.1")
+    run_dir.check_owner(tmp_path)
+    monkeypatch.setenv("IGPT_DS_OWNER", "12.0")
+    with pytest.raises(ValueError, match=r"owner names 12.1 and this start is 12.0: another start goes on; nothing was saved"):
+        run_dir.check_owner(tmp_path)

@@ -1,0 +1,189 @@
+"""Fine-tunes a pre-trained Image GPT to classify: the loop of train.py with another loss function, gen_loss + clf_loss.
+
+    deepspeed finetune.py --model models/s --data shards/cifar10_32 --run_dir runs/s_cifar10 --augment_pad 4 --augment_flip
+
+trains all weights and a class head on the mean of n^L (paper 2.3, 3.4): Adam as in pre-training, a rate that rises for an epoch
+and stays, no cosine. After each epoch the validation images are classified; after --patience epochs without a new best the run
+ends, and RUN_DIR/model is the best step's model dir with its class head. `--results results.jsonl` then reads the test split,
+once, adds a row there, and writes RUN_DIR/confusion.json. `--untrained 0` is the same network from scratch.
+
+Started as train.py is (`torchrun`, `srun python finetune.py`, plain `python`), stopped and resumed as it is: USR1, TERM, a file
+STOP or --max_minutes end it with a checkpoint and status 85, `--resume auto` goes on. The rate is searched from large to small:
+
+    python tools/sweep_lr.py --out runs/sweep -- deepspeed finetune.py --model models/s --data shards/cifar10_32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from igpt_ds import cli, dist, plan
+from igpt_ds.data.loader import check_shards
+from igpt_ds.data.mixture import Mixture, open_mixture
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.ds_config import Run, join, load_ds_config, run_to_dict
+from igpt_ds.evaluate.classification import result
+from igpt_ds.evaluate.results import add_results
+from igpt_ds.files import write_json
+from igpt_ds.model.store import ModelInfo, read_info, verified_info
+from igpt_ds.train import run_dir
+from igpt_ds.train.checkpoint import check_space, load_checkpoint
+from igpt_ds.train.consolidation import consolidate
+from igpt_ds.train.early import EarlyStop
+from igpt_ds.train.effective import check_effective, effective_config
+from igpt_ds.train.engine import build_engine, check_ds_config, start_ranks
+from igpt_ds.train.finetune_flags import finetune_recipe, parse, starting_point
+from igpt_ds.train.finetuning import finetuning_loss, ignorant_loss, measure
+from igpt_ds.train.loop import Cadence, Watch, fit
+from igpt_ds.train.manifest import choose_checkpoint
+from igpt_ds.train.metrics import Metrics
+from igpt_ds.train.start import batches, finish, introduce, resume, say, verify, watch_over
+from igpt_ds.train.stops import Stop
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The story: weights and labelled shards, engine, resume, loop, model dir, test split."""
+    args = parse(__doc__ or "", argv)
+    dist.map_environment(os.environ)
+    images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)
+    start = starting_point(args)
+    run = choose_run(args, start, images)
+    recipe = run.recipe
+    if args.dry_run:
+        print(plan.dry_run(run, args.ds_config.name, args.keep_last + 1, args.keep_every))
+        return
+    held_out = ShardSet(args.data, args.val_split)
+    evaluated = ShardSet(args.data, args.eval_split) if args.results else None  # opened now, lest it be missing then
+    check_start(args, start, images)
+
+    stop = Stop(args.run_dir, args.max_minutes)
+    stop.listen()
+    device = start_ranks()
+    data = images.facts()
+    facts = manifest_facts(args, run, start, images)
+    palette, checkpoints = args.data / "palette.npy", args.run_dir / "checkpoints"
+    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, args.resume == "auto"))
+    if args.verify_shards:
+        verify(images, held_out)
+    say(json.dumps(run_to_dict(run), indent=1))
+    pretrained = args.model if args.untrained is None else None
+    if pretrained:
+        dist.from_rank_0(lambda: verified_info(pretrained))
+    engine = build_engine(run, pretrained)
+    effective = effective_config(engine)
+    dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))
+    check_effective(run, effective)
+    found = resume(engine, checkpoints, facts) if args.resume == "auto" else {}
+    check_space(engine, checkpoints, args.keep_last + 1)  # the best one stays as well
+    start_step = int(found.get("step", 0))
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, data, palette))
+    peak = introduce(run, device)
+
+    loader = batches(images, run, with_labels=True)
+    validate = partial(measure, engine, recipe, held_out, run.micro_batch, args.val_images)
+    last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
+    cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
+    metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
+    watch = watch_over(args, run, stop, found, early_stop(args), ignorant_loss(recipe))
+    loss = finetuning_loss(recipe)
+    why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, checkpoints, facts, start_step)
+    metrics.close()
+    finished = not why and (last_step == recipe.steps or watch.over)
+    if finished:
+        conclude(args, engine, run, watch, facts, held_out, evaluated)
+    watch.watchdog.close("stopped" if why else "end")
+    finish(args.run_dir, finished)
+    if why:
+        say(f"stopped by {why}, with everything saved; --resume auto goes on")
+        raise SystemExit(cli.STOPPED)
+
+
+def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> Run:
+    """What is learned, joined with how it fits the machines. Sets --val_every and --save_every to an epoch where left out."""
+    ds_config = load_ds_config(args.ds_config)
+    check_ds_config(ds_config, args.ds_config)
+    recipe = finetune_recipe(args, start, images.n_images, len(images.classes))
+    epoch = -(-images.n_images // recipe.batch_images)
+    args.val_every = epoch if args.val_every is None else args.val_every
+    args.save_every = args.val_every if args.save_every is None else args.save_every
+    return join(recipe, ds_config, dist.world_size(), args.micro_batch, args.sequence_parallel)
+
+
+def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> None:
+    """Refuses shards that do not fit the weights, and a model dir that would be in the way at the end.
+
+    Raises:
+        ValueError: another size or palette, or --out is not empty.
+    """
+    check_shards(images, start.config)
+    if args.untrained is None and images.palette_hash != start.palette_hash:
+        raise ValueError(
+            f"{args.data} has another palette than {args.model} was trained with; make the shards again with --palette "
+            f"{args.model / 'palette.npy'}"
+        )
+    out = args.out or args.run_dir / "model"
+    if args.resume == "never" and out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out} exists already; choose another name or remove it")
+
+
+def manifest_facts(args: argparse.Namespace, run: Run, start: ModelInfo, images: Mixture) -> dict[str, Any]:
+    """What every checkpoint says of this run, and its model dir afterwards."""
+    about = {
+        "classes": images.classes,
+        "dataset": images.shard_sets[0].name,
+        "dataset_hash": images.dataset_hash,
+        "train_split": args.train_split,
+        "n_train": images.n_images,
+        "start_step": start.step if args.untrained is None else 0,
+    }
+    return {
+        "recipe": run_to_dict(run)["recipe"],
+        "data": images.facts(),
+        "precision": run.precision,
+        "sequence_parallel": run.sequence_parallel,
+        "finetune": about,
+    }
+
+
+def early_stop(args: argparse.Namespace) -> EarlyStop:
+    """By accuracy; by the loss where the class head learns nothing. Validation images that are trained on choose no step."""
+    folded = args.val_split in args.train_split.split("+")
+    return EarlyStop("val_loss" if args.loss == "gen" else "val_accuracy", args.patience, keep_best=not folded)
+
+
+def conclude(
+    args: argparse.Namespace,
+    engine: Any,
+    run: Run,
+    watch: Watch,
+    facts: dict[str, Any],
+    held_out: ShardSet,
+    evaluated: ShardSet | None,
+) -> None:
+    """The best step becomes a model dir; where a row is wanted, the test split is read by all ranks together."""
+    step, out = watch.best_step, args.out or args.run_dir / "model"
+    watch.watchdog.alive("consolidate", watch.watchdog.step)
+    if not dist.from_rank_0(lambda: (out / "config.json").exists()):  # else written before an interruption
+        dist.from_rank_0(lambda: consolidate(args.run_dir, out, step))
+    info = dist.from_rank_0(lambda: read_info(out))
+    say(f"{out}: step {info.step}, the best of the validations: {json.dumps(watch.early.best if watch.early else {})}")
+    if evaluated is None:
+        return
+    found = dist.from_rank_0(lambda: choose_checkpoint(args.run_dir, info.step))
+    load_checkpoint(engine, *found, facts, verified=True)
+    watch.watchdog.alive("evaluation", info.step)
+    engine.eval()
+    row, confusion = result(engine, info, held_out, evaluated, run.micro_batch, engine.device, args.mask_draws)
+    dist.from_rank_0(lambda: write_json(args.run_dir / "confusion.json", confusion))
+    dist.from_rank_0(lambda: add_results(args.results, [row]))
+    words = f"held out {100 * row['held_out_accuracy']:.2f} %, {args.eval_split} {100 * row['accuracy']:.2f} %"
+    say(f"{words} ({evaluated.n_images} images); row added to {args.results}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

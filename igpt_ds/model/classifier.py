@@ -1,0 +1,116 @@
+"""The transformer with a class head (paper 2.3): tokens enter, logits of the pixels and of the image's class leave.
+
+The head is the released code's: on the mean over all tokens of n^L, without a bias, zero at the start, so that step 0 loses ln K.
+Its weight is the only one that the transformer does not have. Called by the fine-tuning loop and by evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from igpt_ds.config import Finetune, ModelConfig
+from igpt_ds.model.fused import run_block
+from igpt_ds.model.objectives import ImageLoss, draw_masks, image_loss
+from igpt_ds.model.transformer import Block, Projection, Transformer
+
+CLASS_HEAD = "class_head.weight"  # [K, C]
+
+# (network, tokens [B, T] int64, labels [B], numbers [B]) -> per image, float32 [B]: gen_loss or None, clf_loss, and logits [B, K]
+ClassLoss = Callable[[Callable[..., tuple[Tensor | None, Tensor]], Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor, Tensor]]
+
+
+class Classifier(Transformer):
+    """A Transformer and a class head on n^layer.
+
+    Args:
+        n_classes: K.
+        layer: l in 0..L; n^l as `Transformer.residuals` says, L for ln_f's output. The paper (4.5) tried the best probed one.
+        The others are Transformer's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_classes: int,
+        layer: int,
+        activation_checkpointing: str = "none",
+        objective: str = "ar",
+        init: str = "released",
+        group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(config, activation_checkpointing, objective, init, group)
+        self.layer = layer
+        self.class_head = Projection(config.n_embd, n_classes, std=0.0)
+
+    def forward(  # type: ignore[override]  # two results, so that both losses cost one pass
+        self, tokens: Tensor, mask: Tensor | None = None, with_pixels: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        """tokens [B, T] int64, "bert": mask [B, T] bool -> pixels' logits [B, t, V], the classes' [B, K] float32.
+
+        Args:
+            mask: "bert" alone; without one nothing is hidden.
+            with_pixels: False leaves out the blocks above `layer` and the pixels' logits, which are None.
+        """
+        h = self.embed(tokens, mask)
+        features = None
+        for l, block in enumerate(self.blocks):  # noqa: E741  (the paper's l)
+            if l == self.layer:
+                features = self.pooled(cast(Block, block).ln_1(h))
+                if not with_pixels:
+                    return None, self._classes(features)
+            h = run_block(block, h, self.activation_checkpointing)
+        n = self.ln_f(h)
+        features = self.pooled(n) if features is None else features
+        return self.head(n) if with_pixels else None, self._classes(features)
+
+    def _classes(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self.class_head(features.to(self.class_head.weight.dtype)).float())
+
+
+def class_loss(
+    finetune: Finetune, config: ModelConfig, objective: str, seed: int, mask_prob: float, group: ProcessGroup | None = None
+) -> ClassLoss:
+    """Both losses of each image: gen_loss in nats per token (per image under gen_scale "sum"), clf_loss in nats per image.
+
+    "bert" hides pixels for both alike, in the same pass (paper 4.6: inputs are masked in training and in evaluation), by the
+    seed and the image's number. Under loss "clf" there is no gen_loss. "sum" counts all tokens, of "bert" the mask_prob of them
+    that are hidden on average. `total` joins the two.
+    """
+    pixels: ImageLoss = image_loss(objective, seed, mask_prob, group)
+    tokens_counted = config.n_ctx if objective == "ar" else mask_prob * config.n_ctx
+    scale = tokens_counted if finetune.gen_scale == "sum" else 1.0
+
+    def losses(
+        network: Callable[..., tuple[Tensor | None, Tensor]], tokens: Tensor, labels: Tensor, numbers: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        if finetune.loss == "clf":
+            mask = None
+            if objective == "bert":
+                mask = draw_masks(seed, numbers.numpy(), tokens.size(1), mask_prob).to(tokens.device)
+            _, logits = network(tokens, mask, with_pixels=False)
+            return None, F.cross_entropy(logits, labels, reduction="none"), logits
+        seen: list[Tensor] = []
+
+        def of_pixels(*inputs: Tensor) -> Tensor:
+            found, logits = network(*inputs)
+            seen.append(logits)
+            assert found is not None
+            return found
+
+        gen = pixels(of_pixels, tokens, numbers)
+        return scale * gen, F.cross_entropy(seen[0], labels, reduction="none"), seen[0]
+
+    return losses
+
+
+def total(finetune: Finetune, gen: Tensor | None, clf: Tensor) -> Tensor:
+    """What is minimised, of each image: the sum of both losses (paper 2.3), or one; under "gen" the head's gradient is zero."""
+    if finetune.loss == "gen":
+        assert gen is not None
+        return gen + 0.0 * clf
+    return clf if gen is None else gen + clf

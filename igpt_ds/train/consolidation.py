@@ -1,0 +1,82 @@
+"""A sharded checkpoint becomes a model dir: RUN_DIR/checkpoints and its palette.npy enter, the files of `model/store.py` leave.
+
+Needs no GPU, no DeepSpeed and no process group, and no more memory for a large model than for a small one. Called by
+tools/consolidate.py and, for the best step of a fine-tuning, by finetune.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igpt_ds.config import Recipe, recipe_from_dict
+from igpt_ds.data.palette import load_palette
+from igpt_ds.model.classifier import Classifier
+from igpt_ds.model.store import WeightStream, save_model
+from igpt_ds.model.transformer import Transformer
+from igpt_ds.train.manifest import choose_checkpoint, newest_checkpoint
+from igpt_ds.train.zero_files import ZeroCheckpoint
+
+
+def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int, int]:
+    """Gathers a checkpoint into a model dir.
+
+    Args:
+        step: which checkpoint; None for the best of a fine-tuning as far as it came, else the newest complete one.
+
+    Returns:
+        Its step, and how many parameters it has.
+
+    Raises:
+        ValueError: no such checkpoint, a damaged one, another palette, or tensors that are not its recipe's.
+    """
+    checkpoint, manifest = choose_checkpoint(run_dir, best_step(run_dir) if step is None else step)
+    recipe = recipe_from_dict(manifest["recipe"], str(checkpoint / "manifest.json"))
+    palette = run_dir / "palette.npy"
+    if load_palette(palette).hash != manifest["data"]["palette_hash"]:
+        raise ValueError(f"{palette} is not the palette of the training shards; copy theirs to {run_dir}")
+    source = ZeroCheckpoint(checkpoint, manifest["world_size"], manifest["stage"])
+    if source.shapes != _shapes(recipe):
+        raise ValueError(f"{checkpoint} does not hold the tensors of its own recipe; it was written by other code")
+    info = {
+        "config": recipe.model,
+        "recipe": recipe.name,
+        "objective": recipe.objective,
+        "mask_prob": recipe.mask_prob if recipe.objective == "bert" else None,
+        "init": recipe.init,
+        "palette_hash": manifest["data"]["palette_hash"],
+        "dataset_hash": manifest["data"]["dataset_hash"],
+        "step": manifest["step"],
+        "images_seen": manifest["images_seen"],
+    }
+    if recipe.finetune is not None:
+        info["class_head"] = _class_head(recipe, manifest)
+    save_model(out, WeightStream(source.shapes, source.blocks), info, palette)
+    return manifest["step"], sum(shape.numel() for shape in source.shapes.values())
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step whose validation was the best, as the newest checkpoint knows it; None where nobody looked for it."""
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    return None if newest is None else newest[1].get("guards", {}).get("early", {}).get("best_step")
+
+
+def _shapes(recipe: Recipe) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = (
+            Transformer(recipe.model, objective=recipe.objective)
+            if recipe.finetune is None
+            else Classifier(recipe.model, recipe.finetune.n_classes, recipe.finetune.layer, objective=recipe.objective)
+        )
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _class_head(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the head must know, and how it was trained: what a row of results says of a fine-tuning."""
+    finetune = recipe.finetune
+    assert finetune is not None
+    trained = {name: getattr(recipe, name) for name in ("lr", "batch_images", "seed", "augment_pad", "augment_flip")}
+    kept = {"loss": finetune.loss, "gen_scale": finetune.gen_scale, "start": finetune.start, "precision": manifest["precision"]}
+    return {"classes": [], "layer": finetune.layer} | manifest.get("finetune", {}) | trained | kept

@@ -1,0 +1,56 @@
+"""Early stopping (paper 3.4, 4.5): each validation enters, whether to go on and which step was the best leave.
+
+"We ... early stop once we reach the maximum validation accuracy": the run ends after `patience` validations in a row that were
+not better than the best. What it knows travels with each checkpoint, so that an interruption changes nothing. The loop calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class EarlyStop:
+    """Watches the validations of one run.
+
+    Args:
+        measure: what is watched: "val_accuracy", the higher the better, or "val_loss", the lower the better.
+        patience: validations without a new best that end the run; 0: none do.
+        state: what `state` returned when the checkpoint was saved; None or {} for a new run.
+        keep_best: False takes the last step for the best, where validation images are trained on and tell nothing.
+
+    Attributes:
+        best_step: completed steps at the best validation, the first of equals; None before the first one.
+        best: what was measured there.
+    """
+
+    def __init__(self, measure: str, patience: int, state: Mapping[str, Any] | None = None, keep_best: bool = True) -> None:
+        assert measure in ("val_accuracy", "val_loss")
+        self.measure, self.patience, self.keep_best = measure, patience, keep_best
+        self.restore(state or {})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes back to what it knew when `state` was taken; {}: to knowing nothing."""
+        self.best_step: int | None = state.get("best_step")
+        self.best: dict[str, float] = dict(state.get("best", {}))
+        self.worse = int(state.get("worse", 0))
+
+    def state(self) -> dict[str, Any]:
+        """Everything it knows, JSON-ready."""
+        return {"best_step": self.best_step, "best": dict(self.best), "worse": self.worse}
+
+    @property
+    def over(self) -> bool:
+        """Whether the run shall end."""
+        return 0 < self.patience <= self.worse
+
+    def see(self, step: int, measured: Mapping[str, float]) -> None:
+        """Takes note of a validation after `step` completed steps. Step 0, where nothing is learnt, does not count."""
+        if step == 0 or step == self.best_step:
+            return
+        sign = 1 if self.measure == "val_accuracy" else -1
+        better = self.best_step is None or sign * measured[self.measure] > sign * self.best[self.measure]
+        if better or not self.keep_best:
+            self.best_step, self.best, self.worse = step, dict(measured), 0
+        else:
+            self.worse += 1

@@ -1,0 +1,83 @@
+"""Fine-tuning's own part of the loop (paper 2.3): the loss that is minimised, and what a validation measures.
+
+Both losses come of one pass through a `Classifier`; batches carry labels. Called by finetune.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from igpt_ds import dist
+from igpt_ds.config import Recipe
+from igpt_ds.data.loader import one_pass
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.model.classifier import class_loss, total
+from igpt_ds.train.engine import LossFunction
+from igpt_ds.train.loop import VALIDATION_SEED
+
+
+def finetuning_loss(recipe: Recipe) -> LossFunction:
+    """gen_loss + clf_loss, or one of them, the mean over images; masks by an image's position in the stream."""
+    finetune = recipe.finetune
+    assert finetune is not None
+    losses = class_loss(finetune, recipe.model, recipe.objective, recipe.seed, recipe.mask_prob, dist.sequence_group())
+
+    def loss(engine: Any, batch: Any) -> torch.Tensor:
+        gen, clf, _ = losses(engine, batch.tokens, batch.labels, batch.positions)
+        return total(finetune, gen, clf).mean()
+
+    return loss
+
+
+def ignorant_loss(recipe: Recipe) -> float:
+    """The loss of a model that knows nothing, in the recipe's units."""
+    finetune = recipe.finetune
+    assert finetune is not None
+    counted = recipe.model.n_ctx * (recipe.mask_prob if recipe.objective == "bert" else 1.0)
+    gen = math.log(recipe.model.n_vocab) * (counted if finetune.gen_scale == "sum" else 1.0)
+    return (finetune.loss != "clf") * gen + (finetune.loss != "gen") * math.log(finetune.n_classes)
+
+
+def measure(
+    engine: Any,
+    recipe: Recipe,
+    shards: ShardSet,
+    micro_batch: int,
+    val_images: int | None,
+    go_on: Callable[[Any], bool] = lambda device: True,
+) -> dict[str, float] | None:
+    """Loss and accuracy over val_images of the split, evenly spread (None: all), without augmentation.
+
+    "bert" sees each image through one mask, drawn by the image's number: the same at every step, on any ranks, for any seed.
+
+    Args:
+        go_on: asked before every batch, on all ranks with the same answer; when it says no the result is None.
+
+    Returns:
+        "val_loss" as it is minimised, "val_accuracy" in 0..1, "val_clf_loss" in nats per image, and but for loss "clf"
+        "val_gen_loss" as gen_scale says.
+    """
+    finetune = recipe.finetune
+    assert finetune is not None
+    losses = class_loss(finetune, recipe.model, recipe.objective, VALIDATION_SEED, recipe.mask_prob, dist.sequence_group())
+    engine.eval()
+    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
+    with torch.no_grad():
+        for ids, weight in one_pass(shards.n_images, micro_batch, dist.data_rank(), dist.data_world_size(), val_images):
+            if not go_on(engine.device):
+                engine.train()
+                return None
+            grids, classes = shards.read(ids)
+            tokens = torch.from_numpy(grids.reshape(micro_batch, -1)).to(engine.device).long()
+            labels, weight = torch.from_numpy(classes).to(engine.device), weight.to(engine.device)
+            gen, clf, logits = losses(engine, tokens, labels, torch.from_numpy(ids))
+            found = [total(finetune, gen, clf), torch.zeros_like(clf) if gen is None else gen, clf, logits.argmax(1) == labels]
+            sums += torch.stack([*((value * weight).double().sum() for value in found), weight.double().sum()])
+    engine.train()
+    loss, gen_loss, clf_loss, right, count = dist.sum_over_ranks(sums).tolist()
+    measured = {"val_loss": loss / count, "val_accuracy": right / count, "val_clf_loss": clf_loss / count}
+    return measured if finetune.loss == "clf" else measured | {"val_gen_loss": gen_loss / count}

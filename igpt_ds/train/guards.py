@@ -1,0 +1,106 @@
+"""Guards of the loss: each step's loss enters, whether to go on leaves. Called by train/loop.py on every rank alike.
+
+The loss of a calm run stays near its running mean. One that stays far above it has met what the paper calls an irrecoverable
+spike (A.1: too high a learning rate). The recipe says what far is: `spike_sigmas` deviations of the last `spike_window` calm
+losses, for `spike_patience` steps in a row. A single bad batch passes. A step whose loss or gradient was not finite was not
+taken (DeepSpeed leaves its update out on all ranks): a few are bad luck, MAX_SKIPS in a row are a lost run.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import statistics
+from typing import Any
+
+from igpt_ds.config import Recipe
+
+MAX_SKIPS = 10  # in a row
+MAX_SKIPS_FP16 = 40  # the loss scale begins at 2^16 and is halved by skipping
+LEAST_DEVIATION = 0.01  # of the mean: a run that has learnt its images by heart hardly deviates at all
+WORSE_THAN_NOTHING = 0.5  # nats above the loss of a model that knows nothing: far whatever the window says
+LEAST_WINDOW = 16  # calm losses before mean and deviation mean something
+
+ADVICE = "start again with a lower --lr (paper A.1: too high a rate gives an irrecoverable spike), or with --on_spike rollback"
+
+
+class Verdict(enum.Enum):
+    """What a guard says of a step."""
+
+    CALM = "calm"
+    DOUBTFUL = "doubtful"  # not a state to save: a checkpoint of it would push out a good one
+    LOST = "lost"
+
+
+class Guard:
+    """Watches the losses of one run. The same losses give the same verdicts, on every rank and after any interruption.
+
+    Args:
+        recipe: spike_window, spike_sigmas (0: watch for skipped steps only), spike_patience.
+        state: what `state` returned when the checkpoint was saved; None for a new run.
+        ignorant: the loss of a model that knows nothing; ln V when left out.
+
+    Attributes:
+        skipped: steps that were not taken since step 0.
+        since: the first step of the doubt, or None when all is calm.
+        why: what is wrong, in words, when a run is lost.
+    """
+
+    def __init__(
+        self, recipe: Recipe, precision: str, state: dict[str, Any] | None = None, ignorant: float | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.ignorant = math.log(recipe.model.n_vocab) if ignorant is None else ignorant
+        self.max_skips = MAX_SKIPS_FP16 if precision == "fp16" else MAX_SKIPS
+        self.restore(state or {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to what it knew when `state` was taken; {}: to knowing nothing."""
+        self.window: list[float] = list(state.get("losses", ()))
+        self.spiked, self.skips_in_a_row = int(state.get("spiked", 0)), int(state.get("skips_in_a_row", 0))
+        self.skipped = int(state.get("skipped", 0))
+        self.since: int | None = state.get("since")
+        self.why = ""
+
+    def state(self) -> dict[str, Any]:
+        """Everything it knows, JSON-ready, for a checkpoint's manifest."""
+        counts = {"spiked": self.spiked, "skips_in_a_row": self.skips_in_a_row, "skipped": self.skipped, "since": self.since}
+        return {"losses": list(self.window), **counts}
+
+    def limit(self) -> float:
+        """The loss above which a step is an outlier, in nats per token; infinite when there is no way to know."""
+        if not self.recipe.spike_sigmas:
+            return math.inf
+        hopeless = self.ignorant + WORSE_THAN_NOTHING
+        if len(self.window) < min(LEAST_WINDOW, self.recipe.spike_window):
+            return hopeless
+        mean = statistics.fmean(self.window)
+        deviation = max(statistics.pstdev(self.window, mean), LEAST_DEVIATION * mean)
+        return min(hopeless, mean + self.recipe.spike_sigmas * deviation)
+
+    def see(self, step: int, loss: float, skipped: bool) -> Verdict:
+        """Judges a step.
+
+        Args:
+            step: its number, 1 for the first.
+            loss: its mean over all ranks, in nats per token, finite or not.
+            skipped: whether its update was left out.
+        """
+        if skipped or not math.isfinite(loss):
+            self.skipped += skipped
+            self.skips_in_a_row += 1
+            return self._doubt(step, self.skips_in_a_row >= self.max_skips, f"{self.skips_in_a_row} steps in a row were skipped")
+        self.skips_in_a_row = 0
+        limit = self.limit()
+        if loss > limit:
+            self.spiked += 1
+            lost = self.spiked >= self.recipe.spike_patience
+            return self._doubt(step, lost, f"it was above {limit:.4f} for {self.spiked} steps in a row")
+        self.spiked, self.since = 0, None
+        self.window = [*self.window, loss][-self.recipe.spike_window :]
+        return Verdict.CALM
+
+    def _doubt(self, step: int, lost: bool, why: str) -> Verdict:
+        self.since = step if self.since is None else self.since
+        self.why = why if lost else ""
+        return Verdict.LOST if lost else Verdict.DOUBTFUL

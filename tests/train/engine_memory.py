@@ -1,0 +1,71 @@
+"""Counts the bytes of the tensors that each rank of an engine holds: a recipe and a ds_config enter, one JSON file leaves.
+
+deepspeed --num_gpus 2 tests/train/engine_memory.py recipe.json ds_config.json out.json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igpt_ds import dist
+from igpt_ds.data.loader import Batch
+from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.files import write_json
+from igpt_ds.train.effective import check_effective, effective_config
+from igpt_ds.train.engine import build_engine, check_ds_config, start_ranks, take_step
+from igpt_ds.train.loop import pretraining_loss
+from igpt_ds.train.run_dir import read_recipe
+
+
+def size(tensors: Any) -> int:
+    """Bytes of the distinct storages of some tensors."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel()}
+    return sum(storages.values())
+
+
+def held(engine: Any) -> dict[str, int]:
+    """Bytes by kind after a step of ZeRO-3, as costs.memory names them; and what it leaves out."""
+    optimizer, weights = engine.optimizer, list(engine.module.parameters())
+    parts = [weight.ds_tensor for weight in weights]
+    whole = [weight.data for weight in weights if weight.ds_persist]
+    moments = [
+        value
+        for state in optimizer.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.numel() > 1
+    ]
+    return {
+        "weights": size(parts),
+        "gradients": size([optimizer.grad_partitions_flat_buffer]),
+        "optimizer": size(optimizer.fp32_partitioned_groups_flat) + size(moments),
+        "kept_whole": size(parts + whole) - size(parts),  # one rank's parts are whole already
+    }
+
+
+def main() -> None:
+    """Takes two steps and counts."""
+    recipe_path, ds_path, out = (Path(word) for word in sys.argv[-3:])
+    start_ranks()
+    recipe, ds_config = read_recipe(recipe_path), load_ds_config(ds_path)
+    check_ds_config(ds_config, ds_path)
+    run = join(recipe, ds_config, dist.world_size())
+    engine = build_engine(run)
+    effective = effective_config(engine)
+    check_effective(run, effective)
+    losses, loss = [], pretraining_loss(recipe)
+    for _ in range(3):
+        tokens = torch.randint(recipe.model.n_vocab, (run.micro_batch, recipe.model.n_ctx))
+        batch = Batch(tokens, tokens[:, 0], 0)
+        losses.append(float(take_step(engine, [batch] * run.accumulation, loss, recipe.lr)))
+    ranks = dist.gather_objects(held(engine) if run.stage == 3 else {})
+    if dist.rank() == 0:
+        write_json(out, {"ranks": ranks, "losses": losses, "effective": effective})
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

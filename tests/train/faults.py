@@ -1,0 +1,68 @@
+"""train.py with a fault: run by test_stops_launch.py and test_guards_launch.py under any launcher.
+
+faults.py FAULT train.py's words; FAULT is one of
+    signal=NAME,rank,phase,step    the rank sends itself a signal at its first sign of life in that phase after that step
+    nan=rank,first,end             the rank's loss of images [first, end) of the stream is not a number
+    bad=first,end,nats             the loss of images [first, end) of the stream is higher by so many nats
+"""
+
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+
+from igpt_ds import cli, dist
+from igpt_ds.train.watchdog import Watchdog
+
+place = next(index for index, word in enumerate(sys.argv) if "=" in word and not word.startswith("--"))
+kind, _, values = sys.argv.pop(place).partition("=")
+arguments = values.split(",")
+spec = importlib.util.spec_from_file_location("train_story", Path(__file__).parents[2] / "train.py")
+assert spec is not None
+assert spec.loader is not None
+story = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(story)
+pretraining_loss, alive = story.pretraining_loss, Watchdog.alive
+sent: list[object] = []
+before: dict[str, int] = {}
+
+
+def signalling(self: Watchdog, phase: str, step: int, step_seconds: float | None = None) -> None:
+    alive(self, phase, step, step_seconds)
+    name, *where = arguments
+    if not sent and where == [str(dist.rank()), phase, str(step)]:
+        sent.append(name)
+        os.kill(os.getpid(), getattr(signal, name))
+
+
+def stopping(self: Watchdog, phase: str, step: int, step_seconds: float | None = None) -> None:
+    alive(self, phase, step, step_seconds)
+    if not sent and step < before.get("step", 0):
+        sent.append(step)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    before["step"] = step
+
+
+def damaged(recipe):
+    loss = pretraining_loss(recipe)
+
+    def nan(engine, batch):
+        rank, first, end = map(int, arguments)
+        return loss(engine, batch) * (float("nan") if dist.rank() == rank and first <= batch.first < end else 1.0)
+
+    def bad(engine, batch):
+        first, end, nats = map(int, arguments)
+        value = loss(engine, batch)
+        return value * (1 + nats / value.detach()) if first <= batch.first < end else value
+
+    return nan if kind == "nan" else bad
+
+
+if kind == "signal":
+    Watchdog.alive = signalling
+else:
+    story.pretraining_loss = damaged
+if os.environ.get("IGPT_DS_TEST_STOP_AFTER_ROLLBACK"):  # the first sign of life after one
+    Watchdog.alive = stopping
+cli.run(story.main)

@@ -1,0 +1,165 @@
+"""Real launches whose disks and processes fail while a checkpoint is saved: what was whole stays whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds.files import read_json_lines
+from igpt_ds.train.manifest import list_checkpoints, read_manifest
+
+pytestmark = pytest.mark.slow
+Command = Callable[..., list[str]]
+Curves = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def whole(launch: Any, command: Command, curves: Curves) -> list[dict[str, Any]]:
+    """The curves of an uninterrupted run on two ranks."""
+    done = launch(command("whole"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return curves("whole")
+
+
+def process_of_rank(rank: int, run_dir: Path) -> int:
+    """Its number."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        found = subprocess.run(["pgrep", "-f", f"local_rank={rank}.*{run_dir} "], capture_output=True, text=True, check=False)
+        if found.stdout:
+            return int(found.stdout.split()[-1])
+        time.sleep(0.05)
+    pytest.fail(f"rank {rank} never started")
+
+
+def stop_during_save(process: subprocess.Popen[str], pid: int, run_dir: Path, after: str = "") -> None:
+    """Returns with the process halted in the middle of saving a checkpoint, once one later than `after` is whole."""
+    checkpoints, deadline = run_dir / "checkpoints", time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        complete = [path.parent.name for path in checkpoints.glob("step-*/COMPLETE") if path.parent.suffix != ".partial"]
+        if max(complete, default="") <= after or not list(checkpoints.glob("*.partial/*.pt")):
+            time.sleep(0.0005)
+            continue
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.3)
+        if [path for path in checkpoints.glob("*.partial/*.pt") if not (path.parent / "COMPLETE").exists()]:
+            return
+        os.kill(pid, signal.SIGCONT)
+    pytest.fail("no save was met half way")
+
+
+def test_kill_9_of_one_rank_and_of_all_during_save_then_resume_equals_never_stopping(
+    launch: Any, command: Command, curves: Curves, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    words = command("run", "--save_every", "1", "--keep_last", "2")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    process = launch.start(words, ranks=2)
+    victim = process_of_rank(1, tmp_path / "run")
+    stop_during_save(process, victim, tmp_path / "run")
+    os.kill(victim, signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    refuse_nothing_but_leftovers(checkpoints)
+
+    process = launch.start([*words, "--resume", "auto"], ranks=2)
+    victim = process_of_rank(1, tmp_path / "run")
+    stop_during_save(process, victim, tmp_path / "run", after=list_checkpoints(checkpoints)[-1].name)
+    launch.end()  # SIGKILL for the launcher and both ranks
+    refuse_nothing_but_leftovers(checkpoints)
+
+    done = launch([*words, "--resume", "auto"], ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row for row in curves("run") if "loss" in row] == [row for row in whole if "loss" in row]
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000011", "step-00000012"]
+
+
+def refuse_nothing_but_leftovers(checkpoints: Path) -> None:
+    """A half-written checkpoint is there, and is not among those that count, which are whole."""
+    assert list(checkpoints.glob("*.partial"))
+    assert not (checkpoints.parent / "FINISHED").exists()
+    assert list_checkpoints(checkpoints)
+    for path in list_checkpoints(checkpoints):
+        read_manifest(path)
+
+
+def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
+    launch: Any, command: Command, curves: Curves, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Rank 1 may write no file above 4 KiB, which is less than its part of a checkpoint."""
+    done = launch(command("run", "--stop_at_step", "4"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = command("run", "--resume", "auto")
+    script = f'[ "$RANK" = 1 ] && ulimit -f 4; exec "{sys.executable}" "$@"'
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
+    failed = launch([*launcher, "bash", "-c", script, "rank", *words], timeout=100)
+    assert failed.returncode != 0
+    said = [line for line in failed.stderr.splitlines() if line.startswith("train.py: error")]
+    assert len(said) == 1, failed.stderr[-3000:]
+    assert "step-00000008 could not be saved: on rank 1" in said[0]
+    assert "File too large; nothing of it is left, and the checkpoint before is whole" in said[0]
+    assert "exitcode  : 2" in failed.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+    done = launch(words, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert curves("run") == whole
+
+
+def test_missing_and_changed_files_then_another_number_of_ranks(
+    launch: Any, command: Command, curves: Curves, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The newest checkpoint lacks a file, the one before has a flipped bit; from the one before that, 3 ranks end where 2 do."""
+    done = launch(command("run", "--save_every", "2", "--stop_at_step", "6", "--keep_last", "5"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    missing = next((checkpoints / "step-00000006").glob("*pp_rank_1_*optim_states.pt"))
+    missing.unlink()
+    changed = next((checkpoints / "step-00000004").glob("*pp_rank_1_*optim_states.pt"))
+    content = bytearray(changed.read_bytes())
+    content[-1000] ^= 4
+    changed.write_bytes(content)
+
+    done = launch(command("run", "--resume", "auto", "--keep_last", "5"), ranks=3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"checkpoint passed over: {missing} is missing" in done.stderr
+    assert f"checkpoint passed over: {changed} is damaged (sha256 differs)" in done.stderr
+    assert "step-00000002 of 2 ranks was divided for 3" in done.stdout
+    assert "2 steps, 24 images" in done.stdout
+    losses = [row["loss"] for row in read_json_lines(tmp_path / "run" / "train.jsonl") if "loss" in row]
+    assert losses == pytest.approx([row["loss"] for row in whole if "loss" in row], abs=1e-6)
+    names = sorted(path.name for path in checkpoints.iterdir())
+    expected = [
+        "step-00000002",
+        "step-00000004",
+        "step-00000004.broken",
+        "step-00000006.broken",
+        "step-00000008",
+        "step-00000012",
+    ]
+    assert names == expected
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_step(launch: Any, command: Command, tmp_path: Path) -> None:
+    """A file system of 256 KiB, where this machine lets us make one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        done = launch(command("small/run"))
+        assert done.returncode == 2
+        assert len([line for line in done.stderr.splitlines() if "error" in line]) == 1
+        assert "room for 3 checkpoints needs" in done.stderr
+        assert "lower --keep_last, or put --run_dir on another disk" in done.stderr
+        assert not list((small / "run").glob("checkpoints/*"))
+    finally:
+        subprocess.run(["umount", small], check=True)

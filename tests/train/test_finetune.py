@@ -1,0 +1,197 @@
+"""Fine-tuning without a launch: its recipe, its early stopping, its search of rates, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds.config import Finetune, ModelConfig, Recipe, recipe_from_dict, recipe_to_dict
+from igpt_ds.files import write_json
+from igpt_ds.model.store import fresh_model, save_model
+from igpt_ds.train.early import EarlyStop
+from igpt_ds.train.finetuning import ignorant_loss
+from igpt_ds.train.guards import Guard
+from igpt_ds.train.manifest import prune
+from igpt_ds.train.run_dir import recipe_differences
+from igpt_ds.train.schedule import learning_rate
+from igpt_ds.train.sweep import Result, best, finished, read_result, table
+
+ROOT = Path(__file__).parents[2]
+
+
+def accuracy(value: float) -> dict[str, float]:
+    return {"val_loss": 1.0, "val_accuracy": value}
+
+
+def test_the_first_of_the_best_steps_is_kept_until_patience_ends() -> None:
+    early = EarlyStop("val_accuracy", patience=2)
+    for step, value in ((0, 0.99), (10, 0.5), (20, 0.7), (30, 0.7), (40, 0.71), (50, 0.6)):
+        early.see(step, accuracy(value))
+        assert not early.over
+    assert (early.best_step, early.best["val_accuracy"]) == (40, 0.71)  # step 0 has learnt nothing and does not count
+    early.see(60, accuracy(0.7))
+    assert early.over
+
+    again = EarlyStop("val_accuracy", 2, json.loads(json.dumps(early.state())))
+    assert (again.state(), again.over) == (early.state(), True)
+    early.restore({})
+    assert (early.best_step, early.over) == (None, False)
+
+
+def test_a_validation_made_up_for_is_seen_once() -> None:
+    early = EarlyStop("val_accuracy", patience=1)
+    early.see(10, accuracy(0.5))
+    early.see(10, accuracy(0.5))
+    assert not early.over
+
+
+def test_early_stopping_by_loss_without_patience_and_with_folded_images() -> None:
+    early = EarlyStop("val_loss", patience=0)
+    for step, loss in ((1, 3.0), (2, 2.0), *((step, 2.5) for step in range(3, 40))):
+        early.see(step, {"val_loss": loss})
+    assert (early.best_step, early.over) == (2, False)
+    last = EarlyStop("val_accuracy", patience=1, keep_best=False)
+    for step, value in ((1, 0.9), (2, 0.8), (3, 0.7)):
+        last.see(step, accuracy(value))
+    assert (last.best_step, last.over) == (3, False)
+
+
+def test_pruning_keeps_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "COMPLETE").touch()
+    prune(tmp_path, keep_last=1, keep_every=0, best=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+@pytest.fixture
+def fine(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, finetune=Finetune(3, 2, "abc"))
+
+
+def test_the_rate_stays_at_its_peak(fine: Recipe) -> None:
+    assert [learning_rate(fine, step) for step in range(12)] == pytest.approx([0.01 / 3, 0.02 / 3, *[0.01] * 10])
+
+
+def test_a_recipe_survives_json_and_differs_by_its_start(fine: Recipe, recipe: Recipe) -> None:
+    values = json.loads(json.dumps(recipe_to_dict(fine)))
+    assert recipe_from_dict(values, "x") == fine
+    other = recipe_to_dict(dataclasses.replace(fine, finetune=Finetune(3, 2, "def")))
+    ((name, there, here),) = recipe_differences(values, other)
+    assert (name, there["start"], here["start"]) == ("finetune", "abc", "def")
+    older = {name: value for name, value in recipe_to_dict(recipe).items() if name != "finetune"}
+    assert recipe_differences(older, recipe_to_dict(recipe)) == []  # a pre-training of older code
+    with pytest.raises(ValueError, match="layer=3 must lie between 0 and n_layer=2"):
+        dataclasses.replace(fine, finetune=Finetune(3, 3, "abc"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "gen_scale", "objective", "expected"),
+    [
+        ("joint", "mean", "ar", math.log(8) + math.log(3)),
+        ("clf", "mean", "ar", math.log(3)),
+        ("gen", "mean", "bert", math.log(8)),
+        ("joint", "sum", "ar", 16 * math.log(8) + math.log(3)),
+        ("gen", "sum", "bert", 0.15 * 16 * math.log(8)),
+    ],
+)
+def test_what_a_model_that_knows_nothing_loses(fine: Recipe, loss: str, gen_scale: str, objective: str, expected: float) -> None:
+    changed = dataclasses.replace(fine, objective=objective, finetune=Finetune(3, 2, "abc", loss, gen_scale))
+    assert ignorant_loss(changed) == pytest.approx(expected)
+    assert Guard(changed, "fp32", None, ignorant_loss(changed)).limit() == pytest.approx(expected + 0.5)
+
+
+def test_the_search_goes_by_the_best_accuracy(tmp_path: Path) -> None:
+    rows = [(0, 0.9, 2.0), (1, 0.5, 1.0), (2, 0.6, 1.2), (3, 0.4, 1.4)]
+    (tmp_path / "FINISHED").touch()
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"step": step, "val_accuracy": value, "val_loss": loss}) + "\n" for step, value, loss in rows)
+    )
+    result = read_result(tmp_path, 0.003)
+    assert result == Result(0.003, 1.4, None, 0.6)
+    results = [Result(0.01, None, 4), result, Result(0.001, 1.0, None, 0.7), Result(0.0003, 0.5, None, 0.65)]
+    assert best(results) == results[2]
+    assert finished(results)
+    assert not finished(results[:3])
+    assert table(results).splitlines() == [
+        "| learning rate | best validation accuracy |",
+        "|---|---|",
+        "| 0.01 | lost at step 4 |",
+        "| 0.003 | 60.00 % |",
+        "| **0.001** | **70.00 %** |",
+        "| 0.0003 | 65.00 % |",
+    ]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """finetune.py's main, on one rank; everything below stops before the ranks join."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location("finetune_story", ROOT / "finetune.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def words(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> list[str]:
+    """A fine-tuning of a model dir with the tiny dataset's palette."""
+    index = json.loads((tiny_dataset / "index.json").read_text())
+    info = {"config": tiny_config, "objective": "ar", "palette_hash": index["palette_hash"], "step": 1, "images_seen": 1}
+    save_model(tmp_path / "model", fresh_model(tiny_config, 0).state_dict(), info, tiny_dataset / "palette.npy")
+    return ["--model", str(tmp_path / "model"), "--data", str(tiny_dataset), "--run_dir", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--untrained", "-1"], "--untrained -1 must be at least 0"),
+        (["--patience", "-1"], "--patience -1 must be at least 0"),
+        (["--mask_draws", "0"], "--mask_draws 0 must be at least 1"),
+        (["--batch_images", "0"], "--batch_images 0 must be at least 1"),
+        (["--epochs", "nan"], "--epochs nan must be a number of at least 0"),
+        (["--layer", "3"], "layer=3 must lie between 0 and n_layer=2"),
+        (["--results", "x.jsonl"], "has no split 'test'; it has train, val"),
+        (["--train_split", "trian"], "has no split 'trian'"),
+        (["--lr", "-1"], "lr=-1.0 must be a positive number"),
+        (["--batch_images", "5", "--micro_batch", "2"], "batch_images=5 does not divide into 1 ranks x micro batch 2"),
+    ],
+)
+def test_what_does_not_go(main: Any, words: list[str], more: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main([*words, *more])
+
+
+def test_a_recipe_has_no_weights(main: Any, words: list[str]) -> None:
+    with pytest.raises(ValueError, match="--recipe igpt_s_ar_32 has no weights; add --untrained SEED for fresh ones, or name a"):
+        main(["--recipe", "igpt_s_ar_32", *words[2:]])
+    with pytest.raises(ValueError, match="n_px=4 but the model has n_px=32"):
+        main(["--recipe", "igpt_s_ar_32", "--untrained", "0", *words[2:]])
+
+
+def test_another_palette_and_a_model_dir_in_the_way(main: Any, words: list[str], tmp_path: Path) -> None:
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    write_json(tmp_path / "model" / "config.json", config | {"palette_hash": "other"})
+    with pytest.raises(ValueError, match=r"has another palette than .*model was trained with; make the shards again with --pal"):
+        main(words)
+    write_json(tmp_path / "model" / "config.json", config)
+    with pytest.raises(ValueError, match=r"--out .*model exists already; choose another name or remove it"):
+        main([*words, "--out", str(tmp_path / "model")])
+
+
+def test_a_dry_run_prints_and_writes_nothing(
+    main: Any, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*words, "--dry_run", "--batch_images", "12"])
+    assert "finetune" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,114 @@
+"""Stops in every phase of a real run: status 85 with everything saved, then the curve of a run that never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds.cli import HUNG, STOPPED
+from igpt_ds.files import read_json, read_json_lines
+
+pytestmark = pytest.mark.slow
+Curves = Callable[[str], list[dict[str, Any]]]
+Command = Callable[..., list[str]]
+FAULTS = Path(__file__).with_name("faults.py")
+
+
+def with_fault(words: list[str], fault: str) -> list[str]:
+    """The words of `train.py ...`, with a fault."""
+    return [str(FAULTS), fault, *words[1:]]
+
+
+def ended(done: subprocess.CompletedProcess[str], status: int) -> str:
+    """What it printed, the status being as it should."""
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def newest(run_dir: Path) -> str:
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))[-1]
+
+
+def test_usr1_to_one_rank_in_each_phase_then_the_curve_of_a_whole_run(
+    launch: Any, command: Command, curves: Curves, tmp_path: Path
+) -> None:
+    ended(launch(command("whole"), ranks=2), 0)
+    run, resume = tmp_path / "run", command("run", "--resume", "auto")
+
+    said = ended(launch(with_fault(resume, "signal=SIGUSR1,1,validation,4"), ranks=2), STOPPED)
+    assert "stopped by signal USR1, with everything saved; --resume auto goes on" in said
+    assert newest(run) == "step-00000004"
+    manifest = read_json(run / "checkpoints" / "step-00000004" / "manifest.json", "manifest")
+    assert manifest["guards"]["unvalidated"]
+    assert [row["step"] for row in curves("run") if "val_loss" in row] == [0]
+
+    said = ended(launch(with_fault(resume, "signal=SIGTERM,0,save,8"), ranks=2), STOPPED)
+    assert "stopped by signal TERM" in said
+    assert newest(run) == "step-00000008"
+    assert [row["step"] for row in curves("run") if "val_loss" in row] == [0, 4, 8]
+
+    ended(launch(with_fault(resume, "signal=SIGUSR1,1,step,9"), ranks=2), STOPPED)
+    assert newest(run) == "step-00000010"  # the step after the signal is the last
+    assert not (run / "FINISHED").exists()
+    assert {read_json(run / "heartbeat" / f"rank-0000{rank}.json", "heartbeat")["phase"] for rank in (0, 1)} == {"stopped"}
+
+    ended(launch(resume, ranks=2), 0)
+    assert (run / "FINISHED").exists()
+    assert curves("run") == curves("whole")
+
+
+def test_a_time_limit_before_the_first_step_and_a_stop_file(
+    launch: Any, command: Command, curves: Curves, tmp_path: Path
+) -> None:
+    """The launcher that ignores USR1 hands that on to its ranks, which hear it all the same."""
+    run, longer = tmp_path / "run", ["--steps", "600", "--save_every", "0", "--val_every", "0"]
+    said = ended(launch(command("run", *longer, "--max_minutes", "0")), STOPPED)
+    assert "stopped by --max_minutes" in said
+    assert not (run / "checkpoints").exists()
+    assert curves("run") == []
+
+    (run / "STOP").touch()  # of a run that is over: the next one is not meant
+    process = launch.start(
+        ["bash", "-c", "trap '' USR1; exec python \"$@\"", "bash", *command("run", *longer, "--resume", "auto")]
+    )
+    while process.poll() is None and len(read_json_lines(run / "train.jsonl")) < 3:
+        time.sleep(0.01)
+    assert not (run / "STOP").exists()
+    (run / "STOP").touch()
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, stdout[-2000:] + stderr[-2000:]
+    assert "stopped by a file STOP in the run directory" in stdout
+    step = read_json_lines(run / "train.jsonl")[-1]["step"]
+    assert newest(run) == f"step-{step:08d}"
+    assert step < 600
+
+    again = launch.start(["bash", "-c", "trap '' USR1; exec python \"$@\"", "bash", *command("run", *longer, "--resume", "auto")])
+    while again.poll() is None and read_json_lines(run / "train.jsonl")[-1]["step"] < step + 2:
+        time.sleep(0.01)
+    for _ in range(3):
+        os.kill(again.pid, signal.SIGUSR1)
+    stdout, stderr = again.communicate(timeout=60)
+    assert again.returncode == STOPPED, stdout[-2000:] + stderr[-2000:]
+    assert newest(run) > f"step-{step:08d}"
+
+
+def test_a_hung_rank_ends_with_stacks(launch: Any, command: Command, free_port: int, tmp_path: Path) -> None:
+    """Two ranks without a launcher, one of them frozen by SIGSTOP: the other says where it waits."""
+    words = with_fault(command("run", "--hang_minutes", "0.08", "--save_every", "0"), "signal=SIGSTOP,1,step,5")
+    alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    ranks = [launch.start(words, env=alone | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    _, stderr = ranks[0].communicate(timeout=120)
+    assert ranks[0].returncode == HUNG, stderr[-2000:]
+    assert ranks[1].poll() is None  # frozen
+    assert "rank 0 hangs in phase 'step' after step 5" in stderr
+    stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
+    assert stacks.startswith("no sign of life for 0.08 minutes in phase 'step' after step 5")
+    assert 'loop.py", line ' in stacks  # where the main thread stood
+    assert not (tmp_path / "run" / "FINISHED").exists()

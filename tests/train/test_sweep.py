@@ -1,0 +1,76 @@
+"""The search for a learning rate: its order, its end, and what it reads of runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from igpt_ds.train.sweep import MAX_RATES, Result, best, finished, next_rate, rate, read_result, table
+
+
+def results(losses: list[float | None]) -> list[Result]:
+    return [Result(rate(number), loss, 7 if loss is None else None) for number, loss in enumerate(losses)]
+
+
+def test_the_papers_rates() -> None:
+    assert [rate(number) for number in range(6)] == [0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003]
+
+
+@pytest.mark.parametrize(
+    ("losses", "then"),
+    [
+        ([], 0.01),
+        ([2.5], 0.003),
+        ([2.5, 2.4], 0.001),
+        ([2.5, 2.5], 0.001),  # it has not risen
+        ([2.5, 2.6], None),
+        ([None], 0.003),
+        ([None, None], 0.001),
+        ([None, 2.5, 2.4, 2.45], None),
+        ([2.5, None], None),
+    ],
+)
+def test_what_comes_next(losses: list[float | None], then: float | None) -> None:
+    assert next_rate(results(losses)) == then
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(0.1, 10)), min_size=MAX_RATES, max_size=MAX_RATES))
+def test_the_search_ends_at_the_first_rise_and_the_best_is_the_one_before(losses: list[float | None]) -> None:
+    found: list[Result] = []
+    while (lr := next_rate(found)) is not None:
+        found.append(results(losses)[len(found)])
+        assert found[-1].lr == lr
+    assert finished(found)
+    ranks = [result.rank for result in found]
+    assert all(after <= before for before, after in itertools.pairwise(ranks[:-1]))
+    chosen = best(found)
+    assert (chosen is None) == all(result.val_loss is None for result in found)
+    if chosen is not None:
+        assert chosen.rank == min(ranks)
+
+
+def test_the_table() -> None:
+    assert table(results([None, 2.5, 2.75])) == (
+        "| learning rate | final validation loss, nats per token |\n|---|---|\n"
+        "| 0.01 | lost at step 7 |\n| **0.003** | **2.5000** |\n| 0.001 | 2.7500 |\n"
+    )
+    assert "**" not in table(results([None]))
+
+
+def test_what_a_run_left(tmp_path: Path) -> None:
+    assert read_result(tmp_path, 0.01) is None
+    rows = [{"step": 0, "val_loss": 3.0}, {"step": 4, "loss": 1.0}, {"step": 4, "val_loss": 2.0}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_result(tmp_path, 0.01) is None
+    (tmp_path / "FINISHED").touch()
+    assert read_result(tmp_path, 0.01) == Result(0.01, 2.0, None)
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"train\.jsonl has no validation loss; remove the directory and try the rate again"):
+        read_result(tmp_path, 0.01)
+    (tmp_path / "LOST.json").write_text('{"step": 12}')
+    assert read_result(tmp_path, 0.01) == Result(0.01, None, 12)

@@ -1,0 +1,141 @@
+"""Rehearses interruptions: the same run twice, left alone and killed at random moments, must end in the same weights.
+
+    python tools/rehearse.py --out runs/rehearsal -- deepspeed --num_gpus 2 train.py --recipe digits_nano_ar_8 --data shards
+
+What stands behind `--` is a training command without --run_dir and --resume. Its run is interrupted by kill -9 of one rank,
+kill -9 of all, or USR1, in turn, at moments drawn from --seed, and started again each time. Exit 1 where losses or weights
+differ. On a CPU in fp32 they are the same to the bit; on GPUs some kernels are not, and --tolerance says how far a loss may lie.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from igpt_ds import cli
+from igpt_ds.files import read_json_lines, write_json
+
+WAYS = {"kill -9 of one rank": signal.SIGKILL, "kill -9 of all ranks": signal.SIGKILL, "USR1": signal.SIGUSR1}
+CURVES = ("loss", "val_loss", "lr", "images_seen")  # of train.jsonl; the rest of a row was read off a clock
+CONSOLIDATE = Path(__file__).resolve().parent / "consolidate.py"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs alone, runs with interruptions, compares."""
+    args = parse(list(sys.argv[1:] if argv is None else argv))
+    alone, broken = args.out / "alone", args.out / "interrupted"
+    start = time.monotonic()
+    until_the_end(args.command, alone)
+    seconds = time.monotonic() - start
+    print(f"left alone: {seconds:.0f} s", flush=True)
+    dice = random.Random(args.seed)
+    targets = sorted(dice.uniform(0, 0.95) * last_step(alone) for _ in range(args.kills))
+    for number, target in enumerate(targets):
+        way = list(WAYS)[number % len(WAYS)]
+        interrupt(args.command, broken, way, int(target), dice)
+        print(f"{way} at step {last_step(broken)}", flush=True)
+    until_the_end(args.command, broken)
+    worst = compare(alone, broken)
+    same = weights(alone, args.out / "alone.model") == weights(broken, args.out / "interrupted.model")
+    write_json(args.out / "rehearsal.json", {"kills": args.kills, "seconds": seconds, "worst": worst, "same_weights": same})
+    print(f"largest difference of a loss {worst:g}; weights {'the same' if same else 'differ'}")
+    if worst > args.tolerance or not (same or args.tolerance):
+        sys.exit(1)
+
+
+def parse(words: list[str]) -> Any:
+    """The command line; everything after `--` is the training command."""
+    ours, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--out", type=Path, required=True, help="directory for both runs")
+    parser.add_argument("--kills", type=int, default=5, help="how often to interrupt")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="nats by which a loss may differ; 0: not at all")
+    args = parser.parse_args(ours)
+    if not command:
+        raise ValueError("no training command: write it after ` -- `, as in `-- deepspeed --num_gpus 2 train.py ...`")
+    if taken := [word for word in command if word.partition("=")[0] in ("--run_dir", "--resume")]:
+        raise ValueError(f"{taken[0]} is set by the rehearsal; leave it out of the training command")
+    if args.kills < 1:
+        raise ValueError(f"--kills {args.kills} must be at least 1")
+    if not 0 <= args.tolerance < math.inf:
+        raise ValueError(f"--tolerance {args.tolerance} must be a number of at least 0")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"{args.out} exists already; choose another --out or remove it")
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.command = command
+    return args
+
+
+def begin(command: Sequence[str], run_dir: Path) -> subprocess.Popen[bytes]:
+    """Starts or goes on with a run, its output appended to a file beside it."""
+    with open(run_dir.with_suffix(".log"), "ab") as log:
+        words = [*command, "--run_dir", str(run_dir), "--resume", "auto"]
+        return subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+
+
+def until_the_end(command: Sequence[str], run_dir: Path) -> None:
+    """Runs to the last step; a ValueError where it did not get there."""
+    status = begin(command, run_dir).wait()
+    if status or not (run_dir / "FINISHED").exists():
+        raise ValueError(f"the run ended with status {status} before its last step; see {run_dir.with_suffix('.log')}")
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that the run told of."""
+    return max((row["step"] for row in read_json_lines(run_dir / "train.jsonl")), default=0)
+
+
+def interrupt(command: Sequence[str], run_dir: Path, way: str, target: int, dice: random.Random) -> None:
+    """Starts the run, lets it train to that step and up to three seconds longer, ends it in that way."""
+    heartbeats, started = run_dir / "heartbeat", time.time()
+    process = begin(command, run_dir)
+    while process.poll() is None and (last_step(run_dir) < target or not _pids(heartbeats, started)):
+        time.sleep(0.1)
+    time.sleep(dice.uniform(0, 3))
+    pids = _pids(heartbeats, started)
+    for pid in pids if way == "kill -9 of all ranks" else [dice.choice(pids)] if pids else []:
+        try:
+            os.kill(pid, WAYS[way])
+        except ProcessLookupError:
+            continue  # it came to its end by itself
+    process.wait()
+
+
+def _pids(heartbeats: Path, since: float) -> list[int]:
+    # The ranks of this start on this machine, as they say themselves.
+    beats = [json.loads(path.read_text()) for path in sorted(heartbeats.glob("rank-*.json")) if path.stat().st_mtime > since]
+    return [beat["pid"] for beat in beats]
+
+
+def compare(alone: Path, broken: Path) -> float:
+    """The largest difference of two curves; infinite where a row is missing or too many."""
+    one, other = (
+        [
+            {name: row[name] for name in CURVES if name in row} | {"step": row["step"]}
+            for row in read_json_lines(path / "train.jsonl")
+        ]
+        for path in (alone, broken)
+    )
+    if [(row["step"], sorted(row)) for row in one] != [(row["step"], sorted(row)) for row in other]:
+        return math.inf
+    return max(abs(row[name] - again[name]) for row, again in zip(one, other, strict=True) for name in row)
+
+
+def weights(run_dir: Path, model_dir: Path) -> str:
+    """The sha256 of a run's last weights."""
+    subprocess.run([sys.executable, CONSOLIDATE, "--run_dir", run_dir, "--out", model_dir], check=True, stdout=subprocess.DEVNULL)
+    return str(json.loads((model_dir / "config.json").read_text())["model_hash"])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,70 @@
+"""Divides a checkpoint for another number of ranks, bit for bit, one block in memory at a time.
+
+    python tools/reshard.py --run_dir runs/s --ranks 16
+    python tools/reshard.py --checkpoint runs/s/checkpoints/step-00100000 --ranks 16 --out elsewhere/step-00100000
+
+A resumed run does this by itself. This tool is for doing it beforehand, on a machine without GPUs: without --out the result
+takes the old checkpoint's place, once it is whole. Needs no DeepSpeed and no process group.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt_ds import cli
+from igpt_ds.train.disk import SLACK, require_space
+from igpt_ds.train.manifest import choose_checkpoint, commit, file_entry, read_manifest, refuse_damaged
+from igpt_ds.train.reshard import saved_sub_group_size, target_layout, write_rank
+from igpt_ds.train.zero_files import ZeroCheckpoint
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks the checkpoint's files, writes those of the new ranks, marks them as complete."""
+    parser = cli.parser(__doc__ or "")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run_dir", type=Path, help="directory of the run, whose newest complete checkpoint is taken")
+    what.add_argument("--checkpoint", type=Path, help="the checkpoint")
+    parser.add_argument("--step", type=int, help="with --run_dir: which checkpoint")
+    parser.add_argument("--ranks", type=int, required=True, help="how many ranks it is for")
+    parser.add_argument(
+        "--sub_group_size", type=int, help="zero_optimization.sub_group_size of the new run; the same when left out"
+    )
+    parser.add_argument("--out", type=Path, help="the checkpoint to make; the old one's place when left out")
+    args = parser.parse_args(argv)
+    for name in ("ranks", "sub_group_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    if args.checkpoint:
+        checkpoint, manifest = args.checkpoint, read_manifest(args.checkpoint)
+        refuse_damaged(checkpoint, manifest)
+    else:
+        checkpoint, manifest = choose_checkpoint(args.run_dir, args.step)
+    out = args.out or checkpoint
+    if args.out and out.exists():
+        raise ValueError(f"--out {out} exists already; choose another name or remove it")
+
+    start = time.monotonic()
+    source = ZeroCheckpoint(checkpoint, manifest["world_size"], manifest["stage"])
+    target = target_layout(source, args.ranks, args.sub_group_size or saved_sub_group_size(source))
+    unfinished = out.with_name(f"{out.name}.{args.ranks}-ranks.partial")
+    require_space(
+        out.parent, int(SLACK * sum(entry["bytes"] for entry in manifest["files"])), f"{out.name} for {args.ranks} ranks"
+    )
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        files = [file_entry(path) for rank in range(args.ranks) for path in write_rank(source, target, rank, unfinished)]
+        commit(unfinished, out, manifest | {"world_size": args.ranks}, files)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    size, seconds = sum(entry["bytes"] for entry in files), time.monotonic() - start
+    speed = f"{size / 1e9:.3f} GB in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s"
+    print(f"{out}: {manifest['world_size']} ranks -> {args.ranks}, {speed}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,117 @@
+"""Searches the learning rate as the paper does: 0.01, 0.003, 0.001, ... until the final validation loss rises.
+
+    python tools/sweep_lr.py --out runs/sweep -- deepspeed train.py --recipe cifar10_nano_ar_16 --data shards/cifar10
+
+trains one rate after the other with the command after `--`, to which it adds --lr, --run_dir and --resume auto. The same line
+again goes on where it was interrupted: rates that have ended are not trained again. A run that its guards give up as lost
+(exit status 2 and LOST.json) counts as worse than every other. OUT/sweep.md is the table, sweep.json the same for programs,
+sweep.png the loss against the rate. The command may be one of finetune.py as well, whose best validation accuracy counts.
+
+Rates at once instead of one after the other, as tasks of a SLURM array: `--array_index $SLURM_ARRAY_TASK_ID` trains one rate
+alone (0 is 0.01, 1 is 0.003), and `--collect` afterwards makes the table of what there is, without training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt_ds import cli
+from igpt_ds.evaluate.figures import rate_curve
+from igpt_ds.files import atomic_file, write_json
+from igpt_ds.train.sweep import MAX_RATES, Result, best, finished, next_rate, rate, read_result, run_name, table
+
+FORMAT, VERSION = "igpt_ds.sweep", 1
+OURS = ("--lr", "--run_dir", "--resume", "--on_spike")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains what is missing, then writes table and figure."""
+    args = parse(argv)
+    if args.array_index is not None:
+        print(describe(train(args, rate(args.array_index))))
+        return
+    results: list[Result] = []
+    while (lr := next_rate(results)) is not None:
+        result = read_result(args.out / run_name(lr), lr)
+        if result is None and args.collect:
+            break
+        results.append(result or train(args, lr))
+        print(describe(results[-1]), flush=True)
+    if not results:
+        raise ValueError(f"{args.out / run_name(rate(0))} has not ended yet: there is nothing to collect; train it first")
+    report(args.out, results)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="where the runs, the table and the figure go")
+    parser.add_argument("--array_index", type=int, help="train this rate alone, 0-based")
+    parser.add_argument("--collect", action="store_true", help="train nothing: table and figure of the runs that have ended")
+    parser.add_argument("command", nargs="*", help="after --: the training command, without --lr, --run_dir and --resume")
+    args = parser.parse_args(argv)
+    if args.collect and (args.array_index is not None or args.command):
+        raise ValueError("--collect trains nothing: it takes neither --array_index nor a command")
+    if not args.collect and not any(word.endswith(("train.py", "finetune.py")) for word in args.command):
+        raise ValueError("no training command; after the flags write: -- deepspeed train.py --recipe NAME --data DIR ...")
+    if any(word.split("=")[0] == "--results" for word in args.command):
+        raise ValueError("--results would read the test split at every rate; leave it out, and evaluate the best rate alone")
+    for word in args.command:
+        if word.split("=")[0] in OURS:
+            raise ValueError(f"{word} is set by the search; leave it out of the training command")
+    if args.array_index is not None and not 0 <= args.array_index < MAX_RATES:
+        raise ValueError(f"--array_index {args.array_index} must lie between 0 and {MAX_RATES - 1}")
+    return args
+
+
+def train(args: argparse.Namespace, lr: float) -> Result:
+    """Trains one rate to its end, or goes on with it.
+
+    Raises:
+        SystemExit: the run was stopped; with the same status, so that the batch system starts us again.
+        ValueError: it ended by itself, but not at its last step.
+    """
+    run_dir = args.out / run_name(lr)
+    command = [*args.command, "--lr", f"{lr:g}", "--run_dir", str(run_dir), "--resume", "auto"]
+    if (result := read_result(run_dir, lr)) is None:
+        status = subprocess.run(command, check=False).returncode
+        if status == cli.STOPPED:
+            raise SystemExit(cli.STOPPED)
+        result = read_result(run_dir, lr)
+        if result is None:
+            raise ValueError(f"the run of {run_dir} ended with status {status} before its last step; the cause stands above")
+    return result
+
+
+def describe(result: Result) -> str:
+    """One line."""
+    measured = "final validation loss " if result.val_accuracy is None else "best validation accuracy "
+    return f"lr {result.lr:g}: {'' if result.val_loss is None else measured}{result}"
+
+
+def report(out: Path, results: list[Result]) -> None:
+    """Writes sweep.md, sweep.json and sweep.png."""
+    chosen = best(results)
+    over = finished(results)
+    rows = [
+        {"lr": result.lr, "val_loss": result.val_loss, "lost_at": result.lost_at}
+        | ({} if result.val_accuracy is None else {"val_accuracy": result.val_accuracy})
+        for result in results
+    ]
+    header = {"format": FORMAT, "version": VERSION, "finished": over, "best_lr": chosen.lr if chosen else None}
+    write_json(out / "sweep.json", header | {"results": rows})
+    with atomic_file(out / "sweep.md", "w") as file:
+        file.write(table(results))
+    title = f"Learning rates: {out.resolve().name}" + ("" if over else " (not finished)")
+    rates, losses = [result.lr for result in results], [None if result.val_loss is None else result.rank for result in results]
+    error = ("best validation error",) if any(result.val_accuracy is not None for result in results) else ()
+    rate_curve(rates, losses, out / "sweep.png", title, *error)
+    print(table(results), end="")
+    print(f"best: {chosen.lr:g}" if chosen else "every rate was lost to a spike")
+
+
+if __name__ == "__main__":
+    cli.run(main)
