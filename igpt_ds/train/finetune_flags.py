@@ -78,6 +78,8 @@ def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
     flip = "mirror half of the images"
     knobs.add_argument("--augment_flip", action=argparse.BooleanOptionalAction, default=False, help=flip)
     knobs.add_argument("--clip", type=float, default=1.0, help="gradient norm; 0: no limit")
+    spike = "deviations above the mean that make a loss an outlier; 0 watches for none"
+    knobs.add_argument("--spike_sigmas", type=float, default=6.0, help=spike)
     knobs.add_argument("--seed", type=int, default=0, help="of the order of images, augmentation and masks")
 
 
@@ -129,6 +131,7 @@ def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_
         min(steps, math.ceil(args.warmup_epochs * n_images / args.batch_images)),
         info.objective,
         init=info.init,
+        spike_sigmas=args.spike_sigmas,
         clip=args.clip,
         augment_pad=args.augment_pad,
         augment_flip=args.augment_flip,

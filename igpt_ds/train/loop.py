@@ -1,4 +1,4 @@
-"""The step loop: engine and batches enter, a trained engine, curves and checkpoints leave. Called by train.py.
+"""The step loop: engine and batches enter, a trained engine, curves and checkpoints leave. Called by train.py and finetune.py.
 
 The loop is the same for every objective: what differs is the loss function it is given.
 """

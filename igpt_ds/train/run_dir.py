@@ -1,4 +1,5 @@
-"""The run directory: one run's config, curves and checkpoints. It refuses to mix two runs. Called by train.py on rank 0.
+"""The run directory: one run's config, curves and checkpoints. It refuses to mix two runs. Called by train.py and
+finetune.py on rank 0.
 
 run.json holds the recipe, the data's hashes, the complete DeepSpeed configuration and the git commit; palette.npy the
 colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the states; FINISHED appears at the last step.

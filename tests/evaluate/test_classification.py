@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,3 +86,10 @@ def test_other_classes_or_colours_are_refused(tiny_config: ModelConfig, shards: 
     check_classes(same, shards)
     with pytest.raises(ValueError, match=r"has another palette than the model; make the shards again with the model's palette"):
         check_classes(dataclasses.replace(same, palette_hash="other"), shards)
+
+
+def test_what_the_tool_refuses(launch: Any, tiny_dataset: Path, tmp_path: Path) -> None:
+    for more, message in ((["--batch", "0"], "--batch 0 must be at least 1"), ([], "does not exist")):
+        done = launch(["tools/evaluate_classifier.py", "--model", str(tmp_path), "--data", str(tiny_dataset), *more])
+        assert done.returncode == 2
+        assert message in done.stderr

@@ -213,3 +213,22 @@ def test_bert_votes_and_a_network_from_scratch(
     assert info.step == min(validations, key=lambda row: row["val_loss"])["step"]
     assert F.cross_entropy(torch.zeros(1, 3), torch.tensor([0])) == pytest.approx(validations[0]["val_clf_loss"], abs=1e-6)
     assert json.loads((tmp_path / "gen" / "model" / "config.json").read_text())["class_head"]["loss"] == "gen"
+
+
+def test_the_search_of_the_rate_goes_by_accuracy(launch: Any, words: Words, tmp_path: Path) -> None:
+    """tools/sweep_lr.py over one rate of its array; the table and the figure are of accuracies."""
+    command = words("unused", "ar")
+    for flag in ("--run_dir", "--lr"):
+        place = command.index(flag)
+        del command[place : place + 2]
+    out = tmp_path / "sweep"
+    succeed(launch(["tools/sweep_lr.py", "--out", str(out), "--array_index", "1", "--", "python", *command]))
+    rows = [row for row in read_json_lines(out / "lr-0.003" / "train.jsonl") if "val_accuracy" in row and row["step"] > 0]
+    (out / "lr-0.01").mkdir()
+    (out / "lr-0.01" / "LOST.json").write_text('{"step": 3}')
+    said = succeed(launch(["tools/sweep_lr.py", "--out", str(out), "--collect"]))
+    best = max(row["val_accuracy"] for row in rows)
+    assert f"lr 0.003: best validation accuracy {100 * best:.2f} %" in said
+    found = read_json(out / "sweep.json", "sweep")
+    assert (found["best_lr"], found["results"][1]["val_accuracy"]) == (0.003, best)
+    assert (out / "sweep.png").exists()

@@ -170,7 +170,7 @@ def test_consolidated_logits_equal_the_engines(
 
 def test_a_signal_to_one_rank_ends_the_launch_with_an_error(launch: Any, command: Command, tmp_path: Path) -> None:
     """Nothing that died may look finished: no FINISHED file, a non-zero status."""
-    process = launch.start([*command("run"), "--log_every", "1"], ranks=2)
+    process = launch.start([*command("run"), "--steps", "5000", "--save_every", "0"], ranks=2)
     wait_for_step(tmp_path / "run", 2, process)
     ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{tmp_path}/run"], capture_output=True, text=True, check=False)
     os.kill(int(ranks.stdout.split()[0]), signal.SIGKILL)
