@@ -46,7 +46,13 @@ sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itsel
   name=$(python -c 'import sys; from igpt_ds.train.sweep import rate, run_name; print(run_name(rate(int(sys.argv[1]))))' "$SLURM_ARRAY_TASK_ID") || exit 2
   set_up "$out/$name"
   early=1 # a rate that is lost has ended as well, and the tool says so by status 0
-  local training=(deepspeed --num_gpus "$ranks" --master_port "$MASTER_PORT" train.py "${@:2}")
+  shift # the --
+  local program=train.py
+  if [[ ${1:-} == *.py ]]; then
+    program=$1
+    shift
+  fi
+  local training=(deepspeed --num_gpus "$ranks" --master_port "$MASTER_PORT" "$program" "$@")
   # shellcheck disable=SC2016 # the words are expanded there
   follow 'exec python tools/sweep_lr.py "$@"' "${own[@]}" --array_index "$SLURM_ARRAY_TASK_ID" -- "${training[@]}"
   finish
