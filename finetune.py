@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = choose_run(args, start, images)
     recipe = run.recipe
     if args.dry_run:
-        print(plan.dry_run(run, args.ds_config.name, args.keep_last + 1, args.keep_every))
+        say(plan.dry_run(run, args.ds_config.name, args.keep_last + 1, args.keep_every))
         return
     held_out = ShardSet(args.data, args.val_split)
     evaluated = ShardSet(args.data, args.eval_split) if args.results else None  # opened now, lest it be missing then

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = choose_run(args, images)
     recipe = run.recipe
     if args.dry_run or images is None:
-        print(plan.dry_run(run, args.ds_config.name, args.keep_last, args.keep_every))
+        say(plan.dry_run(run, args.ds_config.name, args.keep_last, args.keep_every))
         return
     val_shards = ShardSet(args.data[0], args.val_split)
     check_shards(images, recipe.model)

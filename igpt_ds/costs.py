@@ -131,6 +131,12 @@ class Memory:
         return self.states + self.activations + self.workspace
 
 
+def offloaded_bytes(config: Shape, layout: Layout) -> float:
+    """Bytes that a rank's offloaded optimizer and gradients take of the host's memory."""
+    each = 12 + layout.accumulation_bytes if layout.offload_optimizer else 0
+    return each * parameters(config) / layout.world_size
+
+
 def memory(config: Shape, layout: Layout) -> Memory:
     """Bytes a rank holds: model states by ZeRO stage, the activations of one micro step, and buffers by the constants above.
 

@@ -20,7 +20,17 @@ from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.config import CHECKPOINTING, Recipe, get_recipe
-from igpt_ds.costs import SPARE, Layout, checkpoint_bytes, fits, memory, parameters, train_flops_per_token, wire_bytes
+from igpt_ds.costs import (
+    SPARE,
+    Layout,
+    checkpoint_bytes,
+    fits,
+    memory,
+    offloaded_bytes,
+    parameters,
+    train_flops_per_token,
+    wire_bytes,
+)
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.plan_text import describe, describe_table
 from igpt_ds.step_time import GPUS, Cluster, step_time
@@ -102,6 +112,7 @@ def estimate(run: Run, ds_config: str, cluster: Cluster, price: Price) -> dict[s
             "workspace": held.workspace,
             "total": held.total,
         },
+        "host_bytes_a_node": offloaded_bytes(config, where) * min(cluster.node_gpus, run.world_size),
         "fits": fits(config, where, cluster.gpu.memory),
         "wire_bytes": wire_bytes(config, where),
         "step_seconds": step.seconds,
@@ -202,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", required=True, help="name of a recipe")
     batch = "another batch than the recipe's, with fewer or more steps over as many images"
     parser.add_argument("--batch_images", type=int, help=batch)
-    parser.add_argument("--gpus", type=int, default=1, help="number of ranks")
+    parser.add_argument("--gpus", type=int, help="number of ranks; 1 when left out")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80g", help="what each of them is")
     parser.add_argument("--gpu_memory", type=float, help="GB of one GPU, instead of what is known of --gpu")
     parser.add_argument("--node_gpus", type=int, default=8, help="GPUs of a node")
@@ -218,11 +229,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the text between the fences of Markdown")
     parser.add_argument("--json", action="store_true", help="print numbers instead of text")
     args = parser.parse_args(argv)
+    if args.table and args.gpus is not None:
+        raise ValueError(f"--table goes through {TABLE[0]} to {TABLE[-1]} GPUs; leave out --gpus {args.gpus}, or --table")
     cluster, recipe = read_cluster(args), with_batch(get_recipe(args.recipe), args.batch_images)
     price = Price(args.dollars_per_gpu_hour, args.keep_last, args.keep_every)
     files = {args.ds_config.name: load_ds_config(args.ds_config)} if args.ds_config else shipped(args.activation_checkpointing)
     rows = []
-    for gpus in TABLE if args.table else (args.gpus,):
+    for gpus in TABLE if args.table else (1 if args.gpus is None else args.gpus,):
         try:
             found = options(recipe, gpus, cluster, files, args, price)
             rows += found[:1] if args.table else found

@@ -18,7 +18,11 @@ def describe(options: Sequence[dict[str, Any]], spare: float) -> str:
     one = options[0]
     lines = [*_what(one), *_layout(one), *_memory(one, spare), *_time(one)]
     if len(options) > 1:
-        lines += ["", "The ds_configs, each with its fastest layout that fits (the first is recommended):", *_choices(options)]
+        lines += [
+            "",
+            "The ds_configs, each with its fastest layout that fits, or else the one that needs least memory:",
+            *_choices(options),
+        ]
     return "\n".join(lines)
 
 
@@ -77,7 +81,8 @@ def _memory(one: dict[str, Any], spare: float) -> list[str]:
     verdict = "fits" if one["fits"] else "DOES NOT FIT"
     return [
         _line("memory a GPU", f"{one['memory']['total'] / GIB:.2f} GiB = {parts}"),
-        _line("", f"{verdict} the {limit:.1f} GiB that a {one['gpu']} of {one['gpu_bytes'] / 1e9:.0f} GB leaves"),
+        *([_line("", f"and {host / GIB:.1f} GiB of host memory a node")] if (host := one["host_bytes_a_node"]) else []),
+        _line("", f"{verdict} the {limit:.1f} GiB that one {one['gpu']} of {one['gpu_bytes'] / 1e9:.0f} GB leaves"),
     ]
 
 
@@ -128,7 +133,7 @@ def _why(one: dict[str, Any], best: dict[str, Any]) -> str:
     more = one["step_seconds"] / best["step_seconds"] - 1
     if abs(more) < 0.001:
         return "as fast"
-    return f"{100 * more:.1f} % slower" if more > 0 else f"{-100 * more:.1f} % faster, which its risks outweigh"
+    return f"{100 * more:.1f} % slower" if more > 0 else f"{-100 * more:.1f} % faster, too little for its risks"
 
 
 def describe_table(rows: Sequence[dict[str, Any]]) -> str:

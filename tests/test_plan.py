@@ -101,7 +101,7 @@ def test_a_slow_network_asks_for_hpz():
 def test_where_nothing_fits_the_nearest_comes_first_and_says_so(capsys):
     assert not best(XL, 1)["fits"] or best(XL, 1)["ds_config"] == "zero3_bf16_offload_optimizer.json"
     main(["--recipe", "igpt_xl_ar_64", "--gpus", "1", "--gpu_memory", "8"])
-    assert "DOES NOT FIT the 7.1 GiB that a h100-80g of 8 GB leaves" in capsys.readouterr().out
+    assert "DOES NOT FIT the 7.1 GiB that one h100-80g of 8 GB leaves" in capsys.readouterr().out
 
 
 def test_money_days_and_disk():
@@ -238,3 +238,17 @@ def test_the_command_in_the_first_lines_works(capsys):
 def test_a_recipe_with_other_knobs_is_planned_by_them():
     half = override(XL, {"n_layer": 30})
     assert best(half, 64)["memory"]["activations"] < 0.6 * 22.75 * GIB
+
+
+def test_what_is_offloaded_lies_in_the_hosts_memory(capsys):
+    file = DIRECTORY / "zero3_bf16_offload_optimizer.json"
+    main(["--recipe", "igpt_xl_ar_64", "--gpus", "16", "--ds_config", str(file), "--json"])
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one["host_bytes_a_node"] == pytest.approx(16 * 6_810_875_904 / 2)
+    main(["--recipe", "igpt_xl_ar_64", "--ds_config", str(file)])
+    assert "and 101.5 GiB of host memory a node" in capsys.readouterr().out
+
+
+def test_a_table_takes_no_number_of_gpus():
+    with pytest.raises(ValueError, match=r"--table goes through 8 to 2048 GPUs; leave out --gpus 7, or --table"):
+        main(["--recipe", "igpt_xl_ar_64", "--table", "--gpus", "7"])

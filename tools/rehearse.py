@@ -1,14 +1,16 @@
 """Rehearses interruptions: the same run twice, left alone and killed at random moments, must end in the same weights.
 
-    python tools/rehearse.py --out runs/rehearsal -- deepspeed --num_gpus 2 train.py --recipe digits_nano_ar_8 --data shards
+    python tools/rehearse.py --out runs/rehearsal -- deepspeed train.py --recipe digits_nano_ar_8 --data shards --save_every 50
 
 What stands behind `--` is a training command without --run_dir and --resume. Its run is interrupted by kill -9 of one rank,
 kill -9 of all, or USR1, in turn, at moments drawn from --seed, and started again each time. Exit 1 where losses or weights
-differ. On a CPU in fp32 they are the same to the bit; on GPUs some kernels are not, and --tolerance says how far a loss may lie.
+differ, or where a start found no checkpoint to go on from. On a CPU in fp32 they are the same to the bit; on GPUs some kernels
+are not, and --tolerance says how far a loss may lie.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -38,17 +40,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.monotonic() - start
     print(f"left alone: {seconds:.0f} s", flush=True)
     dice = random.Random(args.seed)
-    targets = sorted(dice.uniform(0, 0.95) * last_step(alone) for _ in range(args.kills))
+    first, last = args.save_every, last_step(alone)
+    if first >= 0.9 * last:
+        raise ValueError(
+            f"--save_every {first} leaves nothing to go on from in a run of {last} steps; save several times as often"
+        )
+    targets = sorted(dice.uniform(first + 1, 0.95 * last) for _ in range(args.kills))
     for number, target in enumerate(targets):
         way = list(WAYS)[number % len(WAYS)]
         interrupt(args.command, broken, way, int(target), dice)
         print(f"{way} at step {last_step(broken)}", flush=True)
     until_the_end(args.command, broken)
+    resumed = broken.with_suffix(".log").read_text(errors="replace").count("resumed from ")
     worst = compare(alone, broken)
     same = weights(alone, args.out / "alone.model") == weights(broken, args.out / "interrupted.model")
-    write_json(args.out / "rehearsal.json", {"kills": args.kills, "seconds": seconds, "worst": worst, "same_weights": same})
-    print(f"largest difference of a loss {worst:g}; weights {'the same' if same else 'differ'}")
-    if worst > args.tolerance or not (same or args.tolerance):
+    write_json(
+        args.out / "rehearsal.json",
+        {"kills": args.kills, "resumed": resumed, "seconds": seconds, "worst": worst, "same_weights": same},
+    )
+    print(f"resumed {resumed} times; largest difference of a loss {worst:g}; weights {'the same' if same else 'differ'}")
+    if resumed < args.kills or worst > args.tolerance or not (same or args.tolerance):
         sys.exit(1)
 
 
@@ -65,6 +76,10 @@ def parse(words: list[str]) -> Any:
         raise ValueError("no training command: write it after ` -- `, as in `-- deepspeed --num_gpus 2 train.py ...`")
     if taken := [word for word in command if word.partition("=")[0] in ("--run_dir", "--resume")]:
         raise ValueError(f"{taken[0]} is set by the rehearsal; leave it out of the training command")
+    every = dict(itertools.pairwise(command)).get("--save_every", "")
+    if not every.isdecimal() or int(every) < 1:
+        raise ValueError("name --save_every in the training command: without checkpoints on the way nothing is resumed")
+    args.save_every = int(every)
     if args.kills < 1:
         raise ValueError(f"--kills {args.kills} must be at least 1")
     if not 0 <= args.tolerance < math.inf:
@@ -85,7 +100,12 @@ def begin(command: Sequence[str], run_dir: Path) -> subprocess.Popen[bytes]:
 
 def until_the_end(command: Sequence[str], run_dir: Path) -> None:
     """Runs to the last step; a ValueError where it did not get there."""
-    status = begin(command, run_dir).wait()
+    process = begin(command, run_dir)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGTERM)
+        raise
     if status or not (run_dir / "FINISHED").exists():
         raise ValueError(f"the run ended with status {status} before its last step; see {run_dir.with_suffix('.log')}")
 

@@ -1,0 +1,62 @@
+"""tools/rehearse.py: a run interrupted at random moments ends like one left alone; a rehearsal that proves nothing is refused."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds.files import read_json
+
+TOOL = Path(__file__).parents[2] / "tools" / "rehearse.py"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--kills", "2"], "no training command: write it after ` -- `"),
+        (["--", "train.py", "--run_dir", "x"], "--run_dir is set by the rehearsal; leave it out of the training command"),
+        (["--", "train.py"], "name --save_every in the training command: without checkpoints on the way nothing is resumed"),
+        (["--kills", "0", "--", "train.py", "--save_every", "5"], "--kills 0 must be at least 1"),
+        (["--tolerance", "nan", "--", "train.py", "--save_every", "5"], "--tolerance nan must be a number of at least 0"),
+        (["--", "false", "--save_every", "5"], "the run ended with status 1 before its last step; see "),
+    ],
+)
+def test_what_proves_nothing_is_refused(
+    words: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rehearse.py", "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert end.value.code == 2
+    assert f"rehearse.py: error: {complaint}" in capsys.readouterr().err
+
+
+def test_nothing_is_rehearsed_over_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    monkeypatch.setattr(sys, "argv", ["rehearse.py", "--out", str(tmp_path / "out"), "--", "train.py", "--save_every", "5"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert "out exists already; choose another --out or remove it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_interrupted_runs_end_in_the_same_weights(launch: Any, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = command("unused", "--steps", "120", "--save_every", "10", "--val_every", "40")
+    at = words.index("--run_dir")
+    del words[at : at + 2], words[words.index("--save_every") : words.index("--save_every") + 2]
+    done = launch(["tools/rehearse.py", "--out", tmp_path / "out", "--kills", "3", "--", sys.executable, *words])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed 3 times; largest difference of a loss 0; weights the same" in done.stdout
+    assert read_json(tmp_path / "out" / "rehearsal.json", "rehearsal")["kills"] == 3
+
+    sparse = [word if word != "10" else "119" for word in words]
+    done = launch(["tools/rehearse.py", "--out", tmp_path / "sparse", "--", sys.executable, *sparse])
+    assert "--save_every 119 leaves nothing to go on from in a run of 120 steps" in done.stderr
