@@ -42,7 +42,7 @@ from igpt_ds.train.finetuning import finetuning_loss, ignorant_loss, measure
 from igpt_ds.train.loop import Cadence, Watch, fit
 from igpt_ds.train.manifest import choose_checkpoint
 from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.start import batches, finish, introduce, resume, say, verify, watch_over
+from igpt_ds.train.start import batches, finish, introduce, resume, say, verify, watch_over, watched
 from igpt_ds.train.stops import Stop
 
 
@@ -63,13 +63,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     stop = Stop(args.run_dir, args.max_minutes)
     stop.listen()
+    watchdog = watched(args)
     device = start_ranks()
     data = images.facts()
     facts = manifest_facts(args, run, start, images)
     palette, checkpoints = args.data / "palette.npy", args.run_dir / "checkpoints"
     dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, args.resume == "auto"))
+    watchdog.settle()
     if args.verify_shards:
+        watchdog.alive("verifying", 0)
         verify(images, held_out)
+    watchdog.alive("building", 0)
     say(json.dumps(run_to_dict(run), indent=1))
     pretrained = args.model if args.untrained is None else None
     if pretrained:
@@ -78,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     effective = effective_config(engine)
     dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))
     check_effective(run, effective)
+    watchdog.alive("loading", 0)
     found = resume(engine, checkpoints, facts) if args.resume == "auto" else {}
     check_space(engine, checkpoints, args.keep_last + 1)  # the best one stays as well
     start_step = int(found.get("step", 0))
@@ -89,14 +94,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
     cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
     metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
-    watch = watch_over(args, run, stop, found, early_stop(args), ignorant_loss(recipe))
+    watch = watch_over(args, run, stop, watchdog, found, early_stop(args), ignorant_loss(recipe))
     loss = finetuning_loss(recipe)
     why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, checkpoints, facts, start_step)
     metrics.close()
     finished = not why and (last_step == recipe.steps or watch.over)
     if finished:
         conclude(args, engine, run, watch, facts, held_out, evaluated)
-    watch.watchdog.close("stopped" if why else "end")
+    watchdog.close("stopped" if why else "end")
     finish(args.run_dir, finished)
     if why:
         say(f"stopped by {why}, with everything saved; --resume auto goes on")

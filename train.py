@@ -38,7 +38,7 @@ from igpt_ds.train.engine import build_engine, check_ds_config, start_ranks
 from igpt_ds.train.flags import choose_recipe, parse
 from igpt_ds.train.loop import Cadence, fit, pretraining_loss, validation_loss
 from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.start import batches, finish, introduce, resume, say, verify, watch_over
+from igpt_ds.train.start import batches, finish, introduce, resume, say, verify, watch_over, watched
 from igpt_ds.train.stops import Stop
 
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     stop = Stop(args.run_dir, args.max_minutes)
     stop.listen()
+    watchdog = watched(args)
     device = start_ranks()
     data = images.facts()
     facts = {
@@ -68,13 +69,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     palette, checkpoints = args.data[0] / "palette.npy", args.run_dir / "checkpoints"
     dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, args.resume == "auto"))
+    watchdog.settle()
     if args.verify_shards:
+        watchdog.alive("verifying", 0)
         verify(images, val_shards)
+    watchdog.alive("building", 0)
     say(json.dumps(run_to_dict(run), indent=1))
     engine = build_engine(run)
     effective = effective_config(engine)
     dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))
     check_effective(run, effective)
+    watchdog.alive("loading", 0)
     found = resume(engine, checkpoints, facts) if args.resume == "auto" else {}
     check_space(engine, checkpoints, args.keep_last)
     start_step = int(found.get("step", 0))
@@ -86,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
     cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
     metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
-    watch = watch_over(args, run, stop, found)
+    watch = watch_over(args, run, stop, watchdog, found)
     loss = pretraining_loss(recipe)
     why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, checkpoints, facts, start_step)
     metrics.close()
-    watch.watchdog.close("stopped" if why else "end")
+    watchdog.close("stopped" if why else "end")
     finish(args.run_dir, last_step == recipe.steps and not why)
     if why:
         say(f"stopped by {why}, with everything saved; --resume auto goes on")

@@ -27,6 +27,19 @@ class SharedError(ValueError):
     """Bad input that every rank raises at the same place: rank 0 speaks for all."""
 
 
+_at_end: list[Callable[[str], None]] = []
+
+
+def at_end(tell: Callable[[str], None]) -> None:
+    """Lets `run` call `tell` before the process ends, with the error in a line, or "" where there was none."""
+    _at_end.append(tell)
+
+
+def _tell(error: str) -> None:
+    while _at_end:
+        _at_end.pop()(error)
+
+
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Calls `main(argv=None)`; a ValueError (bad input) or OSError becomes one line on stderr and exit status 2.
 
@@ -36,6 +49,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """
     try:
         main(None)
+        _tell("")
     except BrokenPipeError:  # whoever read our output, `head` perhaps, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -43,13 +57,15 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         ranks = _joined_ranks()
         silent = isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0"
         if not silent and (ranks or os.environ.get("LOCAL_RANK", "0") == "0"):
-            line = "; ".join(part.strip() for part in _text(error).splitlines())
+            line = "; ".join(part.strip() for part in error_text(error).splitlines())
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+        _tell(error_text(error))
         if ranks:
             _leave(2)  # without parting, which would wait for ranks that may wait in a collective
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        _tell("interrupted")
         if _joined_ranks():
             _leave(130)
         sys.exit(130)
@@ -58,12 +74,16 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
             ranks.destroy_process_group()
             _leave(STOPPED)
         raise
+    except Exception as error:
+        _tell(f"{type(error).__name__}: {error}")
+        raise
     if ranks := _joined_ranks():
         ranks.destroy_process_group()
         _leave(0)
 
 
-def _text(error: Exception) -> str:
+def error_text(error: Exception) -> str:
+    """An error in words: of an OSError the file and what is wrong with it, without its number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         fix = "; free some space there and run the same command again" if error.errno == errno.ENOSPC else ""
         return f"{error.filename}: {error.strerror}{fix}"

@@ -111,8 +111,8 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
         if not (self.spike_sigmas >= 0 and math.isfinite(self.spike_sigmas)):
             raise ValueError(f"spike_sigmas={self.spike_sigmas} must not be negative (0 watches for no spikes)")
-        if self.clip < 0:
-            raise ValueError(f"clip={self.clip} must not be negative (0 turns clipping off)")
+        if not (self.clip >= 0 and math.isfinite(self.clip)):
+            raise ValueError(f"clip={self.clip} must be a number that is not negative (0 turns clipping off)")
         if not 0 <= self.augment_pad < self.model.n_px:
             raise ValueError(f"augment_pad={self.augment_pad} must lie between 0 and n_px - 1 = {self.model.n_px - 1}")
         if self.finetune is not None and not 0 <= self.finetune.layer <= self.model.n_layer:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as td
 
-from igpt_ds.cli import SharedError
+from igpt_ds.cli import SharedError, error_text
 
 T = TypeVar("T")
 
@@ -138,16 +138,22 @@ def from_rank_0(function: Callable[[], T]) -> T:
     """What the function returns on rank 0, which alone calls it, on every rank; if it refuses there, all ranks stop.
 
     Raises:
-        SharedError: with rank 0's ValueError or OSError in words, on every rank.
+        SharedError: with rank 0's ValueError or OSError in words, on every rank. Any other exception, which is our mistake, is
+            rank 0's own, and SharedError on the others, which would wait for ever otherwise.
     """
     box: list[Any] = [None, None]
+    mistake: Exception | None = None
     if rank() == 0:
         try:
             box[0] = function()
         except (ValueError, OSError) as error:
-            box[1] = str(error)
+            box[1] = error_text(error)
+        except Exception as error:
+            mistake, box[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
     if world_size() > 1:
         td.broadcast_object_list(box, src=0)
+    if mistake is not None:
+        raise mistake
     if box[1] is not None:
         raise SharedError(box[1])
     return cast(T, box[0])

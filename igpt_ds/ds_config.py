@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ _OWNED_BY_RECIPE = {
 }
 # Top-level keys that DeepSpeed 0.19 reads and that concern the machines. DeepSpeed ignores misspelt ones without a word.
 _ALLOWED = (
-    "activation_checkpointing",
     "bf16",
     "checkpoint",
     "comms_logger",
@@ -71,6 +70,26 @@ _REMOVED = {
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "tools/consolidate.py gathers the weights; remove the key",
     "zero_optimization.zeropp_loco_param": _NOTHING,
 }
+_DTYPES = (None, "fp32", "bf16", "fp16")
+_KNOWN_DTYPES = "must be fp32, bf16 or fp16"
+# What DeepSpeed reads and a run here does not survive, or never feels: (dotted name, whether a value is such, why).
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "activation_checkpointing",
+        lambda value: True,
+        "is DeepSpeed's own, which nothing here calls: igpt_ds.activation_checkpointing decides; remove it",
+    ),
+    ("checkpoint.load_universal", bool, "makes every --resume auto fail: checkpoints here are no universal ones; remove it"),
+    ("communication_data_type", lambda value: value not in _DTYPES, _KNOWN_DTYPES),
+    ("data_types.grad_accum_dtype", lambda value: value not in _DTYPES, _KNOWN_DTYPES),
+    ("prescale_gradients", bool, "fails at ZeRO stage 3 and changes nothing at the others; remove it"),
+    ("seq_parallel_communication_data_type", lambda value: value not in _DTYPES, _KNOWN_DTYPES),
+    (
+        "zero_optimization.sub_group_size",
+        lambda value: not isinstance(value, int) or isinstance(value, bool) or value < 1,
+        "must be a whole number of at least 1: so many weights are updated at a time",
+    ),
+)
 _OUR_SECTION = {"activation_checkpointing": "none", "sequence_parallel": 1}  # the section "igpt_ds", with its defaults
 STAGES = (1, 2, 3)  # of ZeRO: optimizer states sharded; gradients as well; weights as well
 
@@ -117,6 +136,7 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     for key in values:
         if key in _OWNED_BY_RECIPE:
             raise ValueError(f"ds_config {path}: {key!r} is set by the recipe as {_OWNED_BY_RECIPE[key]}; remove it here")
+    refuse_harmful(values, path)
     refuse_unknown(values, ("igpt_ds", *_ALLOWED), path)
     for key in ("igpt_ds", "zero_optimization", "bf16", "fp16"):
         if not isinstance(values.get(key, {}), dict):
@@ -140,6 +160,15 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     if values.get("fp16", {}).get("enabled") and values.get("bf16", {}).get("enabled"):
         raise ValueError(f"ds_config {path}: fp16 and bf16 are both enabled; choose one")
     return values
+
+
+def refuse_harmful(values: dict[str, Any], path: Path) -> None:
+    """Refuses what DeepSpeed would read without a word and a run of this project would not survive, or never feel."""
+    for name, harmful, why in _REFUSED:
+        section, _, key = name.rpartition(".")
+        where = values.get(section, {}) if section else values
+        if isinstance(where, dict) and key in where and harmful(where[key]):
+            raise ValueError(f"ds_config {path}: {name}={where[key]!r} {why}")
 
 
 def refuse_removed(section: Iterable[str], path: Path, prefix: str = "") -> None:

@@ -96,9 +96,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Reads JSON; `what` names the thing in the error ("shard index", "ds_config")."""
+    """Reads JSON; `what` names the thing in the error ("shard index", "ds_config"). A key that an object has twice is refused."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:  # Python would take the last one without a word
+                raise ValueError(f"{what} {path} has {key!r} twice in one object; remove one of them")
+            found[key] = value
+        return found
+
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_pairs_hook=once)
     except FileNotFoundError:
         raise ValueError(f"{what} {path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

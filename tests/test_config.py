@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -89,7 +90,9 @@ def test_n_ctx_is_one_token_a_pixel():
         ({"lr": float("inf")}, r"^lr=inf must be a positive number$"),
         ({"lr": float("nan")}, r"^lr=nan must be a positive number$"),
         ({"eps": -1e-8}, r"^eps=-1e-08 must be a positive number$"),
-        ({"clip": -1.0}, r"^clip=-1\.0 must not be negative \(0 turns clipping off\)$"),
+        ({"clip": -1.0}, r"^clip=-1\.0 must be a number that is not negative \(0 turns clipping off\)$"),
+        ({"clip": math.nan}, r"^clip=nan must be a number that is not negative"),
+        ({"clip": math.inf}, r"^clip=inf must be a number that is not negative"),
         ({"augment_pad": 32}, r"^augment_pad=32 must lie between 0 and n_px - 1 = 31$"),
         ({"betas": (0.9, 1.0)}, r"^betas=\(0\.9, 1\.0\) must be two numbers in \[0, 1\)$"),
         ({"betas": (0.9,)}, r"^betas=\(0\.9,\) must be two numbers in \[0, 1\)$"),

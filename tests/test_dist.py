@@ -1,5 +1,10 @@
 """Launchers are recognised by what they leave in the environment."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from igpt_ds.cli import SharedError
@@ -72,6 +77,31 @@ def test_rank_0_answers_for_all() -> None:
     assert from_rank_0(lambda: 7) == 7
     with pytest.raises(SharedError, match="no such thing"):
         from_rank_0(refuse)
+    with pytest.raises(SharedError, match=r"^/proc/nothing/x: No such file or directory$"):
+        from_rank_0(lambda: Path("/proc/nothing/x").mkdir())
+    with pytest.raises(KeyError, match="format"):
+        from_rank_0(lambda: {}["format"])
+
+
+MISTAKE = """
+import sys, torch.distributed as td
+from igpt_ds import cli, dist
+td.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=dist.rank(), world_size=2)
+cli.run(lambda argv: dist.from_rank_0(lambda: {}["format"]))
+"""
+
+
+def test_a_mistake_of_rank_0_reaches_the_others(tmp_path: Path) -> None:
+    """They would wait for it for ever: the traceback is rank 0's, and the others leave without a word."""
+    words = [sys.executable, "-c", MISTAKE, str(tmp_path / "meeting")]
+    ranks = [
+        subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"})
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 2]
+    assert "KeyError: 'format'" in said[0]
+    assert said[1] == ""
 
 
 def test_without_sequence_groups_every_rank_has_its_own_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_a_good_ds_config_is_returned_as_it_is(tmp_path):
         ({"gradient_accumulation_steps": 2}, r"'gradient_accumulation_steps' is set by the recipe as batch_images \(the accum"),
         ({"optimizer": {"type": "Adam"}}, r"'optimizer' is set by the recipe as lr, betas and eps; "),
         ({"scheduler": {}}, r"'scheduler' is set by the recipe as lr, warmup_steps and steps; "),
-        ({"gradient_cliping": 1.0}, r"a\.json: unknown key 'gradient_cliping'.*; known: igpt_ds, activation_checkpointing, "),
+        ({"gradient_cliping": 1.0}, r"a\.json: unknown key 'gradient_cliping'.*; known: igpt_ds, bf16, "),
         ({"igpt_ds": {"checkpointing": "full"}}, r"a\.json: unknown key 'igpt_ds\.checkpointing' \(did you mean 'activation_c"),
         (
             {"igpt_ds": {"activation_checkpointing": "half"}},
@@ -142,6 +142,37 @@ def test_a_run_is_printable_and_its_recipe_can_be_given_back():
     printed = json.loads(json.dumps(run_to_dict(run)))
     assert recipe_from_dict(printed["recipe"], "run.json") == S_32
     assert printed["world_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"checkpoint": {"load_universal": True}}, r"checkpoint\.load_universal=True makes every --resume auto fail: "),
+        ({"prescale_gradients": True}, r"prescale_gradients=True fails at ZeRO stage 3 and changes nothing at the others"),
+        ({"activation_checkpointing": {}}, r"activation_checkpointing=\{\} is DeepSpeed's own, .*: igpt_ds\.activation_check"),
+        ({"data_types": {"grad_accum_dtype": "fp33"}}, r"data_types\.grad_accum_dtype='fp33' must be fp32, bf16 or fp16$"),
+        ({"communication_data_type": "fp64"}, r": communication_data_type='fp64' must be fp32, bf16 or fp16$"),
+        ({"seq_parallel_communication_data_type": 1}, r"seq_parallel_communication_data_type=1 must be fp32, bf16 or fp16$"),
+        *(
+            (
+                {"zero_optimization": {"stage": 3, "sub_group_size": size}},
+                rf"sub_group_size={size!r} must be a whole number of at ",
+            )
+            for size in (0, -1, 1e9, "1", True)
+        ),
+    ],
+)
+def test_what_deepspeed_takes_and_a_run_does_not_survive_is_refused(tmp_path, values, complaint):
+    path = write(tmp_path / "a.json", {"zero_optimization": {"stage": 3}} | values)
+    with pytest.raises(ValueError, match=complaint) as error:
+        load_ds_config(path)
+    assert str(error.value).startswith(f"ds_config {path}: ")
+
+
+def test_the_harmless_values_of_harmful_keys_are_accepted(tmp_path):
+    values = {"checkpoint": {"load_universal": False}, "prescale_gradients": False, "data_types": {"grad_accum_dtype": None}}
+    values |= {"communication_data_type": "bf16", "zero_optimization": {"stage": 3, "sub_group_size": 1}}
+    assert load_ds_config(write(tmp_path / "a.json", values)) == values
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

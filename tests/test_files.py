@@ -108,6 +108,7 @@ def test_json_round_trip(tmp_path):
     [
         (None, r"^recipe .*/a\.json does not exist$"),
         (b"{", r"^recipe .*/a\.json is not valid JSON: "),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', r"^recipe .*/a\.json has 'c' twice in one object; remove one of them$"),
         (b"\xff", r"^recipe .*/a\.json is not valid JSON: "),
     ],
 )

@@ -27,8 +27,8 @@ from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.files import atomic_file
-from igpt_ds.train.diagnose import behind, catches, clues, failures, likely_causes, process_state
-from igpt_ds.train.status import describe, read_status
+from igpt_ds.train.diagnose import behind, catches, clues, errors, failures, likely_causes, process_state
+from igpt_ds.train.status import describe, read_lost, read_status
 
 TAIL_BYTES, MOST_BYTES = 1 << 20, 1 << 28  # of a log; of a file that is packed whole
 STACK_SECONDS = 3.0  # that a rank has to write its stacks
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--exit_code", type=int, help="status that the job ended with, to be explained")
     parser.add_argument("--here", action="store_true", help="ask the ranks on this node alone and print their states as JSON")
     args = parser.parse_args(argv)
+    lost = read_lost(args.run_dir)  # first, since the next start removes it
     status = read_status(args.run_dir, time.time())
     states = ask_ranks_here(args.run_dir, status["ranks"])
     if args.here:
@@ -58,16 +59,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         status["state"] = "dead"  # for less than the minute after which a heartbeat counts as silent
     texts, kernel = read_logs(args.run_dir, args.logs), kernel_lines()
     failed = [line for name, text in texts.items() for line in failures(name, text.splitlines())]
+    failed += errors(status["ranks"]) if status["state"] != "lost" else []  # that one error is in LOST.json
     found = [clue for name, text in texts.items() for clue in clues(name, text.splitlines())]
     waiting_for = behind(status["ranks"], states)
-    causes = likely_causes(status["state"], waiting_for, failed, found, args.exit_code)
+    causes = likely_causes(
+        status["state"], waiting_for, failed, found, args.exit_code, lost if status["state"] == "lost" else None
+    )
     if causes:  # the kernel's lines may be of another job, long ago
         causes += [f"{clue.cause} ({clue.where}: {clue.line})" for clue in clues("dmesg", kernel.splitlines())]
     texts |= {"dmesg": kernel}
     report = args.run_dir.with_name(f"{args.run_dir.resolve().name}-diagnosis-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
     lines = [
         describe(status),
-        f"first failure   {failed[0] if failed else 'none in the logs'}",
+        f"first failure   {failed[0] if failed else 'none in logs and heartbeats'}",
         f"behind          {'; '.join(waiting_for) or 'nobody'}",
         f"likely cause    {causes[0] if causes else 'unknown'}",
         *(f"or              {cause}" for cause in causes[1:4]),

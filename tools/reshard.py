@@ -20,6 +20,8 @@ from igpt_ds.train.manifest import choose_checkpoint, commit, file_entry, read_m
 from igpt_ds.train.reshard import saved_sub_group_size, target_layout, write_rank
 from igpt_ds.train.zero_files import ZeroCheckpoint
 
+MOST_RANKS = 4096
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks the checkpoint's files, writes those of the new ranks, marks them as complete."""
@@ -38,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
+    if args.ranks > MOST_RANKS:
+        raise ValueError(
+            f"--ranks {args.ranks} is more than {MOST_RANKS}, whose files one process can write in reasonable time; "
+            "a resumed run divides by itself, each rank its own"
+        )
+    if args.checkpoint and args.step is not None:
+        raise ValueError(f"--step {args.step} goes with --run_dir; --checkpoint {args.checkpoint} is one step already")
     if args.checkpoint:
         checkpoint, manifest = args.checkpoint, read_manifest(args.checkpoint)
         refuse_damaged(checkpoint, manifest)
@@ -54,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_space(
         out.parent, int(SLACK * sum(entry["bytes"] for entry in manifest["files"])), f"{out.name} for {args.ranks} ranks"
     )
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left in out.parent.glob(f"{out.name}.*-ranks.partial"):  # by an interrupted start, for whatever ranks
+        shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         files = [file_entry(path) for rank in range(args.ranks) for path in write_rank(source, target, rank, unfinished)]

@@ -8,8 +8,8 @@ finished. A checkpoint of another number of ranks is divided anew on the way in.
 from __future__ import annotations
 
 import shutil
-import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from igpt_ds import dist
-from igpt_ds.cli import SharedError
+from igpt_ds.cli import SharedError, error_text
 from igpt_ds.train.disk import SLACK, Writer, require_space
 from igpt_ds.train.engine import restore_rng, rng_states
 from igpt_ds.train.manifest import (
@@ -26,10 +26,12 @@ from igpt_ds.train.manifest import (
     commit,
     damaged_files,
     list_checkpoints,
-    newest_checkpoint,
     prune,
     read_manifest,
+    refuse_to_begin_anew,
     remove_leftovers,
+    say_passed_over,
+    search,
     set_aside_newer,
 )
 from igpt_ds.train.reshard import target_layout, write_rank
@@ -51,7 +53,7 @@ class Saved:
 
 
 def save_checkpoint(
-    engine: Any, directory: Path, facts: dict[str, Any], keep_last: int, keep_every: int, best: int | None = None
+    engine: Any, directory: Path, facts: dict[str, Any], keep_last: int, keep_every: int, protected: Collection[int] = ()
 ) -> Saved:
     """Saves on all ranks; returns when the checkpoint is complete and old ones are pruned.
 
@@ -60,7 +62,7 @@ def save_checkpoint(
         facts: what a reader must know and check; "step" and "images_seen" among them.
         keep_last: how many of the newest to keep, at least 1.
         keep_every: checkpoints at multiples of this step stay for ever; 0 for none.
-        best: the step of one more that stays.
+        protected: steps whose checkpoints stay as well.
 
     Raises:
         SharedError: the disk is too small or failed on some rank; nothing of the checkpoint is left and no other was touched.
@@ -91,7 +93,7 @@ def save_checkpoint(
         dist.from_rank_0(lambda: commit(unfinished, final, header | facts, files))
     except SharedError as error:
         agree([str(error)], unfinished, f"checkpoint {final} could not be saved")
-    dist.from_rank_0(lambda: prune(directory, keep_last, keep_every, best))
+    dist.from_rank_0(lambda: prune(directory, keep_last, keep_every, protected))
     return Saved(final, time.monotonic() - start, sum(entry["bytes"] for entry in files))
 
 
@@ -124,7 +126,7 @@ def expected_bytes(engine: Any, directory: Path) -> int:
     """The size of the next checkpoint: that of the one before, else 12 bytes a parameter, and its weights at stages 1 and 2."""
     try:
         before = [entry["bytes"] for entry in read_manifest(list_checkpoints(directory)[-1])["files"]]
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, OSError):
         sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters()]
         whole = 0 if engine.zero_optimization_stage() == 3 else next(engine.module.parameters()).element_size()
         return int(SLACK * (12 + whole) * sum(sizes)) + (1 << 17) * dist.world_size()
@@ -143,28 +145,47 @@ def check_space(engine: Any, directory: Path, keep_last: int) -> None:
 
 
 def verified_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose files hold what was written, on all ranks, which divide the reading.
+    """The newest checkpoint whose files hold what was written, on all ranks, which divide the reading; None where none was saved.
 
-    Leftovers of interrupted saves are removed, damaged checkpoints named on stderr and renamed to `.broken`.
+    Leftovers of interrupted saves are removed. Newer ones that are damaged are named on stderr and renamed to `.broken`, once
+    an older one is known to be whole.
+
+    Raises:
+        SharedError: there are checkpoints and none can be used, or one cannot be read or is of another version: all stay as
+            they are.
     """
     dist.from_rank_0(partial(remove_leftovers, directory))
-    while found := dist.from_rank_0(partial(newest_checkpoint, directory)):
+    before, passed_over = None, []
+    while True:
+        found, reasons = dist.from_rank_0(partial(search, directory, before))
+        passed_over += reasons
+        if found is None:
+            dist.from_rank_0(partial(refuse_to_begin_anew, directory, passed_over))
+            return None
         checkpoint, manifest = found
         damaged = _damaged_on_all_ranks(checkpoint, manifest)
         if not damaged:
+            dist.from_rank_0(partial(say_passed_over, passed_over))
             dist.from_rank_0(partial(set_aside_newer, directory, manifest["step"]))
             return checkpoint, manifest
-        if dist.rank() == 0:
-            file = checkpoint / damaged[0]
-            print(f"checkpoint passed over: {file} is damaged (sha256 differs)", file=sys.stderr, flush=True)
-        dist.from_rank_0(partial(set_aside_newer, directory, manifest["step"] - 1))
-    dist.from_rank_0(partial(set_aside_newer, directory, 0))
-    return None
+        passed_over.append(f"{checkpoint / damaged[0]} is damaged (sha256 differs)")
+        before = manifest["step"]
 
 
 def _damaged_on_all_ranks(checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
-    mine = damaged_files(checkpoint, manifest["files"][dist.rank() :: dist.world_size()])
-    return [name for names in dist.gather_objects(mine) for name in names]
+    mine, error = [], ""
+    try:
+        mine = damaged_files(checkpoint, manifest["files"][dist.rank() :: dist.world_size()])
+    except OSError as caught:
+        error = error_text(caught)
+    answers = dist.gather_objects((mine, error))
+    for rank, (_, error) in enumerate(answers):
+        if error:
+            raise SharedError(
+                f"{error}: rank {rank} cannot read it, and nothing was changed; repair the disk and run the same command again, "
+                f"or move {checkpoint} away to go on from the one before"
+            )
+    return [name for names, _ in answers for name in names]
 
 
 def load_checkpoint(
@@ -179,6 +200,9 @@ def load_checkpoint(
     Raises:
         SharedError: written by another run, in another precision or at another stage; or some file is not what was written.
     """
+    for name in ("recipe", "precision", "data"):
+        if name not in manifest:
+            raise SharedError(f"{checkpoint / 'manifest.json'} has no {name}; move {checkpoint} away and resume again")
     refuse_another_run(checkpoint, manifest, facts)
     stage = int(engine.zero_optimization_stage())
     if manifest["stage"] != stage:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli
-from igpt_ds.train.status import ENDED, duration
+from igpt_ds.train.occupancy import ENDED
+from igpt_ds.train.status import duration, lost_words
 
 # What exit statuses of a rank, or of its launcher, mean. A launcher that says -9 means 137.
 EXIT_CODES = {
@@ -154,9 +155,26 @@ def behind(ranks: list[dict[str, Any]], states: dict[int, str]) -> list[str]:
     return found
 
 
-def likely_causes(state: str, waiting_for: list[str], failed: list[str], found: list[Clue], exit_code: int | None) -> list[str]:
-    """The causes, the likeliest first: what a log gives away, then who failed first, then who is behind."""
-    causes = [f"{clue.cause} ({clue.where}: {clue.line})" for clue in found]
+def errors(ranks: list[dict[str, Any]]) -> list[str]:
+    """What ranks said of their end, by their last heartbeats: those that ended with an error."""
+    return [f"rank {rank['rank']}: ended with the error {rank['error']!r} (its heartbeat)" for rank in ranks if rank.get("error")]
+
+
+def likely_causes(
+    state: str,
+    waiting_for: list[str],
+    failed: list[str],
+    found: list[Clue],
+    exit_code: int | None,
+    lost: dict[str, Any] | None = None,
+) -> list[str]:
+    """The causes, the likeliest first: a lost loss, what a log gives away, then who failed first, then who is behind.
+
+    Args:
+        lost: RUN_DIR/LOST.json (`status.read_lost`): written where the guards of the loss ended the run.
+    """
+    causes = [] if lost is None else [f"{lost_words(lost)} (LOST.json)"]
+    causes += [f"{clue.cause} ({clue.where}: {clue.line})" for clue in found]
     causes += failed[:1]
     causes += waiting_for if state in ("hanging", "running", "stopping", "dead", "unknown") else []
     if exit_code is not None:

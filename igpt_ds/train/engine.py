@@ -72,7 +72,6 @@ def check_ds_config(values: dict[str, Any], path: Path) -> None:
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
-    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -84,7 +83,6 @@ def check_ds_config(values: dict[str, Any], path: Path) -> None:
         "zero_optimization": DeepSpeedZeroConfig,
     }
     plain = {  # these sections are no models there: DeepSpeed asks them for the names it knows
-        "activation_checkpointing": list(ACT_CHKPT_DEFAULT),
         "checkpoint": ["load_universal", "parallel_write", "tag_validation", "use_node_local_storage", "writer"],
         "data_types": ["buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules", "param_dtype"],
         "flops_profiler": list(vars(DeepSpeedFlopsProfilerConfig({}))),

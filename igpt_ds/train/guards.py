@@ -21,7 +21,24 @@ LEAST_DEVIATION = 0.01  # of the mean: a run that has learnt its images by heart
 WORSE_THAN_NOTHING = 0.5  # nats above the loss of a model that knows nothing: far whatever the window says
 LEAST_WINDOW = 16  # calm losses before mean and deviation mean something
 
-ADVICE = "start again with a lower --lr (paper A.1: too high a rate gives an irrecoverable spike), or with --on_spike rollback"
+LOWER = "start anew with a lower --lr in another --run_dir (paper A.1: too high a rate gives an irrecoverable spike)"
+
+
+def advice(rollbacks: int, most: int, good: bool) -> str:
+    """What to do about a lost run that was not, or not again, gone back from.
+
+    Args:
+        rollbacks: those so far.
+        most: so many were allowed; 0: none were asked for.
+        good: whether there is a checkpoint to go back to. Without one --resume auto would be lost in the same way.
+    """
+    if not good:
+        return f"{LOWER}, with a --save_every that leaves a checkpoint before that step"
+    if not most:
+        return f"{LOWER}, or go on with --resume auto --on_spike rollback"
+    if rollbacks >= most:
+        return f"{LOWER}, or go on with --resume auto and more --max_rollbacks than {most}"
+    return LOWER
 
 
 class Verdict(enum.Enum):

@@ -25,7 +25,7 @@ from igpt_ds.model.objectives import image_loss
 from igpt_ds.train.checkpoint import load_checkpoint, save_checkpoint
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import LossFunction, take_step
-from igpt_ds.train.guards import ADVICE, Guard, Verdict
+from igpt_ds.train.guards import Guard, Verdict, advice
 from igpt_ds.train.manifest import set_aside_newer
 from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.rollback import Range, Stream, good_checkpoint, leave_out, range_to_skip, record
@@ -79,6 +79,12 @@ class Watch:
     def best_step(self) -> int | None:
         """The step with the best validation so far, where somebody keeps it."""
         return None if self.early is None else self.early.best_step
+
+    def protected(self, checkpoints: Path) -> list[int]:
+        """The steps whose checkpoints must stay: the best one, and while a doubt lasts the newest from before it. Rank 0 asks."""
+        best, since = self.best_step, self.guard.since
+        good = None if since is None else good_checkpoint(checkpoints, since, self.rollbacks)
+        return [*([] if best is None else [best]), *([] if good is None else [int(good[1]["step"])])]
 
 
 def fit(
@@ -184,7 +190,8 @@ def save(
     early = {} if watch.early is None else {"early": watch.early.state()}
     guards = watch.guard.state() | {"unvalidated": unvalidated} | early
     where = {"step": step, "images_seen": step * run.recipe.batch_images, "skipped_ranges": watch.skipped, "guards": guards}
-    save_checkpoint(engine, checkpoints, facts | where, cadence.keep_last, cadence.keep_every, watch.best_step)
+    protected = dist.from_rank_0(lambda: watch.protected(checkpoints))
+    save_checkpoint(engine, checkpoints, facts | where, cadence.keep_last, cadence.keep_every, protected)
     metrics.saved(time.perf_counter() - start)
     metrics.restart_clock(step)
 
@@ -203,13 +210,19 @@ def go_back(
     guard, run_dir = watch.guard, checkpoints.parent
     since = step if guard.since is None else guard.since
     lost = f"the run is lost at step {step}: its loss is {loss:.4f} at lr {lr:.2e}, and {guard.why}"
-    found = dist.from_rank_0(lambda: good_checkpoint(checkpoints, since))
-    kept = f"the last good state is {found[0]}" if found else f"no checkpoint is older than step {since}, where it began"
+    found = dist.from_rank_0(lambda: good_checkpoint(checkpoints, since, watch.rollbacks))
+    kept = (
+        f"the last good state is {found[0]}"
+        if found
+        else f"no checkpoint is from before step {max(0, since - 1)}, where it began"
+    )
     if found is None or len(watch.rollbacks) >= watch.max_rollbacks:
-        report = {"step": step, "since": since, "loss": loss if math.isfinite(loss) else None, "lr": lr, "why": guard.why}
+        report: dict[str, Any] = {"step": step, "since": since, "loss": loss if math.isfinite(loss) else None, "lr": lr}
+        report |= {"why": guard.why, "time": time.time()}
         dist.from_rank_0(lambda: write_json(run_dir / "LOST.json", report))
-        done = f" after {len(watch.rollbacks)} rollbacks" if watch.rollbacks else ""
-        raise SharedError(f"{lost}{done}; {kept}; {ADVICE}")
+        so_far = len(watch.rollbacks)
+        done = f" after {so_far} rollback{'s' * (so_far > 1)}" if so_far else ""
+        raise SharedError(f"{lost}{done}; {kept}; {advice(so_far, watch.max_rollbacks, found is not None)}")
     back_to = int(found[1]["step"])
     skip = range_to_skip(step, back_to, watch.skip_images, run.recipe.batch_images, watch.skipped)
     watch.skipped = leave_out(watch.skipped, skip)
@@ -217,6 +230,7 @@ def go_back(
     dist.from_rank_0(lambda: record(run_dir, watch.rollbacks))
     if dist.rank() == 0:
         print(f"{lost}; back to {found[0]}, without images {skip[0]:,} to {skip[1] - 1:,} of the stream", flush=True)
+    watch.watchdog.alive("loading", back_to)
     load_checkpoint(engine, *found, facts)
     guard.restore(found[1].get("guards", {}))
     if watch.early is not None:

@@ -7,16 +7,19 @@ what was damaged. Called by train/checkpoint.py, train/rollback.py, tools/consol
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.files import atomic_file, fsync_path, read_json, sha256_file, write_json
+from igpt_ds.files import atomic_file, fsync_path, sha256_file, write_json
 
 FORMAT, VERSION = "igpt_ds.checkpoint", 2
+_KEYS = {"step": int, "images_seen": int, "stage": int, "world_size": int, "files": list}  # what every reader counts on
 
 
 def checkpoint_name(step: int) -> str:
@@ -43,12 +46,12 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def prune(directory: Path, keep_last: int, keep_every: int, best: int | None = None) -> None:
-    """Removes complete checkpoints but the keep_last newest, those at multiples of keep_every (0: none) and step `best`."""
+def prune(directory: Path, keep_last: int, keep_every: int, protected: Collection[int] = ()) -> None:
+    """Removes complete checkpoints but the keep_last newest, those at multiples of keep_every (0: none) and protected steps."""
     complete = [path for path in list_checkpoints(directory) if (path / "COMPLETE").exists()]
     for path in complete[: -max(1, keep_last)]:
-        step = int(path.name.removeprefix("step-"))
-        if step != best and not (keep_every and step % keep_every == 0):
+        step = step_of(path)
+        if step not in protected and not (keep_every and step % keep_every == 0):
             doomed = path.with_name(f"{path.name}.partial")  # if this is killed half way, the next start removes the rest
             os.replace(path, doomed)
             shutil.rmtree(doomed)
@@ -59,48 +62,128 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written: incomplete, torn, or without a file. The one before it may be used."""
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a complete checkpoint whose files all have their size.
 
     Raises:
-        ValueError: it is not complete, of another version, or a file is missing or torn; the file is named.
+        DamagedError: it does not exist or is not complete, or a file is missing or torn; the file is named.
+        ValueError: it is of another version: whole, perhaps, and not ours to judge.
+        OSError: the disk does not give it; it may be whole.
     """
+    if not checkpoint.exists():
+        raise DamagedError(f"{checkpoint} does not exist; choose another step")
     if not (checkpoint / "COMPLETE").exists():
-        raise ValueError(f"{checkpoint} is not complete: it has no COMPLETE file; choose another step")
+        raise DamagedError(f"{checkpoint} is not complete: it has no COMPLETE file; choose another step")
     path = checkpoint / "manifest.json"
-    manifest = read_json(path, "checkpoint manifest")
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing; choose another step") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}; choose another step") from None
+    if isinstance(manifest, dict) and "format" in manifest and (manifest["format"], manifest.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; read it with the code that wrote it")
+    if not isinstance(manifest, dict) or (missing := [key for key, kind in _KEYS.items() if type(manifest.get(key)) is not kind]):
+        raise DamagedError(f"{path} has no {missing[0] if isinstance(manifest, dict) else 'keys'}; choose another step")
     for entry in manifest["files"]:
+        if not isinstance(entry, dict) or not {"name", "bytes", "sha256"} <= entry.keys():
+            raise DamagedError(f"{path} names a file without its size and sha256; choose another step")
         file = checkpoint / entry["name"]
         found = file.stat().st_size if file.exists() else None
         if found != entry["bytes"]:
             state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
-            raise ValueError(f"{file} {state}; choose another step")
+            raise DamagedError(f"{file} {state}; choose another step")
     return manifest
 
 
 def damaged_files(checkpoint: Path, entries: list[dict[str, Any]]) -> list[str]:
-    """The names of those of a manifest's files that do not hold what was written, by their sha256."""
+    """The names of those of a manifest's files that do not hold what was written, by their sha256.
+
+    Raises:
+        OSError: one cannot be read, which says nothing of what it holds.
+    """
     damaged = []
     for entry in entries:
         try:
             whole = sha256_file(checkpoint / entry["name"]) == entry["sha256"]
-        except OSError:
-            whole = False  # unreadable, which one rank alone may find
+        except FileNotFoundError:
+            whole = False
         if not whole:
             damaged.append(entry["name"])
     return damaged
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def refuse_copy(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """A directory that was copied or renamed by hand is not what its name says.
+
+    Raises:
+        DamagedError: the manifest is of another step.
+    """
+    if manifest["step"] != step_of(checkpoint):
+        raise DamagedError(f"{checkpoint} holds step {manifest['step']}: copied or renamed; give it its name or move it away")
+
+
+def search(directory: Path, before: int | None = None) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
+    """The newest whole checkpoint of a step before `before` with its manifest, and why each newer one was passed over.
+
+    Raises:
+        ValueError, OSError: what is newest is not damaged, and yet cannot be read (see `read_manifest`).
+    """
+    reasons = []
+    for checkpoint in reversed(list_checkpoints(directory)):
+        if before is not None and step_of(checkpoint) >= before:
+            continue
+        try:
+            manifest = read_manifest(checkpoint)
+            refuse_copy(checkpoint, manifest)
+        except DamagedError as damage:
+            reasons.append(str(damage))
+            continue
+        return (checkpoint, manifest), reasons
+    return None, reasons
+
+
+def say_passed_over(reasons: list[str]) -> None:
+    """Names on stderr what was not taken."""
+    for reason in reasons:
+        print(f"checkpoint passed over: {reason}", file=sys.stderr, flush=True)
+
+
 def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint and its manifest; each newer one that is damaged is named on stderr."""
-    for checkpoint in reversed(list_checkpoints(directory)):
-        try:
-            return checkpoint, read_manifest(checkpoint)
-        except ValueError as error:
-            print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
-    return None
+    found, reasons = search(directory)
+    say_passed_over(reasons)
+    return found
+
+
+def refuse_to_begin_anew(directory: Path, reasons: list[str]) -> None:
+    """Where there are checkpoints and none can be used, a start at step 0 would throw the run away.
+
+    What an interrupted save left (`.partial`) is no checkpoint.
+
+    Raises:
+        DamagedError: with every reason, and what to do.
+    """
+    aside = sorted(path.name for path in directory.glob("step-*.broken"))
+    if reasons or aside:
+        why = "; ".join([*(reason.removesuffix("; choose another step") for reason in reasons), *_set_aside(aside)])
+        raise DamagedError(
+            f"{directory} holds no checkpoint that can be used, and nothing was changed: {why}; "
+            "bring one back, or choose another --run_dir to begin at step 0"
+        )
+
+
+def _set_aside(names: list[str]) -> list[str]:
+    return [f"{', '.join(names)} set aside before"] if names else []
 
 
 def choose_checkpoint(run_dir: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
@@ -117,7 +200,11 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> tuple[Path, dict[str, 
         checkpoint, manifest = newest
     else:
         checkpoint = directory / checkpoint_name(step)
+        if not checkpoint.exists():
+            steps = ", ".join(str(step_of(path)) for path in list_checkpoints(directory)) or "none"
+            raise ValueError(f"{checkpoint} does not exist; steps there: {steps}")
         manifest = read_manifest(checkpoint)
+        refuse_copy(checkpoint, manifest)
     refuse_damaged(checkpoint, manifest)
     return checkpoint, manifest
 
@@ -144,9 +231,14 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def set_aside_newer(directory: Path, step: int) -> None:
-    """Renames checkpoints of later steps to `.broken`: they were passed over, and must not count when old ones are pruned."""
+    """Renames checkpoints of later steps to `.broken`: they were passed over, and must not count when old ones are pruned.
+
+    One that was set aside before stays what it is; the next has a number, as in step-00000100.2.broken.
+    """
     for path in list_checkpoints(directory):
-        if int(path.name.removeprefix("step-")) > step:
-            broken = path.with_name(f"{path.name}.broken")
-            shutil.rmtree(broken, ignore_errors=True)
+        if step_of(path) > step:
+            number, broken = 1, path.with_name(f"{path.name}.broken")
+            while broken.exists():
+                number += 1
+                broken = path.with_name(f"{path.name}.{number}.broken")
             os.replace(path, broken)

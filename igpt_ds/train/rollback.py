@@ -93,16 +93,31 @@ def record(run_dir: Path, rollbacks: list[dict[str, Any]]) -> None:
     write_json(run_dir / "rollbacks.json", {"format": FORMAT, "version": VERSION, "rollbacks": rollbacks})
 
 
-def good_checkpoint(checkpoints: Path, since: int) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a step before `since`, whose state was not in doubt, and its manifest."""
+def good_checkpoint(
+    checkpoints: Path, since: int, rollbacks: Sequence[dict[str, Any]] = ()
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint from before a doubt, and its manifest.
+
+    The loss of step `since`, the first outlier, is that of the weights after since - 1 updates: a checkpoint of step since - 1 is
+    the bad state itself, so it must be older.
+
+    Args:
+        since: the first step of the doubt.
+        rollbacks: of this run so far. Where one of them met the same spike (the doubt begins before the run has got past it),
+            what it went back to did not help: an older one is taken, if there is one.
+    """
+    bound = min((rollback["back_to"] for rollback in rollbacks if since <= rollback["step"]), default=since)
+    found = None
     for checkpoint in reversed(list_checkpoints(checkpoints)):
         try:
             manifest = read_manifest(checkpoint)
         except ValueError:
             continue  # the next start names it
-        if manifest["step"] < since and manifest.get("guards", {}).get("since") is None:
-            return checkpoint, manifest
-    return None
+        if manifest["step"] < since - 1 and manifest.get("guards", {}).get("since") is None:
+            found = checkpoint, manifest
+            if manifest["step"] < bound:
+                break
+    return found
 
 
 def range_to_skip(step: int, back_to: int, images: int | None, batch_images: int, skipped: Sequence[Range]) -> Range:

@@ -2,7 +2,8 @@
 finetune.py on rank 0.
 
 run.json holds the recipe, the data's hashes, the complete DeepSpeed configuration and the git commit; palette.npy the
-colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the states; FINISHED appears at the last step.
+colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the states; lock says that a run is at work
+(train/occupancy.py); FINISHED appears at the last step.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from igpt_ds.config import Recipe, recipe_from_dict
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, read_json, write_json
 from igpt_ds.provenance import git_commit
+from igpt_ds.train.occupancy import take
 
 FORMAT, VERSION = "igpt_ds.run", 1
 
 
 def check(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: bool) -> None:
-    """Checks that the run directory is new or belongs to this run; writes nothing but the directory itself.
+    """Checks that the run directory is new or belongs to this run, and that no other run is at work there; it is ours then.
+
+    Writes nothing but the directory itself and its lock.
 
     Args:
         data: what identifies the training data: dataset_hash, palette_hash, order, path.
@@ -30,8 +34,10 @@ def check(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: 
 
     Raises:
         ValueError: the directory holds another run's config (the first difference is named), or a run that was not to be
-            continued, or another palette, or checkpoints of nobody knows which run.
+            continued, or another palette, or checkpoints of nobody knows which run; or another run is at work there; or it
+            is no directory and cannot become one.
     """
+    refuse_file(run_dir)
     path = run_dir / "run.json"
     if path.exists():
         _check_same(read_run(run_dir), run, data, path)
@@ -42,7 +48,21 @@ def check(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: 
     copy = run_dir / "palette.npy"
     if copy.exists() and copy.read_bytes() != palette.read_bytes():
         raise ValueError(f"{copy} is another palette than {palette}; choose another --run_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run_dir {run_dir} cannot be made: {error.strerror}; choose another directory") from None
+    take(run_dir, owned=bool(this_start()) and _owner(run_dir) == this_start())
+
+
+def refuse_file(run_dir: Path) -> None:
+    """Refuses a --run_dir that is a file.
+
+    Raises:
+        ValueError: it is.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"--run_dir {run_dir} is a file; choose a directory, or a name that is not taken")
 
 
 def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path) -> None:
@@ -67,9 +87,15 @@ def check_owner(run_dir: Path) -> None:
     Raises:
         ValueError: RUN_DIR/owner names another start.
     """
-    path = run_dir / "owner"
-    if this_start() and path.exists() and (owner := path.read_text().strip()) != this_start():
+    owner = _owner(run_dir)
+    if this_start() and owner and owner != this_start():
+        path = run_dir / "owner"
         raise ValueError(f"{path} names {owner} and this start is {this_start()}: another start goes on; nothing was saved")
+
+
+def _owner(run_dir: Path) -> str:
+    path = run_dir / "owner"
+    return path.read_text().strip() if path.exists() else ""
 
 
 def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path) -> None:

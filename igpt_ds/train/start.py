@@ -75,7 +75,11 @@ def batches(images: Mixture | ShardStream, run: Run, with_labels: bool = False) 
 
 
 def resume(engine: Any, checkpoints: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Loads the newest checkpoint that all ranks find undamaged; returns its manifest, or {} where there is none."""
+    """Loads the newest checkpoint that all ranks find undamaged; returns its manifest, or {} where none was ever saved.
+
+    Raises:
+        SharedError: there are checkpoints and none can be used; nothing is changed.
+    """
     found = verified_checkpoint(checkpoints)
     if found is None:
         say("nothing to resume: step 0")
@@ -86,10 +90,18 @@ def resume(engine: Any, checkpoints: Path, facts: dict[str, Any]) -> dict[str, A
     return manifest
 
 
+def watched(args: argparse.Namespace) -> Watchdog:
+    """A watchdog that watches already, and writes no file before its `settle`: the run directory may be another run's."""
+    watchdog = Watchdog(args.run_dir, args.hang_minutes)
+    watchdog.start()
+    return watchdog
+
+
 def watch_over(
     args: argparse.Namespace,
     run: Run,
     stop: Stop,
+    watchdog: Watchdog,
     found: dict[str, Any],
     early: EarlyStop | None = None,
     ignorant: float | None = None,
@@ -97,6 +109,7 @@ def watch_over(
     """Who may interrupt the run, each knowing what it knew at the checkpoint.
 
     Args:
+        watchdog: of `watched`.
         found: the checkpoint's manifest, or {} for a new run.
         early: what ends it by its validations, still knowing nothing.
         ignorant: the loss of a model that knows nothing, see `Guard`.
@@ -107,8 +120,7 @@ def watch_over(
         early.restore(guards.get("early", {}))
     if dist.rank() == 0:
         (args.run_dir / "LOST.json").unlink(missing_ok=True)
-    watchdog = Watchdog(args.run_dir, args.hang_minutes)
-    watchdog.start()
+    watchdog.alive("start", int(found.get("step", 0)))
     return Watch(
         stop,
         watchdog,

@@ -14,13 +14,14 @@ from typing import Any
 
 from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.train.manifest import list_checkpoints
+from igpt_ds.train.occupancy import ENDED
 from igpt_ds.train.run_dir import read_run
 
 TAIL_BYTES = 1 << 18  # of train.jsonl: a thousand rows
 SPEED_ROWS = 10  # whose median is the speed
 SILENT_SECONDS = 60.0  # a rank writes its heartbeat every ten: six of them missing
 HANG_SECONDS, HANG_STEPS = 120.0, 20  # a live process that takes as long for a step, and so many times what the last one took
-ENDED = ("stopped", "end")  # last phases of a heartbeat
+BEGINNING = ("joining", "verifying", "building", "loading", "start")  # phases of a heartbeat before the first step
 MOST_RANKS = 8  # shown one by one
 
 
@@ -42,10 +43,14 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     speed = statistics.median(row["images_per_s"] for row in training[-SPEED_ROWS:]) if training else None
     step = max((row["step"] for row in rows), default=0)
     left = (recipe["steps"] - step) * recipe["batch_images"] / speed if speed else None
+    state, why = state_of(run_dir, ranks), None
+    if state in ("lost", "failed"):
+        left, why = None, _reason(state, read_lost(run_dir), ranks)
     return {
         "run_dir": str(run_dir),
         "recipe": recipe["name"],
-        "state": state_of(run_dir, ranks),
+        "state": state,
+        "why": why,
         "step": step,
         "steps": recipe["steps"],
         "images_seen": step * recipe["batch_images"],
@@ -105,26 +110,58 @@ def read_heartbeats(run_dir: Path, world_size: int, now: float) -> list[dict[str
 
 
 def state_of(run_dir: Path, ranks: list[dict[str, Any]]) -> str:
-    """One word: finished, stopped (saved; goes on with --resume auto), lost (to its loss), dead, hanging, stopping or running.
+    """One word: finished, stopped (saved; goes on with --resume auto), lost (to its loss), failed (each rank ended, some with an
+    error), dead, hanging, stopping or running.
 
-    "unknown" where no rank ever had a heartbeat. "hanging": a rank is silent while others are not, or they have taken long for a
-    step (HANG_SECONDS and HANG_STEPS), as they do when one waits for what another never sends.
+    A rank that gave no sign of life since the loss was lost is about to end; where one did, another start is on its way.
+    "unknown": no rank ever had a heartbeat. "hanging": a rank is silent while others are not, or they have taken long for a step
+    (HANG_SECONDS and HANG_STEPS), as they do when one waits for what another never sends.
     """
     if (run_dir / "FINISHED").exists():
         return "finished"
     known = [rank for rank in ranks if rank["phase"] is not None]
-    live = [rank for rank in known if not rank["silent"] and rank["phase"] not in ENDED]
+    lost = read_lost(run_dir)
+    since = 0.0 if lost is None else lost.get("time", 0.0)
+    going = [rank for rank in known if rank["phase"] not in ENDED and rank["time"] > since]
+    live = [rank for rank in going if not rank["silent"]]
     if live:
         patience = max(HANG_SECONDS, HANG_STEPS * max(rank.get("step_seconds", 0.0) for rank in live))
-        stuck = min(rank["age"] for rank in live) > patience and live[0]["phase"] != "start"
+        stuck = min(rank["age"] for rank in live) > patience and live[0]["phase"] not in BEGINNING
         if stuck or (len(live) < len(known) and any(rank["silent"] for rank in known)):
             return "hanging"
         return "stopping" if (run_dir / "STOP").exists() else "running"
-    if (run_dir / "LOST.json").exists():
+    if lost is not None and not going:
         return "lost"
     if known and all(rank["phase"] in ENDED for rank in known):
-        return "stopped"
+        return "failed" if any(rank.get("error") for rank in known) else "stopped"
     return "dead" if known else "unknown"
+
+
+def read_lost(run_dir: Path) -> dict[str, Any] | None:
+    """RUN_DIR/LOST.json, what the guards said of a run that they ended: step, since, loss, lr, why, time. None: they did not.
+
+    The next start of the run removes it.
+    """
+    path = run_dir / "LOST.json"
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path, "report")
+    except ValueError:  # removed at this moment, or torn
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def lost_words(lost: dict[str, Any]) -> str:
+    """A LOST.json in words."""
+    loss = "not finite" if lost.get("loss") is None else f"{lost['loss']:.4f}"
+    return f"the loss is lost at step {lost.get('step', '?')}: it is {loss}, and {lost.get('why', 'nobody says why')}"
+
+
+def _reason(state: str, lost: dict[str, Any] | None, ranks: list[dict[str, Any]]) -> str:
+    if state == "lost":
+        return lost_words(lost or {})
+    return next(f"rank {rank['rank']}: {rank['error']}" for rank in ranks if rank.get("error"))
 
 
 def _newest_checkpoint(directory: Path, now: float) -> dict[str, Any] | None:
@@ -194,6 +231,8 @@ def _number(value: float | None, text: str) -> str:
 
 
 def _end(status: dict[str, Any]) -> str:
+    if status["why"]:
+        return str(status["why"])
     if status["step"] >= status["steps"]:
         return "all steps are done"
     if status["seconds_left"] is None:

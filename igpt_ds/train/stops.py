@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from igpt_ds import dist
+from igpt_ds.train.run_dir import refuse_file, this_start
 
 REASONS = ("signal USR1", "signal TERM", "a file STOP in the run directory", "--max_minutes")
 _LOOK_EVERY = 1.0  # seconds between two looks at the file: a shared disk is asked for nothing more often
@@ -31,26 +32,32 @@ class Stop:
     """Whether this run shall end now.
 
     Args:
-        run_dir: where rank 0 looks for a file STOP. One that lies there at the start was meant for the run before: it is removed.
+        run_dir: where rank 0 looks for a file STOP. One that lies there at the start was meant for the run before: it is
+            removed, under SLURM by the batch script.
         max_minutes: of this process's life; None: no limit.
+
+    Raises:
+        ValueError: run_dir is a file; on every rank.
 
     Attributes:
         reason: why all ranks agreed to stop, one of REASONS; "" before.
     """
 
     def __init__(self, run_dir: Path, max_minutes: float | None = None) -> None:
+        refuse_file(run_dir)
         self.reason = ""
         self._file = run_dir / "STOP"
         self._heard = [False, False]
         self._until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._next_look, self._found = 0.0, False
-        if dist.rank() == 0:
+        if dist.rank() == 0 and not this_start():  # slurm/launch.sh has looked; one of since then is for us
             self._file.unlink(missing_ok=True)
 
     def listen(self) -> None:
-        """From now on USR1 and TERM are heard, also where whoever started us had them ignored."""
+        """From now on USR1 and TERM are heard, also where whoever started us had them ignored or blocked."""
         signal.signal(signal.SIGUSR1, self._hear)
         signal.signal(signal.SIGTERM, self._hear)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1, signal.SIGTERM])  # slurm/one_node.sh blocks TERM
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._heard[number == signal.SIGTERM] = True

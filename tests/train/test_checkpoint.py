@@ -1,6 +1,7 @@
 """Only whole checkpoints count; the rest is named and passed over."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def make(directory: Path, step: int) -> Path:
         file = path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         file.write_bytes(b"x" * (10 + rank))
         files.append({"name": file.name, "bytes": 10 + rank, "sha256": sha256_file(file)})
-    manifest = {"format": "igpt_ds.checkpoint", "version": 2, "stage": 3, "world_size": 2, "step": step, "files": files}
+    manifest = {"format": "igpt_ds.checkpoint", "version": 2, "stage": 3, "world_size": 2, "step": step, "images_seen": step}
+    manifest |= {"files": files}
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "COMPLETE").write_text("2 files\n")
     return path
@@ -59,7 +61,11 @@ def test_nothing_there(tmp_path: Path) -> None:
         (lambda path: next(path.glob("*rank_1*")).write_bytes(b"x"), "has 1 bytes instead of 11"),
         (lambda path: next(path.glob("*rank_0*")).unlink(), "is missing"),
         (lambda path: (path / "manifest.json").write_text("{"), "is not valid JSON"),
-        (lambda path: (path / "manifest.json").write_text('{"format": "x"}'), "is not version 2"),
+        (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json has no keys"),
+        (lambda path: change(path, step=None), "manifest.json has no step"),
+        (lambda path: change(path, files=None), "manifest.json has no files"),
+        (lambda path: change(path, files=[{"name": "x"}]), "names a file without its size and sha256"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
@@ -75,6 +81,63 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     error = capsys.readouterr().err
     assert "checkpoint passed over" in error
     assert message in error
+
+
+def change(path: Path, **values: object) -> Path:
+    """Other values in its manifest."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | values))
+    return path
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("values", [{"version": 3}, {"format": "x"}])
+def test_one_of_another_version_stops_the_run_and_is_left_alone(tmp_path: Path, values: dict[str, object]) -> None:
+    """It is no damage that newer code wrote it: nothing may be thrown away for that."""
+    make(tmp_path, 100)
+    change(make(tmp_path, 200), **values)
+    with pytest.raises(SharedError, match=r"200/manifest\.json is not version 2 of igpt_ds\.checkpoint; read it with the code"):
+        verified_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step-00000100", "step-00000200"]
+
+
+def test_a_file_that_the_disk_does_not_give_stops_the_run(tmp_path: Path) -> None:
+    """A directory in a file's place: reading it is an OSError for everyone, root too."""
+    make(tmp_path, 100)
+    newest = make(tmp_path, 200)
+    (newest / "manifest.json").unlink()
+    (newest / "manifest.json").mkdir()
+    with pytest.raises(SharedError, match=r"200/manifest\.json: Is a directory"):
+        verified_checkpoint(tmp_path)
+    (newest / "manifest.json").rmdir()
+    (tmp_path / "step-00000200" / "COMPLETE").unlink()
+    newest = make(tmp_path, 300)
+    file = next(newest.glob("*rank_1*"))
+    file.unlink()
+    file.mkdir()
+    change(newest, files=[{"name": file.name, "bytes": file.stat().st_size, "sha256": "x"}])
+    message = r"rank_1_.*: Is a directory: rank 0 cannot read it, and nothing was changed; repair .* or move .*300 away to go on"
+    with pytest.raises(SharedError, match=message):
+        verified_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step-00000100", "step-00000200", "step-00000300"]
+
+
+def test_a_copy_under_another_name_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, 100)
+    make(tmp_path, 200)
+    shutil.copytree(tmp_path / "step-00000100", tmp_path / "step-00000300")
+    shutil.copytree(tmp_path / "step-00000200", tmp_path / "step-00000050")
+    found = verified_checkpoint(tmp_path)
+    assert found is not None
+    assert found[0].name == "step-00000200"
+    assert "passed over: " + str(tmp_path / "step-00000300") + " holds step 100: copied or renamed" in capsys.readouterr().err
+    assert names(tmp_path) == ["step-00000050", "step-00000100", "step-00000200", "step-00000300.broken"]
+    shutil.copytree(tmp_path / "step-00000100", tmp_path / "checkpoints" / "step-00000300")
+    with pytest.raises(ValueError, match="step-00000300 holds step 100: copied or renamed; give it its name or move it away"):
+        choose_checkpoint(tmp_path, 300)
 
 
 def test_pruning_keeps_the_last_and_every_kth(tmp_path: Path) -> None:
@@ -167,14 +230,54 @@ def test_a_flipped_bit_sets_a_checkpoint_aside_and_the_one_before_is_used(
     assert found is not None
     assert found[1]["step"] == 100
     assert f"checkpoint passed over: {damaged} is damaged (sha256 differs)" in capsys.readouterr().err
-    names = ["step-00000100", "step-00000200.broken", "step-00000300.broken"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert names(tmp_path) == ["step-00000100", "step-00000200.broken", "step-00000300.broken"]
 
 
-def test_without_an_undamaged_one_there_is_none(tmp_path: Path) -> None:
+def test_without_an_undamaged_one_the_run_stops_and_nothing_is_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To begin at step 0 would throw the run away: the curves as well."""
     flip(next(make(tmp_path, 100).glob("*rank_1*")))
+    (make(tmp_path, 200) / "COMPLETE").unlink()
+    next(make(tmp_path, 300).glob("*rank_1*")).unlink()
+    with pytest.raises(SharedError) as refused:
+        verified_checkpoint(tmp_path)
+    assert len(str(refused.value).splitlines()) == 1
+    order = ["nothing was changed", "300/zero_pp_rank_1", "is missing", "200 is not complete", "100/zero_pp_rank_1", "sha256"]
+    places = [str(refused.value).index(words) for words in [*order, "bring one back, or choose another --run_dir"]]
+    assert places == sorted(places)
+    assert names(tmp_path) == ["step-00000100", "step-00000200", "step-00000300"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_has_only_what_was_set_aside_does_not_begin_anew(tmp_path: Path) -> None:
+    make(tmp_path, 100).rename(tmp_path / "step-00000100.broken")
+    with pytest.raises(SharedError, match=r"no checkpoint that can be used.*: step-00000100\.broken set aside before; bring one"):
+        verified_checkpoint(tmp_path)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    assert verified_checkpoint(tmp_path / "checkpoints") is None
+    (tmp_path / "step-00000100.partial").mkdir()
+    make(tmp_path, 200).rename(tmp_path / "step-00000200.12.0.partial")
     assert verified_checkpoint(tmp_path) is None
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000100.broken"]
+    assert names(tmp_path) == []
+
+
+def test_what_was_set_aside_is_not_overwritten(tmp_path: Path) -> None:
+    for _ in range(3):
+        make(tmp_path, 100)
+        set_aside_newer(tmp_path, 0)
+    assert names(tmp_path) == ["step-00000100.2.broken", "step-00000100.3.broken", "step-00000100.broken"]
+    assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["recipe", "precision", "data"])
+def test_a_manifest_that_does_not_say_of_which_run_it_is_is_refused(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path, 100)
+    manifest = {key: value for key, value in (read_manifest(path) | FACTS).items() if key != name}
+    with pytest.raises(SharedError, match=rf"manifest\.json has no {name}; move .*step-00000100 away and resume again"):
+        load_checkpoint(NoEngine(), path, manifest, FACTS)
 
 
 def test_choosing_offline(tmp_path: Path) -> None:
@@ -182,6 +285,13 @@ def test_choosing_offline(tmp_path: Path) -> None:
         choose_checkpoint(tmp_path, None)
     path = make(tmp_path / "checkpoints", 100)
     assert choose_checkpoint(tmp_path, None) == choose_checkpoint(tmp_path, 100) == (path, read_manifest(path))
+    make(tmp_path / "checkpoints", 200)
+    with pytest.raises(ValueError, match=r"step-00000007 does not exist; steps there: 100, 200$"):
+        choose_checkpoint(tmp_path, 7)
+    with pytest.raises(ValueError, match=r"step-00000007 does not exist; steps there: none$"):
+        choose_checkpoint(tmp_path / "checkpoints", 7)
+    with pytest.raises(ValueError, match="step-00000007 does not exist; choose another step"):
+        read_manifest(tmp_path / "step-00000007")
     flip(next(path.glob("*rank_1*")))
     with pytest.raises(ValueError, match=r"is damaged \(sha256 differs\); choose another --step"):
         choose_checkpoint(tmp_path, 100)
@@ -189,6 +299,7 @@ def test_choosing_offline(tmp_path: Path) -> None:
 
 def test_leftovers_go_and_what_was_replaced_half_way_comes_back(tmp_path: Path) -> None:
     (tmp_path / "step-00000100.partial").mkdir()
+    (tmp_path / "step-00000100.64-ranks.partial").mkdir()
     make(tmp_path, 200).rename(tmp_path / "step-00000200.old")
     make(tmp_path, 300)
     make(tmp_path / "x", 300).rename(tmp_path / "step-00000300.old")
@@ -197,10 +308,13 @@ def test_leftovers_go_and_what_was_replaced_half_way_comes_back(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000200", "step-00000300"]
 
 
+FACTS_OF_100 = {"step": 100, "images_seen": 100, "stage": 3, "world_size": 2}
+
+
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) -> None:
     make(tmp_path, 100)
     make(tmp_path / "new", 100).rename(tmp_path / "step-00000100.partial")
-    commit(tmp_path / "step-00000100.partial", tmp_path / "step-00000100", {"step": 100, "again": True}, [])
+    commit(tmp_path / "step-00000100.partial", tmp_path / "step-00000100", FACTS_OF_100 | {"again": True}, [])
     assert read_manifest(tmp_path / "step-00000100")["again"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "step-00000100"]
 

@@ -95,6 +95,17 @@ def test_causes_in_their_order():
     assert "compare their stacks" in diagnose.likely_causes("hanging", [], [], [], None)[0]
 
 
+def test_a_lost_loss_is_the_likeliest_cause_and_errors_of_heartbeats_count():
+    lost = {"step": 23, "loss": 4.5, "why": "it was above 3.3 for 3 steps in a row"}
+    clue = diagnose.Clue("job.out, line 3", "No space left on device", "the disk is full")
+    causes = diagnose.likely_causes("lost", [], ["rank 1: Killed"], [clue], 2, lost)
+    assert causes[0] == "the loss is lost at step 23: it is 4.5000, and it was above 3.3 for 3 steps in a row (LOST.json)"
+    assert causes[1].startswith("the disk is full")
+    assert diagnose.errors([{"rank": 0}, {"rank": 1, "error": "no room"}]) == [
+        "rank 1: ended with the error 'no room' (its heartbeat)"
+    ]
+
+
 def test_states_of_processes_and_who_would_survive_a_signal(tmp_path: Path):
     assert diagnose.process_state(os.getpid()) == "R"
     assert diagnose.process_state(2**22 + 1) == "gone"

@@ -163,3 +163,40 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(launch: Any, 
         assert not list((small / "run").glob("checkpoints/*"))
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_two_runs_in_one_place_and_a_run_without_a_usable_checkpoint(
+    launch: Any, command: Command, curves: Curves, tmp_path: Path
+) -> None:
+    """Neither the run at work nor what is left of one is touched: one line, status 2."""
+    run = tmp_path / "run"
+    words = command("run", "--stop_at_step", "8", "--resume", "auto")
+    first = launch.start(words)
+    deadline = time.monotonic() + 100
+    while not (run / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGSTOP)
+    refused = launch.start(words)
+    error = [line for line in refused.communicate(timeout=100)[1].splitlines() if line.startswith("train.py: error")]
+    os.kill(first.pid, signal.SIGCONT)
+    assert refused.returncode == 2
+    assert len(error) == 1
+    assert "is at work: rank 0 on" in error[0]
+    assert f"(pid {first.pid})" in error[0]
+    assert error[0].endswith("wait for it, or choose another --run_dir")
+    said = first.communicate(timeout=100)[1]
+    assert first.returncode == 0, said[-3000:]
+
+    rows = curves("run")
+    for path in list_checkpoints(run / "checkpoints"):
+        os.truncate(next(path.glob("*optim_states.pt")), 1000)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000008"]
+    done = launch(words)
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(error) == 1
+    assert error[0].count("has 1000 bytes instead of") == 2
+    assert "nothing was changed" in error[0]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+    assert curves("run") == rows

@@ -67,7 +67,7 @@ def test_pruning_keeps_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         (tmp_path / f"step-{step:08d}").mkdir()
         (tmp_path / f"step-{step:08d}" / "COMPLETE").touch()
-    prune(tmp_path, keep_last=1, keep_every=0, best=2)
+    prune(tmp_path, keep_last=1, keep_every=0, protected=(2,))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig, Recipe, override
-from igpt_ds.train.guards import MAX_SKIPS, MAX_SKIPS_FP16, WORSE_THAN_NOTHING, Guard, Verdict
+from igpt_ds.train.guards import MAX_SKIPS, MAX_SKIPS_FP16, WORSE_THAN_NOTHING, Guard, Verdict, advice
 
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 10_000, 0.01, 3)
 
@@ -91,6 +91,15 @@ def test_an_interruption_changes_no_verdict(losses: list[float], where: int, win
     found += [after.see(step, loss, not math.isfinite(loss)) for step, loss in enumerate(losses[where:], len(losses[:where]))]
     assert found == expected
     assert after.state() == whole.state()
+
+
+def test_advice_names_nothing_that_was_done_already_or_cannot_help() -> None:
+    anew = "start anew with a lower --lr in another --run_dir"
+    assert all(advice(*case).startswith(anew) for case in ((0, 0, True), (3, 3, True), (0, 3, False), (0, 0, False)))
+    assert advice(0, 0, True).endswith(", or go on with --resume auto --on_spike rollback")
+    assert advice(3, 3, True).endswith(", or go on with --resume auto and more --max_rollbacks than 3")
+    for rollbacks, most in ((0, 0), (0, 3), (3, 3)):  # resumed or rolled back, it would come to the same place again
+        assert advice(rollbacks, most, False).endswith(", with a --save_every that leaves a checkpoint before that step")
 
 
 @pytest.mark.parametrize(

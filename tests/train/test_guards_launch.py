@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 from igpt_ds.cli import STOPPED
 from igpt_ds.config import Recipe
 from igpt_ds.files import read_json
+from igpt_ds.train.manifest import checkpoint_name
 from igpt_ds.train.schedule import learning_rate
+from igpt_ds.train.status import describe, read_status
 
 pytestmark = pytest.mark.slow
 Curves = Callable[[str], list[dict[str, Any]]]
@@ -50,17 +53,24 @@ def test_a_nan_of_one_rank_skips_the_step_on_all(
 
 
 def test_too_high_a_rate_stops_with_advice_and_keeps_the_good_state(launch: Any, command: Command, tmp_path: Path) -> None:
-    words = command("run", "--lr", "100", "--clip", "0", "--warmup_steps", "12", "--spike_patience", "3", "--save_every", "1")
+    words = command("run", "--lr", "1", "--clip", "0", "--warmup_steps", "12", "--spike_patience", "3", "--save_every", "1")
     done = launch(words)
     assert done.returncode == 2, done.stdout[-2000:]
     (error,) = [line for line in done.stderr.splitlines() if "error: " in line]
     assert "the run is lost at step" in error
     assert "was above" in error
     assert "the last good state is" in error
-    assert "start again with a lower --lr (paper A.1" in error
+    assert "start anew with a lower --lr in another --run_dir (paper A.1" in error
+    assert error.endswith("or go on with --resume auto --on_spike rollback")
     lost = read_json(tmp_path / "run" / "LOST.json", "report")
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     assert int(kept.name.removeprefix("step-")) == lost["since"] - 1  # none was saved while the loss was in doubt
+    assert f"the last good state is {kept.with_name(checkpoint_name(lost['since'] - 2))}" in error
+    found = read_status(tmp_path / "run", time.time())
+    assert (found["state"], found["seconds_left"]) == ("lost", None)
+    assert f"the loss is lost at step {lost['step']}: " in describe(found)
+    beat = read_json(tmp_path / "run" / "heartbeat" / "rank-00000.json", "heartbeat")
+    assert (beat["phase"], beat["error"]) == ("end", error.removeprefix("train.py: error: "))
 
 
 def test_rollback_leaves_the_bad_images_out_and_survives_interruptions(

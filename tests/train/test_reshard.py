@@ -206,3 +206,32 @@ def flip(path: Path) -> None:
 def change(path: Path, **values: object) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | values))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--checkpoint", "step-00000006", "--step", "3"],
+            r"--step 3 goes with --run_dir; --checkpoint step-00000006 is one step",
+        ),
+        (["--run_dir", "run", "--ranks", "50000"], r"--ranks 50000 is more than 4096, .*; a resumed run divides by itself"),
+        (["--run_dir", "run", "--step", "7"], r"run/checkpoints/step-00000007 does not exist; steps there: none"),
+        (["--run_dir", "run", "--ranks", "0"], r"--ranks 0 must be at least 1"),
+    ],
+)
+def test_the_tool_refuses_flags_that_make_no_sense(words: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/reshard.py", "--ranks", "2", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert re.search(message, done.stderr), done.stderr
+
+
+def test_the_tool_clears_what_an_interrupted_one_left(whole: Path, tmp_path: Path, launch: Any) -> None:
+    (tmp_path / "there.64-ranks.partial").mkdir()
+    checkpoint = whole / "zero3_fp32" / "checkpoints" / "step-00000006"
+    done = launch(["tools/reshard.py", "--checkpoint", checkpoint, "--ranks", "3", "--out", tmp_path / "there"])
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
-from igpt_ds.train.manifest import VERSION
+from igpt_ds.train.guards import Guard
+from igpt_ds.train.loop import Watch
+from igpt_ds.train.manifest import VERSION, list_checkpoints, prune
 from igpt_ds.train.rollback import (
     Range,
     Stream,
@@ -24,6 +27,8 @@ from igpt_ds.train.rollback import (
     record,
     skipped_ranges,
 )
+from igpt_ds.train.stops import Stop
+from igpt_ds.train.watchdog import Watchdog
 
 BATCH = 12
 ranges = st.lists(
@@ -102,16 +107,67 @@ def test_rollbacks_are_kept_beside_the_run(tmp_path: Path) -> None:
         read_rollbacks(tmp_path)
 
 
-def test_the_good_checkpoint_is_older_than_the_doubt_and_whole(tmp_path: Path) -> None:
+def save(checkpoints: Path, step: int, since: int | None = None) -> None:
+    """A checkpoint without files, saved in a doubt that began at step `since`."""
+    path = checkpoints / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    facts = {"step": step, "images_seen": 8 * step, "stage": 3, "world_size": 1, "files": [], "guards": {"since": since}}
+    (path / "manifest.json").write_text(json.dumps({"format": "igpt_ds.checkpoint", "version": VERSION} | facts))
+    (path / "COMPLETE").touch()
+
+
+def good(checkpoints: Path, since: int, rollbacks: Sequence[dict[str, int]] = ()) -> int | None:
+    found = good_checkpoint(checkpoints, since, rollbacks)
+    return None if found is None else int(found[1]["step"])
+
+
+def test_the_good_checkpoint_is_from_before_the_state_that_was_the_first_outlier_and_whole(tmp_path: Path) -> None:
+    """The loss of step 10 is that of the state after 9."""
     for step, since in ((4, None), (8, None), (9, 9), (12, None)):
-        path = tmp_path / f"step-{step:08d}"
-        path.mkdir()
-        manifest = {"format": "igpt_ds.checkpoint", "version": VERSION, "step": step, "files": [], "guards": {"since": since}}
-        (path / "manifest.json").write_text(json.dumps(manifest))
-        (path / "COMPLETE").touch()
-    found = {since: good_checkpoint(tmp_path, since) for since in (4, 5, 9, 11)}
-    assert {since: pair and pair[1]["step"] for since, pair in found.items()} == {4: None, 5: 4, 9: 8, 11: 8}
+        save(tmp_path, step, since)
+    assert {since: good(tmp_path, since) for since in (1, 4, 5, 6, 9, 10, 13)} == {
+        1: None,
+        4: None,
+        5: None,
+        6: 4,
+        9: 4,
+        10: 8,
+        13: 8,
+    }
     (tmp_path / "step-00000008" / "COMPLETE").unlink()
-    again = good_checkpoint(tmp_path, 11)
-    assert again is not None
-    assert again[1]["step"] == 4
+    assert good(tmp_path, 10) == 4
+
+
+def test_a_second_rollback_from_the_same_place_goes_further_back(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step)
+    done = [{"since": 10, "step": 13, "back_to": 8}]
+    assert good(tmp_path, 10) == 8
+    assert good(tmp_path, 12, done) == 6  # the run has not got past step 13
+    assert good(tmp_path, 14, done) == 8
+    done.append({"since": 12, "step": 15, "back_to": 6})
+    assert good(tmp_path, 12, done) == 4
+    done.append({"since": 9, "step": 11, "back_to": 2})
+    assert good(tmp_path, 9, done) == 2  # there is none older
+
+
+def test_while_a_doubt_lasts_the_checkpoint_from_before_it_stays(tmp_path: Path) -> None:
+    """Two stops in one doubt, each with a checkpoint, the only one to keep."""
+    recipe = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
+    guard = Guard(recipe, "fp32")
+    watch = Watch(Stop(tmp_path), Watchdog(tmp_path, 0), guard, [], [], 3, None, False)
+    for step in (4, 8):
+        save(tmp_path, step)
+        guard.see(step, 3.0, False)
+        prune(tmp_path, 1, 0, watch.protected(tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000008"]
+    for step in (10, 11):
+        guard.see(step, 30.0, False)
+        save(tmp_path, step, guard.since)
+        prune(tmp_path, 1, 0, watch.protected(tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000008", "step-00000011"]
+    assert good(tmp_path, 10) == 8
+    guard.see(12, 3.0, False)
+    save(tmp_path, 12)
+    prune(tmp_path, 1, 0, watch.protected(tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000012"]

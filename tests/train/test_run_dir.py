@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +111,44 @@ def test_a_start_that_lost_the_run_may_not_save(tmp_path, monkeypatch):
     monkeypatch.setenv("IGPT_DS_OWNER", "12.0")
     with pytest.raises(ValueError, match=r"owner names 12.1 and this start is 12.0: another start goes on; nothing was saved"):
         run_dir.check_owner(tmp_path)
+
+
+def test_a_run_at_work_is_not_disturbed(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    """test_occupancy.py has the rest."""
+    where, run = tmp_path / "a", join(recipe, ZERO, 2)
+    (where / "heartbeat").mkdir(parents=True)
+
+    def beat() -> None:
+        values = {"host": "elsewhere", "pid": 7, "phase": "step", "time": time.time(), "written": time.time()}
+        (where / "heartbeat" / "new").write_text(json.dumps(values))
+        (where / "heartbeat" / "new").rename(where / "heartbeat" / "rank-00000.json")
+
+    beat()
+    threading.Timer(0.2, beat).start()
+    with pytest.raises(ValueError, match=r"is at work: rank 0 on elsewhere \(pid 7\) wrote \d s ago; wait for it, or choose"):
+        start(where, run, palette)
+    assert not (where / "run.json").exists()
+
+
+def test_the_start_that_owner_names_goes_on_beside_an_older_one(
+    tmp_path: Path, recipe: Recipe, palette: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, run = tmp_path / "a", join(recipe, ZERO, 2)
+    (where / "heartbeat").mkdir(parents=True)
+    beat = {"host": "lost", "pid": 7, "phase": "step", "time": time.time(), "written": time.time()}
+    (where / "heartbeat" / "rank-00000.json").write_text(json.dumps(beat))
+    (where / "owner").write_text("12.1\n")
+    monkeypatch.setenv("IGPT_DS_OWNER", "12.1")
+    began = time.monotonic()
+    start(where, run, palette)
+    assert time.monotonic() - began < 10  # it did not wait for the heartbeat to stand still
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--run_dir .*/file is a file; choose a directory"):
+        start(tmp_path / "file", join(recipe, ZERO, 2), palette)
+    with pytest.raises(ValueError, match=r"--run_dir .*/file/x cannot be made: Not a directory; choose another directory"):
+        start(tmp_path / "file" / "x", join(recipe, ZERO, 2), palette)
+    with pytest.raises(ValueError, match=r"--run_dir /proc/x cannot be made: No such file or directory; choose another"):
+        start(Path("/proc/x"), join(recipe, ZERO, 2), palette)

@@ -95,11 +95,29 @@ def test_a_line_that_is_being_written_and_a_long_file(run_dir: Path):
         (lambda where: [beat(where, rank, time=NOW - 121, phase="start") for rank in (0, 1)], "running"),
         (lambda where: shutil.rmtree(where / "heartbeat"), "unknown"),
         (lambda where: [(where / "LOST.json").touch(), shutil.rmtree(where / "heartbeat")], "lost"),
+        (lambda where: write_json(where / "LOST.json", {"time": NOW - 2}), "lost"),  # its ranks are about to end
+        (lambda where: write_json(where / "LOST.json", {"time": NOW - 4}), "running"),  # the start after it
+        (lambda where: [beat(where, rank, time=NOW - 121, phase="loading") for rank in (0, 1)], "running"),
+        (lambda where: [beat(where, 0, phase="end"), beat(where, 1, phase="end", error="no room")], "failed"),
     ],
 )
 def test_states(run_dir: Path, prepare: Callable[[Path], Any], state: str):
     prepare(run_dir)
     assert status.read_status(run_dir, NOW)["state"] == state
+
+
+def test_a_run_that_ended_badly_says_why_and_has_no_end_to_wait_for(run_dir: Path):
+    lost = {"step": 23, "since": 21, "loss": 4.5, "lr": 3.0, "why": "it was above 3.3 for 3 steps in a row", "time": NOW}
+    write_json(run_dir / "LOST.json", lost)
+    found = status.read_status(run_dir, NOW)
+    assert (found["state"], found["seconds_left"]) == ("lost", None)
+    words = "the loss is lost at step 23: it is 4.5000, and it was above 3.3 for 3 steps in a row"
+    assert f"  end         {words}\n" in status.describe(found)
+    assert "it is not finite, and it was" in status.lost_words(lost | {"loss": None})
+    (run_dir / "LOST.json").unlink()
+    for rank in (0, 1):
+        beat(run_dir, rank, phase="end", error="no room")
+    assert "  end         rank 0: no room\n" in status.describe(status.read_status(run_dir, NOW))
 
 
 def test_restarts_are_those_of_the_batch_script_where_it_counts_more(run_dir: Path):

@@ -53,3 +53,11 @@ def test_a_time_limit(tmp_path: Path) -> None:
     stop = Stop(tmp_path, max_minutes=0)
     assert stop.now()
     assert stop.reason == "--max_minutes"
+
+
+def test_a_run_directory_that_is_a_file_is_refused_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ValueError, match=r"--run_dir .*/file is a file; choose a directory, or a name that is not taken"):
+            Stop(tmp_path / "file")

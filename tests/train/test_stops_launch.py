@@ -101,7 +101,7 @@ def test_a_time_limit_before_the_first_step_and_a_stop_file(
 
 def test_a_hung_rank_ends_with_stacks(launch: Any, command: Command, free_port: int, tmp_path: Path) -> None:
     """Two ranks without a launcher, one of them frozen by SIGSTOP: the other says where it waits."""
-    words = with_fault(command("run", "--hang_minutes", "0.08", "--save_every", "0"), "signal=SIGSTOP,1,step,5")
+    words = with_fault(command("run", "--hang_minutes", "0.2", "--save_every", "0"), "signal=SIGSTOP,1,step,5")
     alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     ranks = [launch.start(words, env=alone | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
     _, stderr = ranks[0].communicate(timeout=120)
@@ -109,6 +109,6 @@ def test_a_hung_rank_ends_with_stacks(launch: Any, command: Command, free_port: 
     assert ranks[1].poll() is None  # frozen
     assert "rank 0 hangs in phase 'step' after step 5" in stderr
     stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
-    assert stacks.startswith("no sign of life for 0.08 minutes in phase 'step' after step 5")
+    assert stacks.startswith("no sign of life for 0.2 minutes in phase 'step' after step 5")
     assert 'loop.py", line ' in stacks  # where the main thread stood
     assert not (tmp_path / "run" / "FINISHED").exists()
