@@ -81,22 +81,24 @@ def test_the_search_never_sees_the_held_out_tenth(sets):
 
 
 def test_memory_does_not_hold_the_features_twice(sets):
-    """One copy of 47 MiB, in a process of its own: 1.5 times that is the bar, with the vectors and buffers of a grid in it."""
+    """One copy of 47 MiB, in a process of its own, beside buffers of 80 MiB whatever the number of images; no second copy."""
     rng = np.random.default_rng(0)
     splits = {"train": (rng.normal(size=(96_000, 128)), rng.integers(0, 3, 96_000)), "val": clouds(50, 1, width=128)}
     train, _ = sets(splits)
     program = (
-        "import sys, threading, torch, psutil, time\n"
+        "import sys, threading, torch\n"
         "from pathlib import Path\n"
         "from igpt_ds.evaluate.feature_files import open_features\n"
         "from igpt_ds.evaluate.protocols import Settings, linear_probe\n"
         "torch.set_num_threads(1)\n"
         "big, small = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "def held():  # pages of mapped files may be dropped at any time and do not count\n"
+        "    return 1024 * int(Path('/proc/self/status').read_text().partition('RssAnon:')[2].split()[0])\n"
         "for path in (small, big):\n"
-        "    before, most, over = psutil.Process().memory_info().rss, [0], threading.Event()\n"
+        "    before, most, over = held(), [0], threading.Event()\n"
         "    def watch():\n"
         "        while not over.wait(0.002):\n"
-        "            most[0] = max(most[0], psutil.Process().memory_info().rss)\n"
+        "            most[0] = max(most[0], held())\n"
         "    thread = threading.Thread(target=watch)\n"
         "    thread.start()\n"
         "    train, val = open_features(path, 'train'), open_features(path, 'val')\n"
@@ -107,7 +109,7 @@ def test_memory_does_not_hold_the_features_twice(sets):
     )
     small, _ = sets({"train": clouds(5000, 1, width=128), "val": clouds(50, 1, width=128)}, name="small")
     done = subprocess.run([sys.executable, "-c", program, train.path, small.path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1.5 * 96_000 * 128 * 4, f"{int(done.stdout) / 2**20:.0f} MiB"
+    assert int(done.stdout) < 96_000 * 128 * 4 + 90 * 2**20, f"{int(done.stdout) / 2**20:.0f} MiB"
 
 
 def test_a_seed_decides_everything(sets):

@@ -361,7 +361,7 @@ def test_missing_files_are_named(hf_dir: Path) -> None:
     for content, message in (
         ({}, "index.json has no 'weight_map'"),
         ({"weight_map": {name: "../one.safetensors"}}, r"index.json names '../one.safetensors', which is no file beside it"),
-        ({"weight_map": {name: "two.safetensors"}}, r"two.safetensors is missing; download it again"),
+        ({"weight_map": {name: "two.safetensors"}}, r"two.safetensors is missing, or no file; download it again"),
         (
             {"weight_map": {"none": "one.safetensors"}},
             r"one.safetensors does not hold 'none', as model.safetensors.index.json says",

@@ -1,6 +1,7 @@
 """A real SLURM cluster on one machine: a login node with the controller, and nodes node1, node2 ..., all in namespaces.
 
     python tests/slurm/cluster.py DIR --nodes 2
+    nsenter -t PID -m -u -n -p -- bash            # a shell on the login node
 
 Started by conftest.py, as root; it prints "ready PID" when all nodes are idle, and then takes one command a line from stdin and
 answers each with a line: `power NODE` (the current goes off), `slurmd NODE` (kill -9 of its daemon), `cut NODE` (its network

@@ -102,7 +102,10 @@ def test_a_part_of_nobody_knows_how_many_is_refused(submit: Submit, slurm: Any, 
     assert "PARTS: is not set; slurm/cluster.sh says how many parts there are" in log.read_text()
 
 
-def test_submit_says_what_is_missing(slurm: Any, settings: Path) -> None:
+def test_submit_says_what_is_missing(slurm: Any, settings: Path, tmp_path: Path) -> None:
+    job = slurm.sbatch("--chdir=/tmp", f"--output={tmp_path}/log", "slurm/tool.sbatch", "tools/status.py")
+    assert slurm.ended(job) == "FAILED"
+    assert "error: submit at the repository root, which /tmp is not" in (tmp_path / "log").read_text()
     command = ["bash", "slurm/submit.sh"]
     said = slurm.run(*command, "probe", status=2, IGPT_DS_CLUSTER="nowhere.sh")
     assert "nowhere.sh is not there; cp slurm/cluster.example.sh slurm/cluster.sh" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 Trainings = Callable[..., Any]
 Curves = list[dict[str, Any]]
+
+
+def said(job: Any) -> list[str]:
+    """What the batch script itself said."""
+    return [line for line in job.text().splitlines() if line.startswith("== ")]
 
 
 def assert_close(found: Curves, expected: Curves) -> None:
@@ -57,20 +63,19 @@ def test_before_its_time_limit_it_saves_queues_again_and_goes_on(training: Train
     assert job.curves() == undisturbed
 
 
-def test_a_killed_rank_costs_its_node_and_nothing_else(training: Trainings, undisturbed: Curves) -> None:
+def test_nodes_that_the_batch_does_not_need_are_idle_and_a_killed_rank_costs_its_node_alone(
+    training: Trainings, undisturbed: Curves
+) -> None:
+    """A batch of 12 divides into 4 ranks, and not into 8."""
     job = training()
-    job.submit(options=("--nodes=1",))
+    job.submit(options=("--nodes=1-2",), RANKS_PER_NODE="4", LEAST_NODES="1")
+    job.said("node2 stays idle: train.py: error: batch_images=12 does not divide into 8 ranks")
     job.reaches(12)
-    again = training(run_dir=job.run_dir)
-    again.log = job.log.with_name("second")
-    again.submit(options=("--nodes=1",))
-    assert again.ended() == "FAILED"
-    assert f"job {job.job} is still at work in {job.run_dir}" in again.text()
-
     job.rank(1).kill()
+    job.said("queued again without node1")
     assert job.ended() == "COMPLETED"
-    assert job.ends()[0]["bad_nodes"] == "node1"
-    assert [row["nodes"] for row in job.starts()] == ["node1", "node2"]
+    assert (job.ends()[0]["bad_nodes"], job.ends()[0]["nodes"]) == ("node1", "node1")
+    assert [row["nodes"] for row in job.starts()] == ["node[1-2]", "node2"]
     assert_close(job.curves(), undisturbed)
 
 
@@ -107,16 +112,42 @@ def test_a_dead_slurmd_leaves_ghosts_that_do_no_harm(training: Trainings, undist
 
 def test_a_cancelled_job_stays_cancelled_and_a_new_one_goes_on(training: Trainings, undisturbed: Curves) -> None:
     job = training()
-    job.submit()
-    job.reaches(12)
+    job.submit("--save_every=0")
+    job.reaches(5)
     job.slurm.run("scancel", job.job)
     assert job.ended() == "CANCELLED"
     job.said("SLURM has ended the job")
     assert job.slurm.facts(job.job)["Restarts"] == "0"
+    assert (job.ends()[0]["status"], job.ends()[0]["images_seen"]) == (85, 12 * job.steps())
     job.submit()
     assert job.ended() == "COMPLETED"
-    assert job.starts()[1]["images_seen"] >= 120
+    assert job.starts()[1]["images_seen"] == job.ends()[0]["images_seen"] >= 60
     assert job.curves() == undisturbed
+
+
+def test_what_ends_a_job_before_its_first_step(training: Trainings) -> None:
+    job = training()
+    waits = job.submit(options=("--hold",))
+    job.run_dir.mkdir()
+    (job.run_dir / "owner").write_text(f"{waits}.0\n")
+    job.submit()
+    assert job.ended() == "FAILED"
+    assert f"job {waits} (PENDING) is still at work in {job.run_dir}" in job.text()
+
+    stop = job.run_dir / "STOP"
+    stop.touch()
+    job.slurm.run("scontrol", "release", waits)
+    assert job.slurm.ended(waits, job.log) == "FAILED"
+    assert f"it was asked to stop before it started; not queued again: {stop} is there" in job.text()
+
+    os.utime(stop, (0, 0))
+    job.submit()
+    job.said("images")  # it starts
+    job.slurm.run("scancel", "--batch", "--signal=USR1", job.job)  # as with a limit of less than what --signal says
+    assert job.ended() == "FAILED"
+    assert f"removed {stop}" in job.text()
+    assert "of the time limit (01:00:00) nothing is left before USR1" in job.text()
+    assert job.ends()[0]["reason"] == "it was stopped before the first step: nothing was saved"
 
 
 def test_a_full_disk_stops_the_job_with_its_reason(training: Trainings, undisturbed: Curves, slurm: Any) -> None:
@@ -126,7 +157,7 @@ def test_a_full_disk_stops_the_job_with_its_reason(training: Trainings, undistur
     slurm.until(lambda: slurm.run("find", slurm.small_disk, "-name", "COMPLETE"), 120, job.text)
     slurm.run("sh", "-c", f"cat /dev/zero > {slurm.small_disk}/rubbish || true")
     assert job.ended(240) == "FAILED"
-    assert "No space left on device" in job.text() or "free" in job.text()
+    assert any("error: " in line and ("No space left" in line or "free" in line) for line in said(job)), job.text()
     assert "2 starts in a row brought no new checkpoint" in job.text()
     slurm.run("rm", slurm.small_disk / "rubbish")
     job.submit()

@@ -18,7 +18,8 @@ def test_the_story_from_images_to_tables_in_one_submission(slurm: Any, settings:
     command = ["bash", "slurm/story_xl.sh", "digits_nano_ar_8", "digits:", out, *TOY, "--ds_config=ds_configs/zero3_fp32.json"]
     said = slurm.run(*command, IGPT_DS_CLUSTER=str(settings))
     jobs = [line.split() for line in said.splitlines()[:-1]]
-    names = ["tool", *3 * ["make_shards"], "pretrain", "tool", *5 * ["extract_features"], "probe", *3 * ["tool"]]
+    names = ["fit_palette", *3 * ["make_shards"], "pretrain", "consolidate", *5 * ["extract_features"]]
+    names += ["probe", "tables", "figures", "figures"]
     assert [name for name, _ in jobs] == names
     refused = slurm.run(*command, status=2, IGPT_DS_CLUSTER=str(settings))
     assert f"jobs of {out} are still queued: {' '.join(number for _, number in jobs)}" in refused
@@ -37,6 +38,6 @@ def test_the_story_from_images_to_tables_in_one_submission(slurm: Any, settings:
     again = slurm.run(*command, IGPT_DS_CLUSTER=str(settings)).splitlines()
     there = ["palette.npy", "shards", "FINISHED", "model", "features/trained", "features/untrained", "features/pixels"]
     assert again[:7] == [f"there already: {out}/{name}" for name in there]
-    assert [line.split()[0] for line in again[7:-1]] == ["probe", "tool", "tool", "tool"]
+    assert [line.split()[0] for line in again[7:-1]] == ["probe", "tables", "figures", "figures"]
     other = slurm.run(*command, "--lr=0.1", status=2, IGPT_DS_CLUSTER=str(settings))
     assert f"{out} holds another story" in other
