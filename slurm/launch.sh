@@ -10,7 +10,6 @@
 # checkpoints ("JOB.RESTART"; the ranks have theirs in IGPT_DS_OWNER); RUN_DIR/hostfile, the nodes.
 set -uo pipefail
 shopt -s nullglob
-[[ -f slurm/env.sh ]] || { echo "error: $PWD is not the repository root; submit there" >&2; exit 2; }
 source slurm/env.sh
 readonly STOPPED=85 HUNG=86 BAD_INPUT=2 BAD_NODES=3
 
@@ -23,16 +22,41 @@ fail() {
 
 launch() { # PROGRAM WORD...: the program on all ranks of all nodes
   local program=$1 words=("${@:2}")
-  [[ -f $program ]] || fail "$PWD holds no $program; submit at the repository root"
   set_up "$(flag --run_dir "${words[@]}")"
   if flag --stop_at_step "${words[@]}" >/dev/null; then early=1; fi
   [[ -z ${DATA:-} ]] || flag --data "${words[@]}" >/dev/null || words+=(--data "$DATA")
   ((restart == 0)) && flag --resume "${words[@]}" >/dev/null || words+=(--resume auto)
-  check_nodes "$program" "${words[@]}"
-  # shellcheck disable=SC2016 # the node's own SLURM_NODEID, expanded there
-  ((status != 0)) || follow 'exec deepspeed --no_ssh --log_level warning --hostfile "$HOSTFILE" --node_rank "$SLURM_NODEID" \
-    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' "$program" "${words[@]}"
+  on_nodes "$program" "${words[@]}"
+  if ((status == BAD_INPUT)) && fewer_nodes "$program" "${words[@]}"; then on_nodes "$program" "${words[@]}"; fi
   finish
+}
+
+on_nodes() { # PROGRAM WORD...: the program on all ranks of `nodes`, after a look at them
+  check_nodes "$@"
+  # shellcheck disable=SC2016 # the node's own SLURM_NODEID, expanded there
+  ((status != 0)) || follow 'exec bash slurm/one_node.sh deepspeed --no_ssh --log_level warning --hostfile "$HOSTFILE" \
+    --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' "$@"
+}
+
+fewer_nodes() { # PROGRAM WORD...: leaves the fewest nodes idle whose ranks the batch does not divide into; fails where that is not what is wrong
+  local n said why=''
+  for ((n = ${#nodes[@]}; n > 0; n--)); do
+    if said=$(alone env RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((n * ranks)) python "$@" --dry_run 2>&1); then
+      ((n < ${#nodes[@]})) || return 1
+      say "$(hosts "${nodes[@]:n}") stays idle: $why"
+      use_nodes "${nodes[@]:0:n}"
+      status=0
+      return
+    fi
+    why=${why:-$(cause <<<"$said")}
+    [[ $why == *divide* ]] || return 1
+  done
+  say "no number of nodes up to ${#nodes[@]} works: $why"
+  return 1
+}
+
+alone() { # WORD...: a command as one process
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpu-bind=none "${IN_SRUN[@]}" "${INSIDE[@]}" "$@"
 }
 
 sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itself, on the job's one node; the flags of train.py after --
@@ -43,7 +67,7 @@ sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itsel
   done
   (($#)) || fail "no flags of train.py; write them after --"
   out=$(flag --out "${own[@]}") || fail "--out is missing; name the directory of the search"
-  name=$(python -c 'import sys; from igpt_ds.train.sweep import rate, run_name; print(run_name(rate(int(sys.argv[1]))))' "$SLURM_ARRAY_TASK_ID") || exit 2
+  name=$(alone python -c 'import sys; from igpt_ds.train.sweep import rate, run_name; print(run_name(rate(int(sys.argv[1]))))' "$SLURM_ARRAY_TASK_ID") || exit 2
   set_up "$out/$name"
   early=1 # a rate that is lost has ended as well, and the tool says so by status 0
   shift # the --
@@ -54,17 +78,17 @@ sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itsel
   fi
   local training=(deepspeed --num_gpus "$ranks" --master_port "$MASTER_PORT" "$program" "$@")
   # shellcheck disable=SC2016 # the words are expanded there
-  follow 'exec python tools/sweep_lr.py "$@"' "${own[@]}" --array_index "$SLURM_ARRAY_TASK_ID" -- "${training[@]}"
+  follow 'exec bash slurm/one_node.sh python tools/sweep_lr.py "$@"' "${own[@]}" --array_index "$SLURM_ARRAY_TASK_ID" -- "${training[@]}"
   finish
 }
 
 set_up() { # RUN_DIR: everything before the ranks start
   run_dir=$1 restart=${SLURM_RESTART_COUNT:-0}
   [[ -n $run_dir ]] || fail "--run_dir is missing; name the run's directory, on a disk that all nodes share"
-  early=0 usr1=0 step='' again='' bad='' status=0 errors=$(mktemp)
+  early=0 usr1=0 hopeless='' step='' again='' bad='' status=0 errors=$(mktemp)
   trap 'rm -f "$errors"' EXIT
-  trap 'usr1=1; say "USR1: every rank is told to save and stop"; pass_on' USR1
-  trap : TERM # the ranks have it too, and save; SLURM gives them KillWait seconds
+  trap 'usr1=1; say "USR1: every rank is told to save and stop"; look_at_limit; pass_on' USR1
+  trap : TERM # the nodes' tasks have it too, see one_node.sh; SLURM gives them KillWait seconds
   if [[ -e $run_dir/FINISHED ]]; then
     say "$run_dir is finished"
     exit 0
@@ -83,10 +107,37 @@ prepare() { # what the ranks need to find each other
   HOSTFILE=$run_dir/hostfile IGPT_DS_OWNER=$SLURM_JOB_ID.$restart
   TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$run_dir/flight_recorder/rank_}
   export MASTER_ADDR MASTER_PORT HOSTFILE IGPT_DS_OWNER TORCH_FR_DUMP_TEMP_FILE
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  use_nodes "${nodes[@]}"
+}
+
+use_nodes() { # NODE...: those on which the ranks shall run
+  nodes=("$@") node_list=$(hosts "$@")
   # --ntasks            or srun repeats the job's number of tasks
   # --cpu-bind=none     or the single task, with all its ranks, is bound to one core
   # --kill-on-bad-exit  one dead node ends the step at once, and not after the collectives' time limit
-  srun=(srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 "${IN_SRUN[@]}")
+  srun=(srun --nodes="$#" --nodelist="$node_list" --ntasks="$#" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 "${IN_SRUN[@]}")
+  [[ ! -e $HOSTFILE ]] || printf "%s slots=$ranks\n" "$@" >"$HOSTFILE"
+}
+
+hosts() { scontrol show hostlist "$(IFS=,; echo "$*")"; } # NODE...: node[1-2]
+
+known() { scontrol show job -o "$SLURM_JOB_ID" | grep -oE "(^| )$1=\S+" | cut -d = -f 2; } # NAME: what SLURM has under it for this job
+
+look_at_limit() { # sets `hopeless` where the whole job is hardly longer than what USR1 shall be sent before its end
+  local limit start end
+  limit=$(known TimeLimit) start=$(date -d "$(known StartTime)" +%s) end=$(date -d "$(known EndTime)" +%s)
+  # A preemption moves the end alone. SLURM compares clocks about once a minute.
+  if (($(date +%s) - start <= 120 && end - start == $(seconds "$limit"))); then
+    hopeless="of the time limit ($limit) nothing is left before USR1, which --signal asks for: give a longer --time, or sbatch --signal=B:USR1@60"
+  fi
+}
+
+seconds() { # [DAYS-]HOURS:MINUTES:SECONDS, or UNLIMITED
+  local days=0 h m s
+  [[ $1 != *-* ]] || days=${1%%-*}
+  IFS=: read -r h m s <<<"${1#*-}"
+  [[ $1 == *:* ]] && echo $((((10#$days * 24 + 10#$h) * 60 + 10#$m) * 60 + 10#$s)) || echo 0
 }
 
 images() { # images_seen of the newest complete checkpoint
@@ -97,19 +148,48 @@ images() { # images_seen of the newest complete checkpoint
 
 record() { # EVENT [MORE]: a line of restarts.jsonl; fails where it cannot be written
   printf '{"event": "%s", "job": "%s", "restart": %d, "time": "%s", "nodes": "%s", "images_seen": %d%s}\n' \
-    "$1" "$SLURM_JOB_ID" "$restart" "$(date +%FT%T%:z)" "$SLURM_JOB_NODELIST" "$(images)" "${2:-}" >>"$run_dir/restarts.jsonl"
+    "$1" "$SLURM_JOB_ID" "$restart" "$(date +%FT%T%:z)" "$node_list" "$(images)" "${2:-}" >>"$run_dir/restarts.jsonl"
+}
+
+take() { # makes the run this start's own, unless another job has it; status 1 where nothing can be written
+  local owner='' lock=$run_dir/owner.lock tries=0 said=0
+  mkdir -p "$run_dir" || return 1
+  until mkdir "$lock" 2>/dev/null; do # two jobs that start at one moment
+    [[ -d $lock ]] || return 1
+    ((++tries < 30)) || rmdir "$lock" # whoever made it was killed
+    sleep 1
+  done
+  [[ ! -e $run_dir/owner ]] || owner=$(<"$run_dir/owner")
+  owner=${owner%.*}
+  # One that waits to be started again is at work as well.
+  if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]] && owner=$(squeue -h -o '%i (%T)' -j "$owner" 2>/dev/null) && [[ -n $owner ]]; then
+    rmdir "$lock"
+    fail "job $owner is still at work in $run_dir; cancel it, or choose another --run_dir"
+  fi
+  echo "$IGPT_DS_OWNER" >"$run_dir/owner.partial" && mv "$run_dir/owner.partial" "$run_dir/owner" || said=1
+  rmdir "$lock"
+  return $said
+}
+
+obey_stop() { # a STOP of before our submission was for another job; any later one is for us
+  local since=$run_dir/restarts.jsonl
+  [[ -e $run_dir/STOP ]] || return 0
+  if ((restart == 0)) || [[ ! -e $since ]]; then
+    since=$errors
+    touch -d "$(known SubmitTime)" "$since"
+  fi
+  if [[ $run_dir/STOP -nt $since ]]; then
+    again="it was asked to stop before it started"
+    give_up $STOPPED "$run_dir/STOP is there; submit again to go on"
+  fi
+  say "removed $run_dir/STOP, which was there before this job"
+  rm -f "$run_dir/STOP"
 }
 
 begin() { # takes the run over; counts how many starts in a row have brought nothing, this one among them
-  local owner='' line best=-1
-  [[ ! -e $run_dir/owner ]] || owner=$(<"$run_dir/owner")
-  owner=${owner%.*}
-  if [[ -n $owner && $owner != "$SLURM_JOB_ID" && -n $(squeue -h -t RUNNING,COMPLETING -o %i -j "$owner" 2>/dev/null) ]]; then
-    fail "job $owner is still at work in $run_dir; cancel it, or choose another --run_dir"
-  fi
+  local line best=-1
   starts=0 seen=$(images)
-  if mkdir -p "$run_dir" && echo "$IGPT_DS_OWNER" >"$run_dir/owner.partial" && mv "$run_dir/owner.partial" "$run_dir/owner" &&
-    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$ranks/" >"$HOSTFILE" && record start; then
+  if take && obey_stop && printf "%s slots=$ranks\n" "${nodes[@]}" >"$HOSTFILE" && record start; then
     while read -r line; do
       [[ $line == *'"start"'*"\"job\": \"$SLURM_JOB_ID\""* && $line =~ \"images_seen\":\ ([0-9]+) ]] || continue
       if ((BASH_REMATCH[1] > best)); then best=${BASH_REMATCH[1]} starts=1; else starts=$((starts + 1)); fi
@@ -123,7 +203,7 @@ begin() { # takes the run over; counts how many starts in a row have brought not
     again="$((starts - 1)) starts in a row brought no new checkpoint, the last of them ended by SLURM"
     give_up 1
   fi
-  say "start on $SLURM_JOB_NODELIST, $ranks ranks a node, after $seen images"
+  say "start on $node_list, $ranks ranks a node, after $seen images"
 }
 
 check_nodes() { # PROGRAM WORD...: looks at every node before a rank is started; sets `bad` to those that are not fit
@@ -132,8 +212,8 @@ check_nodes() { # PROGRAM WORD...: looks at every node before a rank is started;
   local said
   # One task a rank: each looks at its own GPU. --overcommit, for the job was given one task a node.
   # tee -a, or it would empty the log.
-  said=$("${srun[@]}" --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) --ntasks-per-node="$ranks" --overcommit \
-    --kill-on-bad-exit=0 "${INSIDE[@]}" python tools/preflight.py "$@" | tee -a /dev/stderr)
+  said=$("${srun[@]}" --ntasks=$((${#nodes[@]} * ranks)) --ntasks-per-node="$ranks" --overcommit \
+    --kill-on-bad-exit=0 "${INSIDE[@]}" python tools/preflight.py "$@" 2> >(tee "$errors" >&2) | tee -a /dev/stderr)
   status=$?
   bad=$(sed -n 's/^bad_nodes: //p' <<<"$said" | tr ',' '\n')
   [[ -z $bad ]] || status=$BAD_NODES
@@ -151,8 +231,8 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
     status=$STOPPED
     return
   fi
-  # USR1 is for the ranks, which listen to it whatever they inherit. srun hands it on, and the launchers would die of it.
-  (trap '' USR1 && exec "${srun[@]}" "${INSIDE[@]}" bash -c "trap '' USR1; $script" bash "$@") 2> >(tee "$errors" >&2) &
+  # USR1 is for the ranks; srun hands it on. A TERM it would make a KILL of all ranks: a session of its own keeps it from srun.
+  (trap '' USR1 && exec setsid "${srun[@]}" "${INSIDE[@]}" bash -c "trap '' USR1; $script" bash "$@") 2> >(tee "$errors" >&2) &
   step=$!
   ((usr1 == 0)) || pass_on
   while :; do # a signal ends `wait`, and not the step
@@ -173,8 +253,15 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
   bad=$(sed -nE 's/^srun: error: ([^: ]+): tasks? [0-9,-]+: (Exited with exit code (129|1[3-9][0-9]|2[0-9][0-9])|Killed|Bus error|Segmentation fault|Aborted).*/\1/p' "$errors")
 }
 
+cause() { # the first error line of a program in what is read, fit for JSON; else the first exception
+  local said
+  # shellcheck disable=SC1003 # a backslash, no quote
+  said=$(tr -d '\000-\010\013-\037' | tr -s '\t"\\' " '/" | grep -aoE '[a-z_]+\.py: error: .*|^(\[rank[0-9]+\]: )?([a-z_]+\.)*[A-Z][A-Za-z]*(Error|Exception)\b.*')
+  (grep -m 1 'py: error: ' <<<"$said" || head -n 1 <<<"$said") | cut -c 1-300
+}
+
 finish() { # what the end means, and whether the job queues again
-  local state
+  local state why
   if ((status == 0)) && { ((early)) || [[ -e $run_dir/FINISHED ]]; }; then
     record end ', "status": 0, "reason": "finished"'
     say "finished"
@@ -182,21 +269,29 @@ finish() { # what the end means, and whether the job queues again
   fi
   case $status in
     0) again="it ended without $run_dir/FINISHED" status=1 ;;
-    "$STOPPED") again="it was asked to stop, and saved what it had" ;;
+    "$STOPPED")
+      again="it was asked to stop, and saved what it had"
+      (($(images) > seen)) || again="it was stopped before the first step: nothing was saved"
+      ;;
     "$HUNG") again="it hung" ;;
     "$BAD_NODES") again="bad nodes: ${bad//$'\n'/ }" ;;
-    *) again=${again:-"it ended with status $status"} ;;
+    *)
+      again=${again:-"it ended with status $status"}
+      why=$(cause <"$errors")
+      again+=${why:+" ($why)"}
+      ;;
   esac
   record end ", \"status\": $status, \"reason\": \"$again\", \"bad_nodes\": \"$(join "$bad")\""
   (($(images) <= seen)) || starts=0
-  state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE 'JobState=\w+')
-  if [[ ${state#*=} != RUNNING ]]; then # cancelled, or a node was lost, upon which SLURM queues it again
+  state=$(known JobState)
+  if [[ $state != RUNNING ]]; then # cancelled, or a node was lost, upon which SLURM queues it again
     say "$again; SLURM has ended the job, and what comes next is not ours to say"
     exit "$status"
   fi
   [[ ! -e $run_dir/STOP ]] || give_up "$status" "$run_dir/STOP is there; submit again to go on"
+  [[ $status != "$STOPPED" || -z $hopeless ]] || (($(images) > seen)) || give_up "$status" "$hopeless"
   ((starts < ${MAX_FRUITLESS:-3})) || give_up "$status" "$starts starts in a row brought no new checkpoint"
-  ((status != BAD_INPUT || restart > 0 || starts == 0)) || give_up "$status" "the first start refused its input"
+  ((status != BAD_INPUT || restart > 0 || starts == 0)) || give_up "$status" "the first start could not begin; mend that, and submit again"
   requeue
 }
 
@@ -208,20 +303,21 @@ give_up() { # STATUS [WHY]
 }
 
 requeue() { # ends this script: SLURM stops the job's processes
-  local old exclude='' left
-  if [[ -n $bad ]]; then
-    old=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' ExcNodeList=\S+' | cut -d = -f 2 | grep -v '(null)')
-    exclude=$(join "$bad")${old:+,$old}
-    left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N | sort -u | grep -cvxF -f <(scontrol show hostnames "$exclude"))
-    if ((left < SLURM_JOB_NUM_NODES)); then
-      say "$bad stays: without it there are $left nodes for $SLURM_JOB_NUM_NODES"
-      exclude=''
-    fi
-  fi
-  say "$again; queued again${exclude:+ without $exclude}"
+  local old exclude='' least left
   trap '' TERM
+  [[ -n $bad ]] || say "$again; queued again"
   scontrol requeue "$SLURM_JOB_ID" || exit 1
-  # Only a waiting job takes another list of nodes.
-  [[ -z $exclude ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
+  [[ -n $bad ]] || exit "$status"
+  # Only a waiting job takes another list of nodes. How few nodes it may have SLURM no longer tells, but submit.sh does.
+  least=${LEAST_NODES:-$SLURM_JOB_NUM_NODES}
+  old=$(known ExcNodeList | grep -v '(null)')
+  exclude=$(join "$bad")${old:+,$old}
+  left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N | sort -u | grep -cvxF -f <(scontrol show hostnames "$exclude"))
+  if ((left < least)); then
+    say "$again; queued again; $(join "$bad") stays: without it there are $left nodes for $least"
+  else
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
+    say "$again; queued again without $exclude"
+  fi
   exit "$status"
 }

@@ -1,7 +1,6 @@
 # shellcheck shell=bash disable=SC2034 # batch scripts read what it sets
 # What the batch scripts share that run one Python program as one process: `one_task tools/NAME.py FLAG...` as the last command.
 set -uo pipefail
-[[ -f slurm/env.sh ]] || { echo "error: $PWD is not the repository root; submit there" >&2; exit 2; }
 source slurm/env.sh
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-$OMP_NUM_THREADS} # one process, not one a GPU: all cores of the job are its own
 
@@ -11,7 +10,7 @@ part() { # sets `part` to the flag for this task of an array, which makes one of
 }
 
 one_task() { # PROGRAM FLAG...
-  [[ -f $1 ]] || { echo "error: $PWD holds no $1; submit at the repository root" >&2; exit 2; }
+  [[ -f $1 ]] || { echo "error: $PWD holds no $1" >&2; exit 2; }
   local srun=(srun --ntasks=1 --cpu-bind=none "${IN_SRUN[@]}")
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # not inherited since SLURM 22.05
   "${srun[@]}" "${INSIDE[@]}" python "$@"

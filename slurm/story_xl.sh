@@ -15,7 +15,7 @@ fi
 recipe=$1 source=$2 out=$(realpath -m "$3")
 shift 3
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ ! -d .venv/bin ]] || PATH=$PWD/.venv/bin:$PATH
+source slurm/env.sh
 asked="recipe $recipe, source $source, flags: $*"
 mkdir -p "$out"
 if [[ -e $out/story.txt && $(<"$out/story.txt") != "$asked" ]]; then
@@ -26,7 +26,7 @@ if [[ -s $out/jobs.txt ]] && waiting=$(squeue -h -u "$(id -un)" -o '%A' | grep -
   echo "story_xl.sh: error: jobs of $out are still queued: $waiting; wait for them, or scancel $waiting" >&2
   exit 2
 fi
-read -r n_px n_colors < <(python -c 'import sys
+read -r n_px n_colors < <("${INSIDE[@]}" python -c 'import sys
 from igpt_ds.config import get_recipe
 model = get_recipe(sys.argv[1]).model
 print(model.n_px, model.n_vocab)' "$recipe")

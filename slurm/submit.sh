@@ -28,16 +28,16 @@ mkdir -p "${LOGS:=runs/logs}"
 
 resources() { # NAME: sets `ours` to the sbatch options of NAME.sbatch
   ours=(--partition="$PARTITION" --time="$TIME")
-  local gpus=''
+  local gpus='' more=("${GPU_OPTIONS[@]}")
   case $1 in
     pretrain | finetune) ours+=(--nodes="$NODES") gpus=$GPUS_PER_NODE ;;
     sweep_lr) gpus=$GPUS_PER_NODE ;;
     extract_features | probe) ours+=(--cpus-per-task="$CPUS") gpus=${GPUS_PER_NODE:+1} ;;
-    *) ours=(--partition="$CPU_PARTITION" --time="$TIME" --cpus-per-task="$CPUS") ;;
+    *) ours=(--partition="$CPU_PARTITION" --time="$TIME" --cpus-per-task="$CPUS") more=() ;;
   esac
   [[ -z $gpus || ${GPUS_PER_NODE:-0} == 0 ]] || ours+=(--gpus-per-node="$gpus")
   [[ -z ${ACCOUNT:-} ]] || ours+=(--account="$ACCOUNT")
-  ours+=("${OPTIONS[@]}")
+  ours+=("${OPTIONS[@]}" "${more[@]}")
 }
 
 job='' after=afterok
@@ -51,9 +51,12 @@ put() { # [--sbatch_option ...] -- WORD...: one job, which waits for the one put
   shift
   [[ $name != sweep_lr && " ${options[*]} ${asked[*]}" != *' --array='* ]] || log=$LOGS/%x-%A_%a.out
   [[ -z $job ]] || options+=(--dependency="$after:$job" --kill-on-invalid-dep=yes)
+  # launch.sh wants to know whether the job can spare a bad node.
+  LEAST_NODES=$(flag --nodes "${ours[@]}" "${asked[@]}" | cut -d - -f 1) || true # none: a job of one node
+  export LEAST_NODES
   job=$(sbatch --parsable --output="$log" "${ours[@]}" "${asked[@]}" "${options[@]}" "slurm/$name.sbatch" "$@")
   job=${job%%;*} # on a cluster of clusters its name follows
-  echo "$name $job"
+  echo "$(flag --job-name "${asked[@]}" || echo "$name") $job"
 }
 wants() { # FLAG...: whether one of the flags, or of sbatch's options, is among what was asked for
   local one
@@ -84,7 +87,7 @@ case $name in
     ;;
   sweep_lr)
     put -- "$@"
-    name=tool after=afterany asked=() # the table is of those that ended well
+    name=tool after=afterany asked=(--job-name=sweep_table) # the table is of those that ended well
     put -- tools/sweep_lr.py --collect --out "$(flag --out "$@")"
     ;;
   *) put -- "$@" ;;
