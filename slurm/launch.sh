@@ -256,7 +256,7 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
 cause() { # the first error line of a program in what is read, fit for JSON; else the first exception
   local said
   # shellcheck disable=SC1003 # a backslash, no quote
-  said=$(tr -d '\000-\010\013-\037' | tr -s '\t"\\' " '/" | grep -aoE '[a-z_]+\.py: error: .*|^(\[rank[0-9]+\]: )?([a-z_]+\.)*[A-Z][A-Za-z]*(Error|Exception)\b.*')
+  said=$(tr -cd '\011\012\040-\176' | tr -s '\t"\\' " '/" | grep -aoE '[a-z_]+\.py: error: .*|^(\[rank[0-9]+\]: )?([a-z_]+\.)*[A-Z][A-Za-z]*(Error|Exception)\b.*')
   (grep -m 1 'py: error: ' <<<"$said" || head -n 1 <<<"$said") | cut -c 1-300
 }
 

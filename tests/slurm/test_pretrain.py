@@ -87,7 +87,11 @@ def test_a_node_loses_power_one_goes_on_is_preempted_and_two_end_it(training: Tr
     job.said("restart 1: start on node1,", timeout=120)
     job.slurm.tell("heal", "node2")
     job.reaches(22)
+    first = job.rank(0)
+    first.suspend()  # or the few steps that are left would be over before SLURM preempts
     urgent = job.slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    job.said("USR1: every rank is told to save and stop")
+    first.resume()
     assert job.slurm.ended(urgent) == "COMPLETED"  # it takes our nodes: we are preempted
     assert job.ended() == "COMPLETED"
     assert [row["status"] for row in job.ends()][-2:] == [85, 0]
