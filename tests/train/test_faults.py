@@ -177,9 +177,10 @@ def test_two_runs_in_one_place_and_a_run_without_a_usable_checkpoint(
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGSTOP)
     refused = launch.start(words)
-    error = [line for line in refused.communicate(timeout=100)[1].splitlines() if line.startswith("train.py: error")]
+    refusal = refused.communicate(timeout=100)[1]
+    error = [line for line in refusal.splitlines() if line.startswith("train.py: error")]
     os.kill(first.pid, signal.SIGCONT)
-    assert refused.returncode == 2
+    assert refused.returncode == 2, refusal[-3000:]
     assert len(error) == 1
     assert "is at work: rank 0 on" in error[0]
     assert f"(pid {first.pid})" in error[0]
