@@ -5,14 +5,15 @@ In: contenders as functions. Out: rows. The programs tools/bench_*.py call; noth
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,31 @@ def medians(
                 calls += 1
             seconds[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
+
+
+def add_flags(parser: argparse.ArgumentParser, quick: str, measures: Iterable[str] = (), toy: bool = True) -> None:
+    """What the benchmarks' command lines share: --only (None: all that --quick leaves), --quick, --toy, --out, --show."""
+    if names := list(measures):
+        parser.add_argument("--only", choices=names, nargs="+", help="these measurements alone; all when left out")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    if toy:
+        parser.add_argument("--toy", action="store_true", help="tiny sizes and no bars")
+    parser.add_argument("--out", type=Path, help="also write the rows and the machine's facts as this JSON")
+    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
+
+
+def own_memory(key: str = "VmRSS") -> float:
+    """Bytes that the kernel counts for this process now, or with VmHWM the most there ever was."""
+    return 1024.0 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
+
+
+def peak_beyond(run: Callable[[], Any]) -> float:
+    """The most bytes that a call takes beyond what this process held before it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from VmRSS; else what came before might count
+    before = own_memory()
+    run()
+    return own_memory("VmHWM") - before
 
 
 def finish(rows: Sequence[Row], out: Path | None, quick: bool, packages: Sequence[str], cores_used: int = 1) -> None:

@@ -76,6 +76,9 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         raise
     except Exception as error:
         _tell(f"{type(error).__name__}: {error}")
+        if _joined_ranks():
+            sys.excepthook(type(error), error, error.__traceback__)
+            _leave(1)
         raise
     if ranks := _joined_ranks():
         ranks.destroy_process_group()

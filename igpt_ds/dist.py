@@ -46,7 +46,7 @@ def map_environment(env: MutableMapping[str, str]) -> None:
     env.setdefault("LOCAL_RANK", "0")
     if env["WORLD_SIZE"] == "1":
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(_free_port()))
+        env.setdefault("MASTER_PORT", "0")  # whatever is free at the moment when it is taken
 
 
 def _first_host(env: MutableMapping[str, str]) -> str:
@@ -60,7 +60,8 @@ def _first_host(env: MutableMapping[str, str]) -> str:
         raise ValueError(f"cannot expand the node list {nodes!r} with scontrol; export MASTER_ADDR yourself") from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

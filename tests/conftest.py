@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
+import runpy
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from igpt_ds import dist
 from igpt_ds.config import ModelConfig
 from igpt_ds.data.images import decode_image
 from igpt_ds.data.palette import fit_palette
@@ -36,17 +38,19 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 torch.set_num_threads(1)
 
 
-def unused_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """What a program wrote into the environment (its rank, its port) is not for the next test's launches."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
 def free_port() -> int:
     """A TCP port for a test that starts ranks by itself."""
-    return unused_port()
+    return dist.free_port()
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +85,22 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) ->
     return directory
 
 
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
+    """tool("name", *arguments) -> (exit status, stdout, stderr), in this process, as `python tools/name.py` would."""
+
+    def run(name: str, *arguments: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        status: Any = 0
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
 class Launcher:
     """Starts programs as a user would, and ends every process that came of them, in whatever session it hides."""
 
@@ -108,7 +128,7 @@ class Launcher:
         """Starts at the repository root: by deepspeed on `ranks` CPU processes, by Python when a .py comes first, else as is."""
         words = [str(word) for word in command]
         if ranks is not None:
-            words = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(unused_port()), *words]
+            words = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(dist.free_port()), *words]
         elif words[0].endswith(".py"):
             words = [sys.executable, *words]
         environment = os.environ | {LAUNCH_MARK: self._mark} | (env or {})

@@ -97,6 +97,16 @@ def test_joined_ranks_all_speak_and_leave_with_the_right_status(launch, tmp_path
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
+def test_a_mistake_in_joined_ranks_is_a_traceback_and_status_1(launch, tmp_path, free_port):
+    """Not an abort in the threads of gloo, which an interpreter that shuts down risks."""
+    program = tmp_path / "program.py"
+    program.write_text(JOINED.format(port=free_port, then="{}['format']"))
+    done = launch([program])
+    assert (done.returncode, done.stdout) == (1, "joined\n")
+    assert "Traceback (most recent call last):" in done.stderr
+    assert done.stderr.endswith("KeyError: 'format'\n")
+
+
 def test_parser_keeps_the_docstring_shows_defaults_and_refuses_abbreviations(capsys):
     parser = cli.parser("Line one.\n\n    an example\n")
     parser.add_argument("--images", type=int, default=7, help="how many")

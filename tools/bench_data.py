@@ -65,10 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measures = {function.__name__: function for function in (quantise, palette, jpeg, loader, memory)}
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--images", type=Path, help="a folder of JPEGs, searched through all its folders")
-    parser.add_argument("--only", choices=list(measures), nargs="+", default=list(measures), help="these measurements alone")
-    parser.add_argument("--quick", action="store_true", help="fewer turns")
-    parser.add_argument("--out", type=Path, help="also write the rows and the machine's facts as this JSON")
-    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
+    bench.add_flags(parser, "fewer turns", measures, toy=False)
     args = parser.parse_args(argv)
     if args.show:
         print(bench.table(bench.read_bench(args.show)))
@@ -78,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with bench.one_core(), tempfile.TemporaryDirectory() as directory:
         world = open_world(args.images, args.quick, Path(directory))
-        rows = [row for name in args.only for row in measures[name](world)]
+        rows = [row for name in args.only or measures for row in measures[name](world)]
     bench.finish(rows, args.out, args.quick, PACKAGES)
 
 

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,11 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen measurements, prints the table, writes the JSON."""
     measures = {function.__name__: function for function in (step, long_step, checkpointing, sampling, features)}
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--only", choices=list(measures), nargs="+", default=list(measures), help="these measurements alone")
-    parser.add_argument("--quick", action="store_true", help="fewer turns")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes and no bars")
-    parser.add_argument("--out", type=Path, help="also write the rows and the machine's facts as this JSON")
-    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
+    bench.add_flags(parser, "fewer turns", measures)
     args = parser.parse_args(argv)
     if args.show:
         print(bench.table(bench.read_bench(args.show)))
@@ -71,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes whose memory is measured: what is freed is gone at once
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it starts and stops
     with bench.one_core():
-        rows = [row for name in args.only for row in measures[name](World(args.quick, args.toy))]
+        rows = [row for name in args.only or measures for row in measures[name](World(args.quick, args.toy))]
     bench.finish([replace(row, bar=None) for row in rows] if args.toy else rows, args.out, args.quick, PACKAGES)
 
 
@@ -193,15 +188,7 @@ def _peak_bytes(make: Callable[..., Step], args: tuple[Any, ...]) -> float:
     torch.set_num_threads(1)
     run = make(*args)
     run(8)  # a few pixels: gradients, Adam's moments and the libraries' buffers are there from here on
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from VmRSS; without it, loading a model might count
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> float:
-    return 1024.0 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
+    return bench.peak_beyond(run)
 
 
 def kept_bytes(mode: str, config: ModelConfig) -> float:

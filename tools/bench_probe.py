@@ -17,7 +17,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,12 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen measurements, prints the table, writes the JSON."""
     measures: dict[str, Callable[[World], list[Row]]] = {one.__name__: one for one in (grid, layers, memory)}
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--only", choices=list(measures), nargs="+", default=list(measures), help="these measurements alone")
+    bench.add_flags(parser, "fewer turns, values and layers", measures)
     parser.add_argument("--features", type=Path, help="real features to probe, with splits train and val")
-    parser.add_argument("--quick", action="store_true", help="fewer turns, values and layers")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes and no bars")
-    parser.add_argument("--out", type=Path, help="also write the rows and the machine's facts as this JSON")
-    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
     args = parser.parse_args(argv)
     if args.show:
         print(bench.table(bench.read_bench(args.show)))
@@ -86,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         features = args.features or draw_features(Path(directory) / "drawn", args.quick, args.toy)
         world = World(args.quick or args.toy, args.toy, features)
-        rows = [row for name in args.only for row in measures[name](world)]
+        rows = [row for name in args.only or measures for row in measures[name](world)]
     cores = torch.get_num_threads()
     bench.finish([replace(row, bar=None) for row in rows] if args.toy else rows, args.out, args.quick, PACKAGES, cores)
 
@@ -248,16 +243,7 @@ def probe_memory(features: Path, kind: str, values: Sequence[float]) -> float:
     """The bytes that a probe of a layer takes at most beyond what a small one left there."""
     train, val = open_features(features, "train"), open_features(features, "val")
     linear_probe(train, val, train.layers[0], kind, Settings.of(values[:3]), max_train=max(100, len(train.labels) // 50))
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from VmRSS
-    before = status("VmRSS")
-    linear_probe(train, val, train.layers[0], kind, Settings.of(values))
-    return status("VmHWM") - before
-
-
-def status(key: str) -> float:
-    """A line of /proc/self/status, in bytes."""
-    return 1024.0 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
+    return bench.peak_beyond(lambda: linear_probe(train, val, train.layers[0], kind, Settings.of(values)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from igpt_ds import bench, cli
+from igpt_ds import bench, cli, dist
 from igpt_ds.bench import Row
 from igpt_ds.config import Recipe, get_recipe, override, recipe_to_dict
 from igpt_ds.data.palette import fit_palette
@@ -64,12 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen measurements, prints the table, writes the JSON."""
     measures = {function.__name__: function for function in (overhead, checkpoints, tools, offload, xl)}
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--only", choices=list(measures), nargs="+", help="these measurements alone")
-    parser.add_argument("--quick", action="store_true", help="fewer turns, and no model of more than 0.1 billion weights")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes and no bars")
+    bench.add_flags(parser, "fewer turns, and no model of more than 0.1 billion weights", measures)
     parser.add_argument("--work", type=Path, help="directory for shards and checkpoints; a temporary one when left out")
-    parser.add_argument("--out", type=Path, help="also write the rows and the machine's facts as this JSON")
-    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
     args = parser.parse_args(argv)
     if args.show:
         print(bench.table(bench.read_bench(args.show)))
@@ -89,7 +84,12 @@ def on_ranks(world: World, ranks: int, task: str, **what: Any) -> Any:
     note = world.work / f"{task}.json"
     write_json(note, {"task": task, "turns": world.turns, "out": str(world.work / "answer.json"), **what})
     command = [sys.executable, str(ROOT / "tools" / "bench_scale_rank.py"), "--task", str(note)]
-    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(dist.free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     said = [world.work / f"rank-{rank}.txt" for rank in range(ranks)]
     processes = []
     for rank, path in enumerate(said):
@@ -103,13 +103,6 @@ def on_ranks(world: World, ranks: int, task: str, **what: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------- measurements
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 def shards(world: World, n_px: int) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from igpt_ds import cli, dist
+from igpt_ds import bench, cli, dist
 from igpt_ds.bench import medians
 from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from igpt_ds.data.loader import Batch, Loader
@@ -128,18 +128,13 @@ def saves(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
 
 
 def build(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
-    """The most anonymous memory that any rank took to build a model sharded as it is drawn, and the bytes of all its weights."""
+    """The most memory that any rank took to build a model sharded as it is drawn, and the bytes of all its weights."""
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_bf16.json"), dist.world_size())
-    before, start = own_memory(), time.perf_counter()
+    before, start = bench.own_memory(), time.perf_counter()
     model = build_model(run)
     whole = 2.0 * sum(parameter.ds_numel for parameter in model.parameters())  # type: ignore[attr-defined]
-    peaks = dist.gather_objects(own_memory("VmHWM") - before)
+    peaks = dist.gather_objects(bench.own_memory("VmHWM") - before)
     return {"peak": max(peaks), "whole": whole, "seconds": time.perf_counter() - start}
-
-
-def own_memory(key: str = "VmRSS") -> float:
-    """Bytes that the kernel counts for this process now, or with VmHWM the most it ever counted."""
-    return 1024.0 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
 
 
 if __name__ == "__main__":

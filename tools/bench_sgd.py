@@ -34,10 +34,7 @@ Batches = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs every size, prints the table, writes the JSON."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--quick", action="store_true", help="the first size alone, fewer turns and steps")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes and no bar")
-    parser.add_argument("--out", type=Path, help="also write the rows and the machine's facts as this JSON")
-    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
+    bench.add_flags(parser, "the first size alone, fewer turns and steps")
     args = parser.parse_args(argv)
     if args.show:
         print(bench.table(bench.read_bench(args.show)))

@@ -13,11 +13,10 @@ import hashlib
 import heapq
 import itertools
 import json
-import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, sa
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, load_palette, report_path, save_palette
 from igpt_ds.data.shard_writer import DEFAULT_MAX_BAD
 from igpt_ds.data.sources import Entry, open_source
+from igpt_ds.data.workers import process_pool
 
 _BATCH = 64  # images a worker is given at a time
 _SWATCH_COLUMNS, _N_PREVIEW, _PREVIEW_PX = 32, 12, 64
@@ -158,7 +158,7 @@ def _results(function: Callable[[Any], Any], jobs: Iterator[Any], workers: int) 
     if workers == 1:
         yield from map(function, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
+    with process_pool(workers) as pool:
         yield from _in_order(pool, function, jobs, 4 * workers)
 
 

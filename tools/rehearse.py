@@ -16,6 +16,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -45,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"--save_every {first} leaves nothing to go on from in a run of {last} steps; save several times as often"
         )
-    targets = sorted(dice.uniform(first + 1, 0.95 * last) for _ in range(args.kills))
+    targets = sorted(dice.uniform(first + 1, 0.9 * last) for _ in range(args.kills))
     for number, target in enumerate(targets):
         way = list(WAYS)[number % len(WAYS)]
-        interrupt(args.command, broken, way, int(target), dice)
+        interrupt(args.command, broken, way, int(target), seconds_a_step(alone), dice)
         print(f"{way} at step {last_step(broken)}", flush=True)
     until_the_end(args.command, broken)
     resumed = broken.with_suffix(".log").read_text(errors="replace").count("resumed from ")
@@ -115,13 +116,19 @@ def last_step(run_dir: Path) -> int:
     return max((row["step"] for row in read_json_lines(run_dir / "train.jsonl")), default=0)
 
 
-def interrupt(command: Sequence[str], run_dir: Path, way: str, target: int, dice: random.Random) -> None:
-    """Starts the run, lets it train to that step and up to three seconds longer, ends it in that way."""
+def seconds_a_step(run_dir: Path) -> float:
+    """How long a run's training steps took, without its start and its checkpoints."""
+    rows = [row for row in read_json_lines(run_dir / "train.jsonl") if "images_per_s" in row]
+    return statistics.median(row["images_seen"] / row["step"] / row["images_per_s"] for row in rows)
+
+
+def interrupt(command: Sequence[str], run_dir: Path, way: str, target: int, step_s: float, dice: random.Random) -> None:
+    """Starts the run, lets it train to that step and up to two steps longer, ends it in that way."""
     heartbeats, started = run_dir / "heartbeat", time.time()
     process = begin(command, run_dir)
     while process.poll() is None and (last_step(run_dir) < target or not _pids(heartbeats, started)):
-        time.sleep(0.1)
-    time.sleep(dice.uniform(0, 3))
+        time.sleep(min(0.1, step_s / 2))
+    time.sleep(dice.uniform(0, min(2 * step_s, 3)))  # within a step, or in the save after it
     pids = _pids(heartbeats, started)
     for pid in pids if way == "kill -9 of all ranks" else [dice.choice(pids)] if pids else []:
         try:

@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.workers import process_pool
 
 METHODS = ("phash", "dhash", "tokens")
 BITS = 64
@@ -89,8 +88,7 @@ def find_duplicates(
     parts: Iterator[_Part | str]
     with ExitStack() as stack:
         if workers > 1 and len(spans) > 1:
-            pool = ProcessPoolExecutor(min(workers, len(spans)), get_context("spawn"))
-            stack.callback(pool.shutdown, cancel_futures=True)  # an error does not wait for what has not begun
+            pool = stack.enter_context(process_pool(min(workers, len(spans)), "spawn"))
             parts = pool.map(partial(_search_there, train.path, train.split, queries), spans)
         else:
             parts = map(partial(_search, train, queries), spans)

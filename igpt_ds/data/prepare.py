@@ -13,8 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from igpt_ds.data.images import decode_image, square
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.sources import Entry, Source, open_source
+from igpt_ds.data.workers import process_pool
 
 CHUNK = 256  # images of one task: a fraction of a second of work
 _NAMED = 5  # unreadable images that are named
@@ -132,20 +132,14 @@ def prepared(tasks: Iterable[Task], source: Source, palette_file: Path, workers:
     )  # which all workers inherit: Ctrl-C is for this process to tell them
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(source.name, palette_file))
     ahead: deque[Future[Prepared]] = deque()
-    try:
+    with process_pool(workers, begin=_begin, words=(source.name, palette_file)) as pool:
         for task in tasks:
             ahead.append(pool.submit(_work, task))
             if len(ahead) >= _AHEAD * workers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-    except BrokenProcessPool:
-        fix = "run the same command again, it goes on; if memory was short, with fewer --workers"
-        raise ValueError(f"one of {workers} worker processes died; {fix}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _worker: dict[str, tuple[Source, Palette]] = {}  # of a worker process: what it opened when it began

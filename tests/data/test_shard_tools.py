@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +15,6 @@ from igpt_ds.data.shard_writer import write_dataset
 from igpt_ds.data.shards import ShardSet
 
 TOOLS = Path(__file__).parents[2] / "tools"
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """tool("name", *arguments) -> (exit status, stdout, stderr), in this process, as `python tools/name.py` would."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def refused(tool, name, complaint, *arguments):

@@ -216,7 +216,7 @@ def test_a_worker_process_that_dies_is_told_and_the_run_goes_on(tmp_path, folder
     workers[0].kill()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "make_shards.py: error: one of 2 worker processes died; run the same command again, it goes on; if memory" in stderr
+    assert "make_shards.py: error: one of 2 worker processes died; run the same command again; if memory" in stderr
     assert launch([*command, "--workers", "1"]).returncode == 0
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,19 +101,3 @@ def made_features(tmp_path):
         return path
 
     return make
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """tool("name", *arguments) -> (exit status, stdout, stderr), in this process, as `python tools/name.py` would."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(Path(__file__).parents[2] / "tools" / f"{name}.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import struct
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -193,19 +192,9 @@ def test_how_many_are_kept():
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
-    """tool(*arguments) -> (exit status, stdout, stderr), in this process, as a user would."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [TOOL.name, *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+def tool(tool):
+    """tool(*arguments) of tools/filter_shards.py."""
+    return partial(tool, "filter_shards")
 
 
 def test_reference_like_candidates_are_kept(tool, model_dir, reference, candidates, tmp_path):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +20,6 @@ from igpt_ds.model.store import fresh_model, load_model, save_model
 
 TOOLS = Path(__file__).parents[2] / "tools"
 BAR = 1  # screen pixels between the images of a grid of scale 1
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """tool("name", *arguments) -> (exit status, stdout, stderr), in this process, as `python tools/name.py` would."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """A model small enough for brute force, with a head that says something."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -14,16 +16,25 @@ def config() -> ModelConfig:
 
 
 @pytest.fixture
-def model(config: ModelConfig) -> Transformer:
-    """Fresh weights, but gains that differ from 1 and a head that differs from 0, so that each of them matters."""
-    model = fresh_model(config, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        model.head.weight.normal_(generator=generator)
-        for name, weight in model.named_parameters():
-            if "ln_" in name:
-                weight.uniform_(0.5, 1.5, generator=generator)
-    return model
+def telling(config: ModelConfig) -> Callable[[str], Transformer]:
+    """telling(objective): fresh weights, but gains that differ from 1 and a head that differs from 0, so that each matters."""
+
+    def make(objective: str) -> Transformer:
+        model = fresh_model(config, seed=1, objective=objective)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            model.head.weight.normal_(generator=generator)
+            for name, weight in model.named_parameters():
+                if "ln_" in name:
+                    weight.uniform_(0.5, 1.5, generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def model(telling: Callable[[str], Transformer]) -> Transformer:
+    return telling("ar")
 
 
 @pytest.fixture

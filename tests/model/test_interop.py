@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,22 +84,6 @@ def loaded_by_hf(directory: Path) -> ImageGPTForCausalImageModeling:
     assert not any(report.values()), report  # nothing missing, unexpected or of another shape
     assert model.dtype == torch.float32
     return model
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """tool("name", *arguments) -> (exit status, stdout, stderr), in this process, as `python tools/name.py` would."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

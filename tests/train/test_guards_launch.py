@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +20,10 @@ from igpt_ds.train.status import describe, read_status
 pytestmark = pytest.mark.slow
 Curves = Callable[[str], list[dict[str, Any]]]
 Command = Callable[..., list[str]]
-FAULTS = Path(__file__).with_name("faults.py")
-
-
-def with_fault(words: list[str], fault: str) -> list[str]:
-    """The words of `train.py ...`, with a fault."""
-    return [str(FAULTS), fault, *words[1:]]
-
-
-def ended(done: subprocess.CompletedProcess[str], status: int) -> str:
-    """What it printed, the status being as it should."""
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_a_nan_of_one_rank_skips_the_step_on_all(
-    launch: Any, command: Command, curves: Curves, recipe: Recipe, tmp_path: Path
+    launch: Any, with_fault: Any, ended: Any, command: Command, curves: Curves, recipe: Recipe, tmp_path: Path
 ) -> None:
     """Steps 6 and 7 of two ranks; images 66 to 71 are rank 1's of step 6. The learning rate and the images go on."""
     ended(launch(with_fault(command("run"), "nan=1,66,84"), ranks=2), 0)
@@ -74,7 +61,7 @@ def test_too_high_a_rate_stops_with_advice_and_keeps_the_good_state(launch: Any,
 
 
 def test_rollback_leaves_the_bad_images_out_and_survives_interruptions(
-    launch: Any, command: Command, curves: Curves, tmp_path: Path
+    launch: Any, with_fault: Any, ended: Any, command: Command, curves: Curves, tmp_path: Path
 ) -> None:
     """Images 84 to 107, of steps 8 and 9, cost 30 nats more. Back to step 4, then without the last 24 images seen."""
     options = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 
 from igpt_ds.files import read_json
-
-TOOL = Path(__file__).parents[2] / "tools" / "rehearse.py"
 
 
 @pytest.mark.parametrize(
@@ -26,25 +23,18 @@ TOOL = Path(__file__).parents[2] / "tools" / "rehearse.py"
         (["--", "false", "--save_every", "5"], "the run ended with status 1 before its last step; see "),
     ],
 )
-def test_what_proves_nothing_is_refused(
-    words: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["rehearse.py", "--out", str(tmp_path / "out"), *words])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert end.value.code == 2
-    assert f"rehearse.py: error: {complaint}" in capsys.readouterr().err
+def test_what_proves_nothing_is_refused(words: list[str], complaint: str, tool: Any, tmp_path: Path) -> None:
+    status, _, error = tool("rehearse", "--out", tmp_path / "out", *words)
+    assert status == 2
+    assert f"rehearse.py: error: {complaint}" in error
 
 
-def test_nothing_is_rehearsed_over_something_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_rehearsed_over_something_else(tool: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    monkeypatch.setattr(sys, "argv", ["rehearse.py", "--out", str(tmp_path / "out"), "--", "train.py", "--save_every", "5"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert "out exists already; choose another --out or remove it" in capsys.readouterr().err
+    status, _, error = tool("rehearse", "--out", tmp_path / "out", "--", "train.py", "--save_every", "5")
+    assert status == 2
+    assert "out exists already; choose another --out or remove it" in error
 
 
 @pytest.mark.slow

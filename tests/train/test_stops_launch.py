@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +17,6 @@ from igpt_ds.files import read_json, read_json_lines
 pytestmark = pytest.mark.slow
 Curves = Callable[[str], list[dict[str, Any]]]
 Command = Callable[..., list[str]]
-FAULTS = Path(__file__).with_name("faults.py")
-
-
-def with_fault(words: list[str], fault: str) -> list[str]:
-    """The words of `train.py ...`, with a fault."""
-    return [str(FAULTS), fault, *words[1:]]
-
-
-def ended(done: subprocess.CompletedProcess[str], status: int) -> str:
-    """What it printed, the status being as it should."""
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def newest(run_dir: Path) -> str:
@@ -37,7 +24,7 @@ def newest(run_dir: Path) -> str:
 
 
 def test_usr1_to_one_rank_in_each_phase_then_the_curve_of_a_whole_run(
-    launch: Any, command: Command, curves: Curves, tmp_path: Path
+    launch: Any, with_fault: Any, ended: Any, command: Command, curves: Curves, tmp_path: Path
 ) -> None:
     ended(launch(command("whole"), ranks=2), 0)
     run, resume = tmp_path / "run", command("run", "--resume", "auto")
@@ -65,7 +52,7 @@ def test_usr1_to_one_rank_in_each_phase_then_the_curve_of_a_whole_run(
 
 
 def test_a_time_limit_before_the_first_step_and_a_stop_file(
-    launch: Any, command: Command, curves: Curves, tmp_path: Path
+    launch: Any, ended: Any, command: Command, curves: Curves, tmp_path: Path
 ) -> None:
     """The launcher that ignores USR1 hands that on to its ranks, which hear it all the same."""
     run, longer = tmp_path / "run", ["--steps", "600", "--save_every", "0", "--val_every", "0"]
@@ -99,7 +86,7 @@ def test_a_time_limit_before_the_first_step_and_a_stop_file(
     assert newest(run) > f"step-{step:08d}"
 
 
-def test_a_hung_rank_ends_with_stacks(launch: Any, command: Command, free_port: int, tmp_path: Path) -> None:
+def test_a_hung_rank_ends_with_stacks(launch: Any, with_fault: Any, command: Command, free_port: int, tmp_path: Path) -> None:
     """Two ranks without a launcher, one of them frozen by SIGSTOP: the other says where it waits."""
     words = with_fault(command("run", "--hang_minutes", "0.2", "--save_every", "0"), "signal=SIGSTOP,1,step,5")
     alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +58,9 @@ def write_palette(path: Path, n_colors: int, seed: int = 0) -> Palette:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(tool):
     """run(*arguments) -> (exit status, stdout, stderr) of tools/import_openai.py."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["import_openai.py", *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+    return partial(tool, "import_openai")
 
 
 @pytest.mark.parametrize("objective", ["ar", "bert"])
