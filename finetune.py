@@ -26,23 +26,21 @@ from igpt_ds import cli, dist, plan
 from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards import ShardSet
-from igpt_ds.ds_config import Run, join, load_ds_config, run_to_dict
+from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.evaluate.classification import result
 from igpt_ds.evaluate.results import add_results
 from igpt_ds.files import write_json
-from igpt_ds.model.store import ModelInfo, read_info, verified_info
-from igpt_ds.train import run_dir
-from igpt_ds.train.checkpoint import check_space, load_checkpoint
+from igpt_ds.model.store import ModelInfo, read_info
+from igpt_ds.train.checkpoint import load_checkpoint
 from igpt_ds.train.consolidation import consolidate
 from igpt_ds.train.early import EarlyStop
-from igpt_ds.train.effective import check_effective, effective_config
-from igpt_ds.train.engine import build_engine, check_ds_config, start_ranks
+from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.finetune_flags import finetune_recipe, parse, starting_point
 from igpt_ds.train.finetuning import finetuning_loss, ignorant_loss, measure
 from igpt_ds.train.loop import Cadence, Watch, fit
 from igpt_ds.train.manifest import choose_checkpoint
 from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.start import batches, finish, introduce, resume, say, verify, watch_over, watched
+from igpt_ds.train.start import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
 from igpt_ds.train.stops import Stop
 
 
@@ -65,28 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop.listen()
     watchdog = watched(args)
     device = start_ranks()
-    data = images.facts()
-    facts = manifest_facts(args, run, start, images)
-    palette, checkpoints = args.data / "palette.npy", args.run_dir / "checkpoints"
-    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, args.resume == "auto"))
-    watchdog.settle()
-    if args.verify_shards:
-        watchdog.alive("verifying", 0)
-        verify(images, held_out)
-    watchdog.alive("building", 0)
-    say(json.dumps(run_to_dict(run), indent=1))
+    facts = manifest_facts(run, images) | {"finetune": about(args, start, images)}
     pretrained = args.model if args.untrained is None else None
-    if pretrained:
-        dist.from_rank_0(lambda: verified_info(pretrained))
-    engine = build_engine(run, pretrained)
-    effective = effective_config(engine)
-    dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))
-    check_effective(run, effective)
-    watchdog.alive("loading", 0)
-    found = resume(engine, checkpoints, facts) if args.resume == "auto" else {}
-    check_space(engine, checkpoints, args.keep_last + 1)  # the best one stays as well
+    n_kept = args.keep_last + 1  # the best one stays as well
+    engine, found = engine_of_run(args, run, images, held_out, facts, watchdog, n_kept, pretrained)
     start_step = int(found.get("step", 0))
-    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, data, palette))
     peak = introduce(run, device)
 
     loader = batches(images, run, with_labels=True)
@@ -96,16 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
     watch = watch_over(args, run, stop, watchdog, found, early_stop(args), ignorant_loss(recipe))
     loss = finetuning_loss(recipe)
-    why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, checkpoints, facts, start_step)
+    why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, args.run_dir / "checkpoints", facts, start_step)
     metrics.close()
     finished = not why and (last_step == recipe.steps or watch.over)
     if finished:
         conclude(args, engine, run, watch, facts, held_out, evaluated)
-    watchdog.close("stopped" if why else "end")
-    finish(args.run_dir, finished)
-    if why:
-        say(f"stopped by {why}, with everything saved; --resume auto goes on")
-        raise SystemExit(cli.STOPPED)
+    finish(args.run_dir, finished, why, watchdog)
 
 
 def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> Run:
@@ -136,22 +113,15 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
         raise ValueError(f"--out {out} exists already; choose another name or remove it")
 
 
-def manifest_facts(args: argparse.Namespace, run: Run, start: ModelInfo, images: Mixture) -> dict[str, Any]:
-    """What every checkpoint says of this run, and its model dir afterwards."""
-    about = {
+def about(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> dict[str, Any]:
+    """What checkpoints say beyond those of a pre-training run, and the model dir afterwards."""
+    return {
         "classes": images.classes,
         "dataset": images.shard_sets[0].name,
         "dataset_hash": images.dataset_hash,
         "train_split": args.train_split,
         "n_train": images.n_images,
         "start_step": start.step if args.untrained is None else 0,
-    }
-    return {
-        "recipe": run_to_dict(run)["recipe"],
-        "data": images.facts(),
-        "precision": run.precision,
-        "sequence_parallel": run.sequence_parallel,
-        "finetune": about,
     }
 
 

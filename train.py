@@ -18,7 +18,6 @@ status 85. A loss that is lost ends it with advice; a rank that hangs, with its 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -29,17 +28,14 @@ from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.data.streaming import ShardStream
-from igpt_ds.ds_config import Run, join, load_ds_config, run_to_dict
-from igpt_ds.files import write_json
-from igpt_ds.train import run_dir
-from igpt_ds.train.checkpoint import check_space
-from igpt_ds.train.effective import check_effective, effective_config
-from igpt_ds.train.engine import build_engine, check_ds_config, start_ranks
+from igpt_ds.ds_config import Run, join, load_ds_config
+from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.flags import choose_recipe, parse
-from igpt_ds.train.loop import Cadence, fit, pretraining_loss, validation_loss
+from igpt_ds.train.loop import Cadence, fit, pretraining_loss
 from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.start import batches, finish, introduce, resume, say, verify, watch_over, watched
+from igpt_ds.train.start import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
 from igpt_ds.train.stops import Stop
+from igpt_ds.train.validation import validation_loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,30 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop.listen()
     watchdog = watched(args)
     device = start_ranks()
-    data = images.facts()
-    facts = {
-        "recipe": run_to_dict(run)["recipe"],
-        "data": data,
-        "precision": run.precision,
-        "sequence_parallel": run.sequence_parallel,
-    }
-    palette, checkpoints = args.data[0] / "palette.npy", args.run_dir / "checkpoints"
-    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, args.resume == "auto"))
-    watchdog.settle()
-    if args.verify_shards:
-        watchdog.alive("verifying", 0)
-        verify(images, val_shards)
-    watchdog.alive("building", 0)
-    say(json.dumps(run_to_dict(run), indent=1))
-    engine = build_engine(run)
-    effective = effective_config(engine)
-    dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))
-    check_effective(run, effective)
-    watchdog.alive("loading", 0)
-    found = resume(engine, checkpoints, facts) if args.resume == "auto" else {}
-    check_space(engine, checkpoints, args.keep_last)
+    facts = manifest_facts(run, images)
+    engine, found = engine_of_run(args, run, images, val_shards, facts, watchdog, args.keep_last)
     start_step = int(found.get("step", 0))
-    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, data, palette))
     peak = introduce(run, device)
 
     loader = batches(images, run)
@@ -93,13 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
     watch = watch_over(args, run, stop, watchdog, found)
     loss = pretraining_loss(recipe)
-    why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, checkpoints, facts, start_step)
+    why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, args.run_dir / "checkpoints", facts, start_step)
     metrics.close()
-    watchdog.close("stopped" if why else "end")
-    finish(args.run_dir, last_step == recipe.steps and not why)
-    if why:
-        say(f"stopped by {why}, with everything saved; --resume auto goes on")
-        raise SystemExit(cli.STOPPED)
+    finish(args.run_dir, last_step == recipe.steps and not why, why, watchdog)
 
 
 def choose_run(args: argparse.Namespace, images: Mixture | ShardStream | None) -> Run:

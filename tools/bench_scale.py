@@ -205,16 +205,16 @@ def tools(world: World) -> list[Row]:
 
 def offload(world: World) -> list[Row]:
     """A model of iGPT-L's width and 28 of its 48 layers trains, with its optimizer offloaded, in 24 GB; 36 do not."""
-    recipe = world.recipe(28, 1536, 32, 1)
+    recipe = override(world.recipe(28, 1536, 32, 1), {"lr": 1e-4})  # the digits' 0.003 is lost at this width
     ds_config = DS_CONFIGS / "zero3_bf16_offload_optimizer.json"
-    run_dir, peak, rows = train(world, "offload", recipe, ds_config, 4)
+    run_dir, peak, rows = train(world, "offload", recipe, ds_config, 8)
     losses = [row["loss"] for row in rows if "loss" in row]
     seconds = sorted(recipe.batch_images / row["images_per_s"] for row in rows if "loss" in row)[len(losses) // 2]
     shutil.rmtree(run_dir)
     note = f"{12 * recipe.model.n_layer * recipe.model.n_embd**2 / GB:.3g} billion weights, {seconds:.0f} s a step"
     return [
         Row("memory to train, optimizer offloaded", "GB", peak / GB, 24.0, "24 GB", 1.0, at_most=True, note=note),
-        Row("loss after 4 steps", "nats", losses[-1], losses[0], "its first", 1.0, at_most=True, note=note),
+        Row("loss after 8 steps", "nats", losses[-1], losses[0], "its first", 1.0, at_most=True, note=note),
     ]
 
 

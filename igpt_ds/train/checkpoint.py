@@ -73,9 +73,8 @@ def save_checkpoint(
     final = directory / checkpoint_name(facts["step"])
     # With the start's name, or a start that lost the run would clear away what its successor writes.
     unfinished = directory / ".".join(part for part in (final.name, this_start(), "partial") if part)
-    needed = expected_bytes(engine, directory)
     dist.from_rank_0(lambda: check_owner(directory.parent))
-    dist.from_rank_0(lambda: _begin(unfinished, needed))
+    dist.from_rank_0(lambda: _begin(unfinished, expected_bytes(engine, directory)))
     states = [rng_states()] if engine.zero_optimization_stage() == 3 else dist.gather_objects(rng_states())
     writer = Writer(engine.checkpoint_engine)
     engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda path: None  # tools/consolidate.py does its work
@@ -139,9 +138,12 @@ def check_space(engine: Any, directory: Path, keep_last: int) -> None:
     Raises:
         SharedError: the disk has less; on every rank.
     """
-    missing = max(1, keep_last + 1 - len(list_checkpoints(directory)))
-    needed = missing * expected_bytes(engine, directory)
-    dist.from_rank_0(lambda: require_space(directory, needed, f"room for {missing} checkpoints"))
+
+    def ask() -> None:
+        missing = max(1, keep_last + 1 - len(list_checkpoints(directory)))
+        require_space(directory, missing * expected_bytes(engine, directory), f"room for {missing} checkpoints")
+
+    dist.from_rank_0(ask)
 
 
 def verified_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -13,11 +13,10 @@ import torch
 
 from igpt_ds import dist
 from igpt_ds.config import Recipe
-from igpt_ds.data.loader import one_pass
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.model.classifier import class_loss, total
 from igpt_ds.train.engine import LossFunction
-from igpt_ds.train.loop import VALIDATION_SEED
+from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
 
 def finetuning_loss(recipe: Recipe) -> LossFunction:
@@ -64,20 +63,17 @@ def measure(
     finetune = recipe.finetune
     assert finetune is not None
     losses = class_loss(finetune, recipe.model, recipe.objective, VALIDATION_SEED, recipe.mask_prob, dist.sequence_group())
-    engine.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
-    with torch.no_grad():
-        for ids, weight in one_pass(shards.n_images, micro_batch, dist.data_rank(), dist.data_world_size(), val_images):
-            if not go_on(engine.device):
-                engine.train()
-                return None
-            grids, classes = shards.read(ids)
-            tokens = torch.from_numpy(grids.reshape(micro_batch, -1)).to(engine.device).long()
-            labels, weight = torch.from_numpy(classes).to(engine.device), weight.to(engine.device)
-            gen, clf, logits = losses(engine, tokens, labels, torch.from_numpy(ids))
-            found = [total(finetune, gen, clf), torch.zeros_like(clf) if gen is None else gen, clf, logits.argmax(1) == labels]
-            sums += torch.stack([*((value * weight).double().sum() for value in found), weight.double().sum()])
-    engine.train()
-    loss, gen_loss, clf_loss, right, count = dist.sum_over_ranks(sums).tolist()
-    measured = {"val_loss": loss / count, "val_accuracy": right / count, "val_clf_loss": clf_loss / count}
-    return measured if finetune.loss == "clf" else measured | {"val_gen_loss": gen_loss / count}
+
+    def values(tokens: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        gen, clf, logits = losses(engine, tokens, labels, ids)
+        return torch.stack(
+            [total(finetune, gen, clf), logits.argmax(1) == labels, clf, torch.zeros_like(clf) if gen is None else gen]
+        )
+
+    means = split_means(engine, shards, micro_batch, val_images, values, go_on)
+    if means is None:
+        return None
+    measured = dict(zip(("val_loss", "val_accuracy", "val_clf_loss", "val_gen_loss"), means, strict=True))
+    if finetune.loss == "clf":
+        del measured["val_gen_loss"]
+    return measured

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import Recipe
-from igpt_ds.data.loader import Batches, one_pass
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.loader import Batches
 from igpt_ds.ds_config import Run
 from igpt_ds.files import write_json
 from igpt_ds.model.objectives import image_loss
@@ -32,8 +29,6 @@ from igpt_ds.train.rollback import Range, Stream, good_checkpoint, leave_out, ra
 from igpt_ds.train.schedule import learning_rate
 from igpt_ds.train.stops import Stop
 from igpt_ds.train.watchdog import Watchdog
-
-VALIDATION_SEED = 0  # of the masks, whatever the run's: the validation losses of two runs compare
 
 # What was measured over the validation images, or None as soon as the function it is given (of a device) says no: the mean loss
 # in nats per token, or a dict with the loss as "val_loss" and whatever else shall stand in the curves.
@@ -243,36 +238,3 @@ def pretraining_loss(recipe: Recipe) -> LossFunction:
     """gen_loss or bert_loss (paper 2.1), in nats per token: the mean over images; masks by an image's position in the stream."""
     nats = image_loss(recipe.objective, recipe.seed, recipe.mask_prob, dist.sequence_group())
     return lambda engine, batch: nats(engine, batch.tokens, batch.positions).mean()
-
-
-def validation_loss(
-    engine: Any,
-    recipe: Recipe,
-    shards: ShardSet,
-    micro_batch: int,
-    val_images: int | None,
-    go_on: Callable[[Any], bool] = lambda device: True,
-) -> float | None:
-    """The mean nats per token over val_images of the split, evenly spread (None: all), without augmentation.
-
-    Every rank makes the same number of forward passes, as ZeRO-3 needs; the result is the same for any number of ranks up
-    to rounding. Masks are drawn by an image's number in the split: the same at every step, on any ranks, for any seed.
-
-    Args:
-        go_on: asked before every batch, on all ranks with the same answer; when it says no there is no loss, but None.
-    """
-    image_nats = image_loss(recipe.objective, VALIDATION_SEED, recipe.mask_prob, dist.sequence_group())
-    engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    with torch.no_grad():
-        for ids, weight in one_pass(shards.n_images, micro_batch, dist.data_rank(), dist.data_world_size(), val_images):
-            if not go_on(engine.device):
-                engine.train()
-                return None
-            tokens = torch.from_numpy(shards.tokens(ids).reshape(micro_batch, -1)).to(engine.device).long()
-            weight = weight.to(engine.device)
-            nats = image_nats(engine, tokens, torch.from_numpy(ids)).double()
-            total += torch.stack([(nats * weight).sum(), weight.sum()])
-    engine.train()
-    dist.sum_over_ranks(total)
-    return float(total[0] / total[1])

@@ -6,6 +6,7 @@ A run and its open shards enter; what `loop.fit` is given leaves. Every rank cal
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from igpt_ds.data.loader import Batches, Loader
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
-from igpt_ds.ds_config import Run
-from igpt_ds.files import atomic_file
+from igpt_ds.ds_config import Run, run_to_dict
+from igpt_ds.files import atomic_file, write_json
+from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
-from igpt_ds.train.checkpoint import load_checkpoint, verified_checkpoint
+from igpt_ds.train import run_dir
+from igpt_ds.train.checkpoint import check_space, load_checkpoint, verified_checkpoint
 from igpt_ds.train.early import EarlyStop
+from igpt_ds.train.effective import check_effective, effective_config
+from igpt_ds.train.engine import build_engine
 from igpt_ds.train.guards import Guard
 from igpt_ds.train.loop import Watch
 from igpt_ds.train.metrics import peak_of_all_ranks
@@ -72,6 +77,53 @@ def batches(images: Mixture | ShardStream, run: Run, with_labels: bool = False) 
     if dist.rank() == 0:
         print(LIMITS, file=sys.stderr, flush=True)
     return StreamLoader(images, recipe.batch_images, run.micro_batch, **layout)
+
+
+def manifest_facts(run: Run, images: Mixture | ShardStream) -> dict[str, Any]:
+    """What every checkpoint says of the run that made it."""
+    recipe = run_to_dict(run)["recipe"]
+    return {"recipe": recipe, "data": images.facts(), "precision": run.precision, "sequence_parallel": run.sequence_parallel}
+
+
+def engine_of_run(
+    args: argparse.Namespace,
+    run: Run,
+    images: Mixture | ShardStream,
+    val_shards: ShardSet,
+    facts: dict[str, Any],
+    watchdog: Watchdog,
+    n_kept: int,
+    pretrained: Path | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The engine of a run directory that is free or this run's own, with --resume auto as its newest checkpoint left it.
+
+    Args:
+        facts: of `manifest_facts`.
+        n_kept: checkpoints that stay, for which there must be room on the disk.
+        pretrained: the model dir whose weights it begins with; None for fresh ones.
+
+    Returns:
+        The engine, and the manifest of the checkpoint that it goes on from: {} where there is none.
+    """
+    palette, checkpoints = val_shards.path / "palette.npy", args.run_dir / "checkpoints"
+    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, facts["data"], palette, args.resume == "auto"))
+    watchdog.settle()
+    if args.verify_shards:
+        watchdog.alive("verifying", 0)
+        verify(images, val_shards)
+    watchdog.alive("building", 0)
+    say(json.dumps(run_to_dict(run), indent=1))
+    if pretrained is not None:
+        dist.from_rank_0(lambda: verified_info(pretrained))
+    engine = build_engine(run, pretrained)
+    effective = effective_config(engine)
+    dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))
+    check_effective(run, effective)
+    watchdog.alive("loading", 0)
+    found = resume(engine, checkpoints, facts) if args.resume == "auto" else {}
+    check_space(engine, checkpoints, n_kept)
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts["data"], palette))
+    return engine, found
 
 
 def resume(engine: Any, checkpoints: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -134,12 +186,23 @@ def watch_over(
     )
 
 
-def finish(where: Path, finished: bool) -> None:
-    """Marks a run that reached its last step, and lets all ranks leave together."""
+def finish(where: Path, finished: bool, why: str, watchdog: Watchdog) -> None:
+    """Marks a run that reached its end, and lets all ranks leave together.
+
+    Args:
+        why: what stopped it before its last step, "" where nothing did.
+
+    Raises:
+        SystemExit: STOPPED, where something stopped it.
+    """
+    watchdog.close("stopped" if why else "end")
     dist.barrier()
     if dist.rank() == 0 and finished:
         with atomic_file(where / "FINISHED", "w") as file:
             file.write("all steps done\n")
+    if why:
+        say(f"stopped by {why}, with everything saved; --resume auto goes on")
+        raise SystemExit(cli.STOPPED)
 
 
 def say(line: str) -> None:

@@ -19,8 +19,8 @@ from igpt_ds.data.shards import ShardSet
 from igpt_ds.files import read_json
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.loop import VALIDATION_SEED
 from igpt_ds.train.schedule import learning_rate
+from igpt_ds.train.validation import VALIDATION_SEED
 
 pytestmark = pytest.mark.slow
 Curves = Callable[[str], list[dict[str, Any]]]

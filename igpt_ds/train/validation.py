@@ -1,0 +1,77 @@
+"""Validation: means over a split's images, on all ranks together.
+
+An engine and open shards enter; floats leave, the same on every rank. Called by train.py and finetuning.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from igpt_ds import dist
+from igpt_ds.config import Recipe
+from igpt_ds.data.loader import one_pass
+from igpt_ds.data.shards import ShardSet
+from igpt_ds.model.objectives import image_loss
+
+VALIDATION_SEED = 0  # of the masks, whatever the run's: the validation losses of two runs compare
+
+
+def validation_loss(
+    engine: Any,
+    recipe: Recipe,
+    shards: ShardSet,
+    micro_batch: int,
+    val_images: int | None,
+    go_on: Callable[[Any], bool] = lambda device: True,
+) -> float | None:
+    """The mean nats per token over val_images of the split, evenly spread (None: all), without augmentation.
+
+    Every rank makes the same number of forward passes, as ZeRO-3 needs; the result is the same for any number of ranks up
+    to rounding. Masks are drawn by an image's number in the split: the same at every step, on any ranks, for any seed.
+
+    Args:
+        go_on: asked before every batch, on all ranks with the same answer; when it says no there is no loss, but None.
+    """
+    image_nats = image_loss(recipe.objective, VALIDATION_SEED, recipe.mask_prob, dist.sequence_group())
+
+    def nats(tokens: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return image_nats(engine, tokens, ids)[None]
+
+    means = split_means(engine, shards, micro_batch, val_images, nats, go_on)
+    return None if means is None else means[0]
+
+
+def split_means(
+    engine: Any,
+    shards: ShardSet,
+    micro_batch: int,
+    n_images: int | None,
+    values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    go_on: Callable[[Any], bool],
+) -> list[float] | None:
+    """The means of some values over n_images of a split, evenly spread (None: all), the same on every rank.
+
+    Every rank makes the same number of forward passes, as ZeRO-3 needs.
+
+    Args:
+        values: of tokens [B, T], labels [B] and the images' numbers in the split [B], as [V, B].
+        go_on: asked before every batch, on all ranks with the same answer; when it says no there are none, but None.
+    """
+    engine.eval()
+    sums: torch.Tensor | float = 0.0
+    with torch.no_grad():
+        for ids, weight in one_pass(shards.n_images, micro_batch, dist.data_rank(), dist.data_world_size(), n_images):
+            if not go_on(engine.device):
+                engine.train()
+                return None
+            grids, classes = shards.read(ids)
+            tokens = torch.from_numpy(grids.reshape(micro_batch, -1)).to(engine.device).long()
+            found = values(tokens, torch.from_numpy(classes).to(engine.device), torch.from_numpy(ids)).double()
+            sums += (torch.cat([found, torch.ones_like(found[:1])]) * weight.to(engine.device)).sum(1)
+    engine.train()
+    assert isinstance(sums, torch.Tensor), "one_pass gives every rank a batch"
+    *totals, count = dist.sum_over_ranks(sums).tolist()
+    return [total / count for total in totals]
