@@ -7,7 +7,7 @@ IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH";
 SCRIPTS := .ci/run $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test_fast check bench
+.PHONY: help install demo paper test test_fast check bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,6 +18,12 @@ install: $(INSTALLED) ## set up .venv with the pinned packages of requirements.t
 
 demo: $(INSTALLED) ## the whole thread on small images: shards, training, features, probes, pictures in runs/demo
 	@$(IN_VENV) bash tools/story.sh digits_nano_ar_8 digits: runs/demo
+
+SCALE ?= tiny
+OUT ?= runs/paper_$(SCALE)
+paper: $(INSTALLED) ## all tables and figures: SCALE=tiny (minutes), SCALE=cifar DATA=cifar10:PATH (a night), SCALE=full DATA=DIR (its plan; SUBMIT=1 submits)
+	@$(IN_VENV) if [ "$(SCALE)" = full ]; then SUBMIT="$(SUBMIT)" bash slurm/story_paper.sh full "$(OUT)" "$(DATA)" $(ARGS); \
+	else bash tools/paper.sh "$(SCALE)" "$(OUT)" "$(DATA)" $(ARGS); fi
 
 test: $(INSTALLED) ## every test; narrow it by ARGS="-k floors"
 	@$(IN_VENV) python -m pytest $(ARGS)

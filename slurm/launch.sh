@@ -6,19 +6,12 @@
 #
 # What the program promises: status 85 after USR1, TERM, a file RUN_DIR/STOP or --max_minutes, with a complete checkpoint; 86 when
 # it hung; RUN_DIR/FINISHED, and not status 0, says that all is done. `--resume auto` goes on from the newest complete checkpoint.
-# What is left here: RUN_DIR/restarts.jsonl, a line for each start and each end; RUN_DIR/owner, the start that may write
-# checkpoints ("JOB.RESTART"; the ranks have theirs in IGPT_DS_OWNER); RUN_DIR/hostfile, the nodes.
+# This file starts and stops ranks, and leaves RUN_DIR/hostfile, the nodes; what a start and an end mean stands in restarts.sh.
 set -uo pipefail
 shopt -s nullglob
 source slurm/env.sh
+source slurm/restarts.sh
 readonly STOPPED=85 HUNG=86 BAD_INPUT=2 BAD_NODES=3
-
-say() { echo "== $(date +%FT%T) job $SLURM_JOB_ID, restart $restart: $*"; }
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
 
 launch() { # PROGRAM WORD...: the program on all ranks of all nodes
   local program=$1 words=("${@:2}")

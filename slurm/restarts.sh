@@ -15,7 +15,9 @@ known() { scontrol show job -o "$SLURM_JOB_ID" | grep -oE "(^| )$1=\S+" | cut -d
 
 look_at_limit() { # sets `hopeless` where the whole time limit is hardly longer than what USR1 shall be sent before its end
   local limit start end before
-  limit=$(known TimeLimit) start=$(date -d "$(known StartTime)" +%s) end=$(date -d "$(known EndTime)" +%s)
+  limit=$(known TimeLimit)
+  [[ $limit == *:* ]] || return 0 # UNLIMITED
+  start=$(date -d "$(known StartTime)" +%s) end=$(date -d "$(known EndTime)" +%s)
   # What --signal asks for SLURM tells nobody: it stands in the batch script, or in the environment. On sbatch's command line it is
   # not seen; then the starts that bring nothing are counted.
   before=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0")}
@@ -26,11 +28,11 @@ look_at_limit() { # sets `hopeless` where the whole time limit is hardly longer 
   fi
 }
 
-seconds() { # [DAYS-]HOURS:MINUTES:SECONDS, or UNLIMITED
+seconds() { # [DAYS-]HOURS:MINUTES:SECONDS
   local days=0 h m s
   [[ $1 != *-* ]] || days=${1%%-*}
   IFS=: read -r h m s <<<"${1#*-}"
-  [[ $1 == *:* ]] && echo $((((10#$days * 24 + 10#$h) * 60 + 10#$m) * 60 + 10#$s)) || echo 0
+  echo $((((10#$days * 24 + 10#$h) * 60 + 10#$m) * 60 + 10#$s))
 }
 
 images() { # images_seen of the newest complete checkpoint
@@ -59,8 +61,10 @@ take() { # makes the run this start's own, unless another job has it; status 1 w
     [[ -z $owner || $owner == "$SLURM_JOB_ID" ]] || state=$(state_of "$owner")
     [[ -n $state ]] || break
     unlock
-    # Its last ranks may still be saving, or the controller does not answer.
-    [[ $state =~ ^(COMPLETING|UNKNOWN)$ ]] && ((++tries < 60)) || fail "job $owner ($state) is still at work in $run_dir; cancel it, or choose another --run_dir"
+    # Its last ranks may still be saving, or the controller does not answer: that is waited for, up to five minutes.
+    if [[ $state != COMPLETING && $state != UNKNOWN ]] || ((++tries == 60)); then
+      fail "job $owner ($state) is still at work in $run_dir; cancel it, or choose another --run_dir"
+    fi
     sleep 5
   done
   echo "$IGPT_DS_OWNER" >"$run_dir/owner.partial" && mv "$run_dir/owner.partial" "$run_dir/owner" || written=1
@@ -69,21 +73,25 @@ take() { # makes the run this start's own, unless another job has it; status 1 w
 }
 
 lock() { # of two jobs that start at one moment one waits; status 1 where nothing can be written
-  local tries=0
+  local tries=0 missing=0
   until mkdir "$run_dir/owner.lock" 2>/dev/null; do
-    [[ -d $run_dir ]] && touch "$run_dir/owner.partial" || return 1
-    ((++tries < 30)) || unlock # whoever made it was killed
+    [[ -d $run_dir/owner.lock ]] || ((++missing < 5)) || return 1 # one that was there may have gone at this moment
+    ((++tries != 30)) || unlock # whoever made it was killed
+    ((tries < 60)) || return 1
     sleep 1
   done
 }
 
-unlock() { rmdir "$run_dir/owner.lock" 2>/dev/null; }
+unlock() { rmdir "$run_dir/owner.lock"; }
 
 state_of() { # JOB: PENDING, RUNNING ..., or UNKNOWN where SLURM does not answer; nothing where the job has ended
   local said
-  # One that waits to be started again is at work as well.
-  said=$(squeue -h -o %T -j "$1" 2>&1) || [[ $said == *'Invalid job id'* ]] && said=${said##*slurm_load_jobs*} || said=UNKNOWN
-  echo "$said"
+  # %A, for all tasks of an array are listed under the number that one of them has.
+  if said=$(squeue -h -o '%A %T' -j "$1" 2>"$errors"); then
+    sed -n "s/^$1 //p" <<<"$said"
+  elif ! grep -q 'Invalid job id' "$errors"; then
+    echo UNKNOWN
+  fi
 }
 
 obey_stop() { # a STOP of before our submission was for another job; any later one is for us
@@ -95,7 +103,8 @@ obey_stop() { # a STOP of before our submission was for another job; any later o
   fi
   if [[ $run_dir/STOP -nt $since ]]; then
     again="it was asked to stop before it started"
-    give_up $STOPPED "$run_dir/STOP is there; submit again to go on"
+    ended "$STOPPED" "$again"
+    give_up "$STOPPED" "$run_dir/STOP is there; submit again to go on"
   fi
   say "removed $run_dir/STOP, which was there before this job"
   rm -f "$run_dir/STOP"
@@ -116,6 +125,7 @@ begin() { # takes the run over; counts how many starts in a row have brought not
   fi
   if ((starts > ${MAX_FRUITLESS:-3})); then
     again="$((starts - 1)) starts in a row brought no new checkpoint, the last of them ended by SLURM"
+    ended 1 "$again"
     give_up 1
   fi
   say "start on $node_list, $ranks ranks a node, after $seen images"
@@ -131,7 +141,7 @@ cause() { # the first error line of a program in what is read, fit for JSON; els
 finish() { # what the end means, and whether the job queues again
   local state why
   if ((status == 0)) && { ((early)) || [[ -e $run_dir/FINISHED ]]; }; then
-    record end ', "status": 0, "reason": "finished"'
+    ended 0 finished
     say "finished"
     exit 0
   fi
@@ -149,7 +159,7 @@ finish() { # what the end means, and whether the job queues again
       again+=${why:+" ($why)"}
       ;;
   esac
-  record end ", \"status\": $status, \"reason\": \"$again\", \"bad_nodes\": \"$(join "$bad")\""
+  ended "$status" "$again"
   (($(images) <= seen)) || starts=0
   state=$(known JobState)
   if [[ $state != RUNNING ]]; then # cancelled, or a node was lost, upon which SLURM queues it again

@@ -9,21 +9,24 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/env.sh
-usage() {
-  echo "usage: bash slurm/submit.sh [--sbatch_option=value ...] pretrain|finetune|sweep_lr|make_shards|extract_features|probe|tool [FLAG ...]" >&2
+usage() { # [WHY]
+  echo "${1:+error: $1; }usage: bash slurm/submit.sh [--sbatch_option=value ...] pretrain|finetune|sweep_lr|make_shards|extract_features|probe|tool [FLAG ...]" >&2
   exit 2
 }
 [[ -f $IGPT_DS_CLUSTER ]] || { echo "error: $IGPT_DS_CLUSTER is not there; cp slurm/cluster.example.sh slurm/cluster.sh, and change its values" >&2; exit 2; }
 
 asked=()
 while (($#)) && [[ $1 == -* ]]; do
-  asked+=("$1")
+  case $1 in
+    -N?*) asked+=(--nodes="${1#-N}") ;; # so that all below finds it under one name
+    *) asked+=("$1") ;;
+  esac
   shift
 done
 (($#)) || usage
 name=$1
 shift
-[[ -f slurm/$name.sbatch ]] || usage
+[[ -f slurm/$name.sbatch ]] || usage "'$name' is no job; an option of sbatch is one word, --sbatch_option=value"
 mkdir -p "${LOGS:=runs/logs}"
 
 resources() { # NAME: sets `ours` to the sbatch options of NAME.sbatch
@@ -42,7 +45,7 @@ resources() { # NAME: sets `ours` to the sbatch options of NAME.sbatch
 
 job='' after=afterok
 put() { # [--sbatch_option ...] -- WORD...: one job, which waits for the one put before
-  local options=() log=$LOGS/%x-%j.out ours
+  local options=() log=$LOGS/%x-%j.out ours signal
   resources "$name"
   while [[ $1 != -- ]]; do
     options+=("$1")
@@ -51,8 +54,9 @@ put() { # [--sbatch_option ...] -- WORD...: one job, which waits for the one put
   shift
   [[ $name != sweep_lr && " ${options[*]} ${asked[*]}" != *' --array='* ]] || log=$LOGS/%x-%A_%a.out
   [[ -z $job ]] || options+=(--dependency="$after:$job" --kill-on-invalid-dep=yes)
-  # launch.sh wants to know whether the job can spare a bad node.
-  LEAST_NODES=$(flag --nodes "${ours[@]}" "${asked[@]}" | cut -d - -f 1) || true # none: a job of one node
+  # restarts.sh wants to know whether the job can spare a bad node, and how long before its end it gets USR1: SLURM does not tell a job.
+  LEAST_NODES=$(flag --nodes "${ours[@]}" "${asked[@]}" | grep -oE '^[0-9]+') || true # none: a job of one node
+  ! signal=$(flag --signal "${ours[@]}" "${asked[@]}") || export SBATCH_SIGNAL=$signal
   export LEAST_NODES
   job=$(sbatch --parsable --output="$log" "${ours[@]}" "${asked[@]}" "${options[@]}" "slurm/$name.sbatch" "$@")
   job=${job%%;*} # on a cluster of clusters its name follows

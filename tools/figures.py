@@ -128,8 +128,8 @@ def objectives(args: argparse.Namespace) -> None:
 
 def best_probe(args: argparse.Namespace) -> Row:
     """The best probe, by the held-out images, of the features' model."""
-    model_hash = open_features(args.features, "train").manifest["model_hash"]
     rows = by_layer(read_all(args.results), ["best_layer"])
+    model_hash = open_features(args.features, rows[0]["train_split"] if rows else "train").manifest["model_hash"]
     rows = [row for row in rows if row["model_hash"] == model_hash and args.kind in (None, row["features"])]
     if not rows:
         kind = f" of kind {args.kind}" if args.kind else ""

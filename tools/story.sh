@@ -22,23 +22,12 @@ if [[ -e $out/story.txt && $(<"$out/story.txt") != "$asked" ]]; then
   exit 2
 fi
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if ((gpus > 0)); then
-  ranks=$gpus ds_config=$repo/ds_configs/zero3_bf16.json
-else
-  ranks=2 ds_config=$repo/ds_configs/zero3_fp32.json
-  export DS_ACCELERATOR=cpu
-  threads=1 # for each rank: two ranks take two cores
-fi
+source "$repo/tools/ranks.sh"
 python -m igpt_ds.plan --recipe "$recipe" >/dev/null # stops here when there is no such recipe, and lists those there are
 read -r n_px n_colors steps < <(python -c 'import sys
 from igpt_ds.config import get_recipe
 recipe = get_recipe(sys.argv[1])
 print(recipe.model.n_px, recipe.model.n_vocab, recipe.steps)' "$recipe")
-
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-
-say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 say "palette and shards: $source at ${n_px}x${n_px}, $n_colors colours"
 [[ -e $out/palette.npy ]] || python "$repo/tools/fit_palette.py" --source "$source" --n_px "$n_px" --n_colors "$n_colors" --out "$out/palette.npy"
@@ -47,8 +36,8 @@ printf '%s\n' "$asked" >"$out/story.txt" # now that recipe and source are known 
   --name "${recipe%%_*}" --out "$out/shards"
 
 say "training: $recipe under ZeRO-3 on $ranks ranks"
-[[ -e $out/FINISHED ]] || OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --master_port "$port" \
-  --log_level warning "$repo/train.py" --recipe "$recipe" --data "$out/shards" --run_dir "$out" --ds_config "$ds_config" --resume auto --val_every $((steps / 10)) --save_every $((steps / 4)) "$@"
+[[ -e $out/FINISHED ]] || on_ranks "$repo/train.py" \
+  --recipe "$recipe" --data "$out/shards" --run_dir "$out" --ds_config "$ds_config" --resume auto --val_every $((steps / 10)) --save_every $((steps / 4)) "$@"
 
 say "model dir"
 [[ -e $out/model ]] || python "$repo/tools/consolidate.py" --run_dir "$out" --out "$out/model"

@@ -173,7 +173,7 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
     best: dict[tuple[str, str, str], float] = {}
     for row in [*single, *votes]:
         key = (row["dataset"], row["model_objective"], row["kind"])
-        if row["held_out_accuracy"] > best.get(key, -1.0):
+        if row["held_out_accuracy"] >= best.get(key, -1.0):  # equal where the vote is of the same probe, which came before
             best[key] = row["held_out_accuracy"]
             voted = 100 * row["accuracy"] if row.get("n_masks") else None
             bars[key] = (100 * row.get("single_accuracy", row["accuracy"]), voted)

@@ -57,7 +57,7 @@ def _ours(row: Row) -> str:
 
 def _millions(row: Row) -> str:
     count = model_parameters(row)
-    return "-" if count is None else f"{count / 1e6:.{1 if count < 1e7 else 0}f}"
+    return "-" if count is None else f"{count / 1e6:.{2 if count < 1e5 else 1 if count < 1e7 else 0}f}"
 
 
 def _where(row: Row) -> str:
@@ -82,9 +82,16 @@ def _best(table: Iterable[Accuracy], dataset: str, row: Row | None = None) -> Ac
     return max(known, key=lambda one: one.accuracy, default=None)
 
 
+def _datasets(table: Iterable[Accuracy], rows: Sequence[Row], kind: str) -> list[str]:
+    """Those of a table, then those that only rows of ours are of; ImageNet's probes have a table of their own."""
+    others = sorted({row["dataset"] for row in rows if row["kind"] == kind})
+    ours = [dataset for dataset in others if kind == "finetune" or not dataset.startswith("imagenet")]
+    return list(dict.fromkeys([*(one.dataset for one in table), *ours]))
+
+
 def _probes(rows: Sequence[Row]) -> str:
     lines = []
-    for dataset in dict.fromkeys(one.dataset for one in TABLE_1):
+    for dataset in _datasets(TABLE_1, rows, "probe"):
         paper = _best(TABLE_1, dataset)
         for one in (one for one in TABLE_1 if one.dataset == dataset):
             lines.append([dataset, one.model, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
@@ -111,7 +118,7 @@ def _imagenet(rows: Sequence[Row]) -> str:
 
 def _finetunes(rows: Sequence[Row]) -> str:
     lines = []
-    for dataset in dict.fromkeys(one.dataset for one in TABLE_3):
+    for dataset in _datasets(TABLE_3, rows, "finetune"):
         for one in (one for one in TABLE_3 if one.dataset == dataset):
             name = one.model if one.n_px is None else f"{one.model}, {one.n_px}x{one.n_px}"
             lines.append([dataset, name, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
@@ -131,9 +138,10 @@ def _low_data(rows: Sequence[Row]) -> str:
         cells = ["{:.1f} ± {:.1f}".format(*one.errors[n]) if n in one.errors else "" for n in LABELS]
         lines.append([one.model, "", *cells])
     found: dict[tuple[str, ...], dict[int, Row]] = {}
-    few = [row for row in rows if row["kind"] == "probe" and row["protocol"] == "low_data" and row["dataset"] == "cifar10"]
+    few = [row for row in rows if row["kind"] == "probe" and row["protocol"] == "low_data"]
     for row in few:
-        found.setdefault((repr(row["model_hash"]), row["features"], repr(row["layer"])), {})[row["n_labels"]] = row
+        key = (row["dataset"], repr(row["model_hash"]), row["features"], repr(row["layer"]))
+        found.setdefault(key, {})[row["n_labels"]] = row
     for by_labels in found.values():
         row = next(iter(by_labels.values()))
         cells = []
@@ -142,9 +150,11 @@ def _low_data(rows: Sequence[Row]) -> str:
                 cells.append("")
                 continue
             error, deviation = 100 * (1 - by_labels[n]["accuracy"]), 100 * by_labels[n]["deviation"]
-            cells.append(f"{error:.1f} ± {deviation:.1f} ({error - paper.errors[n][0]:+.1f})")
+            against = f" ({error - paper.errors[n][0]:+.1f})" if row["dataset"] == "cifar10" else ""
+            cells.append(f"{error:.1f} ± {deviation:.1f}{against}")
         name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row["weights"]]
-        lines.append([name, f"{row['layer']} {row['features']}, {row['eval_split']}", *cells])
+        images = "" if row["dataset"] == "cifar10" else f"{row['dataset']}, "
+        lines.append([name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}", *cells])
     return _markdown(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
 
 

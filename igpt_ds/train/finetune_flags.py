@@ -16,6 +16,7 @@ from igpt_ds.config import GEN_SCALES, LOSSES, Finetune, Recipe, get_recipe
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.flags import DS_CONFIG, add_cadence_flags, add_guard_flags, check_numbers
+from igpt_ds.train.run_dir import read_recipe
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,6 +29,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", type=Path, help="model dir to begin with")
     start.add_argument("--recipe", help="name of the recipe whose shape and objective to train from scratch; needs --untrained")
+    start.add_argument("--config", type=Path, help="the same, from a run.json or a recipe in JSON; needs --untrained")
     fresh = "the baseline from scratch: fresh weights in the model's shape; SEED takes the place of --seed"
     parser.add_argument("--untrained", type=int, metavar="SEED", help=fresh)
     parser.add_argument("--data", type=Path, required=True, help="directory of labelled token shards")
@@ -85,8 +87,9 @@ def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     check_numbers(args)
-    if args.recipe is not None and args.untrained is None:
-        raise ValueError(f"--recipe {args.recipe} has no weights; add --untrained SEED for fresh ones, or name a --model")
+    if args.model is None and args.untrained is None:
+        named = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config}"
+        raise ValueError(f"{named} has no weights; add --untrained SEED for fresh ones, or name a --model")
     if args.untrained is not None and args.untrained < 0:
         raise ValueError(f"--untrained {args.untrained} must be at least 0")
     for name, least in (("patience", 0), ("mask_draws", 1), ("batch_images", 1)):
@@ -98,14 +101,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def starting_point(args: argparse.Namespace) -> ModelInfo:
-    """The shape and objective to begin with: those of --model or of --recipe, whose model_hash is "".
+    """The shape and objective to begin with: those of --model, or of --recipe or --config, whose model_hash is "".
 
     Raises:
-        ValueError: no such model dir or recipe.
+        ValueError: no such model dir or recipe, or a file that holds none.
     """
     if args.model is not None:
         return read_info(args.model)
-    recipe = get_recipe(args.recipe)
+    recipe = get_recipe(args.recipe) if args.recipe else read_recipe(args.config)
     return ModelInfo(recipe.model, recipe.objective, "", 0, 0, "", recipe.mask_prob, recipe.init)
 
 

@@ -32,8 +32,9 @@ class Stop:
     """Whether this run shall end now.
 
     Args:
-        run_dir: where rank 0 looks for a file STOP. One that lies there at the start was meant for the run before: it is
-            removed, under SLURM by the batch script.
+        run_dir: where rank 0 looks for a file STOP. One that lies there already was meant for the run before: it is removed,
+            under SLURM by the batch script, else when the ranks first ask. By then the run directory is surely ours: a start
+            that is refused leaves the file to the run that is at work there.
         max_minutes: of this process's life; None: no limit.
 
     Raises:
@@ -50,8 +51,7 @@ class Stop:
         self._heard = [False, False]
         self._until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._next_look, self._found = 0.0, False
-        if dist.rank() == 0 and not this_start():  # slurm/launch.sh has looked; one of since then is for us
-            self._file.unlink(missing_ok=True)
+        self._old = None if this_start() else _stamp(self._file)  # slurm/restarts.sh has looked; one of since then is for us
 
     def listen(self) -> None:
         """From now on USR1 and TERM are heard, also where whoever started us had them ignored or blocked."""
@@ -66,8 +66,15 @@ class Stop:
         """For each of REASONS, whether this rank has it."""
         now = time.monotonic()
         if dist.rank() == 0 and not self._found and now >= self._next_look:
-            self._found, self._next_look = self._file.exists(), now + _LOOK_EVERY
+            self._found, self._next_look = self._look(), now + _LOOK_EVERY
         return [*self._heard, self._found, self._until is not None and now >= self._until]
+
+    def _look(self) -> bool:
+        found, old, self._old = _stamp(self._file), self._old, None
+        if found is not None and found == old:
+            self._file.unlink(missing_ok=True)
+            return False
+        return found is not None
 
     def agree(self, loss: Tensor | None = None, device: torch.device | str = "cpu") -> float:
         """All ranks meet here: `reason` is set on all of them when any has one.
@@ -86,3 +93,12 @@ class Stop:
         if not self.reason:
             self.agree(device=device)
         return bool(self.reason)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """By what a file is known again, also after another `touch`; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

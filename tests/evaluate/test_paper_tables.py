@@ -66,6 +66,7 @@ def test_table_1():
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | 5 normed | val | 51.4 | -44.9 |",
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | 2 normed, SGD | val | 49.0 | -47.3 |",
         "| stl10 | **ours: model of unknown shape** | no labels, step 9 | 4 normed | val | 60.0 | -35.5 |",
+        "| mnist | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | 4 normed | val | 50.0 | - |",
     ], "what trained models reach, at the layer that held-out images chose, beside the paper's model"
     assert "| cifar10 | ResNet-152 | ImageNet, with labels |  | test | 94.0 |  |" in lines(1, [])
     assert len(lines(1, [])) == 2 + len(paper.TABLE_1)
@@ -91,16 +92,19 @@ def test_table_3():
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | joint, lr 0.001 | val | 70.0 | -29.0 |",
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | none, from scratch | clf, lr 0.001, 5 masks vote | val | 60.0 | -39.0 |",
     ]
+    assert lines(3, [row | {"dataset": "digits"}])[-1].startswith("| digits | **ours: 8 x 128, 1.7M at 16x16** | no labels")
     assert "| cifar100 | EfficientNet | ImageNet, with labels |  | test | 91.7 |  |" in lines(3, [])
 
 
 def test_table_4_counts_errors():
     few = [probe(protocol="low_data", n_labels=n, accuracy=a, deviation=0.012) for n, a in ((40, 0.5), (4000, 0.75))]
     pixels = probe(protocol="low_data", n_labels=250, accuracy=0.3, deviation=0.0, weights="pixels", features="pixels", layer=0)
-    ours = [line for line in lines(4, [*few, pixels]) if "ours" in line]
+    digits = few[0] | {"dataset": "digits", "model": SMALL | {"n_layer": 4, "n_embd": 24, "n_px": 8, "n_vocab": 17}}
+    ours = [line for line in lines(4, [*few, pixels, digits]) if "ours" in line]
     assert ours == [
         "| **ours: 8 x 128, 1.7M at 16x16** | 4 normed, val | 50.0 ± 1.2 (+23.2) |  | 25.0 ± 1.2 (+19.3) |",
         "| **ours: raw pixels** | 0 pixels, val |  | 70.0 ± 0.0 (+57.6) |  |",
+        "| **ours: 4 x 24, 0.03M at 8x8** | digits, 4 normed, val | 50.0 ± 1.2 |  |  |",
     ]
     assert "| Mean Teacher |  |  | 32.3 ± 2.3 | 9.2 ± 0.2 |" in lines(4, [])
 

@@ -65,18 +65,18 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=5
+SlurmdTimeout=10
 SlurmctldTimeout=10
-MessageTimeout=5
-BatchStartTimeout=10
-KillWait=5
+MessageTimeout=10
+BatchStartTimeout=30
+KillWait=10
 CompleteWait=0
 UnkillableStepTimeout=120
 MinJobAge=3600
 EnforcePartLimits=ALL
 GresTypes=gpu
 MailProg=/bin/true
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
@@ -223,9 +223,9 @@ class Login:
 
     def wait_idle(self) -> None:
         """Returns when SLURM may use every node."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while len(set(run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split())) < len(self._names):
-            assert time.monotonic() < end, f"nodes not idle after 30 s; see {self._directory}/log"
+            assert time.monotonic() < end, f"nodes not idle after 90 s; see {self._directory}/log"
             time.sleep(0.05)
 
     def power(self, name: str) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.files import read_json_lines
 
@@ -65,7 +65,7 @@ class Cluster:
         print(verb, node, file=self._process.stdin, flush=True)
         assert self._answer() == "done\n", Path(self._log.name).read_text()
 
-    def run(self, *command: str | Path, status: int | None = 0, timeout: float = 60, **environment: str) -> str:
+    def run(self, *command: str | Path, status: int | None = 0, timeout: float = 120, **environment: str) -> str:
         """A command on the login node; what it printed, both streams. `status` None: whatever it may be."""
         inside = ["nsenter", "-t", self._pid, "-m", "-u", "-n", "-p", "--", "env", "-C", str(ROOT), *map(str, command)]
         done = subprocess.run(
@@ -88,7 +88,7 @@ class Cluster:
         """What scontrol knows of a job: JobState, Restarts, ExitCode, NodeList, ExcNodeList ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job)))
 
-    def until(self, what: Callable[[], Any], timeout: float = 60, story: Callable[[], str] = str) -> Any:
+    def until(self, what: Callable[[], Any], timeout: float = 120, story: Callable[[], str] = str) -> Any:
         """What the function returns as soon as that is true; fails with the story after `timeout` seconds."""
         end = time.monotonic() + timeout
         while not (found := what()):
@@ -96,7 +96,7 @@ class Cluster:
             time.sleep(0.1)
         return found
 
-    def ended(self, job: str, log: Path | None = None, timeout: float = 120) -> str:
+    def ended(self, job: str, log: Path | None = None, timeout: float = 400) -> str:
         """Waits for the end of a job; its state."""
 
         def story() -> str:
@@ -155,26 +155,32 @@ def slurm(running_cluster: Cluster) -> Iterator[Cluster]:
 class Training:
     """One training under SLURM: its command, its log and what it left."""
 
-    def __init__(self, slurm: Cluster, folder: Path, flags: list[str], run_dir: Path, settings: Path) -> None:
-        self.slurm, self.run_dir, self.log, self._flags, self._settings = slurm, run_dir, folder / "log", flags, settings
-        self.job = ""
+    def __init__(self, slurm: Cluster, log: Path, flags: list[str], run_dir: Path, settings: Path, name: str) -> None:
+        self.slurm, self.run_dir, self.log, self.job = slurm, run_dir, log, ""
+        self._flags, self._settings, self._name = [*flags, f"--run_dir={run_dir}"], settings, name
 
     def submit(self, *flags: str, options: tuple[str, ...] = (), **environment: str) -> str:
-        """sbatch with its options, the script, and train.py's flags; the job's number."""
-        words = ["--gpus-per-node=2", "--nodes=2", "--time=60", f"--output={self.log}", *options, "slurm/pretrain.sbatch"]
+        """sbatch with its options, the script, and the program's flags; the job's number."""
+        words = ["--gpus-per-node=2", "--nodes=2", "--time=60", f"--output={self.log}", *options, f"slurm/{self._name}.sbatch"]
         environment = {"IGPT_DS_CLUSTER": str(self._settings)} | environment
-        self.job = self.slurm.sbatch(*words, *self._flags, f"--run_dir={self.run_dir}", *flags, **environment)
+        self.job = self.slurm.sbatch(*words, *self._flags, *flags, **environment)
+        return self.job
+
+    def submit_by_script(self, *options: str, **environment: str) -> str:
+        """slurm/submit.sh with sbatch's options; the job's number."""
+        words = ["bash", "slurm/submit.sh", f"--output={self.log}", *options, self._name, *self._flags]
+        self.job = self.slurm.run(*words, IGPT_DS_CLUSTER=str(self._settings), **environment).split()[-1]
         return self.job
 
     def text(self) -> str:
         """The job's log."""
         return self.log.read_text() if self.log.exists() else ""
 
-    def said(self, words: str, times: int = 1, timeout: float = 90) -> None:
+    def said(self, words: str, times: int = 1, timeout: float = 240) -> None:
         """Waits until the log holds the words."""
         self.slurm.until(lambda: self.text().count(words) >= times, timeout, lambda: f"{words!r} in\n{self.text()[-5000:]}")
 
-    def ended(self, timeout: float = 120) -> str:
+    def ended(self, timeout: float = 400) -> str:
         """Waits for the job's end; its state."""
         return self.slurm.ended(self.job, self.log, timeout)
 
@@ -182,12 +188,21 @@ class Training:
         """See `learned`."""
         return learned(self.run_dir)
 
+    def is_preempted(self) -> None:
+        """A more urgent job takes all nodes, while we still have steps to go; returns when it has ended."""
+        first = self.rank(0)
+        first.suspend()  # or the few steps that are left would be over before SLURM preempts
+        urgent = self.slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        self.said("USR1: every rank is told to save and stop")
+        first.resume()
+        assert self.slurm.ended(urgent) == "COMPLETED"
+
     def steps(self) -> int:
         """The last step in train.jsonl."""
         path = self.run_dir / "train.jsonl"
         return max((row["step"] for row in read_json_lines(path)), default=0) if path.exists() else 0
 
-    def reaches(self, step: int, timeout: float = 120) -> None:
+    def reaches(self, step: int, timeout: float = 240) -> None:
         """Waits until that many steps are in train.jsonl."""
         self.slurm.until(lambda: self.steps() >= step, timeout, lambda: self.text()[-5000:])
 
@@ -225,40 +240,58 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def common(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path, tiny_config: ModelConfig) -> list[str]:
-    """train.py's flags: some steps on the tiny dataset, every parameter sharded over all ranks."""
-    folder = tmp_path_factory.mktemp("common")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ds_config that shards every parameter over all ranks."""
+    path = tmp_path_factory.mktemp("ds_config") / "sharded.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 500}
-    (folder / "sharded.json").write_text(json.dumps({"zero_optimization": zero}))
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path, tiny_config: ModelConfig, sharded: Path) -> list[str]:
+    """train.py's flags: some steps on the tiny dataset."""
+    folder = tmp_path_factory.mktemp("common")
     recipe = Recipe("tiny", tiny_config, batch_images=12, steps=STEPS, lr=0.01, warmup_steps=3, augment_pad=1)
     (folder / "recipe.json").write_text(json.dumps(recipe_to_dict(recipe)))
-    flags = [f"--config={folder}/recipe.json", f"--data={tiny_dataset}", f"--ds_config={folder}/sharded.json"]
+    flags = [f"--config={folder}/recipe.json", f"--data={tiny_dataset}", f"--ds_config={sharded}"]
     return [*flags, "--log_every=1", "--val_every=10", "--save_every=10"]
 
 
 def learned(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of train.jsonl, of each what was learned and not what a clock measured."""
-    names = ("step", "images_seen", "loss", "val_loss", "lr", "grad_norm", "skipped_steps")
+    names = ("step", "images_seen", "loss", "val_loss", "val_accuracy", "lr", "grad_norm", "skipped_steps")
     return [{name: row[name] for name in names if name in row} for row in read_json_lines(run_dir / "train.jsonl")]
 
 
 @pytest.fixture(scope="session")
-def undisturbed(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def alone() -> Callable[..., None]:
+    """alone(2, "train.py", ...) runs a program on so many ranks, without SLURM, to its end."""
+
+    def run(ranks: int, *words: str) -> None:
+        command = ["deepspeed", f"--num_gpus={ranks}", f"--master_port={dist.free_port()}", *words]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(common: list[str], alone: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The curves of the same training on one machine, without SLURM."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        port = trial.getsockname()[1]
-    command = ["deepspeed", "--num_gpus=4", f"--master_port={port}", "train.py", *common, f"--run_dir={run_dir}"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    alone(4, "train.py", *common, f"--run_dir={run_dir}")
     return learned(run_dir)
 
 
 @pytest.fixture
 def training(slurm: Cluster, common: list[str], settings: Path, tmp_path: Path) -> Callable[..., Training]:
-    """training() -> a Training that writes to a directory of its own, or to `run_dir`."""
-    return lambda run_dir=None: Training(slurm, tmp_path, common, run_dir or tmp_path / "run", settings)
+    """training() -> a Training that writes to tmp_path/run, or to `run_dir`; of another script with its flags where named."""
+
+    def made(run_dir: Path | None = None, name: str = "pretrain", flags: list[str] = common, log: str = "log") -> Training:
+        return Training(slurm, tmp_path / log, flags, run_dir or tmp_path / "run", settings, name)
+
+    return made
 
 
 @pytest.fixture

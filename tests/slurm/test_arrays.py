@@ -87,7 +87,7 @@ def test_features_of_an_array_equal_those_of_one_process(
 def test_learning_rates_are_tried_side_by_side(slurm: Any, submit: Submit, common: list[str], tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "sweep"
     rates, table = submit("--array=0-1", "sweep_lr", f"--out={out}", "--", *common, "--steps=10", log=log)
-    assert slurm.ended(table, log, 240) == "COMPLETED", log.read_text()
+    assert slurm.ended(table, log) == "COMPLETED", log.read_text()
     assert [slurm.facts(f"{rates}_{number}")["JobState"] for number in range(2)] == ["COMPLETED", "COMPLETED"], log.read_text()
     found = read_json(out / "sweep.json", "sweep")["results"]
     assert [row["lr"] for row in found] == [0.01, 0.003]
@@ -109,5 +109,15 @@ def test_submit_says_what_is_missing(slurm: Any, settings: Path, tmp_path: Path)
     command = ["bash", "slurm/submit.sh"]
     said = slurm.run(*command, "probe", status=2, IGPT_DS_CLUSTER="nowhere.sh")
     assert "nowhere.sh is not there; cp slurm/cluster.example.sh slurm/cluster.sh" in said
-    assert "usage: bash slurm/submit.sh" in slurm.run(*command, "porbe", status=2, IGPT_DS_CLUSTER=str(settings))
+    wrong = slurm.run(*command, "--nodes", "1-2", "pretrain", status=2, IGPT_DS_CLUSTER=str(settings))
+    assert wrong.startswith(
+        "error: '1-2' is no job; an option of sbatch is one word, --sbatch_option=value; usage: bash slurm/submit.sh"
+    )
+    assert len(wrong.splitlines()) == 1
     assert "usage: bash slurm/submit.sh" in slurm.run(*command, status=2, IGPT_DS_CLUSTER=str(settings))
+
+
+def test_a_range_of_nodes_is_what_sbatch_gets(slurm: Any, submit: Submit) -> None:
+    for option in ("--nodes=1-2", "-N1-2"):
+        (job,) = submit("--hold", option, "pretrain", "--run_dir=unused")
+        assert slurm.facts(job)["NumNodes"] == "1-2"

@@ -21,9 +21,9 @@ def test_each_node_has_its_name_and_network(slurm: Any) -> None:
 
 def test_a_node_without_current_is_down_and_comes_back(slurm: Any) -> None:
     slurm.tell("power", "node2")
-    slurm.until(lambda: "node2" in slurm.run("sinfo", "-h", "-N", "-t", "down", "-o", "%N"), timeout=30)
+    slurm.until(lambda: "node2" in slurm.run("sinfo", "-h", "-N", "-t", "down", "-o", "%N"), timeout=120)
     slurm.tell("heal", "node2")
-    slurm.until(lambda: "node2" in slurm.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N"), timeout=30)
+    slurm.until(lambda: "node2" in slurm.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N"), timeout=120)
 
 
 def test_the_cluster_ends_with_whoever_started_it(running_cluster: Any, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_the_cluster_ends_with_whoever_started_it(running_cluster: Any, tmp_path
     holder.wait()
     holder.stdin.close()
     holder.stdout.close()
-    _, alive = psutil.wait_procs(everything, timeout=10)
+    _, alive = psutil.wait_procs(everything, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -53,7 +53,7 @@ def test_without_rights_it_is_skipped_or_fails_and_says_why(
     pytest_again = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/again", here]
     command = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", *pytest_again]
     done = subprocess.run(
-        command, env=os.environ | {"IGPT_DS_REQUIRE_SLURM": required}, capture_output=True, text=True, timeout=120
+        command, env=os.environ | {"IGPT_DS_REQUIRE_SLURM": required}, capture_output=True, text=True, timeout=240
     )
     assert outcome in done.stdout, done.stdout + done.stderr
     assert "no SLURM can be started: unshare: unshare failed: Operation not permitted" in done.stdout

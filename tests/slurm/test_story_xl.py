@@ -28,7 +28,7 @@ def test_the_story_from_images_to_tables_in_one_submission(slurm: Any, settings:
         return "\n".join(str(slurm.facts(number)) for _, number in jobs)
 
     last = jobs[-1][1]
-    slurm.until(lambda: slurm.facts(last)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 400, story)
+    slurm.until(lambda: slurm.facts(last)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 900, story)
     assert slurm.facts(last)["JobState"] == "COMPLETED", story()
     assert "validation: " in (out / "tables.md").read_text()
     assert (out / "layers.png").read_bytes().startswith(b"\x89PNG")

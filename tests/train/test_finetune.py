@@ -179,6 +179,21 @@ def test_a_recipe_has_no_weights(main: Any, words: list[str]) -> None:
         main(["--recipe", "igpt_s_ar_32", "--untrained", "0", *words[2:]])
 
 
+def test_a_recipe_of_ones_own(
+    main: Any, words: list[str], recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ["--config", str(tmp_path / "recipe.json")]
+    with pytest.raises(ValueError, match=r"--config .*recipe.json has no weights; add --untrained SEED for fresh ones"):
+        main([*config, *words[2:]])
+    write_json(tmp_path / "recipe.json", recipe_to_dict(recipe))
+    main([*config, "--untrained", "0", "--dry_run", "--batch_images", "12", *words[2:]])
+    shape = recipe.model
+    assert f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}" in capsys.readouterr().out
+    write_json(tmp_path / "recipe.json", {})
+    with pytest.raises(ValueError, match=r"recipe.json is not a recipe: 'model'"):
+        main([*config, "--untrained", "0", *words[2:]])
+
+
 def test_another_palette_and_a_model_dir_in_the_way(main: Any, words: list[str], tmp_path: Path) -> None:
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     write_json(tmp_path / "model" / "config.json", config | {"palette_hash": "other"})

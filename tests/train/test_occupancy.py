@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.train import occupancy, watchdog
+from igpt_ds.train import occupancy
 from igpt_ds.train.occupancy import take
 
 HOLD = """
@@ -55,10 +55,6 @@ def beat(where: Path, pid: int, rank: int = 0, age: float = 0.0, **changes: Any)
     path = where / "heartbeat" / f"rank-{rank:05d}.json"
     path.with_suffix(".new").write_text(json.dumps(usual | changes))
     path.with_suffix(".new").rename(path)
-
-
-def test_the_constants_are_those_of_the_watchdog() -> None:
-    assert (occupancy.HEARTBEAT_SECONDS, occupancy.ENDED) == (watchdog.HEARTBEAT_SECONDS, watchdog.ENDED)
 
 
 def test_a_second_run_is_refused_and_told_who_is_there(tmp_path: Path, other: subprocess.Popen[str]) -> None:

@@ -48,6 +48,17 @@ def test_the_loss_comes_back_with_the_answer(tmp_path: Path) -> None:
     assert not (tmp_path / "STOP").exists()
 
 
+def test_a_stop_of_before_goes_once_the_run_is_ours(tmp_path: Path) -> None:
+    file = tmp_path / "STOP"
+    file.touch()
+    Stop(tmp_path)  # a start that is refused never asks
+    assert file.exists()
+    stop = Stop(tmp_path)
+    os.utime(file, (1, 1))  # touched again since: for us
+    assert stop.now()
+    assert file.exists()
+
+
 def test_a_time_limit(tmp_path: Path) -> None:
     assert not Stop(tmp_path, max_minutes=1).now()
     stop = Stop(tmp_path, max_minutes=0)

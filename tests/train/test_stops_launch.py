@@ -86,6 +86,41 @@ def test_a_time_limit_before_the_first_step_and_a_stop_file(
     assert newest(run) > f"step-{step:08d}"
 
 
+def test_of_two_starts_at_one_moment_one_trains_and_a_third_leaves_its_stop_file_alone(
+    launch: Any, command: Command, tmp_path: Path
+) -> None:
+    run, words = (
+        tmp_path / "run",
+        command("run", "--steps", "100000", "--save_every", "0", "--val_every", "0", "--resume", "auto"),
+    )
+    starts = [launch.start(words) for _ in range(2)]
+    deadline = time.monotonic() + 200
+    while not (gone := [start for start in starts if start.poll() is not None]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (refused,) = gone
+    (winner,) = (start for start in starts if start is not refused)
+    while len(read_json_lines(run / "train.jsonl")) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    winner.send_signal(signal.SIGSTOP)
+    (run / "STOP").touch()
+    third = launch.start(words)
+    for start in (refused, third):
+        _, stderr = start.communicate(timeout=200)
+        assert start.returncode == 2, stderr[-2000:]
+        (line,) = (line for line in stderr.splitlines() if "rror" in line)
+        assert line.startswith(f"train.py: error: {run} is at work: rank 0 on ")
+        assert f" (pid {winner.pid}) " in line
+    assert (run / "STOP").exists()
+    winner.send_signal(signal.SIGCONT)
+    stdout, stderr = winner.communicate(timeout=200)
+    assert winner.returncode == STOPPED, stdout[-2000:] + stderr[-2000:]
+    steps = [row["step"] for row in read_json_lines(run / "train.jsonl") if "loss" in row]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert newest(run) == f"step-{steps[-1]:08d}"
+
+
 def test_a_hung_rank_ends_with_stacks(launch: Any, with_fault: Any, command: Command, free_port: int, tmp_path: Path) -> None:
     """Two ranks without a launcher, one of them frozen by SIGSTOP: the other says where it waits."""
     words = with_fault(command("run", "--hang_minutes", "0.2", "--save_every", "0"), "signal=SIGSTOP,1,step,5")

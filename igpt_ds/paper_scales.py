@@ -1,0 +1,214 @@
+"""What the paper's tables and figures are made of, at three scales: images, models, and what is measured of each model.
+
+In: where the images are. Out: a `Scale`, data without behaviour; paper_stages.py turns it into commands, paper_costs.py into
+GPU-hours and bytes. `tiny` is scikit-learn's digits, for minutes on two cores; `cifar` small models on CIFAR-10, for a night
+on a CPU or one GPU; `full` the paper itself (Table 5's models; sections 3 and 4 for what is measured). Called by
+tools/paper_plan.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from igpt_ds.config import Recipe, get_recipe
+
+SCALES = ("tiny", "cifar", "full")
+VARIANTS = ("untrained", "concat", "low_data")
+_CONCATENATED, _HEADROOM = 5, 1.5  # layers side by side (paper 4.4); memory of a probe, in its features
+# Images of each split as their makers publish them; val is split off train (docs/data.md).
+_IMAGENET = {"train": 1_229_920, "val": 51_247, "test": 50_000}
+_CIFAR = {"train": 45_000, "val": 5_000, "test": 10_000}
+_STL10 = {"train": 4_500, "val": 500, "test": 8_000}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set at one size: one directory of shards."""
+
+    name: str  # in tables and figures
+    source: str  # KIND:WHERE
+    n_px: int
+    counts: dict[str, int]  # images of each split; empty where nobody knows beforehand
+    crop: str = "none"
+    views: int = 1  # random crops of each training image
+    train_split: str = "train"  # that probes see
+    eval_split: str = "val"  # that accuracies are of
+    sgd: bool = False  # probed by SGD, middle layers alone (paper 3.4: ImageNet)
+    val_fraction: float | None = None  # of train, instead of the source's own
+    augment: bool = False  # shifts and mirror images while fine-tuning (paper 3.1: CIFAR)
+
+    @property
+    def id(self) -> str:
+        """The name of the directory."""
+        return f"{self.name}_{self.n_px}{'_views' if self.views > 1 else ''}"
+
+    def probed(self, recipe: Recipe) -> tuple[int, ...]:
+        """The layers of a model that are probed on these images."""
+        L = recipe.model.n_layer
+        return tuple(range(L // 4, 3 * L // 4 + 1)) if self.sgd else tuple(range(L + 1))
+
+
+@dataclass(frozen=True)
+class System:
+    """A model, the shards that it learns from, and what is measured of it afterwards; images by their `id`."""
+
+    recipe: Recipe
+    data: str
+    probed: tuple[str, ...]  # on the first of them also the checkpoints of `stages`
+    stages: int = 1  # 8: after 1/8, 1/4, 1/2 of its steps as well as at the end; a power of two
+    variants: tuple[str, ...] = ()  # on the first of `probed`
+    finetuned: tuple[str, ...] = ()
+    from_scratch: tuple[str, ...] = ()
+    finetune_lr: float = 0.0
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of the checkpoints that are looked at."""
+        return tuple(self.recipe.steps // 2**power for power in reversed(range(self.stages.bit_length())))
+
+    @property
+    def every(self) -> int:
+        """Steps between the checkpoints that are kept."""
+        return self.recipe.steps // self.stages
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything that is learned and measured. `main` is the recipe of the system whose run, features and samples are shown."""
+
+    name: str
+    palette: Images  # whose training images it is fitted to
+    n_colors: int
+    images: tuple[Images, ...]
+    systems: tuple[System, ...]
+    main: str
+    n_labels: tuple[int, ...] = (40, 250, 4000)  # paper 4.7
+    epochs: float = 20.0  # of fine-tuning, at most
+    finetune_steps: int | None = None  # instead of epochs
+    bf16: bool = False  # features and likelihoods by bf16 products, features as fp16
+    palette_images: int | None = None
+
+    def of(self, id: str) -> Images:
+        """The images of that id."""
+        return next(images for images in self.images if images.id == id)
+
+    def of_recipe(self, name: str) -> System:
+        """The system that learns that recipe."""
+        return next(system for system in self.systems if system.recipe.name == name)
+
+
+def get_scale(name: str, data: str | None, n_px: int | None = None, steps: int | None = None, gpu_bytes: float = 80e9) -> Scale:
+    """A scale by its name.
+
+    Args:
+        data: cifar: KIND:WHERE; full: the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10.
+        n_px: cifar: 16 or 32.
+        steps: of each training and fine-tuning, instead of the scale's own: a rehearsal.
+        gpu_bytes: full: memory of one GPU.
+
+    Raises:
+        ValueError: an unknown scale; data missing or not wanted; sizes or steps that cannot be.
+    """
+    if name not in SCALES:
+        raise ValueError(f"scale {name!r} is unknown; known: {', '.join(SCALES)}")
+    if name != "tiny" and not data:
+        where = "cifar10:DIR or imagefolder:DIR" if name == "cifar" else "the directory that holds ILSVRC2012, CIFAR and STL-10"
+        raise ValueError(f"scale {name} needs --data (make: DATA=...): {where}")
+    if name == "tiny" and data not in (None, "", "digits:"):
+        raise ValueError(f"scale tiny is of scikit-learn's digits, not {data}; leave out --data, or choose scale cifar")
+    if n_px is not None and (name != "cifar" or n_px not in (16, 32)):
+        raise ValueError(f"--n_px {n_px} is for scale cifar, and 16 or 32")
+    if name == "tiny":
+        scale = _tiny()
+    elif name == "cifar":
+        scale = _cifar(str(data), n_px or 16)
+    else:
+        scale = _full(str(data), gpu_bytes)
+    return scale if steps is None else _rehearsal(scale, steps)
+
+
+def _rehearsal(scale: Scale, steps: int) -> Scale:
+    if steps < 2 or steps % 2:
+        raise ValueError(
+            f"--steps {steps} must be even, for a rehearsal looks at models after half of their steps and at the end"
+        )
+    systems = [
+        dataclasses.replace(
+            system,
+            stages=min(system.stages, 2),
+            recipe=dataclasses.replace(system.recipe, steps=steps, warmup_steps=min(system.recipe.warmup_steps, steps // 4)),
+        )
+        for system in scale.systems
+    ]
+    return dataclasses.replace(scale, systems=tuple(systems), finetune_steps=steps)
+
+
+def _like(recipe: Recipe, size: str, objective: str, **shape: int) -> Recipe:
+    """Another size or objective of a recipe, under a name of its own."""
+    model = dataclasses.replace(recipe.model, **shape)
+    name = f"{recipe.name.split('_')[0]}_{size}_{objective}_{model.n_px}"
+    return dataclasses.replace(recipe, name=name, objective=objective, model=model)
+
+
+def _small(images: Images, recipes: tuple[Recipe, Recipe, Recipe], stages: int, lr: float, **more: Any) -> Scale:
+    """Two auto-regressive sizes and a BERT on the same images; the second is the main one.
+
+    Args:
+        lr: of fine-tuning.
+    """
+    small, main, bert = recipes
+    here = (images.id,)
+    systems = (
+        System(small, images.id, here, stages),
+        System(main, images.id, here, stages, VARIANTS, finetuned=here, from_scratch=here, finetune_lr=lr),
+        System(bert, images.id, here, finetuned=here, finetune_lr=lr),
+    )
+    return Scale(palette=images, n_colors=main.model.n_vocab, images=(images,), systems=systems, main=main.name, **more)
+
+
+def _tiny() -> Scale:
+    nano = dataclasses.replace(get_recipe("digits_nano_ar_8"), steps=400)
+    recipes = _like(nano, "pico", "ar", n_layer=4, n_embd=24), nano, _like(nano, "nano", "bert")
+    images = Images("digits", "digits:", 8, {}, val_fraction=0.3)  # a tenth would be 157, and a point nothing
+    return _small(images, recipes, 4, 0.003, name="tiny", n_labels=(40, 250))
+
+
+def _cifar(data: str, n_px: int) -> Scale:
+    nano = _like(get_recipe("cifar10_nano_ar_16"), "nano", "ar", n_px=n_px)
+    recipes = _like(nano, "pico", "ar", n_layer=4, n_embd=64), nano, _like(nano, "nano", "bert")
+    return _small(Images("cifar10", data, n_px, {}, augment=True), recipes, 8, 0.001, name="cifar", epochs=5.0)
+
+
+def _full(data: str, gpu_bytes: float) -> Scale:
+    imagenet = f"imagenet:{data}/ILSVRC2012"
+    final: dict[str, Any] = {"train_split": "train+val", "eval_split": "test"}  # a probe holds out its own tenth
+    crops = [Images("imagenet", imagenet, n_px, _IMAGENET, "random", views=8, eval_split="test") for n_px in (32, 48, 64)]
+    centres = [Images("imagenet", imagenet, n_px, _IMAGENET, "center", **final, sgd=True) for n_px in (32, 48, 64)]
+    others = [Images(name, f"{name}:{data}", 32, _CIFAR, **final, augment=True) for name in ("cifar10", "cifar100")]
+    others.append(Images("stl10", f"stl10:{data}", 32, _STL10, **final))
+    # The features of one probe of XL's five layers, fp32, must fit a GPU with what the probe needs beside them.
+    width = _CONCATENATED * get_recipe("igpt_xl_ar_64").model.n_embd
+    wide = 4 * width * (_IMAGENET["train"] + _IMAGENET["val"]) * _HEADROOM <= gpu_bytes
+
+    def system(name: str, *probed: str, **more: Any) -> System:
+        recipe = get_recipe(name)
+        views = f"imagenet_{recipe.model.n_px}_views"
+        return System(recipe, views, probed, finetune_lr=recipe.lr / 10, **more)  # a tenth of pre-training's: paper 4.5
+
+    cifar, both = "cifar10_32", ("cifar10_32", "imagenet_32")
+    transfer = (cifar, "cifar100_32", "stl10_32", "imagenet_32")
+    tuned = (cifar, "cifar100_32", "imagenet_32_views")
+    systems = (
+        system("igpt_s_ar_32", *both, stages=8),
+        system("igpt_m_ar_32", *both, stages=8),
+        system("igpt_l_ar_32", *transfer, stages=8, variants=("untrained", "low_data"), finetuned=tuned),
+        system("igpt_l_ar_48", "imagenet_48", finetuned=("imagenet_48_views",), from_scratch=("imagenet_48_views",)),
+        system("igpt_xl_ar_64", "imagenet_64", variants=("concat",) if wide else ()),
+        system("igpt_s_bert_32", cifar),
+        system("igpt_m_bert_32", cifar),
+        system("igpt_l_bert_32", *both, finetuned=(cifar, "imagenet_32_views")),
+    )
+    images = (*crops, *centres, *others)
+    return Scale("full", centres[0], 512, images, systems, "igpt_l_ar_32", bf16=True, palette_images=50_000)

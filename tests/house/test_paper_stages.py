@@ -1,0 +1,50 @@
+"""Every command of the paper's stages has flags that its program knows, and values that its own parser takes."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from igpt_ds.config import Recipe
+from igpt_ds.paper_costs import machine_flags, trained
+from igpt_ds.paper_scales import SCALES, get_scale
+from igpt_ds.paper_stages import Flags, Stage, stages
+from igpt_ds.step_time import GPUS, Cluster
+from igpt_ds.train import finetune_flags
+from igpt_ds.train import flags as train_flags
+
+ROOT = Path(__file__).parents[2]
+# Tools whose parser does not look for the files that it is given, which are not there yet.
+PARSED = ("tables", "figures", "evaluate", "extract_features", "linear_probe", "sgd_probe", "sample")
+GPU = GPUS["h200-141g"]  # on which nothing is left out
+
+
+def planned(scale: str) -> list[Stage]:
+    def machine(recipe: Recipe) -> Flags:
+        return machine_flags(trained(recipe, 64, Cluster(GPU)))
+
+    return stages(get_scale(scale, None if scale == "tiny" else "data", gpu_bytes=GPU.memory), Path("out"), machine)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_flags_exist(scale: str, flags: dict[str, set[str]]) -> None:
+    for stage in planned(scale):
+        unknown = {word for word in stage.words if word.startswith("--")} - flags[stage.words[0]]
+        assert not unknown, f"{stage.name}: {stage.words[0]} has no {', '.join(unknown)}"
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_parsers_take_the_values(scale: str) -> None:
+    tools = {f"tools/{name}.py": runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["parse"] for name in PARSED}
+    trainings = {"train.py": train_flags.parse, "finetune.py": finetune_flags.parse}
+    seen = set()
+    for stage in planned(scale):
+        program, *words = stage.words
+        if program in trainings:
+            assert (ROOT / trainings[program]("", words).ds_config).is_file()
+        elif program in tools:
+            tools[program](words)
+        seen.add(program)
+    assert set(trainings) | set(tools) - {"tools/sgd_probe.py"} <= seen

@@ -1,0 +1,49 @@
+"""slurm/story_paper.sh: nothing submitted unasked, each stage behind those that it needs, nothing that is there made again."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds.evaluate.results import read_results
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+
+def test_every_stage_is_a_job_behind_those_that_it_needs(slurm: Any, settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "paper"
+    command = ["bash", "slurm/story_paper.sh", "tiny", out, "", "--steps=4", "--ds_config=ds_configs/zero3_fp32.json"]
+    said = slurm.run(*command, IGPT_DS_CLUSTER=str(settings))
+    assert said.startswith(f"the paper at scale tiny in {out}: 3 models, ")
+    assert said.endswith("nothing was submitted; to do so: SUBMIT=1 before the same command\n")
+    assert not out.exists()
+
+    slurm.run(*command, IGPT_DS_CLUSTER=str(settings), SUBMIT="1", timeout=400)
+    last = dict(line.split() for line in (out / "jobs.txt").read_text().splitlines())  # of several of one name the last
+    assert len(last) == 45
+
+    def needs(name: str) -> set[str]:
+        return set(re.findall(r":(\d+)\(", slurm.facts(last[name])["Dependency"]))
+
+    assert needs("train-digits_nano_ar_8") <= {last["shards-digits_8"]}  # none, once the shards are there
+    assert needs("model-digits_nano_ar_8-4") == {last["train-digits_nano_ar_8"]}
+    looks = ("features-digits_nano_ar_8-4-digits_8", "probe-digits_nano_ar_8-4-digits_8")
+    assert needs("figure-confusion") == {last[name] for name in looks}
+    assert {last[name] for name in last if name.startswith("figure-")} < needs("report")
+    pixels = last["probe-pixels-digits_8"]
+    slurm.until(lambda: slurm.facts(pixels)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 200)
+    assert slurm.facts(pixels)["JobState"] == "COMPLETED"
+    assert [row["weights"] for row in read_results(out / "results" / "pixels-digits_8.jsonl")] == ["pixels"]
+    refused = slurm.run(*command, IGPT_DS_CLUSTER=str(settings), SUBMIT="1", status=2)
+    assert f"story_paper.sh: error: jobs of {out} are still queued: " in refused
+
+    slurm.run("scancel", "--user=root")
+    slurm.until(lambda: not slurm.run("squeue", "-h", "-u", "root"), 60)
+    slurm.run(*command, IGPT_DS_CLUSTER=str(settings), SUBMIT="1", timeout=400)
+    again = [line.split()[0] for line in (out / "jobs.txt").read_text().splitlines()]
+    assert not {"palette", "shards-digits_8", "features-pixels-digits_8", "probe-pixels-digits_8"} & set(again)
+    assert "report" in again
+    slurm.run("scancel", "--user=root")

@@ -1,0 +1,227 @@
+"""The paper in one command: its stages at each scale, what they cost, what is refused; and the whole of it at toy size."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds import paper_costs
+from igpt_ds.config import RECIPES, get_recipe
+from igpt_ds.costs import checkpoint_bytes, parameters
+from igpt_ds.evaluate.results import read_all
+from igpt_ds.files import read_json, write_json_lines
+from igpt_ds.paper_scales import SCALES, Images, get_scale
+from igpt_ds.paper_stages import Stage, command, stages
+from igpt_ds.plan import DIRECTORY
+from igpt_ds.step_time import GPUS, Cluster
+
+H100S = Cluster(GPUS["h100-80g"])
+DATA = {"tiny": None, "cifar": "cifar10:batches", "full": "data"}
+each_scale = pytest.mark.parametrize("name", SCALES)
+
+
+def planned(name: str, out: Path = Path("out")) -> list[Stage]:
+    return stages(get_scale(name, DATA[name]), out, lambda recipe: {"ds_config": "ds_configs/zero3_bf16.json"})
+
+
+@each_scale
+def test_each_stage_needs_what_was_made_before(name: str) -> None:
+    found = planned(name)
+    assert len({stage.name for stage in found}) == len(found)
+    assert len({stage.leaves for stage in found}) == len(found)
+    before: dict[str, Path] = {}
+    for stage in found:
+        assert set(stage.needs) <= set(before), f"{stage.name} needs {stage.needs}"
+        there = [Path("out/recipes"), stage.leaves, *(before[need] for need in stage.needs)]
+        files = [Path(word) for word in stage.words if word.startswith("out/")]
+        stray = [file for file in files if not any(file == one or one in file.parents for one in there)]
+        assert not stray, f"{stage.name} reads {stray}, which no stage leaves"
+        before[stage.name] = stage.leaves
+    assert not (set(before) - {need for stage in found for need in stage.needs} - {"report", "tables"}), "made and never used"
+
+
+def test_what_each_scale_is_made_of() -> None:
+    kinds = {name: Counter(stage.job for stage in planned(name)) for name in SCALES}
+    assert {name: kinds[name]["pretrain"] for name in SCALES} == {"tiny": 3, "cifar": 3, "full": 8}
+    assert {name: kinds[name]["finetune"] for name in SCALES} == {"tiny": 3, "cifar": 3, "full": 7}
+    full = get_scale("full", "data")
+    assert {system.recipe.name for system in full.systems} == {name for name in RECIPES if name.startswith("igpt_")}
+    assert full.of_recipe("igpt_l_ar_32").steps == (125_000, 250_000, 500_000, 1_000_000)
+    assert full.of("imagenet_48").probed(get_recipe("igpt_l_ar_48")) == tuple(range(12, 37))
+    assert full.of_recipe("igpt_xl_ar_64").variants == (), "76 GB of features do not fit 80 GB with a probe"
+    larger = get_scale("full", "data", gpu_bytes=GPUS["h200-141g"].memory)
+    assert larger.of_recipe("igpt_xl_ar_64").variants == ("concat",)
+    for name in ("tiny", "cifar"):
+        text = " ".join(command(stage) for stage in planned(name))
+        for word in ("concat", "low_data", "mask_vote", "--untrained 0", "--pixels", "neighbours", "--paper 1 2 3 4 5"):
+            assert word in text, f"{name} without {word}"
+
+
+def test_a_stage_is_done_when_all_its_rows_are_there(tmp_path: Path) -> None:
+    rows = Stage("probe", ("tools/linear_probe.py",), tmp_path / "rows.jsonl", rows=3)
+    run = Stage("train", ("train.py",), tmp_path / "run")
+    assert not rows.done
+    write_json_lines(rows.leaves, [{}, {}])
+    (tmp_path / "run").mkdir()
+    assert (rows.done, run.done) == (False, False)
+    write_json_lines(rows.leaves, [{}, {}, {}])
+    (tmp_path / "run" / "FINISHED").touch()
+    assert (rows.done, run.done) == (True, True)
+
+
+def test_words_survive_a_shell() -> None:
+    stage = planned("full", Path("a b"))[0]
+    assert "'a b/palette.npy'" in command(stage)
+
+
+def test_the_full_plan_counts_as_the_cost_model_does() -> None:
+    scale = get_scale("full", "data")
+    found = paper_costs.costs(scale, 64, H100S)
+    training = {cost.what: cost for cost in found if cost.kind == "pre-training"}
+    for name, cost in training.items():
+        recipe, plan = get_recipe(name), paper_costs.trained(get_recipe(name), 64, H100S)
+        assert cost.gpu_hours == pytest.approx(plan["gpu_hours"])
+        assert cost.gpu_hours == pytest.approx(64 * recipe.steps * plan["step_seconds"] / 3600)
+        stages_kept = len(scale.of_recipe(name).steps)
+        kept = 2 + 1 + (8 if stages_kept > 1 else 0)
+        size = kept * checkpoint_bytes(recipe.model, recipe.objective) + 4 * stages_kept * parameters(
+            recipe.model, recipe.objective
+        )
+        assert cost.disk == pytest.approx(size)
+    assert training["igpt_xl_ar_64"].gpu_hours == pytest.approx(16_252, rel=0.001), "as docs/scale.md has it"
+    tuned = next(cost for cost in found if cost.what == "igpt_l_ar_48 from scratch on imagenet_48_views")
+    share = 20 * 1_229_920 / 128 / 1_000_000
+    assert tuned.gpu_hours == pytest.approx(share * training["igpt_l_ar_48"].gpu_hours, rel=1e-4)
+    features = next(cost for cost in found if cost.what == "igpt_l_ar_48 on imagenet_48" and cost.kind == "features")
+    assert features.disk == (1_229_920 + 51_247 + 50_000) * 25 * 1536 * 2
+    hours = (
+        features.gpu_hours
+        * 3600
+        * H100S.gpu.peak
+        / ((1_281_167 + 50_000) * 48 * 48 * 2 * parameters(get_recipe("igpt_l_ar_48").model))
+    )
+    assert 1.5 < hours < 3, "a forward pass over 3/4 of the layers, at some 40 % of the printed peak"
+    text = paper_costs.describe(found, 64, H100S)
+    total = sum(cost.gpu_hours for cost in found)
+    assert f"in all {total:,.0f} GPU-hours (${2.5 * total:,.0f} at $2.5 each)" in text
+    assert f"disk {sum(cost.disk for cost in found) / 1e12:.1f} TB" in text
+
+
+def test_shards_are_as_large_as_counted(tiny_dataset: Path) -> None:
+    index = read_json(tiny_dataset / "index.json", "index")
+    files = [shard["bytes"] - 1024 for split in index["splits"].values() for shard in split["shards"]]
+    counts = {split: about["n_images"] for split, about in index["splits"].items()}
+    assert paper_costs.shard_bytes(Images("tiny", "x:", 4, counts)) == sum(files)
+    assert paper_costs.shard_bytes(Images("tiny", "x:", 4, {"train": 10, "val": 1}, views=8)) == 81 * 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("huge", None), "scale 'huge' is unknown; known: tiny, cifar, full"),
+        (("cifar", None), r"scale cifar needs --data \(make: DATA=...\): cifar10:DIR or imagefolder:DIR"),
+        (("full", ""), "scale full needs --data .*the directory that holds ILSVRC2012"),
+        (("tiny", "cifar10:x"), "scale tiny is of scikit-learn's digits, not cifar10:x; leave out --data"),
+        (("cifar", "x:", 24), "--n_px 24 is for scale cifar, and 16 or 32"),
+        (("tiny", None, 16), "--n_px 16 is for scale cifar"),
+        (("tiny", None, None, 7), "--steps 7 must be even, for a rehearsal looks at models after half of their steps"),
+    ],
+)
+def test_what_no_scale_is(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_scale(*arguments)
+
+
+def test_what_cannot_be_counted() -> None:
+    with pytest.raises(ValueError, match="scale tiny has images whose number nobody knows beforehand"):
+        paper_costs.costs(get_scale("tiny", None), 64, H100S)
+    small = Cluster(dataclasses.replace(GPUS["a100-40g"], memory=8e9))
+    with pytest.raises(ValueError, match="igpt_xl_ar_64 does not fit 1 a100-40g; give more --gpus, or larger ones by --gpu"):
+        paper_costs.trained(get_recipe("igpt_xl_ar_64"), 1, small)
+
+
+def test_a_rehearsal_has_few_steps_everywhere() -> None:
+    scale = get_scale("tiny", None, steps=8)
+    assert {system.recipe.steps for system in scale.systems} == {8}
+    tuned = [stage for stage in stages(scale, Path("out"), lambda recipe: {}) if stage.job == "finetune"]
+    assert all(("--steps", "8") in zip(stage.words, stage.words[1:], strict=False) for stage in tuned)
+
+
+def test_the_plan_as_a_user_sees_it(tool: Any, tmp_path: Path) -> None:
+    status, said, _ = tool("paper_plan", "--scale", "full", "--data", tmp_path, "--gpus", 64, "--out", tmp_path / "out")
+    assert status == 0
+    assert "the paper at scale full in " in said
+    assert "8 models, " in said
+    assert "GPU-hours ($" in said.splitlines()[-2]
+    assert not (tmp_path / "out").exists(), "a plan writes nothing"
+    assert tool("paper_plan", "--scale", "tiny", "--gpus", 0)[2].endswith("error: --gpus 0 must be at least 1\n")
+
+
+def test_the_commands_for_a_script(tool: Any, tmp_path: Path) -> None:
+    out, fp32 = tmp_path / "out", DIRECTORY / "zero3_fp32.json"
+    asked = ["--scale", "tiny", "--out", out, "--ds_config", fp32, "--commands"]
+    lines = [line.split("|") for line in tool("paper_plan", *asked)[1].splitlines()]
+    assert lines[0][:4] == ["palette", "tool", "", ""]
+    assert lines[1][:3] == ["shards-digits_8", "make_shards", "palette"]
+    assert next(line for line in lines if line[0] == "tables")[3] == str(out / "tables.md")
+    named = read_json(out / "recipes" / "digits_pico_ar_8.json", "recipe")
+    assert (named["name"], named["model"]["n_layer"]) == ("digits_pico_ar_8", 4)
+    (out / "palette.npy").touch()
+    again = [line.split("|") for line in tool("paper_plan", *asked)[1].splitlines()]
+    assert again[0][:3] == ["shards-digits_8", "make_shards", ""], "what is there is neither made nor waited for"
+    assert again[1:] == lines[2:]
+    status, _, said = tool("paper_plan", *asked, "--steps", 8)
+    assert (status, f"{out} holds the paper of scale tiny; choose another directory, or remove this one" in said) == (2, True)
+
+
+@pytest.mark.slow
+def test_the_paper_at_toy_size(launch: Any, tmp_path: Path) -> None:
+    out = tmp_path / "paper"
+    command = ["bash", "tools/paper.sh", "tiny", out, "--steps", "4"]
+    done = launch(command, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    tables = (out / "tables.md").read_text()
+    assert [tables.count(f"### Table {number}") for number in range(1, 6)] == [1] * 5
+    for ours in ("5 masks vote | val", "none, from scratch | joint", "digits, "):
+        assert ours in tables, ours
+    assert re.search(r"no labels, step 4 \| \d\.\.\d normed \| val", tables), "five layers side by side"
+    names = {"layers", "datasets", "loss", "objectives", "confusion", "neighbours", "confusion_finetuned", "training", "samples"}
+    assert {path.stem for path in (out / "figures").glob("*.png")} == names
+    assert (out / "report.html").read_text().count("<figure>") == len(names) + 2
+    rows = read_all([*(out / "results").glob("*.jsonl"), *(out / "runs").glob("*/results.jsonl")])
+    assert Counter(row["kind"] for row in rows) == {"probe": 1 + 2 * 5 + 4 * 7 + 1 + 2 + 1, "likelihood": 4, "finetune": 3}
+    assert {row["step"] for row in rows if row["kind"] == "likelihood"} == {2, 4}
+
+    (out / "results" / "pixels-digits_8.jsonl").unlink()
+    (out / "figures" / "layers.png").unlink()
+    again = launch(command)
+    assert again.returncode == 0, again.stderr
+    assert [line.split(": ")[1].split(" (")[0] for line in again.stdout.splitlines() if line.startswith("== ")] == [
+        "probe-pixels-digits_8",
+        "figure-layers",
+    ]
+    other = launch([*command[:-1], "8"])
+    assert (other.returncode, "holds the paper of scale tiny, steps 4" in other.stderr) == (2, True)
+
+
+def test_a_stage_that_fails_says_where_its_output_is(launch: Any, tmp_path: Path) -> None:
+    out = tmp_path / "paper"
+    done = launch(["bash", "tools/paper.sh", "cifar", out, "imagefolder:nothing"])
+    assert done.returncode == 2
+    assert f"paper.sh: error: palette ended with status 2; its output is in {out}/log/palette.log" in done.stderr
+    assert "nothing" in (out / "log" / "palette.log").read_text()
+    assert launch(["bash", "tools/paper.sh"]).stderr.startswith("usage: bash tools/paper.sh SCALE OUT [DATA]")
+
+
+def test_the_full_paper_is_not_submitted_unasked(launch: Any, tmp_path: Path) -> None:
+    done = launch(["make", "paper", "SCALE=full", f"DATA={tmp_path}", f"OUT={tmp_path / 'out'}", "SUBMIT="])
+    assert done.returncode == 0, done.stderr
+    assert "to do train-igpt_xl_ar_64" in done.stdout
+    assert "on 64 h100-80g" in done.stdout
+    assert done.stdout.endswith("nothing was submitted; to do so: SUBMIT=1 before the same command\n")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,112 @@
+"""Says what the paper takes at a scale: its stages, which of them are done, and at full scale GPU-hours and disk.
+
+    python tools/paper_plan.py --scale tiny
+    python tools/paper_plan.py --scale full --data /data --gpus 64 --gpu h100-80g
+    python tools/paper_plan.py --scale tiny --out runs/paper_tiny --gpus 2 --ds_config ds_configs/zero3_fp32.json --commands
+
+With --commands, for tools/paper.sh and slurm/story_paper.sh: writes the recipes that have no name into OUT/recipes, and prints
+a line for each stage that is not done: its name, its batch script, the stages it needs, the file for what it prints, and its
+words, quoted for a shell, with bars between them. OUT belongs to one scale, data and size; the flags of the machines may change.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt_ds import cli, paper_costs
+from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.files import read_json, write_json
+from igpt_ds.paper_scales import SCALES, Scale, get_scale
+from igpt_ds.paper_stages import Flags, Stage, chosen, command, stages
+from igpt_ds.plan import network
+from igpt_ds.step_time import GPUS, Cluster
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the plan, or the commands."""
+    args = parse(argv)
+    cluster = Cluster(GPUS[args.gpu], args.node_gpus, network(args.nodes_nic))
+    scale = get_scale(args.scale, args.data, args.n_px, args.steps, cluster.gpu.memory)
+    out = args.out or Path("runs") / f"paper_{scale.name}"
+
+    def machine(recipe: Recipe) -> Flags:
+        if args.ds_config:
+            return {"ds_config": args.ds_config}
+        return paper_costs.machine_flags(paper_costs.trained(recipe, args.gpus, cluster))
+
+    found = stages(scale, out, machine)
+    if args.commands:
+        begin(out, scale, asked(args))
+        left = {stage.name: stage for stage in found if not stage.done}
+        for stage in left.values():
+            needs = ",".join(name for name in stage.needs if name in left)
+            printed = str(stage.leaves) if stage.printed else ""
+            print(stage.name, stage.job, needs, printed, command(stage), sep="|")
+        return
+    print(describe(found, out, scale))
+    if scale.name == "full":
+        print(f"\n{paper_costs.describe(paper_costs.costs(scale, args.gpus, cluster), args.gpus, cluster)}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--scale", required=True, choices=SCALES, help="tiny: digits; cifar: small models; full: the paper")
+    data = "cifar: KIND:WHERE of CIFAR-10; full: the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10"
+    parser.add_argument("--data", help=data)
+    parser.add_argument("--out", type=Path, help="where everything is written; runs/paper_SCALE when left out")
+    parser.add_argument("--n_px", type=int, help="cifar: 16 or 32; 16 when left out")
+    parser.add_argument("--steps", type=int, help="of each training, instead of the scale's own: a rehearsal")
+    parser.add_argument("--gpus", type=int, default=64, help="ranks of each training")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80g", help="what each of them is")
+    parser.add_argument("--node_gpus", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--nodes_nic", default="8x400", help="network cards of a node x Gbit/s of each")
+    best = "how every training fits the machines; the plan's choice for each recipe when left out"
+    parser.add_argument("--ds_config", type=Path, help=best)
+    parser.add_argument("--commands", action="store_true", help="print what is still to be run, for a script")
+    args = parser.parse_args(argv)
+    for name in ("gpus", "node_gpus"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    return args
+
+
+def asked(args: argparse.Namespace) -> dict[str, object]:
+    """What must stay the same in one directory."""
+    return {name: getattr(args, name) or None for name in ("scale", "data", "n_px", "steps")}
+
+
+def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
+    """Takes the directory for this scale, and writes the recipes that no name stands for.
+
+    Raises:
+        ValueError: it was begun with something else.
+    """
+    file = out / "paper.json"
+    if file.exists():
+        found = read_json(file, "paper")
+        if found != wanted:
+            words = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
+            raise ValueError(f"{out} holds the paper of {words}; choose another directory, or remove this one")
+    for system in scale.systems:
+        if target := chosen(system.recipe, out).get("config"):
+            Path(str(target)).parent.mkdir(parents=True, exist_ok=True)
+            write_json(Path(str(target)), recipe_to_dict(system.recipe))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, wanted)
+
+
+def describe(found: Sequence[Stage], out: Path, scale: Scale) -> str:
+    """The stages by their kind, and how many are done."""
+    kinds = {stage.job: [one for one in found if one.job == stage.job] for stage in found}
+    counted = ", ".join(f"{len(some)} {job}" for job, some in kinds.items())
+    done = sum(stage.done for stage in found)
+    lines = [f"{'done' if stage.done else 'to do':<6}{stage.name}" for stage in found]
+    head = f"the paper at scale {scale.name} in {out}: {len(scale.systems)} models, {len(found)} stages ({counted}), {done} done"
+    return "\n".join([head, *lines])
+
+
+if __name__ == "__main__":
+    cli.run(main)
