@@ -6,12 +6,15 @@ import argparse
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 STOPPED = 85  # exit status: stopped before the last step with everything saved; the same command with --resume auto goes on
 HUNG = 86  # exit status: a rank gave no sign of life for too long; its stacks are in RUN_DIR/stacks
+
+_AFTER_OTHERS = 2.0  # seconds; deepspeed looks at its ranks once a second, and must find a killed one before those it takes along
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -76,8 +79,10 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         raise
     except Exception as error:
         _tell(f"{type(error).__name__}: {error}")
-        if _joined_ranks():
+        if ranks := _joined_ranks():
             sys.excepthook(type(error), error, error.__traceback__)
+            if ranks.get_world_size() > 1:
+                time.sleep(_AFTER_OTHERS)
             _leave(1)
         raise
     if ranks := _joined_ranks():

@@ -51,6 +51,10 @@ CLUES = (
         r"nccl.{0,60}(error|failure|unhandled)|connection closed by peer|socket timeout",
         "the network between ranks, or a rank that died",
     ),
+    (
+        r"waiting for another start that builds",
+        "a killed start left a lock in a build of DeepSpeed's: remove that file",
+    ),
     (r"address already in use", "another job uses the same MASTER_PORT"),
     (r"stale file handle|input/output error|transport endpoint", "a network disk went away"),
 )

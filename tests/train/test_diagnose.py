@@ -17,6 +17,7 @@ import pytest
 
 from igpt_ds.files import read_json
 from igpt_ds.train import diagnose
+from igpt_ds.train.engine import tell_of_locks
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +62,15 @@ def test_ranks_that_failed_are_read_from_the_logs_of_each_launcher(line: str, wo
     assert len(found) == 1
     assert found[0].startswith(words)
     assert found[0].endswith("(job.out, line 2)")
+
+
+def test_a_forgotten_lock_of_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "lock").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    tell_of_locks()
+    (clue,) = diagnose.clues("job.out", capsys.readouterr().out.splitlines())
+    assert "a killed start left a lock" in clue.cause
 
 
 def test_the_surest_clue_comes_first_and_calm_lines_give_none():
