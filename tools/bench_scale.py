@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench_scale.", dir=args.work) as work:
         world = World(args.quick, args.toy, Path(work))
         rows = [row for name in chosen for row in measures[name](world)]
-    bench.finish([replace(row, bar=None) for row in rows] if args.toy else rows, args.out, args.quick, PACKAGES, os.cpu_count() or 1)
+    rows = [replace(row, bar=None) for row in rows] if args.toy else rows
+    bench.finish(rows, args.out, args.quick, PACKAGES, os.cpu_count() or 1)
 
 
 # --------------------------------------------------------------------------------------------------- ranks
