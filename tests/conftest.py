@@ -32,6 +32,14 @@ LAUNCH_MARK = "IGPT_DS_TEST_LAUNCH"  # in the environment of every process that 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONWARNINGS"):
     os.environ.pop(_name, None)
+for _name in (
+    "ARGS",
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "MAKEOVERRIDES",
+    "MFLAGS",
+):  # those of `make test ARGS=...`, for the makes of tests
+    os.environ.pop(_name, None)
 for _name in [name for name in os.environ if name.startswith("SLURM_")]:
     del os.environ[_name]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # deepspeed and ninja of this environment
