@@ -32,8 +32,10 @@ print(recipe.model.n_px, recipe.model.n_vocab, recipe.steps)' "$recipe")
 say "palette and shards: $source at ${n_px}x${n_px}, $n_colors colours"
 [[ -e $out/palette.npy ]] || python "$repo/tools/fit_palette.py" --source "$source" --n_px "$n_px" --n_colors "$n_colors" --out "$out/palette.npy"
 printf '%s\n' "$asked" >"$out/story.txt" # now that recipe and source are known to be there
+name=${recipe%%_*} # what the tables call the images
+[[ $name != igpt ]] || name=${source%%:*}
 [[ -e $out/shards ]] || python "$repo/tools/make_shards.py" --source "$source" --n_px "$n_px" --palette "$out/palette.npy" \
-  --name "${recipe%%_*}" --out "$out/shards"
+  --name "$name" --out "$out/shards"
 
 say "training: $recipe under ZeRO-3 on $ranks ranks"
 [[ -e $out/FINISHED ]] || on_ranks "$repo/train.py" \

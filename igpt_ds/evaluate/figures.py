@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from igpt_ds.evaluate import figures_canvas as canvas
-from igpt_ds.evaluate.figures_canvas import BLACK, COLORS, GREY, LINES
+from igpt_ds.evaluate.figures_canvas import BLACK, COLORS, GREY, LINES, MARKERS
 from igpt_ds.evaluate.results import Row, best_row, label, series
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
     """Accuracy against layer (paper Figure 2) as a PNG.
 
-    A line for each series: trained ones coloured, untrained ones grey; normed features solid, raw ones dashed; raw pixels a
-    level dotted line. A star stands at each trained series' best layer, chosen by the held-out images.
+    A line for each series: trained ones coloured, and of another marker when the colours begin again, untrained ones grey; normed
+    features solid, raw ones dashed; raw pixels a level dotted line. A star stands at each trained series' best layer, chosen by
+    the held-out images.
 
     Args:
         rows: of one experiment (`results.experiment`).
@@ -37,8 +38,9 @@ def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         if weights == "pixels":
             axes.axhline(accuracies[0], color=BLACK, linestyle=":", label=f"raw pixels ({accuracies[0]:.1f})")
             continue
-        color = COLORS[models.index(one[0]["model_hash"]) % len(COLORS)] if weights == "trained" else GREY
-        marker, line = ("o", "-") if one[0]["features"] == "normed" else ("s", "--")
+        turn, place = divmod(models.index(one[0]["model_hash"]), len(COLORS)) if weights == "trained" else (0, 0)
+        color = COLORS[place] if weights == "trained" else GREY
+        marker, line = MARKERS[turn % len(MARKERS)], "-" if one[0]["features"] == "normed" else "--"
         best = best_row(one)
         text = f"{label(best, rows)} (chosen {100 * best['accuracy']:.1f})"
         layers = [row["layer"] for row in one]

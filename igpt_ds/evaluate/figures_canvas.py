@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.")
+MARKERS = ("o", "s", "^", "D")
 GREY, BLACK = "#8C8C8C", "#333333"
 SIZE, DPI = (8.0, 4.0), 150  # inches, dots an inch: 1200 pixels wide
 

@@ -15,7 +15,7 @@ import numpy as np
 from igpt_ds.evaluate import figures_canvas as canvas
 from igpt_ds.evaluate.figures_canvas import BLACK, COLORS, LINES
 from igpt_ds.evaluate.paper import FIGURE_4, Bar
-from igpt_ds.evaluate.results import Row, best_row, by_layer, model_name, series
+from igpt_ds.evaluate.results import Row, best_row, by_layer, series, system_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     for one in lines:
         best, color = best_row(one), COLORS[datasets.index(one[0]["dataset"]) % len(COLORS)]
         style = LINES[models.index(one[0]["model_hash"]) % len(LINES)]
-        model = f", {_name(best)}" if len(models) > 1 else ""
+        model = f", {system_name(best)}" if len(models) > 1 else ""
         text = f"{best['dataset']} {best['eval_split']}{model} ({100 * best['accuracy']:.1f} at {best['layer']})"
         heights = [100 * row["accuracy"] for row in one]
         layers = [row["layer"] for row in one]
@@ -66,11 +66,6 @@ def _trained(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _preferred(one: list[Row]) -> tuple[bool, bool]:
     return one[0]["features"] == "normed", bool(one[0].get("mask_draws"))
-
-
-def _name(row: Row) -> str:
-    name = model_name(row.get("model"))
-    return f"{name} {_OBJECTIVES[row['model_objective']]}" if row["model_objective"] == "bert" else name
 
 
 def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, list[tuple[float, float, int]]]:
@@ -98,7 +93,7 @@ def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, li
     found: dict[str, list[tuple[float, float, int]]] = {}
     for one, loss in sorted(zip(lines, used, strict=True), key=lambda pair: (pair[1]["model"]["n_embd"], pair[1]["step"])):
         point = (loss["nats_per_token"]["mean"], 100 * best_row(one)["accuracy"], loss["step"])
-        found.setdefault(_name(loss), []).append(point)
+        found.setdefault(system_name(loss), []).append(point)
     return found
 
 

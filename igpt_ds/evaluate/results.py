@@ -175,11 +175,16 @@ def by_layer(rows: Sequence[Row], protocols: Sequence[str] = BY_LAYER) -> list[R
 
 
 def series(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows by what they are of (trained, untrained, pixels; normed, raw), each series by rising layer."""
+    """The rows by what they are of (trained, untrained, pixels; normed, raw; objective, size, step), each by rising layer."""
     found: dict[tuple[str, ...], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row["dataset"], _ORDER.index(row["weights"]), row["features"], row["layer"])):
+    for row in sorted(rows, key=_place):
         found.setdefault(_key(row, SERIES), []).append(row)
     return list(found.values())
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    size = (row.get("model_objective") or "", model_parameters(row) or 0, row["step"] or 0)
+    return row["dataset"], _ORDER.index(row["weights"]), row["features"], *size, row["layer"]
 
 
 def best_row(rows: Sequence[Row]) -> Row:
@@ -207,14 +212,23 @@ def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[Row]:
 
 
 def label(row: Row, among: Sequence[Row]) -> str:
-    """What a row is of, in words; models of the same step, or several untrained ones, are told apart by their hash."""
+    """What a row is of, in words: the model's shape and objective where they differ, its hash where nothing else does."""
     if row["weights"] == "pixels":
         return "raw pixels"
-    alike = {other["model_hash"] for other in among if (other["weights"], other["step"]) == (row["weights"], row["step"])}
     step = f" to step {row['step']}" if row["weights"] == "trained" else ""
+    names = {system_name(other) for other in among if other["weights"] != "pixels"}
+    name = f"{system_name(row)}, " if len(names) > 1 else ""
+    about = ("weights", "step", "model", "model_objective")
+    alike = {other["model_hash"] for other in among if _key(other, about) == _key(row, about)}
     model = f" {row['model_hash'][:8]}" if len(alike) > 1 else ""
     masked = " of masked images" if row.get("mask_draws") else ""
-    return f"{row['weights']}{step}{model}, {row['features']}{masked}"
+    return f"{name}{row['weights']}{step}{model}, {row['features']}{masked}"
+
+
+def system_name(row: Row) -> str:
+    """A row's transformer in words, and its objective where it is not the usual one."""
+    name = model_name(row.get("model"))
+    return f"{name} BERT" if row.get("model_objective") == "bert" else name
 
 
 def model_name(shape: Row | None) -> str:

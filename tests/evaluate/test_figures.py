@@ -76,6 +76,12 @@ def test_many_layers_and_several_models(tmp_path, drawn):
     later = [row | {"model_hash": "cccc", "step": 200} for row in deep if row["weights"] == "trained"]
     layer_curve(deep + later, tmp_path / "two.png", "two")
     assert len({line.get_color() for line in drawn[1].get_lines() if line.get_label().startswith("trained")}) == 2
+    trained = [row for row in deep if row["weights"] == "trained"]
+    many = [row | {"model_hash": f"{number:04}", "step": number} for number in range(1, 15) for row in trained]
+    layer_curve(many, tmp_path / "many.png", "many")
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn[2].get_lines()]
+    lines = [look for look in looks if look[1] != "*"]
+    assert len(lines) == len(set(lines)), "no two lines may look the same"
 
 
 def test_training_curve(tmp_path, drawn):

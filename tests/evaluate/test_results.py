@@ -167,6 +167,12 @@ def test_what_looks_alike_is_told_apart(rows):
     assert label(other, [*rows, other]) == "trained to step 7 another-, normed"
     assert label(trained | {"step": 9}, [*rows, other]) == "trained to step 9, normed"
     assert label(trained | {"mask_draws": 5}, rows) == "trained to step 7, normed of masked images"
+    larger = other | {"model": trained["model"] | {"n_embd": 32}}
+    assert label(larger, [*rows, larger]) == "2 x 32, trained to step 7, normed"
+    bert = other | {"model_objective": "bert"}
+    assert label(bert, [*rows, bert]) == "2 x 16 BERT, trained to step 7, normed"
+    assert label(trained, [*rows, bert]) == "2 x 16, trained to step 7, normed"
+    assert label(rows[0], [*rows, bert]) == "raw pixels"
     assert "normed, seed 0 |" in markdown_table([*rows, other | {"seed": 1}])
     assert "another-, normed, seed 1 |" in markdown_table([*rows, other | {"seed": 1}])
 
