@@ -122,11 +122,14 @@ def _finetunes(rows: Sequence[Row]) -> str:
         for one in (one for one in TABLE_3 if one.dataset == dataset):
             name = one.model if one.n_px is None else f"{one.model}, {one.n_px}x{one.n_px}"
             lines.append([dataset, name, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
-        for row in (row for row in rows if row["kind"] == "finetune" and row["dataset"] == dataset):
+        ours = [row for row in rows if row["kind"] == "finetune" and row["dataset"] == dataset]
+        several = len({row["n_train"] for row in ours}) > 1
+        for row in ours:
             percent = 100 * row["accuracy"]
             start = f"no labels, step {row['step']}" if row["weights"] == "trained" else "none, from scratch"
+            labels = f", {row['n_train']} labels" if several else ""
             masks = f", {row['n_masks']} masks vote" if row.get("n_masks") else ""
-            about = [dataset, _ours(row), start, f"{row['loss']}, lr {row['lr']:g}{masks}", row["eval_split"]]
+            about = [dataset, _ours(row), start, f"{row['loss']}, lr {row['lr']:g}{labels}{masks}", row["eval_split"]]
             lines.append([*about, f"{percent:.1f}", _difference(percent, _best(TABLE_3, dataset, row))])
     return _markdown(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's"], lines)
 

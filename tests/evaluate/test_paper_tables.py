@@ -76,8 +76,8 @@ def test_table_2_compares_with_the_same_size_and_input():
     row = probe(dataset="imagenet", model=L_48, n_features=1536, accuracy=0.66, eval_split="test")
     small = row | {"model": SMALL, "n_features": 128, "model_hash": "s"}
     assert [line for line in lines(2, [row, small]) if "ours" in line] == [
-        "| **ours: iGPT-L, 1364M at 48x48** | 48x48 | 1364 | 1536 | 4 normed | test | 66.0 | +0.8 |",
         "| **ours: 8 x 128, 1.7M at 16x16** | 16x16 | 1.7 | 128 | 4 normed | test | 66.0 | -6.0 |",
+        "| **ours: iGPT-L, 1364M at 48x48** | 48x48 | 1364 | 1536 | 4 normed | test | 66.0 | +0.8 |",
     ]
     assert "| iGPT-L | 48x48 | 1362 | 1536 |  | test | 65.2 |  |" in lines(2, [])
     assert "| SimCLR | orig. | 24 | 2048 |  | test | 69.3 |  |" in lines(2, [])
@@ -85,6 +85,7 @@ def test_table_2_compares_with_the_same_size_and_input():
 
 def test_table_3():
     about = {"kind": "finetune", "dataset": "cifar10", "model": SMALL, "model_objective": "ar", "step": 9, "eval_split": "val"}
+    about["n_train"] = 45_000
     row = about | {"weights": "trained", "loss": "joint", "lr": 0.001, "accuracy": 0.7}
     scratch = row | {"weights": "untrained", "loss": "clf", "accuracy": 0.6, "n_masks": 5}
     ours = [line for line in lines(3, [row, scratch]) if "ours" in line]
@@ -92,6 +93,8 @@ def test_table_3():
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | joint, lr 0.001 | val | 70.0 | -29.0 |",
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | none, from scratch | clf, lr 0.001, 5 masks vote | val | 60.0 | -39.0 |",
     ]
+    few = [line for line in lines(3, [row, row | {"n_train": 4000}]) if "ours" in line]
+    assert ["joint, lr 0.001, 45000 labels" in few[0], "joint, lr 0.001, 4000 labels" in few[1]] == [True, True]
     assert lines(3, [row | {"dataset": "digits"}])[-1].startswith("| digits | **ours: 8 x 128, 1.7M at 16x16** | no labels")
     assert "| cifar100 | EfficientNet | ImageNet, with labels |  | test | 91.7 |  |" in lines(3, [])
 
