@@ -119,7 +119,8 @@ def loss_curves(rows: Sequence[Row], path: Path, title: str, dataset: str | None
 def objective_bars(rows: Sequence[Row], path: Path, title: str) -> None:
     """AR against BERT (paper Figure 4): probes and fine-tunes of each, with what a vote over masks adds, and the paper's bars.
 
-    Of several models of one objective the one with the best held-out accuracy is drawn.
+    Of several models those of the same shape are drawn: the largest that both objectives have, as far as each was trained. Of
+    several measurements of one, such as fine-tunings at several rates, the best by held-out accuracy.
 
     Raises:
         ValueError: no probe or fine-tuning of a trained model.
@@ -165,14 +166,35 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
     single = [*map(best_row, _trained(rows)), *(row for row in trained if row["kind"] == "finetune")]
     votes = [row for row in trained if row["kind"] == "probe" and row["protocol"] == "mask_vote"]
     bars: dict[tuple[str, str, str], tuple[float, float | None]] = {}
-    best: dict[tuple[str, str, str], float] = {}
-    for row in [*single, *votes]:
+    best: dict[tuple[str, str, str], tuple[int, float]] = {}
+    for row in _of_one_shape([*single, *votes]):
         key = (row["dataset"], row["model_objective"], row["kind"])
-        if row["held_out_accuracy"] >= best.get(key, -1.0):  # equal where the vote is of the same probe, which came before
-            best[key] = row["held_out_accuracy"]
+        rank = (row.get("step") or 0, row["held_out_accuracy"])
+        if rank >= best.get(key, (0, -1.0)):  # equal where the vote is of the same probe, which came before
+            best[key] = rank
             voted = 100 * row["accuracy"] if row.get("n_masks") else None
             bars[key] = (100 * row.get("single_accuracy", row["accuracy"]), voted)
     return {key: bars[key] for key in sorted(bars, key=lambda key: (key[0], key[1], key[2] != "probe"))}
+
+
+def _of_one_shape(rows: Sequence[Row]) -> list[Row]:
+    """Of each data set the rows of the largest shape that both objectives have; of each objective's own largest where none is."""
+    shapes: dict[tuple[str, str], set[tuple[int, str]]] = {}
+    for row in rows:
+        shapes.setdefault((row["dataset"], row["model_objective"]), set()).add(_shape(row))
+    chosen = {}
+    for dataset, objective in shapes:
+        common = set.intersection(*(shapes.get((dataset, other), set()) for other in _OBJECTIVES))
+        chosen[dataset, objective] = max(common or shapes[dataset, objective])
+    return [row for row in rows if _shape(row) == chosen[row["dataset"], row["model_objective"]]]
+
+
+def _shape(row: Row) -> tuple[int, str]:
+    """A transformer's shape, comparable by size."""
+    shape: dict[str, int] | None = row.get("model")
+    if shape is None:
+        return 0, ""
+    return shape["n_layer"] * shape["n_embd"] ** 2, repr(sorted(shape.items()))
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path, title: str) -> None:

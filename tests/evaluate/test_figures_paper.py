@@ -103,7 +103,7 @@ def test_figure_3(tmp_path, drawn):
 
 def test_figure_4(tmp_path, drawn):
     bert = {"model_objective": "bert", "model_hash": "b"}
-    finetuned = {"kind": "finetune", "weights": "trained", "dataset": "cifar10", "loss": "joint"}
+    finetuned = {"kind": "finetune", "weights": "trained", "dataset": "cifar10", "loss": "joint", "model": SHAPE, "step": 9}
     rows = [
         *curve(0.8),
         *curve(0.7, mask_draws=5, **bert),
@@ -121,6 +121,14 @@ def test_figure_4(tmp_path, drawn):
         ("cifar10", "bert", "probe"): (pytest.approx(69), pytest.approx(72)),
         ("cifar10", "bert", "finetune"): (pytest.approx(86), pytest.approx(85)),
     }, "chosen by held-out images; from scratch is none of the figure's"
+    larger = [*rows, *curve(0.99, model=SHAPE | {"n_embd": 32}, model_hash="l"), *curve(0.98, step=3, model_hash="early")]
+    assert measured_bars(larger) == measured_bars(rows), "models of one shape are compared, as far as they were trained"
+    large = curve(0.6, model=SHAPE | {"n_embd": 32}, model_objective="bert", model_hash="large")
+    assert measured_bars([*larger, *large]) == {
+        ("cifar10", "ar", "probe"): (pytest.approx(99), None),
+        ("cifar10", "bert", "probe"): (pytest.approx(60), None),
+    }, "the largest that both have"
+    assert measured_bars(curve(0.4, model=None)) == {("cifar10", "ar", "probe"): (pytest.approx(40), None)}
     without_vote = [row for row in rows if row.get("protocol") != "mask_vote"]
     assert measured_bars(without_vote)["cifar10", "bert", "probe"] == (pytest.approx(70), None), "of masked images"
     objective_bars(rows, tmp_path / "a.png", "a title")
