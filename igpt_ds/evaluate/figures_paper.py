@@ -173,7 +173,7 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
         if rank >= best.get(key, (0, -1.0)):  # equal where the vote is of the same probe, which came before
             best[key] = rank
             voted = 100 * row["accuracy"] if row.get("n_masks") else None
-            bars[key] = (100 * row.get("single_accuracy", row["accuracy"]), voted)
+            bars[key] = (100 * row["single_accuracy" if "single_accuracy" in row else "accuracy"], voted)
     return {key: bars[key] for key in sorted(bars, key=lambda key: (key[0], key[1], key[2] != "probe"))}
 
 
