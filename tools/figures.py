@@ -99,6 +99,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError("--title is drawn over axes, and neighbours has captions instead; leave it out")
     if needed - given or given - needed - allowed:
         raise ValueError(f"{args.figure} reads {words}")
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out} does not end in .png, and every figure is a PNG")
     return args
 
 
@@ -142,8 +144,9 @@ def confused(args: argparse.Namespace) -> None:
     if args.counts:
         counted = read_confusion(args.counts)
         counts = np.array(counted["counts"])
-        title = f"{args.counts.stem}, {counted['split']}: {100 * np.trace(counts) / counts.sum():.1f} % right"
-        figures_paper.confusion_matrix(counts, counted["classes"], args.out, args.title or title)
+        name = args.title or f"{args.counts.stem}, {counted['split']}"
+        title = f"{name}: {100 * np.trace(counts) / counts.sum():.1f} % right"
+        figures_paper.confusion_matrix(counts, counted["classes"], args.out, title)
         return
     row = best_probe(args)
     train, evaluated = (open_features(args.features, row[name]) for name in ("train_split", "eval_split"))

@@ -4,7 +4,7 @@
     python tools/tables.py --results runs/s/results.jsonl runs/m/results.jsonl --paper 1 2 3 4 5
 
 Without --paper: the validation loss of --run_dir, the best layers, and the accuracy of every layer. With it: those tables of the
-paper, its rows and other methods', ours, and the difference; --run_dir adds that run's learning rate to Table 5.
+paper, its rows and other methods', ours, and the difference; --run_dir adds the learning rates of runs to Table 5.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     every = read_all(args.results)
     if args.paper:
-        recipes = [read_recipe(args.run_dir / "run.json")] if args.run_dir else []
+        recipes = [read_recipe(run_dir / "run.json") for run_dir in args.run_dir]
         print("\n\n".join(paper_table(number, every, recipes) for number in args.paper))
         return
     rows = experiment(every, args.dataset)
-    if args.run_dir:
-        print(validation_line(args.run_dir) + "\n")
+    for run_dir in args.run_dir:
+        print((f"{run_dir}, " if len(args.run_dir) > 1 else "") + validation_line(run_dir) + "\n")
     print(markdown_table(rows) + "\n")
     print(layer_table(rows))
 
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--results", type=Path, nargs="+", required=True, help="results.jsonl of one run or of several")
     parser.add_argument("--paper", type=int, nargs="+", choices=sorted(TITLES), help="tables of the paper to print instead")
-    parser.add_argument("--run_dir", type=Path, help="run whose validation loss, or learning rate, is printed")
+    parser.add_argument("--run_dir", type=Path, nargs="+", default=[], help="runs whose validation losses, or rates, are printed")
     parser.add_argument("--dataset", help="the data set, where the results are of several")
     args = parser.parse_args(argv)
     if args.paper and args.dataset:

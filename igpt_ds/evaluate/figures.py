@@ -15,7 +15,7 @@ import numpy as np
 
 from igpt_ds.evaluate import figures_canvas as canvas
 from igpt_ds.evaluate.figures_canvas import BLACK, COLORS, GREY, LINES, MARKERS
-from igpt_ds.evaluate.results import Row, best_row, label, series
+from igpt_ds.evaluate.results import SERIES, Row, best_row, key, label, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,17 +32,18 @@ def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         rows: of one experiment (`results.experiment`).
     """
     figure, axes = canvas.new_axes(title, "layer", f"{rows[0]['eval_split']} accuracy (%)")
-    models = list(dict.fromkeys(row["model_hash"] for one in series(rows) for row in one if row["weights"] == "trained"))
+    looks = [name for name in SERIES if name != "features"]  # normed and raw features of one model share a colour
+    models = list(dict.fromkeys(key(one[0], looks) for one in series(rows) if one[0]["weights"] == "trained"))
     for one in series(rows):
         weights, accuracies = one[0]["weights"], [100 * row["accuracy"] for row in one]
         if weights == "pixels":
             axes.axhline(accuracies[0], color=BLACK, linestyle=":", label=f"raw pixels ({accuracies[0]:.1f})")
             continue
-        turn, place = divmod(models.index(one[0]["model_hash"]), len(COLORS)) if weights == "trained" else (0, 0)
+        turn, place = divmod(models.index(key(one[0], looks)), len(COLORS)) if weights == "trained" else (0, 0)
         color = COLORS[place] if weights == "trained" else GREY
         marker, line = MARKERS[turn % len(MARKERS)], "-" if one[0]["features"] == "normed" else "--"
         best = best_row(one)
-        text = f"{label(best, rows)} (chosen {100 * best['accuracy']:.1f})"
+        text = f"{label(best, rows)} ({100 * best['accuracy']:.1f} at {best['layer']})"
         layers = [row["layer"] for row in one]
         axes.plot(layers, accuracies, color=color, linestyle=line, marker=marker, markersize=4, label=text)
         if weights == "trained":

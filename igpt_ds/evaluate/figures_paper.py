@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,10 +39,11 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     figure, axes = canvas.new_axes(title, "layer", "linear probe accuracy (%)")
     datasets, models = (list(dict.fromkeys(one[0][name] for one in lines)) for name in ("dataset", "model_hash"))
     for one in lines:
-        best, color = best_row(one), COLORS[datasets.index(one[0]["dataset"]) % len(COLORS)]
-        style = LINES[models.index(one[0]["model_hash"]) % len(LINES)]
-        model = f", {system_name(best)}" if len(models) > 1 else ""
-        text = f"{best['dataset']} {best['eval_split']}{model} ({100 * best['accuracy']:.1f} at {best['layer']})"
+        best, model, dataset = best_row(one), models.index(one[0]["model_hash"]), datasets.index(one[0]["dataset"])
+        color = COLORS[(dataset if len(datasets) > 1 else model) % len(COLORS)]
+        style = LINES[model % len(LINES)]
+        name = f", {system_name(best)}" if len(models) > 1 else ""
+        text = f"{best['dataset']} {best['eval_split']}{name} ({100 * best['accuracy']:.1f} at {best['layer']})"
         heights = [100 * row["accuracy"] for row in one]
         layers = [row["layer"] for row in one]
         axes.plot(layers, heights, color=color, linestyle=style, marker="o", markersize=4, label=text)
@@ -136,9 +137,10 @@ def objective_bars(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.bar(x, min(single, voted or single), 0.38, color=pale)
         if voted is not None:
             axes.bar(x, abs(voted - single), 0.38, bottom=min(single, voted), color=bold, hatch="" if voted > single else "//")
-        top = (x, min(single, voted or single))
-        number = f"{single if voted is None else voted:.1f}"
-        axes.annotate(number, top, xytext=(0, -3), textcoords="offset points", ha="center", va="top", fontsize="small")
+        style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": "small"}
+        axes.annotate(f"{single:.1f}", (x, min(single, voted or single)), xytext=(0, -3), va="top", **style)
+        if voted is not None:
+            axes.annotate(f"{voted:.1f}", (x, max(single, voted)), xytext=(0, 3), va="bottom", **style)
     _paper_marks(axes, groups, [bar for bar in FIGURE_4 if (bar.dataset, bar.objective) in groups])
     for evaluation, words in (("probe", "linear probe"), ("finetune", "fine-tuning")):
         axes.bar(0, 0, color=_SHADES[evaluation][1], label=words)

@@ -49,6 +49,7 @@ IDENTITY = {
             "standardised",
             "views",
             "held_out",
+            "n_subsets",
         ),
     ),
     "finetune": (*_SAME_MODEL, "loss", "lr", "head_layer", "augmentation", "n_train", "seed", "n_labels", "n_masks"),
@@ -62,6 +63,8 @@ _REQUIRED = {
 }
 # Rows with the same values of these differ in the layer alone.
 SERIES = tuple(name for name in IDENTITY["probe"] if name != "layer")
+# Rows with the same values of these are of the same features; how they were made and probed may still differ.
+_SAME_FEATURES = ("weights", "model_hash", "dataset", "features", "mask_draws")
 # Rows with the same values of these are measured on the same images.
 EXPERIMENT = ("protocol", "dataset", "dataset_hash", "n_train", "seed")
 BY_LAYER = ("best_layer", "sgd")  # protocols with one row for each layer
@@ -157,15 +160,16 @@ def add_results(path: Path, rows: Sequence[Row]) -> None:
 
     One writer at a time: probes that run side by side need a file each.
     """
-    kept = {_key(row, IDENTITY[row["kind"]]): row for row in read_results(path)}
+    kept = {key(row, IDENTITY[row["kind"]]): row for row in read_results(path)}
     for row in rows:
-        key = _key(row, IDENTITY[row["kind"]])
-        kept.pop(key, None)
-        kept[key] = row
+        own = key(row, IDENTITY[row["kind"]])
+        kept.pop(own, None)
+        kept[own] = row
     write_json_lines(path, list(kept.values()))
 
 
-def _key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+    """The row's values of these names, comparable; what it does not have counts as None."""
     return tuple(repr(row.get(name)) for name in names)
 
 
@@ -178,7 +182,7 @@ def series(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows by what they are of (trained, untrained, pixels; normed, raw; objective, size, step), each by rising layer."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in sorted(rows, key=_place):
-        found.setdefault(_key(row, SERIES), []).append(row)
+        found.setdefault(key(row, SERIES), []).append(row)
     return list(found.values())
 
 
@@ -212,17 +216,25 @@ def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[Row]:
 
 
 def label(row: Row, among: Sequence[Row]) -> str:
-    """What a row is of, in words: the model's shape and objective where they differ, its hash where nothing else does."""
+    """What a row is of, in words: the model's shape and objective where they differ, its hash where nothing else does, and
+    whatever else tells rows of the same features apart."""
     if row["weights"] == "pixels":
-        return "raw pixels"
+        return f"raw pixels{_settings(row, among)}"
     step = f" to step {row['step']}" if row["weights"] == "trained" else ""
     names = {system_name(other) for other in among if other["weights"] != "pixels"}
     name = f"{system_name(row)}, " if len(names) > 1 else ""
     about = ("weights", "step", "model", "model_objective")
-    alike = {other["model_hash"] for other in among if _key(other, about) == _key(row, about)}
+    alike = {other["model_hash"] for other in among if key(other, about) == key(row, about)}
     model = f" {row['model_hash'][:8]}" if len(alike) > 1 else ""
     masked = " of masked images" if row.get("mask_draws") else ""
-    return f"{name}{row['weights']}{step}{model}, {row['features']}{masked}"
+    return f"{name}{row['weights']}{step}{model}, {row['features']}{masked}{_settings(row, among)}"
+
+
+def _settings(row: Row, among: Sequence[Row]) -> str:
+    same = [other for other in among if key(other, _SAME_FEATURES) == key(row, _SAME_FEATURES)]
+    names = [name for name in SERIES if name != "dataset_hash" and len({repr(other.get(name)) for other in same}) > 1]
+    values = [len(row[name]) if isinstance(row.get(name), list) else row.get(name) for name in names]
+    return "".join(f", {name.replace('_', ' ')} {value}" for name, value in zip(names, values, strict=True))
 
 
 def system_name(row: Row) -> str:
@@ -247,18 +259,18 @@ def model_parameters(row: Row) -> int | None:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The best layer of each series as a Markdown table, accuracies in percent."""
+    chosen = "C or lr" if any(row["protocol"] == "sgd" for row in rows) else "C"
     lines = [
-        "| images | features | best layer | width | C | held out | accuracy |",
+        f"| images | features | best layer | width | {chosen} | held out | accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in series(rows):
         row = best_row(one)
         images = f"{row['dataset']}: {row['n_train']} {row['train_split']}, {row['n_eval']} {row['eval_split']}"
-        seed = f", seed {row['seed']}" if len({other["seed"] for other in rows}) > 1 else ""
         layers = "-" if row["weights"] == "pixels" else f"{row['layer']} of {span([other['layer'] for other in one])}"
         percent = f"{100 * row['held_out_accuracy']:.1f} | {100 * row['accuracy']:.1f}"
         chosen = f"lr {row['rate']:g}" if row["protocol"] == "sgd" else f"{row['C']:g}"
-        lines.append(f"| {images} | {label(row, rows)}{seed} | {layers} | {row['n_features']} | {chosen} | {percent} |")
+        lines.append(f"| {images} | {label(row, rows)} | {layers} | {row['n_features']} | {chosen} | {percent} |")
     return "\n".join(lines)
 
 

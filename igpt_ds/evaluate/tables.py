@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from igpt_ds.config import Recipe, get_recipe
-from igpt_ds.evaluate.paper import LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
-from igpt_ds.evaluate.results import Row, best_row, by_layer, model_name, model_parameters, series
+from igpt_ds.evaluate.paper import FIGURE_4, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
+from igpt_ds.evaluate.results import SERIES, Row, best_row, by_layer, key, model_name, model_parameters, series
 
 TITLES = {
     1: "Table 1: linear probes on CIFAR and STL-10",
@@ -39,13 +39,11 @@ def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _best_probes(rows: Sequence[Row], datasets: Iterable[str]) -> list[Row]:
-    """Of what was trained, each series' best layer, then what was made of several layers or by a vote."""
+    """Of each trained model each series' best layer, then what was made of several layers or by a vote."""
     trained = [row for row in rows if row["kind"] == "probe" and row["weights"] == "trained" and row["dataset"] in datasets]
-    more = [row for row in trained if row["protocol"] in ("concat", "mask_vote")]
-    best = {id(row): row for row in more}
-    for protocol in ("best_layer", "sgd"):
-        best |= {id(row): row for row in map(best_row, series(by_layer(trained, [protocol])))}
-    return list(best.values())
+    best = [best_row(one) for protocol in ("best_layer", "sgd") for one in series(by_layer(trained, [protocol]))]
+    best += [row for row in trained if row["protocol"] in ("concat", "mask_vote")]
+    return sorted(best, key=lambda row: (row["dataset"], row["model_objective"], model_parameters(row) or 0, row["step"]))
 
 
 def _ours(row: Row) -> str:
@@ -68,18 +66,28 @@ def _where(row: Row) -> str:
     return f"{row['layer']} {row['features']}{how}"
 
 
-def _difference(ours: float, paper: Accuracy | None) -> str:
-    return "-" if paper is None else f"{ours - paper.accuracy:+.1f}"
+def _difference(ours: float, paper: float | None) -> str:
+    return "-" if paper is None else f"{ours - paper:+.1f}"
 
 
-def _best(table: Iterable[Accuracy], dataset: str, row: Row | None = None) -> Accuracy | None:
-    """The paper's model to compare with: one of the same size and input where there is one, else its best on these images."""
-    known = [one for one in table if one.ours and one.dataset == dataset and "scratch" not in one.model]
+def _best(table: Iterable[Accuracy], dataset: str, row: Row | None = None) -> float | None:
+    """The paper's accuracy to compare with: of the same size and input where there is one, else its best on these images; one
+    from scratch for one from scratch."""
+    scratch = row is not None and row["weights"] == "untrained"
+    known = [one for one in table if one.ours and one.dataset == dataset and one.model.endswith("from scratch") == scratch]
     if row is not None and row.get("model") is not None:
         shape = (model_name(row["model"]), row["model"]["n_px"])
         known = [one for one in known if (one.model, one.n_px) == shape] or known
         known = [one for one in known if one.features == row.get("n_features")] or known
-    return max(known, key=lambda one: one.accuracy, default=None)
+    return max((one.accuracy for one in known), default=None)
+
+
+def _best_finetuned(dataset: str, row: Row) -> float | None:
+    """The same of fine-tunes, where the paper has BERT's in its Figure 4."""
+    if row["model_objective"] == "ar":
+        return _best(TABLE_3, dataset, row)
+    bert = [bar for bar in FIGURE_4 if (bar.dataset, bar.objective, bar.evaluation) == (dataset, "bert", "finetune")]
+    return bert[0].accuracy if bert and row["weights"] == "trained" else None
 
 
 def _datasets(table: Iterable[Accuracy], rows: Sequence[Row], kind: str) -> list[str]:
@@ -130,7 +138,7 @@ def _finetunes(rows: Sequence[Row]) -> str:
             labels = f", {row['n_train']} labels" if several else ""
             masks = f", {row['n_masks']} masks vote" if row.get("n_masks") else ""
             about = [dataset, _ours(row), start, f"{row['loss']}, lr {row['lr']:g}{labels}{masks}", row["eval_split"]]
-            lines.append([*about, f"{percent:.1f}", _difference(percent, _best(TABLE_3, dataset, row))])
+            lines.append([*about, f"{percent:.1f}", _difference(percent, _best_finetuned(dataset, row))])
     return _markdown(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's"], lines)
 
 
@@ -141,10 +149,10 @@ def _low_data(rows: Sequence[Row]) -> str:
         cells = ["{:.1f} ± {:.1f}".format(*one.errors[n]) if n in one.errors else "" for n in LABELS]
         lines.append([one.model, "", *cells])
     found: dict[tuple[str, ...], dict[int, Row]] = {}
+    same = [name for name in (*SERIES, "layer") if name != "n_labels"]
     few = [row for row in rows if row["kind"] == "probe" and row["protocol"] == "low_data"]
     for row in few:
-        key = (row["dataset"], repr(row["model_hash"]), row["features"], repr(row["layer"]))
-        found.setdefault(key, {})[row["n_labels"]] = row
+        found.setdefault(key(row, same), {})[row["n_labels"]] = row
     for by_labels in found.values():
         row = next(iter(by_labels.values()))
         cells = []
@@ -152,13 +160,18 @@ def _low_data(rows: Sequence[Row]) -> str:
             if n not in by_labels:
                 cells.append("")
                 continue
-            error, deviation = 100 * (1 - by_labels[n]["accuracy"]), 100 * by_labels[n]["deviation"]
+            error, deviation = 100 * (1 - by_labels[n]["accuracy"]), by_labels[n]["deviation"]
+            spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
             against = f" ({error - paper.errors[n][0]:+.1f})" if row["dataset"] == "cifar10" else ""
-            cells.append(f"{error:.1f} ± {deviation:.1f}{against}")
+            cells.append(f"{error:.1f}{spread}{against}")
         name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row["weights"]]
         images = "" if row["dataset"] == "cifar10" else f"{row['dataset']}, "
-        lines.append([name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}", *cells])
+        lines.append([name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}{_seed(row, few)}", *cells])
     return _markdown(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
+
+
+def _seed(row: Row, among: Sequence[Row]) -> str:
+    return f", seed {row['seed']}" if len({other["seed"] for other in among}) > 1 else ""
 
 
 def _rates(recipes: Iterable[Recipe]) -> str:

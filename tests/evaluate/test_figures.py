@@ -55,9 +55,9 @@ def test_layer_curve(tmp_path, drawn):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     axes = drawn[0]
     assert texts(axes) == [
-        "trained to step 100, normed (chosen 90.0)",
-        "trained to step 100, raw (chosen 87.0)",
-        "untrained, normed (chosen 60.0)",
+        "trained to step 100, normed (90.0 at 4)",
+        "trained to step 100, raw (87.0 at 4)",
+        "untrained, normed (60.0 at 4)",
         "raw pixels (60.0)",
     ]
     assert (axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()) == ("a title", "layer", "val accuracy (%)")
@@ -77,9 +77,17 @@ def test_many_layers_and_several_models(tmp_path, drawn):
     layer_curve(deep + later, tmp_path / "two.png", "two")
     assert len({line.get_color() for line in drawn[1].get_lines() if line.get_label().startswith("trained")}) == 2
     trained = [row for row in deep if row["weights"] == "trained"]
+    halves = [row | {"feature_dtype": "fp16"} for row in trained]
+    layer_curve([*trained, *halves], tmp_path / "halves.png", "halves")
+    whole, _, half, _ = normed = drawn[2].get_lines()[:4]
+    assert [line.get_label().split(" (")[0] for line in normed[::2]] == [
+        "trained to step 100, normed, feature dtype None",
+        "trained to step 100, normed, feature dtype fp16",
+    ]
+    assert whole.get_color() != half.get_color()
     many = [row | {"model_hash": f"{number:04}", "step": number} for number in range(1, 15) for row in trained]
     layer_curve(many, tmp_path / "many.png", "many")
-    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn[2].get_lines()]
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn[3].get_lines()]
     lines = [look for look in looks if look[1] != "*"]
     assert len(lines) == len(set(lines)), "no two lines may look the same"
 

@@ -65,6 +65,9 @@ def test_figure_2(tmp_path, drawn):
     assert one.get_color() != two.get_color()
     dataset_curves([*rows, *curve(0.5, model_hash="n", step=10)], tmp_path / "c.png", "two models")
     assert "cifar10 val, 2 x 16 (50.0 at 2)" in texts(drawn[2])
+    dataset_curves([*curve(0.8), *curve(0.5, model_hash="n", step=10)], tmp_path / "e.png", "one data set")
+    lines = [line for line in drawn[3].get_lines() if line.get_marker() == "o"]
+    assert lines[0].get_color() != lines[1].get_color(), "where the data set is the same, colours tell the models apart"
     with pytest.raises(ValueError, match="hold no probes of several layers of a trained model"):
         dataset_curves(curve(0.5, weights="untrained"), tmp_path / "d.png", "none")
 
@@ -133,7 +136,7 @@ def test_figure_4(tmp_path, drawn):
     assert measured_bars(without_vote)["cifar10", "bert", "probe"] == (pytest.approx(70), None), "of masked images"
     objective_bars(rows, tmp_path / "a.png", "a title")
     axes = drawn[0]
-    assert [text.get_text() for text in axes.texts] == ["80.0", "90.0", "72.0", "85.0"]
+    assert [text.get_text() for text in axes.texts] == ["80.0", "90.0", "69.0", "72.0", "86.0", "85.0"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["cifar10\nAR", "cifar10\nBERT"]
     exact, rounded = axes.get_lines()
     assert list(exact.get_ydata()) == [96.3, 99.0, 98.6]

@@ -61,10 +61,10 @@ def test_table_1():
     ]
     ours = [line for line in lines(1, rows) if "ours" in line]
     assert ours == [
-        "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | 2..6 normed | val | 52.0 | -44.3 |",
-        "| cifar10 | **ours: 8 x 128, 1.7M at 16x16, BERT** | no labels, step 9 | 4 normed, 5 masks vote | val | 45.0 | -51.3 |",
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | 5 normed | val | 51.4 | -44.9 |",
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | 2 normed, SGD | val | 49.0 | -47.3 |",
+        "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | 2..6 normed | val | 52.0 | -44.3 |",
+        "| cifar10 | **ours: 8 x 128, 1.7M at 16x16, BERT** | no labels, step 9 | 4 normed, 5 masks vote | val | 45.0 | -51.3 |",
         "| stl10 | **ours: model of unknown shape** | no labels, step 9 | 4 normed | val | 60.0 | -35.5 |",
         "| mnist | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | 4 normed | val | 50.0 | - |",
     ], "what trained models reach, at the layer that held-out images chose, beside the paper's model"
@@ -83,6 +83,12 @@ def test_table_2_compares_with_the_same_size_and_input():
     assert "| SimCLR | orig. | 24 | 2048 |  | test | 69.3 |  |" in lines(2, [])
 
 
+def minus(row):
+    """The last cell of Table 3's row of ours."""
+    [ours] = [line for line in lines(3, [row]) if "ours" in line]
+    return ours.split("|")[-2].strip()
+
+
 def test_table_3():
     about = {"kind": "finetune", "dataset": "cifar10", "model": SMALL, "model_objective": "ar", "step": 9, "eval_split": "val"}
     about["n_train"] = 45_000
@@ -91,8 +97,13 @@ def test_table_3():
     ours = [line for line in lines(3, [row, scratch]) if "ours" in line]
     assert ours == [
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | joint, lr 0.001 | val | 70.0 | -29.0 |",
-        "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | none, from scratch | clf, lr 0.001, 5 masks vote | val | 60.0 | -39.0 |",
+        "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | none, from scratch | clf, lr 0.001, 5 masks vote | val | 60.0 | - |",
     ]
+    assert minus(row | {"model_objective": "bert", "accuracy": 0.986}) == "+0.0", "Figure 4 has BERT's"
+    assert minus(row | {"model_objective": "bert", "dataset": "cifar100"}) == "-"
+    large = row | {"dataset": "imagenet", "model": L_48, "weights": "untrained", "accuracy": 0.53}
+    assert minus(large) == "-0.2", "from scratch beside from scratch"
+    assert minus(large | {"weights": "trained"}) == "-19.6"
     few = [line for line in lines(3, [row, row | {"n_train": 4000}]) if "ours" in line]
     assert ["joint, lr 0.001, 45000 labels" in few[0], "joint, lr 0.001, 4000 labels" in few[1]] == [True, True]
     assert lines(3, [row | {"dataset": "digits"}])[-1].startswith("| digits | **ours: 8 x 128, 1.7M at 16x16** | no labels")
@@ -109,6 +120,14 @@ def test_table_4_counts_errors():
         "| **ours: raw pixels** | 0 pixels, val |  | 70.0 ± 0.0 (+57.6) |  |",
         "| **ours: 4 x 24, 0.03M at 8x8** | digits, 4 normed, val | 50.0 ± 1.2 |  |  |",
     ]
+    lone = probe(protocol="low_data", n_labels=250, accuracy=0.6, deviation=None, seed=7)
+    other = few[0] | {"dataset_hash": {"train": "t"}, "eval_split": "train"}
+    ours = [line for line in lines(4, [*few, lone, other]) if "ours" in line]
+    assert [line.split("|", 2)[2] for line in ours] == [
+        " 4 normed, val, seed 0 | 50.0 ± 1.2 (+23.2) |  | 25.0 ± 1.2 (+19.3) |",
+        " 4 normed, val, seed 7 |  | 40.0 (+27.6) |  |",
+        " 4 normed, train, seed 0 | 50.0 ± 1.2 (+23.2) |  |  |",
+    ], "other seeds and other images have rows of their own"
     assert "| Mean Teacher |  |  | 32.3 ± 2.3 | 9.2 ± 0.2 |" in lines(4, [])
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from igpt_ds.config import get_recipe, recipe_to_dict
+from igpt_ds.evaluate import figures_paper
 from igpt_ds.evaluate.results import read_results
 
 QUICK = ["--steps", 40, "--batch_images", 8, "--held_out", 0.25]
@@ -112,11 +113,16 @@ def test_a_look_into_the_best_probe(tool, results, features_dir, tiny_dataset, t
     assert tool("figures", "neighbours", *look, "--data", tiny_dataset)[0] == 0
 
 
-def test_confusions_of_a_fine_tuned_model(tool, tmp_path):
+def test_confusions_of_a_fine_tuned_model(tool, tmp_path, monkeypatch):
     counted = {"format": "igpt_ds.confusion", "version": 1, "split": "val", "classes": ["a", "b"], "counts": [[3, 1], [0, 4]]}
     (tmp_path / "c.json").write_text(json.dumps(counted))
     out = tmp_path / "a.png"
     assert tool("figures", "confusion", "--counts", tmp_path / "c.json", "--out", out)[:2] == (0, f"{out}\n")
+    titles = []
+    monkeypatch.setattr(figures_paper, "confusion_matrix", lambda counts, classes, path, title: titles.append(title))
+    for title in ([], ["--title", "a model"]):
+        assert tool("figures", "confusion", "--counts", tmp_path / "c.json", "--out", out, *title)[0] == 0
+    assert titles == ["c, val: 87.5 % right", "a model: 87.5 % right"]
     (tmp_path / "c.json").write_text(json.dumps(counted | {"version": 2}))
     status, _, said = tool("figures", "confusion", "--counts", tmp_path / "c.json", "--out", out)
     assert status == 2
@@ -145,24 +151,25 @@ def test_a_report(tool, results, run_dir, tmp_path):
         ("sgd_probe", ["--features", "FEATURES", "--views", 5, "--out", "OUT"], "--views 5 does not divide the 37 rows"),
         ("tables", ["--results", "none.jsonl"], "--results none.jsonl does not exist"),
         ("tables", ["--results", "RESULTS", "--paper", 1, "--dataset", "x"], "--dataset x goes without --paper"),
-        ("figures", ["datasets", "--out", "OUT"], "datasets reads --results FILES and nothing else"),
-        ("figures", ["objectives", "--results", "x", "--dataset", "y", "--out", "OUT"], "objectives reads --results FILES"),
-        ("figures", ["loss", "RUN", "--results", "x", "--out", "OUT"], "loss reads --results FILES, and --dataset"),
-        ("figures", ["loss", "--results", "RESULTS", "--out", "OUT"], "no model has both a probe and a likelihood"),
-        ("figures", ["confusion", "--results", "x", "--out", "OUT"], "confusion reads --results FILES and --features DIR"),
+        ("figures", ["datasets", "--out", "OUT.png"], "datasets reads --results FILES and nothing else"),
+        ("figures", ["objectives", "--results", "x", "--dataset", "y", "--out", "OUT.png"], "objectives reads --results FILES"),
+        ("figures", ["loss", "--results", "x", "--out", "figure.pdf"], "--out figure.pdf does not end in .png"),
+        ("figures", ["loss", "RUN", "--results", "x", "--out", "OUT.png"], "loss reads --results FILES, and --dataset"),
+        ("figures", ["loss", "--results", "RESULTS", "--out", "OUT.png"], "no model has both a probe and a likelihood"),
+        ("figures", ["confusion", "--results", "x", "--out", "OUT.png"], "confusion reads --results FILES and --features DIR"),
         (
             "figures",
-            ["confusion", "--results", "RESULTS", "--features", "FEATURES", "--kind", "raw", "--out", "OUT"],
+            ["confusion", "--results", "RESULTS", "--features", "FEATURES", "--kind", "raw", "--out", "OUT.png"],
             "the results hold no probe of kind raw of the model of",
         ),
         (
             "figures",
-            ["confusion", "--results", "RESULTS", "--features", "PIXELS", "--out", "OUT"],
+            ["confusion", "--results", "RESULTS", "--features", "PIXELS", "--out", "OUT.png"],
             "the results hold no probe of the model of",
         ),
         (
             "figures",
-            ["neighbours", "--results", "x", "--features", "y", "--data", "z", "--title", "t", "--out", "OUT"],
+            ["neighbours", "--results", "x", "--features", "y", "--data", "z", "--title", "t", "--out", "OUT.png"],
             "neighbours has captions instead; leave it out",
         ),
         ("report", ["--run_dir", "none", "--out", "OUT.html"], "run config none/run.json does not exist"),
@@ -172,7 +179,7 @@ def test_a_report(tool, results, run_dir, tmp_path):
 )
 def test_bad_input(tool, results, features_dir, pixels_dir, tmp_path, name, arguments, complaint):
     real = {"FEATURES": features_dir, "PIXELS": pixels_dir, "RESULTS": results}
-    real |= {"OUT": tmp_path / "out", "OUT.html": tmp_path / "out.html"}
+    real |= {"OUT": tmp_path / "out", "OUT.html": tmp_path / "out.html", "OUT.png": tmp_path / "out.png"}
     status, _, said = tool(name, *(real.get(word, word) for word in arguments))
     assert status == 2
     assert said.splitlines()[-1].startswith(f"{name}.py: error: ")

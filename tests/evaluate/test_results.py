@@ -158,6 +158,7 @@ def test_tables(rows):
 def test_an_sgd_probe_shows_its_rate(rows):
     row = {name: value for name, value in rows[-1].items() if name != "C"} | {"protocol": "sgd", "rate": 0.3}
     assert "| 16 | lr 0.3 | 80.0 | 80.0 |" in markdown_table([row])
+    assert "| width | C or lr | held out |" in markdown_table([row])
 
 
 def test_what_looks_alike_is_told_apart(rows):
@@ -173,8 +174,10 @@ def test_what_looks_alike_is_told_apart(rows):
     assert label(bert, [*rows, bert]) == "2 x 16 BERT, trained to step 7, normed"
     assert label(trained, [*rows, bert]) == "2 x 16, trained to step 7, normed"
     assert label(rows[0], [*rows, bert]) == "raw pixels"
-    assert "normed, seed 0 |" in markdown_table([*rows, other | {"seed": 1}])
-    assert "another-, normed, seed 1 |" in markdown_table([*rows, other | {"seed": 1}])
+    again = [*rows, *(row | {"seed": 1, "C_grid": [1.0, 2.0]} for row in rows if row["weights"] == "trained")]
+    assert label(trained, again) == "trained to step 7, normed, seed 0, C grid 3"
+    assert "trained to step 7, raw, seed 1, C grid 2 |" in markdown_table(again)
+    assert label(rows[0], again) == "raw pixels"
 
 
 def test_rows_of_one_experiment(rows):
