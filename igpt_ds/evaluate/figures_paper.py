@@ -15,7 +15,7 @@ import numpy as np
 from igpt_ds.evaluate import figures_canvas as canvas
 from igpt_ds.evaluate.figures_canvas import BLACK, COLORS, LINES
 from igpt_ds.evaluate.paper import FIGURE_4, Bar
-from igpt_ds.evaluate.results import Row, best_row, by_layer, series, system_name
+from igpt_ds.evaluate.results import Row, best_row, by_layer, key, series, system_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,12 +28,13 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """Accuracy against layer for several data sets (paper Figure 2): a line for each, a star at the best layer of each.
 
     Args:
-        rows: of trained models; one kind of features is drawn, normed where there are such.
+        rows: of trained models; of each shape and objective the one that was trained longest is drawn, and one kind of features,
+            normed where there are such.
 
     Raises:
         ValueError: no probe by layer of a trained model.
     """
-    lines = [one for one in _trained(rows) if len(one) > 1]
+    lines = _last([one for one in _trained(rows) if len(one) > 1])
     if not lines:
         raise ValueError("the results hold no probes of several layers of a trained model; run tools/linear_probe.py first")
     figure, axes = canvas.new_axes(title, "layer", "linear probe accuracy (%)")
@@ -63,6 +64,14 @@ def _trained(rows: Sequence[Row]) -> list[list[Row]]:
     for one in sorted(series([row for row in by_layer(rows) if row["weights"] == "trained"]), key=_preferred):
         found[one[0]["dataset"], one[0]["model_hash"]] = one
     return sorted(found.values(), key=lambda one: one[0]["dataset"])
+
+
+def _last(lines: Sequence[list[Row]]) -> list[list[Row]]:
+    """Of each data set, shape and objective the model that was trained longest."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for one in sorted(lines, key=lambda one: one[0]["step"]):
+        found[key(one[0], ("dataset", "model", "model_objective"))] = one
+    return sorted(found.values(), key=lambda one: (one[0]["dataset"], one[0]["model_objective"], _shape(one[0])))
 
 
 def _preferred(one: list[Row]) -> tuple[bool, bool]:

@@ -63,9 +63,14 @@ def test_figure_2(tmp_path, drawn):
     assert list(one.get_ydata()) == pytest.approx([60, 70, 80, 70, 60])
     assert (list(star.get_xdata()), star.get_marker()) == ([2], "*")
     assert one.get_color() != two.get_color()
-    dataset_curves([*rows, *curve(0.5, model_hash="n", step=10)], tmp_path / "c.png", "two models")
-    assert "cifar10 val, 2 x 16 (50.0 at 2)" in texts(drawn[2])
-    dataset_curves([*curve(0.8), *curve(0.5, model_hash="n", step=10)], tmp_path / "e.png", "one data set")
+    early, wide = curve(0.6, model_hash="e", step=8), curve(0.5, model_hash="n", step=10, model=SHAPE | {"n_embd": 32})
+    dataset_curves([*rows, *early, *wide], tmp_path / "c.png", "two models")
+    assert texts(drawn[2]) == [
+        "cifar10 val, 2 x 16 (80.0 at 2)",
+        "cifar10 val, 2 x 32 (50.0 at 2)",
+        "stl10 val, 2 x 16 (70.0 at 2)",
+    ]
+    dataset_curves([*curve(0.8), *early, *wide], tmp_path / "e.png", "one data set")
     lines = [line for line in drawn[3].get_lines() if line.get_marker() == "o"]
     assert lines[0].get_color() != lines[1].get_color(), "where the data set is the same, colours tell the models apart"
     with pytest.raises(ValueError, match="hold no probes of several layers of a trained model"):
