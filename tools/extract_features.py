@@ -122,6 +122,9 @@ def check(args: argparse.Namespace) -> None:
         return
     if args.data is None:
         raise ValueError("--data is missing; name the shards, or give --merge")
+    for name in ("splits", "kinds"):
+        if twice := [value for value in getattr(args, name) if getattr(args, name).count(value) > 1]:
+            raise ValueError(f"--{name} {' '.join(getattr(args, name))} names {twice[0]!r} twice; name each once")
     if args.pixels and (args.model is not None or args.untrained is not None or args.layers is not None or args.part != (0, 1)):
         raise ValueError("--pixels needs no model; leave out --model, --untrained, --layers and --part")
     if not args.pixels and args.model is None:

@@ -75,14 +75,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the held-out tenth, of subsets and of broken ties")
     parser.add_argument("--max_train", type=int, help="best_layer: fit on that many images only, classes in proportion")
     parser.add_argument("--n_labels", type=int, nargs="+", default=variants.LABELS, help="low_data: labels of a subset")
-    parser.add_argument("--subsets", type=int, default=variants.SUBSETS, help="low_data: random subsets")
+    parser.add_argument("--subsets", type=int, default=variants.SUBSETS, help="low_data: random subsets; one has no deviation")
     parser.add_argument("--n_masks", type=int, default=variants.N_MASKS, help="mask_vote: masks that vote")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the features in memory")
     args = parser.parse_args(argv)
     if args.max_train is not None and args.protocol != "best_layer":
         raise ValueError(f"--max_train belongs to --protocol best_layer, not {args.protocol}; leave it out")
-    for name, least in (("subsets", 1), ("n_masks", 1)):
+    for name, least in (("subsets", 1), ("n_masks", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     return args
@@ -144,7 +144,8 @@ def report(row: dict[str, Any], train: FeatureSet) -> None:
     accuracy = f"{row['eval_split']} {100 * row['accuracy']:.2f} %"
     if row["protocol"] == "low_data":
         what += f", {row['n_labels']} labels"
-        say(f"{what}: {accuracy} +- {100 * row['deviation']:.2f} over {len(row['subset_accuracies'])} subsets")
+        over = "one subset" if row["deviation"] is None else f"{row['n_subsets']} subsets, +- {100 * row['deviation']:.2f}"
+        say(f"{what}: {accuracy} over {over}")
     else:
         ended = f"objective {row['objective']:.6g}, gradient {row['grad_norm']:.1e} after {row['iterations']} iterations"
         vote = f", one mask {100 * row['single_accuracy']:.2f} %" if "single_accuracy" in row else ""

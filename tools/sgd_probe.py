@@ -83,8 +83,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the held-out images and of the order")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     args = parser.parse_args(argv)
-    if args.save_every < 1:
-        raise ValueError(f"--save_every {args.save_every} must be at least 1")
+    for name in ("together", "steps", "batch_images", "views", "window_mib", "save_every", "seed"):
+        least = 0 if name == "seed" else 1
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     return args
 
 

@@ -1,6 +1,7 @@
 """Rows of a feature array that is larger than memory, in a random order that their place in the stream alone decides.
 
-In: a memory map [N, C], which rows take part, a seed. Out: batches from any step on, and column moments. Called by sgd_probe.
+In: a memory map [N, C], which rows take part, a seed. Out: batches from any step on, and column moments. Called by sgd_probe;
+`FiniteRows` by protocols too.
 
 Rows are read in blocks of neighbours. An epoch is a permutation of the blocks; as many as fit into `window_bytes` make a window,
 whose rows are shuffled, and which is read while the one before it is used. (seed, epoch, window) decide all of it, so a stream
@@ -18,9 +19,37 @@ import torch
 from torch import Tensor
 
 from igpt_ds.counter_random import random_words
+from igpt_ds.evaluate.feature_files import FeatureSet
 
 BLOCK_BYTES = 1 << 18  # of neighbouring rows: large enough for a disk, small enough to mix
 _ORDER = 31  # purpose of random words
+
+
+class FiniteRows:
+    """One layer of a feature set, an array [N, C] that is read like a memory map: float32, and seen to be finite as it is read.
+
+    The check is of the rows in hand, while they are in the cache.
+
+    Raises:
+        ValueError: as `FeatureSet.layer` does; and, where rows are read, one that names the first that is not finite.
+    """
+
+    def __init__(self, features: FeatureSet, layer: int, kind: str, mask: int = 0) -> None:
+        self._values = features.layer(layer, kind, mask)
+        of_mask = f" mask {mask}" if features.mask_draws else ""
+        self._name = f"{features.path} split {features.split!r}: layer {layer} {kind}{of_mask}"
+        self.shape = self._values.shape
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        # Not before float16 is float32: numpy takes twenty times as long to look at float16.
+        values = np.asarray(self._values[rows], dtype=np.float32)
+        if not np.isfinite(values).all():
+            image = np.arange(len(self))[rows][~np.isfinite(values).all(1)][0]
+            raise ValueError(f"{self._name} is not finite for image {image}; extract the features again with --dtype fp32")
+        return values
 
 
 class Blocks:
@@ -35,7 +64,7 @@ class Blocks:
 
     def __init__(
         self,
-        values: np.ndarray,
+        values: np.ndarray | FiniteRows,
         keep: np.ndarray | None,
         seed: int,
         window_bytes: int,
@@ -119,20 +148,14 @@ def standardised(values: Tensor, standard: tuple[np.ndarray, np.ndarray] | None)
     return values.sub_(mean).mul_(scale)
 
 
-def moments(values: np.ndarray, keep: np.ndarray | None, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and 1 / deviation of each column over the rows kept, float64 [C], in one pass; 0 for a column that never changes.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    n, total, squares, shift = 0, 0.0, 0.0, np.asarray(values[0], dtype=np.float64)
+def moments(values: np.ndarray | FiniteRows, keep: np.ndarray | None, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and 1 / deviation of each column over the rows kept, float64 [C], in one pass; 0 for a column that never changes."""
+    n, total, squares, shift = 0, 0.0, 0.0, np.asarray(values[:1][0], dtype=np.float64)
     for start in range(0, len(values), rows):
         part = np.asarray(values[start : start + rows], dtype=np.float64)
         part = (part if keep is None else part[keep[start : start + rows]]) - shift
         n, total, squares = n + len(part), total + part.sum(0), squares + np.square(part).sum(0)
     mean = total / n
     deviation = np.sqrt(np.maximum(squares / n - mean**2, 0))
-    if not np.isfinite(deviation).all():
-        raise ValueError("the features hold values that are not finite; extract them again in fp32")
     constant = deviation <= np.finfo(np.float32).eps * np.abs(mean + shift)
     return mean + shift, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=~constant)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_ds.evaluate.blocks import FiniteRows
 from igpt_ds.evaluate.feature_files import FeatureSet
 from igpt_ds.evaluate.logistic import Fit, Spectrum, fit
 
@@ -60,11 +61,14 @@ class View:
         """The rows of some images, in turn: float64 [n, width].
 
         The files are mapped anew for each piece, so that what was read does not stay in the process's memory.
+
+        Raises:
+            ValueError: a value that is read is not finite.
         """
         rows = max(1, _CHUNK_BYTES // (8 * self.width))
         for start in range(0, len(ids), rows):
             some = ids[start : start + rows]
-            maps = (self.features.layer(layer, self.kind, self.mask) for layer in self.layers)
+            maps = (FiniteRows(self.features, layer, self.kind, self.mask) for layer in self.layers)
             yield np.concatenate([one[some] for one in maps], axis=1, dtype=np.float64)
 
 
@@ -224,7 +228,8 @@ def linear_probe(
         max_train: use that many training images only, the classes in proportion.
 
     Raises:
-        ValueError: labels missing or all the same, a max_train, grid or tol without sense, a layer that is not there.
+        ValueError: labels missing or all the same, a max_train, grid or tol without sense, a layer that is not there, features
+            that are not finite in either split.
     """
     settings = settings or Settings()
     check_labels(evaluated)

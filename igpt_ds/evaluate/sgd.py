@@ -77,7 +77,7 @@ def cosine(step: int, steps: int) -> float:
 class Rows:
     """Some rows of an array, gathered when a piece of them is asked for."""
 
-    def __init__(self, values: np.ndarray, ids: np.ndarray) -> None:
+    def __init__(self, values: Any, ids: np.ndarray) -> None:
         self.values, self.ids, self.shape = values, ids, (len(ids), values.shape[1])
 
     def __getitem__(self, part: slice) -> np.ndarray:

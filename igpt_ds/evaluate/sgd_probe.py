@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_ds.evaluate.blocks import BLOCK_BYTES, Blocks, moments
+from igpt_ds.evaluate.blocks import BLOCK_BYTES, Blocks, FiniteRows, moments
 from igpt_ds.evaluate.feature_files import FeatureSet
-from igpt_ds.evaluate.protocols import check_labels, stratified_order
+from igpt_ds.evaluate.protocols import check_labels, stratified_order, training_images
 from igpt_ds.evaluate.sgd import MOMENTUM, Rows, Sgd, cosine, count
 from igpt_ds.files import atomic_file
 
-FORMAT, VERSION = "igpt_ds.sgd_probe", 1
+FORMAT, VERSION = "igpt_ds.sgd_probe", 2
 RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # paper 3.4: 30, 10, 3, ...
 HELD_OUT = 0.04  # of the training images: paper 3.1, for ImageNet
+_MADE_WITH = ("model_hash", "precision", "dtype", "mask_prob", "mask_seed")  # what decides features of the same images
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class _Fitting:
     def __init__(
         self,
         train: FeatureSet,
+        evaluated: FeatureSet,
         layer: int,
         kind: str,
         settings: Settings,
@@ -96,11 +98,12 @@ class _Fitting:
         state: Path | None,
         save_every: int,
     ) -> None:
-        self.values, self.settings, self.file, self.save_every = train.layer(layer, kind), settings, state, save_every
+        self.values, self.settings, self.file, self.save_every = FiniteRows(train, layer, kind), settings, state, save_every
         self.n_classes = len(train.classes)
         self.labels = torch.from_numpy(np.array(train.labels)).to(settings.device)
-        where = {"labels": train.dataset_hash, "model_hash": train.manifest["model_hash"], "layer": layer, "kind": kind}
-        where["held_out"] = held_out
+        where = {"labels": train.dataset_hash, "n_classes": self.n_classes, "layer": layer, "kind": kind, "held_out": held_out}
+        where |= {f"features' {name}": train.manifest[name] for name in _MADE_WITH} | {"eval_split": evaluated.split}
+        where |= {"eval_split's hash": evaluated.dataset_hash, "mask_draws": [train.mask_draws, evaluated.mask_draws]}
         self.identity = {"format": FORMAT, "version": VERSION, **where, **asdict(settings)}
         self.saved: dict[str, Any] = self._open() if state is not None and state.exists() else {"done": {}}
 
@@ -115,7 +118,7 @@ class _Fitting:
         if changed:
             name = changed[0]
             what = f"{name} {theirs.get(name)!r}, now it is {self.identity[name]!r}"
-            raise ValueError(f"{self.file} was begun with {what}; remove it, or name another file by --state")
+            raise ValueError(f"{self.file} was begun with {what}; remove it, or name another --out")
         return dict(saved)
 
     def accuracies(self, name: str, rates: Sequence[float], keep: np.ndarray | None, counted: dict[str, Any]) -> dict[str, Any]:
@@ -152,6 +155,11 @@ class _Fitting:
             found[what] = [float(share) if good else 0.0 for share, good in zip(right, finite, strict=True)]
         self._save({"done": self.saved["done"] | {name: found}})
         return found
+
+    def forget(self) -> None:
+        """Removes the file: a probe that ended has no use for it, and one that failed must not lead the next to the same end."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
 
     def _save(self, saved: dict[str, Any]) -> None:
         self.saved = saved
@@ -197,27 +205,27 @@ def sgd_probe(
     Args:
         rates: tried from large to small, `together` at once, until the best is not the smallest that was tried.
         held_out: the part of the training images that chooses the rate.
-        state: a file that an interrupted probe goes on from; removed at the end.
+        state: a file that an interrupted probe goes on from; removed at the end, and where every rate diverged.
         save_every: steps between two writings of it.
 
     Raises:
-        ValueError: labels missing, rates or a share without sense, all rates diverged, a state of another probe.
+        ValueError: labels missing or all the same, features not finite, bad rates or shares, divergence, another probe's state.
     """
-    if not rates or not all(rate > 0 and math.isfinite(rate) for rate in rates) or together < 1:
-        given = " ".join(f"{rate:g}" for rate in rates)
-        raise ValueError(f"--rates {given} must be positive, and --together {together} at least 1")
-    for features in (train, evaluated):
-        check_labels(features)
-    fitting = _Fitting(train, layer, kind, settings, held_out, state, save_every)
+    if not rates or not all(rate > 0 and math.isfinite(rate) for rate in rates):
+        raise ValueError(f"--rates {' '.join(f'{rate:g}' for rate in rates)} must be positive numbers")
+    if together < 1:
+        raise ValueError(f"--together {together} must be at least 1")
+    training_images(train, None, settings.seed)  # all of them, once their labels are seen to be of use
+    check_labels(evaluated)
+    fitting = _Fitting(train, evaluated, layer, kind, settings, held_out, state, save_every)
     mask = held_out_rows(train.labels, held_out, settings.views, settings.seed)
     chosen_by = {"held_out": (Rows(fitting.values, np.flatnonzero(mask)), train.labels[mask])}
     tried, shares, finite, best = _search(fitting, rates, together, ~mask, chosen_by)
-    everything = {"train": (fitting.values, train.labels), "evaluated": (evaluated.layer(layer, kind), evaluated.labels)}
+    everything = {"train": (fitting.values, train.labels), "evaluated": (FiniteRows(evaluated, layer, kind), evaluated.labels)}
     last = fitting.accuracies("all", [tried[best]], None, everything)
+    fitting.forget()
     if not last["finite"][0]:
         raise ValueError(f"rate {tried[best]:g} was the best and diverged on all images; leave it out of --rates")
-    if state is not None:
-        state.unlink(missing_ok=True)
     return SgdProbe(
         layer=layer,
         kind=kind,
@@ -257,7 +265,8 @@ def _search(
         if best < len(tried) - 1 and finite[best]:
             break
     if not any(finite):
-        raise ValueError(f"every rate diverged, down to {tried[-1]:g}, or the features are not finite; give smaller --rates")
+        fitting.forget()
+        raise ValueError(f"every rate diverged, down to {tried[-1]:g}; give smaller --rates, or --standardise")
     return tried, shares, finite, best
 
 

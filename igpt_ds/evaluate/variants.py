@@ -87,6 +87,7 @@ class LowData:
     eval_split: str
     n_train: int  # images that a subset is drawn from
     n_labels: int  # of a subset
+    n_subsets: int
     n_eval: int
     n_features: int
     n_classes: int
@@ -95,7 +96,7 @@ class LowData:
     C_of_subsets: list[float]
     subset_accuracies: list[float]
     accuracy: float  # their mean
-    deviation: float  # their standard deviation, with n - 1
+    deviation: float | None  # of the sample of subsets: with n - 1, and none of one subset
     held_out_accuracy: float  # the mean of the subsets' accuracies across their folds
     grid_edge: str | None  # the end at which most subsets chose, if most did
     converged: bool
@@ -110,7 +111,8 @@ def low_data(
     """Fits on n_labels random images, as many of each class, and again on other subsets (paper 4.7).
 
     The paper does not say how it chose the penalty. Here each subset chooses its own by cross validation within itself, so that
-    no other label is used; the layer alone is the caller's.
+    no other label is used; the layer alone is the caller's. The deviation is that of the sample, with n - 1, since the subsets
+    stand for all that could be drawn; one subset has none.
 
     Raises:
         ValueError: n_labels that is no multiple of the classes, below two of each, or above what a class has.
@@ -137,6 +139,7 @@ def low_data(
         eval_split=evaluated.split,
         n_train=len(train.labels),
         n_labels=n_labels,
+        n_subsets=subsets,
         n_eval=len(evaluated.labels),
         n_features=view.width,
         n_classes=len(train.classes),
@@ -145,7 +148,7 @@ def low_data(
         C_of_subsets=[settings.C_grid[best] for best in chosen],
         subset_accuracies=accuracies,
         accuracy=float(np.mean(accuracies)),
-        deviation=float(np.std(accuracies, ddof=1)) if subsets > 1 else 0.0,
+        deviation=float(np.std(accuracies, ddof=1)) if subsets > 1 else None,
         held_out_accuracy=float(np.mean(inner)),
         grid_edge=edge(usual, len(settings.C_grid)),
         converged=all(ended),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from igpt_ds.data.shards import ShardSet
+from igpt_ds.evaluate import feature_files
 from igpt_ds.evaluate.extraction import extract
 from igpt_ds.evaluate.feature_files import merge, open_features, part_dir
 from igpt_ds.evaluate.features import Network, open_model
@@ -108,6 +109,9 @@ def test_a_killed_run_goes_on_where_it_was(model_dir, tiny_dataset, both_splits,
     assert killed.returncode == -9, killed.stderr
     partial = tmp_path / "features.partial"
     assert json.loads((partial / "progress.json").read_text())["done"] == {"train": 28, "val": 0}
+    torn = np.load(partial / "train" / "layer_01_raw.npy", mmap_mode="r+")
+    torn[28:31] = np.nan  # rows that were on their way when it died, and are not among those done
+    torn.flush()
     model, origin = open_model(model_dir, both_splits[0])
     with pytest.raises(ValueError, match=r"features\.partial holds the beginning of other features: kinds is .*; remove it"):
         extract(out, both_splits, Network(model, batch=4), origin, kinds=["raw"])
@@ -120,6 +124,28 @@ def test_a_killed_run_goes_on_where_it_was(model_dir, tiny_dataset, both_splits,
     extract(tmp_path / "whole", both_splits, Network(load_model(model_dir)[0], batch=4), origin)
     same_bytes(out, tmp_path / "whole")
     assert not partial.exists()
+
+
+def test_a_run_killed_between_its_last_row_and_the_new_name(model_dir, both_splits, tmp_path, monkeypatch):
+    model, origin = open_model(model_dir, both_splits[0])
+    extract(tmp_path / "whole", both_splits, Network(model, batch=4), origin)
+    out, write = tmp_path / "features", feature_files.write_json
+
+    def dies(path, content):
+        write(path, content)
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(feature_files, "write_json", dies)
+    with pytest.raises(KeyboardInterrupt):
+        extract(out, both_splits, Network(model, batch=4), origin)
+    monkeypatch.setattr(feature_files, "write_json", write)
+    assert (tmp_path / "features.partial" / "progress.json").exists()
+    seen = []
+    model.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    extract(out, both_splits, Network(model, batch=4), origin)
+    assert not seen, "every row was there"
+    same_bytes(out, tmp_path / "whole")
 
 
 def test_a_writer_killed_before_its_first_row(model_dir, both_splits, tmp_path):

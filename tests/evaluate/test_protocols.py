@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from igpt_ds.evaluate.feature_files import open_features
-from igpt_ds.evaluate.protocols import Search, Settings, View, linear_probe, stratified_order
+from igpt_ds.evaluate.protocols import Search, Settings, View, linear_probe, probe_view, stratified_order
+from igpt_ds.evaluate.variants import low_data
 
 
 def clouds(n, seed, width=6, classes=3, spread=1.0):
@@ -202,6 +204,27 @@ def test_real_features_pass_through(features_dir, pixels_dir):
         train, val = open_features(path, "train"), open_features(path, "val")
         probe = linear_probe(train, val, 0, kind)
         assert (probe.n_train, probe.n_eval) == (len(train.labels), len(val.labels))
+
+
+@pytest.mark.parametrize(("split", "image"), [("train", 7), ("val", 3)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_features_that_are_not_finite(sets, split, image, value):
+    """In either split, and among several layers side by side, the error names what must be extracted again."""
+    train, val = sets({"train": clouds(60, 1), "val": clouds(20, 2)})
+    x = np.load(train.path / split / "layer_00_normed.npy")
+    np.save(train.path / "train" / "layer_01_normed.npy", np.load(train.path / "train" / "layer_00_normed.npy"))
+    np.save(train.path / "val" / "layer_01_normed.npy", np.load(train.path / "val" / "layer_00_normed.npy"))
+    x[image, 5] = value
+    np.save(train.path / split / "layer_01_normed.npy", x)
+    train, val = (replace(one, manifest=one.manifest | {"layers": [0, 1]}) for one in (train, val))
+    assert linear_probe(train, val, 0, "normed").accuracy > 0.8
+    name = rf"{train.path} split '{split}': layer 1 normed is not finite for image {image}; extract the features again with"
+    with pytest.raises(ValueError, match=name):
+        linear_probe(train, val, 1, "normed")
+    with pytest.raises(ValueError, match=name):
+        probe_view(View(train, (0, 1), "normed"), [View(val, (0, 1), "normed")], np.arange(60), Settings())
+    with pytest.raises(ValueError, match=name):
+        low_data(train, val, 1, "normed", 30, Settings())
 
 
 def test_labels_that_no_probe_can_use(sets):

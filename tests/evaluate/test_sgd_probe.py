@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_ds.evaluate import blocks, sgd_probe
-from igpt_ds.evaluate.blocks import Blocks, moments, standardised
+from igpt_ds.evaluate import blocks, feature_files, sgd_probe
+from igpt_ds.evaluate.blocks import Blocks, FiniteRows, moments, standardised
 from igpt_ds.evaluate.feature_files import open_features
 from igpt_ds.evaluate.sgd import MOMENTUM, Rows, Sgd, cosine, count
 from igpt_ds.evaluate.sgd_probe import Settings, held_out_rows
@@ -67,8 +67,6 @@ def test_moments_and_standardised_rows(small_blocks):
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(x.std(0, unbiased=False), [1, 1, 0, 1], rtol=1e-5)
     assert standardised(x, None) is x
-    with pytest.raises(ValueError, match="features hold values that are not finite; extract them again in fp32"):
-        moments(values * np.float32(np.nan), None, 6)
 
 
 def test_every_rate_is_torchs_own_sgd():
@@ -177,13 +175,83 @@ def test_a_state_of_another_probe(sets, tmp_path, monkeypatch):
     state = tmp_path / "state"
     monkeypatch.setattr(sgd_probe.Path, "unlink", lambda self, missing_ok: None)
     sgd_probe.sgd_probe(*sets, 0, "normed", QUICK, rates=[0.1], state=state)
-    with pytest.raises(ValueError, match=r"state was begun with steps 200, now it is 100; remove it"):
+    with pytest.raises(ValueError, match=r"state was begun with steps 200, now it is 100; remove it, or name another --out"):
         sgd_probe.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, steps=100), rates=[0.1], state=state)
     with pytest.raises(ValueError, match=r"state was begun with held_out 0\.04, now it is 0\.1; remove it"):
         sgd_probe.sgd_probe(*sets, 0, "normed", QUICK, rates=[0.1], held_out=0.1, state=state)
+    train, val = sets
+    for changed in ({"dtype": "fp16"}, {"precision": "bf16"}, {"mask_prob": 0.3}, {"mask_seed": 1}, {"model_hash": "other"}):
+        (name, value), other = *changed.items(), dataclasses.replace(train, manifest=train.manifest | changed)
+        monkeypatch.setitem(feature_files.DTYPES, "fp16", "<f4")  # so that the same files will do
+        with pytest.raises(ValueError, match=rf"begun with features' {name} .*, now it is {value!r}; remove it"):
+            sgd_probe.sgd_probe(other, val, 0, "normed", QUICK, rates=[0.1], state=state)
+    splits = val.manifest["splits"] | {"val": {**val.manifest["splits"]["val"], "dataset_hash": "h"}}
+    for evaluated, named in (
+        (train, "eval_split 'val', now it is 'train'"),
+        (dataclasses.replace(val, manifest=val.manifest | {"splits": splits}), "eval_split's hash 'val', now it is 'h'"),
+    ):
+        with pytest.raises(ValueError, match=f"state was begun with {named}; remove it"):
+            sgd_probe.sgd_probe(train, evaluated, 0, "normed", QUICK, rates=[0.1], state=state)
+    more = dataclasses.replace(train, manifest=train.manifest | {"classes": [*train.classes, "class3"]})
+    with pytest.raises(ValueError, match="state was begun with n_classes 3, now it is 4; remove it"):
+        sgd_probe.sgd_probe(more, val, 0, "normed", QUICK, rates=[0.1], state=state)
     state.write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"state is torn or not the state of a probe .*; remove it"):
         sgd_probe.sgd_probe(*sets, 0, "normed", QUICK, rates=[0.1], state=state)
+
+
+@pytest.mark.parametrize(("split", "image"), [("train", 100), ("train", 3), ("val", 41)])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_features_that_are_not_finite_are_named_and_leave_nothing_behind(sets, tmp_path, split, image, standardise):
+    """Whichever image it is, of the fit or held out; and good features after them give what they give without a state."""
+    arguments = (*sets, 0, "normed", dataclasses.replace(QUICK, standardise=standardise))
+    more = {"rates": (0.5, 0.05), "together": 1, "held_out": 0.25}
+    whole, state = sgd_probe.sgd_probe(*arguments, **more), tmp_path / "state"
+    file = sets[0].path / split / "layer_00_normed.npy"
+    good = np.load(file)
+    bad = good.copy()
+    bad[image, 2] = np.nan
+    np.save(file, bad)
+    name = rf"{sets[0].path} split '{split}': layer 0 normed is not finite for image {image}; extract the features again with"
+    with pytest.raises(ValueError, match=name):
+        sgd_probe.sgd_probe(*arguments, **more, state=state)
+    np.save(file, good)
+    assert sgd_probe.sgd_probe(*arguments, **more, state=state) == whole
+    assert not state.exists()
+
+
+def test_finite_rows_read_like_the_map_they_stand_for(many_masks):
+    rows = FiniteRows(many_masks, 0, "normed", 1)
+    stored = many_masks.layer(0, "normed", 1)
+    assert (len(rows), rows.shape, stored.dtype) == (6, (6, 4), np.float16)
+    for part in (slice(1, 4), np.array([5, 0])):
+        assert rows[part].dtype == np.float32
+        assert np.array_equal(rows[part], stored[part])
+    changed = np.array(stored)
+    changed[4, 3] = np.inf
+    np.save(many_masks.path / "val" / "layer_00_normed_mask1.npy", changed)
+    for part in (slice(2, 6), np.array([1, 4, 0])):
+        with pytest.raises(ValueError, match=r"split 'val': layer 0 normed mask 1 is not finite for image 4; .* --dtype fp32"):
+            FiniteRows(many_masks, 0, "normed", 1)[part]
+    assert len(rows[:4]) == 4, "what is not read is not looked at"
+
+
+@pytest.fixture
+def many_masks(made_features):
+    """Six images seen through two masks, in half precision."""
+    path = made_features({"val": separable(6)})
+    for mask in range(2):
+        np.save(path / "val" / f"layer_00_normed_mask{mask}.npy", numbered(6).astype(np.float16) + mask)
+    features = open_features(path, "val")
+    about = {"dtype": "fp16", "n_features": 4, "splits": {"val": {"n_images": 6, "dataset_hash": "val", "mask_draws": 2}}}
+    return dataclasses.replace(features, manifest=features.manifest | about)
+
+
+def test_a_search_that_failed_is_not_gone_on_from(sets, tmp_path):
+    state, few = tmp_path / "state", dataclasses.replace(QUICK, steps=5)
+    with pytest.raises(ValueError, match=r"every rate diverged, down to 1e\+38; give smaller --rates, or --standardise"):
+        sgd_probe.sgd_probe(*sets, 0, "normed", few, rates=(3e38, 1e38), together=1, state=state)
+    assert not state.exists()
 
 
 def test_all_views_of_an_image_are_held_out_together():
@@ -198,13 +266,13 @@ def test_all_views_of_an_image_are_held_out_together():
 @pytest.mark.parametrize(
     ("changes", "more", "complaint"),
     [
-        ({}, {"rates": ()}, "must be positive, and --together 4 at least 1"),
-        ({}, {"rates": (1.0, -1.0)}, r"--rates 1 -1 must be positive"),
-        ({}, {"together": 0}, "--together 0 at least 1"),
+        ({}, {"rates": ()}, "--rates  must be positive numbers"),
+        ({}, {"rates": (1.0, -1.0)}, r"--rates 1 -1 must be positive numbers"),
+        ({}, {"together": 0}, "^--together 0 must be at least 1"),
         ({}, {"held_out": 1.5}, r"--held_out 1\.5 must lie between 0 and 1"),
         ({}, {"held_out": 0.999}, r"--held_out 0\.999 of 240 images leaves none to fit on"),
         ({"views": 7}, {}, "--views 7 does not divide the 240 rows of the training images"),
-        ({"steps": 5}, {"rates": (1e38,)}, r"every rate diverged, down to 1e\+38, or the features are not finite"),
+        ({"steps": 5}, {"rates": (1e38,)}, r"every rate diverged, down to 1e\+38; give smaller --rates"),
     ],
 )
 def test_bad_input(sets, changes, more, complaint):
@@ -212,13 +280,25 @@ def test_bad_input(sets, changes, more, complaint):
         sgd_probe.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, **changes), **more)
 
 
-def test_the_last_fit_must_not_diverge(sets, monkeypatch):
+def test_labels_of_one_class(sets):
+    train = dataclasses.replace(sets[0], labels=np.full(240, 2))
+    with pytest.raises(
+        ValueError, match=r"the training labels hold one class only \(class2\), in .*made; a probe needs at least 2"
+    ):
+        sgd_probe.sgd_probe(train, sets[1], 0, "normed", QUICK)
+
+
+def test_the_last_fit_must_not_diverge(sets, monkeypatch, tmp_path):
+    state = tmp_path / "state"
+
     def found(self, name, rates, keep, counted):
+        self._save({"done": {}})
         return {what: [0.5] * len(rates) for what in counted} | {"finite": [name == "search"] * len(rates)}
 
     monkeypatch.setattr(sgd_probe._Fitting, "accuracies", found)
     with pytest.raises(ValueError, match=r"rate 1 was the best and diverged on all images; leave it out of --rates"):
-        sgd_probe.sgd_probe(*sets, 0, "normed", QUICK, rates=[1.0])
+        sgd_probe.sgd_probe(*sets, 0, "normed", QUICK, rates=[1.0], state=state)
+    assert not state.exists()
 
 
 @pytest.mark.parametrize(("name", "value"), [("steps", 0), ("batch_images", 0), ("window_bytes", 0), ("views", 0)])

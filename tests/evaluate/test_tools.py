@@ -116,6 +116,9 @@ def test_protocols_through_the_tool(tool, make_model_dir, tiny_dataset, tmp_path
     assert (rows[3]["layer"], rows[3]["n_masks"], rows[3]["mask_seed"]) == (2, 4, 3)
     assert tool("linear_probe", *common, "low_data", "--n_labels", 6, "--subsets", 3)[0] == 0
     assert len(read_results(out)) == 4, "measured again"
+    one = ["--layers", 2, "--n_labels", 6, "--subsets", 1]
+    _, said, _ = tool("linear_probe", *common[:-2], tmp_path / "one.jsonl", "--protocol", "low_data", *one)
+    assert "% over one subset\n" in said
 
 
 def test_warnings_of_a_probe(tool, pixels_dir, tmp_path):
@@ -201,6 +204,20 @@ def test_training_figure(tool, run_dir, tmp_path):
         ),
         ("linear_probe", ["--features", "FEATURES", "--subsets", 0, "--out", "OUT"], "--subsets 0 must be at least 1"),
         ("linear_probe", ["--features", "FEATURES", "--n_masks", 0, "--out", "OUT"], "--n_masks 0 must be at least 1"),
+        ("linear_probe", ["--features", "FEATURES", "--seed", -1, "--out", "OUT"], "error: --seed -1 must be at least 0"),
+        ("sgd_probe", ["--features", "FEATURES", "--seed", -1, "--out", "OUT"], "error: --seed -1 must be at least 0"),
+        ("sgd_probe", ["--features", "FEATURES", "--together", 0, "--out", "OUT"], "error: --together 0 must be at least 1"),
+        ("sgd_probe", ["--features", "FEATURES", "--window_mib", 0, "--out", "OUT"], "error: --window_mib 0 must be at least 1"),
+        (
+            "extract_features",
+            ["--model", "MODEL", "--data", "SHARDS", "--splits", "train", "train", "--out", "OUT"],
+            "--splits train train names 'train' twice; name each once",
+        ),
+        (
+            "extract_features",
+            ["--model", "MODEL", "--data", "SHARDS", "--kinds", "raw", "raw", "--out", "OUT"],
+            "--kinds raw raw names 'raw' twice; name each once",
+        ),
         (
             "linear_probe",
             ["--features", "FEATURES", "--protocol", "low_data", "--out", "OUT"],
@@ -216,19 +233,29 @@ def test_training_figure(tool, run_dir, tmp_path):
         ("linear_probe", ["--features", "FEATURES", "--layers", 9, "--out", "OUT"], "features hold layers 0..2, from"),
         ("linear_probe", ["--features", "FEATURES", "--device", "cuda", "--out", "OUT"], "torch sees no GPU"),
         ("linear_probe", ["--features", "FEATURES", "--C_grid", 0, "--out", "OUT"], "C_grid=[0.0] must hold positive numbers"),
-        ("figures", ["layers", "--out", "OUT"], "layers reads --results FILE"),
-        ("figures", ["layers", "RUN", "--results", "x", "--out", "OUT"], "layers reads --results FILE"),
-        ("figures", ["layers", "--results", "none", "--out", "OUT"], "--results none does not exist; make it with"),
-        ("figures", ["training", "--out", "OUT"], "training reads run directories"),
-        ("figures", ["training", "none", "--results", "x", "--out", "OUT"], "training reads run directories"),
-        ("figures", ["plan", "--out", "OUT"], "plan reads files of"),
-        ("figures", ["plan", "none.json", "--log", "--out", "OUT"], "--log is for training; plan is drawn on axes of its own"),
-        ("figures", ["plan", "ds_configs/zero3_bf16.json", "--out", "OUT"], "ds_configs/zero3_bf16.json is no table of"),
-        ("figures", ["training", "none", "--out", "OUT"], "run config none/run.json does not exist"),
+        ("figures", ["layers", "--out", "OUT.png"], "layers reads --results FILE"),
+        ("figures", ["layers", "RUN", "--results", "x", "--out", "OUT.png"], "layers reads --results FILE"),
+        ("figures", ["layers", "--results", "none", "--out", "OUT.png"], "--results none does not exist; make it with"),
+        ("figures", ["training", "--out", "OUT.png"], "training reads run directories"),
+        ("figures", ["training", "none", "--results", "x", "--out", "OUT.png"], "training reads run directories"),
+        ("figures", ["plan", "--out", "OUT.png"], "plan reads files of"),
+        (
+            "figures",
+            ["plan", "none.json", "--log", "--out", "OUT.png"],
+            "--log is for training; plan is drawn on axes of its own",
+        ),
+        ("figures", ["plan", "ds_configs/zero3_bf16.json", "--out", "OUT.png"], "ds_configs/zero3_bf16.json is no table of"),
+        ("figures", ["training", "none", "--out", "OUT.png"], "run config none/run.json does not exist"),
     ],
 )
 def test_bad_input(tool, model_dir, tiny_dataset, features_dir, tmp_path, name, arguments, complaint):
-    real = {"SHARDS": tiny_dataset, "MODEL": model_dir, "FEATURES": features_dir, "OUT": tmp_path / "out"}
+    real = {
+        "SHARDS": tiny_dataset,
+        "MODEL": model_dir,
+        "FEATURES": features_dir,
+        "OUT": tmp_path / "out",
+        "OUT.png": tmp_path / "out.png",
+    }
     status, _, said = tool(name, *(real.get(word, word) for word in arguments))
     assert status == 2
     last = said.splitlines()[-1]
