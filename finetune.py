@@ -28,11 +28,11 @@ from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.evaluate.classification import result
-from igpt_ds.evaluate.results import add_results
+from igpt_ds.evaluate.results import add_results, read_results
 from igpt_ds.files import write_json
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.checkpoint import load_checkpoint
-from igpt_ds.train.consolidation import consolidate
+from igpt_ds.train.consolidation import check_own, consolidate
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.finetune_flags import finetune_recipe, parse, starting_point
@@ -97,10 +97,10 @@ def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> R
 
 
 def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> None:
-    """Refuses shards that do not fit the weights, and a model dir that would be in the way at the end.
+    """Refuses shards that do not fit the weights, and what would be in the way at the end.
 
     Raises:
-        ValueError: another size or palette, or --out is not empty.
+        ValueError: another size or palette; --out is not empty, and not this run's own model; --results cannot be read.
     """
     check_shards(images, start.config)
     if args.untrained is None and images.palette_hash != start.palette_hash:
@@ -109,8 +109,12 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
             f"{args.model / 'palette.npy'}"
         )
     out = args.out or args.run_dir / "model"
-    if args.resume == "never" and out.exists() and any(out.iterdir()):
+    if args.resume == "auto" and (out / "config.json").exists():
+        check_own(out, args.run_dir)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists already; choose another name or remove it")
+    if args.results:
+        read_results(args.results)
 
 
 def about(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> dict[str, Any]:
@@ -131,6 +135,13 @@ def early_stop(args: argparse.Namespace) -> EarlyStop:
     return EarlyStop("val_loss" if args.loss == "gen" else "val_accuracy", args.patience, keep_best=not folded)
 
 
+def why_kept(early: EarlyStop) -> str:
+    """Why the model is that of its step, in words, with what was measured there."""
+    if not early.best:
+        return "the last step; no validation counted"
+    return f"{'the best of the validations' if early.keep_best else 'the last validation'}: {json.dumps(early.best)}"
+
+
 def conclude(
     args: argparse.Namespace,
     engine: Any,
@@ -141,12 +152,15 @@ def conclude(
     evaluated: ShardSet | None,
 ) -> None:
     """The best step becomes a model dir; where a row is wanted, the test split is read by all ranks together."""
-    step, out = watch.best_step, args.out or args.run_dir / "model"
+    early, out = watch.early, args.out or args.run_dir / "model"
+    assert early is not None
     watch.watchdog.alive("consolidate", watch.watchdog.step)
-    if not dist.from_rank_0(lambda: (out / "config.json").exists()):  # else written before an interruption
-        dist.from_rank_0(lambda: consolidate(args.run_dir, out, step))
+    if dist.from_rank_0(lambda: (out / "config.json").exists()):  # written before an interruption, or meanwhile by another run
+        dist.from_rank_0(lambda: check_own(out, args.run_dir))
+    else:
+        dist.from_rank_0(lambda: consolidate(args.run_dir, out, early.best_step))
     info = dist.from_rank_0(lambda: read_info(out))
-    say(f"{out}: step {info.step}, the best of the validations: {json.dumps(watch.early.best if watch.early else {})}")
+    say(f"{out}: step {info.step}, {why_kept(early)}")
     if evaluated is None:
         return
     found = dist.from_rank_0(lambda: choose_checkpoint(args.run_dir, info.step))

@@ -117,17 +117,28 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a missing file has none, and a torn last line (a killed writer) is left out."""
+    """The rows of a .jsonl file; a missing file has none, and a torn last line (a killed writer) is left out.
+
+    A torn line is the beginning of an object, or the zeros of a disk that lost its power, and no newline: what else is no JSON is
+    not ours.
+
+    Raises:
+        ValueError: another line that is not JSON, or a file that is no text.
+    """
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text().splitlines()
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text, let alone rows of JSON: {error}; name another file") from None
+    lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path} line {number} is not valid JSON; remove the line") from None
+            if number < len(lines) or text.endswith("\n") or line[:1] not in ("{", "\0"):
+                raise ValueError(f"{path} line {number} is not valid JSON; remove the line, or name another file") from None
     return rows
 
 

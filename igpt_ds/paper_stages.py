@@ -283,10 +283,13 @@ class _Plan:
         name, last = main.recipe.name, f"{self.model(main, main.recipe.steps).name}-"
         early = tuple(f"{self.model(system, step).name}-" for system in self.scale.systems for step in system.steps[:-1])
         rows = [file for file in self.rows if not file.stem.startswith(early)]
-        flags: Flags = {"results": rows, "paper": (1, 2, 3, 4, 5), "run_dir": self.run_dir(name)}
+        runs = [self.run_dir(system.recipe.name) for system in self.scale.systems]
+        flags: Flags = {"results": rows, "paper": (1, 2, 3, 4, 5), "run_dir": runs}
         yield self.stage("tables", "tools/tables.py", flags, tables, printed=True)
         own = (last, f"{name}-untrained-", "pixels-")
         flags["results"] = [file for file in rows if file.stem.startswith(own) or file.parent.name.startswith(f"{name}-")]
-        flags |= {"pictures": tuple(self.figures), "title": f"The paper at scale {self.scale.name}"}
+        flags["run_dir"] = self.run_dir(name)
+        pictures = tuple(path for path in self.figures if path.stem != "layers")  # the page draws that one itself
+        flags |= {"pictures": pictures, "title": f"The paper at scale {self.scale.name}"}
         report = self.out / "report.html"
         yield self.stage("report", "tools/report.py", flags | {"out": report}, report)

@@ -36,6 +36,10 @@ fi
 
 nothing_waits
 commands=$(plan "$@" --commands)
+if [[ -z $commands ]]; then
+  echo "nothing was submitted: everything is there already, the tables in $out/tables.md, the report in $out/report.html"
+  exit
+fi
 : >"$out/jobs.txt"
 declare -A job_of # stage -> number of its last job
 while IFS='|' read -r name job needs printed words <&3; do

@@ -135,9 +135,25 @@ def test_json_lines_leave_out_a_torn_last_line_only(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"step": 1}\n{"st')
     assert read_json_lines(path) == [{"step": 1}]
-    path.write_text('{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl line 1 is not valid JSON; remove the line$"):
+    path.write_text('{"step": 1}\n\0\0\0\0')  # what some file systems leave after a loss of power
+    assert read_json_lines(path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "number"),
+    [(b'{"st\n{"step": 2}\n', 1), (b'{"step": 1}\n{"st\n', 2), (b"my notes\n", 1), (b"my notes", 1)],
+)
+def test_json_lines_of_somebody_else_are_refused(tmp_path, content, number):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.jsonl line {number} is not valid JSON; remove the line, or name another file$"):
         read_json_lines(path)
+
+
+def test_json_lines_that_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match=r"a\.jsonl is no text, let alone rows of JSON: .*; name another file$"):
+        read_json_lines(tmp_path / "a.jsonl")
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path):

@@ -44,7 +44,7 @@ def test_each_stage_needs_what_was_made_before(name: str) -> None:
         stray = [file for file in files if not any(file == one or one in file.parents for one in there)]
         assert not stray, f"{stage.name} reads {stray}, which no stage leaves"
         before[stage.name] = stage.leaves
-    assert not (set(before) - {need for stage in found for need in stage.needs} - {"report", "tables"}), "made and never used"
+    assert not (set(before) - {need for stage in found for need in stage.needs} - {"report", "tables", "figure-layers"}), "made and never used"
 
 
 def test_what_each_scale_is_made_of() -> None:
@@ -164,6 +164,50 @@ def test_the_plan_as_a_user_sees_it(tool: Any, tmp_path: Path) -> None:
     assert tool("paper_plan", "--scale", "tiny", "--gpus", 0)[2].endswith("error: --gpus 0 must be at least 1\n")
 
 
+def test_what_is_not_there_is_told_before_anything_is_written(tool: Any, tmp_path: Path) -> None:
+    out, nowhere = tmp_path / "out", tmp_path / "nowhere"
+    status, _, said = tool("paper_plan", "--scale", "tiny", "--out", out, "--ds_config", "nosuch.json", "--commands")
+    assert (status, said) == (2, "paper_plan.py: error: ds_config nosuch.json does not exist\n")
+    assert not out.exists()
+    status, _, said = tool("paper_plan", "--scale", "full", "--data", nowhere, "--out", out)
+    assert (status, f"warning: --data {nowhere} is no directory on this machine" in said) == (0, True)
+    assert tool("paper_plan", "--scale", "full", "--data", tmp_path, "--out", out)[2] == ""
+
+
+def test_tables_see_every_pre_training_and_the_report_one() -> None:
+    found = {stage.name: stage for stage in planned("full")}
+    words = found["tables"].words
+    first = words.index("--run_dir") + 1
+    assert words[first:] == tuple(f"out/runs/{system.recipe.name}" for system in get_scale("full", "data").systems)
+    assert found["report"].words.count("--run_dir") == 1
+    assert "out/runs/igpt_s_ar_32" not in found["report"].words, "the main run alone"
+    pictures = found["report"].words[found["report"].words.index("--pictures") :]
+    assert "out/figures/loss.png" in pictures
+    assert "out/figures/layers.png" not in pictures, "the page draws it itself"
+
+
+@pytest.mark.parametrize("script", ["tools/paper.sh", "slurm/story_paper.sh"])
+def test_a_finished_paper_ends_at_once(launch: Any, tmp_path: Path, script: str) -> None:
+    """Standard input stays open, as a terminal's does: what reads from it waits for ever."""
+    out = tmp_path / "paper"
+    for stage in stages(get_scale("tiny", None), out, lambda recipe: {}):
+        if stage.job in ("pretrain", "finetune"):
+            stage.leaves.mkdir(parents=True)
+            (stage.leaves / "FINISHED").touch()
+        else:
+            write_json_lines(stage.leaves, [{}] * stage.rows)
+    (out / "jobs.txt").touch()
+    before = sorted(out.rglob("*"))
+    data = [""] if "story" in script else []
+    arguments = [script, "tiny", out, *data, *(["--ds_config=ds_configs/zero3_fp32.json"] if data else [])]
+    held_open = ["bash", "-c", 'exec bash "$@" < <(exec sleep 1000 2>/dev/null)', "bash"]
+    done = launch([*held_open, *arguments], timeout=100, env={"SUBMIT": "1", "IGPT_DS_CLUSTER": "none"})
+    assert done.returncode == 0, done.stderr
+    assert "everything is there already" in done.stdout
+    made = {path.name for path in out.rglob("*") if path not in before}
+    assert made <= {"log", "paper.json", "recipes", *(f"digits_{name}_8.json" for name in ("pico_ar", "nano_ar", "nano_bert"))}
+
+
 def test_the_commands_for_a_script(tool: Any, tmp_path: Path) -> None:
     out, fp32 = tmp_path / "out", DIRECTORY / "zero3_fp32.json"
     asked = ["--scale", "tiny", "--out", out, "--ds_config", fp32, "--commands"]
@@ -210,7 +254,9 @@ def test_the_paper_at_toy_size(launch: Any, toy_paper: Path) -> None:
     assert re.search(r"no labels, step 4 \| \d\.\.\d normed \| val", tables), "five layers side by side"
     names = {"layers", "datasets", "loss", "objectives", "confusion", "neighbours", "confusion_finetuned", "training", "samples"}
     assert {path.stem for path in (out / "figures").glob("*.png")} == names
-    assert (out / "report.html").read_text().count("<figure>") == len(names) + 2
+    assert (out / "report.html").read_text().count("<figure>") == len(names) + 1, (
+        "the two curves are the page's own; layers is one of them"
+    )
     rows = read_all([*(out / "results").glob("*.jsonl"), *(out / "runs").glob("*/results.jsonl")])
     assert Counter(row["kind"] for row in rows) == {"probe": 1 + 2 * 5 + 4 * 7 + 1 + 2 + 1, "likelihood": 4, "finetune": 3}
     assert {row["step"] for row in rows if row["kind"] == "likelihood"} == {2, 4}

@@ -8,12 +8,13 @@
     python tools/figures.py --out confusion.png confusion --counts confusion.json
     python tools/figures.py --out neighbours.png neighbours --results results.jsonl --features features/s --data shards/cifar32
     python tools/figures.py --out training.png training runs/a runs/b
+    python tools/figures.py --out rates.png rates runs/sweep_ar/sweep.json runs/sweep_bert/sweep.json
     python tools/figures.py --out plan.png plan h100.json h200.json
 
 `layers` draws every series of one data set; `datasets` the paper's Figure 2; `loss` its Figure 3, from models that have both a
 probe and a likelihood (tools/evaluate.py --results); `objectives` its Figure 4. `confusion` and `neighbours` look into the best
 probe of the features' model, or `confusion` at what tools/evaluate_classifier.py counted. `training` draws runs over one
-another, by images seen; `plan` reads what `python -m igpt_ds.plan --table --json` printed.
+another, by images seen; `rates` what tools/sweep_lr.py found; `plan` reads what `python -m igpt_ds.plan --table --json` printed.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from igpt_ds.data.shards import ShardSet
 from igpt_ds.evaluate import figures_paper
 from igpt_ds.evaluate.classification import read_confusion
 from igpt_ds.evaluate.feature_files import open_features
-from igpt_ds.evaluate.figures import layer_curve, plan_curve, training_curve
+from igpt_ds.evaluate.figures import layer_curve, plan_curve, rate_curve, training_curve
 from igpt_ds.evaluate.neighbours import confusion, nearest
 from igpt_ds.evaluate.protocols import Settings
 from igpt_ds.evaluate.results import Row, best_row, by_layer, experiment, read_all
 from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.train.run_dir import read_run
+from igpt_ds.train.sweep import read_sweep
 
 # What each figure reads, in words and as flags: those it needs, then those it may have besides --title and --out.
 READS: dict[str, tuple[str, set[str], set[str]]] = {
@@ -50,6 +52,7 @@ READS: dict[str, tuple[str, set[str], set[str]]] = {
         {"dataset", "kind", "queries", "neighbours"},
     ),
     "training": ("run directories, and neither --results nor --dataset", {"runs"}, {"log"}),
+    "rates": ("the sweep.json of tools/sweep_lr.py, of one or several, and no --results", {"runs"}, set()),
     "plan": ("files of `python -m igpt_ds.plan --table --json`, and neither --results nor --dataset", {"runs"}, set()),
 }
 FLAGS = ("runs", "results", "dataset", "features", "counts", "data", "kind", "queries", "neighbours", "log")
@@ -66,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "confusion": confused,
         "neighbours": neighbours,
         "training": training,
+        "rates": rates,
         "plan": planned,
     }
     draw[args.figure](args)
@@ -76,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("figure", choices=tuple(READS), help="which figure")
-    parser.add_argument("runs", type=Path, nargs="*", help="training: run directories; plan: files of planned tables")
+    parser.add_argument("runs", type=Path, nargs="*", help="training: run directories; rates, plan: files")
     parser.add_argument("--results", type=Path, nargs="+", help="results.jsonl of one run or of several")
     parser.add_argument("--dataset", help="the data set, by the name in the results, where they are of several")
     parser.add_argument("--features", type=Path, help="confusion, neighbours: feature directory")
@@ -189,6 +193,16 @@ def training(args: argparse.Namespace) -> None:
     runs = {name: read_json_lines(run_dir / "train.jsonl") for name, run_dir in zip(names, args.runs, strict=True)}
     title = args.title or f"Pre-training: {', '.join(names) if len(names) <= 3 else f'{len(names)} runs'}"
     training_curve(runs, vocabularies[args.runs[0]], args.out, title, args.log)
+
+
+def rates(args: argparse.Namespace) -> None:
+    """What each learning rate led to."""
+    sweeps = {path: read_sweep(path) for path in args.runs}
+    measured = sorted({words for _, words in sweeps.values()})
+    if len(measured) > 1:
+        raise ValueError(f"sweeps that measured {' and '.join(measured)} share no axis; draw them apart")
+    named = {path.resolve().parent.name if path.stem == "sweep" else path.stem: values for path, (values, _) in sweeps.items()}
+    rate_curve(named, measured[0], args.out, args.title or f"Learning rates: {', '.join(named)}")
 
 
 def planned(args: argparse.Namespace) -> None:

@@ -26,7 +26,9 @@ source tools/ranks.sh
 plan=$(python tools/paper_plan.py --scale "$scale" "${data[@]}" --out "$out" --gpus "$ranks" --ds_config "$ds_config" --commands "$@")
 mkdir -p "$out/log"
 number=0 total=$(grep -c . <<<"$plan" || true)
+((total)) || echo "everything is there already"
 while IFS='|' read -r name job _ printed words <&3; do
+  [[ -n $name ]] || continue # the only line of an empty plan
   say "$((++number)) of $total: $name"
   eval "words=($words)" # quoted by paper_plan.py
   log=$out/log/$name.log status=0

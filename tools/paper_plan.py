@@ -12,11 +12,13 @@ words, quoted for a shell, with bars between them. OUT belongs to one scale, dat
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli, paper_costs
 from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.ds_config import load_ds_config
 from igpt_ds.files import read_json, write_json
 from igpt_ds.paper_scales import SCALES, Scale, get_scale
 from igpt_ds.paper_stages import Flags, Stage, chosen, command, stages
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cluster = Cluster(GPUS[args.gpu], args.node_gpus, network(args.nodes_nic))
     scale = get_scale(args.scale, args.data, args.n_px, args.steps, cluster.gpu.memory)
     out = args.out or Path("runs") / f"paper_{scale.name}"
+    if scale.name == "full" and not Path(args.data).is_dir():  # it may be there where the plan is carried out
+        print(f"warning: --data {args.data} is no directory on this machine; give another --data if it shall be", file=sys.stderr)
 
     def machine(recipe: Recipe) -> Flags:
         if args.ds_config:
@@ -70,6 +74,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("gpus", "node_gpus"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.ds_config:
+        load_ds_config(args.ds_config)  # refuses what no training would take
     return args
 
 

@@ -5,7 +5,8 @@
 trains one rate after the other with the command after `--`, to which it adds --lr, --run_dir and --resume auto. The same line
 again goes on where it was interrupted: rates that have ended are not trained again. A run that its guards give up as lost
 (exit status 2 and LOST.json) counts as worse than every other. OUT/sweep.md is the table, sweep.json the same for programs,
-sweep.png the loss against the rate. The command may be one of finetune.py as well, whose best validation accuracy counts.
+sweep.png the loss against the rate. The command may be one of finetune.py as well, whose best validation accuracy counts, or
+with --loss gen the lowest validation loss.
 
 Rates at once instead of one after the other, as tasks of a SLURM array: `--array_index $SLURM_ARRAY_TASK_ID` trains one rate
 alone (0 is 0.01, 1 is 0.003), and `--collect` afterwards makes the table of what there is, without training.
@@ -20,11 +21,22 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.evaluate.figures import rate_curve
-from igpt_ds.files import atomic_file, write_json
-from igpt_ds.train.sweep import MAX_RATES, Result, best, finished, next_rate, rate, read_result, run_name, table
+from igpt_ds.files import atomic_file
+from igpt_ds.train.sweep import (
+    MAX_RATES,
+    Result,
+    best,
+    finished,
+    next_rate,
+    rate,
+    read_result,
+    read_sweep,
+    run_name,
+    table,
+    write_sweep,
+)
 
-FORMAT, VERSION = "igpt_ds.sweep", 1
-OURS = ("--lr", "--run_dir", "--resume", "--on_spike")
+OURS = ("--lr", "--run_dir", "--out", "--resume", "--on_spike")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,27 +100,18 @@ def train(args: argparse.Namespace, lr: float) -> Result:
 
 def describe(result: Result) -> str:
     """One line."""
-    measured = "final validation loss " if result.val_accuracy is None else "best validation accuracy "
-    return f"lr {result.lr:g}: {'' if result.val_loss is None else measured}{result}"
+    return f"lr {result.lr:g}: {'' if result.val_loss is None else f'{result.measured} '}{result}"
 
 
 def report(out: Path, results: list[Result]) -> None:
     """Writes sweep.md, sweep.json and sweep.png."""
     chosen = best(results)
-    over = finished(results)
-    rows = [
-        {"lr": result.lr, "val_loss": result.val_loss, "lost_at": result.lost_at}
-        | ({} if result.val_accuracy is None else {"val_accuracy": result.val_accuracy})
-        for result in results
-    ]
-    header = {"format": FORMAT, "version": VERSION, "finished": over, "best_lr": chosen.lr if chosen else None}
-    write_json(out / "sweep.json", header | {"results": rows})
+    write_sweep(out / "sweep.json", results)
     with atomic_file(out / "sweep.md", "w") as file:
         file.write(table(results))
-    title = f"Learning rates: {out.resolve().name}" + ("" if over else " (not finished)")
-    rates, losses = [result.lr for result in results], [None if result.val_loss is None else result.rank for result in results]
-    error = ("best validation error",) if any(result.val_accuracy is not None for result in results) else ()
-    rate_curve(rates, losses, out / "sweep.png", title, *error)
+    title = f"Learning rates: {out.resolve().name}" + ("" if finished(results) else " (not finished)")
+    values, what = read_sweep(out / "sweep.json")
+    rate_curve({out.resolve().name: values}, what, out / "sweep.png", title)
     print(table(results), end="")
     print(f"best: {chosen.lr:g}" if chosen else "every rate was lost to a spike")
 

@@ -7,7 +7,7 @@ readers can tell apart; line styles and markers say the same again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,33 +101,30 @@ def _scale_images(axes: Axes, log: bool) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
 
 
-def rate_curve(
-    rates: Sequence[float],
-    losses: Sequence[float | None],
-    path: Path,
-    title: str,
-    measured: str = "final validation loss, nats per token",
-) -> None:
-    """Final validation loss, or what `measured` says, against the peak rate, on a logarithmic axis, as a PNG; a star at the best.
+def rate_curve(sweeps: Mapping[str, Sequence[tuple[float, float | None]]], measured: str, path: Path, title: str) -> None:
+    """What each learning rate led to, the lower the better, on a logarithmic axis, as a PNG; a star at each sweep's best.
 
     Args:
-        rates: at least one.
-        losses: nats per token; None: the run ended by a spike, drawn as a cross above all others.
+        sweeps: for each name (rate, value), at least one; None: the run ended by a spike, drawn as a cross above all others.
+        measured: what the values are, with their unit.
     """
     figure, axes = canvas.new_axes(title, "learning rate", measured)
     axes.set_xscale("log")
-    known = sorted((rate, loss) for rate, loss in zip(rates, losses, strict=True) if loss is not None)
-    if known:
-        axes.plot(*zip(*known, strict=True), color=COLORS[0], marker="o", markersize=5, label="trained to the end")
-        rate, loss = min(known, key=lambda pair: pair[1])
-        axes.plot([rate], [loss], color=COLORS[0], marker="*", markersize=15, markeredgecolor="white", zorder=4)
-        axes.annotate(f"{rate:g}: {loss:.4f}", (rate, loss), textcoords="offset points", xytext=(0, -18), ha="center")
-    spiked = [rate for rate, loss in zip(rates, losses, strict=True) if loss is None]
-    if spiked:
-        top = [1.0] * len(spiked)
-        over = axes.get_xaxis_transform()
-        axes.plot(spiked, top, linestyle="", marker="x", color=COLORS[1], transform=over, clip_on=False, label="ended by a spike")
-    axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+    for number, (name, results) in enumerate(sweeps.items()):
+        color = COLORS[number % len(COLORS)]
+        known = sorted((lr, value) for lr, value in results if value is not None)
+        if known:
+            axes.plot(*zip(*known, strict=True), color=color, marker="o", markersize=5, label=name)
+            lr, least = min(known, key=lambda pair: pair[1])
+            axes.plot([lr], [least], color=color, marker="*", markersize=15, markeredgecolor="white", zorder=4)
+            below: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, -18), "ha": "center"}
+            axes.annotate(f"{lr:g}: {least:.4f}", (lr, least), color=color, **below)
+        spiked = [lr for lr, value in results if value is None]
+        if spiked:
+            over, text = axes.get_xaxis_transform(), f"{name}: ended by a spike"
+            axes.plot(spiked, [1.0] * len(spiked), "x", color=color, transform=over, clip_on=False, label=text)
+    rates = sorted({lr for results in sweeps.values() for lr, _ in results})
+    axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axes.set_xticks([], minor=True)
     axes.margins(0.1, 0.2)
     canvas.finish(figure, axes, path)

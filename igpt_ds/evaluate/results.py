@@ -4,8 +4,9 @@ In: a probe and the features it saw, a fine-tuning, a likelihood. Out: rows; the
 Three kinds of row, each with what tells it from another measurement (`IDENTITY`); accuracies lie in 0..1:
 
     probe       accuracy on eval_split, held_out_accuracy on the images that chose the penalty, and where the features come from;
-                protocol "best_layer" or "sgd" (one row a layer), "concat" (layers), "low_data" (n_labels, n_subsets, subset_accuracies,
-                accuracy their mean, deviation the sample's), "mask_vote" (n_masks, accuracy of the vote, single_accuracy of one mask)
+                protocol "best_layer" or "sgd" (one row a layer), "concat" (layers), "low_data" (n_labels, n_subsets,
+                subset_accuracies, accuracy their mean, the sample's deviation), "mask_vote" (n_masks, accuracy of the vote,
+                single_accuracy of one mask)
     finetune    accuracy, held_out_accuracy, loss ("joint", "clf" or "gen"), lr, lrs (those tried), head_layer, best_step;
                 n_masks and single_accuracy where masks vote
     likelihood  what tools/evaluate.py measured

@@ -6,6 +6,8 @@ tools/consolidate.py and, for the best step of a fine-tuning, by finetune.py.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ import torch
 
 from igpt_ds.config import Recipe, recipe_from_dict
 from igpt_ds.data.palette import load_palette
+from igpt_ds.files import read_json
 from igpt_ds.model.classifier import Classifier
-from igpt_ds.model.store import WeightStream, save_model
+from igpt_ds.model.store import WeightStream, read_info, save_model
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.manifest import choose_checkpoint, newest_checkpoint
+from igpt_ds.train.manifest import checkpoint_name, choose_checkpoint, newest_checkpoint, read_manifest, search
 from igpt_ds.train.zero_files import ZeroCheckpoint
+
+_LATER = ("warmup_steps", "clip")  # of a class head's training, which older code did not write down
 
 
 def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int, int]:
@@ -40,6 +45,42 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int,
     source = ZeroCheckpoint(checkpoint, manifest["world_size"], manifest["stage"])
     if source.shapes != _shapes(recipe):
         raise ValueError(f"{checkpoint} does not hold the tensors of its own recipe; it was written by other code")
+    save_model(out, WeightStream(source.shapes, source.blocks), _info(recipe, manifest), palette)
+    return manifest["step"], sum(shape.numel() for shape in source.shapes.values())
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step whose validation was the best, as the newest checkpoint knows it; None where nobody looked for it."""
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    return None if newest is None else newest[1].get("guards", {}).get("early", {}).get("best_step")
+
+
+def check_own(out: Path, run_dir: Path) -> None:
+    """Refuses a model dir that is not what `consolidate` makes of the run as far as it came.
+
+    Raises:
+        ValueError: it is no model dir, or there is nothing yet that it could be made of, or it has another shape, start, rate,
+            step ...: the first difference is named.
+    """
+    read_info(out)
+    other, fix = f"--out {out} holds the model of another run", "choose another, or remove it"
+    newest = search(run_dir / "checkpoints")[0]
+    if newest is None:
+        raise ValueError(f"{other}: {run_dir} has no checkpoint yet; {fix}")
+    manifest, step = newest[1], newest[1].get("guards", {}).get("early", {}).get("best_step")
+    if step is not None:
+        manifest = read_manifest(run_dir / "checkpoints" / checkpoint_name(step))
+    ours = json.loads(json.dumps(_info(recipe_from_dict(manifest["recipe"], str(run_dir)), manifest), default=dataclasses.asdict))
+    theirs = read_json(out / "config.json", "model config")
+    for name, here in (ours | (ours.get("class_head") or {})).items():
+        older = here if name in _LATER else None  # what older code did not write is not compared
+        there = (theirs | (theirs.get("class_head") or {})).get(name, older)
+        if name != "class_head" and there != here:
+            raise ValueError(f"{other}: {name} is {there} there and {here} here; {fix}")
+
+
+def _info(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the model dir says of itself, but for its hashes."""
     info = {
         "config": recipe.model,
         "recipe": recipe.name,
@@ -51,16 +92,7 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int,
         "step": manifest["step"],
         "images_seen": manifest["images_seen"],
     }
-    if recipe.finetune is not None:
-        info["class_head"] = _class_head(recipe, manifest)
-    save_model(out, WeightStream(source.shapes, source.blocks), info, palette)
-    return manifest["step"], sum(shape.numel() for shape in source.shapes.values())
-
-
-def best_step(run_dir: Path) -> int | None:
-    """The step whose validation was the best, as the newest checkpoint knows it; None where nobody looked for it."""
-    newest = newest_checkpoint(run_dir / "checkpoints")
-    return None if newest is None else newest[1].get("guards", {}).get("early", {}).get("best_step")
+    return info if recipe.finetune is None else info | {"class_head": _class_head(recipe, manifest)}
 
 
 def _shapes(recipe: Recipe) -> dict[str, torch.Size]:
@@ -77,6 +109,7 @@ def _class_head(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
     """What a reader of the head must know, and how it was trained: what a row of results says of a fine-tuning."""
     finetune = recipe.finetune
     assert finetune is not None
-    trained = {name: getattr(recipe, name) for name in ("lr", "batch_images", "seed", "augment_pad", "augment_flip")}
+    names = ("lr", "batch_images", "seed", "augment_pad", "augment_flip", *_LATER)
+    trained = {name: getattr(recipe, name) for name in names}
     kept = {"loss": finetune.loss, "gen_scale": finetune.gen_scale, "start": finetune.start, "precision": manifest["precision"]}
     return {"classes": [], "layer": finetune.layer} | manifest.get("finetune", {}) | trained | kept

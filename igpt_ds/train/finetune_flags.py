@@ -92,6 +92,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{named} has no weights; add --untrained SEED for fresh ones, or name a --model")
     if args.untrained is not None and args.untrained < 0:
         raise ValueError(f"--untrained {args.untrained} must be at least 0")
+    if args.loss == "gen" and args.results:
+        raise ValueError(
+            f"--results {args.results} takes an accuracy, and --loss gen trains no class head; leave out one of them"
+        )
     for name, least in (("patience", 0), ("mask_draws", 1), ("batch_images", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")

@@ -3,7 +3,8 @@
 "We ... sequentially try the learning rates 0.01, 0.003, 0.001, 0.0003, ..., stopping once the final validation loss starts
 increasing." A rate whose run was lost to a spike (A.1) is worse than any that ended. tools/sweep_lr.py calls; nothing runs here.
 
-Of a fine-tuning the best validation accuracy counts, since that step is kept (4.5): the search stops once it falls.
+Of a fine-tuning the best validation accuracy counts, since that step is kept (4.5): the search stops once it falls. With --loss
+gen, which trains no class head, the lowest validation loss counts, for the same reason.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.files import read_json, read_json_lines, write_json
+from igpt_ds.train.run_dir import read_recipe
 
+FORMAT, VERSION = "igpt_ds.sweep", 1
 MAX_RATES = 12  # down to 3e-8: by then it is not the rate
 
 
@@ -23,9 +26,10 @@ class Result:
     """How the run of one rate ended."""
 
     lr: float
-    val_loss: float | None  # nats per token at the last step, of a fine-tuning as minimised; None: lost to a spike
+    val_loss: float | None  # nats per token at the last step, of a fine-tuning as minimised, in nats; None: lost to a spike
     lost_at: int | None  # the step at which it was
-    val_accuracy: float | None = None  # of a fine-tuning: the best, in 0..1
+    val_accuracy: float | None = None  # of a fine-tuning with a class loss: the best, in 0..1
+    lowest: bool = False  # val_loss is the lowest of all steps: of a fine-tuning without a class loss
 
     @property
     def rank(self) -> float:
@@ -33,6 +37,13 @@ class Result:
         if self.val_loss is None:
             return math.inf
         return self.val_loss if self.val_accuracy is None else 1 - self.val_accuracy
+
+    @property
+    def measured(self) -> str:
+        """What `rank` goes by."""
+        if self.val_accuracy is not None:
+            return "best validation accuracy"
+        return "best validation loss" if self.lowest else "final validation loss"
 
     def __str__(self) -> str:
         """What it came to, in words."""
@@ -86,17 +97,59 @@ def read_result(run_dir: Path, lr: float) -> Result | None:
     rows = [row for row in read_json_lines(run_dir / "train.jsonl") if row.get("val_loss") is not None]
     if not rows:
         raise ValueError(f"{run_dir / 'train.jsonl'} has no validation loss; remove the directory and try the rate again")
-    trained = [float(row["val_accuracy"]) for row in rows if row.get("val_accuracy") is not None and row["step"] > 0]
-    return Result(lr, float(rows[-1]["val_loss"]), None, max(trained, default=None))
+    trained = [row for row in rows if row["step"] > 0]
+    if _generates(run_dir):
+        return Result(lr, min(float(row["val_loss"]) for row in trained or rows), None, lowest=True)
+    accuracies = [float(row["val_accuracy"]) for row in trained if row.get("val_accuracy") is not None]
+    return Result(lr, float(rows[-1]["val_loss"]), None, max(accuracies, default=None))
+
+
+def _generates(run_dir: Path) -> bool:
+    """Whether it is a fine-tuning by gen_loss alone, whose accuracies are those of a class head that learns nothing."""
+    if not (run_dir / "run.json").exists():
+        return False
+    finetune = read_recipe(run_dir / "run.json").finetune
+    return finetune is not None and finetune.loss == "gen"
+
+
+def measured(results: Sequence[Result]) -> str:
+    """What the results are compared by, with its unit."""
+    what = next((result.measured for result in results if result.val_loss is not None), "final validation loss")
+    return what + {"final validation loss": ", nats per token", "best validation loss": ", nats"}.get(what, "")
 
 
 def table(results: Sequence[Result]) -> str:
     """Markdown: a row for each rate, the best in bold."""
     chosen = best(results)
-    classified = any(result.val_accuracy is not None for result in results)
-    measured = "best validation accuracy" if classified else "final validation loss, nats per token"
-    lines = [f"| learning rate | {measured} |", "|---|---|"]
+    lines = [f"| learning rate | {measured(results)} |", "|---|---|"]
     for result in results:
         text = str(result)
         lines.append(f"| **{result.lr:g}** | **{text}** |" if result is chosen else f"| {result.lr:g} | {text} |")
     return "\n".join(lines) + "\n"
+
+
+def write_sweep(path: Path, results: Sequence[Result]) -> None:
+    """Writes what is known of the rates, for programs."""
+    chosen = best(results)
+    rows = [
+        {"lr": result.lr, "val_loss": result.val_loss, "lost_at": result.lost_at}
+        | ({} if result.val_accuracy is None else {"val_accuracy": result.val_accuracy})
+        for result in results
+    ]
+    header = {"format": FORMAT, "version": VERSION, "finished": finished(results), "best_lr": chosen.lr if chosen else None}
+    write_json(path, header | {"measured": measured(results), "results": rows})
+
+
+def read_sweep(path: Path) -> tuple[list[tuple[float, float | None]], str]:
+    """(rate, what it led to) of each rate, the lower the better and None where it was lost to a spike; and what was measured.
+
+    Raises:
+        ValueError: no such file, or another format or version.
+    """
+    content = read_json(path, "sweep of learning rates")
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{path} is not {FORMAT} version {VERSION}; make it with tools/sweep_lr.py")
+    rows = content["results"]
+    values = [1 - row["val_accuracy"] if "val_accuracy" in row else row["val_loss"] for row in rows]
+    words = content.get("measured", "final validation loss, nats per token")
+    return [(row["lr"], value) for row, value in zip(rows, values, strict=True)], words.replace("accuracy", "error")

@@ -111,16 +111,21 @@ def test_training_curve(tmp_path, drawn):
 
 
 def test_rate_curve(tmp_path, drawn):
-    rate_curve([0.01, 0.003, 0.001, 0.0003], [None, 2.6, 2.5, 2.7], tmp_path / "a.png", "rates")
-    rate_curve([0.01], [None], tmp_path / "lost.png", "rates")
+    results = [(0.01, None), (0.003, 2.6), (0.001, 2.5), (0.0003, 2.7)]
+    rate_curve({"ar": results}, "loss", tmp_path / "a.png", "rates")
+    rate_curve({"ar": results[:1]}, "loss", tmp_path / "lost.png", "rates")
+    rate_curve({"ar": results, "bert": [(0.003, 0.5), (0.1, 0.6)]}, "loss", tmp_path / "two.png", "rates")
     assert png_size(tmp_path / "a.png") == (1200, 600)
-    assert texts(drawn[0]) == ["trained to the end", "ended by a spike"]
-    assert texts(drawn[1]) == ["ended by a spike"]
+    assert texts(drawn[0]) == ["ar", "ar: ended by a spike"]
+    assert texts(drawn[1]) == ["ar: ended by a spike"]
     curve, star, crosses = drawn[0].get_lines()
     assert list(curve.get_xdata()) == [0.0003, 0.001, 0.003]
     assert (list(star.get_xdata()), list(crosses.get_xdata())) == ([0.001], [0.01])
     assert [text.get_text() for text in drawn[0].texts] == ["0.001: 2.5000"]
     assert drawn[0].get_xscale() == "log"
+    assert drawn[0].get_ylabel() == "loss"
+    assert texts(drawn[2]) == ["ar", "ar: ended by a spike", "bert"]
+    assert list(drawn[2].get_xticks()) == [0.0003, 0.001, 0.003, 0.01, 0.1]
 
 
 def test_a_run_without_rows(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 from igpt_ds.config import get_recipe, recipe_to_dict
 from igpt_ds.evaluate import figures_paper
 from igpt_ds.evaluate.results import read_results
+from igpt_ds.train.sweep import Result, read_sweep, write_sweep
 
 QUICK = ["--steps", 40, "--batch_images", 8, "--held_out", 0.25]
 
@@ -127,6 +128,26 @@ def test_confusions_of_a_fine_tuned_model(tool, tmp_path, monkeypatch):
     status, _, said = tool("figures", "confusion", "--counts", tmp_path / "c.json", "--out", out)
     assert status == 2
     assert "is not igpt_ds.confusion version 1; make it with tools/evaluate_classifier.py --confusion" in said
+
+
+def test_rates_of_sweeps(tool, tmp_path):
+    paths = [tmp_path / "ar" / "sweep.json", tmp_path / "scratch.json", tmp_path / "loss.json"]
+    paths[0].parent.mkdir()
+    for path, accuracy in zip(paths, (0.4, 0.3, None), strict=True):
+        write_sweep(path, [Result(0.01, None, 7), Result(0.003, 2.0, None, accuracy)])
+    assert read_sweep(paths[0]) == ([(0.01, None), (0.003, 0.6)], "best validation error")
+    assert read_sweep(paths[2]) == ([(0.01, None), (0.003, 2.0)], "final validation loss, nats per token")
+    out = tmp_path / "rates.png"
+    assert tool("figures", "rates", *paths[:2], "--out", out)[:2] == (0, f"{out}\n")
+    assert size(out) == (1200, 600)
+    status, _, said = tool("figures", "rates", *paths, "--out", out)
+    assert status == 2
+    assert "sweeps that measured best validation error and final validation loss, nats per token share no axis" in said
+    paths[0].write_text("{}")
+    assert (
+        "sweep.json is not igpt_ds.sweep version 1; make it with tools/sweep_lr.py"
+        in tool("figures", "rates", paths[0], "--out", out)[2]
+    )
 
 
 def test_a_report(tool, results, run_dir, tmp_path):

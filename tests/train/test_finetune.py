@@ -14,7 +14,9 @@ import pytest
 
 from igpt_ds.config import Finetune, ModelConfig, Recipe, recipe_from_dict, recipe_to_dict
 from igpt_ds.files import write_json
+from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import fresh_model, save_model
+from igpt_ds.train.consolidation import _info, check_own
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.finetuning import ignorant_loss
 from igpt_ds.train.guards import Guard
@@ -130,6 +132,25 @@ def test_the_search_goes_by_the_best_accuracy(tmp_path: Path) -> None:
     ]
 
 
+def test_without_a_class_loss_the_search_goes_by_the_lowest_loss(tmp_path: Path, fine: Recipe) -> None:
+    """The accuracy is the untrained head's, a matter of ties; the last step is not the one that is kept."""
+    gen = dataclasses.replace(fine, finetune=Finetune(3, 2, "abc", "gen"))
+    losses = {0.01: (2.0, 1.9), 0.003: (1.0, 1.8), 0.001: (1.5, 1.5)}
+    for lr, values in losses.items():
+        run_dir = tmp_path / f"{lr:g}"
+        run_dir.mkdir()
+        (run_dir / "FINISHED").touch()
+        write_json(run_dir / "run.json", {"recipe": recipe_to_dict(gen)})
+        rows = [{"step": step, "val_loss": loss, "val_accuracy": lr * 50} for step, loss in enumerate((0.1, *values))]
+        (run_dir / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = [read_result(tmp_path / f"{lr:g}", lr) for lr in losses]
+    assert results == [Result(lr, min(values), None, None, lowest=True) for lr, values in losses.items()]
+    found = [result for result in results if result is not None]
+    assert finished(found)
+    assert best(found) == found[1]
+    assert table(found).splitlines()[0] == "| learning rate | best validation loss, nats |"
+
+
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     """finetune.py's main, on one rank; everything below stops before the ranks join."""
@@ -162,6 +183,8 @@ def words(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> list[
         (["--epochs", "nan"], "--epochs nan must be a number of at least 0"),
         (["--layer", "3"], "layer=3 must lie between 0 and n_layer=2"),
         (["--results", "x.jsonl"], "has no split 'test'; it has train, val"),
+        (["--results", "x.jsonl", "--loss", "gen"], "--results x.jsonl takes an accuracy, and --loss gen trains no class head"),
+        (["--results", __file__, "--eval_split", "val"], r"test_finetune\.py line 1 is not valid JSON; remove the line, or name"),
         (["--train_split", "trian"], "has no split 'trian'"),
         (["--lr", "-1"], "lr=-1.0 must be a positive number"),
         (["--batch_images", "5", "--micro_batch", "2"], "batch_images=5 does not divide into 1 ranks x micro batch 2"),
@@ -202,6 +225,86 @@ def test_another_palette_and_a_model_dir_in_the_way(main: Any, words: list[str],
     write_json(tmp_path / "model" / "config.json", config)
     with pytest.raises(ValueError, match=r"--out .*model exists already; choose another name or remove it"):
         main([*words, "--out", str(tmp_path / "model")])
+
+
+@pytest.fixture
+def tuned(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> Callable[..., Path]:
+    """tuned("out", 8, lr=0.01) -> a checkpoint's manifest in tmp_path/run and what `consolidate` makes of its like: tmp_path/out.
+
+    The checkpoint has no tensors: whose a model dir is must be known without reading any.
+    """
+
+    def made(out: str, step: int, run_dir: str = "run", best: int | None = None, **changes: Any) -> Path:
+        recipe = Recipe("finetune", tiny_config, 12, 20, 0.003, 4, finetune=Finetune(3, 2, "abc"))
+        recipe = dataclasses.replace(recipe, **changes)
+        index = json.loads((tiny_dataset / "index.json").read_text())
+        manifest = {"format": "igpt_ds.checkpoint", "version": 2, "step": step, "images_seen": 12 * step, "precision": "fp32"}
+        manifest |= {"stage": 3, "world_size": 1, "files": [], "recipe": recipe_to_dict(recipe)}
+        manifest |= {"data": {"palette_hash": index["palette_hash"], "dataset_hash": "d"}}
+        manifest |= {"finetune": {"classes": ["a", "b", "c"], "start_step": 1, "dataset_hash": "d"}}
+        manifest |= {"guards": {"early": {"best_step": best, "best": {}, "worse": 0}}}
+        checkpoint = tmp_path / run_dir / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        write_json(checkpoint / "manifest.json", manifest)
+        (checkpoint / "COMPLETE").touch()
+        if out:
+            weights = Classifier(tiny_config, 3, 2).state_dict()
+            save_model(tmp_path / out, weights, _info(recipe, manifest), tiny_dataset / "palette.npy")
+        return tmp_path / out
+
+    return made
+
+
+def test_whose_a_model_dir_is(tuned: Callable[..., Path], tmp_path: Path) -> None:
+    out, run_dir = tuned("out", 8), tmp_path / "run"
+    check_own(out, run_dir)  # no validation counted: the newest checkpoint's
+    tuned("", 12, best=8)
+    check_own(out, run_dir)  # the best step's
+    config = json.loads((out / "config.json").read_text())
+    older = {name: value for name, value in config["class_head"].items() if name not in ("clip", "warmup_steps")}
+    write_json(out / "config.json", config | {"class_head": older})
+    check_own(out, run_dir)  # written by code that did not write these down
+
+    others: list[dict[str, Any]] = [{"lr": 0.01}, {"seed": 1}, {"clip": 0.0}, {"warmup_steps": 2}, {"step": 16}]
+    others += [{"finetune": Finetune(3, 2, "other")}, {"finetune": Finetune(3, 2, "abc", "clf")}]
+    for number, changes in enumerate(others):
+        other = tuned(f"out{number}", run_dir=f"run{number}", **({"step": 8} | changes))
+        name, there = next(iter(changes.items()))
+        what = "(start|loss) is (other|clf)" if name == "finetune" else f"{name} is {there}"
+        with pytest.raises(
+            ValueError, match=rf"--out .*out{number} holds the model of another run: {what} there and .* here; ch"
+        ):
+            check_own(other, run_dir)
+    tuned("", 16, best=16)
+    with pytest.raises(ValueError, match="another run: step is 8 there and 16 here; choose another, or remove it"):
+        check_own(out, run_dir)
+    headless = {name: value for name, value in config.items() if name != "class_head"} | {"step": 16, "images_seen": 192}
+    write_json(out / "config.json", headless)
+    with pytest.raises(ValueError, match="holds the model of another run: classes is None there and "):
+        check_own(out, run_dir)
+
+
+def test_a_model_dir_in_the_way_of_resuming(main: Any, words: list[str], tuned: Callable[..., Path], tmp_path: Path) -> None:
+    out = tuned("out", 8, run_dir="other")
+    resumed = [*words, "--resume", "auto", "--out", str(out)]
+    with pytest.raises(
+        ValueError, match=r"--out .*out holds the model of another run: .*run has no checkpoint yet; choose anoth"
+    ):
+        main(resumed)
+    (out / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"--out .*out exists already; choose another name or remove it"):
+        main(resumed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_why_a_step_was_kept(main: Any) -> None:
+    why_kept = main.__globals__["why_kept"]
+    early, folded = EarlyStop("val_accuracy", 1), EarlyStop("val_accuracy", 1, keep_best=False)
+    assert why_kept(early) == "the last step; no validation counted"
+    for stop in (early, folded):
+        stop.see(10, accuracy(0.5))
+    assert why_kept(early) == 'the best of the validations: {"val_loss": 1.0, "val_accuracy": 0.5}'
+    assert why_kept(folded).startswith("the last validation: {")
 
 
 def test_a_dry_run_prints_and_writes_nothing(
