@@ -44,7 +44,9 @@ def test_each_stage_needs_what_was_made_before(name: str) -> None:
         stray = [file for file in files if not any(file == one or one in file.parents for one in there)]
         assert not stray, f"{stage.name} reads {stray}, which no stage leaves"
         before[stage.name] = stage.leaves
-    assert not (set(before) - {need for stage in found for need in stage.needs} - {"report", "tables", "figure-layers"}), "made and never used"
+    assert not (set(before) - {need for stage in found for need in stage.needs} - {"report", "tables", "figure-layers"}), (
+        "made and never used"
+    )
 
 
 def test_what_each_scale_is_made_of() -> None:
