@@ -19,7 +19,7 @@ from igpt_ds import cli
 from igpt_ds.data.loader import check_shards
 from igpt_ds.data.shards import ShardSet
 from igpt_ds.evaluate.classification import check_classes, result
-from igpt_ds.evaluate.results import add_results
+from igpt_ds.evaluate.results import add_results, read_results
 from igpt_ds.files import write_json
 from igpt_ds.model.store import load_classifier
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out, evaluated = ShardSet(args.data, args.val_split), ShardSet(args.data, args.eval_split)
     check_shards(evaluated, info.config)
     check_classes(info, evaluated)
+    if args.results:
+        read_results(args.results)  # a damaged file is told before the images are classified
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device, torch.bfloat16 if args.bf16 else torch.float32)
     row, confusion = result(model, info, held_out, evaluated, args.batch, device, args.mask_draws)

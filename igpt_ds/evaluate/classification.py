@@ -29,12 +29,14 @@ Network = Callable[..., tuple[Any, torch.Tensor]]  # of a model.classifier.Class
 
 
 def check_classes(info: ModelInfo, shards: ShardSet) -> None:
-    """Refuses shards with other classes or colours than a model was fine-tuned on.
+    """Refuses shards with other classes or colours than a model was fine-tuned on, and a class head that learned nothing.
 
     Raises:
-        ValueError: they differ.
+        ValueError: they differ, or the model was fine-tuned by gen_loss alone.
     """
     assert info.class_head is not None
+    if info.class_head.get("loss") == "gen":
+        raise ValueError("the model was fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf")
     if shards.classes != info.class_head["classes"]:
         raise ValueError(f"{shards.path} has other classes than the model was fine-tuned on; name shards of that dataset")
     if shards.palette_hash != info.palette_hash:
