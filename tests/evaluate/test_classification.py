@@ -86,7 +86,9 @@ def test_other_classes_or_colours_are_refused(tiny_config: ModelConfig, shards: 
     check_classes(same, shards)
     with pytest.raises(ValueError, match=r"has another palette than the model; make the shards again with the model's palette"):
         check_classes(dataclasses.replace(same, palette_hash="other"), shards)
-    with pytest.raises(ValueError, match="fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf"):
+    with pytest.raises(
+        ValueError, match="fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf"
+    ):
         check_classes(dataclasses.replace(same, class_head=same.class_head | {"loss": "gen"}), shards)
 
 
