@@ -54,5 +54,5 @@ ANOTHER := another Python: make PYTHON=/path/to/python3 install
 	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; Python 3.10 or newer is needed. To name $(ANOTHER)" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), 3.10 or newer is needed. To name $(ANOTHER)" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments; Debian and Ubuntu: apt install python3-venv. To name $(ANOTHER)" >&2; exit 1; }
-	@[ ! -L .venv ] || [ -z "$$(ls -A .venv/)" ] || { echo "error: .venv is a link to an environment of another directory, which would be emptied; rm .venv" >&2; exit 1; }
+	@[ ! -L .venv ] || { [ -d .venv ] && [ -z "$$(ls -A .venv/)" ]; } || { echo "error: .venv is a link to another directory, which would be emptied, or to none; rm .venv" >&2; exit 1; }
 	@"$(PYTHON)" -m venv --clear .venv

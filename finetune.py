@@ -110,7 +110,7 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
         )
     out = args.out or args.run_dir / "model"
     if args.resume == "auto" and (out / "config.json").exists():
-        check_own(out, args.run_dir)
+        check_own(out, args.run_dir, ended=False)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists already; choose another name or remove it")
     if args.results:
@@ -156,7 +156,7 @@ def conclude(
     assert early is not None
     watch.watchdog.alive("consolidate", watch.watchdog.step)
     if dist.from_rank_0(lambda: (out / "config.json").exists()):  # written before an interruption, or meanwhile by another run
-        dist.from_rank_0(lambda: check_own(out, args.run_dir))
+        dist.from_rank_0(lambda: check_own(out, args.run_dir, ended=True))
     else:
         dist.from_rank_0(lambda: consolidate(args.run_dir, out, early.best_step))
     info = dist.from_rank_0(lambda: read_info(out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,8 @@ for _name in (
 for _name in [name for name in os.environ if name.startswith("SLURM_")]:
     del os.environ[_name]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # deepspeed and ninja of this environment
+# A shell that started the tests in its background had them, and all they launch, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 

@@ -201,7 +201,10 @@ def rates(args: argparse.Namespace) -> None:
     measured = sorted({words for _, words in sweeps.values()})
     if len(measured) > 1:
         raise ValueError(f"sweeps that measured {' and '.join(measured)} share no axis; draw them apart")
-    named = {path.resolve().parent.name if path.stem == "sweep" else path.stem: values for path, (values, _) in sweeps.items()}
+    names = [path.resolve().parent.name if path.stem == "sweep" else path.stem for path in sweeps]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in sweeps]
+    named = {name: values for name, (values, _) in zip(names, sweeps.values(), strict=True)}
     rate_curve(named, measured[0], args.out, args.title or f"Learning rates: {', '.join(named)}")
 
 

@@ -44,6 +44,8 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
         color = COLORS[(dataset if len(datasets) > 1 else model) % len(COLORS)]
         style = LINES[model % len(LINES)]
         name = f", {system_name(best)}" if len(models) > 1 else ""
+        alike = {other[0]["model_hash"] for other in lines if system_name(other[0]) == system_name(best)}
+        name += f" to step {best['step']}" if len(alike) > 1 else ""
         text = f"{best['dataset']} {best['eval_split']}{name} ({100 * best['accuracy']:.1f} at {best['layer']})"
         heights = [100 * row["accuracy"] for row in one]
         layers = [row["layer"] for row in one]
@@ -177,11 +179,12 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
     single = [*map(best_row, _trained(rows)), *(row for row in trained if row["kind"] == "finetune")]
     votes = [row for row in trained if row["kind"] == "probe" and row["protocol"] == "mask_vote"]
     bars: dict[tuple[str, str, str], tuple[float, float | None]] = {}
-    best: dict[tuple[str, str, str], tuple[int, float]] = {}
+    best: dict[tuple[str, str, str], tuple[int, int, float]] = {}
     for row in _of_one_shape([*single, *votes]):
         key = (row["dataset"], row["model_objective"], row["kind"])
-        rank = (row.get("step") or 0, row["held_out_accuracy"])
-        if rank >= best.get(key, (0, -1.0)):  # equal where the vote is of the same probe, which came before
+        labels = row["n_train"] if row["kind"] == "finetune" else 0  # with all labels, where it was done with few as well
+        rank = (labels, row.get("step") or 0, row["held_out_accuracy"])
+        if rank >= best.get(key, (0, 0, -1.0)):  # equal where the vote is of the same probe, which came before
             best[key] = rank
             voted = 100 * row["accuracy"] if row.get("n_masks") else None
             bars[key] = (100 * row["single_accuracy" if "single_accuracy" in row else "accuracy"], voted)
@@ -189,15 +192,15 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
 
 
 def _of_one_shape(rows: Sequence[Row]) -> list[Row]:
-    """Of each data set the rows of the largest shape that both objectives have; of each objective's own largest where none is."""
-    shapes: dict[tuple[str, str], set[tuple[int, str]]] = {}
+    """Of a data set's probes, and of its fine-tunes, those of the largest shape that both objectives have, else of each one's."""
+    shapes: dict[tuple[str, str, str], set[tuple[int, str]]] = {}
     for row in rows:
-        shapes.setdefault((row["dataset"], row["model_objective"]), set()).add(_shape(row))
+        shapes.setdefault((row["dataset"], row["kind"], row["model_objective"]), set()).add(_shape(row))
     chosen = {}
-    for dataset, objective in shapes:
-        common = set.intersection(*(shapes.get((dataset, other), set()) for other in _OBJECTIVES))
-        chosen[dataset, objective] = max(common or shapes[dataset, objective])
-    return [row for row in rows if _shape(row) == chosen[row["dataset"], row["model_objective"]]]
+    for dataset, kind, objective in shapes:
+        common = set.intersection(*(shapes.get((dataset, kind, other), set()) for other in _OBJECTIVES))
+        chosen[dataset, kind, objective] = max(common or shapes[dataset, kind, objective])
+    return [row for row in rows if _shape(row) == chosen[row["dataset"], row["kind"], row["model_objective"]]]
 
 
 def _shape(row: Row) -> tuple[int, str]:

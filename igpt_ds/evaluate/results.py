@@ -136,6 +136,8 @@ def read_results(path: Path) -> list[Row]:
             raise ValueError(f"{path} line {number} is not {FORMAT} version {VERSION}; remove the line, or name another file")
         if row.get("kind") not in IDENTITY:
             raise ValueError(f"{path} line {number} is of kind {row.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")
+        if "subset_accuracies" in row:
+            row.setdefault("n_subsets", len(row["subset_accuracies"]))  # which older rows did not say
         missing = [name for name in _REQUIRED[row["kind"]] if name not in row]
         if missing:
             raise ValueError(f"{path} line {number} has no {missing[0]!r}; remove the line and measure again")
@@ -220,7 +222,7 @@ def label(row: Row, among: Sequence[Row]) -> str:
     """What a row is of, in words: the model's shape and objective where they differ, its hash where nothing else does, and
     whatever else tells rows of the same features apart."""
     if row["weights"] == "pixels":
-        return f"raw pixels{_settings(row, among)}"
+        return f"raw pixels{settings(row, among)}"
     step = f" to step {row['step']}" if row["weights"] == "trained" else ""
     names = {system_name(other) for other in among if other["weights"] != "pixels"}
     name = f"{system_name(row)}, " if len(names) > 1 else ""
@@ -228,14 +230,19 @@ def label(row: Row, among: Sequence[Row]) -> str:
     alike = {other["model_hash"] for other in among if key(other, about) == key(row, about)}
     model = f" {row['model_hash'][:8]}" if len(alike) > 1 else ""
     masked = " of masked images" if row.get("mask_draws") else ""
-    return f"{name}{row['weights']}{step}{model}, {row['features']}{masked}{_settings(row, among)}"
+    return f"{name}{row['weights']}{step}{model}, {row['features']}{masked}{settings(row, among)}"
 
 
-def _settings(row: Row, among: Sequence[Row]) -> str:
+def settings(row: Row, among: Sequence[Row], but: Sequence[str] = ()) -> str:
+    """What tells a row from others of the same features, in words after commas, as little as will do; `but` these names."""
     same = [other for other in among if key(other, _SAME_FEATURES) == key(row, _SAME_FEATURES)]
-    names = [name for name in SERIES if name != "dataset_hash" and len({repr(other.get(name)) for other in same}) > 1]
-    values = [len(row[name]) if isinstance(row.get(name), list) else row.get(name) for name in names]
-    return "".join(f", {name.replace('_', ' ')} {value}" for name, value in zip(names, values, strict=True))
+    names = [name for name in SERIES if name not in ("dataset_hash", *but)]
+    differ = [name for name in names if len({repr(other.get(name)) for other in same}) > 1]
+    return "".join(f", {name.replace('_', ' ')} {_brief(row.get(name))}" for name in differ)
+
+
+def _brief(value: Any) -> str:
+    return f"{len(value)} of {min(value):g}..{max(value):g}" if isinstance(value, list) and value else str(value)
 
 
 def system_name(row: Row) -> str:

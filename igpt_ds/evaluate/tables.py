@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from igpt_ds.config import Recipe, get_recipe
 from igpt_ds.evaluate.paper import FIGURE_4, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
-from igpt_ds.evaluate.results import SERIES, Row, best_row, by_layer, key, model_name, model_parameters, series
+from igpt_ds.evaluate.results import SERIES, Row, best_row, by_layer, key, model_name, model_parameters, series, settings
 
 TITLES = {
     1: "Table 1: linear probes on CIFAR and STL-10",
@@ -73,6 +73,8 @@ def _difference(ours: float, paper: float | None) -> str:
 def _best(table: Iterable[Accuracy], dataset: str, row: Row | None = None) -> float | None:
     """The paper's accuracy to compare with: of the same size and input where there is one, else its best on these images; one
     from scratch for one from scratch."""
+    if row is not None and row["model_objective"] == "bert":
+        return None  # the tables' models are auto-regressive
     scratch = row is not None and row["weights"] == "untrained"
     known = [one for one in table if one.ours and one.dataset == dataset and one.model.endswith("from scratch") == scratch]
     if row is not None and row.get("model") is not None:
@@ -166,12 +168,10 @@ def _low_data(rows: Sequence[Row]) -> str:
             cells.append(f"{error:.1f}{spread}{against}")
         name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row["weights"]]
         images = "" if row["dataset"] == "cifar10" else f"{row['dataset']}, "
-        lines.append([name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}{_seed(row, few)}", *cells])
+        lines.append(
+            [name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}{settings(row, few, but=['n_labels'])}", *cells]
+        )
     return _markdown(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
-
-
-def _seed(row: Row, among: Sequence[Row]) -> str:
-    return f", seed {row['seed']}" if len({other["seed"] for other in among}) > 1 else ""
 
 
 def _rates(recipes: Iterable[Recipe]) -> str:

@@ -19,7 +19,7 @@ from igpt_ds.files import read_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import WeightStream, read_info, save_model
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.manifest import checkpoint_name, choose_checkpoint, newest_checkpoint, read_manifest, search
+from igpt_ds.train.manifest import choose_checkpoint, newest_checkpoint, say_passed_over, search
 from igpt_ds.train.zero_files import ZeroCheckpoint
 
 _LATER = ("warmup_steps", "clip")  # of a class head's training, which older code did not write down
@@ -55,28 +55,36 @@ def best_step(run_dir: Path) -> int | None:
     return None if newest is None else newest[1].get("guards", {}).get("early", {}).get("best_step")
 
 
-def check_own(out: Path, run_dir: Path) -> None:
-    """Refuses a model dir that is not what `consolidate` makes of the run as far as it came.
+def check_own(out: Path, run_dir: Path, ended: bool) -> None:
+    """Refuses a model dir that is not of the run.
+
+    Args:
+        ended: the run has come to its end, so that the model must be that of its best step; while it goes on, another step may
+            become the best.
 
     Raises:
-        ValueError: it is no model dir, or there is nothing yet that it could be made of, or it has another shape, start, rate,
-            step ...: the first difference is named.
+        ValueError: it is no model dir, or there is nothing yet that it could be made of, or it has another shape, start, rate
+            ...: the first difference is named; or it is of an earlier step.
     """
     read_info(out)
     other, fix = f"--out {out} holds the model of another run", "choose another, or remove it"
-    newest = search(run_dir / "checkpoints")[0]
+    newest, reasons = search(run_dir / "checkpoints")
+    say_passed_over(reasons)
     if newest is None:
         raise ValueError(f"{other}: {run_dir} has no checkpoint yet; {fix}")
-    manifest, step = newest[1], newest[1].get("guards", {}).get("early", {}).get("best_step")
-    if step is not None:
-        manifest = read_manifest(run_dir / "checkpoints" / checkpoint_name(step))
+    manifest = newest[1]
     ours = json.loads(json.dumps(_info(recipe_from_dict(manifest["recipe"], str(run_dir)), manifest), default=dataclasses.asdict))
     theirs = read_json(out / "config.json", "model config")
     for name, here in (ours | (ours.get("class_head") or {})).items():
-        older = here if name in _LATER else None  # what older code did not write is not compared
+        older = here if name in _LATER else None
         there = (theirs | (theirs.get("class_head") or {})).get(name, older)
-        if name != "class_head" and there != here:
+        if name not in ("class_head", "step", "images_seen") and there != here:
             raise ValueError(f"{other}: {name} is {there} there and {here} here; {fix}")
+    best = manifest.get("guards", {}).get("early", {}).get("best_step") or manifest["step"]
+    if ended and theirs["step"] != best:
+        raise ValueError(
+            f"--out {out} is of step {theirs['step']}, and step {best} is the best by now; remove it and start again"
+        )
 
 
 def _info(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:

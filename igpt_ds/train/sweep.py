@@ -151,5 +151,6 @@ def read_sweep(path: Path) -> tuple[list[tuple[float, float | None]], str]:
         raise ValueError(f"{path} is not {FORMAT} version {VERSION}; make it with tools/sweep_lr.py")
     rows = content["results"]
     values = [1 - row["val_accuracy"] if "val_accuracy" in row else row["val_loss"] for row in rows]
-    words = content.get("measured", "final validation loss, nats per token")
+    older = "best validation accuracy" if any("val_accuracy" in row for row in rows) else "final validation loss, nats per token"
+    words = content.get("measured", older)
     return [(row["lr"], value) for row, value in zip(rows, values, strict=True)], words.replace("accuracy", "error")

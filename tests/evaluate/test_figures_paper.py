@@ -71,6 +71,8 @@ def test_figure_2(tmp_path, drawn):
         "stl10 val, 2 x 16 (70.0 at 2)",
     ]
     dataset_curves([*curve(0.8), *early, *wide], tmp_path / "e.png", "one data set")
+    dataset_curves([*curve(0.8), *curve(0.7, dataset="stl10", model_hash="e", step=8)], tmp_path / "f.png", "two stages")
+    assert texts(drawn[4]) == ["cifar10 val, 2 x 16 to step 9 (80.0 at 2)", "stl10 val, 2 x 16 to step 8 (70.0 at 2)"]
     lines = [line for line in drawn[3].get_lines() if line.get_marker() == "o"]
     assert lines[0].get_color() != lines[1].get_color(), "where the data set is the same, colours tell the models apart"
     with pytest.raises(ValueError, match="hold no probes of several layers of a trained model"):
@@ -112,6 +114,7 @@ def test_figure_3(tmp_path, drawn):
 def test_figure_4(tmp_path, drawn):
     bert = {"model_objective": "bert", "model_hash": "b"}
     finetuned = {"kind": "finetune", "weights": "trained", "dataset": "cifar10", "loss": "joint", "model": SHAPE, "step": 9}
+    finetuned["n_train"] = 45_000
     rows = [
         *curve(0.8),
         *curve(0.7, mask_draws=5, **bert),
@@ -134,8 +137,12 @@ def test_figure_4(tmp_path, drawn):
     large = curve(0.6, model=SHAPE | {"n_embd": 32}, model_objective="bert", model_hash="large")
     assert measured_bars([*larger, *large]) == {
         ("cifar10", "ar", "probe"): (pytest.approx(99), None),
+        ("cifar10", "ar", "finetune"): (pytest.approx(90), None),
         ("cifar10", "bert", "probe"): (pytest.approx(60), None),
+        ("cifar10", "bert", "finetune"): (pytest.approx(86), pytest.approx(85)),
     }, "the largest that both have"
+    few = finetuned | {"model_objective": "ar", "accuracy": 0.98, "held_out_accuracy": 0.98, "n_train": 4000}
+    assert measured_bars([*rows, few]) == measured_bars(rows), "few labels are another experiment"
     assert measured_bars(curve(0.4, model=None)) == {("cifar10", "ar", "probe"): (pytest.approx(40), None)}
     without_vote = [row for row in rows if row.get("protocol") != "mask_vote"]
     assert measured_bars(without_vote)["cifar10", "bert", "probe"] == (pytest.approx(70), None), "of masked images"

@@ -130,7 +130,7 @@ def test_confusions_of_a_fine_tuned_model(tool, tmp_path, monkeypatch):
     assert "is not igpt_ds.confusion version 1; make it with tools/evaluate_classifier.py --confusion" in said
 
 
-def test_rates_of_sweeps(tool, tmp_path):
+def test_rates_of_sweeps(tool, tmp_path, monkeypatch):
     paths = [tmp_path / "ar" / "sweep.json", tmp_path / "scratch.json", tmp_path / "loss.json"]
     paths[0].parent.mkdir()
     for path, accuracy in zip(paths, (0.4, 0.3, None), strict=True):
@@ -140,6 +140,17 @@ def test_rates_of_sweeps(tool, tmp_path):
     out = tmp_path / "rates.png"
     assert tool("figures", "rates", *paths[:2], "--out", out)[:2] == (0, f"{out}\n")
     assert size(out) == (1200, 600)
+    same = tmp_path / "x" / "ar" / "sweep.json"
+    same.parent.mkdir(parents=True)
+    older = {name: value for name, value in json.loads(paths[1].read_text()).items() if name != "measured"}
+    same.write_text(json.dumps(older))
+    assert read_sweep(same) == read_sweep(paths[1])
+    drawn = []
+    monkeypatch.setattr("igpt_ds.evaluate.figures.canvas.finish", lambda figure, axes, path: drawn.append(axes))
+    assert tool("figures", "rates", paths[0], same, "--out", out)[0] == 0
+    assert len({line.get_label() for line in drawn[0].get_lines() if "sweep" in line.get_label()}) == 4, (
+        "of one name: by their paths"
+    )
     status, _, said = tool("figures", "rates", *paths, "--out", out)
     assert status == 2
     assert "sweeps that measured best validation error and final validation loss, nats per token share no axis" in said

@@ -70,6 +70,11 @@ def test_a_row_says_everything(row, features_dir):
 def test_a_rerun_replaces_its_row(tmp_path, rows):
     path = tmp_path / "runs" / "results.jsonl"
     assert read_results(path) == []
+    few = rows[1] | {"protocol": "low_data", "subset_accuracies": [0.1, 0.2]}
+    add_results(path, [few])
+    add_results(path, [few | {"n_subsets": 2, "accuracy": 0.9}])
+    assert [row["accuracy"] for row in read_results(path)] == [0.9], "older rows did not say how many subsets"
+    path.unlink()
     add_results(path, rows[:3])
     add_results(path, rows[3:])
     assert read_results(path) == rows
@@ -175,8 +180,8 @@ def test_what_looks_alike_is_told_apart(rows):
     assert label(trained, [*rows, bert]) == "2 x 16, trained to step 7, normed"
     assert label(rows[0], [*rows, bert]) == "raw pixels"
     again = [*rows, *(row | {"seed": 1, "C_grid": [1.0, 2.0]} for row in rows if row["weights"] == "trained")]
-    assert label(trained, again) == "trained to step 7, normed, seed 0, C grid 3"
-    assert "trained to step 7, raw, seed 1, C grid 2 |" in markdown_table(again)
+    assert label(trained, again) == "trained to step 7, normed, seed 0, C grid 3 of 0.01..100"
+    assert "trained to step 7, raw, seed 1, C grid 2 of 1..2 |" in markdown_table(again)
     assert label(rows[0], again) == "raw pixels"
 
 
