@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the held-out images and of the order")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     args = parser.parse_args(argv)
-    for name in ("together", "steps", "batch_images", "views", "window_mib", "save_every", "seed"):
+    for name in ("steps", "batch_images", "views", "window_mib", "save_every", "seed"):
         least = 0 if name == "seed" else 1
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")

@@ -28,9 +28,9 @@ from igpt_ds.train.sweep import (
     best,
     finished,
     next_rate,
+    points,
     rate,
     read_result,
-    read_sweep,
     run_name,
     table,
     write_sweep,
@@ -110,7 +110,7 @@ def report(out: Path, results: list[Result]) -> None:
     with atomic_file(out / "sweep.md", "w") as file:
         file.write(table(results))
     title = f"Learning rates: {out.resolve().name}" + ("" if finished(results) else " (not finished)")
-    values, what = read_sweep(out / "sweep.json")
+    values, what = points(results)
     rate_curve({out.resolve().name: values}, what, out / "sweep.png", title)
     print(table(results), end="")
     print(f"best: {chosen.lr:g}" if chosen else "every rate was lost to a spike")

@@ -32,9 +32,10 @@ def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         rows: of one experiment (`results.experiment`).
     """
     figure, axes = canvas.new_axes(title, "layer", f"{rows[0]['eval_split']} accuracy (%)")
+    lines = series(rows)
     looks = [name for name in SERIES if name != "features"]  # normed and raw features of one model share a colour
-    models = list(dict.fromkeys(key(one[0], looks) for one in series(rows) if one[0]["weights"] == "trained"))
-    for one in series(rows):
+    models = list(dict.fromkeys(key(one[0], looks) for one in lines if one[0]["weights"] == "trained"))
+    for one in lines:
         weights, accuracies = one[0]["weights"], [100 * row["accuracy"] for row in one]
         if weights == "pixels":
             axes.axhline(accuracies[0], color=BLACK, linestyle=":", label=f"raw pixels ({accuracies[0]:.1f})")

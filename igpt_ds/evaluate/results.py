@@ -267,9 +267,9 @@ def model_parameters(row: Row) -> int | None:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The best layer of each series as a Markdown table, accuracies in percent."""
-    chosen = "C or lr" if any(row["protocol"] == "sgd" for row in rows) else "C"
+    penalty = "C or lr" if any(row["protocol"] == "sgd" for row in rows) else "C"
     lines = [
-        f"| images | features | best layer | width | {chosen} | held out | accuracy |",
+        f"| images | features | best layer | width | {penalty} | held out | accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in series(rows):

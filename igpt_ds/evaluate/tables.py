@@ -168,9 +168,8 @@ def _low_data(rows: Sequence[Row]) -> str:
             cells.append(f"{error:.1f}{spread}{against}")
         name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row["weights"]]
         images = "" if row["dataset"] == "cifar10" else f"{row['dataset']}, "
-        lines.append(
-            [name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}{settings(row, few, but=['n_labels'])}", *cells]
-        )
+        apart = settings(row, few, but=("n_labels",))
+        lines.append([name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}{apart}", *cells])
     return _markdown(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
 
 

@@ -19,7 +19,7 @@ from igpt_ds.files import read_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import WeightStream, read_info, save_model
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.manifest import choose_checkpoint, newest_checkpoint, say_passed_over, search
+from igpt_ds.train.manifest import choose_checkpoint, newest_checkpoint
 from igpt_ds.train.zero_files import ZeroCheckpoint
 
 _LATER = ("warmup_steps", "clip")  # of a class head's training, which older code did not write down
@@ -52,7 +52,12 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int,
 def best_step(run_dir: Path) -> int | None:
     """The step whose validation was the best, as the newest checkpoint knows it; None where nobody looked for it."""
     newest = newest_checkpoint(run_dir / "checkpoints")
-    return None if newest is None else newest[1].get("guards", {}).get("early", {}).get("best_step")
+    return None if newest is None else _best_step(newest[1])
+
+
+def _best_step(manifest: dict[str, Any]) -> int | None:
+    step: int | None = manifest.get("guards", {}).get("early", {}).get("best_step")
+    return step
 
 
 def check_own(out: Path, run_dir: Path, ended: bool) -> None:
@@ -68,8 +73,7 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
     """
     read_info(out)
     other, fix = f"--out {out} holds the model of another run", "choose another, or remove it"
-    newest, reasons = search(run_dir / "checkpoints")
-    say_passed_over(reasons)
+    newest = newest_checkpoint(run_dir / "checkpoints")
     if newest is None:
         raise ValueError(f"{other}: {run_dir} has no checkpoint yet; {fix}")
     manifest = newest[1]
@@ -80,7 +84,7 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
         there = (theirs | (theirs.get("class_head") or {})).get(name, older)
         if name not in ("class_head", "step", "images_seen") and there != here:
             raise ValueError(f"{other}: {name} is {there} there and {here} here; {fix}")
-    best = manifest.get("guards", {}).get("early", {}).get("best_step") or manifest["step"]
+    best = _best_step(manifest) or manifest["step"]
     if ended and theirs["step"] != best:
         raise ValueError(
             f"--out {out} is of step {theirs['step']}, and step {best} is the best by now; remove it and start again"

@@ -140,8 +140,14 @@ def write_sweep(path: Path, results: Sequence[Result]) -> None:
     write_json(path, header | {"measured": measured(results), "results": rows})
 
 
+def points(results: Sequence[Result]) -> tuple[list[tuple[float, float | None]], str]:
+    """(rate, what it led to) of each rate, the lower the better and None where it was lost to a spike; and what was measured."""
+    values = [(result.lr, None if result.val_loss is None else result.rank) for result in results]
+    return values, measured(results).replace("accuracy", "error")
+
+
 def read_sweep(path: Path) -> tuple[list[tuple[float, float | None]], str]:
-    """(rate, what it led to) of each rate, the lower the better and None where it was lost to a spike; and what was measured.
+    """The `points` of what `write_sweep` wrote.
 
     Raises:
         ValueError: no such file, or another format or version.
@@ -149,8 +155,6 @@ def read_sweep(path: Path) -> tuple[list[tuple[float, float | None]], str]:
     content = read_json(path, "sweep of learning rates")
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{path} is not {FORMAT} version {VERSION}; make it with tools/sweep_lr.py")
+    lowest = content.get("measured", "").startswith("best validation loss")
     rows = content["results"]
-    values = [1 - row["val_accuracy"] if "val_accuracy" in row else row["val_loss"] for row in rows]
-    older = "best validation accuracy" if any("val_accuracy" in row for row in rows) else "final validation loss, nats per token"
-    words = content.get("measured", older)
-    return [(row["lr"], value) for row, value in zip(rows, values, strict=True)], words.replace("accuracy", "error")
+    return points([Result(row["lr"], row["val_loss"], row["lost_at"], row.get("val_accuracy"), lowest) for row in rows])
