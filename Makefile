@@ -32,7 +32,7 @@ test_fast: $(INSTALLED) ## the tests that launch no ranks
 	@$(IN_VENV) python -m pytest -m "not slow" $(ARGS)
 
 bench: $(INSTALLED) ## ours beside its peers, about two minutes: make bench IMAGES=a/folder/of/JPEGs
-	@$(IN_VENV) python tools/bench_data.py --images "$(IMAGES)" --quick
+	@$(IN_VENV) python tools/bench/data.py --images "$(IMAGES)" --quick
 
 check: $(INSTALLED) ## format, lint, types, shell scripts
 	@$(IN_VENV) ruff format --check . && ruff check . && mypy && shellcheck $(SCRIPTS) && echo "check: all clean"

@@ -22,26 +22,27 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from igpt_ds import cli, dist, plan
+from igpt_ds import cli, dist
 from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.evaluate.classification import result
-from igpt_ds.evaluate.results import add_results, read_results
+from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.files import write_json
 from igpt_ds.model.store import ModelInfo, read_info
-from igpt_ds.train.checkpoint import load_checkpoint
-from igpt_ds.train.consolidation import check_own, consolidate
+from igpt_ds.plan.estimate import dry_run
+from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
+from igpt_ds.train.checkpoint.manifest import choose_checkpoint
+from igpt_ds.train.checkpoint.save_load import load_checkpoint
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.finetune_flags import finetune_recipe, parse, starting_point
 from igpt_ds.train.finetuning import finetuning_loss, ignorant_loss, measure
 from igpt_ds.train.loop import Cadence, Watch, fit
-from igpt_ds.train.manifest import choose_checkpoint
 from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.start import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
-from igpt_ds.train.stops import Stop
+from igpt_ds.train.safety.stops import Stop
+from igpt_ds.train.session import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = choose_run(args, start, images)
     recipe = run.recipe
     if args.dry_run:
-        say(plan.dry_run(run, args.ds_config.name, args.keep_last + 1, args.keep_every))
+        say(dry_run(run, args.ds_config.name, args.keep_last + 1, args.keep_every))
         return
     held_out = ShardSet(args.data, args.val_split)
     evaluated = ShardSet(args.data, args.eval_split) if args.results else None  # opened now, lest it be missing then

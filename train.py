@@ -22,19 +22,20 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from igpt_ds import cli, dist, plan
+from igpt_ds import cli, dist
 from igpt_ds.config import with_warmup_epochs
 from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run, join, load_ds_config
+from igpt_ds.plan.estimate import dry_run
 from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.flags import choose_recipe, parse
 from igpt_ds.train.loop import Cadence, fit, pretraining_loss
 from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.start import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
-from igpt_ds.train.stops import Stop
+from igpt_ds.train.safety.stops import Stop
+from igpt_ds.train.session import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
 from igpt_ds.train.validation import validation_loss
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = choose_run(args, images)
     recipe = run.recipe
     if args.dry_run or images is None:
-        say(plan.dry_run(run, args.ds_config.name, args.keep_last, args.keep_every))
+        say(dry_run(run, args.ds_config.name, args.keep_last, args.keep_every))
         return
     val_shards = ShardSet(args.data[0], args.val_split)
     check_shards(images, recipe.model)

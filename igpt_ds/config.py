@@ -86,7 +86,7 @@ class Recipe:
     init: str = "released"  # how fresh weights are drawn, see model/transformer.py
     betas: tuple[float, float] = (0.9, 0.95)  # paper 3.4
     eps: float = 1e-8
-    spike_window: int = 128  # calm losses whose mean and deviation say what a spike is (train/guards.py)
+    spike_window: int = 128  # calm losses whose mean and deviation say what a spike is (train/safety/spikes.py)
     spike_sigmas: float = 6.0  # deviations above the mean that make a loss an outlier; 0 watches for none
     spike_patience: int = 10  # outliers in a row that make a spike
     clip: float = 1.0  # gradient norm; the paper names none, 1.0 is GPT-3's and does not bind in calm training

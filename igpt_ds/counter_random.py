@@ -5,7 +5,7 @@ The order of images, their augmentation and the masks of the BERT objective call
 
 Purposes keep the streams of one seed apart: 0, 4 and 5 are the order's (data/order.py), 1 to 3 the augmentation's
 (data/loader.py), 6 the shuffle buffer's (data/streaming.py), 7 and 8 the masks' (model/objectives.py),
-31 the SGD probe's (evaluate/blocks.py).
+31 the SGD probe's (evaluate/probes/rows.py).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from igpt_ds import dist
 from igpt_ds.config import ModelConfig
 from igpt_ds.data.images import decode_image
 from igpt_ds.data.palette import fit_palette
-from igpt_ds.data.shard_writer import write_dataset
+from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent

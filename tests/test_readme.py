@@ -23,7 +23,7 @@ def test_tables_come_out_again(tool: str, arguments: str, shown: str) -> None:
 
 
 def test_there_is_something_to_compare() -> None:
-    assert {"tools/tables.py", "tools/bench_data.py"} <= {tool for tool, _, _ in SHOWN}
+    assert {"tools/tables.py", "tools/bench/data.py"} <= {tool for tool, _, _ in SHOWN}
 
 
 def test_pictures_are_there() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.evaluate.results import read_results
+from igpt_ds.evaluate.report.results import read_results
 
 pytestmark = pytest.mark.slow
 

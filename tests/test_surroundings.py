@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 
 
 def test_tiny_dataset_has_two_splits_of_the_tiny_images(tiny_dataset, tiny_config):

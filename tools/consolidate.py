@@ -13,7 +13,7 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.model.store import read_info
-from igpt_ds.train.consolidation import consolidate
+from igpt_ds.train.checkpoint.consolidate import consolidate
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from igpt_ds import cli
 from igpt_ds.data.duplicates import METHODS, Found, find_duplicates
 from igpt_ds.data.exclusion import write_exclusion
 from igpt_ds.data.images import save_grid, square
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 
 MAX_DISTANCE = 4  # CIFAR-10 in 512 colours: finds 97 % of images made JPEGs of quality 40, and one wrong pair in 400 million
 SUSPICIOUS = 0.001  # of the training set, near one single evaluation image

@@ -27,8 +27,8 @@ from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.files import atomic_file
-from igpt_ds.train.diagnose import behind, catches, clues, errors, failures, likely_causes, process_state
-from igpt_ds.train.status import describe, read_lost, read_status
+from igpt_ds.ops.diagnose import behind, catches, clues, errors, failures, likely_causes, process_state
+from igpt_ds.ops.status import describe, read_lost, read_status
 
 TAIL_BYTES, MOST_BYTES = 1 << 20, 1 << 28  # of a log; of a file that is packed whole
 STACK_SECONDS = 3.0  # that a rank has to write its stacks

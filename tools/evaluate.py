@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli, dist
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate import likelihood
-from igpt_ds.evaluate.features import PRECISIONS, open_model, pick_device
-from igpt_ds.evaluate.results import add_results, likelihood_row, read_results
+from igpt_ds.evaluate.features.network import PRECISIONS, open_model, pick_device
+from igpt_ds.evaluate.report.results import add_results, likelihood_row, read_results
 from igpt_ds.files import write_json
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.provenance import git_commit

@@ -17,9 +17,9 @@ import torch
 
 from igpt_ds import cli
 from igpt_ds.data.loader import check_shards
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.classification import check_classes, result
-from igpt_ds.evaluate.results import add_results, read_results
+from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.files import write_json
 from igpt_ds.model.store import load_classifier
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.palette import load_palette
-from igpt_ds.model.interop import write_hf
+from igpt_ds.model.interchange.hf import write_hf
 from igpt_ds.model.store import load_model, read_info
 
 

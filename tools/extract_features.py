@@ -28,10 +28,10 @@ from functools import partial
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.extraction import extract, extract_pixels
-from igpt_ds.evaluate.feature_files import DTYPES, merge
-from igpt_ds.evaluate.features import KINDS, PRECISIONS, Network, open_model, pick_device
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.evaluate.features.extract import extract, extract_pixels
+from igpt_ds.evaluate.features.files import DTYPES, merge
+from igpt_ds.evaluate.features.network import KINDS, PRECISIONS, Network, open_model, pick_device
 
 say = partial(print, flush=True)
 

@@ -27,14 +27,14 @@ import numpy as np
 
 from igpt_ds import cli
 from igpt_ds.data.images import save_grid
-from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate import figures_paper
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.classification import read_confusion
-from igpt_ds.evaluate.feature_files import open_features
-from igpt_ds.evaluate.figures import layer_curve, plan_curve, rate_curve, training_curve
+from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.neighbours import confusion, nearest
-from igpt_ds.evaluate.protocols import Settings
-from igpt_ds.evaluate.results import Row, best_row, by_layer, experiment, read_all
+from igpt_ds.evaluate.probes.linear import Settings
+from igpt_ds.evaluate.report import figures_paper
+from igpt_ds.evaluate.report.figures import layer_curve, plan_curve, rate_curve, training_curve
+from igpt_ds.evaluate.report.results import Row, best_row, by_layer, experiment, read_all
 from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.train.run_dir import read_run
 from igpt_ds.train.sweep import read_sweep

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from igpt_ds import cli
 from igpt_ds.data.images import save_grid
-from igpt_ds.data.shard_writer import copy_images
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.build import copy_images
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.domain import Domain, Reader, fit_domain, keep_best, n_to_keep
-from igpt_ds.evaluate.feature_files import Origin
-from igpt_ds.evaluate.features import PRECISIONS, check_layers, open_model, pick_device
-from igpt_ds.evaluate.figures import score_histogram
+from igpt_ds.evaluate.features.files import Origin
+from igpt_ds.evaluate.features.network import PRECISIONS, check_layers, open_model, pick_device
+from igpt_ds.evaluate.report.figures import score_histogram
 from igpt_ds.files import atomic_dir, write_json
 
 COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows each of kept and dropped ones, screen pixels of an image's side

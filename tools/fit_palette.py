@@ -27,7 +27,7 @@ from tqdm import tqdm
 from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, save_grid, square
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, load_palette, report_path, save_palette
-from igpt_ds.data.shard_writer import DEFAULT_MAX_BAD
+from igpt_ds.data.shards.build import DEFAULT_MAX_BAD
 from igpt_ds.data.sources import Entry, open_source
 from igpt_ds.data.workers import process_pool
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from igpt_ds import cli
 from igpt_ds.data.palette import Palette, load_palette, save_palette
-from igpt_ds.model.interop import Foreign, read_hf, save_foreign
+from igpt_ds.model.interchange.hf import Foreign, read_hf, save_foreign
 from igpt_ds.model.store import read_info
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH, load_palette
-from igpt_ds.model.interop import save_foreign
-from igpt_ds.model.openai_checkpoint import read_openai
+from igpt_ds.model.interchange.hf import save_foreign
+from igpt_ds.model.interchange.openai import read_openai
 from igpt_ds.model.store import read_info
 
 

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli
-from igpt_ds.evaluate import variants
-from igpt_ds.evaluate.feature_files import FeatureSet, open_features
-from igpt_ds.evaluate.features import KINDS, pick_device
-from igpt_ds.evaluate.protocols import C_GRID, PRECISIONS, Settings, linear_probe
-from igpt_ds.evaluate.results import add_results, by_layer, make_row, markdown_table, read_results
+from igpt_ds.evaluate.features.files import FeatureSet, open_features
+from igpt_ds.evaluate.features.network import KINDS, pick_device
+from igpt_ds.evaluate.probes import variants
+from igpt_ds.evaluate.probes.linear import C_GRID, PRECISIONS, Settings, linear_probe
+from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, markdown_table, read_results
 
 Results = Iterator[tuple[Any, dict[str, Any]]]  # probes, and what else their rows say
 say = partial(print, flush=True)

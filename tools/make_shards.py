@@ -20,8 +20,8 @@ from typing import Any
 from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shard_plan import Settings
-from igpt_ds.data.shard_writer import DEFAULT_MAX_BAD, IMAGES_PER_SHARD, check_work, list_images, making, merge, write_shards
+from igpt_ds.data.shards.build import DEFAULT_MAX_BAD, IMAGES_PER_SHARD, check_work, list_images, making, merge, write_shards
+from igpt_ds.data.shards.layout import Settings
 from igpt_ds.data.sources import open_source
 
 CROP_HELP = (

@@ -16,14 +16,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from igpt_ds import cli, paper_costs
+from igpt_ds import cli
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.ds_config import load_ds_config
 from igpt_ds.files import read_json, write_json
-from igpt_ds.paper_scales import SCALES, Scale, get_scale
-from igpt_ds.paper_stages import Flags, Stage, chosen, command, stages
-from igpt_ds.plan import network
-from igpt_ds.step_time import GPUS, Cluster
+from igpt_ds.paper import budget
+from igpt_ds.paper.scales import SCALES, Scale, get_scale
+from igpt_ds.paper.stages import Flags, Stage, chosen, command, stages
+from igpt_ds.plan.estimate import network
+from igpt_ds.plan.step_time import GPUS, Cluster
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def machine(recipe: Recipe) -> Flags:
         if args.ds_config:
             return {"ds_config": args.ds_config}
-        return paper_costs.machine_flags(paper_costs.trained(recipe, args.gpus, cluster))
+        return budget.machine_flags(budget.trained(recipe, args.gpus, cluster))
 
     found = stages(scale, out, machine)
     if args.commands:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(describe(found, out, scale))
     if scale.name == "full":
-        print(f"\n{paper_costs.describe(paper_costs.costs(scale, args.gpus, cluster), args.gpus, cluster)}")
+        print(f"\n{budget.describe(budget.costs(scale, args.gpus, cluster), args.gpus, cluster)}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,13 +27,13 @@ from typing import Any
 from igpt_ds import cli, dist
 from igpt_ds.ds_config import load_ds_config
 from igpt_ds.files import atomic_file, write_json
-from igpt_ds.train import preflight
+from igpt_ds.ops.preflight import verdict
+from igpt_ds.ops.preflight.board import RollCall
+from igpt_ds.ops.preflight.node import Plan, attempt, host_of_rank, look_around, node_name
+from igpt_ds.ops.preflight.ranks import all_reduce_speed, clock_offset, link_speeds, training_step
+from igpt_ds.ops.preflight.report import describe
 from igpt_ds.train.engine import start_ranks
 from igpt_ds.train.flags import choose_recipe, parse
-from igpt_ds.train.node_checks import Plan, attempt, host_of_rank, look_around, node_name
-from igpt_ds.train.preflight_text import describe
-from igpt_ds.train.rank_checks import all_reduce_speed, clock_offset, link_speeds, training_step
-from igpt_ds.train.roll_call import RollCall
 
 STAGES = 4  # that each wait --timeout_s at most: coming, looking around, working together, leaving
 
@@ -133,13 +133,13 @@ def conduct(plan: Plan, board: RollCall, args: argparse.Namespace, start: float)
     nodes = dict(sorted((nodes | {rank: place(rank, nodes) for rank in absent}).items()))
     if mark := board.heard("mark", 0):
         (plan.run_dir / mark).unlink(missing_ok=True)
-    verdict = preflight.judge(nodes, reports, absent, silent)
-    print(describe(verdict, time.monotonic() - start), flush=True)
+    judged = verdict.judge(nodes, reports, absent, silent)
+    print(describe(judged, time.monotonic() - start), flush=True)
     if args.json is not None:
-        write_json(args.json, verdict.to_dict())
-    board.say("end", verdict.status)
+        write_json(args.json, judged.to_dict())
+    board.say("end", judged.status)
     board.collect("left", [rank for rank in everybody if rank and rank not in absent], 2.0)  # the board goes with us
-    return verdict.status
+    return judged.status
 
 
 def place(rank: int, nodes: dict[int, str]) -> str:
@@ -154,10 +154,10 @@ def place(rank: int, nodes: dict[int, str]) -> str:
 def follow(board: RollCall, seconds: float) -> int:
     """What the other ranks do besides: wait for the verdict of rank 0; returns the exit status."""
     try:
-        status = board.collect("end", [0], STAGES * seconds).get(0, preflight.BAD_NODES)
+        status = board.collect("end", [0], STAGES * seconds).get(0, verdict.BAD_NODES)
         board.say("left", True)
     except (RuntimeError, OSError):  # rank 0 has gone, with the board
-        return preflight.BAD_NODES
+        return verdict.BAD_NODES
     return int(status)
 
 
@@ -165,8 +165,8 @@ def without_rank_0(error: ConnectionError) -> int:
     """What is left to say where rank 0 never came: the first rank of each node says it."""
     if dist.local_rank() == 0:
         node = host_of_rank(0, os.environ) or os.environ["MASTER_ADDR"]
-        print(f"{node} (rank 0): arrival: {error}; {preflight.FIXES['arrival']}\nbad_nodes: {node}", flush=True)
-    return preflight.BAD_NODES
+        print(f"{node} (rank 0): arrival: {error}; {verdict.FIXES['arrival']}\nbad_nodes: {node}", flush=True)
+    return verdict.BAD_NODES
 
 
 def leave(status: int) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.evaluate.figures import layer_curve, training_curve
-from igpt_ds.evaluate.report import page
-from igpt_ds.evaluate.results import Row, by_layer, read_all
-from igpt_ds.evaluate.tables import TITLES
+from igpt_ds.evaluate.report.figures import layer_curve, training_curve
+from igpt_ds.evaluate.report.page import page
+from igpt_ds.evaluate.report.results import Row, by_layer, read_all
+from igpt_ds.evaluate.report.tables import TITLES
 from igpt_ds.files import atomic_file, read_json_lines
 from igpt_ds.train.run_dir import read_run
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.train.disk import SLACK, require_space
-from igpt_ds.train.manifest import choose_checkpoint, commit, file_entry, read_manifest, refuse_damaged
-from igpt_ds.train.reshard import saved_sub_group_size, target_layout, write_rank
-from igpt_ds.train.zero_files import ZeroCheckpoint
+from igpt_ds.train.checkpoint.disk import SLACK, require_space
+from igpt_ds.train.checkpoint.manifest import choose_checkpoint, commit, file_entry, read_manifest, refuse_damaged
+from igpt_ds.train.checkpoint.reshard import saved_sub_group_size, target_layout, write_rank
+from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 
 MOST_RANKS = 4096
 

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from igpt_ds import cli
 from igpt_ds.data.images import decode_image, save_gif, save_grid, square
 from igpt_ds.data.palette import Palette, load_palette
-from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.features import PRECISIONS, pick_device
-from igpt_ds.evaluate.figures import heat_maps
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.evaluate.features.network import PRECISIONS, pick_device
 from igpt_ds.evaluate.likelihood import pixel_nats
+from igpt_ds.evaluate.report.figures import heat_maps
 from igpt_ds.model.sampling import check_filter, sample
 from igpt_ds.model.store import load_model
 from igpt_ds.model.transformer import Transformer

@@ -16,7 +16,7 @@ import numpy as np
 
 from igpt_ds import cli
 from igpt_ds.data.images import save_grid
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 
 MOST_IMAGES = 10_000  # a sheet of more is no sheet to look at, and fills the memory
 NAMED = 12  # classes that are printed

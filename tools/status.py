@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli
-from igpt_ds.train.status import describe, duration, read_status
+from igpt_ds.ops.status import describe, duration, read_status
 
 HEADS = ("run", "state", "step", "of", "loss", "val", "images/s", "MFU %", "left", "saved", "restarts")
 

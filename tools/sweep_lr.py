@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.evaluate.figures import rate_curve
+from igpt_ds.evaluate.report.figures import rate_curve
 from igpt_ds.files import atomic_file
 from igpt_ds.train.sweep import (
     MAX_RATES,

@@ -15,9 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from igpt_ds import cli
-from igpt_ds.data.damage import all_damage
 from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shards import SPLITS, read_index
+from igpt_ds.data.shards.dataset import SPLITS, read_index
+from igpt_ds.data.shards.verify import all_damage
 
 NAMED = 20  # damages that are printed one by one
 

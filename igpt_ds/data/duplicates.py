@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.workers import process_pool
 
 METHODS = ("phash", "dhash", "tokens")

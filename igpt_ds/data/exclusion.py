@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json, write_json
 
 FORMAT, VERSION = "igpt_ds.exclusion", 1

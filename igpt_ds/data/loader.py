@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from igpt_ds.config import ModelConfig
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.mixture import Mixture
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import batch_layout
 
 _ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; the others belong to the order

@@ -16,7 +16,7 @@ import numpy as np
 
 from igpt_ds.data.exclusion import read_exclusion
 from igpt_ds.data.order import MAX_IMAGES, ORDER_VERSION, mixed, shares_of
-from igpt_ds.data.shards import DamagedImagesError, ShardSet
+from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
 
 ON_BAD = ("stop", "skip")
 MAX_BAD = 0.001

@@ -19,7 +19,7 @@ from igpt_ds.counter_random import random_words
 from igpt_ds.data.loader import Batch, augment, made_ahead, to_batches
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shards import read_index
+from igpt_ds.data.shards.dataset import read_index
 from igpt_ds.ds_config import batch_layout
 
 LIMITS = (

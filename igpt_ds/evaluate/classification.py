@@ -16,9 +16,9 @@ import torch
 
 from igpt_ds import dist
 from igpt_ds.data.loader import one_pass
-from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.results import Row, finetune_row
-from igpt_ds.evaluate.variants import vote
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.evaluate.probes.variants import vote
+from igpt_ds.evaluate.report.results import Row, finetune_row
 from igpt_ds.files import read_json
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import ModelInfo

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.features import Network
-from igpt_ds.evaluate.logistic import Fit, fit
-from igpt_ds.evaluate.protocols import stratified_order
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.evaluate.features.network import Network
+from igpt_ds.evaluate.probes.linear import stratified_order
+from igpt_ds.evaluate.probes.logistic import Fit, fit
 from igpt_ds.model.transformer import Transformer
 
 C_GRID = tuple(10.0**power for power in range(-5, 3))  # scikit-learn's C, for standardised features

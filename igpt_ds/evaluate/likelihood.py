@@ -34,7 +34,7 @@ from igpt_ds.cli import SharedError
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH
-from igpt_ds.data.shards import ShardSet, read_index
+from igpt_ds.data.shards.dataset import ShardSet, read_index
 from igpt_ds.model.objectives import image_loss, token_nats
 from igpt_ds.model.transformer import Transformer
 

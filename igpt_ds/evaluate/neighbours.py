@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from igpt_ds.evaluate.feature_files import FeatureSet
-from igpt_ds.evaluate.protocols import Settings, View, check_labels, probe_view, training_images
-from igpt_ds.evaluate.results import Row
+from igpt_ds.evaluate.features.files import FeatureSet
+from igpt_ds.evaluate.probes.linear import Settings, View, check_labels, probe_view, training_images
+from igpt_ds.evaluate.report.results import Row
 
 
 def nearest(train: FeatureSet, evaluated: FeatureSet, queries: np.ndarray, layer: int, kind: str, k: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 
 from igpt_ds import dist
 from igpt_ds.config import Recipe
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.model.classifier import class_loss, total
 from igpt_ds.train.engine import LossFunction
 from igpt_ds.train.validation import VALIDATION_SEED, split_means

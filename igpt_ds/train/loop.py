@@ -19,16 +19,16 @@ from igpt_ds.data.loader import Batches
 from igpt_ds.ds_config import Run
 from igpt_ds.files import write_json
 from igpt_ds.model.objectives import image_loss
-from igpt_ds.train.checkpoint import load_checkpoint, save_checkpoint
+from igpt_ds.train.checkpoint.manifest import set_aside_newer
+from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import LossFunction, take_step
-from igpt_ds.train.guards import Guard, Verdict, advice
-from igpt_ds.train.manifest import set_aside_newer
 from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.rollback import Range, Stream, good_checkpoint, leave_out, range_to_skip, record
+from igpt_ds.train.safety.rollback import Range, Stream, good_checkpoint, leave_out, range_to_skip, record
+from igpt_ds.train.safety.spikes import Guard, Verdict, advice
+from igpt_ds.train.safety.stops import Stop
+from igpt_ds.train.safety.watchdog import Watchdog
 from igpt_ds.train.schedule import learning_rate
-from igpt_ds.train.stops import Stop
-from igpt_ds.train.watchdog import Watchdog
 
 # What was measured over the validation images, or None as soon as the function it is given (of a device) says no: the mean loss
 # in nats per token, or a dict with the loss as "val_loss" and whatever else shall stand in the curves.

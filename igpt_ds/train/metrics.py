@@ -27,11 +27,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from igpt_ds import costs, dist
-from igpt_ds.costs import GIB, train_flops_per_token
+from igpt_ds import dist
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import read_json_lines, write_json_lines
 from igpt_ds.model.fused import linear
+from igpt_ds.plan import costs
+from igpt_ds.plan.costs import GIB, train_flops_per_token
 
 SLOW = 1.2  # times the median: worth a word on the console
 Value = float | int | None

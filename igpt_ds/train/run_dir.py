@@ -3,7 +3,7 @@ finetune.py on rank 0.
 
 run.json holds the recipe, the data's hashes, the complete DeepSpeed configuration and the git commit; palette.npy the
 colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the states; lock says that a run is at work
-(train/occupancy.py); FINISHED appears at the last step.
+(train/run_lock.py); FINISHED appears at the last step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from igpt_ds.config import Recipe, recipe_from_dict
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, read_json, write_json
 from igpt_ds.provenance import git_commit
-from igpt_ds.train.occupancy import take
+from igpt_ds.train.run_lock import take
 
 FORMAT, VERSION = "igpt_ds.run", 1
 

@@ -13,7 +13,7 @@ import torch
 from igpt_ds import dist
 from igpt_ds.config import Recipe
 from igpt_ds.data.loader import one_pass
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.model.objectives import image_loss
 
 VALIDATION_SEED = 0  # of the masks, whatever the run's: the validation losses of two runs compare

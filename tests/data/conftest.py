@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from igpt_ds.data.palette import Palette, fit_colors
-from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.sources import Entry, open_source
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from igpt_ds.data import duplicates
 from igpt_ds.data.duplicates import METHODS, bit_count, find_duplicates, fingerprints, nearest
 from igpt_ds.data.palette import Palette
-from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.sources import open_source
 
 NONE = np.iinfo(np.int64).max

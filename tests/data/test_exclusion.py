@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.data.exclusion import read_exclusion, write_exclusion
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from igpt_ds.config import ModelConfig
 from igpt_ds.data import loader as loader_module
 from igpt_ds.data.loader import Batch, Loader, augment, check_shards, one_pass, sequential
 from igpt_ds.data.order import shuffled
-from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import DamagedImagesError, ShardSet
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
 
 
 def step_of(shards, images_seen, batch_images, world_size, accumulation, **options):

@@ -12,8 +12,8 @@ from igpt_ds.data.exclusion import write_exclusion
 from igpt_ds.data.loader import Loader
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.order import BLOCK, ORDER_VERSION
-from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import DamagedImagesError, ShardSet
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
 
 STRIDE = 2048  # bytes of a 4x4 image in a shard
 TOKENS = 1536 + 128  # of which the tokens begin here

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from igpt_ds.data.palette import Palette, save_palette
-from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import ShardSet, read_index, signed
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.dataset import ShardSet, read_index, signed
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 
 

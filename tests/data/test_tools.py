@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.extraction import extract, extract_pixels
-from igpt_ds.evaluate.feature_files import FORMAT, VERSION
-from igpt_ds.evaluate.features import Network, open_model
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.evaluate.features.extract import extract, extract_pixels
+from igpt_ds.evaluate.features.files import FORMAT, VERSION
+from igpt_ds.evaluate.features.network import Network, open_model
 from igpt_ds.model.store import fresh_model, save_model
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from igpt_ds.config import ModelConfig
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.classification import check_classes, judge, predict, result
-from igpt_ds.evaluate.results import add_results, read_results
+from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import ModelInfo

@@ -19,12 +19,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from igpt_ds.data.palette import Palette
-from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate.domain import Reader, auc, fit_domain, fold_of, keep_best, n_to_keep
-from igpt_ds.evaluate.feature_files import open_features
-from igpt_ds.evaluate.features import open_model
+from igpt_ds.evaluate.features.files import open_features
+from igpt_ds.evaluate.features.network import open_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "filter_shards.py"
 RED, BLUE = 0, 2

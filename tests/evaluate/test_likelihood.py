@@ -14,8 +14,8 @@ from PIL import Image
 
 from igpt_ds.config import RECIPES, ModelConfig
 from igpt_ds.data.palette import Palette
-from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate import likelihood
 from igpt_ds.evaluate.likelihood import Settings, choose_ids, compare_published, pixel_nats, shard_nats, summarise

@@ -13,7 +13,7 @@ from PIL import Image
 
 from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, load_palette
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.likelihood import Settings, shard_nats, summarise
 from igpt_ds.model.sampling import sample
 from igpt_ds.model.store import fresh_model, load_model, save_model

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from igpt_ds.evaluate.feature_files import open_features
+from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.neighbours import confusion, nearest
-from igpt_ds.evaluate.protocols import Settings, linear_probe
-from igpt_ds.evaluate.results import make_row
+from igpt_ds.evaluate.probes.linear import Settings, linear_probe
+from igpt_ds.evaluate.report.results import make_row
 
 SETTINGS = Settings.of([0.01, 1.0])
 

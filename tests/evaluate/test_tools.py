@@ -8,8 +8,8 @@ import struct
 import numpy as np
 import pytest
 
-from igpt_ds.evaluate.feature_files import open_features
-from igpt_ds.evaluate.results import read_results
+from igpt_ds.evaluate.features.files import open_features
+from igpt_ds.evaluate.report.results import read_results
 
 
 def png_size(path):

@@ -40,8 +40,9 @@ def modules() -> list[str]:
 
 def programs() -> list[str]:
     """What can be started: root scripts and tools by their path, modules with an entry as `-m name`."""
-    scripts = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
-    runnable = [name for name in modules() if ENTRY in _source(name)]
+    scripts = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tools").rglob("*.py"))]
+    scripts = [path for path in scripts if ENTRY in path.read_text()]  # the benchmarks' harness is no program
+    runnable = [name.removesuffix(".__main__") for name in modules() if ENTRY in _source(name)]
     return [str(path.relative_to(ROOT)) for path in scripts] + [f"-m {name}" for name in runnable]
 
 
@@ -71,6 +72,7 @@ def ask_help(program: str) -> dict[str, Any]:
             if program.startswith("-m "):
                 runpy.run_module(program[3:], run_name="__main__", alter_sys=True)
             else:
+                sys.path.insert(0, str((ROOT / program).parent))  # as `python PROGRAM` does
                 runpy.run_path(str(ROOT / program), run_name="__main__")
         except SystemExit as end:
             status = end.code or 0

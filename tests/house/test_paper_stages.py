@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from igpt_ds.config import Recipe
-from igpt_ds.paper_costs import machine_flags, trained
-from igpt_ds.paper_scales import SCALES, get_scale
-from igpt_ds.paper_stages import Flags, Stage, stages
-from igpt_ds.step_time import GPUS, Cluster
+from igpt_ds.paper.budget import machine_flags, trained
+from igpt_ds.paper.scales import SCALES, get_scale
+from igpt_ds.paper.stages import Flags, Stage, stages
+from igpt_ds.plan.step_time import GPUS, Cluster
 from igpt_ds.train import finetune_flags
 from igpt_ds.train import flags as train_flags
 

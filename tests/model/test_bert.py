@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from igpt_ds.config import ModelConfig
-from igpt_ds.costs import parameters
 from igpt_ds.model.objectives import draw_masks, masked_nats
 from igpt_ds.model.store import fresh_model
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.plan.costs import parameters
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from transformers import ImageGPTForCausalImageModeling
 
 from igpt_ds.config import ModelConfig
-from igpt_ds.model.interop import write_hf
+from igpt_ds.model.interchange.hf import write_hf
 from igpt_ds.model.sampling import Decoder, choose, filter_logits, sample
 from igpt_ds.model.store import fresh_model
 from igpt_ds.model.transformer import Transformer

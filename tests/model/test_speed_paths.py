@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_ds.config import CHECKPOINTING, ModelConfig
-from igpt_ds.costs import Layout, memory
 from igpt_ds.model import fused
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.store import fresh_model
 from igpt_ds.model.transformer import Transformer, attention_backend
+from igpt_ds.plan.costs import Layout, memory
 
 WIDE = ModelConfig(n_layer=3, n_head=4, n_embd=64, n_px=8, n_vocab=16)
 

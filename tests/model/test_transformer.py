@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from igpt_ds.config import SIZES, ModelConfig
-from igpt_ds.costs import parameters
 from igpt_ds.model.objectives import autoregressive_loss, image_nats
 from igpt_ds.model.store import fresh_model
 from igpt_ds.model.transformer import Transformer, init_std
+from igpt_ds.plan.costs import parameters
 
 # facts of the paper's sizes: (size, n_px) -> exact number of parameters
 COUNTS = {

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_ds.config import CHECKPOINTING, ModelConfig
-from igpt_ds.costs import Layout, exchanged_bytes
 from igpt_ds.model.objectives import draw_masks, image_loss
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.model.ulysses import mean_over_tokens, part, to_heads, to_tokens
+from igpt_ds.plan.costs import Layout, exchanged_bytes
 
 T_ = TypeVar("T_")
 HEADS = 24

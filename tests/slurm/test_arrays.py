@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from igpt_ds.config import ModelConfig
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json
 from igpt_ds.model.store import save_model
 from igpt_ds.model.transformer import Transformer

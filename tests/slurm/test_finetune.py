@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from igpt_ds.config import ModelConfig
-from igpt_ds.data.shards import ShardSet
-from igpt_ds.evaluate.results import read_results
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.evaluate.report.results import read_results
 from igpt_ds.model.store import read_info, save_model
 from igpt_ds.model.transformer import Transformer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.evaluate.results import read_results
+from igpt_ds.evaluate.report.results import read_results
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 TOY = ["--steps=8", "--warmup_steps=2", "--batch_images=16", "--n_layer=2", "--n_embd=16", "--val_images=32", "--val_every=4"]

@@ -12,9 +12,9 @@ import torch
 from igpt_ds import cli, dist
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.data.loader import Loader
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
-from igpt_ds.train.checkpoint import save_checkpoint
+from igpt_ds.train.checkpoint.save_load import save_checkpoint
 from igpt_ds.train.engine import build_engine, start_ranks, take_step
 from igpt_ds.train.loop import pretraining_loss
 from igpt_ds.train.run_dir import read_recipe, record

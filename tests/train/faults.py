@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from igpt_ds import cli, dist
-from igpt_ds.train.watchdog import Watchdog
+from igpt_ds.train.safety.watchdog import Watchdog
 
 place = next(index for index, word in enumerate(sys.argv) if "=" in word and not word.startswith("--"))
 kind, _, values = sys.argv.pop(place).partition("=")

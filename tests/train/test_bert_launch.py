@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.data.loader import Loader
 from igpt_ds.data.palette import fit_colors
-from igpt_ds.data.shard_writer import write_dataset
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.sources import open_source
-from igpt_ds.evaluate.feature_files import open_features
+from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.files import read_json_lines
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import fresh_model, load_model

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
-from igpt_ds.costs import memory, parameters
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import read_json
-from igpt_ds.plan import layout
+from igpt_ds.plan.costs import memory, parameters
+from igpt_ds.plan.estimate import layout
 
 pytestmark = pytest.mark.slow
 DIRECTORY = Path(__file__).parents[2] / "ds_configs"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.files import read_json_lines
-from igpt_ds.train.manifest import list_checkpoints, read_manifest
+from igpt_ds.train.checkpoint.manifest import list_checkpoints, read_manifest
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., list[str]]

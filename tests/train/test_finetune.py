@@ -16,12 +16,12 @@ from igpt_ds.config import Finetune, ModelConfig, Recipe, recipe_from_dict, reci
 from igpt_ds.files import write_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import fresh_model, save_model
-from igpt_ds.train.consolidation import _info, check_own
+from igpt_ds.train.checkpoint.consolidate import _info, check_own
+from igpt_ds.train.checkpoint.manifest import prune
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.finetuning import ignorant_loss
-from igpt_ds.train.guards import Guard
-from igpt_ds.train.manifest import prune
 from igpt_ds.train.run_dir import recipe_differences
+from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.schedule import learning_rate
 from igpt_ds.train.sweep import Result, best, finished, read_result, table
 

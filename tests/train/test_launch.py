@@ -18,7 +18,7 @@ import torch
 
 from igpt_ds.config import Recipe
 from igpt_ds.data.loader import Loader, sequential
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.model.objectives import autoregressive_loss, image_nats
 from igpt_ds.model.store import load_model

@@ -15,7 +15,7 @@ import torch
 
 from igpt_ds.config import Recipe, override, recipe_to_dict
 from igpt_ds.data.loader import Loader
-from igpt_ds.data.shards import ShardSet
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.model.transformer import Transformer

@@ -1,6 +1,6 @@
 """Where raw images come from: a source named by one word lists its images and reads them, in a fixed order.
 
-In: a spec such as `cifar10:DIR`. Out: a `Source`. `tools/fit_palette.py` and `data/shard_writer.py` read sources; a further
+In: a spec such as `cifar10:DIR`. Out: a `Source`. `tools/fit_palette.py` and `data/shards/build.py` read sources; a further
 kind is a class in a file of this package and a line in `KINDS`.
 """
 

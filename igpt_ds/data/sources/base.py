@@ -1,7 +1,7 @@
 """What every source is: a list of entries that streams, and a way from entries to their images.
 
 In: nothing. Out: `Entry`, the protocol `Source`, and what all readers of folders ask. The other files of this package build on
-it; `data/shard_writer.py` lists entries once, hands runs of them to worker processes, and each worker reads its own.
+it; `data/shards/build.py` lists entries once, hands runs of them to worker processes, and each worker reads its own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The shard format: written, read, mapped into memory and verified here alone."""

@@ -1,0 +1,281 @@
+"""Writes a dataset directory from a source: lists the images, turns them into shards on all cores, merges.
+
+In: a source, a palette, n_px. Out: what `data/shards/dataset.py` reads. `tools/make_shards.py` calls.
+
+    list    goes once through the source's names and decides which image goes into which shard
+    write   makes those shards, each under its final name only when whole; of many jobs each makes a part
+    merge   writes index.json over all of them
+
+All happens in OUT.making, which becomes OUT at the end. The bytes depend neither on how many processes or jobs work nor on how
+often they were killed: the same command goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from igpt_ds.data.images import DEFAULT_FILTER
+from igpt_ds.data.palette import Palette, load_palette, prepare_table, save_palette
+from igpt_ds.data.shards.dataset import FORMAT, VERSION, ShardSet, read_index, signed, split_hash
+from igpt_ds.data.shards.encode import CHUNK, Prepared, Task, Unreadable, prepared
+from igpt_ds.data.shards.layout import Plan, Planned, Settings, chunks, make_plan
+from igpt_ds.data.shards.record import pack
+from igpt_ds.data.shards.tar_writer import shard_file
+from igpt_ds.data.sources import Source
+from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
+
+IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
+DEFAULT_MAX_BAD = 0.001  # one unreadable image in a thousand is a blemish, more is a broken copy
+IMAGES_PER_PROCESS = 2048  # for fewer it is not worth while to start another process
+_RECORDED = ("val_fraction", "images_per_shard", "seed", "filter", "crop", "views")  # settings, as they stand in the index
+_PACKAGES = ("numpy", "pillow", "simplejpeg", "torch")  # what decodes and resizes
+
+
+def write_dataset(
+    path: Path,
+    source: Source,
+    palette: Palette,
+    n_px: int,
+    *,
+    val_fraction: float | None = None,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    seed: int = 0,
+    resize_filter: str = DEFAULT_FILTER,
+    crop: str = "none",
+    views: int = 1,
+    name: str | None = None,
+    workers: int = 1,
+    max_bad: float = DEFAULT_MAX_BAD,
+) -> dict[str, Any]:
+    """Writes every image of the source into a dataset directory, which appears when it is complete; returns its index.
+
+    val_fraction of the training images, chosen by a hash of the key, become the split "val": the source's own fraction when left
+    out (10 % for CIFAR and STL-10, 4 % for ImageNet: paper 3.1), no such split when 0. `seed` decides that and the random crops.
+    `name` is what tables and figures call the images; the directory's name when left out. Up to the fraction max_bad of the
+    images may be unreadable. Memory does not grow with the source.
+
+    Raises:
+        ValueError: `path` exists already, a number is out of range, a split would be empty, too many images are unreadable.
+    """
+    fraction = source.val_fraction if val_fraction is None else val_fraction
+    settings = Settings(source.name, palette.hash, n_px, fraction, images_per_shard, seed, resize_filter, crop, views)
+    list_images(path, source, palette, settings)
+    write_shards(path, source, workers=workers, max_bad=max_bad)
+    return merge(path, name, max_bad)
+
+
+def making(path: Path) -> Path:
+    """Where the dataset directory `path` is while it is made."""
+    return path.with_name(f"{path.name}.making")
+
+
+def list_images(path: Path, source: Source, palette: Palette, settings: Settings) -> Plan:
+    """Decides which image goes into which shard of the dataset directory `path`; keeps a decision that is there already.
+
+    Raises:
+        ValueError: `path` exists already, or is being made with other settings; see `make_plan`.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; choose another name or remove it")
+    work = making(path)
+    if not (work / "plan").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        save_palette(work / "palette.npy", palette)
+        try:
+            make_plan(work / "plan", source, settings)
+        except (ValueError, OSError):
+            if not (work / "plan" / "plan.json").exists():  # else another job of an array was quicker
+                (work / "palette.npy").unlink(missing_ok=True)
+                work.rmdir()
+                raise
+    plan = Plan(work / "plan")
+    if load_palette(work / "palette.npy").hash != plan.settings.palette_hash:
+        raise ValueError(f"{work / 'palette.npy'} is not the palette of {work / 'plan'}; remove {work} and begin again")
+    if different := plan.differences(settings):
+        raise ValueError(f"{work} was begun with other settings ({'; '.join(different)}); go on with those, or remove it")
+    return plan
+
+
+def check_work(part: tuple[int, int], workers: int, max_bad: float) -> None:
+    """Refuses impossible numbers before anything is done.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad={max_bad} must lie between 0 and 1")
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part {part[0]}/{part[1]} does not exist; the first of n is 0/n, the last n-1/n")
+
+
+def write_shards(
+    path: Path, source: Source, *, part: tuple[int, int] = (0, 1), workers: int = 1, max_bad: float = DEFAULT_MAX_BAD
+) -> int:
+    """Makes the listed shards that are not there yet; with part=(i, n) only every n-th, from the i-th on.
+
+    Returns how many images of the source are in them.
+
+    Raises:
+        ValueError: nothing was listed, `part` or a number is out of range, too many images are unreadable.
+    """
+    check_work(part, workers, max_bad)
+    work = making(path)
+    plan = Plan(work / "plan")
+    mine = plan.shards()[part[0] :: part[1]]
+    missing = [shard for shard in mine if not _entry_file(work, shard).is_file()]
+    if not missing:
+        return 0
+    unreadable = Unreadable(source.name, plan.n_entries, max_bad)
+    for shard in mine:
+        if shard not in missing:
+            unreadable.add(_read_entry(work, shard)["unreadable"])
+    before, palette_file = unreadable.count, work / "palette.npy"
+    total = sum(shard.n_entries for shard in missing)
+    processes = min(workers, -(-total // IMAGES_PER_PROCESS))
+    if processes > 1:
+        prepare_table(palette_file)  # which they share
+    try:
+        with tqdm(total=total, desc="shards", unit=" images", leave=False, disable=None) as bar:
+            results = prepared(_tasks(missing, plan), source, palette_file, processes)
+            for name, of_shard in groupby(results, attrgetter("shard")):
+                _write_shard(work, name, of_shard, unreadable, bar)
+    except (FileNotFoundError, ValueError):
+        if (work / "plan").exists():
+            raise
+        shutil.rmtree(work, ignore_errors=True)  # the shard at hand may have made it again
+        raise ValueError(f"{work} went away: another process has finished or removed it; look at {path}") from None
+    return total - (unreadable.count - before)
+
+
+def _tasks(shards: list[Planned], plan: Plan) -> Iterator[Task]:
+    for shard in shards:
+        first = shard.first
+        for chunk in chunks(shard.entries(), CHUNK):
+            yield Task(shard.name, first, chunk, plan.settings.look(shard.split))
+            first += len(chunk)
+
+
+def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable: Unreadable, bar: Any) -> None:
+    """Writes one shard, then its entry of the index, which says that the shard is there."""
+    mine: list[tuple[str, str]] = []
+    with shard_file(work / name) as shard:
+        for result in results:
+            shard.add(pack(result.names, result.tokens, result.labels))
+            unreadable.add(result.unreadable, say=True)
+            mine += result.unreadable
+            bar.update(result.n_entries)
+        entry = shard.close()
+    if not shard.n_images:
+        (work / name).unlink()
+    write_json(work / f"{name}.json", signed({"shard": entry, "unreadable": mine}))
+
+
+def merge(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> dict[str, Any]:
+    """Writes the index over all listed shards and lets the dataset directory appear; returns the index.
+
+    Raises:
+        ValueError: nothing was listed, shards are missing, or too many images were unreadable.
+    """
+    work = making(path)
+    plan = Plan(work / "plan")
+    shards = plan.shards()
+    if missing := [shard.name for shard in shards if not _entry_file(work, shard).is_file()]:
+        raise ValueError(f"{work}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}; make them first")
+    unreadable = Unreadable(plan.settings.source, plan.n_entries, max_bad)
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for shard in shards:
+        about = _read_entry(work, shard)
+        unreadable.add(about["unreadable"])
+        if about["shard"]["n_images"]:
+            splits.setdefault(shard.split, []).append(about["shard"])
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name or path.resolve().name,
+        "n_px": plan.settings.n_px,
+        "n_vocab": len(load_palette(work / "palette.npy")),
+        "palette": "palette.npy",
+        "palette_hash": plan.settings.palette_hash,
+        "source": plan.settings.source,
+        "source_hash": plan.source_hash,
+        **{key: value for key, value in asdict(plan.settings).items() if key in _RECORDED},
+        "made_with": {package: version(package) for package in _PACKAGES},
+        "n_unreadable": unreadable.count,
+        "classes": plan.classes,
+        "splits": {
+            split: _describe(entries, plan.settings.palette_hash, plan.settings.n_px) for split, entries in splits.items()
+        },
+    }
+    index = signed(index)
+    write_json(work / "index.json", index)
+    try:
+        if path.exists():
+            path.rmdir()
+        os.replace(work, path)
+    except OSError:
+        raise ValueError(f"{path} was finished by another process meanwhile, or cannot be made; look there") from None
+    fsync_path(path.parent)
+    for file in [*path.glob("*.tar.json"), *path.glob("palette.npy.*"), *path.glob(".*.partial")]:
+        file.unlink()
+    shutil.rmtree(path / "plan")
+    return index
+
+
+def _describe(entries: list[dict[str, Any]], palette_hash: str, n_px: int) -> dict[str, Any]:
+    n_images = sum(entry["n_images"] for entry in entries)
+    return {"n_images": n_images, "dataset_hash": split_hash(palette_hash, n_px, entries), "shards": entries}
+
+
+def _entry_file(work: Path, shard: Planned) -> Path:
+    return work / f"{shard.name}.json"
+
+
+def _read_entry(work: Path, shard: Planned) -> dict[str, Any]:
+    file = _entry_file(work, shard)
+    about = read_json(file, "entry of a shard")
+    if not isinstance(about, dict) or about != signed(about) or not {"shard", "unreadable"} <= about.keys():
+        raise ValueError(f"{file} is damaged; remove it and run the same command again, which makes {shard.name} anew")
+    return about
+
+
+def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | None = None, note: dict[str, Any]) -> dict[str, Any]:
+    """Writes a dataset directory whose split "train" holds some images of `shards`, int64 ids, in this order.
+
+    `note` says how they were chosen and stands in the index as "derived". Returns the index.
+
+    Raises:
+        ValueError: `out` exists already, no images, or a damaged one.
+    """
+    if not len(ids):
+        raise ValueError(f"no images of {shards.path} are left to write to {out}")
+    with atomic_dir(out) as partial:
+        entries = []
+        for number, first in enumerate(range(0, len(ids), IMAGES_PER_SHARD)):
+            mine = ids[first : first + IMAGES_PER_SHARD]
+            with shard_file(partial / f"train-{number:06d}.tar") as shard:
+                for start in range(0, len(mine), CHUNK):
+                    some = mine[start : start + CHUNK]
+                    shard.add(pack(first + start + np.arange(len(some)), *shards.read(some)))
+                entries.append(shard.close())
+        save_palette(partial / "palette.npy", shards.palette)
+        index = read_index(shards.path) | {
+            "name": name or out.resolve().name,
+            "derived": note,
+            "splits": {"train": _describe(entries, shards.palette_hash, shards.n_px)},
+        }
+        index = signed(index)
+        write_json(partial / "index.json", index)
+    return index

@@ -1,0 +1,189 @@
+"""Token shards: the one format in which images reach the model, read by number from memory maps.
+
+A dataset directory holds palette.npy, index.json and the shards of its splits, train-000000.tar, ..., val-000000.tar, ...
+A shard is a plain USTAR file that webdataset reads. All images take the same number of bytes (`record.py`), so that image
+i of a shard lies at i times that number and no index of members is needed. `build.py` writes; the loader, feature
+extraction and sampling read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from igpt_ds.data.palette import load_palette
+from igpt_ds.data.shards.mapped import MappedRecords
+from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
+from igpt_ds.data.shards.verify import AGAIN, all_damage
+from igpt_ds.files import read_json
+
+FORMAT, VERSION = "igpt_ds.shards", 2
+SPLITS = ("train", "val", "test")
+_CHUNK = 1024  # images checked at a time
+
+
+class DamagedImagesError(ValueError):
+    """Images whose bytes are not those that were written; `ids` names them as they were asked for, int64."""
+
+    def __init__(self, message: str, ids: np.ndarray) -> None:
+        super().__init__(message)
+        self.ids = ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamagedImagesError, (str(self), self.ids)  # an exception that crosses processes is built again from this
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a dataset directory.
+
+    Raises:
+        ValueError: no dataset directory, or one of another format version.
+    """
+    file = path / "index.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is no shard directory: it has no index.json; make one with tools/make_shards.py")
+    index = read_json(file, "shard index")
+    if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"shard index {file} is not {FORMAT} version {VERSION}; {AGAIN}")
+    if index.get("sha256") != signed(index)["sha256"]:
+        raise ValueError(f"shard index {file} was changed since it was written: its sha256 differs; {AGAIN}")
+    return index
+
+
+def signed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the sha256 of all of them but itself, so that a reader sees every change."""
+    content = {key: value for key, value in values.items() if key != "sha256"}
+    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def split_hash(palette_hash: str, n_px: int, shards: list[dict[str, Any]]) -> str:
+    """What tells two splits apart: the sha256 over the palette and the bytes of all shards."""
+    lines = [palette_hash, str(n_px), *(shard["sha256"] for shard in shards)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _check_size(file: Path, about: dict[str, Any], stride: int) -> None:
+    n_images, expected = about["n_images"], about["bytes"]
+    found = file.stat().st_size if file.is_file() else 0
+    if found != expected:
+        raise ValueError(f"shard {file} is missing or torn: {found} bytes, expected {expected}; {AGAIN}")
+    if found != (need := n_images * stride + len(END)):
+        raise ValueError(f"shard {file} holds {found} bytes, but {n_images} images take {need}; {AGAIN}")
+
+
+class ShardSet:
+    """One split of a dataset directory ("train", "val", "test", or "train+val"), read by image id 0 .. n_images - 1.
+
+    `exclude`, sorted ids, leaves images out: those behind move up. Each image is checked when it is read for the first time.
+    Attributes: name, path, split, n_images, n_px, n_vocab, classes, palette, palette_hash, dataset_hash.
+
+    Raises:
+        ValueError: no dataset directory, another format version, no such split, a torn shard, a palette of another hash.
+    """
+
+    def __init__(self, path: Path, split: str, exclude: np.ndarray | None = None) -> None:
+        index = read_index(path)
+        try:
+            self._open(path, split, index)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"shard index {path / 'index.json'} is damaged ({type(error).__name__}: {error}); {AGAIN}") from None
+        self._excluded = np.zeros(0, dtype=np.int64)
+        if exclude is not None and len(exclude):
+            self._exclude(exclude)
+
+    def _open(self, path: Path, split: str, index: dict[str, Any]) -> None:
+        parts = split.split("+")
+        if missing := [part for part in parts if part not in index["splits"]]:
+            raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(index['splits'])}")
+        self.path, self.split = path, split
+        self.name: str = index["name"]
+        self.n_px: int = index["n_px"]
+        self.n_vocab: int = index["n_vocab"]
+        self.classes: list[str] = index["classes"]
+        self.palette_hash: str = index["palette_hash"]
+        self.palette = load_palette(path / index["palette"])
+        if self.palette.hash != self.palette_hash:
+            raise ValueError(f"{path / index['palette']} is not the palette that the shards were made with; {AGAIN}")
+        hashes = [index["splits"][part]["dataset_hash"] for part in parts]
+        self.dataset_hash: str = hashes[0] if len(parts) == 1 else hashlib.sha256("+".join(hashes).encode()).hexdigest()
+        self._about = [shard for part in parts for shard in index["splits"][part]["shards"]]
+        files, dtype = [path / shard["name"] for shard in self._about], record_dtype(self.n_px)
+        for file, about in zip(files, self._about, strict=True):
+            _check_size(file, about, dtype.itemsize)
+        self._records = MappedRecords(files, [shard["n_images"] for shard in self._about], dtype)
+        self.n_images = self._records.n_records
+        self._checked: np.ndarray = np.zeros(self.n_images, dtype=bool)
+
+    def _exclude(self, ids: np.ndarray) -> None:
+        assert (np.diff(ids) > 0).all()
+        assert 0 <= ids[0] <= ids[-1] < self.n_images
+        if len(ids) == self.n_images:
+            raise ValueError(f"all {self.n_images} images of {self.split} in {self.path} are excluded")
+        self._excluded = ids - np.arange(len(ids))  # of the images that stay, how many come before each excluded one
+        self.n_images -= len(ids)
+        digest = hashlib.sha256(self.dataset_hash.encode() + ids.astype("<i8").tobytes())
+        self.dataset_hash = digest.hexdigest()
+
+    def tokens(self, ids: np.ndarray) -> np.ndarray:
+        """The token grids of some images: int64 [B] -> uint16 [B, n_px, n_px].
+
+        Raises:
+            DamagedImagesError: bytes of an image are not those that were written.
+        """
+        stored = self._stored(ids)
+        tokens = self._records.field("tokens", stored)
+        if not self._checked[stored].all():
+            self._check(ids, stored, tokens, self._labels(stored))
+        return tokens
+
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token grids and class indices: int64 [B] -> uint16 [B, n_px, n_px], int64 [B]; raises as `tokens` does."""
+        return self.tokens(ids), self._labels(self._stored(ids))
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """The class indices of some images: int64 [B] -> int64 [B]; raises as `tokens` does."""
+        return self.read(ids)[1]
+
+    def _stored(self, ids: np.ndarray) -> np.ndarray:
+        """Ids among all images of the split, excluded ones counted in."""
+        return ids + self._excluded.searchsorted(ids, side="right") if len(self._excluded) else ids
+
+    def _labels(self, stored: np.ndarray) -> np.ndarray:
+        return numbers(self._records.field("label", stored))
+
+    def _check(self, ids: np.ndarray, stored: np.ndarray, tokens: np.ndarray, labels: np.ndarray) -> None:
+        good = checksum(tokens, labels) == self._records.field("checksum", stored)
+        self._checked[stored[good]] = True
+        if not good.all():
+            file, image, byte = self._records.place(int(stored[~good][0]))
+            fix = f"{AGAIN}, or train without such images by train.py --on_bad skip"
+            raise DamagedImagesError(f"shard {file}: image {image} at byte {byte} is damaged; {fix}", ids[~good])
+
+    def verify(self) -> None:
+        """Reads every shard of the split once and compares it with the index.
+
+        Raises:
+            ValueError: a shard holds other bytes than were written; the first damaged ones are named.
+        """
+        checks = all_damage(self.path, self._about, self.n_px)
+        with closing(checks):
+            for _, found in tqdm(checks, f"verify {self.split}", len(self._about), unit=" shards", leave=False, disable=None):
+                if found:
+                    raise ValueError(str(found[0]))
+        self._checked[:] = True
+
+    def damaged_ids(self) -> np.ndarray:
+        """Reads all images; the sorted ids, int64, of those whose tokens or label are not what was written."""
+        bad = []
+        for start in range(0, self.n_images, _CHUNK):
+            try:
+                self.tokens(np.arange(start, min(start + _CHUNK, self.n_images)))
+            except DamagedImagesError as error:
+                bad.append(error.ids)
+        return np.concatenate([np.zeros(0, dtype=np.int64), *bad])

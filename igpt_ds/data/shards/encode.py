@@ -1,0 +1,164 @@
+"""From listed images to tokens, on as many processes as are asked for, in order.
+
+In: chunks of a source's entries. Out: token grids, labels, and what could not be read. `data/shards/build.py` calls. A worker
+process gets entries and sends tokens back: 2 KiB for an image of 32x32, while the image file itself is read where it is decoded.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from igpt_ds.data.images import decode_image, square
+from igpt_ds.data.palette import Palette, load_palette
+from igpt_ds.data.sources import Entry, Source, open_source
+from igpt_ds.data.workers import process_pool
+
+CHUNK = 256  # images of one task: a fraction of a second of work
+_NAMED = 5  # unreadable images that are named
+_AHEAD = 3  # tasks that wait or run for each process
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an image looks like in the shards: see `data/images.square`."""
+
+    n_px: int
+    crop: str
+    resize_filter: str
+    seed: int
+    views: int
+
+
+class Task(NamedTuple):
+    """Consecutive images of one shard; `first` is the place of the first one in its split."""
+
+    shard: str
+    first: int
+    entries: Sequence[Entry]
+    look: Look
+
+
+class Prepared(NamedTuple):
+    """What became of a task. An image that cannot be read leaves no gap in the arrays, only in the names."""
+
+    shard: str
+    n_entries: int
+    names: np.ndarray  # int64 [N]: place in the split x views + view
+    tokens: np.ndarray  # uint16 [N, n_px, n_px]
+    labels: np.ndarray  # int64 [N]
+    unreadable: list[tuple[str, str]]  # key, reason
+
+
+class Unreadable:
+    """Counts images that cannot be read and stops when they are too many."""
+
+    def __init__(self, source: str, n_entries: int, max_bad: float) -> None:
+        self.count = 0
+        self._source, self._n_entries, self._max_bad = source, n_entries, max_bad
+        self._named: list[str] = []
+
+    def add(self, images: list[Any], say: bool = False) -> None:
+        """Images as (key, reason)."""
+        named = [reason for _, reason in images[: _NAMED - len(self._named)]]
+        for reason in named if say else []:
+            tqdm.write(f"skipped: {reason}", file=sys.stderr)
+        self._named += named
+        self.count += len(images)
+        if self.count > self._max_bad * self._n_entries:
+            allowed = f"more than the {self._max_bad:g} of {self._n_entries} images that may be"
+            fix = "repair the files or raise --max_bad"
+            raise ValueError(f"{self._source}: {self.count} unreadable, {allowed}: {'; '.join(self._named)}; {fix}")
+
+
+def prepare(source: Source, palette: Palette, task: Task) -> Prepared:
+    """Reads, decodes, crops, resizes and quantises the images of a task."""
+    names: list[int] = []
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    unreadable: list[tuple[str, str]] = []
+    for place, (entry, raw) in enumerate(zip(task.entries, source.read(task.entries), strict=True), start=task.first):
+        try:
+            views = _views(entry, raw, task.look)
+        except ValueError as error:
+            unreadable.append((entry.key, str(error)))
+            continue
+        images += views
+        names += range(place * task.look.views, place * task.look.views + len(views))
+        labels += [entry.label] * len(views)
+    n_px = task.look.n_px
+    pixels = np.stack(images) if images else np.empty((0, n_px, n_px, 3), dtype=np.uint8)
+    arrays = np.array(names, dtype=np.int64), palette.encode(pixels), np.array(labels, dtype=np.int64)
+    return Prepared(task.shard, len(task.entries), *arrays, unreadable)
+
+
+def _views(entry: Entry, raw: bytes | np.ndarray | ValueError, look: Look) -> list[np.ndarray]:
+    if isinstance(raw, ValueError):
+        raise raw
+    image = decode_image(raw, entry.key) if isinstance(raw, bytes) else raw
+    return [
+        square(image, look.n_px, crop=look.crop, resize_filter=look.resize_filter, seed=look.seed, key=entry.key, view=view)
+        for view in range(look.views)
+    ]
+
+
+def prepared(tasks: Iterable[Task], source: Source, palette_file: Path, workers: int) -> Iterator[Prepared]:
+    """Every task's result, in their order; `workers` processes beside this one, or none when it is 1.
+
+    Raises:
+        ValueError: a process died; an error of the source.
+    """
+    if workers == 1:
+        palette = load_palette(palette_file)
+        yield from (prepare(source, palette, task) for task in tasks)
+        return
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    context.set_forkserver_preload([__name__])
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # which all workers inherit: Ctrl-C is for this process to tell them
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    ahead: deque[Future[Prepared]] = deque()
+    with process_pool(workers, begin=_begin, words=(source.name, palette_file)) as pool:
+        for task in tasks:
+            ahead.append(pool.submit(_work, task))
+            if len(ahead) >= _AHEAD * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+_worker: dict[str, tuple[Source, Palette]] = {}  # of a worker process: what it opened when it began
+
+
+def _begin(source_name: str, palette_file: Path) -> None:
+    import torch  # its threads would fight with the other processes
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker["opened"] = open_source(source_name), load_palette(palette_file)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # killed, it could not tell its workers
+    os._exit(1)
+
+
+def _work(task: Task) -> Prepared:
+    return prepare(*_worker["opened"], task)

@@ -1,0 +1,195 @@
+"""Which image goes into which shard: decided from the source's list of names, before any image is read.
+
+In: a source and the settings. Out: a directory {plan.json, train-000000.jsonl, ...}, one file of entries a shard.
+`data/shards/build.py` calls. Memory does not grow with the source, whose names go by one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from igpt_ds.data.images import CROPS, FILTERS
+from igpt_ds.data.shards.dataset import SPLITS, signed
+from igpt_ds.data.shards.encode import Look
+from igpt_ds.data.shards.record import MAX_IMAGES
+from igpt_ds.data.sources import Entry, Source
+from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
+
+MAX_PX = 1024  # a million tokens an image; the paper's largest has 4,096
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the shards, beside the images themselves."""
+
+    source: str
+    palette_hash: str
+    n_px: int
+    val_fraction: float
+    images_per_shard: int
+    seed: int
+    filter: str
+    crop: str
+    views: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+        for name in ("n_px", "images_per_shard", "views"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_px > MAX_PX:
+            raise ValueError(f"n_px={self.n_px} must be at most {MAX_PX}")
+        if self.filter not in FILTERS:
+            raise ValueError(f"filter {self.filter!r} is unknown; known: {', '.join(FILTERS)}")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop {self.crop!r} is unknown; known: {', '.join(CROPS)}")
+        if self.views > 1 and self.crop != "random":
+            raise ValueError(f"views={self.views} of one image differ with crop 'random' only, not {self.crop!r}")
+        if self.views > self.images_per_shard:
+            raise ValueError(f"views={self.views} do not fit images_per_shard={self.images_per_shard}")
+
+    def look(self, split: str) -> Look:
+        """How the images of a split are cropped: validation and test images once, by their centre (paper 3.1)."""
+        if split == "train" or self.crop != "random":
+            return Look(self.n_px, self.crop, self.filter, self.seed, self.views)
+        return Look(self.n_px, "center", self.filter, self.seed, 1)
+
+    def entries_per_shard(self, split: str) -> int:
+        """Images of the source that go into one shard, all their views with them."""
+        return self.images_per_shard // self.look(split).views
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One shard of the plan."""
+
+    name: str
+    split: str
+    first: int  # the place in the split of its first image
+    n_entries: int
+    file: Path
+    sha256: str  # of that file
+
+    def entries(self) -> Iterator[Entry]:
+        """Its images, from the plan's file.
+
+        Raises:
+            ValueError: the file is not what was written.
+        """
+        content = self.file.read_bytes() if self.file.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise ValueError(f"{self.file} is damaged; remove {self.file.parents[1]} and begin again")
+        yield from (Entry(*json.loads(line)) for line in content.splitlines())
+
+
+def split_of(key: str, seed: int, val_fraction: float) -> str:
+    """The split of a training image by a hash of its key: it never changes when other images come or go (paper 3.1)."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+
+
+def make_plan(path: Path, source: Source, settings: Settings) -> None:
+    """Lists the source into the plan directory, which appears when it is complete.
+
+    Raises:
+        ValueError: the source is empty, a split would be empty, or a split has more images than nine digits can number.
+    """
+    with atomic_dir(path) as partial:
+        digest, counts = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
+        with ExitStack() as stack:
+            files: dict[str, IO[str]] = {}
+            for entry in tqdm(source.entries(), "list", unit=" images", leave=False, disable=None):
+                split = entry.split if entry.split == "test" else split_of(entry.key, settings.seed, settings.val_fraction)
+                number, place = divmod(counts[split], settings.entries_per_shard(split))
+                if place == 0:
+                    if split in files:
+                        files[split].close()
+                    files[split] = stack.enter_context(_new_file(partial, split, number))
+                files[split].write(json.dumps(entry) + "\n")
+                digest.update(json.dumps([split, entry.key, entry.label]).encode())
+                counts[split] += 1
+        _check_counts(counts, source, settings)
+        hashes = {file.name: sha256_file(file) for file in sorted(partial.glob("*.jsonl"))}
+        plan = {"settings": asdict(settings), "classes": source.classes, "source_hash": digest.hexdigest(), "counts": counts}
+        write_json(partial / "plan.json", signed(plan | {"lists": hashes}))
+
+
+def _new_file(directory: Path, split: str, number: int) -> IO[str]:
+    return open(directory / f"{split}-{number:06d}.jsonl", "w", encoding="utf-8")
+
+
+def _check_counts(counts: dict[str, int], source: Source, settings: Settings) -> None:
+    n_images = counts["train"] + counts["val"]
+    if not n_images:
+        raise ValueError(f"source {source.name} holds no training images")
+    for split in ("train", "val") if settings.val_fraction else ("train",):
+        if not counts[split]:
+            fix = f"change val_fraction={settings.val_fraction} or the seed"
+            raise ValueError(f"none of the {n_images} images of {source.name} falls to {split}; {fix}")
+    for split, count in counts.items():
+        if count * settings.look(split).views >= MAX_IMAGES:
+            raise ValueError(f"{split} would have {count} images x {settings.views} views; at most {MAX_IMAGES - 1}")
+
+
+class Plan:
+    """A plan on disk.
+
+    Raises:
+        ValueError: no plan there, or a damaged one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        about = read_json(path / "plan.json", "plan")
+        if not isinstance(about, dict) or about != signed(about):
+            raise ValueError(f"plan {path / 'plan.json'} is damaged; remove {path.parent} and begin again")
+        try:
+            self.settings = Settings(**about["settings"])
+            self.classes: list[str] = about["classes"]
+            self.source_hash: str = about["source_hash"]
+            self.counts: dict[str, int] = about["counts"]
+            self._lists: dict[str, str] = about["lists"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"plan {path / 'plan.json'} is of another version ({error}); remove {path.parent}") from None
+        self._path = path
+
+    @property
+    def n_entries(self) -> int:
+        """Images of the source, in all splits."""
+        return sum(self.counts.values())
+
+    def shards(self) -> list[Planned]:
+        """Every shard, split by split."""
+        return [
+            Planned(
+                f"{name}.tar", split, first, min(size, count - first), self._path / f"{name}.jsonl", self._lists[f"{name}.jsonl"]
+            )
+            for split, count in self.counts.items()
+            for size in [self.settings.entries_per_shard(split)]
+            for number, first in enumerate(range(0, count, size))
+            for name in [f"{split}-{number:06d}"]
+        ]
+
+    def differences(self, settings: Settings) -> list[str]:
+        """The settings in which this plan is not what is asked for now, each in words."""
+        old, new = asdict(self.settings), asdict(settings)
+        return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if old[name] != new[name]]
+
+    def look(self, split: str) -> Look:
+        """How the images of a split are cropped."""
+        return self.settings.look(split)
+
+
+def chunks(entries: Iterator[Entry], size: int) -> Iterator[list[Entry]]:
+    """Entries in lists of `size`, the last one shorter."""
+    while chunk := list(islice(entries, size)):
+        yield chunk

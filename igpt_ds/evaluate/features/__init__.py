@@ -1,0 +1,1 @@
+"""Features of every layer: computed, written and read."""

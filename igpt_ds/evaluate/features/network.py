@@ -1,0 +1,159 @@
+"""Features: each layer's activations, averaged over the positions of an image (paper 2.4).
+
+Kinds: "normed", f^l = mean over i of n^l_i, as the paper writes; "raw", the mean of the residual stream h^l itself; "pixels",
+the colours of the image, [N, 3 T] in [-1, 1], which stand as layer 0 and need no model. A bert model sees whole images, or each
+image through masks as in training (paper 4.6).
+
+One block is applied to some images, their layer is averaged, then comes the next block: nothing above the last layer asked for is
+computed, and a model that does not fit has its blocks read from its file one at a time.
+
+In: a model dir and token grids. Out: arrays. Called by extraction, which writes them to disk, and by domain, which does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from igpt_ds.data.palette import load_palette
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.evaluate.features.files import Origin
+from igpt_ds.model.store import fresh_model, load_model, load_without_blocks, read_info, read_tensors
+from igpt_ds.model.transformer import Block, Projection, Transformer
+
+KINDS = ("normed", "raw")
+PRECISIONS = ("fp32", "bf16")
+MASK_PROB = 0.15  # paper 2.1, where a model does not say what it was trained with
+
+Values = dict[tuple[int, str], np.ndarray]  # (layer, kind) -> float32 [B, C]
+
+
+def pick_device(name: str) -> str:
+    """The device for a flag: auto takes a GPU if there is one; a GPU that is asked for and not there is a ValueError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def check_layers(layers: Sequence[int] | None, n_layer: int) -> list[int]:
+    """The layers asked for in rising order, all 0..L for None."""
+    if layers is None:
+        return list(range(n_layer + 1))
+    wrong = [layer for layer in layers if not 0 <= layer <= n_layer]
+    if wrong or not layers:
+        raise ValueError(f"--layers {' '.join(map(str, wrong))} is not there; the model has layers 0..{n_layer}")
+    return sorted(set(layers))
+
+
+def open_model(
+    model_dir: Path, shards: ShardSet, untrained: int | None = None, blocks_elsewhere: bool = False
+) -> tuple[Transformer, Origin]:
+    """The model of a model dir, or an untrained one of the same shape, if the shards are made for it.
+
+    Args:
+        untrained: the seed to draw fresh weights with; None takes the trained ones.
+        blocks_elsewhere: leave the blocks' weights in the file, for `Network` to read one at a time.
+
+    Raises:
+        ValueError: the shards have another n_px or palette; the weights are not those that were written.
+    """
+    info = read_info(model_dir)
+    if info.config.n_px != shards.n_px:
+        sizes = f"{info.config.n_px}x{info.config.n_px} images, {shards.path} holds {shards.n_px}x{shards.n_px}"
+        raise ValueError(f"{model_dir} reads {sizes}; make shards with --n_px {info.config.n_px}")
+    if info.palette_hash != shards.palette_hash:
+        hashes = f"palette {info.palette_hash[:12]}, {shards.path} was made with {shards.palette_hash[:12]}"
+        raise ValueError(f"{model_dir} was trained with {hashes}; make the shards with {model_dir / 'palette.npy'}")
+    if load_palette(model_dir / "palette.npy").hash != info.palette_hash:
+        raise ValueError(f"{model_dir / 'palette.npy'} is not the palette the model was trained with; consolidate again")
+    origin = Origin("trained", info.palette_hash, objective=info.objective, model=asdict(info.config))
+    origin = replace(origin, mask_prob=(info.mask_prob or MASK_PROB) if info.objective == "bert" else None)
+    if untrained is not None:
+        model = fresh_model(info.config, untrained, info.objective, info.init)
+        return model, replace(origin, weights="untrained", model_hash=_hash(model), step=0, seed=untrained)
+    origin = replace(origin, model_hash=info.model_hash, step=info.step)
+    return (load_without_blocks if blocks_elsewhere else load_model)(model_dir)[0], origin
+
+
+def _hash(model: Transformer) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Network:
+    """A model on its device; its blocks are in it, or in the file `blocks`, from which each is read when its turn comes.
+
+    With precision "bf16" the matrix products run in bfloat16 and the residual stream stays float32; on a GPU, and where blocks
+    are read from the file, their weights are held in bfloat16 too, which changes no bit. The model is moved and cast in place.
+    """
+
+    model: Transformer
+    device: str = "cpu"
+    precision: str = "fp32"
+    blocks: Path | None = None
+    batch: int = 32  # images that go through a block together; more that are given at once wait for each other
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        for part in self.model.children() if self.blocks else [self.model]:
+            if not isinstance(part, nn.ModuleList):
+                self._place(part)
+        if self.blocks:
+            for name in ("wpe", "sos")[: 2 if self.model.objective == "ar" else 1]:
+                setattr(self.model, name, nn.Parameter(getattr(self.model, name).data.to(self.device)))
+
+    def _place(self, module: nn.Module) -> None:
+        module.to(self.device)
+        for part in module.modules():
+            if self.precision == "bf16" and isinstance(part, Projection) and (self.device != "cpu" or self.blocks):
+                part.to(torch.bfloat16)
+
+    @contextmanager
+    def _block(self, layer: int, norm_alone: bool) -> Iterator[Block]:
+        block = cast(Block, self.model.blocks[layer])
+        if self.blocks is None:
+            yield block
+            return
+        norm = "ln_1." if norm_alone else ""
+        tensors = read_tensors(self.blocks, f"blocks.{layer}.{norm}")
+        weights = {norm + name: tensor for name, tensor in tensors.items()}
+        block.load_state_dict(weights, strict=not norm_alone, assign=True)
+        self._place(block.ln_1 if norm_alone else block)
+        yield block
+        block.to("meta")
+
+    @torch.inference_mode()
+    def pooled(self, grids: np.ndarray, layers: Sequence[int], kinds: Sequence[str], mask: Tensor | None = None) -> Values:
+        """The features of some images: uint16 [B, n_px, n_px], mask bool [B, T] or None, rising layers -> float32 [B, C] each."""
+        tokens = torch.from_numpy(grids.reshape(len(grids), -1).astype(np.int64)).to(self.device)
+        hidden = [None] * -(-len(tokens) // self.batch) if mask is None else mask.to(self.device).split(self.batch)
+        found: Values = {}
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
+            states = [self.model.embed(*pair) for pair in zip(tokens.split(self.batch), hidden, strict=True)]
+            for layer in range(layers[-1] + 1):
+                if layer == len(self.model.blocks):
+                    self._pool(layer, states, self.model.ln_f, kinds, found)
+                    break
+                with self._block(layer, norm_alone=layer == layers[-1]) as block:
+                    if layer in layers:
+                        self._pool(layer, states, block.ln_1, kinds, found)
+                    if layer < layers[-1]:  # what lies above is never computed
+                        for i, h in enumerate(states):
+                            states[i] = block(h)
+        return found
+
+    def _pool(self, layer: int, states: list[Tensor], norm: nn.Module, kinds: Sequence[str], found: Values) -> None:
+        for kind in kinds:
+            means = [self.model.pooled(norm(h) if kind == "normed" else h) for h in states]
+            found[layer, kind] = torch.cat(means).cpu().numpy()

@@ -1,0 +1,1 @@
+"""Linear probes on features: L-BFGS and SGD."""

@@ -1,0 +1,272 @@
+"""Multinomial logistic regression by L-BFGS: features [N, C] and labels [N] enter, weights for a whole grid of penalties leave.
+
+The objective is scikit-learn's `LogisticRegression(C=...)`: the summed cross entropy times C plus half the squared weights,
+intercepts free. (Their C is the inverse strength of the penalty; it is written `C_grid` and `Fit.C` here, and the C of the
+shapes remains the features' width.) The values of the grid are solved together: an evaluation is two matrix products for all
+that have not converged. First every second one, from zero; then the others, from what lies between their neighbours' solutions,
+which saves a fifth of the work. Features in float32 are iterated on in float32 and finished in float64. Called by protocols.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_ds.evaluate.probes.lbfgs import Minimum, minimise
+
+_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits held at once; on the CPU they then stay in its cache
+_COPIED = {"cpu": 1 << 19, "cuda": 1 << 26}  # and features of which a copy is made
+# The part of the objective that one more step may promise at the end: where classes separate, the gradient is small long
+# before the minimum. This keeps the objective within 1e-6 of the minimum.
+_PROMISE = 1e-8
+
+
+@dataclass(frozen=True)
+class Fit:
+    """G solutions, one for each value of the grid.
+
+    `objective` is scikit-learn's. `grad_norm` is the largest absolute entry of the gradient of objective / (C * N), which
+    `tol` bounds; both are computed in float64 from the features as given. `classes` are the labels that occurred; the K rows of
+    the weights stand for them.
+    """
+
+    C: np.ndarray  # float64 [G]
+    weights: np.ndarray  # float64 [G, K, C]
+    intercepts: np.ndarray  # float64 [G, K]
+    classes: np.ndarray  # int64 [K]
+    objective: np.ndarray  # float64 [G]
+    grad_norm: np.ndarray  # float64 [G]
+    iterations: np.ndarray  # int64 [G]
+    converged: np.ndarray  # bool [G]
+    evaluations: int  # of the objective, each for all the values that were still running
+
+    def only(self, g: int) -> Fit:
+        """The solution for the g-th value of the grid alone."""
+        one = slice(g, g + 1)
+        values = {f.name: getattr(self, f.name)[one] for f in fields(self) if f.name not in ("classes", "evaluations")}
+        return replace(self, **values)
+
+    def predict(self, features: Tensor) -> np.ndarray:
+        """features [N, C] -> the likeliest label for each value of the grid, int64 [G, N]."""
+        G, K, width = self.weights.shape
+        weights = torch.as_tensor(self.weights).to(features).view(G * K, width)
+        intercepts = torch.as_tensor(self.intercepts).to(features).view(G * K, 1)
+        rows = _chunk_rows(features, G * K, copied=False)
+        best = [(weights @ x.T + intercepts).view(G, K, -1).argmax(1) for x in features.split(rows)]
+        return self.classes[torch.cat(best, 1).cpu().numpy()]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Mean and principal axes of features: from them the solver knows how long a step along each axis should be."""
+
+    mean: Tensor  # float64 [C]
+    axes: Tensor  # float64 [C, C], one axis a column
+    variances: Tensor  # float64 [C]
+
+    @staticmethod
+    def of(features: Tensor) -> Spectrum:
+        """The spectrum of features [N, C]: two passes, then an eigendecomposition of [C, C]."""
+        N, width = features.shape
+        parts = features.split(_chunk_rows(features, 1, copied=True))  # whole, they might be copied
+        mean = torch.stack([x.sum(0, dtype=torch.float64) for x in parts]).sum(0) / N
+        covariance = torch.zeros(width, width, dtype=torch.float64, device=features.device)
+        for x in parts:
+            centred = x - mean.to(x)
+            covariance += centred.T @ centred
+        variances, axes = torch.linalg.eigh(covariance / N)
+        return Spectrum(mean, axes, variances.clamp_min(0.0))
+
+
+def fit(
+    features: Tensor,
+    labels: np.ndarray,
+    C_grid: Sequence[float],
+    *,
+    tol: float = 1e-6,
+    max_iterations: int = 1000,
+    spectrum: Spectrum | None = None,
+    start: Fit | None = None,
+) -> Fit:
+    """Minimises the objective for every value of the grid, on the device of the features.
+
+    Float32 features take float32 products until they have nothing more to say, then float64 ones on parts of them, so that the
+    result is as exact as with float64 features; it costs a few evaluations. Vectors (weights, gradients, history) are float64
+    always. Labels that do not occur get no weights, as in scikit-learn. For two classes scikit-learn fits one weight vector; a
+    doubled penalty gives the same here.
+
+    Args:
+        features: float64 or float32 [N, C]. Standardise them first: the penalty treats all features alike.
+        labels: int64 [N].
+        C_grid: positive values, the G problems.
+        tol: the bound on `Fit.grad_norm`.
+        max_iterations: of each problem; one that needs more is returned with converged False.
+        spectrum: of these features or of similar ones, to save computing it.
+        start: a fit of one grid value with the same labels, to begin from.
+
+    Raises:
+        ValueError: shapes that do not match, features that are not finite, fewer than two labels, a bad grid or tol.
+    """
+    classes, targets = _check(features, labels, C_grid, tol)
+    spectrum = spectrum or Spectrum.of(features)
+    grid, N = torch.tensor(list(C_grid), dtype=torch.float64, device=features.device), len(features)
+    problem = _Softmax(features, torch.as_tensor(targets, device=features.device), len(classes), grid, spectrum)
+    if start is not None or len(grid) < 3:
+        found = _solve(problem, _start(start, problem, len(grid)), tol, max_iterations)
+    else:
+        found = _solve_neighbours(problem, grid, tol, max_iterations)
+    theta = found.theta.view(len(grid), len(classes), -1)
+    return Fit(
+        C=grid.cpu().numpy(),
+        weights=theta[..., :-1].cpu().numpy(),
+        intercepts=(theta[..., -1] - theta[..., :-1] @ spectrum.mean).cpu().numpy(),
+        classes=classes,
+        objective=(found.value * grid * N).cpu().numpy(),
+        grad_norm=found.grad_norm.cpu().numpy(),
+        iterations=found.iterations.cpu().numpy(),
+        converged=found.converged.cpu().numpy(),
+        evaluations=found.evaluations,
+    )
+
+
+def _start(start: Fit | None, problem: _Softmax, G: int) -> Tensor:
+    """The first point of G problems, [G, K * (C + 1)]: zero, or a fit with its intercept as seen from the features' mean."""
+    mean = problem.spectrum.mean
+    theta = mean.new_zeros(G, problem.K, len(mean) + 1)
+    if start is not None:
+        assert start.weights.shape == (1, problem.K, len(mean)), "start holds one fit of the same shape"
+        theta[..., :-1] = torch.as_tensor(start.weights).to(theta)
+        theta[..., -1] = torch.as_tensor(start.intercepts).to(theta) + theta[..., :-1] @ mean
+    return theta.flatten(1)
+
+
+def _solve(problem: _Softmax, theta: Tensor, tol: float, max_iterations: int) -> Minimum:
+    """Minimises from theta, in the features' precision first and then in float64, which alone says what has converged."""
+    if problem.dtype == torch.float64:
+        return minimise(problem, theta, tol, max_iterations)
+    rough = minimise(problem, theta, tol, max_iterations)
+    left = max(1, max_iterations - int(rough.iterations.max()))
+    found = minimise(problem.exact(), rough.theta, tol, left)
+    iterations, evaluations = rough.iterations + found.iterations, rough.evaluations + found.evaluations
+    return replace(found, iterations=iterations, evaluations=evaluations)
+
+
+def _solve_neighbours(problem: _Softmax, grid: Tensor, tol: float, max_iterations: int) -> Minimum:
+    """Every second value from the weakest penalty down, then those between, each from a line through its neighbours in log C."""
+    order = grid.argsort()
+    coarse, fine = order.flip(0)[::2].flip(0), order.flip(0)[1::2].flip(0)
+    first = _solve(problem.only(coarse), _start(None, problem, len(coarse)), tol, max_iterations)
+    at, known = grid[fine].log(), grid[coarse].log()
+    above = torch.searchsorted(known, at).clamp(max=len(coarse) - 1)
+    below = (above - 1).clamp_min(0)  # the strongest penalty of an even number has one neighbour alone
+    part = ((at - known[below]) / (known[above] - known[below]).clamp_min(1e-300)).clamp(0, 1)[:, None]
+    second = _solve(problem.only(fine), first.theta[below].lerp(first.theta[above], part), tol, max_iterations)
+    back = torch.cat([coarse, fine]).argsort()
+    names = ("theta", "value", "grad_norm", "iterations", "converged")
+    both = {name: torch.cat([getattr(first, name), getattr(second, name)])[back] for name in names}
+    return replace(first, evaluations=first.evaluations + second.evaluations, **both)
+
+
+def _check(features: Tensor, labels: np.ndarray, C_grid: Sequence[float], tol: float) -> tuple[np.ndarray, np.ndarray]:
+    """The labels that occur, and each image's index into them."""
+    if features.ndim != 2 or len(features) != len(labels):
+        raise ValueError(f"features of shape {list(features.shape)} do not go with {len(labels)} labels; give [N, C] and [N]")
+    if not all(torch.isfinite(x).all() for x in features.split(_chunk_rows(features, 1, copied=True))):
+        raise ValueError("the features hold values that are not finite; extract them again in fp32")
+    if not len(C_grid) or not all(value > 0 and math.isfinite(value) for value in C_grid):
+        raise ValueError(f"C_grid={list(C_grid)} must hold positive numbers")
+    if not tol > 0:
+        raise ValueError(f"tol={tol} must be greater than 0")
+    classes, targets = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"the labels hold {len(classes)} class; a classifier needs at least 2")
+    return classes.astype(np.int64), targets
+
+
+def _chunk_rows(features: Tensor, columns: int, copied: bool) -> int:
+    where, width = features.device.type, max(1, features.shape[1])
+    return max(64, min(_LOGITS[where] // columns, _COPIED[where] // width if copied else len(features)))
+
+
+class _Softmax:
+    """The objective divided by C * N: mean cross entropy + strength / 2 * squared weights, for every strength.
+
+    Parameters are [g, K * (C + 1)]; the last column of [K, C + 1] is the intercept as seen from the features' mean, which
+    frees it from the weights. The solution is the same.
+    """
+
+    promise = _PROMISE
+
+    def __init__(self, features: Tensor, targets: Tensor, K: int, C_grid: Tensor, spectrum: Spectrum) -> None:
+        self.features, self.targets, self.K, self.spectrum = features, targets, K, spectrum
+        self.strengths = (2.0 if K == 2 else 1.0) / (C_grid * len(features))
+        self.variances = torch.cat([spectrum.variances, spectrum.mean.new_ones(1)])  # the intercept's feature is a one
+        self.dtype = features.dtype  # of the products
+        self.resolution = 10 * torch.finfo(self.dtype).eps
+
+    def only(self, which: Tensor) -> _Softmax:
+        """The problems of these strengths alone."""
+        chosen = copy(self)
+        chosen.strengths = self.strengths[which]
+        return chosen
+
+    def exact(self) -> _Softmax:
+        """The same with products in float64, of features that are cast part by part."""
+        chosen = copy(self)
+        chosen.dtype, chosen.resolution = torch.float64, 10 * torch.finfo(torch.float64).eps
+        return chosen
+
+    def evaluate(self, theta: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [g], gradients [g, K * (C + 1)] and the softmax's mean curvature [g].
+
+        The last is the mean of p (1 - p) over images and over the K - 1 directions in which a softmax can move: 1 / K at
+        zero, and little where most images are classified with certainty.
+        """
+        G, K, N, mean = len(theta), self.K, len(self.features), self.spectrum.mean
+        theta = theta.view(G, K, -1)
+        weights = theta[..., :-1]
+        W = weights.reshape(G * K, -1).to(self.dtype)
+        b = (theta[..., -1] - weights @ mean).view(G * K, 1).to(self.dtype)
+        value, squares, gradient = theta.new_zeros(G), theta.new_zeros(G), torch.zeros_like(theta)
+        rows = _chunk_rows(self.features, G * K, copied=self.dtype != self.features.dtype)
+        for stored, y in zip(self.features.split(rows), self.targets.split(rows), strict=True):
+            x = stored.to(self.dtype)
+            # Classes before images: a softmax over a far dimension runs twice as fast as over a near one of ten.
+            log_p = torch.log_softmax((W @ x.T).add_(b).view(G, K, -1), dim=1)
+            target = y.expand(G, 1, -1)
+            value -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
+            p = log_p.exp_()
+            squares += torch.linalg.vector_norm(p, dim=(1, 2)).double().square()
+            error = p.scatter_add_(1, target, p.new_full((1, 1, 1), -1.0).expand(target.shape))
+            gradient[..., :-1] += (error.view(G * K, -1) @ x).view(G, K, -1)
+            gradient[..., -1] += error.sum(2, dtype=torch.float64)
+        gradient[..., :-1] -= gradient[..., -1:] * mean
+        strength = self.strengths[which]
+        value = value / N + strength / 2 * weights.square().sum((1, 2))
+        gradient /= N
+        gradient[..., :-1] += strength[:, None, None] * weights
+        return value, gradient.flatten(1), (1 - squares / N).clamp_min(1e-12) / (K - 1)
+
+    def grad_norm(self, gradient: Tensor) -> Tensor:
+        """[g]: the largest absolute entry for the weights and the intercept as a reader knows them."""
+        gradient = gradient.view(len(gradient), self.K, -1)
+        weights = gradient[..., :-1] + gradient[..., -1:] * self.spectrum.mean
+        return torch.maximum(weights.abs().amax((1, 2)), gradient[..., -1].abs().amax(1))
+
+    def precondition(self, vector: Tensor, which: Tensor, curvature: Tensor) -> Tensor:
+        """[g, K * (C + 1)] times the inverse Hessian, if the softmax curved alike for all images and classes.
+
+        Then it is diagonal along the features' axes: curvature * variance + strength.
+        """
+        axes = self.spectrum.axes
+        hessian = curvature[:, None] * self.variances
+        hessian[:, :-1] += self.strengths[which, None]
+        vector = vector.view(len(vector), self.K, -1)
+        rotated = torch.cat([vector[..., :-1] @ axes, vector[..., -1:]], -1) / hessian[:, None]
+        return torch.cat([rotated[..., :-1] @ axes.T, rotated[..., -1:]], -1).flatten(1)

@@ -1,0 +1,161 @@
+"""Rows of a feature array that is larger than memory, in a random order that their place in the stream alone decides.
+
+In: a memory map [N, C], which rows take part, a seed. Out: batches from any step on, and column moments. Called by sgd_probe;
+`FiniteRows` by protocols too.
+
+Rows are read in blocks of neighbours. An epoch is a permutation of the blocks; as many as fit into `window_bytes` make a window,
+whose rows are shuffled, and which is read while the one before it is used. (seed, epoch, window) decide all of it, so a stream
+can begin anywhere. The more blocks a window holds, the closer the order is to a shuffle of all rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_ds.counter_random import random_words
+from igpt_ds.evaluate.features.files import FeatureSet
+
+BLOCK_BYTES = 1 << 18  # of neighbouring rows: large enough for a disk, small enough to mix
+_ORDER = 31  # purpose of random words
+
+
+class FiniteRows:
+    """One layer of a feature set, an array [N, C] that is read like a memory map: float32, and seen to be finite as it is read.
+
+    The check is of the rows in hand, while they are in the cache.
+
+    Raises:
+        ValueError: as `FeatureSet.layer` does; and, where rows are read, one that names the first that is not finite.
+    """
+
+    def __init__(self, features: FeatureSet, layer: int, kind: str, mask: int = 0) -> None:
+        self._values = features.layer(layer, kind, mask)
+        of_mask = f" mask {mask}" if features.mask_draws else ""
+        self._name = f"{features.path} split {features.split!r}: layer {layer} {kind}{of_mask}"
+        self.shape = self._values.shape
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        # Not before float16 is float32: numpy takes twenty times as long to look at float16.
+        values = np.asarray(self._values[rows], dtype=np.float32)
+        if not np.isfinite(values).all():
+            image = np.arange(len(self))[rows][~np.isfinite(values).all(1)][0]
+            raise ValueError(f"{self._name} is not finite for image {image}; extract the features again with --dtype fp32")
+        return values
+
+
+class Blocks:
+    """The rows of a feature array that are trained on, read window by window in an order that (seed, position) decide.
+
+    Args:
+        values: float [N, C], a memory map for example.
+        keep: bool [N], the rows that take part; None for all.
+        window_bytes: of rows in memory at once, as float32; twice as much while the next window is read.
+        standard: mean and 1 / deviation of each column, float64 [C], to take away and to multiply by.
+    """
+
+    def __init__(
+        self,
+        values: np.ndarray | FiniteRows,
+        keep: np.ndarray | None,
+        seed: int,
+        window_bytes: int,
+        standard: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        row_bytes = 4 * values.shape[1]
+        self.standard = standard
+        self.values, self.keep, self.seed = values, keep, seed
+        self.rows = max(1, BLOCK_BYTES // row_bytes)
+        self.starts = np.arange(0, len(values), self.rows)
+        self.per_window = max(1, window_bytes // (self.rows * row_bytes))
+        kept = np.ones(len(values), dtype=np.int64) if keep is None else keep.astype(np.int64)
+        self.counts = np.add.reduceat(kept, self.starts)
+        self.n_rows = int(self.counts.sum())
+
+    def batches(self, step: int, steps: int, batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of steps step .. steps - 1: float32 [batch, C] and their row numbers int64 [batch], on the device."""
+        begun: list[tuple[Tensor, Tensor]] = []
+        missing = batch
+        for values, ids in self._windows(step * batch, steps * batch, device):
+            start = 0
+            while len(ids) - start >= missing and step < steps:
+                part = slice(start, start + missing)
+                begun.append((values[part], ids[part]))
+                yield begun[0] if len(begun) == 1 else (torch.cat([x for x, _ in begun]), torch.cat([i for _, i in begun]))
+                start, begun, missing, step = part.stop, [], batch, step + 1
+            if start < len(ids):
+                begun.append((values[start:], ids[start:]))
+                missing -= len(ids) - start
+
+    def _windows(self, position: int, end: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled rows and their numbers from a position of the endless stream on, the next window read meanwhile."""
+        with ThreadPoolExecutor(1) as reader:
+            jobs = self._plan(position, end)
+            reading = [reader.submit(self._read, *job) for job in itertools.islice(jobs, 1)]
+            while reading:
+                values, ids = reading.pop().result()
+                reading = [reader.submit(self._read, *job) for job in itertools.islice(jobs, 1)]
+                yield standardised(torch.from_numpy(values).to(device), self.standard), torch.from_numpy(ids).to(device)
+
+    def _plan(self, position: int, end: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
+        """Epoch, window, its blocks, and how many of its rows come before the position."""
+        while position < end:
+            epoch, place = divmod(position, self.n_rows)
+            order = self._random(epoch, 0).permutation(len(self.starts))
+            for number, first in enumerate(range(0, len(order), self.per_window)):
+                blocks = order[first : first + self.per_window]
+                size = int(self.counts[blocks].sum())
+                if place < size and position < end:
+                    yield epoch, number, blocks, place
+                    position += size - place
+                place = max(0, place - size)
+
+    def _read(self, epoch: int, number: int, blocks: np.ndarray, skip: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.concatenate([np.arange(self.starts[b], min(self.starts[b] + self.rows, len(self.values))) for b in blocks])
+        if self.keep is not None:
+            ids = ids[self.keep[ids]]
+        order = self._random(epoch, 1 + number).permutation(len(ids))
+        place = np.empty(len(ids), dtype=np.int64)
+        place[order] = np.arange(len(ids))
+        out = np.empty((len(ids), self.values.shape[1]), dtype=np.float32)
+        done = 0
+        for block in blocks:  # read in one piece each, and laid down where the shuffled order wants its rows
+            start = self.starts[block]
+            piece = self.values[start : start + self.rows]
+            if self.keep is not None:
+                piece = piece[self.keep[start : start + self.rows]]
+            out[place[done : done + len(piece)]] = piece
+            done += len(piece)
+        return out[skip:], ids[order][skip:]
+
+    def _random(self, epoch: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([int(random_words(self.seed, _ORDER, np.array([epoch]))[0]), stream])
+
+
+def standardised(values: Tensor, standard: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
+    """The same tensor [N, C], its columns moved and scaled in place where there is something to do it by."""
+    if standard is None:
+        return values
+    mean, scale = (torch.from_numpy(numbers).to(values) for numbers in standard)
+    return values.sub_(mean).mul_(scale)
+
+
+def moments(values: np.ndarray | FiniteRows, keep: np.ndarray | None, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and 1 / deviation of each column over the rows kept, float64 [C], in one pass; 0 for a column that never changes."""
+    n, total, squares, shift = 0, 0.0, 0.0, np.asarray(values[:1][0], dtype=np.float64)
+    for start in range(0, len(values), rows):
+        part = np.asarray(values[start : start + rows], dtype=np.float64)
+        part = (part if keep is None else part[keep[start : start + rows]]) - shift
+        n, total, squares = n + len(part), total + part.sum(0), squares + np.square(part).sum(0)
+    mean = total / n
+    deviation = np.sqrt(np.maximum(squares / n - mean**2, 0))
+    constant = deviation <= np.finfo(np.float32).eps * np.abs(mean + shift)
+    return mean + shift, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=~constant)

@@ -1,0 +1,233 @@
+"""The paper's variants of the linear probe: layers side by side (4.4), few labels (4.7), a vote over masks (4.6).
+
+Each stands on one layer, the best by the held-out tenth unless it is named. Finding it takes the searches alone: the accuracy of
+a layer's reported split, and with it the last fit, are computed for the chosen layer only, since nothing else may choose.
+
+In: feature sets. Out: what was found, with what a result row says beside it. Called by `tools/linear_probe.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from igpt_ds.evaluate.features.files import FeatureSet, span
+from igpt_ds.evaluate.probes.linear import (
+    PRECISIONS,
+    Probe,
+    Search,
+    Settings,
+    Standard,
+    View,
+    check_labels,
+    edge,
+    probe_view,
+    stratified_order,
+    training_images,
+)
+from igpt_ds.evaluate.probes.logistic import fit
+
+CONCATENATED = 5  # layers: paper 4.4
+LABELS, SUBSETS = (40, 250, 4000), 5  # paper 4.7
+FOLDS = 5  # of a subset, or as many as it has labels of a class
+N_MASKS = 5  # paper 4.6
+
+Found = tuple[Probe, dict[str, Any]]  # a probe, and what else its row says
+Report = Callable[[str], None]
+
+
+def best_layer(train: FeatureSet, layers: Sequence[int], kind: str, settings: Settings, report: Report) -> int:
+    """The layer with the highest held-out accuracy, of equals the lowest; a single one is not searched for."""
+    if len(layers) == 1:
+        return layers[0]
+    ids = training_images(train, None, settings.seed)
+    found = {}
+    for layer in sorted(layers):
+        found[layer] = float(Search.of(View(train, (layer,), kind), ids, settings).accuracies.max())
+        report(f"{train.path} layer {layer} {kind}: held out {100 * found[layer]:.2f} %")
+    return max(found, key=lambda layer: (found[layer], -layer))
+
+
+def window(layers: Sequence[int], centre: int, count: int = CONCATENATED) -> tuple[int, ...]:
+    """`count` neighbouring layers of those that are there, with `centre` in the middle, or as near to it as the ends allow.
+
+    Raises:
+        ValueError: fewer layers than that.
+    """
+    if len(layers) < count:
+        raise ValueError(f"concat needs {count} layers and the features hold {span(layers)}; extract more layers")
+    first = min(max(sorted(layers).index(centre) - count // 2, 0), len(layers) - count)
+    return tuple(sorted(layers)[first : first + count])
+
+
+def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: Settings) -> Found:
+    """Five layers centred at one, their features side by side (paper 4.4): one probe, whose row names the layers.
+
+    Raises:
+        ValueError: fewer than five layers; and as `protocols.linear_probe` does.
+    """
+    check_labels(evaluated)
+    layers = window(train.layers, layer)
+    ids = training_images(train, None, settings.seed)
+    probe, _ = probe_view(View(train, layers, kind), [View(evaluated, layers, kind)], ids, settings)
+    return probe, {"layer": layer, "layers": list(layers)}
+
+
+@dataclass(frozen=True)
+class LowData:
+    """Probes of a few labels each, on random balanced subsets of the training images."""
+
+    layer: int
+    kind: str
+    train_split: str
+    eval_split: str
+    n_train: int  # images that a subset is drawn from
+    n_labels: int  # of a subset
+    n_subsets: int
+    n_eval: int
+    n_features: int
+    n_classes: int
+    C_grid: list[float]
+    folds: int  # that the penalty was chosen by, within the subset
+    C_of_subsets: list[float]
+    subset_accuracies: list[float]
+    accuracy: float  # their mean
+    deviation: float | None  # of the sample of subsets: with n - 1, and none of one subset
+    held_out_accuracy: float  # the mean of the subsets' accuracies across their folds
+    grid_edge: str | None  # the end at which most subsets chose, if most did
+    converged: bool
+    seed: int
+    tol: float
+    precision: str
+
+
+def low_data(
+    train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, n_labels: int, settings: Settings, subsets: int = SUBSETS
+) -> LowData:
+    """Fits on n_labels random images, as many of each class, and again on other subsets (paper 4.7).
+
+    The paper does not say how it chose the penalty. Here each subset chooses its own by cross validation within itself, so that
+    no other label is used; the layer alone is the caller's. The deviation is that of the sample, with n - 1, since the subsets
+    stand for all that could be drawn; one subset has none.
+
+    Raises:
+        ValueError: n_labels that is no multiple of the classes, below two of each, or above what a class has.
+    """
+    check_labels(train)
+    check_labels(evaluated)
+    view, seen = View(train, (layer,), kind), View(evaluated, (layer,), kind)
+    found = []
+    for number in range(subsets):
+        ids = balanced_subset(train, n_labels, settings.seed, number)
+        best, accuracy, converged = _cross_validate(view, ids, settings)
+        standard = Standard.of(view, ids)
+        x = torch.empty(len(ids), view.width, dtype=PRECISIONS[settings.precision], device=settings.device)
+        standard.fill(x, view, ids)
+        final = fit(x, train.labels[ids], [settings.C_grid[best]], tol=settings.tol)
+        right = float((standard.predict(final, seen) == evaluated.labels).mean())
+        found.append((best, accuracy, converged and bool(final.converged[0]), right))
+    chosen, inner, ended, accuracies = (list(column) for column in zip(*found, strict=True))
+    usual = int(np.median(chosen))
+    return LowData(
+        layer=layer,
+        kind=kind,
+        train_split=train.split,
+        eval_split=evaluated.split,
+        n_train=len(train.labels),
+        n_labels=n_labels,
+        n_subsets=subsets,
+        n_eval=len(evaluated.labels),
+        n_features=view.width,
+        n_classes=len(train.classes),
+        C_grid=list(settings.C_grid),
+        folds=_folds(n_labels // len(train.classes)),
+        C_of_subsets=[settings.C_grid[best] for best in chosen],
+        subset_accuracies=accuracies,
+        accuracy=float(np.mean(accuracies)),
+        deviation=float(np.std(accuracies, ddof=1)) if subsets > 1 else None,
+        held_out_accuracy=float(np.mean(inner)),
+        grid_edge=edge(usual, len(settings.C_grid)),
+        converged=all(ended),
+        seed=settings.seed,
+        tol=settings.tol,
+        precision=settings.precision,
+    )
+
+
+def balanced_subset(train: FeatureSet, n_labels: int, seed: int, number: int) -> np.ndarray:
+    """The images of a random subset with as many of each class: int64 [n_labels], rising."""
+    K = len(train.classes)
+    each, fewest = n_labels // K, int(np.bincount(train.labels, minlength=K).min())
+    if n_labels % K or each < 2 or each > fewest:
+        need = f"a multiple of the {K} classes, with at least 2 and at most {fewest} images of each"
+        raise ValueError(f"--n_labels {n_labels} must be {need}, as {train.path} has")
+    random = np.random.default_rng([seed, number, n_labels])
+    return np.sort(np.concatenate([random.choice(np.flatnonzero(train.labels == k), each, replace=False) for k in range(K)]))
+
+
+def _folds(each: int) -> int:
+    return min(FOLDS, each)
+
+
+def _cross_validate(view: View, ids: np.ndarray, settings: Settings) -> tuple[int, float, bool]:
+    """The place of the best penalty in the grid, its accuracy across the folds, and whether its fits converged."""
+    labels = view.features.labels[ids]
+    folds = _folds(int(np.bincount(labels).max()))
+    fold = np.empty(len(ids), dtype=np.int64)
+    for label in np.unique(labels):  # as many of each class in each fold, or one more
+        members = ids[labels == label]
+        mixed = np.flatnonzero(labels == label)[stratified_order(np.zeros(len(members)), settings.seed)]
+        fold[mixed] = np.arange(len(members)) % folds
+    right, converged = np.zeros(len(settings.C_grid)), np.ones(len(settings.C_grid), dtype=bool)
+    for number in range(folds):
+        rest, held_out = ids[fold != number], ids[fold == number]
+        standard = Standard.of(view, rest)
+        x = torch.empty(len(ids), view.width, dtype=PRECISIONS[settings.precision], device=settings.device)
+        standard.fill(x[: len(rest)], view, rest)
+        standard.fill(x[len(rest) :], view, held_out)
+        found = fit(x[: len(rest)], view.features.labels[rest], settings.C_grid, tol=settings.tol)
+        right += (found.predict(x[len(rest) :]) == view.features.labels[held_out]).sum(1)
+        converged &= found.converged
+    best = int(right.argmax())
+    return best, float(right[best] / len(ids)), bool(converged[best])
+
+
+def check_masks(train: FeatureSet, evaluated: FeatureSet, n_masks: int) -> None:
+    """Raises a ValueError where the features are of whole images, or of too few masks for a vote."""
+    for features, need in ((train, 1), (evaluated, n_masks)):
+        if features.mask_draws < need:
+            has = f"split {features.split!r} of {features.path} has {features.mask_draws} mask draws"
+            raise ValueError(f"{has}, and a vote needs {need}; extract with --mask_draws 1 {n_masks}")
+
+
+def mask_vote(
+    train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: Settings, n_masks: int = N_MASKS
+) -> Found:
+    """The modal prediction over masks of each image, ties broken at random (paper 4.6), by a probe of images seen masked.
+
+    The probe is fitted on the first mask of each training image. The row's accuracy is that of the vote; single_accuracy is the
+    mean over the masks, and single_accuracies are theirs.
+
+    Raises:
+        ValueError: features of whole images, or of fewer masks; and as `protocols.linear_probe` does.
+    """
+    check_masks(train, evaluated, n_masks)
+    check_labels(evaluated)
+    ids = training_images(train, None, settings.seed)
+    masks = [View(evaluated, (layer,), kind, mask) for mask in range(n_masks)]
+    probe, predictions = probe_view(View(train, (layer,), kind), masks, ids, settings)
+    voted = vote(np.stack(predictions), len(evaluated.classes), settings.seed)
+    single = [float((predicted == evaluated.labels).mean()) for predicted in predictions]
+    accuracy = float((voted == evaluated.labels).mean())
+    about = {"n_masks": n_masks, "mask_seed": evaluated.manifest["mask_seed"], "single_accuracy": float(np.mean(single))}
+    return probe, about | {"accuracy": accuracy, "single_accuracies": single}
+
+
+def vote(predictions: np.ndarray, K: int, seed: int) -> np.ndarray:
+    """The label that most voters give, of equals a random one: int64 [M, N], labels 0..K-1 -> int64 [N]."""
+    counts = np.stack([(predictions == label).sum(0) for label in range(K)], axis=1)
+    return (counts + np.random.default_rng(seed).random(counts.shape)).argmax(1)

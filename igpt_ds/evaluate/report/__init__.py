@@ -1,0 +1,1 @@
+"""Result rows to tables, figures and a page."""

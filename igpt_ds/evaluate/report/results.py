@@ -1,0 +1,293 @@
+"""Results: one JSON row for each result, in a results.jsonl that is written and read here alone, and the tables made of them.
+
+In: a probe and the features it saw, a fine-tuning, a likelihood. Out: rows; the best layers, and every layer, as Markdown tables.
+Three kinds of row, each with what tells it from another measurement (`IDENTITY`); accuracies lie in 0..1:
+
+    probe       accuracy on eval_split, held_out_accuracy on the images that chose the penalty, and where the features come from;
+                protocol "best_layer" or "sgd" (one row a layer), "concat" (layers), "low_data" (n_labels, n_subsets,
+                subset_accuracies, accuracy their mean, the sample's deviation), "mask_vote" (n_masks, accuracy of the vote,
+                single_accuracy of one mask)
+    finetune    accuracy, held_out_accuracy, loss ("joint", "clf" or "gen"), lr, lrs (those tried), head_layer, best_step;
+                n_masks and single_accuracy where masks vote
+    likelihood  what tools/evaluate.py measured
+
+`model` is the shape of the transformer, where it is known: Figure 3 and Tables 1 to 4 need it. Called by `tools/linear_probe.py`,
+`tools/sgd_probe.py`, `tools/evaluate.py`, `tools/figures.py`, `tools/tables.py`, `tools/report.py` and `finetune.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from igpt_ds.config import SIZES, ModelConfig
+from igpt_ds.evaluate.features.files import FeatureSet, span
+from igpt_ds.files import read_json_lines, write_json_lines
+from igpt_ds.plan.costs import parameters
+from igpt_ds.provenance import git_commit
+
+FORMAT, VERSION = "igpt_ds.result", 2
+
+Row = dict[str, Any]
+
+_SAME_MODEL = ("kind", "weights", "model_hash", "dataset", "dataset_hash", "precision")
+# Rows of a kind with the same values of these are the same measurement, made again; what a row does not have counts as None.
+IDENTITY = {
+    "probe": (
+        *_SAME_MODEL,
+        *("protocol", "features", "feature_precision", "feature_dtype", "layer", "layers", "n_train", "seed", "C_grid", "tol"),
+        *(
+            "n_labels",
+            "n_masks",
+            "mask_draws",
+            "mask_prob",
+            "mask_seed",
+            "rates",
+            "steps",
+            "batch_images",
+            "standardised",
+            "views",
+            "held_out",
+            "n_subsets",
+        ),
+    ),
+    "finetune": (*_SAME_MODEL, "loss", "lr", "head_layer", "augmentation", "n_train", "seed", "n_labels", "n_masks"),
+    "likelihood": (*_SAME_MODEL, "split", "n_images", "batch", "masks"),
+}
+_MEASURED = ("weights", "model_hash", "step", "dataset", "dataset_hash", "n_train", "seed", "accuracy", "held_out_accuracy")
+_REQUIRED = {
+    "probe": (*_MEASURED, "protocol", "features", "feature_precision", "feature_dtype", "layer", "train_split", "eval_split"),
+    "finetune": (*_MEASURED, "model", "model_objective", "loss", "lr", "eval_split"),
+    "likelihood": (*_SAME_MODEL, "model", "model_objective", "step", "split", "n_images", "nats_per_token"),
+}
+# Rows with the same values of these differ in the layer alone.
+SERIES = tuple(name for name in IDENTITY["probe"] if name != "layer")
+# Rows with the same values of these are of the same features; how they were made and probed may still differ.
+_SAME_FEATURES = ("weights", "model_hash", "dataset", "features", "mask_draws")
+# Rows with the same values of these are measured on the same images.
+EXPERIMENT = ("protocol", "dataset", "dataset_hash", "n_train", "seed")
+BY_LAYER = ("best_layer", "sgd")  # protocols with one row for each layer
+_ORDER = ("trained", "untrained", "pixels")
+
+
+def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str = "best_layer", **more: Any) -> Row:
+    """The row of a probe, a dataclass of what was found with at least layer, kind, train_split and eval_split.
+
+    What the features are of comes first, then what was found, then whatever else the protocol wants to say.
+    """
+    manifest = train.manifest
+    found = dataclasses.asdict(probe)
+    kind, layer = found.pop("kind"), found.pop("layer")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": "probe",
+        "protocol": protocol,
+        "features": kind,
+        "layer": layer,
+        "weights": manifest["weights"],
+        "weights_seed": manifest["seed"],
+        "model_hash": manifest["model_hash"],
+        "model_objective": manifest["objective"],
+        "model": manifest["model"],
+        "step": manifest["step"],
+        "feature_precision": manifest["precision"],
+        "feature_dtype": manifest["dtype"],
+        "mask_draws": evaluated.mask_draws,
+        "mask_prob": manifest["mask_prob"],
+        "mask_seed": manifest["mask_seed"],
+        "palette_hash": manifest["palette_hash"],
+        "dataset": manifest["dataset"],
+        "dataset_hash": {probe.train_split: train.dataset_hash, probe.eval_split: evaluated.dataset_hash},
+        **found,
+        **more,
+        "git_commit": git_commit(),
+    }
+
+
+def likelihood_row(measured: Row, model: ModelConfig) -> Row:
+    """The row of a likelihood, from what `tools/evaluate.py` writes and the shape of the model."""
+    left_out = ("format", "version", "commit", "objective", "published", "published_does_not_apply")
+    about = {"format": FORMAT, "version": VERSION, "kind": "likelihood", "weights": "trained"}
+    facts = {name: value for name, value in measured.items() if name not in left_out}
+    shape = {"model_objective": measured["objective"], "model": dataclasses.asdict(model)}
+    return about | shape | facts | {"git_commit": measured["commit"]}
+
+
+def finetune_row(**facts: Any) -> Row:
+    """The row of a fine-tuning, from its facts: at least what `_REQUIRED` names."""
+    row = {"format": FORMAT, "version": VERSION, "kind": "finetune", **facts, "git_commit": git_commit()}
+    missing = [name for name in _REQUIRED["finetune"] if name not in row]
+    assert not missing, f"a fine-tuning's row needs {missing}"
+    return row
+
+
+def read_results(path: Path) -> list[Row]:
+    """The rows of a results.jsonl; a missing file has none.
+
+    Raises:
+        ValueError: a line that is not JSON, or not a row of this version.
+    """
+    rows = read_json_lines(path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or (row.get("format"), row.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"{path} line {number} is not {FORMAT} version {VERSION}; remove the line, or name another file")
+        if row.get("kind") not in IDENTITY:
+            raise ValueError(f"{path} line {number} is of kind {row.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")
+        if "subset_accuracies" in row:
+            row.setdefault("n_subsets", len(row["subset_accuracies"]))  # which older rows did not say
+        missing = [name for name in _REQUIRED[row["kind"]] if name not in row]
+        if missing:
+            raise ValueError(f"{path} line {number} has no {missing[0]!r}; remove the line and measure again")
+    return rows
+
+
+def read_all(paths: Iterable[Path]) -> list[Row]:
+    """The rows of several files, which must be there.
+
+    Raises:
+        ValueError: a file is missing, or one that `read_results` refuses.
+    """
+    rows = []
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"--results {path} does not exist; make it with tools/linear_probe.py, or name another file")
+        rows += read_results(path)
+    return rows
+
+
+def add_results(path: Path, rows: Sequence[Row]) -> None:
+    """Adds rows to a results.jsonl, which is replaced as a whole; a row takes the place of an older one of its identity.
+
+    One writer at a time: probes that run side by side need a file each.
+    """
+    kept = {key(row, IDENTITY[row["kind"]]): row for row in read_results(path)}
+    for row in rows:
+        own = key(row, IDENTITY[row["kind"]])
+        kept.pop(own, None)
+        kept[own] = row
+    write_json_lines(path, list(kept.values()))
+
+
+def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+    """The row's values of these names, comparable; what it does not have counts as None."""
+    return tuple(repr(row.get(name)) for name in names)
+
+
+def by_layer(rows: Sequence[Row], protocols: Sequence[str] = BY_LAYER) -> list[Row]:
+    """The probes that were made layer by layer."""
+    return [row for row in rows if row["kind"] == "probe" and row["protocol"] in protocols]
+
+
+def series(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows by what they are of (trained, untrained, pixels; normed, raw; objective, size, step), each by rising layer."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(rows, key=_place):
+        found.setdefault(key(row, SERIES), []).append(row)
+    return list(found.values())
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    size = (row.get("model_objective") or "", model_parameters(row) or 0, row["step"] or 0)
+    return row["dataset"], _ORDER.index(row["weights"]), row["features"], *size, row["layer"]
+
+
+def best_row(rows: Sequence[Row]) -> Row:
+    """The best layer of a series by the held-out images; of equals, the lowest."""
+    return max(rows, key=lambda row: (row["held_out_accuracy"], -row["layer"]))
+
+
+def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[Row]:
+    """The probes by layer of a data set, if they were all measured on the same images and can be compared.
+
+    Raises:
+        ValueError: no rows, none of that data set, or rows of several experiments.
+    """
+    rows = by_layer(rows)
+    names = sorted({row["dataset"] for row in rows})
+    if not rows or (dataset is not None and dataset not in names):
+        raise ValueError(f"the results hold no rows{f' of {dataset!r}; they have {names}' if names else '; probe first'}")
+    chosen = [row for row in rows if dataset in (None, row["dataset"])]
+    different = [name for name in EXPERIMENT if len({repr(row[name]) for row in chosen}) > 1]
+    if different:
+        values = sorted({str(row[different[0]]) for row in chosen})
+        advice = "choose one with --dataset" if different[0] == "dataset" else "keep them in files of their own"
+        raise ValueError(f"the results are of several experiments: {different[0]} is {' and '.join(values)}; {advice}")
+    return chosen
+
+
+def label(row: Row, among: Sequence[Row]) -> str:
+    """What a row is of, in words: the model's shape and objective where they differ, its hash where nothing else does, and
+    whatever else tells rows of the same features apart."""
+    if row["weights"] == "pixels":
+        return f"raw pixels{settings(row, among)}"
+    step = f" to step {row['step']}" if row["weights"] == "trained" else ""
+    names = {system_name(other) for other in among if other["weights"] != "pixels"}
+    name = f"{system_name(row)}, " if len(names) > 1 else ""
+    about = ("weights", "step", "model", "model_objective")
+    alike = {other["model_hash"] for other in among if key(other, about) == key(row, about)}
+    model = f" {row['model_hash'][:8]}" if len(alike) > 1 else ""
+    masked = " of masked images" if row.get("mask_draws") else ""
+    return f"{name}{row['weights']}{step}{model}, {row['features']}{masked}{settings(row, among)}"
+
+
+def settings(row: Row, among: Sequence[Row], but: Sequence[str] = ()) -> str:
+    """What tells a row from others of the same features, in words after commas, as little as will do; `but` these names."""
+    same = [other for other in among if key(other, _SAME_FEATURES) == key(row, _SAME_FEATURES)]
+    names = [name for name in SERIES if name not in ("dataset_hash", *but)]
+    differ = [name for name in names if len({repr(other.get(name)) for other in same}) > 1]
+    return "".join(f", {name.replace('_', ' ')} {_brief(row.get(name))}" for name in differ)
+
+
+def _brief(value: Any) -> str:
+    return f"{len(value)} of {min(value):g}..{max(value):g}" if isinstance(value, list) and value else str(value)
+
+
+def system_name(row: Row) -> str:
+    """A row's transformer in words, and its objective where it is not the usual one."""
+    name = model_name(row.get("model"))
+    return f"{name} BERT" if row.get("model_objective") == "bert" else name
+
+
+def model_name(shape: Row | None) -> str:
+    """A transformer in words: iGPT-S, M, L, XL where it is one of the paper's (3.3), else layers x width."""
+    if shape is None:
+        return "model of unknown shape"
+    own = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
+    paper = [size for size, values in SIZES.items() if values == own and size != "nano"]
+    return f"iGPT-{paper[0].upper()}" if paper else f"{shape['n_layer']} x {shape['n_embd']}"
+
+
+def model_parameters(row: Row) -> int | None:
+    """The parameters of a row's model, where its shape is known."""
+    return None if row.get("model") is None else parameters(ModelConfig(**row["model"]), row["model_objective"])
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The best layer of each series as a Markdown table, accuracies in percent."""
+    penalty = "C or lr" if any(row["protocol"] == "sgd" for row in rows) else "C"
+    lines = [
+        f"| images | features | best layer | width | {penalty} | held out | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in series(rows):
+        row = best_row(one)
+        images = f"{row['dataset']}: {row['n_train']} {row['train_split']}, {row['n_eval']} {row['eval_split']}"
+        layers = "-" if row["weights"] == "pixels" else f"{row['layer']} of {span([other['layer'] for other in one])}"
+        percent = f"{100 * row['held_out_accuracy']:.1f} | {100 * row['accuracy']:.1f}"
+        chosen = f"lr {row['rate']:g}" if row["protocol"] == "sgd" else f"{row['C']:g}"
+        lines.append(f"| {images} | {label(row, rows)} | {layers} | {row['n_features']} | {chosen} | {percent} |")
+    return "\n".join(lines)
+
+
+def layer_table(rows: Sequence[Row]) -> str:
+    """The accuracy of every layer as a Markdown table in percent, a column for each series; pixels have no layers."""
+    columns = [one for one in series(rows) if one[0]["weights"] != "pixels"]
+    names = [label(one[0], rows) for one in columns]
+    lines = [f"| layer | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
+    accuracies = [{row["layer"]: f"{100 * row['accuracy']:.1f}" for row in one} for one in columns]
+    for layer in sorted(set().union(*accuracies)):
+        lines.append(f"| {layer} | {' | '.join(column.get(layer, '-') for column in accuracies)} |")
+    return "\n".join(lines)

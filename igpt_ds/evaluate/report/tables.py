@@ -1,0 +1,187 @@
+"""The paper's Tables 1 to 5 as Markdown: its rows and other methods' (`paper.py`), ours, and the difference.
+
+In: result rows, recipes. Out: text. Ours are what training made, at the layer that held-out images chose, on the split that the
+row names; their difference is to the paper's own model on the same images, which may be larger and have seen other data: the
+table says how large ours is. Called by `tools/tables.py` and `tools/report.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from igpt_ds.config import Recipe, get_recipe
+from igpt_ds.evaluate.report.results import SERIES, Row, best_row, by_layer, key, model_name, model_parameters, series, settings
+from igpt_ds.paper.published import FIGURE_4, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
+
+TITLES = {
+    1: "Table 1: linear probes on CIFAR and STL-10",
+    2: "Table 2: linear probes on ImageNet",
+    3: "Table 3: fine-tuning",
+    4: "Table 4: few labels on CIFAR-10, error in percent",
+    5: "Table 5: learning rates",
+}
+_WORDS = {"unsupervised": "ImageNet, no labels", "supervised": "ImageNet, with labels", "": "none"}
+
+
+def paper_table(number: int, rows: Sequence[Row], recipes: Iterable[Recipe] = ()) -> str:
+    """One of the paper's tables, its title first."""
+    if number == 5:
+        table = _rates(recipes)
+    elif number == 4:
+        table = _low_data(rows)
+    else:
+        table = {1: _probes, 2: _imagenet, 3: _finetunes}[number](rows)
+    return f"### {TITLES[number]}\n\n{table}"
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)).replace("| --- ", "|---")
+
+
+def _best_probes(rows: Sequence[Row], datasets: Iterable[str]) -> list[Row]:
+    """Of each trained model each series' best layer, then what was made of several layers or by a vote."""
+    trained = [row for row in rows if row["kind"] == "probe" and row["weights"] == "trained" and row["dataset"] in datasets]
+    best = [best_row(one) for protocol in ("best_layer", "sgd") for one in series(by_layer(trained, [protocol]))]
+    best += [row for row in trained if row["protocol"] in ("concat", "mask_vote")]
+    return sorted(best, key=lambda row: (row["dataset"], row["model_objective"], model_parameters(row) or 0, row["step"]))
+
+
+def _ours(row: Row) -> str:
+    size = f", {_millions(row)}M" if row.get("model") else ""
+    objective = ", BERT" if row["model_objective"] == "bert" else ""
+    pixels = "" if row.get("model") is None else f" at {row['model']['n_px']}x{row['model']['n_px']}"
+    return f"**ours: {model_name(row.get('model'))}{size}{pixels}{objective}**"
+
+
+def _millions(row: Row) -> str:
+    count = model_parameters(row)
+    return "-" if count is None else f"{count / 1e6:.{2 if count < 1e5 else 1 if count < 1e7 else 0}f}"
+
+
+def _where(row: Row) -> str:
+    """The layer and how it was probed."""
+    if row["protocol"] == "concat":
+        return f"{row['layers'][0]}..{row['layers'][-1]} {row['features']}"
+    how = {"sgd": ", SGD", "mask_vote": f", {row.get('n_masks')} masks vote"}.get(row["protocol"], "")
+    return f"{row['layer']} {row['features']}{how}"
+
+
+def _difference(ours: float, paper: float | None) -> str:
+    return "-" if paper is None else f"{ours - paper:+.1f}"
+
+
+def _best(table: Iterable[Accuracy], dataset: str, row: Row | None = None) -> float | None:
+    """The paper's accuracy to compare with: of the same size and input where there is one, else its best on these images; one
+    from scratch for one from scratch."""
+    if row is not None and row["model_objective"] == "bert":
+        return None  # the tables' models are auto-regressive
+    scratch = row is not None and row["weights"] == "untrained"
+    known = [one for one in table if one.ours and one.dataset == dataset and one.model.endswith("from scratch") == scratch]
+    if row is not None and row.get("model") is not None:
+        shape = (model_name(row["model"]), row["model"]["n_px"])
+        known = [one for one in known if (one.model, one.n_px) == shape] or known
+        known = [one for one in known if one.features == row.get("n_features")] or known
+    return max((one.accuracy for one in known), default=None)
+
+
+def _best_finetuned(dataset: str, row: Row) -> float | None:
+    """The same of fine-tunes, where the paper has BERT's in its Figure 4."""
+    if row["model_objective"] == "ar":
+        return _best(TABLE_3, dataset, row)
+    bert = [bar for bar in FIGURE_4 if (bar.dataset, bar.objective, bar.evaluation) == (dataset, "bert", "finetune")]
+    return bert[0].accuracy if bert and row["weights"] == "trained" else None
+
+
+def _datasets(table: Iterable[Accuracy], rows: Sequence[Row], kind: str) -> list[str]:
+    """Those of a table, then those that only rows of ours are of; ImageNet's probes have a table of their own."""
+    others = sorted({row["dataset"] for row in rows if row["kind"] == kind})
+    ours = [dataset for dataset in others if kind == "finetune" or not dataset.startswith("imagenet")]
+    return list(dict.fromkeys([*(one.dataset for one in table), *ours]))
+
+
+def _probes(rows: Sequence[Row]) -> str:
+    lines = []
+    for dataset in _datasets(TABLE_1, rows, "probe"):
+        paper = _best(TABLE_1, dataset)
+        for one in (one for one in TABLE_1 if one.dataset == dataset):
+            lines.append([dataset, one.model, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
+        for row in _best_probes(rows, [dataset]):
+            percent = 100 * row["accuracy"]
+            about = [dataset, _ours(row), f"no labels, step {row['step']}", _where(row), row["eval_split"]]
+            lines.append([*about, f"{percent:.1f}", _difference(percent, paper)])
+    return _markdown(["images", "model", "pre-training", "layer", "split", "accuracy", "minus iGPT-L"], lines)
+
+
+def _imagenet(rows: Sequence[Row]) -> str:
+    header = ["method", "input", "parameters (M)", "features", "layer", "split", "accuracy", "minus the paper's"]
+    lines = []
+    for one in TABLE_2:
+        size = "orig." if one.n_px is None else f"{one.n_px}x{one.n_px}"
+        lines.append([one.model, size, f"{one.parameters:g}", f"{one.features}", "", "test", f"{one.accuracy:.1f}", ""])
+    for row in _best_probes(rows, sorted({row["dataset"] for row in rows if row["dataset"].startswith("imagenet")})):
+        percent, shape = 100 * row["accuracy"], row.get("model")
+        about = [_ours(row), "-" if shape is None else f"{shape['n_px']}x{shape['n_px']}", _millions(row)]
+        against = _difference(percent, _best(TABLE_2, "imagenet", row))
+        lines.append([*about, f"{row['n_features']}", _where(row), row["eval_split"], f"{percent:.1f}", against])
+    return _markdown(header, lines)
+
+
+def _finetunes(rows: Sequence[Row]) -> str:
+    lines = []
+    for dataset in _datasets(TABLE_3, rows, "finetune"):
+        for one in (one for one in TABLE_3 if one.dataset == dataset):
+            name = one.model if one.n_px is None else f"{one.model}, {one.n_px}x{one.n_px}"
+            lines.append([dataset, name, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
+        ours = [row for row in rows if row["kind"] == "finetune" and row["dataset"] == dataset]
+        several = len({row["n_train"] for row in ours}) > 1
+        for row in ours:
+            percent = 100 * row["accuracy"]
+            start = f"no labels, step {row['step']}" if row["weights"] == "trained" else "none, from scratch"
+            labels = f", {row['n_train']} labels" if several else ""
+            masks = f", {row['n_masks']} masks vote" if row.get("n_masks") else ""
+            about = [dataset, _ours(row), start, f"{row['loss']}, lr {row['lr']:g}{labels}{masks}", row["eval_split"]]
+            lines.append([*about, f"{percent:.1f}", _difference(percent, _best_finetuned(dataset, row))])
+    return _markdown(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's"], lines)
+
+
+def _low_data(rows: Sequence[Row]) -> str:
+    paper = next(one for one in TABLE_4 if one.model == "iGPT-L")
+    lines = []
+    for one in TABLE_4:
+        cells = ["{:.1f} ± {:.1f}".format(*one.errors[n]) if n in one.errors else "" for n in LABELS]
+        lines.append([one.model, "", *cells])
+    found: dict[tuple[str, ...], dict[int, Row]] = {}
+    same = [name for name in (*SERIES, "layer") if name != "n_labels"]
+    few = [row for row in rows if row["kind"] == "probe" and row["protocol"] == "low_data"]
+    for row in few:
+        found.setdefault(key(row, same), {})[row["n_labels"]] = row
+    for by_labels in found.values():
+        row = next(iter(by_labels.values()))
+        cells = []
+        for n in LABELS:
+            if n not in by_labels:
+                cells.append("")
+                continue
+            error, deviation = 100 * (1 - by_labels[n]["accuracy"]), by_labels[n]["deviation"]
+            spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
+            against = f" ({error - paper.errors[n][0]:+.1f})" if row["dataset"] == "cifar10" else ""
+            cells.append(f"{error:.1f}{spread}{against}")
+        name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row["weights"]]
+        images = "" if row["dataset"] == "cifar10" else f"{row['dataset']}, "
+        apart = settings(row, few, but=("n_labels",))
+        lines.append([name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}{apart}", *cells])
+    return _markdown(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
+
+
+def _rates(recipes: Iterable[Recipe]) -> str:
+    lines = []
+    for one in TABLE_5:
+        name = f"igpt_{one.size.lower()}_{one.objective}_{one.n_px}"
+        lr = get_recipe(name).lr
+        about = [f"iGPT-{one.size}", {"ar": "auto-regressive", "bert": "BERT"}[one.objective], f"{one.n_px}x{one.n_px}"]
+        lines.append([*about, f"{one.lr:g}", f"`{name}`: {lr:g}", f"{lr - one.lr:+g}" if lr != one.lr else "0"])
+    for recipe in recipes:
+        shape = {"n_layer": recipe.model.n_layer, "n_head": recipe.model.n_head, "n_embd": recipe.model.n_embd}
+        about = [model_name(shape), {"ar": "auto-regressive", "bert": "BERT"}[recipe.objective]]
+        lines.append([*about, f"{recipe.model.n_px}x{recipe.model.n_px}", "", f"`{recipe.name}`: {recipe.lr:g}", ""])
+    return _markdown(["model", "objective", "input", "paper", "ours", "difference"], lines)

@@ -1,0 +1,1 @@
+"""Checks of every node and rank before a run starts."""

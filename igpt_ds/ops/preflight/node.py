@@ -1,0 +1,292 @@
+"""What one rank finds out about its machine before a run: code, packages, configs, GPUs, disks, shards, speed.
+
+In: the paths and recipe of the run to come. Out: one JSON-ready report a rank; what could not be found out stands in it as an
+error in words, since one node's error is another thing than everybody's. `igpt_ds/ops/preflight/verdict.py` compares the reports,
+tools/preflight.py calls both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igpt_ds import dist
+from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.data.shards.dataset import read_index
+from igpt_ds.data.shards.record import END
+from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.files import atomic_file, sha256_file
+from igpt_ds.plan.costs import checkpoint_bytes
+from igpt_ds.provenance import git_commit
+from igpt_ds.train.checkpoint.manifest import list_checkpoints
+
+PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
+MOST_ERRORS = 5  # of shards, told one by one
+_READERS = 16  # shards looked at at once: what is waited for is the file server
+_GPU_SECONDS, _GPU_N = 1.0, 8192  # long enough for a GPU to reach the clock that it keeps
+_CPU_SECONDS, _CPU_N = 0.5, 384
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run to come will read and write. The recipe may lie in a file that a node cannot read, so it is a function."""
+
+    recipe: Callable[[], Recipe]
+    ds_config: Path
+    data: tuple[Path, ...]
+    run_dir: Path
+    ranks: int
+    micro_batch: int | None
+    keep_last: int
+    keep_every: int
+    splits: list[str] | None = None  # that lie on disk: all, or those that are not streamed
+
+
+def node_name() -> str:
+    """The name of this node, as SLURM's --exclude takes it where there is SLURM."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def local_ranks() -> int:
+    """How many ranks this node has; 1 where no launcher says."""
+    named = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    counts = list(_counts(named))
+    node = int(os.environ.get("SLURM_NODEID", "0")) if len(counts) > 1 else 0
+    return counts[node] if node < len(counts) else 1
+
+
+def host_of_rank(rank: int, env: Mapping[str, str]) -> str | None:
+    """The node that SLURM placed a rank on, in blocks as srun does by itself; None outside SLURM or in another layout."""
+    names = list(_names(env.get("SLURM_STEP_NODELIST", "")))
+    counts = list(_counts(env.get("SLURM_STEP_TASKS_PER_NODE", "")))
+    placed = [name for name, count in zip(names, counts, strict=False) for _ in range(count)]
+    return placed[rank] if len(names) == len(counts) and rank < len(placed) else None
+
+
+def _counts(text: str) -> Iterator[int]:
+    """SLURM's shorthand: "2(x3),1" -> 2, 2, 2, 1."""
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        yield from [int(count)] * int(times or 1)
+
+
+def _names(text: str) -> Iterator[str]:
+    """SLURM's shorthand: "gpu[01-03,7],login" -> gpu01, gpu02, gpu03, gpu7, login."""
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", text):
+        for part in ranges.split(","):
+            first, _, last = part.partition("-")
+            for number in range(int(first or 0), int(last or first or 0) + 1):
+                yield f"{prefix}{number:0{len(first)}d}{suffix}" if first else f"{prefix}{suffix}"
+
+
+def attempt(report: dict[str, Any], what: str, find_out: Callable[[], Any]) -> None:
+    """Puts what a check found into the report, or the error that it met under "errors"."""
+    try:
+        report[what] = find_out()
+    except Exception as error:  # whatever it is, it is a finding about this node, and the other checks go on
+        named = isinstance(error, OSError) and error.filename and error.strerror
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and named else str(error)
+        report["errors"][what] = (text.strip() or type(error).__name__).splitlines()[0]
+
+
+def look_around(plan: Plan, mark: str, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Everything that a rank finds out alone.
+
+    Args:
+        mark: name of a file that rank 0 wrote into the run directory.
+        progress: is told what begins, so that a rank that hangs in it can be asked where.
+    """
+    report: dict[str, Any] = {"rank": dist.rank(), "local_rank": dist.local_rank(), "node": node_name(), "errors": {}}
+    checks: list[tuple[str, Callable[[], Any]]] = [
+        ("code", package_hash),
+        ("packages", package_versions),
+        ("recipe", lambda: recipe_hash(plan.recipe())),
+        ("ds_config", lambda: ds_config_hash(plan)),
+        ("gpus", gpus),
+        ("speed", lambda: matmul_speeds(report.get("gpus", []))),
+    ]
+    if dist.local_rank() == 0:
+        checks += [
+            ("commit", git_commit),
+            ("shm", lambda: free_bytes(Path("/dev/shm"))),
+            ("run_dir", lambda: write_and_read(plan.run_dir, mark)),
+            ("disk", lambda: free_bytes(plan.run_dir)),
+            ("needed", lambda: needed_bytes(plan)),
+            ("shards", lambda: [look_at_shards(path, plan.splits) for path in plan.data]),
+        ]
+    for what, find_out in checks:
+        if "recipe" in report["errors"] and what in ("ds_config", "needed"):
+            continue  # they would say the same again
+        progress(what)
+        attempt(report, what, find_out)
+    return report
+
+
+def package_hash(package: Path = Path(__file__).parents[2]) -> str:
+    """sha256 over names and bytes of the package's Python files and of train.py beside it; needs no git."""
+    digest = hashlib.sha256()
+    for file in [*sorted(package.rglob("*.py")), package.parent / "train.py"]:
+        if file.is_file():
+            digest.update(f"{file.relative_to(package.parent)}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run computes with; "missing" for one that is not there."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    return versions
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 of the recipe's values."""
+    return hashlib.sha256(json.dumps(recipe_to_dict(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def ds_config_hash(plan: Plan) -> str:
+    """sha256 of the values of the ds_config, however it is spaced.
+
+    Raises:
+        ValueError: it is damaged, or does not fit the recipe on the ranks of the run to come.
+    """
+    values = load_ds_config(plan.ds_config)
+    join(plan.recipe(), values, plan.ranks, plan.micro_batch)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, bytes in all and driver of each GPU of this node that this rank sees, and what is free of its own; [] without any."""
+    if not torch.cuda.is_available():
+        return []
+    about = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module\D*([\d.]+)", about.read_text()) if about.exists() else None
+    known = []
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        # Asking takes half a GiB of that GPU: of the others, their own ranks ask.
+        free = torch.cuda.mem_get_info(number)[0] if number in own_gpus() else None
+        driver = found.group(1) if found else "unknown"
+        known.append({"name": facts.name, "free": free, "bytes": facts.total_memory, "driver": driver})
+    return known
+
+
+def own_gpus() -> range:
+    """The numbers of the GPUs that this rank looks after: all of the node where it is the only rank there, else its own."""
+    mine, count = dist.local_rank(), torch.cuda.device_count()
+    return range(count) if local_ranks() == 1 else range(mine, min(mine + 1, count))
+
+
+def matmul_speeds(found: list[dict[str, Any]]) -> dict[str, float]:
+    """TFLOP/s of a matrix product, by the number of the GPU.
+
+    bf16 on a GPU: the median over a second, when it has reached the clock that it keeps. float32 on a CPU, under "cpu": the
+    best of many short ones, since others compute there too.
+    """
+    if not found:
+        return {"cpu": _matmul(torch.device("cpu"))}
+    return {str(number): _matmul(torch.device("cuda", number)) for number in own_gpus()}
+
+
+def _matmul(device: torch.device) -> float:
+    cuda = device.type == "cuda"
+    n, length = (_GPU_N, _GPU_SECONDS) if cuda else (_CPU_N, _CPU_SECONDS)
+    x = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16 if cuda else torch.float32)
+    seconds: list[float] = []
+    end = time.perf_counter() + length
+    while time.perf_counter() < end or len(seconds) < 5:
+        start = time.perf_counter()
+        product = x @ x
+        if cuda:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    if not torch.isfinite(product).all():
+        raise ValueError(f"a matrix product on {device} is not finite")
+    return 2 * n**3 / (statistics.median(seconds) if cuda else min(seconds)) / 1e12
+
+
+def free_bytes(path: Path) -> dict[str, int | None]:
+    """Bytes and files that still fit a file system; files is None where it does not count them."""
+    about = os.statvfs(path)
+    return {"bytes": about.f_bavail * about.f_frsize, "files": about.f_favail if about.f_files else None}
+
+
+def needed_bytes(plan: Plan) -> dict[str, int | None]:
+    """Bytes and files that the checkpoints to come will take, beside those that are there already.
+
+    At most keep_last of them lie there while one more is written, and those at multiples of keep_every stay for ever.
+    """
+    recipe = plan.recipe()
+    kept = plan.keep_last + 1 + (recipe.steps // plan.keep_every if plan.keep_every else 0)
+    count = max(1, kept - len(list_checkpoints(plan.run_dir / "checkpoints")))
+    files = 2 * dist.world_size() + 4  # weights and optimizer of each rank, and what tells of them
+    return {"bytes": int(count * checkpoint_bytes(recipe.model, recipe.objective)), "files": count * files + 100}
+
+
+def write_and_read(run_dir: Path, mark: str) -> bool:
+    """Writes, renames and reads a file in the run directory, and looks for the one that rank 0 wrote there before.
+
+    Raises:
+        ValueError: what was written is not what is read, or rank 0's file is not there: it is another directory.
+    """
+    content = uuid.uuid4().hex
+    file = run_dir / f".preflight-{content}"
+    try:
+        with atomic_file(file, "w") as out:
+            out.write(content)
+        if file.read_text() != content:
+            raise ValueError(f"{file} does not hold what was written to it")
+    finally:
+        file.unlink(missing_ok=True)
+    if not (run_dir / mark).exists():
+        raise ValueError(f"{run_dir} is another directory here than on rank 0's node")
+    return True
+
+
+def look_at_shards(path: Path, splits: list[str] | None = None) -> dict[str, Any]:
+    """Index and first and last bytes of every shard of a dataset directory, or of some of its splits.
+
+    Returns:
+        {"path", "index": its sha256, "shards": how many, "errors": of the first few that cannot be read}.
+
+    Raises:
+        ValueError: no dataset directory, or an index of another version or changed since it was written.
+    """
+    index = read_index(path)
+    wanted = [split for name, split in index["splits"].items() if splits is None or name in splits]
+    entries = [entry for split in wanted for entry in split["shards"]]
+    with ThreadPoolExecutor(_READERS) as threads:
+        found = [
+            error for error in threads.map(lambda entry: _shard_error(path / entry["name"], entry["bytes"]), entries) if error
+        ]
+    return {"path": str(path), "index": sha256_file(path / "index.json"), "shards": len(entries), "errors": found[:MOST_ERRORS]}
+
+
+def _shard_error(file: Path, size: int) -> str:
+    try:
+        with open(file, "rb") as shard:
+            head = shard.read(512)
+            if (found := shard.seek(0, os.SEEK_END)) != size:
+                return f"{file} has {found} bytes instead of {size}"
+            shard.seek(-len(END), os.SEEK_END)
+            whole = size == len(END) or (head[257:262] == b"ustar" and shard.read() == END)
+            return "" if whole else f"{file} does not begin and end as a tar file does"
+    except OSError as error:
+        return f"{file}: {error.strerror}"

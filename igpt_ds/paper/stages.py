@@ -1,0 +1,295 @@
+"""The paper in stages: what is run for a `Scale`, in an order that works, each with what it needs and what it leaves.
+
+In: a scale (paper_scales.py), a directory, and how trainings fit the machines. Out: `Stage`s. A stage is done when what it
+leaves is there; it needs those stages whose results are among its words, so that nothing is said twice. tools/paper.sh runs
+stages one after another, slurm/story_paper.sh submits them; both read them from tools/paper_plan.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from igpt_ds.config import RECIPES, Recipe
+from igpt_ds.paper.scales import Images, Scale, System
+
+Value = object  # of a flag: True for one without a value, None or False for one left out, a sequence for several
+Flags = dict[str, Value]
+# The batch scripts of slurm/ by the programs that they run; every other program is a tool.
+JOBS = {
+    "train.py": "pretrain",
+    "finetune.py": "finetune",
+    "tools/make_shards.py": "make_shards",
+    "tools/extract_features.py": "extract_features",
+    "tools/linear_probe.py": "probe",
+}
+GPU_TOOLS = ("tools/evaluate.py", "tools/sgd_probe.py", "tools/sample.py")  # of one process each, by torch
+SAVE_EVERY = 5000  # steps between checkpoints, at most
+SGD_LAYERS = 5  # in one job: some hours on a GPU
+MASKS = (1, 5)  # of training images and of those to evaluate on: paper 4.6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. Paths are as the executors use them, from the repository root."""
+
+    name: str
+    words: tuple[str, ...]  # the program, then its flags
+    leaves: Path  # a file or a directory
+    rows: int = 0  # of results that the file must hold
+    printed: bool = False  # what it leaves is what the command prints
+    needs: tuple[str, ...] = ()  # names of stages
+
+    @property
+    def job(self) -> str:
+        """The batch script's name, "tool", or "gpu_tool"."""
+        return JOBS.get(self.words[0], "gpu_tool" if self.words[0] in GPU_TOOLS else "tool")
+
+    @property
+    def done(self) -> bool:
+        """Whether what it leaves is there, whole."""
+        if self.job in ("pretrain", "finetune"):
+            return (self.leaves / "FINISHED").exists()
+        return self.leaves.exists() and (not self.rows or self.leaves.read_bytes().count(b"\n") >= self.rows)
+
+
+def command(stage: Stage) -> str:
+    """The stage's words, quoted for a shell."""
+    return shlex.join(stage.words)
+
+
+def words(program: str, flags: Flags, *first: object) -> tuple[str, ...]:
+    """A command's words; those in `first` stand before the flags."""
+    found = [program, *map(str, first)]
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        values = () if value is True else value if isinstance(value, (tuple, list)) else (value,)
+        found += [f"--{name}", *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
+    return tuple(found)
+
+
+def stages(scale: Scale, out: Path, machine: Callable[[Recipe], Flags]) -> list[Stage]:
+    """All stages of a scale under the directory `out`.
+
+    Args:
+        machine: for a recipe the flags of train.py and finetune.py that say how it fits the machines.
+    """
+    made = list(_Plan(scale, out, machine).all())
+    makers = {stage.leaves: stage.name for stage in made}
+    return [dataclasses.replace(stage, needs=_needs(stage, makers)) for stage in made]
+
+
+def _needs(stage: Stage, makers: dict[Path, str]) -> tuple[str, ...]:
+    """The makers of what the stage's words name, or of a directory that holds it."""
+    named = [Path(word) for word in stage.words[1:]]
+    found = dict.fromkeys(makers[place] for path in named for place in (path, *path.parents) if place in makers)
+    return tuple(name for name in found if name != stage.name)
+
+
+def chosen(recipe: Recipe, out: Path) -> Flags:
+    """How a command names the recipe: by its name, or as the file that tools/paper_plan.py writes where it has been changed."""
+    known = RECIPES.get(recipe.name) == recipe
+    return {"recipe": recipe.name} if known else {"config": out / "recipes" / f"{recipe.name}.json"}
+
+
+class _Plan:
+    """The places of a scale's files, and the stages that make them."""
+
+    def __init__(self, scale: Scale, out: Path, machine: Callable[[Recipe], Flags]) -> None:
+        self.scale, self.out, self.machine = scale, out, machine
+        self.rows: list[Path] = []  # every file of results, in the order in which they are made
+        self.figures: list[Path] = []
+
+    def all(self) -> Iterator[Stage]:
+        """Everything, in order."""
+        yield from self.data()
+        for system in self.scale.systems:
+            yield from self.system(system)
+        yield from self.pictures()
+        yield from self.pages()
+
+    def stage(self, name: str, program: str, flags: Flags, leaves: Path, rows: int = 0, printed: bool = False) -> Stage:
+        """A stage whose file of results, if it leaves one, is remembered."""
+        if rows:
+            self.rows.append(leaves)
+        return Stage(name, words(program, flags), leaves, rows, printed)
+
+    def shards(self, images: Images) -> Path:
+        return self.out / "shards" / images.id
+
+    def run_dir(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    def model(self, system: System, step: int) -> Path:
+        return self.out / "models" / f"{system.recipe.name}-{step}"
+
+    def features(self, name: str, images: Images) -> Path:
+        return self.out / "features" / f"{name}-{images.id}"
+
+    def results(self, name: str) -> Path:
+        return self.out / "results" / f"{name}.jsonl"
+
+    def data(self) -> Iterator[Stage]:
+        """The palette, and the shards of each size, crop and data set; what the pixels alone are worth on each."""
+        scale, palette = self.scale, self.out / "palette.npy"
+        common: Flags = {"source": scale.palette.source, "n_px": scale.palette.n_px, "crop": scale.palette.crop}
+        flags = common | {"n_colors": scale.n_colors, "max_images": scale.palette_images, "out": palette}
+        yield self.stage("palette", "tools/fit_palette.py", flags, palette)
+        for images in scale.images:
+            flags = {"source": images.source, "n_px": images.n_px, "crop": images.crop, "palette": palette}
+            flags |= {"views": images.views if images.views > 1 else None, "val_fraction": images.val_fraction}
+            flags |= {"name": images.name, "out": self.shards(images)}
+            yield self.stage(f"shards-{images.id}", "tools/make_shards.py", flags, self.shards(images))
+        probed = {id for system in scale.systems for id in system.probed}
+        for images in (images for images in scale.images if images.id in probed and not images.sgd):
+            features = self.features("pixels", images)
+            flags = {"pixels": True, "data": self.shards(images), "splits": (images.train_split, images.eval_split)}
+            yield self.stage(f"features-pixels-{images.id}", "tools/extract_features.py", flags | {"out": features}, features)
+            yield self.probe("pixels", images, features, 1)
+
+    def system(self, system: System) -> Iterator[Stage]:
+        """Pre-training; a model dir of each stage with its probe and likelihood; what only the last one is measured by."""
+        recipe, name = system.recipe, system.recipe.name
+        run_dir, data = self.run_dir(name), self.shards(self.scale.of(system.data))
+        save_every = max(steps for steps in range(1, SAVE_EVERY + 1) if system.every % steps == 0)
+        kept = {"save_every": save_every, "keep_every": system.every if system.stages > 1 else None}
+        seldom = {"val_every": min(SAVE_EVERY, max(1, recipe.steps // 10)), "val_images": 5000}
+        flags = chosen(recipe, self.out) | {"data": data, "run_dir": run_dir, "resume": "auto"} | seldom | kept
+        yield self.stage(f"train-{name}", "train.py", flags | self.machine(recipe), run_dir)
+        for step in system.steps:
+            model, last = self.model(system, step), step == recipe.steps
+            flags = {"run_dir": run_dir, "step": step, "out": model}
+            yield self.stage(f"model-{model.name}", "tools/consolidate.py", flags, model)
+            if system.stages > 1:  # a point of Figure 3
+                flags = {"model": model, "data": data, "split": "val", "precision": "bf16" if self.scale.bf16 else None}
+                file = self.results(f"{model.name}-likelihood")
+                yield self.stage(f"likelihood-{model.name}", "tools/evaluate.py", flags | {"results": file}, file, 1)
+            for id in system.probed if last else system.probed[:1]:
+                yield from self.probes(system, model, self.scale.of(id))
+        yield from self.variants(system, self.scale.of(system.probed[0]))
+        for id in system.finetuned:
+            yield self.finetune(system, self.scale.of(id), fresh=False)
+        for id in system.from_scratch:
+            yield self.finetune(system, self.scale.of(id), fresh=True)
+
+    def extract(self, system: System, model: Path, images: Images, name: str, more: Flags) -> Stage:
+        """Features of the layers that are probed on these images."""
+        features, layers = self.features(name, images), images.probed(system.recipe)
+        flags: Flags = {"model": model, "data": self.shards(images), "splits": (images.train_split, images.eval_split)}
+        flags |= {"kinds": "normed", "layers": layers if images.sgd else None}
+        flags |= {"mask_draws": MASKS if system.recipe.objective == "bert" else None}
+        flags |= {"precision": "bf16", "dtype": "fp16"} if self.scale.bf16 else {}
+        return self.stage(f"features-{name}-{images.id}", "tools/extract_features.py", flags | more | {"out": features}, features)
+
+    def probes(self, system: System, model: Path, images: Images) -> Iterator[Stage]:
+        """Features of one model on one data set, and the probe of every layer; of BERT also the vote over masks."""
+        name, layers = model.name, images.probed(system.recipe)
+        features = self.features(name, images)
+        yield self.extract(system, model, images, name, {})
+        if images.sgd:
+            for first in range(0, len(layers), SGD_LAYERS):
+                some = layers[first : first + SGD_LAYERS]
+                file = self.results(f"{name}-{images.id}-layers-{some[0]}-{some[-1]}")
+                flags: Flags = {"features": features, "layers": some, "train_split": images.train_split}
+                flags |= {"eval_split": images.eval_split, "out": file}
+                yield self.stage(f"probe-{file.stem}", "tools/sgd_probe.py", flags, file, len(some))
+        else:
+            yield self.probe(name, images, features, len(layers))
+        if system.recipe.objective == "bert":
+            yield self.probe(name, images, features, 1, "mask_vote")
+
+    def probe(self, name: str, images: Images, features: Path, rows: int, protocol: str = "", **more: Value) -> Stage:
+        """A probe by L-BFGS."""
+        file = self.results(f"{name}-{images.id}{'-' + protocol if protocol else ''}")
+        flags: Flags = {"features": features, "protocol": protocol or None, "train_split": images.train_split}
+        flags |= {"eval_split": images.eval_split} | more | {"out": file}
+        return self.stage(f"probe-{file.stem}", "tools/linear_probe.py", flags, file, rows)
+
+    def variants(self, system: System, images: Images) -> Iterator[Stage]:
+        """Of the last model: fresh weights in its shape, layers side by side (paper 4.4), few labels (4.7)."""
+        model = self.model(system, system.recipe.steps)
+        features = self.features(model.name, images)
+        for variant in system.variants:
+            if variant == "untrained":
+                name = f"{system.recipe.name}-untrained"
+                yield self.extract(system, model, images, name, {"untrained": 0})
+                yield self.probe(name, images, self.features(name, images), len(images.probed(system.recipe)))
+            elif variant == "concat":
+                yield self.probe(model.name, images, features, 1, "concat")
+            else:
+                n_labels = self.scale.n_labels
+                yield self.probe(model.name, images, features, len(n_labels), "low_data", n_labels=n_labels)
+
+    def finetune(self, system: System, images: Images, fresh: bool) -> Stage:
+        """Fine-tuning of the last model, or the same network from scratch at the rate of pre-training."""
+        scale, recipe = self.scale, system.recipe
+        run_dir = self.run_dir(f"{recipe.name}-{images.id}-{'scratch' if fresh else 'finetuned'}")
+        start: Flags = {"model": self.model(system, recipe.steps)}
+        if fresh:
+            start = chosen(recipe, self.out) | {"untrained": 0}
+        flags = start | {"data": self.shards(images), "run_dir": run_dir, "resume": "auto"}
+        flags |= {"lr": recipe.lr if fresh else system.finetune_lr, "batch_images": recipe.batch_images}
+        flags |= {"steps": scale.finetune_steps} if scale.finetune_steps else {"epochs": scale.epochs / images.views}
+        if images.views > 1:  # an epoch of the shards passes all crops of each image
+            flags["val_every"] = -(-images.counts["train"] // recipe.batch_images)
+        flags |= {"augment_pad": 4 if images.augment else None, "augment_flip": images.augment}
+        file = run_dir / "results.jsonl"
+        self.rows.append(file)
+        flags |= self.machine(recipe) | {"eval_split": images.eval_split, "results": file}
+        return self.stage(run_dir.name, "finetune.py", flags, run_dir)
+
+    def figure(self, name: str, kind: str, flags: Flags, *runs: Path) -> Stage:
+        """A PNG by tools/figures.py."""
+        file = self.out / "figures" / f"{name}.png"
+        self.figures.append(file)
+        return Stage(f"figure-{name}", words("tools/figures.py", flags | {"out": file}, kind, *runs), file)
+
+    def pictures(self) -> Iterator[Stage]:
+        """Figures 2, 3 and 4, and a closer look at the main model on the images that it is probed on first."""
+        scale, main = self.scale, self.scale.of_recipe(self.scale.main)
+        images, model = scale.of(main.probed[0]), self.model(main, main.recipe.steps)
+        features, name = self.features(model.name, images), images.name
+        own = [self.results(f"{one}-{images.id}") for one in (model.name, f"{main.recipe.name}-untrained", "pixels")]
+        yield self.figure("layers", "layers", {"results": own})
+        readers = [system for system in scale.systems if system.recipe.objective == "ar"]
+        shown = [main] if len(main.probed) > 1 else readers
+        last = [f"{self.model(system, system.recipe.steps).name}-{id}" for system in shown for id in system.probed]
+        yield self.figure("datasets", "datasets", {"results": [file for file in self.rows if file.stem in last]})
+        points = [self.model(system, step).name for system in readers if system.stages > 1 for step in system.steps]
+        both = [self.results(f"{point}-{what}") for point in points for what in ("likelihood", images.id)]
+        yield self.figure("loss", "loss", {"results": both, "dataset": name})
+        yield self.figure("objectives", "objectives", {"results": tuple(self.rows)})
+        look: Flags = {"results": own[:1], "features": features}
+        yield self.figure("confusion", "confusion", look)
+        yield self.figure("neighbours", "neighbours", look | {"data": self.shards(images)})
+        for id in main.finetuned[:1]:
+            counts = self.run_dir(f"{main.recipe.name}-{id}-finetuned") / "confusion.json"
+            title = f"{main.recipe.name} fine-tuned on {scale.of(id).name}, {scale.of(id).eval_split}"
+            yield self.figure("confusion_finetuned", "confusion", {"counts": counts, "title": title})
+        runs = [self.run_dir(system.recipe.name) for system in readers if system.recipe.model.n_px == main.recipe.model.n_px]
+        yield self.figure("training", "training", {}, *runs)
+        samples = self.out / "figures" / "samples.png"
+        self.figures.append(samples)
+        flags: Flags = {"model": model, "data": self.shards(scale.of(main.data)), "out": samples}
+        yield self.stage("samples", "tools/sample.py", flags, samples)
+
+    def pages(self) -> Iterator[Stage]:
+        """The paper's tables with rows of all models at their last step, and the report of the main run."""
+        main, tables = self.scale.of_recipe(self.scale.main), self.out / "tables.md"
+        name, last = main.recipe.name, f"{self.model(main, main.recipe.steps).name}-"
+        early = tuple(f"{self.model(system, step).name}-" for system in self.scale.systems for step in system.steps[:-1])
+        rows = [file for file in self.rows if not file.stem.startswith(early)]
+        runs = [self.run_dir(system.recipe.name) for system in self.scale.systems]
+        flags: Flags = {"results": rows, "paper": (1, 2, 3, 4, 5), "run_dir": runs}
+        yield self.stage("tables", "tools/tables.py", flags, tables, printed=True)
+        own = (last, f"{name}-untrained-", "pixels-")
+        flags["results"] = [file for file in rows if file.stem.startswith(own) or file.parent.name.startswith(f"{name}-")]
+        flags["run_dir"] = self.run_dir(name)
+        pictures = tuple(path for path in self.figures if path.stem != "layers")  # the page draws that one itself
+        flags |= {"pictures": pictures, "title": f"The paper at scale {self.scale.name}"}
+        report = self.out / "report.html"
+        yield self.stage("report", "tools/report.py", flags | {"out": report}, report)

@@ -1,0 +1,7 @@
+"""The plan as a command: `python -m igpt_ds.plan --recipe NAME --gpus N`."""
+
+from igpt_ds import cli
+from igpt_ds.plan.estimate import main
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Checkpoints: saved, checked, loaded, resharded, and consolidated into a model dir."""

@@ -1,0 +1,127 @@
+"""A sharded checkpoint becomes a model dir: RUN_DIR/checkpoints and its palette.npy enter, the files of `model/store.py` leave.
+
+Needs no GPU, no DeepSpeed and no process group, and no more memory for a large model than for a small one. Called by
+tools/consolidate.py and, for the best step of a fine-tuning, by finetune.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igpt_ds.config import Recipe, recipe_from_dict
+from igpt_ds.data.palette import load_palette
+from igpt_ds.files import read_json
+from igpt_ds.model.classifier import Classifier
+from igpt_ds.model.store import WeightStream, read_info, save_model
+from igpt_ds.model.transformer import Transformer
+from igpt_ds.train.checkpoint.manifest import choose_checkpoint, newest_checkpoint
+from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
+
+_LATER = ("warmup_steps", "clip")  # of a class head's training, which older code did not write down
+
+
+def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int, int]:
+    """Gathers a checkpoint into a model dir.
+
+    Args:
+        step: which checkpoint; None for the best of a fine-tuning as far as it came, else the newest complete one.
+
+    Returns:
+        Its step, and how many parameters it has.
+
+    Raises:
+        ValueError: no such checkpoint, a damaged one, another palette, or tensors that are not its recipe's.
+    """
+    checkpoint, manifest = choose_checkpoint(run_dir, best_step(run_dir) if step is None else step)
+    recipe = recipe_from_dict(manifest["recipe"], str(checkpoint / "manifest.json"))
+    palette = run_dir / "palette.npy"
+    if load_palette(palette).hash != manifest["data"]["palette_hash"]:
+        raise ValueError(f"{palette} is not the palette of the training shards; copy theirs to {run_dir}")
+    source = ZeroCheckpoint(checkpoint, manifest["world_size"], manifest["stage"])
+    if source.shapes != _shapes(recipe):
+        raise ValueError(f"{checkpoint} does not hold the tensors of its own recipe; it was written by other code")
+    save_model(out, WeightStream(source.shapes, source.blocks), _info(recipe, manifest), palette)
+    return manifest["step"], sum(shape.numel() for shape in source.shapes.values())
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step whose validation was the best, as the newest checkpoint knows it; None where nobody looked for it."""
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    return None if newest is None else _best_step(newest[1])
+
+
+def _best_step(manifest: dict[str, Any]) -> int | None:
+    step: int | None = manifest.get("guards", {}).get("early", {}).get("best_step")
+    return step
+
+
+def check_own(out: Path, run_dir: Path, ended: bool) -> None:
+    """Refuses a model dir that is not of the run.
+
+    Args:
+        ended: the run has come to its end, so that the model must be that of its best step; while it goes on, another step may
+            become the best.
+
+    Raises:
+        ValueError: it is no model dir, or there is nothing yet that it could be made of, or it has another shape, start, rate
+            ...: the first difference is named; or it is of an earlier step.
+    """
+    read_info(out)
+    other, fix = f"--out {out} holds the model of another run", "choose another, or remove it"
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{other}: {run_dir} has no checkpoint yet; {fix}")
+    manifest = newest[1]
+    ours = json.loads(json.dumps(_info(recipe_from_dict(manifest["recipe"], str(run_dir)), manifest), default=dataclasses.asdict))
+    theirs = read_json(out / "config.json", "model config")
+    for name, here in (ours | (ours.get("class_head") or {})).items():
+        older = here if name in _LATER else None
+        there = (theirs | (theirs.get("class_head") or {})).get(name, older)
+        if name not in ("class_head", "step", "images_seen") and there != here:
+            raise ValueError(f"{other}: {name} is {there} there and {here} here; {fix}")
+    best = _best_step(manifest) or manifest["step"]
+    if ended and theirs["step"] != best:
+        raise ValueError(
+            f"--out {out} is of step {theirs['step']}, and step {best} is the best by now; remove it and start again"
+        )
+
+
+def _info(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the model dir says of itself, but for its hashes."""
+    info = {
+        "config": recipe.model,
+        "recipe": recipe.name,
+        "objective": recipe.objective,
+        "mask_prob": recipe.mask_prob if recipe.objective == "bert" else None,
+        "init": recipe.init,
+        "palette_hash": manifest["data"]["palette_hash"],
+        "dataset_hash": manifest["data"]["dataset_hash"],
+        "step": manifest["step"],
+        "images_seen": manifest["images_seen"],
+    }
+    return info if recipe.finetune is None else info | {"class_head": _class_head(recipe, manifest)}
+
+
+def _shapes(recipe: Recipe) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = (
+            Transformer(recipe.model, objective=recipe.objective)
+            if recipe.finetune is None
+            else Classifier(recipe.model, recipe.finetune.n_classes, recipe.finetune.layer, objective=recipe.objective)
+        )
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _class_head(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the head must know, and how it was trained: what a row of results says of a fine-tuning."""
+    finetune = recipe.finetune
+    assert finetune is not None
+    names = ("lr", "batch_images", "seed", "augment_pad", "augment_flip", *_LATER)
+    trained = {name: getattr(recipe, name) for name in names}
+    kept = {"loss": finetune.loss, "gen_scale": finetune.gen_scale, "start": finetune.start, "precision": manifest["precision"]}
+    return {"classes": [], "layer": finetune.layer} | manifest.get("finetune", {}) | trained | kept

@@ -1,0 +1,79 @@
+"""Measurements: bars that hold and bars that fail, a table that says so, and a run of the real thing."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+from harness import Row, finish, medians, one_core, read_bench, table
+from PIL import Image
+
+
+def test_rows_hold_or_miss():
+    assert Row("a", "images/s", 10, 5, "peer", 2.0).holds
+    assert not Row("a", "images/s", 9.9, 5, "peer", 2.0).holds
+    assert Row("a", "s", 0.9, 1, "peer", 1.0, at_most=True).holds
+    assert not Row("a", "s", 1.1, 1, "peer", 1.0, at_most=True).holds
+    assert Row("a", "", 1, 100, "peer").holds
+
+
+def test_medians_take_turns_and_leave_the_first_out():
+    called = []
+
+    def first():
+        time.sleep(0.02 if len(called) < 2 else 0.001)
+        called.append("first")
+
+    seconds = medians({"first": first, "second": lambda: called.append("second")}, 3, turn_seconds=0)
+    assert called == ["first", "second"] * 4
+    assert seconds["second"] < seconds["first"] < 0.02
+    called.clear()
+    medians({"first": first}, 1, turn_seconds=0, warm_up=False)
+    assert called == ["first"]
+
+
+def test_a_missed_bar_is_written_printed_and_fails(tmp_path, capsys):
+    rows = [Row("fast", "images/s", 2000, 100, "slow peer", 2.0), Row("lean", "MiB", 12, 10, "itself", 1.1, True, "many")]
+    finish(rows[:1], tmp_path / "good.json", True, ["numpy"])
+    with pytest.raises(SystemExit) as caught:
+        finish(rows, tmp_path / "bad.json", True, ["numpy", "no-such-package"])
+    assert caught.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.err == "missed: lean (itself)\n"
+    assert "| fast | 2,000 images/s | 100 images/s | 20 | at least 2 | slow peer |" in printed.out
+    assert "| lean (many) | 12 MiB | 10 MiB | 1.2 | at most 1.1, missed | itself |" in printed.out
+    about = read_bench(tmp_path / "bad.json")
+    assert table(about) in printed.out
+    assert about["facts"]["versions"] == {"numpy": np.__version__, "no-such-package": None}
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"benchmark .*other.json is not igpt_ds.bench; make it with a tools/bench/"):
+        read_bench(tmp_path / "other.json")
+
+
+def test_one_core_is_given_back():
+    before = os.sched_getaffinity(0)
+    with one_core():
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.slow
+def test_the_data_benchmark_runs(tmp_path, launch):
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        coarse = random.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((250, 200), Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{number}.jpg")
+    command = ["tools/bench/data.py", "--images", tmp_path / "images", "--quick", "--only", "quantise", "jpeg", "memory"]
+    done = launch([*command, "--out", tmp_path / "bench.json"])
+    rows = {row["what"]: Row(**row) for row in read_bench(tmp_path / "bench.json")["rows"]}
+    assert set(rows) == {"quantise 32x32", "table of 256^3 colours", "JPEG to 64x64 tokens", "memory of make_shards"}
+    assert done.returncode == (0 if all(row.holds for row in rows.values()) else 1)
+    assert rows["memory of make_shards"].holds
+    shown = launch(["tools/bench/data.py", "--show", tmp_path / "bench.json"])
+    assert shown.stdout.strip() in done.stdout
+    assert launch(["tools/bench/data.py", "--quick"]).stderr == "data.py: error: --images is needed: a folder of JPEGs\n"
+    assert "holds no .jpg or .jpeg file" in launch(["tools/bench/data.py", "--images", tmp_path / "none"]).stderr

@@ -1,0 +1,110 @@
+"""The benchmarks of the model, each run whole at toy sizes: every row is there, none failed, and the file is read again."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from device import Session, table
+from harness import Row, read_bench
+
+DEVICES = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def session(seconds: float = 60, out: Path | None = None) -> Session:
+    return Session(True, out, torch.device("cpu"), time.monotonic() + seconds)
+
+
+def test_what_finds_nothing_is_a_row_that_says_why(tmp_path, capsys):
+    def memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def guest():
+        raise ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed")
+
+    def broken():
+        raise RuntimeError("no kernel\nat all")
+
+    here = session(out=tmp_path / "bench.json")
+    assert here.attempt("a", 5, memory) is None
+    assert here.attempt("b", 5, guest) is None
+    assert here.attempt("c", 5, broken) is None
+    assert here.attempt("d", 1, lambda: time.sleep(30) or []) is None
+    assert here.attempt("e", 5, lambda: [Row("e", "s", 2.0, 4.0, "peer")]) == 2.0
+    notes = [row.note for row in here.rows]
+    assert notes == [
+        "out of memory",
+        "deepspeed is not installed",
+        "failed: RuntimeError: no kernel",
+        "not done in its time",
+        "",
+    ]
+    assert here.failed == ["c"]
+    assert "RuntimeError: no kernel" in capsys.readouterr().err
+    assert [Row(**row) for row in read_bench(tmp_path / "bench.json")["rows"]] == here.rows
+
+
+def test_no_time_is_left():
+    late = session(seconds=0)
+    late.attempt("a", 5, lambda: pytest.fail("started"))
+    assert [row.note for row in late.rows] == ["not done in its time"]
+
+
+def test_mfu_is_of_the_printed_peak():
+    here = session()
+    row = here.flops_row("a", 989.4e12, 2.0)
+    assert (row.ours, row.peer) == (494.7, 989.4)
+    assert row.ratio == 0.5
+    config = here.config("xl", 64)
+    C, L, T, V = config.n_embd, config.n_layer, config.n_ctx, config.n_vocab
+    palm = 6 * (12 * L * C * C + V * C) + 12 * L * C * T
+    step = here.step_row("a", config, 3, 1e-9)
+    assert step.ours == pytest.approx(3 * T * palm / 1e-9 / 1e12)
+    assert f"causal MFU {3 * T * (palm - 6 * L * C * T) / 1e-9 / 989.4e12:.1%}" in step.note
+
+
+@pytest.mark.slow
+def test_the_model_benchmark_runs(tmp_path, launch):
+    done = launch(["tools/bench/model.py", "--toy", "--quick", "--out", tmp_path / "bench.json"])
+    assert done.returncode == 0, done.stderr
+    rows = [Row(**row) for row in read_bench(tmp_path / "bench.json")["rows"]]
+    for start in (
+        "training step",
+        "memory of a training step",
+        "full activation",
+        "selective activation",
+        "sampling",
+        "features",
+    ):
+        assert any(row.what.startswith(start) for row in rows), start
+    assert all(row.ours > 0 and row.peer > 0 and row.bar is None for row in rows)
+    kept = {row.what.split()[0]: row.ratio for row in rows if "activations kept" in row.what}
+    assert kept["full"] < kept["selective"] < 1
+    assert launch(["tools/bench/model.py", "--show", tmp_path / "bench.json"]).stdout.strip() in done.stdout
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch):
+    done = launch(["tools/bench/gpu.py", "--toy", "--out", tmp_path / "bench.json"], env=DEVICES)
+    assert done.returncode == 0, done.stderr
+    about = read_bench(tmp_path / "bench.json")
+    rows = [Row(**row) for row in about["rows"]]
+    assert not [row for row in rows if row.peer_name == "not measured"]
+    for start in (
+        "product",
+        "copy",
+        "attention",
+        "XL slice, the best",
+        "XL under ZeRO-3",
+        "memory of XL",
+        "S training",
+        "S features",
+    ):
+        assert any(row.what.startswith(start) for row in rows), start
+    for mode in ("none", "selective", "full"):
+        assert sum(f"{mode} checkpointing" in row.what for row in rows if row.what.startswith("XL slice")) == 2
+    assert sum(row.peer_name.startswith("HF") for row in rows) == 2
+    assert table(about) in done.stdout
+    assert launch(["tools/bench/gpu.py", "--show", tmp_path / "bench.json"]).stdout.strip() == table(about)
+    refused = launch(["tools/bench/gpu.py", "--only", "ceilings"], env=DEVICES)
+    assert refused.stderr == "gpu.py: error: torch sees no GPU here; --toy runs on a CPU\n"

@@ -1,0 +1,129 @@
+"""The page of a run: everything inside it, nothing of it dangerous, nothing fetched."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+
+import numpy as np
+import pytest
+
+from igpt_ds.config import get_recipe, recipe_to_dict
+from igpt_ds.data.images import save_grid
+from igpt_ds.evaluate.report.page import page, table
+
+RUN = {
+    "recipe": recipe_to_dict(get_recipe("cifar10_nano_ar_16")),
+    "world_size": 2,
+    "precision": "bf16",
+    "git_commit": "0123456789abcdef",
+    "note": "<script>alert(1)</script>",
+}
+TRAINING = [
+    {"step": 0, "images_seen": 0, "val_loss": 6.2},
+    {"step": 10, "images_seen": 640, "loss": 3.0, "images_per_s": 50.0, "mfu": 0.25},
+    {"step": 20, "images_seen": 1280, "loss": 2.0, "images_per_s": 70.0, "mfu": 0.35},
+    {"step": 20, "images_seen": 1280, "val_loss": 2.25},
+]
+PROBE = {
+    "kind": "probe",
+    "protocol": "best_layer",
+    "features": "normed",
+    "weights": "trained",
+    "model_hash": "h",
+    "model": {"n_layer": 8, "n_head": 4, "n_embd": 128, "n_px": 16, "n_vocab": 512},
+    "model_objective": "ar",
+    "step": 20,
+    "dataset": "cifar10",
+    "train_split": "train",
+    "eval_split": "val",
+    "n_train": 90,
+    "n_eval": 10,
+    "n_features": 128,
+    "seed": 0,
+    "C": 0.1,
+    "layer": 3,
+    "accuracy": 0.5,
+    "held_out_accuracy": 0.5,
+}
+
+
+class Reader(html.parser.HTMLParser):
+    """Texts, and every tag with its attributes; void elements aside, all that is opened must be closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.open, self.texts = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def read(text):
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert not reader.open
+    return reader
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "samples.png"
+    save_grid(path, np.zeros((2, 4, 4, 3), dtype=np.uint8), 2)
+    return path
+
+
+def test_a_page_stands_alone(picture):
+    text = page("a & b", RUN, TRAINING, [PROBE], [("the loss", picture)], [picture], [1, 5])
+    reader = read(text)
+    images = [attributes for tag, attributes in reader.tags if tag == "img"]
+    assert [image["alt"] for image in images] == ["the loss", "samples.png"]
+    assert all(image["src"].startswith("data:image/png;base64,iVBOR") for image in images)
+    assert not re.search(r"https?:|//|@import|url\(", re.sub(r"base64,[^\"]*", "", text)), "nothing is fetched"
+    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object"}
+    policy = next(attributes["content"] for tag, attributes in reader.tags if "http-equiv" in attributes)
+    assert policy.startswith("default-src 'none'")
+    words = " ".join(reader.texts)
+    for expected in (
+        "a & b",
+        "8 x 128, 1,739,008 parameters",
+        "20 of 2400 steps, 1,280 images",
+        "2.2500 nats per token at step 20; best 2.2500; knowing nothing 6.2383",
+        "60.0 images/s in the median, 30.0 % of the peak (MFU)",
+        "50.0 % on cifar10 val, layer 3",
+        "Table 1: linear probes on CIFAR and STL-10",
+        "2 ranks, bf16, commit 0123456789ab",
+        "<script>alert(1)</script>",
+    ):
+        assert expected in words
+
+
+def test_a_page_of_a_run_that_has_just_begun():
+    reader = read(page("new", RUN | {"world_size": 1, "git_commit": None}, [], [], []))
+    words = " ".join(reader.texts)
+    assert "Configuration" in words
+    assert "1 rank, bf16" in words
+    assert not any(word in words for word in ("Curves", "Linear probes", "Beside the paper", "Pictures", "speed"))
+
+
+def test_pixels_have_no_table_of_layers():
+    pixels = PROBE | {"weights": "pixels", "features": "pixels", "model_hash": None, "model": None, "step": None, "layer": 0}
+    words = " ".join(read(page("new", RUN, [], [pixels], [])).texts)
+    assert "raw pixels" in words
+    assert "Every layer" not in words
+
+
+def test_tables():
+    reader = read(table("| a | `b` |\n|---|---|\n| **1** < 2 |  |\n| x | y |"))
+    assert [text for text in reader.texts if text.strip()] == ["a", "b", "1 < 2", "x", "y"]
+    assert [attributes for tag, attributes in reader.tags if tag == "tr"] == [{}, {"class": "ours"}, {}]
+    assert "<thead>" not in table("| | |\n|---|---|\n| a | b |")

@@ -1,0 +1,279 @@
+"""Result rows: written, replaced, read back, and made into tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from igpt_ds.evaluate.features.files import open_features
+from igpt_ds.evaluate.probes.linear import Settings, linear_probe
+from igpt_ds.evaluate.report import results
+from igpt_ds.evaluate.report.results import (
+    add_results,
+    best_row,
+    by_layer,
+    experiment,
+    finetune_row,
+    label,
+    layer_table,
+    likelihood_row,
+    make_row,
+    markdown_table,
+    model_name,
+    model_parameters,
+    read_all,
+    read_results,
+    series,
+)
+
+
+@pytest.fixture(scope="module")
+def row(features_dir):
+    """The row of a real probe."""
+    train, val = (open_features(features_dir, split) for split in ("train", "val"))
+    return make_row(linear_probe(train, val, 1, "normed", Settings.of([0.01, 1.0, 100.0])), train, val)
+
+
+@pytest.fixture(scope="module")
+def rows(row):
+    """Trained normed and raw, untrained and pixels, three layers each, with accuracies that are easy to read."""
+
+    def made(weights, kind, layer, held_out, accuracy, **more):
+        about = {"weights": weights, "features": kind, "layer": layer, "held_out_accuracy": held_out, "accuracy": accuracy}
+        return row | about | {"model_hash": f"{weights}-hash", "n_train": 36, "n_eval": 12, "C": 0.1} | more
+
+    return [
+        made("pixels", "pixels", 0, 0.4, 0.41, model_hash=None, step=None, n_features=48),
+        *(made("untrained", "normed", layer, 0.2, 0.5 + layer / 100, step=0) for layer in range(3)),
+        *(made("trained", "raw", layer, 0.5 + layer / 10, 0.6) for layer in (2, 1, 0)),
+        *(made("trained", "normed", layer, [0.5, 0.9, 0.8][layer], [0.99, 0.7, 0.8][layer]) for layer in range(3)),
+    ]
+
+
+def test_a_row_says_everything(row, features_dir):
+    manifest = json.loads((features_dir / "manifest.json").read_text())
+    assert json.loads(json.dumps(row)) == row
+    assert (row["format"], row["version"], row["kind"], row["protocol"]) == ("igpt_ds.result", 2, "probe", "best_layer")
+    assert row["model"] == {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_px": 4, "n_vocab": 8}
+    assert (row["feature_precision"], row["feature_dtype"]) == ("fp32", "fp32")
+    assert (row["features"], row["layer"], row["weights"], row["step"]) == ("normed", 1, "trained", 7)
+    assert row["model_hash"] == manifest["model_hash"]
+    assert row["dataset_hash"] == {split: manifest["splits"][split]["dataset_hash"] for split in ("train", "val")}
+    assert (row["train_split"], row["eval_split"], row["n_features"]) == ("train", "val", 16)
+    assert row["C"] in row["C_grid"]
+    for name in ("held_out_accuracy", "accuracy", "objective", "grad_norm", "iterations", "converged", "seed", "git_commit"):
+        assert name in row
+
+
+def test_a_rerun_replaces_its_row(tmp_path, rows):
+    path = tmp_path / "runs" / "results.jsonl"
+    assert read_results(path) == []
+    few = rows[1] | {"protocol": "low_data", "subset_accuracies": [0.1, 0.2]}
+    add_results(path, [few])
+    add_results(path, [few | {"n_subsets": 2, "accuracy": 0.9}])
+    assert [row["accuracy"] for row in read_results(path)] == [0.9], "older rows did not say how many subsets"
+    path.unlink()
+    add_results(path, rows[:3])
+    add_results(path, rows[3:])
+    assert read_results(path) == rows
+    again = rows[1] | {"accuracy": 0.123, "git_commit": "later"}
+    add_results(path, [again])
+    assert read_results(path) == [rows[0], *rows[2:], again]
+    different = {
+        "seed": 1,
+        "n_train": 7,
+        "dataset_hash": {"train": "x", "val": "y"},
+        "model_hash": "z",
+        "feature_precision": "bf16",
+        "feature_dtype": "fp16",
+        "C_grid": [1.0],
+        "tol": 1e-3,
+        "precision": "fp64",
+        "protocol": "sgd",
+        "layers": [0, 1],
+        "n_labels": 40,
+        "mask_draws": 5,
+        "mask_seed": 1,
+    }
+    for name, value in different.items():
+        assert again.get(name) != value
+        add_results(path, [again | {name: value}])
+    assert len(read_results(path)) == len(rows) + len(different)
+    assert [file.name for file in path.parent.iterdir()] == ["results.jsonl"], "nothing temporary may stay behind"
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{broken", r"results\.jsonl line 2 is not valid JSON; remove the line"),
+        ('{"format": "igpt_ds.result", "version": 9}', r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
+        ("[1]", r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
+        ('{"format": "igpt_ds.result", "version": 1}', r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
+        (
+            '{"format": "igpt_ds.result", "version": 2, "kind": "guess"}',
+            r"line 2 is of kind 'guess', not one of probe, finetune, likelihood; remove it",
+        ),
+        ('{"format": "igpt_ds.result", "version": 2, "kind": "probe"}', r"results\.jsonl line 2 has no 'weights'"),
+        ('{"format": "igpt_ds.result", "version": 2, "kind": "likelihood"}', r"results\.jsonl line 2 has no 'weights'"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, rows, line, complaint):
+    path = tmp_path / "results.jsonl"
+    text = "\n".join([json.dumps(rows[0]), line, json.dumps(rows[1])]) + "\n"
+    path.write_text(text)
+    for action in (lambda: read_results(path), lambda: add_results(path, rows)):
+        with pytest.raises(ValueError, match=complaint):
+            action()
+    assert path.read_text() == text
+
+
+def test_series_and_their_best_layers(rows):
+    found = series(list(reversed(rows)))
+    assert [(one[0]["weights"], one[0]["features"]) for one in found] == [
+        ("trained", "normed"),
+        ("trained", "raw"),
+        ("untrained", "normed"),
+        ("pixels", "pixels"),
+    ]
+    assert all([row["layer"] for row in one] == sorted(row["layer"] for row in one) for one in found)
+    assert [best_row(one)["layer"] for one in found] == [1, 2, 0, 0], "by the held-out images; of equals the lowest"
+
+
+def test_tables(rows):
+    assert markdown_table(list(reversed(rows))) == markdown_table(rows)
+    assert markdown_table(rows).splitlines() == [
+        "| images | features | best layer | width | C | held out | accuracy |",
+        "|---|---|---|---|---|---|---|",
+        "| shards: 36 train, 12 val | trained to step 7, normed | 1 of 0..2 | 16 | 0.1 | 90.0 | 70.0 |",
+        "| shards: 36 train, 12 val | trained to step 7, raw | 2 of 0..2 | 16 | 0.1 | 70.0 | 60.0 |",
+        "| shards: 36 train, 12 val | untrained, normed | 0 of 0..2 | 16 | 0.1 | 20.0 | 50.0 |",
+        "| shards: 36 train, 12 val | raw pixels | - | 48 | 0.1 | 40.0 | 41.0 |",
+    ]
+    assert layer_table([row for row in rows if row["layer"] or row["features"] == "normed"]).splitlines() == [
+        "| layer | trained to step 7, normed | trained to step 7, raw | untrained, normed |",
+        "|---|---|---|---|",
+        "| 0 | 99.0 | - | 50.0 |",
+        "| 1 | 70.0 | 60.0 | 51.0 |",
+        "| 2 | 80.0 | 60.0 | 52.0 |",
+    ]
+
+
+def test_an_sgd_probe_shows_its_rate(rows):
+    row = {name: value for name, value in rows[-1].items() if name != "C"} | {"protocol": "sgd", "rate": 0.3}
+    assert "| 16 | lr 0.3 | 80.0 | 80.0 |" in markdown_table([row])
+    assert "| width | C or lr | held out |" in markdown_table([row])
+
+
+def test_what_looks_alike_is_told_apart(rows):
+    trained = rows[-1]
+    other = trained | {"model_hash": "another-model"}
+    assert label(trained, rows) == "trained to step 7, normed"
+    assert label(other, [*rows, other]) == "trained to step 7 another-, normed"
+    assert label(trained | {"step": 9}, [*rows, other]) == "trained to step 9, normed"
+    assert label(trained | {"mask_draws": 5}, rows) == "trained to step 7, normed of masked images"
+    larger = other | {"model": trained["model"] | {"n_embd": 32}}
+    assert label(larger, [*rows, larger]) == "2 x 32, trained to step 7, normed"
+    bert = other | {"model_objective": "bert"}
+    assert label(bert, [*rows, bert]) == "2 x 16 BERT, trained to step 7, normed"
+    assert label(trained, [*rows, bert]) == "2 x 16, trained to step 7, normed"
+    assert label(rows[0], [*rows, bert]) == "raw pixels"
+    again = [*rows, *(row | {"seed": 1, "C_grid": [1.0, 2.0]} for row in rows if row["weights"] == "trained")]
+    assert label(trained, again) == "trained to step 7, normed, seed 0, C grid 3 of 0.01..100"
+    assert "trained to step 7, raw, seed 1, C grid 2 of 1..2 |" in markdown_table(again)
+    assert label(rows[0], again) == "raw pixels"
+
+
+def test_rows_of_one_experiment(rows):
+    assert experiment(rows) == experiment(rows, "shards") == rows
+    more = [*rows, rows[0] | {"dataset": "cifar10"}]
+    assert experiment(more, "shards") == rows
+    with pytest.raises(ValueError, match="several experiments: dataset is cifar10 and shards; choose one with --dataset"):
+        experiment(more)
+    with pytest.raises(ValueError, match=r"no rows of 'mnist'; they have \['cifar10', 'shards'\]"):
+        experiment(more, "mnist")
+    with pytest.raises(ValueError, match="no rows; probe first"):
+        experiment([])
+    with pytest.raises(ValueError, match="several experiments: n_train is 36 and 40; keep them in files of their own"):
+        experiment([*rows, rows[0] | {"n_train": 40}])
+
+
+def test_rows_are_made_of_what_protocols_and_features_say(row, features_dir):
+    """No field of a probe or of the features' origin is lost on the way, or overwritten by another of its name."""
+    train, val = (open_features(features_dir, split) for split in ("train", "val"))
+    probe = linear_probe(train, val, 1, "normed", Settings.of([0.01, 1.0, 100.0]))
+    assert {field.name for field in dataclasses.fields(probe)} - {"kind"} <= set(row)
+    assert set(results._REQUIRED["probe"]) | set(results.EXPERIMENT) <= set(row)
+    for field in dataclasses.fields(probe):
+        if field.name != "kind":
+            assert row[field.name] == getattr(probe, field.name)
+
+
+MEASURED = {
+    "format": "igpt_ds.likelihood",
+    "version": 1,
+    "commit": "abc",
+    "model_hash": "h",
+    "objective": "ar",
+    "step": 5,
+    "dataset": "cifar10",
+    "dataset_hash": "d",
+    "split": "val",
+    "n_images": 10,
+    "precision": "fp32",
+    "batch": 32,
+    "masks": None,
+    "nats_per_token": {"mean": 2.5, "standard_error": 0.01},
+    "published": None,
+    "published_does_not_apply": ["it is small"],
+}
+FINETUNED = {
+    "weights": "trained",
+    "model_hash": "h",
+    "model": {"n_layer": 24, "n_head": 8, "n_embd": 512, "n_px": 32, "n_vocab": 512},
+    "model_objective": "ar",
+    "step": 5,
+    "dataset": "cifar10",
+    "dataset_hash": {"train": "a", "val": "b"},
+    "n_train": 100,
+    "seed": 0,
+    "loss": "joint",
+    "lr": 0.001,
+    "accuracy": 0.9,
+    "held_out_accuracy": 0.91,
+    "eval_split": "val",
+}
+
+
+def test_rows_of_the_other_kinds(tmp_path, rows, tiny_config):
+    likelihood, finetuned = likelihood_row(MEASURED, tiny_config), finetune_row(**FINETUNED)
+    assert (likelihood["kind"], likelihood["version"], likelihood["model_objective"]) == ("likelihood", 2, "ar")
+    assert likelihood["model"] == dataclasses.asdict(tiny_config)
+    assert (likelihood["nats_per_token"]["mean"], likelihood["git_commit"]) == (2.5, "abc")
+    path = tmp_path / "results.jsonl"
+    add_results(path, [*rows, likelihood, finetuned])
+    add_results(path, [likelihood, finetuned | {"accuracy": 0.95}, finetuned | {"loss": "clf"}, likelihood | {"split": "test"}])
+    assert len(read_results(path)) == len(rows) + 4
+    assert experiment(read_results(path)) == rows, "they are no probes"
+    assert by_layer([*rows, rows[0] | {"protocol": "concat"}, finetuned]) == rows
+    with pytest.raises(AssertionError, match=r"a fine-tuning's row needs \['lr'\]"):
+        finetune_row(**{name: value for name, value in FINETUNED.items() if name != "lr"})
+
+
+def test_rows_of_several_files(tmp_path, rows):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    add_results(one, rows[:2])
+    add_results(two, rows[2:])
+    assert read_all([one, two]) == rows
+    with pytest.raises(ValueError, match=r"--results .*none\.jsonl does not exist; make it with tools/linear_probe\.py"):
+        read_all([one, tmp_path / "none.jsonl"])
+
+
+def test_names_and_sizes_of_models(row):
+    assert model_name(FINETUNED["model"]) == "iGPT-S"
+    assert model_name(row["model"]) == "2 x 16"
+    assert model_name(None) == "model of unknown shape"
+    assert model_name({"n_layer": 8, "n_head": 4, "n_embd": 128}) == "8 x 128", "nano is none of the paper's"
+    assert model_parameters(FINETUNED) == 76_571_648
+    assert model_parameters(row | {"model": None}) is None

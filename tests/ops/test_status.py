@@ -1,0 +1,216 @@
+"""The status of runs: of a real one, of one that is being written, and of what is no run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds.files import write_json, write_json_lines
+from igpt_ds.ops import status
+
+ROOT = Path(__file__).parents[2]
+NOW = 1_000_000.0
+RECIPE = {"name": "tiny", "steps": 100, "batch_images": 8}
+
+
+def row(step: int) -> dict[str, Any]:
+    speeds = {"images_per_s": 40.0 + step % 3, "mfu": 0.25, "data_wait": 0.02, "skipped_steps": 1}
+    return {"step": step, "images_seen": 8 * step, "loss": 3 - 0.01 * step} | speeds | {"slowest_rank": 1, "slowest_ratio": 1.5}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of two ranks that wrote step 20 of 100 three seconds before NOW."""
+    where = tmp_path / "run"
+    write_json(where / "run.json", {"format": "igpt_ds.run", "version": 1, "recipe": RECIPE, "world_size": 2})
+    validation = {"step": 10, "images_seen": 80, "val_loss": 2.95}
+    write_json_lines(where / "train.jsonl", [*(row(step) for step in range(1, 11)), validation, *(row(s) for s in range(11, 21))])
+    for name in ("step-00000010", "step-00000016", "step-00000020.partial"):
+        (where / "checkpoints" / name).mkdir(parents=True)
+        (where / "checkpoints" / name / "COMPLETE").touch()
+    os.utime(where / "checkpoints" / "step-00000016" / "COMPLETE", (NOW - 200, NOW - 200))
+    (where / "tensorboard").mkdir()
+    for start in range(3):
+        (where / "tensorboard" / f"events.out.tfevents.{start}").touch()
+    for rank in range(2):
+        beat(where, rank)
+    return where
+
+
+def beat(where: Path, rank: int, **changes: Any) -> None:
+    """Writes a heartbeat: of a second ago, by a process that does not exist."""
+    usual = {"step": 20, "phase": "step", "time": NOW - 3, "host": "node1", "pid": 2**22 + 1, "step_seconds": 0.2}
+    write_json(where / "heartbeat" / f"rank-{rank:05d}.json", usual | {"written": NOW - 1} | changes)
+
+
+def test_everything_that_is_known(run_dir: Path):
+    found = status.read_status(run_dir, NOW)
+    speed = 41.0
+    expected = {"state": "running", "step": 20, "steps": 100, "images_seen": 160, "val_loss": 2.95, "val_step": 10}
+    expected |= {"images_per_s": speed, "mfu": 0.25, "seconds_left": 80 * 8 / speed, "restarts": 2, "rollbacks": 0}
+    assert {name: found[name] for name in expected} == expected
+    assert (found["checkpoint"]["step"], found["checkpoint"]["age"]) == (16, 200)
+    assert found["slowest"] == {"rank": 1, "ratio": 1.5}
+    assert [(rank["age"], rank["silent"]) for rank in found["ranks"]] == [(3, False), (3, False)]
+    text = status.describe(found)
+    assert "run: running, tiny on 2 ranks on node1\n" in text
+    assert "  step        20 of 100 (20.0 %), 160 images\n" in text
+    assert "  loss        2.8000 nats/token; validation 2.9500 at step 10\n" in text
+    assert "  speed       41.0 images/s, MFU 25.0%, waiting for data 2.0%\n" in text
+    assert "  checkpoint  step 16, 3 min 20 s old; 2 restarts, 0 rollbacks, 1 steps skipped\n" in text
+    assert "  end         in 16 s, 1970-01-" in text
+    assert text.endswith("  heartbeats  0: 3 s (step 20), 1: 3 s (step 20)")
+
+
+def test_a_line_that_is_being_written_and_a_long_file(run_dir: Path):
+    with open(run_dir / "train.jsonl", "a") as file:
+        file.write('{"step": 21, "loss": 2.7, "images_per_s": 4')
+    assert status.read_status(run_dir, NOW)["step"] == 20
+    rows = status.tail_rows(run_dir / "train.jsonl", size=500)
+    assert [found["step"] for found in rows] == [19, 20]
+    assert status.tail_rows(run_dir / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("prepare", "state"),
+    [
+        (lambda where: (where / "FINISHED").touch(), "finished"),
+        (lambda where: (where / "STOP").touch(), "stopping"),
+        (lambda where: [beat(where, rank, phase="stopped") for rank in (0, 1)], "stopped"),
+        (lambda where: [beat(where, rank, phase="end", written=NOW - 9999) for rank in (0, 1)], "stopped"),
+        (lambda where: [beat(where, rank, written=NOW - 61) for rank in (0, 1)], "dead"),
+        (lambda where: beat(where, 1, written=NOW - 61), "hanging"),
+        (lambda where: [beat(where, rank, time=NOW - 121) for rank in (0, 1)], "hanging"),
+        (lambda where: [beat(where, rank, time=NOW - 121, step_seconds=10.0) for rank in (0, 1)], "running"),
+        (lambda where: [beat(where, rank, time=NOW - 121, phase="start") for rank in (0, 1)], "running"),
+        (lambda where: shutil.rmtree(where / "heartbeat"), "unknown"),
+        (lambda where: [(where / "LOST.json").touch(), shutil.rmtree(where / "heartbeat")], "lost"),
+        (lambda where: write_json(where / "LOST.json", {"time": NOW - 2}), "lost"),  # its ranks are about to end
+        (lambda where: write_json(where / "LOST.json", {"time": NOW - 4}), "running"),  # the start after it
+        (lambda where: [beat(where, rank, time=NOW - 121, phase="loading") for rank in (0, 1)], "running"),
+        (lambda where: [beat(where, 0, phase="end"), beat(where, 1, phase="end", error="no room")], "failed"),
+    ],
+)
+def test_states(run_dir: Path, prepare: Callable[[Path], Any], state: str):
+    prepare(run_dir)
+    assert status.read_status(run_dir, NOW)["state"] == state
+
+
+def test_a_run_that_ended_badly_says_why_and_has_no_end_to_wait_for(run_dir: Path):
+    lost = {"step": 23, "since": 21, "loss": 4.5, "lr": 3.0, "why": "it was above 3.3 for 3 steps in a row", "time": NOW}
+    write_json(run_dir / "LOST.json", lost)
+    found = status.read_status(run_dir, NOW)
+    assert (found["state"], found["seconds_left"]) == ("lost", None)
+    words = "the loss is lost at step 23: it is 4.5000, and it was above 3.3 for 3 steps in a row"
+    assert f"  end         {words}\n" in status.describe(found)
+    assert "it is not finite, and it was" in status.lost_words(lost | {"loss": None})
+    (run_dir / "LOST.json").unlink()
+    for rank in (0, 1):
+        beat(run_dir, rank, phase="end", error="no room")
+    assert "  end         rank 0: no room\n" in status.describe(status.read_status(run_dir, NOW))
+
+
+def test_restarts_are_those_of_the_batch_script_where_it_counts_more(run_dir: Path):
+    rows = [{"event": event} for event in ("start", "end", "start", "start", "end", "start", "start")]
+    write_json_lines(run_dir / "restarts.jsonl", rows)
+    assert status.read_status(run_dir, NOW)["restarts"] == 4
+    (run_dir / "restarts.jsonl").write_text("no JSON\n{}\n")
+    write_json(run_dir / "rollbacks.json", {"rollbacks": [{}, {}]})
+    found = status.read_status(run_dir, NOW)
+    assert (found["restarts"], found["rollbacks"]) == (2, 2)
+
+
+def test_a_rank_without_a_heartbeat_or_with_a_torn_one(run_dir: Path):
+    (run_dir / "heartbeat" / "rank-00000.json").write_text('{"step": 3')
+    (run_dir / "heartbeat" / "rank-00007.json").write_text("{}")  # of a start with more ranks
+    found = status.read_status(run_dir, NOW)
+    assert [rank["phase"] for rank in found["ranks"]] == [None, "step"]
+    assert status.describe(found).endswith("  heartbeats  0: none, 1: 3 s (step 20)")
+
+
+def test_of_many_ranks_the_oldest_are_shown():
+    ranks = [{"rank": rank, "age": 100.0 - rank, "phase": "step", "step": 5, "silent": rank == 0} for rank in range(20)]
+    line = status.heartbeats_line(ranks)
+    assert line.startswith("0: 1 min 40 s (step 5, silent), 1: 1 min 39 s (step 5), 2: ")
+    assert line.endswith("7: 1 min 33 s (step 5) and 12 younger ones")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min"), (3600 + 300, "1 h 5 min"), (8 * 86400 + 3600 * 14 + 59, "8 d 14 h")]
+)
+def test_durations(seconds: float, text: str):
+    assert status.duration(seconds) == text
+
+
+def ask(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "tools" / "status.py", *words], capture_output=True, text=True, timeout=60)
+
+
+def test_an_empty_and_a_foreign_directory_get_one_clear_line(tmp_path: Path, run_dir: Path):
+    fix = "name the --run_dir of train.py, once training has begun\n"
+    done = ask(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"status.py: error: {tmp_path} is no run directory: it has no run.json; {fix}"
+    assert ask(tmp_path / "none").stderr == f"status.py: error: {tmp_path / 'none'} does not exist; {fix}"
+    assert ask(run_dir, "--watch", "0").stderr == "status.py: error: --watch 0 must be more than 0 seconds\n"
+    several = ask(tmp_path, run_dir)
+    assert several.returncode == 0
+    lines = [line.split() for line in several.stdout.splitlines()]
+    assert lines[1] == [str(tmp_path), "no", "run"]
+    assert lines[2][:4] == [str(run_dir), "dead", "20", "100"]
+
+
+def test_it_is_fast_and_loads_neither_torch_nor_numpy(run_dir: Path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from igpt_ds.train import status; import pathlib, time\n"
+    code += (
+        f"print(status.read_status(pathlib.Path({str(run_dir)!r}), time.time())['step'], {{'torch', 'numpy'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "20 set()\n", done.stderr
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        ask(run_dir)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+
+
+def test_watching_goes_on_until_interrupted(run_dir: Path):
+    command = [sys.executable, ROOT / "tools" / "status.py", run_dir, "--json", "--watch", "0.05"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["step"] == 20
+        with open(run_dir / "train.jsonl", "a") as file:
+            file.write(json.dumps(row(21)) + "\n")
+        end = time.monotonic() + 20
+        while time.monotonic() < end and json.loads(process.stdout.readline())["step"] != 21:
+            pass
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() < end
+    assert (process.returncode, stderr) == (130, "status.py: interrupted\n")
+
+
+@pytest.mark.slow
+def test_a_real_run_that_stopped_half_way(launch: Any, command: Callable[..., list[str]], tmp_path: Path):
+    done = launch(command("run", "--stop_at_step", "8"), ranks=2)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    asked = ask("--json", tmp_path / "run")
+    found = json.loads(asked.stdout)
+    expected = {"state": "stopped", "step": 8, "steps": 12, "images_seen": 96, "val_step": 8, "restarts": 0, "world_size": 2}
+    assert {name: found[name] for name in expected} == expected
+    assert found["checkpoint"]["step"] == 8
+    assert found["images_per_s"] > 0 < found["mfu"]
+    assert [(rank["step"], rank["phase"], rank["silent"]) for rank in found["ranks"]] == [(8, "end", False)] * 2
+    assert found["slowest"]["rank"] in (0, 1)
+    assert asked.stderr == ""

@@ -1,0 +1,294 @@
+"""The paper in one command: its stages at each scale, what they cost, what is refused; and the whole of it at toy size."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds.config import RECIPES, get_recipe
+from igpt_ds.evaluate.report.results import read_all
+from igpt_ds.files import read_json, write_json_lines
+from igpt_ds.paper import budget
+from igpt_ds.paper.scales import SCALES, Images, get_scale
+from igpt_ds.paper.stages import Stage, command, stages
+from igpt_ds.plan.costs import checkpoint_bytes, parameters
+from igpt_ds.plan.estimate import DIRECTORY
+from igpt_ds.plan.step_time import GPUS, Cluster
+
+H100S = Cluster(GPUS["h100-80g"])
+DATA = {"tiny": None, "cifar": "cifar10:batches", "full": "data"}
+each_scale = pytest.mark.parametrize("name", SCALES)
+
+
+def planned(name: str, out: Path = Path("out")) -> list[Stage]:
+    return stages(get_scale(name, DATA[name]), out, lambda recipe: {"ds_config": "ds_configs/zero3_bf16.json"})
+
+
+@each_scale
+def test_each_stage_needs_what_was_made_before(name: str) -> None:
+    found = planned(name)
+    assert len({stage.name for stage in found}) == len(found)
+    assert len({stage.leaves for stage in found}) == len(found)
+    before: dict[str, Path] = {}
+    for stage in found:
+        assert set(stage.needs) <= set(before), f"{stage.name} needs {stage.needs}"
+        there = [Path("out/recipes"), stage.leaves, *(before[need] for need in stage.needs)]
+        files = [Path(word) for word in stage.words if word.startswith("out/")]
+        stray = [file for file in files if not any(file == one or one in file.parents for one in there)]
+        assert not stray, f"{stage.name} reads {stray}, which no stage leaves"
+        before[stage.name] = stage.leaves
+    assert not (set(before) - {need for stage in found for need in stage.needs} - {"report", "tables", "figure-layers"}), (
+        "made and never used"
+    )
+
+
+def test_what_each_scale_is_made_of() -> None:
+    kinds = {name: Counter(stage.job for stage in planned(name)) for name in SCALES}
+    assert {name: kinds[name]["pretrain"] for name in SCALES} == {"tiny": 3, "cifar": 3, "full": 8}
+    assert {name: kinds[name]["finetune"] for name in SCALES} == {"tiny": 3, "cifar": 3, "full": 7}
+    full = get_scale("full", "data")
+    assert {system.recipe.name for system in full.systems} == {name for name in RECIPES if name.startswith("igpt_")}
+    assert full.of_recipe("igpt_l_ar_32").steps == (125_000, 250_000, 500_000, 1_000_000)
+    assert full.of("imagenet_48").probed(get_recipe("igpt_l_ar_48")) == tuple(range(12, 37))
+    assert full.of_recipe("igpt_xl_ar_64").variants == (), "76 GB of features do not fit 80 GB with a probe"
+    larger = get_scale("full", "data", gpu_bytes=GPUS["h200-141g"].memory)
+    assert larger.of_recipe("igpt_xl_ar_64").variants == ("concat",)
+    for name in ("tiny", "cifar"):
+        text = " ".join(command(stage) for stage in planned(name))
+        for word in ("concat", "low_data", "mask_vote", "--untrained 0", "--pixels", "neighbours", "--paper 1 2 3 4 5"):
+            assert word in text, f"{name} without {word}"
+
+
+def test_a_stage_is_done_when_all_its_rows_are_there(tmp_path: Path) -> None:
+    rows = Stage("probe", ("tools/linear_probe.py",), tmp_path / "rows.jsonl", rows=3)
+    run = Stage("train", ("train.py",), tmp_path / "run")
+    assert not rows.done
+    write_json_lines(rows.leaves, [{}, {}])
+    (tmp_path / "run").mkdir()
+    assert (rows.done, run.done) == (False, False)
+    write_json_lines(rows.leaves, [{}, {}, {}])
+    (tmp_path / "run" / "FINISHED").touch()
+    assert (rows.done, run.done) == (True, True)
+
+
+def test_words_survive_a_shell() -> None:
+    stage = planned("full", Path("a b"))[0]
+    assert "'a b/palette.npy'" in command(stage)
+
+
+def test_the_full_plan_counts_as_the_cost_model_does() -> None:
+    scale = get_scale("full", "data")
+    found = budget.costs(scale, 64, H100S)
+    training = {cost.what: cost for cost in found if cost.kind == "pre-training"}
+    for name, cost in training.items():
+        recipe, plan = get_recipe(name), budget.trained(get_recipe(name), 64, H100S)
+        assert cost.gpu_hours == pytest.approx(plan["gpu_hours"])
+        assert cost.gpu_hours == pytest.approx(64 * recipe.steps * plan["step_seconds"] / 3600)
+        stages_kept = len(scale.of_recipe(name).steps)
+        kept = 2 + 1 + (8 if stages_kept > 1 else 0)
+        size = kept * checkpoint_bytes(recipe.model, recipe.objective) + 4 * stages_kept * parameters(
+            recipe.model, recipe.objective
+        )
+        assert cost.disk == pytest.approx(size)
+    assert training["igpt_xl_ar_64"].gpu_hours == pytest.approx(16_252, rel=0.001), "as docs/scale.md has it"
+    tuned = next(cost for cost in found if cost.what == "igpt_l_ar_48 from scratch on imagenet_48_views")
+    share = 20 * 1_229_920 / 128 / 1_000_000
+    assert tuned.gpu_hours == pytest.approx(share * training["igpt_l_ar_48"].gpu_hours, rel=1e-4)
+    features = next(cost for cost in found if cost.what == "igpt_l_ar_48 on imagenet_48" and cost.kind == "features")
+    assert features.disk == (1_229_920 + 51_247 + 50_000) * 25 * 1536 * 2
+    hours = (
+        features.gpu_hours
+        * 3600
+        * H100S.gpu.peak
+        / ((1_281_167 + 50_000) * 48 * 48 * 2 * parameters(get_recipe("igpt_l_ar_48").model))
+    )
+    assert 1.5 < hours < 3, "a forward pass over 3/4 of the layers, at some 40 % of the printed peak"
+    text = budget.describe(found, 64, H100S)
+    total = sum(cost.gpu_hours for cost in found)
+    assert f"in all {total:,.0f} GPU-hours (${2.5 * total:,.0f} at $2.5 each)" in text
+    assert f"disk {sum(cost.disk for cost in found) / 1e12:.1f} TB" in text
+
+
+def test_shards_are_as_large_as_counted(tiny_dataset: Path) -> None:
+    index = read_json(tiny_dataset / "index.json", "index")
+    files = [shard["bytes"] - 1024 for split in index["splits"].values() for shard in split["shards"]]
+    counts = {split: about["n_images"] for split, about in index["splits"].items()}
+    assert budget.shard_bytes(Images("tiny", "x:", 4, counts)) == sum(files)
+    assert budget.shard_bytes(Images("tiny", "x:", 4, {"train": 10, "val": 1}, views=8)) == 81 * 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("huge", None), "scale 'huge' is unknown; known: tiny, cifar, full"),
+        (("cifar", None), r"scale cifar needs --data \(make: DATA=...\): cifar10:DIR or imagefolder:DIR"),
+        (("full", ""), "scale full needs --data .*the directory that holds ILSVRC2012"),
+        (("tiny", "cifar10:x"), "scale tiny is of scikit-learn's digits, not cifar10:x; leave out --data"),
+        (("cifar", "x:", 24), "--n_px 24 is for scale cifar, and 16 or 32"),
+        (("tiny", None, 16), "--n_px 16 is for scale cifar"),
+        (("tiny", None, None, 7), "--steps 7 must be even, for a rehearsal looks at models after half of their steps"),
+    ],
+)
+def test_what_no_scale_is(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_scale(*arguments)
+
+
+def test_what_cannot_be_counted() -> None:
+    with pytest.raises(ValueError, match="scale tiny has images whose number nobody knows beforehand"):
+        budget.costs(get_scale("tiny", None), 64, H100S)
+    small = Cluster(dataclasses.replace(GPUS["a100-40g"], memory=8e9))
+    with pytest.raises(ValueError, match="igpt_xl_ar_64 does not fit 1 a100-40g; give more --gpus, or larger ones by --gpu"):
+        budget.trained(get_recipe("igpt_xl_ar_64"), 1, small)
+
+
+def test_a_rehearsal_has_few_steps_everywhere() -> None:
+    scale = get_scale("tiny", None, steps=8)
+    assert {system.recipe.steps for system in scale.systems} == {8}
+    tuned = [stage for stage in stages(scale, Path("out"), lambda recipe: {}) if stage.job == "finetune"]
+    assert all(("--steps", "8") in zip(stage.words, stage.words[1:], strict=False) for stage in tuned)
+
+
+def test_the_plan_as_a_user_sees_it(tool: Any, tmp_path: Path) -> None:
+    status, said, _ = tool("paper_plan", "--scale", "full", "--data", tmp_path, "--gpus", 64, "--out", tmp_path / "out")
+    assert status == 0
+    assert "the paper at scale full in " in said
+    assert "8 models, " in said
+    assert "GPU-hours ($" in said.splitlines()[-2]
+    assert not (tmp_path / "out").exists(), "a plan writes nothing"
+    assert tool("paper_plan", "--scale", "tiny", "--gpus", 0)[2].endswith("error: --gpus 0 must be at least 1\n")
+
+
+def test_what_is_not_there_is_told_before_anything_is_written(tool: Any, tmp_path: Path) -> None:
+    out, nowhere = tmp_path / "out", tmp_path / "nowhere"
+    status, _, said = tool("paper_plan", "--scale", "tiny", "--out", out, "--ds_config", "nosuch.json", "--commands")
+    assert (status, said) == (2, "paper_plan.py: error: ds_config nosuch.json does not exist\n")
+    assert not out.exists()
+    status, _, said = tool("paper_plan", "--scale", "full", "--data", nowhere, "--out", out)
+    assert (status, f"warning: --data {nowhere} is no directory on this machine" in said) == (0, True)
+    assert tool("paper_plan", "--scale", "full", "--data", tmp_path, "--out", out)[2] == ""
+
+
+def test_tables_see_every_pre_training_and_the_report_one() -> None:
+    found = {stage.name: stage for stage in planned("full")}
+    words = found["tables"].words
+    first = words.index("--run_dir") + 1
+    assert words[first:] == tuple(f"out/runs/{system.recipe.name}" for system in get_scale("full", "data").systems)
+    assert found["report"].words.count("--run_dir") == 1
+    assert "out/runs/igpt_s_ar_32" not in found["report"].words, "the main run alone"
+    pictures = found["report"].words[found["report"].words.index("--pictures") :]
+    assert "out/figures/loss.png" in pictures
+    assert "out/figures/layers.png" not in pictures, "the page draws it itself"
+
+
+@pytest.mark.parametrize("script", ["tools/paper.sh", "slurm/story_paper.sh"])
+def test_a_finished_paper_ends_at_once(launch: Any, tmp_path: Path, script: str) -> None:
+    """Standard input stays open, as a terminal's does: what reads from it waits for ever."""
+    out = tmp_path / "paper"
+    for stage in stages(get_scale("tiny", None), out, lambda recipe: {}):
+        if stage.job in ("pretrain", "finetune"):
+            stage.leaves.mkdir(parents=True)
+            (stage.leaves / "FINISHED").touch()
+        else:
+            write_json_lines(stage.leaves, [{}] * stage.rows)
+    (out / "jobs.txt").touch()
+    before = sorted(out.rglob("*"))
+    data = [""] if "story" in script else []
+    arguments = [script, "tiny", out, *data, *(["--ds_config=ds_configs/zero3_fp32.json"] if data else [])]
+    held_open = ["bash", "-c", 'exec bash "$@" < <(exec sleep 1000 2>/dev/null)', "bash"]
+    done = launch([*held_open, *arguments], timeout=100, env={"SUBMIT": "1", "IGPT_DS_CLUSTER": "none"})
+    assert done.returncode == 0, done.stderr
+    assert "everything is there already" in done.stdout
+    made = {path.name for path in out.rglob("*") if path not in before}
+    assert made <= {"log", "paper.json", "recipes", *(f"digits_{name}_8.json" for name in ("pico_ar", "nano_ar", "nano_bert"))}
+
+
+def test_the_commands_for_a_script(tool: Any, tmp_path: Path) -> None:
+    out, fp32 = tmp_path / "out", DIRECTORY / "zero3_fp32.json"
+    asked = ["--scale", "tiny", "--out", out, "--ds_config", fp32, "--commands"]
+    lines = [line.split("|") for line in tool("paper_plan", *asked)[1].splitlines()]
+    assert lines[0][:4] == ["palette", "tool", "", ""]
+    assert lines[1][:3] == ["shards-digits_8", "make_shards", "palette"]
+    assert next(line for line in lines if line[0] == "tables")[3] == str(out / "tables.md")
+    named = read_json(out / "recipes" / "digits_pico_ar_8.json", "recipe")
+    assert (named["name"], named["model"]["n_layer"]) == ("digits_pico_ar_8", 4)
+    (out / "palette.npy").touch()
+    again = [line.split("|") for line in tool("paper_plan", *asked)[1].splitlines()]
+    assert again[0][:3] == ["shards-digits_8", "make_shards", ""], "what is there is neither made nor waited for"
+    assert again[1:] == lines[2:]
+    status, _, said = tool("paper_plan", *asked, "--steps", 8)
+    assert (status, f"{out} holds the paper of scale tiny; choose another directory, or remove this one" in said) == (2, True)
+
+
+@pytest.fixture
+def toy_paper(launch: Any, tool: Any, tmp_path: Path) -> Path:
+    """The tiny paper with four steps a training: trainings launched, tools in this process, which saves their imports."""
+    out = tmp_path / "paper"
+    asked = ["--scale", "tiny", "--out", out, "--ds_config", DIRECTORY / "zero3_fp32.json", "--steps", "4", "--commands"]
+    for line in tool("paper_plan", *asked)[1].splitlines():
+        name, job, _, printed, said = line.split("|")
+        words = shlex.split(said)
+        if job in ("pretrain", "finetune"):
+            done = launch(words, ranks=2, timeout=600)
+            status, stdout, stderr = done.returncode, done.stdout, done.stderr
+        else:
+            status, stdout, stderr = tool(Path(words[0]).stem, *words[1:])
+        assert status == 0, f"{name}: {stdout[-1000:]}{stderr[-2000:]}"
+        if printed:
+            Path(printed).write_text(stdout)
+    return out
+
+
+@pytest.mark.slow
+def test_the_paper_at_toy_size(launch: Any, toy_paper: Path) -> None:
+    out = toy_paper
+    tables = (out / "tables.md").read_text()
+    assert [tables.count(f"### Table {number}") for number in range(1, 6)] == [1] * 5
+    for ours in ("5 masks vote | val", "none, from scratch | joint", "digits, "):
+        assert ours in tables, ours
+    assert re.search(r"no labels, step 4 \| \d\.\.\d normed \| val", tables), "five layers side by side"
+    names = {"layers", "datasets", "loss", "objectives", "confusion", "neighbours", "confusion_finetuned", "training", "samples"}
+    assert {path.stem for path in (out / "figures").glob("*.png")} == names
+    assert (out / "report.html").read_text().count("<figure>") == len(names) + 1, (
+        "the two curves are the page's own; layers is one of them"
+    )
+    rows = read_all([*(out / "results").glob("*.jsonl"), *(out / "runs").glob("*/results.jsonl")])
+    assert Counter(row["kind"] for row in rows) == {"probe": 1 + 2 * 5 + 4 * 7 + 1 + 2 + 1, "likelihood": 4, "finetune": 3}
+    assert {row["step"] for row in rows if row["kind"] == "likelihood"} == {2, 4}
+
+    lost = ["digits_nano_bert_8-digits_8-finetuned", "probe-pixels-digits_8", "figure-layers"]
+    shutil.rmtree(out / "runs" / lost[0])
+    (out / "results" / "pixels-digits_8.jsonl").unlink()
+    (out / "figures" / "layers.png").unlink()
+    command = ["bash", "tools/paper.sh", "tiny", out, "--steps", "4"]
+    again = launch(command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    begun = [line.split(": ")[1].split(" (")[0] for line in again.stdout.splitlines() if line.startswith("== ")]
+    assert sorted(begun) == sorted(lost)
+    other = launch([*command[:-1], "8"])
+    assert (other.returncode, "holds the paper of scale tiny, steps 4" in other.stderr) == (2, True)
+
+
+def test_a_stage_that_fails_says_where_its_output_is(launch: Any, tmp_path: Path) -> None:
+    out = tmp_path / "paper"
+    done = launch(["bash", "tools/paper.sh", "cifar", out, "imagefolder:nothing"])
+    assert done.returncode == 2
+    assert f"paper.sh: error: palette ended with status 2; its output is in {out}/log/palette.log" in done.stderr
+    assert "nothing" in (out / "log" / "palette.log").read_text()
+    assert launch(["bash", "tools/paper.sh"]).stderr.startswith("usage: bash tools/paper.sh SCALE OUT [DATA]")
+
+
+def test_the_full_paper_is_not_submitted_unasked(launch: Any, tmp_path: Path) -> None:
+    done = launch(["make", "paper", "SCALE=full", f"DATA={tmp_path}", f"OUT={tmp_path / 'out'}", "SUBMIT="])
+    assert done.returncode == 0, done.stderr
+    assert "to do train-igpt_xl_ar_64" in done.stdout
+    assert "on 64 h100-80g" in done.stdout
+    assert done.stdout.endswith("nothing was submitted; to do so: SUBMIT=1 before the same command\n")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,74 @@
+"""Who may stop a run, on one rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from igpt_ds.train.safety.stops import REASONS, Stop
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """USR1 ignored, as a launcher under SLURM has it; afterwards as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGUSR1, REASONS[0]), (signal.SIGTERM, REASONS[1])])
+def test_a_signal_is_heard_once_and_for_all(tmp_path: Path, number: signal.Signals, reason: str) -> None:
+    stop = Stop(tmp_path)
+    stop.listen()
+    assert not stop.now()
+    for _ in range(2):
+        os.kill(os.getpid(), number)
+    assert stop.reason == ""  # not before the ranks agree
+    assert stop.now()
+    assert stop.reason == reason
+
+
+def test_the_loss_comes_back_with_the_answer(tmp_path: Path) -> None:
+    stop = Stop(tmp_path)
+    assert stop.agree(torch.tensor(2.5, requires_grad=True)) == 2.5
+    assert stop.reason == ""
+    (tmp_path / "STOP").touch()
+    stop._next_look = 0.0
+    assert stop.agree(torch.tensor(2.25)) == 2.25
+    assert stop.reason == REASONS[2]
+    assert (tmp_path / "STOP").exists()  # it stays until the next start, and that removes it
+    assert not Stop(tmp_path).now()
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_a_stop_of_before_goes_once_the_run_is_ours(tmp_path: Path) -> None:
+    file = tmp_path / "STOP"
+    file.touch()
+    Stop(tmp_path)  # a start that is refused never asks
+    assert file.exists()
+    stop = Stop(tmp_path)
+    os.utime(file, (1, 1))  # touched again since: for us
+    assert stop.now()
+    assert file.exists()
+
+
+def test_a_time_limit(tmp_path: Path) -> None:
+    assert not Stop(tmp_path, max_minutes=1).now()
+    stop = Stop(tmp_path, max_minutes=0)
+    assert stop.now()
+    assert stop.reason == "--max_minutes"
+
+
+def test_a_run_directory_that_is_a_file_is_refused_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ValueError, match=r"--run_dir .*/file is a file; choose a directory, or a name that is not taken"):
+            Stop(tmp_path / "file")

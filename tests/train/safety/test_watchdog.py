@@ -1,0 +1,147 @@
+"""Heartbeats on disk. That a hung rank ends with its stacks is test_stops_launch.py's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from igpt_ds.cli import HUNG
+from igpt_ds.files import read_json
+from igpt_ds.train.safety.watchdog import Watchdog, newest_sign, transferred_bytes
+
+
+def test_heartbeats_tell_what_a_rank_did_last(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, hang_minutes=0, every_seconds=0.01)
+    file = tmp_path / "heartbeat" / "rank-00000.json"
+    file.parent.mkdir()
+    (file.parent / "rank-00001.json").write_text("{}")  # of a time when there were more ranks
+    watchdog.start()
+    time.sleep(0.1)
+    assert [path.name for path in file.parent.iterdir()] == ["rank-00001.json"]  # the directory may be another run's
+    watchdog.settle()
+    assert [path.name for path in file.parent.glob("rank-*.json")] == ["rank-00000.json"]
+    first = read_json(file, "heartbeat")
+    assert (first["step"], first["phase"], first["pid"]) == (0, "joining", os.getpid())
+    watchdog.alive("step", 3, 0.25)
+    watchdog.alive("save", 3)
+    deadline = time.monotonic() + 20
+    while read_json(file, "heartbeat")["phase"] != "save":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    beat = read_json(file, "heartbeat")
+    assert {name: beat[name] for name in ("step", "phase", "step_seconds")} == {"step": 3, "phase": "save", "step_seconds": 0.25}
+    assert set(beat) == {"step", "phase", "time", "host", "pid", "step_seconds", "written"}
+    assert beat["written"] >= beat["time"] >= first["time"]
+    watchdog.close("stopped")
+    watchdog.close("end", "too late")
+    last = read_json(file, "heartbeat")
+    assert (last["phase"], last["step"]) == ("stopped", 3)
+    assert "error" not in last
+
+
+def test_signs_of_life_keep_a_run_alive(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, hang_minutes=0.01)  # 0.6 s
+    watchdog.start()
+    for _ in range(20):
+        time.sleep(0.05)
+        watchdog.alive("step", 1)
+    watchdog.close("end")
+    assert not (tmp_path / "stacks" / "rank-0.txt").exists()
+
+
+STORY = """
+import sys, threading, time
+from pathlib import Path
+from igpt_ds import cli
+from igpt_ds.train.safety.watchdog import Watchdog
+run_dir = Path(sys.argv[1])
+
+def main(argv):
+    watchdog = Watchdog(run_dir, hang_minutes=0.01, every_seconds=0.05)
+    watchdog.start()
+"""
+
+
+def tell(run_dir: Path, story: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program whose watchdog gives up after 0.6 seconds."""
+    code = STORY + textwrap.indent(textwrap.dedent(story), "    ") + "\ncli.run(main)\n"
+    return subprocess.run([sys.executable, "-c", code, run_dir], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_hang_before_the_run_directory_is_ours_leaves_its_stacks_on_stderr(tmp_path: Path) -> None:
+    done = tell(tmp_path / "run", "threading.Event().wait(30)")
+    assert done.returncode == HUNG
+    assert "no sign of life for 0.01 minutes in phase 'joining' after step 0" in done.stderr
+    assert "in main" in done.stderr
+    assert "rank 0 hangs in phase 'joining' after step 0: its stacks stand above" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_reading_is_a_sign_of_life_while_loading_and_not_in_a_step(tmp_path: Path) -> None:
+    read = """
+        watchdog.settle()
+        watchdog.alive({phase!r}, 0)
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            (run_dir.parent / "large").read_bytes()
+            time.sleep(0.02)
+        watchdog.close("end")
+    """
+    (tmp_path / "large").write_bytes(bytes(1 << 20))
+    loading = tell(tmp_path / "run", read.format(phase="loading"))
+    assert loading.returncode == 0, loading.stderr
+    step = tell(tmp_path / "run", read.format(phase="step"))
+    assert step.returncode == HUNG
+    assert "in phase 'step'" in (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
+
+
+def test_a_rank_waits_for_one_that_lives_and_not_for_one_that_hangs(tmp_path: Path) -> None:
+    wait = """
+        watchdog.settle()
+        watchdog.alive("verifying", 0)
+        begin = time.monotonic()
+        while True:
+            if time.monotonic() - begin < 2:
+                write_json(run_dir / "heartbeat" / "rank-00001.json", {"phase": "verifying", "time": time.time()})
+            print(f"{time.monotonic() - begin:.2f}", flush=True)
+            time.sleep(0.1)
+    """
+    done = tell(tmp_path, "from igpt_ds.files import write_json\n" + textwrap.dedent(wait))
+    assert done.returncode == HUNG, done.stderr
+    assert 2.4 < float(done.stdout.split()[-1]) < 10
+
+
+@pytest.mark.parametrize(
+    ("story", "status", "error"),
+    [
+        ("raise cli.SharedError('no room')", 2, "no room"),
+        (r"raise RuntimeError('a\n bug')", 1, "RuntimeError: a bug"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("", 0, None),
+    ],
+)
+def test_the_last_heartbeat_tells_of_any_end(tmp_path: Path, story: str, status: int, error: str | None) -> None:
+    assert tell(tmp_path, f"watchdog.settle()\n{story}").returncode == status
+    beat = read_json(tmp_path / "heartbeat" / "rank-00000.json", "heartbeat")
+    assert (beat["phase"], beat.get("error")) == ("end", error)
+
+
+def test_a_system_that_does_not_count_bytes_gives_no_sign(tmp_path: Path) -> None:
+    assert transferred_bytes(tmp_path) == 0
+    assert newest_sign(tmp_path / "none.json") == 0
+    assert transferred_bytes() > 0
+
+
+def test_a_disk_that_takes_no_heartbeat_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "heartbeat").touch()  # a file where the directory should be
+    watchdog = Watchdog(tmp_path, hang_minutes=0)
+    watchdog.start()
+    watchdog.settle()
+    watchdog.close("end")
+    assert capsys.readouterr().err.count("heartbeat not written") == 2

@@ -1,0 +1,277 @@
+"""Measures the model on one Hopper GPU within nine minutes and writes each row as it comes. Exits with 1 when a bar is missed.
+
+MFU is by the FLOPs of plan/costs.py over the bf16 peak that the maker prints: PaLM's convention in the table, the causal one in
+the notes. What does not fit the memory or the time is a row that says so. --toy runs all of it on a CPU, at sizes that say
+nothing.
+
+    python tools/bench/gpu.py --out bench_gpu.json
+    python tools/bench/gpu.py --show bench_gpu.json
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+from device import BANDWIDTH, PEAK, Session, table
+from harness import Row
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from igpt_ds import cli
+from igpt_ds.config import CHECKPOINTING, ModelConfig, get_recipe, override
+from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.files import write_json
+from igpt_ds.model.objectives import autoregressive_loss
+from igpt_ds.model.sampling import Decoder, choose
+from igpt_ds.model.transformer import Transformer
+from igpt_ds.plan import costs
+
+TOTAL, FULL = 540.0, 150.0  # seconds for everything, and those of them that are kept for the whole XL
+DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3_bf16_full_checkpointing.json"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the chosen parts, prints the table, writes the JSON."""
+    parts = {function.__name__: function for function in (ceilings, slices, hf, small, sampling, full)}
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--only", choices=list(parts), nargs="+", default=list(parts), help="these parts alone")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, on a CPU, no bars")
+    parser.add_argument("--out", type=Path, help="also write the rows and the device's facts as this JSON")
+    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
+    args = parser.parse_args(argv)
+    if args.show:
+        print(table(harness.read_bench(args.show)))
+        return
+    if not args.toy and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU here; --toy runs on a CPU")
+    session = Session(args.toy, args.out, torch.device("cpu" if args.toy else "cuda"), time.monotonic() + TOTAL - FULL)
+    for name in args.only:
+        with nullcontext() if name == "full" else session.device:  # DeepSpeed places its tensors itself
+            parts[name](session)
+    if args.toy:
+        session.rows = [replace(row, bar=None) for row in session.rows]
+    if args.out is not None:
+        write_json(args.out, session.about())
+    print(table(session.about()))
+    missed = [f"{row.what} ({row.peer_name})" for row in session.rows if not row.holds]
+    if missed or session.failed:
+        print(f"missed: {', '.join(missed) or 'none'}; failed: {', '.join(session.failed) or 'none'}", file=sys.stderr)
+        sys.exit(1)
+
+
+# --------------------------------------------------------------------------------------------------- parts
+
+
+def ceilings(session: Session) -> None:
+    """What the device does at best: products on random numbers (zeros run faster), a copy, attention alone."""
+
+    def product(M: int, K: int, N: int) -> list[Row]:
+        a, b = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((M, K), (K, N)))
+        return [session.flops_row(f"product {M} x {K} x {N}", 2.0 * M * K * N, session.seconds(lambda: a @ b))]
+
+    def copy() -> list[Row]:
+        a = torch.ones(2**10 if session.toy else 2**31, dtype=torch.bfloat16)
+        b = torch.empty_like(a)
+        rate = 2 * a.nbytes / session.seconds(lambda: b.copy_(a))
+        session.bandwidth = rate
+        return [Row("copy", "TB/s", rate / 1e12, BANDWIDTH / 1e12, "printed bandwidth of an H200")]
+
+    def attention(backend: SDPBackend, backward: bool) -> list[Row]:
+        B, H, T, D = (1, 2, 16, 16) if session.toy else (4, 24, 4096, 128)
+        q, k, v, dy = (torch.randn(B, H, T, D, dtype=torch.bfloat16, requires_grad=backward and i < 3) for i in range(4))
+
+        def run() -> None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if backward:
+                y.backward(dy)
+
+        chosen = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name.lower()
+        with sdpa_kernel([backend]):
+            seconds = session.seconds(run)
+        flops = 2.0 * B * H * T * T * D * (3.5 if backward else 1)  # causal: half of the square; backward is 2.5 forwards
+        name = f"attention {backend.name.lower()}, {'both ways' if backward else 'forward'}"
+        return [session.flops_row(name, flops, seconds, note=f"B={B} H={H} T={T} D={D}, causal FLOPs; torch takes {chosen}")]
+
+    sizes = [(8192, 8192, 8192), *((16384, K, N) for K, N in ((3072, 9216), (3072, 3072), (3072, 12288), (12288, 3072)))]
+    for M, K, N in [(32, 32, 32)] if session.toy else sizes:
+        session.attempt(f"product {M} x {K} x {N}", 5, partial(product, M, K, N))
+    session.attempt("copy", 5, copy)
+    fastest = [SDPBackend.MATH] if session.toy else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    for backend in fastest:
+        for backward in (False, True):
+            session.attempt(f"attention {backend.name.lower()}", 5, partial(attention, backend, backward))
+
+
+def slices(session: Session) -> None:
+    """20 of XL's 60 layers in plain torch, what one GPU of many computes: each way to keep activations, eager and compiled."""
+    best, config = 0.0, session.config("xl", 64, 20)
+    for compiled in (False, True):
+        for mode in CHECKPOINTING:
+            what = f"XL slice, {config.n_layer} layers, {mode} checkpointing, {'compiled' if compiled else 'eager'}"
+            rate = session.attempt(what, 35, partial(_train, session, what, config, 4, mode, compiled))
+            best = max(best, rate or 0.0)
+    session.rows.append(Row("XL slice, the best of these", "TFLOP/s", best, session.peak / 1e12, PEAK, 0.55))
+
+
+def _train(session: Session, what: str, config: ModelConfig, B: int, mode: str, compiled: bool) -> list[Row]:
+    model = Transformer(config, activation_checkpointing=mode)
+    nn.init.normal_(model.head.weight, std=0.02)
+    if compiled:
+        torch.compiler.reset()
+        for block in model.blocks:
+            block.compile(backend="aot_eager" if session.toy else "inductor")
+    return [session.step_row(what, config, B, session.seconds(_stepper(model, model, config, B)))]
+
+
+def _stepper(model: nn.Module, forward: Callable[[Tensor], Tensor], config: ModelConfig, B: int) -> Callable[[], None]:
+    """A training step in bf16 with fp32 masters and moments: 16 bytes a parameter, as DeepSpeed's bf16 keeps them."""
+    model.bfloat16()
+    weights: list[Tensor] = list(model.parameters())
+    masters = [weight.detach().float() for weight in weights]
+    adam = torch.optim.Adam(masters, lr=1e-5, fused=True)
+    tokens = torch.randint(config.n_vocab, (B, config.n_ctx))
+
+    def run() -> None:
+        autoregressive_loss(forward(tokens), tokens).backward()
+        for weight, master in zip(weights, masters, strict=True):
+            master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+        adam.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
+
+    return run
+
+
+def hf(session: Session) -> None:
+    """Hugging Face's ImageGPT beside ours at the slice's shape, one image a step."""
+    from_peak = session.peak / 1e12
+    for n_layer in (20, 4):
+        config = session.config("xl", 64, n_layer)
+        what = f"XL slice, {n_layer} layers, one image, against HF ImageGPT"
+
+        def both(config: ModelConfig = config, what: str = what) -> list[Row]:
+            theirs = session.step_row(what, config, 1, session.seconds(_hf_stepper(config)))
+            gc.collect()
+            (ours,) = _train(session, what, config, 1, "none", False)
+            return [replace(ours, peer=theirs.ours, peer_name="HF ImageGPT, bf16", note=f"of {from_peak:.0f} TFLOP/s")]
+
+        session.attempt(what, 25, both)
+
+
+def _hf_stepper(config: ModelConfig) -> Callable[[], None]:
+    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+    sizes: dict[str, Any] = {
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_positions": config.n_ctx,
+    }
+    shape = ImageGPTConfig(vocab_size=config.n_vocab + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
+    model = ImageGPTForCausalImageModeling(shape).train()
+
+    def logits(tokens: Tensor) -> Tensor:
+        start = torch.full((len(tokens), 1), config.n_vocab)
+        return model(input_ids=torch.cat([start, tokens[:, :-1]], dim=1), use_cache=False).logits
+
+    return _stepper(model, logits, config, 1)
+
+
+def small(session: Session) -> None:
+    """iGPT-S on 32x32 images: training, and the features of all layers."""
+    config, B = session.config("s", 32), 2 if session.toy else 64
+    for compiled in (False, True):
+        what = f"S training, {'compiled' if compiled else 'eager'}"
+        session.attempt(what, 20, partial(_train, session, what, config, B, "none", compiled))
+
+    def features() -> list[Row]:
+        model, tokens = Transformer(config).eval(), torch.randint(config.n_vocab, (2 * B, config.n_ctx))
+
+        @torch.inference_mode()
+        def run() -> None:
+            with _autocast(session):
+                torch.stack([a.mean(1, dtype=torch.float32) for pair in model.residuals(tokens) for a in pair]).cpu()
+
+        rate = 2 * B / session.seconds(run)
+        half = session.peak / 2 / (costs.forward_flops_per_token(config, causal=True) * config.n_ctx)
+        return [Row("S features of all layers", "images/s", rate, half, "half of the printed peak, causal FLOPs")]
+
+    session.attempt("S features of all layers", 15, features)
+
+
+def _autocast(session: Session) -> AbstractContextManager[Any]:
+    return nullcontext() if session.toy else torch.autocast(session.device.type, torch.bfloat16)
+
+
+def sampling(session: Session) -> None:
+    """Pixels a second near the end of an image, where keys and values are longest, against reading every byte once."""
+    for size, n_px, B in (("xl", 64, 1), ("xl", 64, 16), ("s", 32, 512)):
+        config = session.config(size, n_px)
+        what = f"sampling {size.upper()} {n_px}x{n_px}, {B} at once"
+        session.attempt(what, 20, partial(_draw, session, what, config, 2 if session.toy else B))
+
+
+@torch.inference_mode()
+def _draw(session: Session, what: str, config: ModelConfig, B: int) -> list[Row]:
+    steps = 4 if session.toy else 64
+    P = config.n_ctx - 2 * steps
+    decoder, u = Decoder(Transformer(config).eval(), B, torch.bfloat16), torch.rand(B, dtype=torch.float64)
+    logits = decoder.prefill(torch.randint(config.n_vocab, (B, P)))
+
+    def run() -> None:
+        nonlocal logits
+        logits = decoder.step(choose(logits, u))
+
+    seconds = session.seconds(run, warm_up=10, times=steps)
+    read = 2.0 * costs.parameters(config) + 4.0 * B * config.n_layer * config.n_embd * decoder.length
+    return [Row(what, "pixels/s", B / seconds, B * session.bandwidth / read, "the memory's bandwidth, copying")]
+
+
+def full(session: Session) -> None:
+    """The whole XL under ZeRO-3 at world size 1: MFU, and the memory that the plan predicts beside what was taken."""
+    session.end += FULL
+    rates = [session.attempt(f"XL under ZeRO-3, {B} images", FULL / 2, partial(_zero3, session, B)) or 0.0 for B in (4, 8)]
+    session.rows.append(Row("XL under ZeRO-3, the best of these", "TFLOP/s", max(rates), session.peak / 1e12, PEAK, 0.45))
+
+
+def _zero3(session: Session, B: int) -> list[Row]:
+    from igpt_ds.data.loader import Batch
+    from igpt_ds.train.engine import build_engine, start_ranks, take_step
+
+    os.environ.setdefault("DS_ACCELERATOR", session.device.type)
+    start_ranks()
+    shape = asdict(session.config("xl", 64))
+    run = join(override(get_recipe("igpt_xl_ar_64"), shape | {"batch_images": B}), load_ds_config(DS_CONFIG), 1, B)
+    config, mode = run.recipe.model, run.activation_checkpointing
+    engine = build_engine(run)
+    tokens = torch.randint(config.n_vocab, (B, config.n_ctx), device=session.device)
+    batch = Batch(tokens, tokens[:, 0], 0)
+
+    def loss(network: Any, batch: Batch) -> Tensor:
+        return autoregressive_loss(network(batch.tokens), batch.tokens)
+
+    seconds = session.seconds(lambda: take_step(engine, [batch], loss, 1e-5), warm_up=2, times=6)
+    what = f"XL under ZeRO-3, {mode} checkpointing, {B} images"
+    row = session.step_row(what, config, B, seconds)
+    expected = costs.memory(config, costs.Layout(1, B, precision=run.precision, checkpointing=mode))
+    predicted = (expected.total - costs.CONTEXT) / costs.GIB  # torch does not count the context
+    measured = torch.cuda.max_memory_allocated() / costs.GIB if session.device.type == "cuda" else 0.0
+    engine.destroy()
+    return [row, Row(f"memory of XL under ZeRO-3, {B} images", "GiB", measured, predicted, "igpt_ds.plan.costs")]
+
+
+if __name__ == "__main__":
+    cli.run(main)
