@@ -39,7 +39,7 @@ from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.finetune_flags import finetune_recipe, parse, starting_point
 from igpt_ds.train.finetuning import finetuning_loss, ignorant_loss, measure
-from igpt_ds.train.loop import Cadence, Watch, fit
+from igpt_ds.train.loop import Cadence, Session, fit
 from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.session import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
@@ -78,11 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
     watch = watch_over(args, run, stop, watchdog, found, early_stop(args), ignorant_loss(recipe))
     loss = finetuning_loss(recipe)
-    why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, args.run_dir / "checkpoints", facts, start_step)
+    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch)
+    why = fit(session, loader, loss, validate, start_step)
     metrics.close()
     finished = not why and (last_step == recipe.steps or watch.over)
     if finished:
-        conclude(args, engine, run, watch, facts, held_out, evaluated)
+        conclude(args, session, held_out, evaluated)
     finish(args.run_dir, finished, why, watchdog)
 
 
@@ -143,16 +144,9 @@ def why_kept(early: EarlyStop) -> str:
     return f"{'the best of the validations' if early.keep_best else 'the last validation'}: {json.dumps(early.best)}"
 
 
-def conclude(
-    args: argparse.Namespace,
-    engine: Any,
-    run: Run,
-    watch: Watch,
-    facts: dict[str, Any],
-    held_out: ShardSet,
-    evaluated: ShardSet | None,
-) -> None:
+def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, evaluated: ShardSet | None) -> None:
     """The best step becomes a model dir; where a row is wanted, the test split is read by all ranks together."""
+    engine, watch = session.engine, session.watch
     early, out = watch.early, args.out or args.run_dir / "model"
     assert early is not None
     watch.watchdog.alive("consolidate", watch.watchdog.step)
@@ -165,10 +159,10 @@ def conclude(
     if evaluated is None:
         return
     found = dist.from_rank_0(lambda: choose_checkpoint(args.run_dir, info.step))
-    load_checkpoint(engine, *found, facts, verified=True)
+    load_checkpoint(engine, *found, session.facts, verified=True)
     watch.watchdog.alive("evaluation", info.step)
     engine.eval()
-    row, confusion = result(engine, info, held_out, evaluated, run.micro_batch, engine.device, args.mask_draws)
+    row, confusion = result(engine, info, held_out, evaluated, session.run.micro_batch, engine.device, args.mask_draws)
     dist.from_rank_0(lambda: write_json(args.run_dir / "confusion.json", confusion))
     dist.from_rank_0(lambda: add_results(args.results, [row]))
     words = f"held out {100 * row['held_out_accuracy']:.2f} %, {args.eval_split} {100 * row['accuracy']:.2f} %"

@@ -32,7 +32,7 @@ from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.plan.estimate import dry_run
 from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.flags import choose_recipe, parse
-from igpt_ds.train.loop import Cadence, fit, pretraining_loss
+from igpt_ds.train.loop import Cadence, Session, fit, pretraining_loss
 from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.session import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
     watch = watch_over(args, run, stop, watchdog, found)
     loss = pretraining_loss(recipe)
-    why = fit(engine, run, loader, loss, validate, metrics, cadence, watch, args.run_dir / "checkpoints", facts, start_step)
+    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch)
+    why = fit(session, loader, loss, validate, start_step)
     metrics.close()
     finish(args.run_dir, last_step == recipe.steps and not why, why, watchdog)
 

@@ -12,6 +12,7 @@ from typing import Any
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.ds_config import Run
+from igpt_ds.train.engine_protocol import Engine
 
 _TOP = (
     "communication_data_type",
@@ -38,7 +39,7 @@ _SECTIONS = {
 }
 
 
-def effective_config(engine: Any) -> dict[str, Any]:
+def effective_config(engine: Engine) -> dict[str, Any]:
     """What an engine works by, under the names of a ds_config and JSON-ready; "engine" says what was built of it."""
     config = engine._config
     values = {name: getattr(config, name) for name in _TOP}

@@ -25,9 +25,10 @@ from igpt_ds.ds_config import Run, refuse_unknown
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.store import open_weights
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.train.engine_protocol import Engine
 
 # What a run minimises: (engine, micro batch on its device) -> a scalar. Pre-training and fine-tuning differ in this alone.
-LossFunction = Callable[[Any, Batch], Tensor]
+LossFunction = Callable[[Engine, Batch], Tensor]
 
 
 def start_ranks() -> torch.device:
@@ -164,7 +165,7 @@ def tell_of_locks() -> None:
         print(f"waiting for another start that builds DeepSpeed's {lock.parent.name} under {lock}; {fix}", flush=True)
 
 
-def build_engine(run: Run, pretrained: Path | None = None) -> Any:
+def build_engine(run: Run, pretrained: Path | None = None) -> Engine:
     """A DeepSpeedEngine around a new transformer.
 
     Args:
@@ -192,7 +193,7 @@ def build_engine(run: Run, pretrained: Path | None = None) -> Any:
     return engine
 
 
-def take_step(engine: Any, micro_batches: list[Batch], loss_function: LossFunction, lr: float) -> Tensor:
+def take_step(engine: Engine, micro_batches: list[Batch], loss_function: LossFunction, lr: float) -> Tensor:
     """One optimizer step: forward and backward over the micro batches, then the update at this learning rate.
 
     Returns:

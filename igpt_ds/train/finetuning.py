@@ -16,6 +16,7 @@ from igpt_ds.config import Recipe
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.model.classifier import class_loss, total
 from igpt_ds.train.engine import LossFunction
+from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
 
@@ -25,7 +26,7 @@ def finetuning_loss(recipe: Recipe) -> LossFunction:
     assert finetune is not None
     losses = class_loss(finetune, recipe.model, recipe.objective, recipe.seed, recipe.mask_prob, dist.sequence_group())
 
-    def loss(engine: Any, batch: Any) -> torch.Tensor:
+    def loss(engine: Engine, batch: Any) -> torch.Tensor:
         gen, clf, _ = losses(engine, batch.tokens, batch.labels, batch.positions)
         return total(finetune, gen, clf).mean()
 
@@ -42,7 +43,7 @@ def ignorant_loss(recipe: Recipe) -> float:
 
 
 def measure(
-    engine: Any,
+    engine: Engine,
     recipe: Recipe,
     shards: ShardSet,
     micro_batch: int,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
@@ -23,6 +23,7 @@ from igpt_ds.train.checkpoint.manifest import set_aside_newer
 from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import LossFunction, take_step
+from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.safety.rollback import Range, Stream, good_checkpoint, leave_out, range_to_skip, record
 from igpt_ds.train.safety.spikes import Guard, Verdict, advice
@@ -82,53 +83,69 @@ class Watch:
         return [*([] if best is None else [best]), *([] if good is None else [int(good[1]["step"])])]
 
 
-def fit(
-    engine: Any,
-    run: Run,
-    loader: Batches,
-    loss_function: LossFunction,
-    validate: Validate,
-    metrics: Metrics,
-    cadence: Cadence,
-    watch: Watch,
-    checkpoints: Path,
-    facts: dict[str, Any],
-    start_step: int,
-) -> str:
-    """Trains from start_step (completed steps) to cadence.last_step, or until somebody wants it to stop.
+@dataclass(frozen=True)
+class Session:
+    """What belongs to one start of a run. `train/session.py` opens it, the loop works with it."""
+
+    engine: Engine
+    run: Run
+    run_dir: Path
+    facts: dict[str, Any]  # in every manifest, beside step, images_seen, guards and skipped_ranges
+    cadence: Cadence
+    metrics: Metrics
+    watch: Watch
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return self.run_dir / "checkpoints"
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did: its loss (the mean over all ranks, in nats per token), and whether the update was skipped."""
+
+    step: int
+    loss: float
+    lr: float
+    skipped: bool
+
+
+def fit(session: Session, loader: Batches, loss_function: LossFunction, validate: Validate, start_step: int) -> str:
+    """Trains from start_step (completed steps) to the cadence's last step, or until something stops the run.
 
     Args:
-        validate: what the validation found, or None when the stop that it is given to ask broke it off.
-        facts: what every checkpoint's manifest says besides step, images_seen, guards and skipped_ranges.
+        validate: measures the validation images; returns None when a stop interrupted it.
 
     Returns:
-        Why it stopped early (`Stop.reason`), everything being saved; "" at the last step, or where `Watch.early` is over.
+        Why it stopped early (`Stop.reason`), with everything saved; "" at the last step, or where `Watch.over`.
 
     Raises:
         SharedError: the run is lost.
     """
+    engine, cadence, watch, metrics = session.engine, session.cadence, session.watch, session.metrics
     stop, guard = watch.stop, watch.guard
-    stream = Stream(loader, run.recipe.batch_images, run.accumulation)
+    stream = Stream(loader, session.run.recipe.batch_images, session.run.accumulation)
     step, saved, save_due, unvalidated = start_step, start_step, False, watch.validate_first
     if not stop.now(engine.device) and unvalidated:
-        unvalidated = not validated(validate, metrics, watch, step)
+        unvalidated = not validated(session, validate, step)
     while step < cadence.last_step and not stop.reason and not watch.over:
         step += 1
-        loss, lr, skipped = one_step(engine, run, stream, loss_function, watch, metrics, step)
-        verdict = guard.see(step, loss, skipped)
+        outcome = one_step(session, stream, loss_function, step)
+        verdict = guard.see(step, outcome.loss, outcome.skipped)
         if verdict is Verdict.LOST:
-            step = saved = go_back(engine, run, watch, checkpoints, facts, step, loss, lr)
+            step = saved = go_back(session, outcome)
             metrics.rewind(step)
             save_due = unvalidated = False
             continue
         if cadence.due(cadence.log_every, step):
-            metrics.training(step, loss, lr, float(engine.get_global_grad_norm()), guard.skipped)
+            metrics.training(step, outcome.loss, outcome.lr, float(engine.get_global_grad_norm()), guard.skipped)
         if cadence.due(cadence.val_every, step):
-            unvalidated = bool(stop.reason) or not validated(validate, metrics, watch, step, verdict)
+            unvalidated = bool(stop.reason) or not validated(session, validate, step, verdict)
         save_due = save_due or cadence.due(cadence.save_every, step) or watch.best_step == step
         ends = bool(stop.reason) or watch.over or step == cadence.last_step
-        if ends or (save_due and verdict is Verdict.CALM):  # else when all is calm again
-            save(engine, run, watch, metrics, cadence, checkpoints, facts, step, unvalidated)
+        if ends or (save_due and verdict is Verdict.CALM):  # a doubtful state is not saved before it is calm again
+            save(session, step, unvalidated)
             saved, save_due = step, False
             stop.now(engine.device)
     stream.close()
@@ -136,23 +153,23 @@ def fit(
     return "" if (step == cadence.last_step or watch.over) and not unvalidated else stop.reason
 
 
-def one_step(
-    engine: Any, run: Run, stream: Stream, loss_function: LossFunction, watch: Watch, metrics: Metrics, step: int
-) -> tuple[float, float, bool]:
-    """Takes step number `step`: (its loss, the mean over all ranks; its learning rate; whether the update was left out)."""
+def one_step(session: Session, stream: Stream, loss_function: LossFunction, step: int) -> StepOutcome:
+    """Takes step number `step` on all ranks."""
+    engine, watch = session.engine, session.watch
     watch.watchdog.alive("step", step - 1)
     start, skipped_before = time.perf_counter(), engine.skipped_steps
     micro_batches = [batch.to(engine.device) for batch in stream.step(step - 1, watch.skipped)]
-    metrics.waited(time.perf_counter() - start)
-    lr = learning_rate(run.recipe, step - 1)
+    session.metrics.waited(time.perf_counter() - start)
+    lr = learning_rate(session.run.recipe, step - 1)
     loss = take_step(engine, micro_batches, loss_function, lr)
     total = watch.stop.agree(loss)
     watch.watchdog.alive("step", step, time.perf_counter() - start)
-    return total / run.world_size, lr, engine.skipped_steps > skipped_before
+    return StepOutcome(step, total / session.run.world_size, lr, engine.skipped_steps > skipped_before)
 
 
-def validated(validate: Validate, metrics: Metrics, watch: Watch, step: int, verdict: Verdict = Verdict.CALM) -> bool:
-    """Whether the validation came to its end, and is logged. A step in doubt is never the best: it is not saved."""
+def validated(session: Session, validate: Validate, step: int, verdict: Verdict = Verdict.CALM) -> bool:
+    """Whether the validation ran to its end, and is logged. A doubtful step is never the best: it is not saved."""
+    watch = session.watch
 
     def go_on(device: Any) -> bool:
         watch.watchdog.alive("validation", step)
@@ -162,76 +179,75 @@ def validated(validate: Validate, metrics: Metrics, watch: Watch, step: int, ver
     if found is None:
         return False
     measured = {"val_loss": found} if isinstance(found, float) else found
-    metrics.validation(step, measured["val_loss"], {name: value for name, value in measured.items() if name != "val_loss"})
+    others = {name: value for name, value in measured.items() if name != "val_loss"}
+    session.metrics.validation(step, measured["val_loss"], others)
     if watch.early is not None and verdict is Verdict.CALM:
         watch.early.see(step, measured)
     return True
 
 
-def save(
-    engine: Any,
-    run: Run,
-    watch: Watch,
-    metrics: Metrics,
-    cadence: Cadence,
-    checkpoints: Path,
-    facts: dict[str, Any],
-    step: int,
-    unvalidated: bool,
-) -> None:
-    """Saves a checkpoint with what the guards know. images_seen: those trained on; skipped_ranges lie between them."""
+def save(session: Session, step: int, unvalidated: bool) -> None:
+    """Saves a checkpoint with the guards' state. images_seen counts the images trained on; skipped_ranges lie between them."""
+    cadence, metrics, watch = session.cadence, session.metrics, session.watch
     watch.watchdog.alive("save", step)
     start = time.perf_counter()
     early = {} if watch.early is None else {"early": watch.early.state()}
     guards = watch.guard.state() | {"unvalidated": unvalidated} | early
-    where = {"step": step, "images_seen": step * run.recipe.batch_images, "skipped_ranges": watch.skipped, "guards": guards}
-    protected = dist.from_rank_0(lambda: watch.protected(checkpoints))
-    save_checkpoint(engine, checkpoints, facts | where, cadence.keep_last, cadence.keep_every, protected)
+    images_seen = step * session.run.recipe.batch_images
+    where = {"step": step, "images_seen": images_seen, "skipped_ranges": watch.skipped, "guards": guards}
+    protected = dist.from_rank_0(lambda: watch.protected(session.checkpoints))
+    facts = session.facts | where
+    save_checkpoint(session.engine, session.checkpoints, facts, cadence.keep_last, cadence.keep_every, protected)
     metrics.saved(time.perf_counter() - start)
     metrics.restart_clock(step)
 
 
-def go_back(
-    engine: Any, run: Run, watch: Watch, checkpoints: Path, facts: dict[str, Any], step: int, loss: float, lr: float
-) -> int:
-    """Back from a lost step to the last good checkpoint, with a range of images left out from now on; returns its step.
+def go_back(session: Session, outcome: StepOutcome) -> int:
+    """Loads the last good checkpoint after a lost step, and skips a range of images from now on; returns its step.
 
-    DeepSpeed does not promise that a state may be loaded into an engine that has been used; that what follows is the same as in
-    a new one, to the last bit, is tested.
+    DeepSpeed does not promise that a state may be loaded into an engine that has trained. A test holds that the steps after it
+    equal those of a new engine bit for bit.
 
     Raises:
-        SharedError: rollbacks were not asked for, or there were enough of them, or there is nothing to go back to.
+        SharedError: rollbacks are off or used up, or there is no checkpoint to go back to.
     """
-    guard, run_dir = watch.guard, checkpoints.parent
-    since = step if guard.since is None else guard.since
-    lost = f"the run is lost at step {step}: its loss is {loss:.4f} at lr {lr:.2e}, and {guard.why}"
-    found = dist.from_rank_0(lambda: good_checkpoint(checkpoints, since, watch.rollbacks))
-    kept = (
-        f"the last good state is {found[0]}"
-        if found
-        else f"no checkpoint is from before step {max(0, since - 1)}, where it began"
-    )
+    watch, guard = session.watch, session.watch.guard
+    since = outcome.step if guard.since is None else guard.since
+    found = dist.from_rank_0(lambda: good_checkpoint(session.checkpoints, since, watch.rollbacks))
+    lost = f"the run is lost at step {outcome.step}: its loss is {outcome.loss:.4f} at lr {outcome.lr:.2e}, and {guard.why}"
     if found is None or len(watch.rollbacks) >= watch.max_rollbacks:
-        report: dict[str, Any] = {"step": step, "since": since, "loss": loss if math.isfinite(loss) else None, "lr": lr}
-        report |= {"why": guard.why, "time": time.time()}
-        dist.from_rank_0(lambda: write_json(run_dir / "LOST.json", report))
-        so_far = len(watch.rollbacks)
-        done = f" after {so_far} rollback{'s' * (so_far > 1)}" if so_far else ""
-        raise SharedError(f"{lost}{done}; {kept}; {advice(so_far, watch.max_rollbacks, found is not None)}")
-    back_to = int(found[1]["step"])
-    skip = range_to_skip(step, back_to, watch.skip_images, run.recipe.batch_images, watch.skipped)
+        give_up(session, outcome, since, lost, None if found is None else found[0])
+    back_to, batch_images = int(found[1]["step"]), session.run.recipe.batch_images
+    skip = range_to_skip(outcome.step, back_to, watch.skip_images, batch_images, watch.skipped)
     watch.skipped = leave_out(watch.skipped, skip)
-    watch.rollbacks = [*watch.rollbacks, {"step": step, "since": since, "back_to": back_to, "skipped": skip, "why": guard.why}]
-    dist.from_rank_0(lambda: record(run_dir, watch.rollbacks))
+    row = {"step": outcome.step, "since": since, "back_to": back_to, "skipped": skip, "why": guard.why}
+    watch.rollbacks = [*watch.rollbacks, row]
+    dist.from_rank_0(lambda: record(session.run_dir, watch.rollbacks))
     if dist.rank() == 0:
         print(f"{lost}; back to {found[0]}, without images {skip[0]:,} to {skip[1] - 1:,} of the stream", flush=True)
     watch.watchdog.alive("loading", back_to)
-    load_checkpoint(engine, *found, facts)
+    load_checkpoint(session.engine, *found, session.facts)
     guard.restore(found[1].get("guards", {}))
     if watch.early is not None:
         watch.early.restore(found[1].get("guards", {}).get("early", {}))
-    dist.from_rank_0(lambda: set_aside_newer(checkpoints, back_to))
+    dist.from_rank_0(lambda: set_aside_newer(session.checkpoints, back_to))
     return back_to
+
+
+def give_up(session: Session, outcome: StepOutcome, since: int, lost: str, good: Path | None) -> NoReturn:
+    """Ends a lost run on all ranks, with RUN_DIR/LOST.json and advice.
+
+    Raises:
+        SharedError: always.
+    """
+    watch, why = session.watch, session.watch.guard.why
+    loss = outcome.loss if math.isfinite(outcome.loss) else None
+    report = {"step": outcome.step, "since": since, "loss": loss, "lr": outcome.lr, "why": why, "time": time.time()}
+    dist.from_rank_0(lambda: write_json(session.run_dir / "LOST.json", report))
+    so_far = len(watch.rollbacks)
+    done = f" after {so_far} rollback{'s' * (so_far > 1)}" if so_far else ""
+    kept = f"the last good state is {good}" if good else f"no checkpoint is from before step {max(0, since - 1)}, where it began"
+    raise SharedError(f"{lost}{done}; {kept}; {advice(so_far, watch.max_rollbacks, good is not None)}")
 
 
 def pretraining_loss(recipe: Recipe) -> LossFunction:

@@ -29,6 +29,7 @@ from igpt_ds.train.checkpoint.save_load import check_space, load_checkpoint, ver
 from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import build_engine
+from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.loop import Watch
 from igpt_ds.train.metrics import peak_of_all_ranks
 from igpt_ds.train.safety.rollback import read_rollbacks, skipped_ranges
@@ -127,7 +128,7 @@ def engine_of_run(
     return engine, found
 
 
-def resume(engine: Any, checkpoints: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def resume(engine: Engine, checkpoints: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Loads the newest checkpoint that all ranks find undamaged; returns its manifest, or {} where none was ever saved.
 
     Raises:

@@ -15,12 +15,13 @@ from igpt_ds.config import Recipe
 from igpt_ds.data.loader import one_pass
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.model.objectives import image_loss
+from igpt_ds.train.engine_protocol import Engine
 
 VALIDATION_SEED = 0  # of the masks, whatever the run's: the validation losses of two runs compare
 
 
 def validation_loss(
-    engine: Any,
+    engine: Engine,
     recipe: Recipe,
     shards: ShardSet,
     micro_batch: int,
@@ -45,7 +46,7 @@ def validation_loss(
 
 
 def split_means(
-    engine: Any,
+    engine: Engine,
     shards: ShardSet,
     micro_batch: int,
     n_images: int | None,

@@ -171,7 +171,7 @@ def test_an_empty_and_a_foreign_directory_get_one_clear_line(tmp_path: Path, run
 
 
 def test_it_is_fast_and_loads_neither_torch_nor_numpy(run_dir: Path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from igpt_ds.train import status; import pathlib, time\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from igpt_ds.ops import status; import pathlib, time\n"
     code += (
         f"print(status.read_status(pathlib.Path({str(run_dir)!r}), time.time())['step'], {{'torch', 'numpy'}} & set(sys.modules))"
     )

@@ -17,6 +17,7 @@ from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import write_json
 from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.engine import build_engine, check_ds_config, start_ranks, take_step
+from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.loop import pretraining_loss
 from igpt_ds.train.run_dir import read_recipe
 
@@ -27,7 +28,7 @@ def size(tensors: Any) -> int:
     return sum(storages.values())
 
 
-def held(engine: Any) -> dict[str, int]:
+def held(engine: Engine) -> dict[str, int]:
     """Bytes by kind after a step of ZeRO-3, as costs.memory names them; and what it leaves out."""
     optimizer, weights = engine.optimizer, list(engine.module.parameters())
     parts = [weight.ds_tensor for weight in weights]

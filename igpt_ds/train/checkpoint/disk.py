@@ -59,8 +59,8 @@ class _Hashing:
 class Writer:
     """Stands in for DeepSpeed's checkpoint engine while it saves: writes with checksums, to the disk itself, and never raises."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
         self.entries: list[dict[str, Any]] = []  # name, bytes and sha256 of each file written
         self.error = ""  # the first that happened
 
@@ -91,4 +91,4 @@ class Writer:
             self.error = self.error or f"{path}: {error.strerror}"
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self.wrapped, name)

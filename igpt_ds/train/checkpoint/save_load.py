@@ -37,6 +37,7 @@ from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 from igpt_ds.train.engine import restore_rng, rng_states
+from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.run_dir import check_owner, recipe_differences, this_start
 
 
@@ -53,7 +54,7 @@ class Saved:
 
 
 def save_checkpoint(
-    engine: Any, directory: Path, facts: dict[str, Any], keep_last: int, keep_every: int, protected: Collection[int] = ()
+    engine: Engine, directory: Path, facts: dict[str, Any], keep_last: int, keep_every: int, protected: Collection[int] = ()
 ) -> Saved:
     """Saves on all ranks; returns when the checkpoint is complete and old ones are pruned.
 
@@ -81,7 +82,7 @@ def save_checkpoint(
     try:
         engine.save_checkpoint(str(directory), tag=unfinished.name, client_state={"igpt_ds/rng": states}, save_latest=False)
     finally:
-        engine.checkpoint_engine = writer._engine
+        engine.checkpoint_engine = writer.wrapped
     reports = dist.gather_objects((writer.entries, writer.error))
     agree([error for _, error in reports], unfinished, f"checkpoint {final} could not be saved")
     versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
@@ -121,7 +122,7 @@ def agree(errors: list[str], unfinished: Path, what: str) -> None:
         )
 
 
-def expected_bytes(engine: Any, directory: Path) -> int:
+def expected_bytes(engine: Engine, directory: Path) -> int:
     """The size of the next checkpoint: that of the one before, else 12 bytes a parameter, and its weights at stages 1 and 2."""
     try:
         before = [entry["bytes"] for entry in read_manifest(list_checkpoints(directory)[-1])["files"]]
@@ -132,7 +133,7 @@ def expected_bytes(engine: Any, directory: Path) -> int:
     return int(SLACK * sum(before))
 
 
-def check_space(engine: Any, directory: Path, keep_last: int) -> None:
+def check_space(engine: Engine, directory: Path, keep_last: int) -> None:
     """Asks before the first step for room for all checkpoints that will lie there at once: keep_last and the one being saved.
 
     Raises:
@@ -191,7 +192,7 @@ def _damaged_on_all_ranks(checkpoint: Path, manifest: dict[str, Any]) -> list[st
 
 
 def load_checkpoint(
-    engine: Any, checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any], verified: bool = False
+    engine: Engine, checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any], verified: bool = False
 ) -> None:
     """Restores weights, optimizer and generators of every rank; a checkpoint of other ranks or sub-groups is divided anew.
 
@@ -247,7 +248,7 @@ def refuse_another_run(checkpoint: Path, manifest: dict[str, Any], facts: dict[s
         )
 
 
-def _fits(engine: Any, checkpoint: Path, manifest: dict[str, Any]) -> bool:
+def _fits(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> bool:
     """Whether DeepSpeed can load the files as they are: its loader checks the number of ranks, but not the sub-groups."""
     model_files = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))
     if not model_files:
@@ -257,7 +258,7 @@ def _fits(engine: Any, checkpoint: Path, manifest: dict[str, Any]) -> bool:
     return manifest["world_size"] == dist.world_size() and saved == ours
 
 
-def divide_anew(engine: Any, checkpoint: Path, manifest: dict[str, Any], unfinished: Path) -> None:
+def divide_anew(engine: Engine, checkpoint: Path, manifest: dict[str, Any], unfinished: Path) -> None:
     """Writes the checkpoint's state into `unfinished` as the engine's ranks hold it; each rank writes its own files.
 
     Raises:
@@ -277,7 +278,7 @@ def divide_anew(engine: Any, checkpoint: Path, manifest: dict[str, Any], unfinis
         print(f"{checkpoint} of {manifest['world_size']} ranks was divided for {dist.world_size()}", flush=True)
 
 
-def _load(engine: Any, checkpoint: Path) -> None:
+def _load(engine: Engine, checkpoint: Path) -> None:
     _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     states = client_state["igpt_ds/rng"]
     restore_rng(states[dist.rank() % len(states)])
