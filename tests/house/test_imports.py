@@ -24,6 +24,7 @@ DOORS = {
     "sklearn": ["evaluate/", "data/sources/digits.py", "tools/bench/"],
     "matplotlib": ["evaluate/report/"],
     "safetensors": ["model/store.py", "model/interchange/hf.py"],
+    "crc32c": ["model/interchange/tf_bundle.py"],
     "tensorboard": ["train/metrics.py"],
     "wandb": ["train/metrics.py"],
     "transformers": ["tools/bench/"],

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from igpt_ds.model.interchange.crc32c import masked_crc32c
+from crc32c import crc32c
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
@@ -93,9 +92,15 @@ class Bundle:
             raise ValueError(f"{path} cannot be read: {error.strerror}; {shards}") from None
         if values.nbytes != entry.size:
             raise ValueError(f"{path} ends before {name!r} does; download it again")
-        if masked_crc32c(values.data.cast("B")) != entry.crc32c:
+        if masked_checksum(values.data.cast("B")) != entry.crc32c:
             raise ValueError(f"{path} is damaged: the checksum of {name!r} differs; download it again")
         return values.astype(np.float32, copy=False).reshape(entry.shape)
+
+
+def masked_checksum(content: bytes | memoryview) -> int:
+    """CRC-32C as TensorFlow stores it: rotated right by 15 bits, plus a constant."""
+    crc = crc32c(content)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _table(content: bytes, path: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -118,7 +123,7 @@ def _handle(content: bytes, place: int) -> tuple[tuple[int, int], int]:
 def _block(content: bytes, handle: tuple[int, int], path: Path) -> Iterator[tuple[bytes, bytes]]:
     offset, size = handle
     raw = content[offset : offset + size + _TRAILER]
-    if len(raw) != size + _TRAILER or masked_crc32c(raw[: size + 1]) != struct.unpack_from("<I", raw, size + 1)[0]:
+    if len(raw) != size + _TRAILER or masked_checksum(raw[: size + 1]) != struct.unpack_from("<I", raw, size + 1)[0]:
         raise ValueError(f"{path} is damaged: the checksum of the block at byte {offset} differs; download it again")
     if raw[size] != 0:
         raise ValueError(f"{path} is compressed (type {raw[size]}); TensorFlow's checkpoint writer never compresses its index")
