@@ -1,8 +1,6 @@
-"""What makes a training step fast: products, norm and quick-GELU with hand-written derivatives; recomputation of the rest.
+"""A fast training step: quick-GELU with its own derivative, and activation checkpointing, which chooses what a block keeps.
 
-Tensors enter and leave; `model/transformer.py` calls, each function inside the module that owns the weight, because ZeRO-3
-gathers weights for a module at a time. Where torch has one kernel for it (a GPU's norm and products) that kernel is called.
-None of the three can be differentiated twice. `run_block` is activation checkpointing, which decides what a block keeps.
+Tensors enter and leave; `model/transformer.py` calls. `quick_gelu` cannot be differentiated twice.
 """
 
 from __future__ import annotations
@@ -19,66 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from igpt_ds.model.cpu_kernels import ONEDNN_PRODUCT
+
 _SLOPE = 1.702  # quick-GELU's: x * sigmoid(1.702 x)
-
-# oneDNN's product x [..., n_in] @ weight [n_out, n_in].T, whatever the strides. torch's own float32 products on a CPU go to MKL,
-# which takes 2.2 times as long on a core of an AMD EPYC with AVX-512. The name is not public: where it is missing, this is None.
-ONEDNN_PRODUCT = (
-    getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    assert ONEDNN_PRODUCT is not None
-    return ONEDNN_PRODUCT(x, weight, None, "none", [], "")
-
-
-class _Linear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        dx = _product(g, weight.t()) if ctx.needs_input_grad[0] else None
-        rows, columns = g.reshape(-1, g.size(-1)), x.reshape(-1, x.size(-1))
-        return dx, _product(rows.t(), columns.t()) if ctx.needs_input_grad[1] else None
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., n_in], weight [n_out, n_in] -> x @ weight.T [..., n_out]: oneDNN's product for float32 on a CPU, else torch's."""
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return _Linear.apply(x, weight) if plain and ONEDNN_PRODUCT is not None else F.linear(x, weight)
-
-
-class _RMSNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, gain, scale)
-        return (x * scale).mul_(gain)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        # y = gain x s with s = (mean(x^2) + eps)^-0.5, so dx = s (u - n mean(u n)) with n = x s and u = g gain.
-        x, gain, scale = ctx.saved_tensors
-        n = x * scale
-        weighted = g * n
-        d_gain = weighted.flatten(0, -2).sum(dim=0)
-        mean = torch.mv(weighted.flatten(0, -2), gain).div_(x.size(-1)).view(scale.shape)
-        return torch.addcmul(g * gain, n, mean, value=-1).mul_(scale), d_gain, None
-
-
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x * rsqrt(mean(x^2) + eps) * gain over the last dimension: [..., C], [C] -> [..., C]. Keeps x and a number for each row."""
-    plain = x.device.type == "cpu" and x.dtype == gain.dtype and x.dtype in (torch.float32, torch.float64)
-    return _RMSNorm.apply(x, gain, eps) if plain else F.rms_norm(x, gain.shape, gain, eps=eps)
 
 
 class _QuickGELU(Function):
@@ -119,7 +60,7 @@ def _is_kept(operation: object, args: tuple[Any, ...]) -> bool:
     """
     if operation is torch.ops.aten.mm.default:  # x [N, n_in] @ weight.T [n_in, n_out]
         return bool(args[1].size(1) > args[1].size(0))
-    if ONEDNN_PRODUCT is not None and operation is ONEDNN_PRODUCT:  # x, and weight [n_out, n_in]
+    if operation is ONEDNN_PRODUCT:  # x, and weight [n_out, n_in]
         return bool(args[1].size(0) > args[1].size(1))
     return operation in _ATTENTION
 

@@ -6,30 +6,18 @@ Called by `tools/sample.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igpt_ds.model.cpu_kernels import packed_linear
 from igpt_ds.model.transformer import Block, Transformer
 
-Linear = Callable[[Tensor], Tensor]
 _EPS = 1e-5  # of the norms, as in model/transformer.py
 _COLDEST = 1e-9  # temperature, at which differences of float32 logits still decide
-
-
-def _linear(weight: Tensor, B: int) -> Linear:
-    """x [B, n_in] -> x @ weight.T for few rows.
-
-    In float32 on a CPU by oneDNN with a copy of the weight in its own layout: a step of L=4, C=512 takes 2.1 instead of 4.8 ms at
-    B = 4 on one core, 1.9 instead of 2.7 at B = 1, 7.8 instead of 13.8 at B = 32.
-    """
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, B)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return lambda x: F.linear(x, weight)
 
 
 class _Layer:
@@ -39,7 +27,7 @@ class _Layer:
         self.ln_1, self.ln_2 = block.ln_1.weight, block.ln_2.weight
         names = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         self.weights = [module.weight.detach().to(dtype) for module in names]
-        self.linears = [_linear(weight, B) for weight in self.weights]
+        self.linears = [packed_linear(weight, B) for weight in self.weights]
         D = self.weights[1].size(0) // H
         self.keys, self.values = (self.weights[0].new_zeros(B, H, T, D) for _ in range(2))
 
@@ -58,7 +46,7 @@ class Decoder:
         self.model, self.dtype = model, dtype
         self.B, self.H, self.T, self.C = B, config.n_head, config.n_ctx, config.n_embd
         self.layers = [_Layer(cast(Block, block), B, self.H, self.T, dtype) for block in model.blocks]
-        self.head = _linear(model.head.weight.detach().to(dtype), B)
+        self.head = packed_linear(model.head.weight.detach().to(dtype), B)
         self.length = 0  # positions that the keys and values hold
 
     def prefill(self, tokens: Tensor) -> Tensor:

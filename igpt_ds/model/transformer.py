@@ -19,7 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend
 
 from igpt_ds.config import CHECKPOINTING, OBJECTIVES, ModelConfig
-from igpt_ds.model.fused import linear, quick_gelu, rms_norm, run_block
+from igpt_ds.model.cpu_kernels import linear, rms_norm
+from igpt_ds.model.fused import quick_gelu, run_block
 from igpt_ds.model.ulysses import mean_over_tokens, part, to_heads, to_tokens
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from igpt_ds import dist
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import read_json_lines, write_json_lines
-from igpt_ds.model.fused import linear
+from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plan import costs
 from igpt_ds.plan.costs import GIB, train_flops_per_token
 

@@ -1,9 +1,9 @@
 """The run directory: one run's config, curves and checkpoints. It refuses to mix two runs. Called by train.py and
 finetune.py on rank 0.
 
-run.json holds the recipe, the data's hashes, the complete DeepSpeed configuration and the git commit; palette.npy the
-colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the states; lock says that a run is at work
-(train/run_lock.py); FINISHED appears at the last step.
+run.json holds the recipe, the data's hashes, the complete DeepSpeed configuration, the matrix product on CPUs and the git
+commit; palette.npy the colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the states; lock says that
+a run is at work (train/run_lock.py); FINISHED appears at the last step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from igpt_ds.config import Recipe, recipe_from_dict
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, read_json, write_json
+from igpt_ds.model.cpu_kernels import PRODUCTS, fastest, used
 from igpt_ds.provenance import git_commit
 from igpt_ds.train.run_lock import take
 
@@ -70,7 +71,7 @@ def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path) -> None
     if not (run_dir / "palette.npy").exists():
         with atomic_file(run_dir / "palette.npy") as file:
             file.write(palette.read_bytes())
-    header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": data}
+    header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": data, "cpu_product": used()}
     write_json(run_dir / "run.json", header | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(torn)
@@ -125,6 +126,24 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
         raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; it was not written by this code")
     return values
+
+
+def cpu_product(run_dir: Path) -> str:
+    """The float32 matrix product on CPUs that every rank of this run takes (see `cpu_kernels`).
+
+    A new run takes the fastest of this machine. A resumed run takes the recorded one, so that its result stays bit-identical.
+    Older code recorded none and always took "onednn".
+
+    Raises:
+        ValueError: run.json names an unknown product.
+    """
+    path = run_dir / "run.json"
+    if not path.exists():
+        return fastest()
+    product = read_run(run_dir).get("cpu_product", "onednn")
+    if product not in PRODUCTS:
+        raise ValueError(f"{path} has cpu_product {product!r}; known: {', '.join(PRODUCTS)}; it was written by another version")
+    return str(product)
 
 
 def read_recipe(path: Path) -> Recipe:

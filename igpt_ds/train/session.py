@@ -21,6 +21,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, write_json
+from igpt_ds.model import cpu_kernels
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.plan import costs
@@ -117,6 +118,7 @@ def engine_of_run(
     say(json.dumps(run_to_dict(run), indent=1))
     if pretrained is not None:
         dist.from_rank_0(lambda: verified_info(pretrained))
+    cpu_kernels.use(dist.from_rank_0(lambda: run_dir.cpu_product(args.run_dir)))
     engine = build_engine(run, pretrained)
     effective = effective_config(engine)
     dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))

@@ -108,6 +108,7 @@ def test_guests_stay_at_their_doors(path):
     ("path", "friends"),
     [
         ("model/transformer.py", {"torch"}),
+        ("model/cpu_kernels.py", {"torch"}),
         ("model/fused.py", {"torch"}),
         ("model/ulysses.py", {"torch"}),
         ("plan/estimate.py", set()),
@@ -124,8 +125,11 @@ def test_the_plainest_files_need_next_to_nothing(path, friends):
         plain = name.split(".")[0] in sys.stdlib_module_names | friends
         ours = name.startswith("igpt_ds.") and floor(name)[0] <= FLOORS["plan"] and not name.startswith("igpt_ds.dist")
         if path.startswith("model/"):  # the model stands on its config, and on what is written apart to keep it readable
-            rooms = ("igpt_ds.config.", "igpt_ds.model.fused.", "igpt_ds.model.ulysses.")
-            ours = path == "model/transformer.py" and name.startswith(rooms)
+            rooms = ["igpt_ds.model.cpu_kernels."]
+            rooms += (
+                ["igpt_ds.config.", "igpt_ds.model.fused.", "igpt_ds.model.ulysses."] if path == "model/transformer.py" else []
+            )
+            ours = path in ("model/transformer.py", "model/fused.py") and name.startswith(tuple(rooms))
         assert plain or ours, f"{path} imports {name}"
 
 

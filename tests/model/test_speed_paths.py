@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +17,22 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_ds.config import CHECKPOINTING, ModelConfig
-from igpt_ds.model import fused
+from igpt_ds.model import cpu_kernels, fused
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.store import fresh_model
 from igpt_ds.model.transformer import Transformer, attention_backend
 from igpt_ds.plan.costs import Layout, memory
 
+pytestmark = pytest.mark.usefixtures("product")
 WIDE = ModelConfig(n_layer=3, n_head=4, n_embd=64, n_px=8, n_vocab=16)
+
+
+@pytest.fixture(params=cpu_kernels.PRODUCTS)
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test of this file runs with both products, whatever the machine prefers."""
+    monkeypatch.setattr(cpu_kernels, "_used", None)
+    cpu_kernels.use(request.param)
+    return request.param
 
 
 def eager_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -38,12 +48,12 @@ def eager_gelu(x: Tensor) -> Tensor:
 
 
 def our_norm(x: Tensor, gain: Tensor) -> Tensor:
-    return fused.rms_norm(x, gain, eps=1e-5)
+    return cpu_kernels.rms_norm(x, gain, eps=1e-5)
 
 
 PAIRS = [
-    pytest.param(fused.linear, eager_linear, [(2, 5, 8), (7, 8)], id="linear"),
-    pytest.param(fused.linear, eager_linear, [(6, 8), (24, 8)], id="linear of a matrix"),
+    pytest.param(cpu_kernels.linear, eager_linear, [(2, 5, 8), (7, 8)], id="linear"),
+    pytest.param(cpu_kernels.linear, eager_linear, [(6, 8), (24, 8)], id="linear of a matrix"),
     pytest.param(our_norm, eager_norm, [(2, 5, 8), (8,)], id="norm"),
     pytest.param(our_norm, eager_norm, [(6, 8), (8,)], id="norm of a matrix"),
     pytest.param(fused.quick_gelu, eager_gelu, [(2, 5, 8)], id="quick-GELU"),
@@ -80,7 +90,7 @@ def test_values_and_gradients_equal_eager_float64(
 def test_a_product_with_one_frozen_side(frozen: int) -> None:
     sides = drawn([(2, 5, 8), (7, 8)], torch.float32)
     sides[frozen].requires_grad_(False)
-    fused.linear(*sides).sum().backward()
+    cpu_kernels.linear(*sides).sum().backward()
     assert [side.grad is None for side in sides] == [frozen == 0, frozen == 1]
     eager = drawn([(2, 5, 8), (7, 8)], torch.float32)
     eager_linear(*eager).sum().backward()
@@ -97,19 +107,46 @@ def test_nothing_is_differentiated_twice() -> None:
 def test_autocast_decides_as_it_does_for_torchs_own_product() -> None:
     x, weight = drawn([(3, 8), (7, 8)], torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fused.linear(x, weight), F.linear(x, weight))
-        assert fused.linear(x, weight).dtype == torch.bfloat16
+        assert torch.equal(cpu_kernels.linear(x, weight), F.linear(x, weight))
+        assert cpu_kernels.linear(x, weight).dtype == torch.bfloat16
+
+
+def test_the_product_in_use_runs(product: str) -> None:
+    x, weight = drawn([(3, 8), (7, 8)], torch.float32)
+    assert cpu_kernels.used() == product
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        cpu_kernels.linear(x, weight)
+    assert ("mkldnn::_linear_pointwise" in {event.key for event in seen.key_averages()}) == (product == "onednn")
 
 
 def test_without_onednn_torchs_own_product_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = drawn([(3, 8), (7, 8)], torch.float32)
-    monkeypatch.setattr(fused, "ONEDNN_PRODUCT", None)
-    assert torch.equal(fused.linear(x, weight), F.linear(x, weight))
+    monkeypatch.setattr(cpu_kernels, "ONEDNN_PRODUCT", None)
+    cpu_kernels.use("onednn")
+    assert cpu_kernels.used() == "torch"
+    assert torch.equal(cpu_kernels.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(cpu_kernels.packed_linear(weight, 3)(x), F.linear(x, weight))
+
+
+def test_a_packed_weight_gives_the_same_product() -> None:
+    x, weight = (side.detach() for side in drawn([(3, 8), (7, 8)], torch.float32))
+    torch.testing.assert_close(cpu_kernels.packed_linear(weight, 3)(x), x @ weight.t())
+
+
+@pytest.mark.parametrize(("vendor", "fastest"), [("GenuineIntel", "torch"), ("AuthenticAMD", "onednn"), (None, "onednn")])
+def test_the_vendor_decides(vendor: str | None, fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: Path) -> str:
+        if vendor is None:
+            raise FileNotFoundError
+        return f"vendor_id\t: {vendor}\n"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert cpu_kernels.fastest.__wrapped__() == fastest
 
 
 def test_this_torch_has_onednns_product() -> None:
-    """A training step on a CPU takes 1.6 times as long without; should a torch drop the name, it has to be looked for."""
-    assert fused.ONEDNN_PRODUCT is not None
+    """A training step on an AMD core takes 1.6 times as long without; a torch that drops the name needs another one."""
+    assert cpu_kernels.ONEDNN_PRODUCT is not None
 
 
 def eager_loss(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from igpt_ds.config import Recipe
 from igpt_ds.data.loader import Loader, sequential
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.model.cpu_kernels import PRODUCTS, fastest
 from igpt_ds.model.objectives import autoregressive_loss, image_nats
 from igpt_ds.model.store import load_model
 from igpt_ds.model.transformer import Transformer
@@ -151,6 +152,21 @@ def test_staged_run_with_a_torn_checkpoint(launch: Any, command: Command, curves
     assert str(torn) in done.stderr
     assert "4 steps, 48 images" in done.stdout
     assert curves("staged") == curves("whole")
+
+
+def test_a_resumed_run_keeps_the_recorded_product(
+    launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """run.json decides which float32 product a CPU takes, as for a run that began on a machine of another vendor."""
+    succeed(launch(command("moved", "--stop_at_step", "4")))
+    path = tmp_path / "moved" / "run.json"
+    values = read_json(path, "run")
+    assert values["cpu_product"] == fastest()
+    (other,) = set(PRODUCTS) - {fastest()}
+    path.write_text(json.dumps(values | {"cpu_product": other}))
+    succeed(launch(command("moved", "--resume", "auto"), ranks=2))
+    assert read_json(path, "run")["cpu_product"] == other  # the resumed run writes the product that it uses
+    assert training_losses(curves("moved")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
 
 
 def test_consolidated_logits_equal_the_engines(

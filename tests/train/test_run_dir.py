@@ -11,6 +11,7 @@ import pytest
 
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.ds_config import Run, join
+from igpt_ds.model import cpu_kernels
 from igpt_ds.train import run_dir
 
 DATA = {"path": "shards", "dataset_hash": "d", "palette_hash": "p", "order": 2}
@@ -75,6 +76,27 @@ def test_a_run_of_older_code_continues(tmp_path: Path, recipe: Recipe, palette: 
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="init is released there and sparse_transformer here"):
         start(where, join(dataclasses.replace(recipe, init="sparse_transformer"), ZERO, 2), palette, resume=True)
+
+
+@pytest.mark.parametrize("product", cpu_kernels.PRODUCTS)
+def test_a_resumed_run_takes_the_recorded_product(
+    tmp_path: Path, recipe: Recipe, palette: Path, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "_used", None)
+    where, run = tmp_path / "a", join(recipe, ZERO, 2)
+    assert run_dir.cpu_product(where) == cpu_kernels.fastest()
+    cpu_kernels.use(product)
+    start(where, run, palette)
+    monkeypatch.setattr(cpu_kernels, "_used", None)
+    assert run_dir.cpu_product(where) == product
+    path = where / "run.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"cpu_product": "blas"}))
+    with pytest.raises(ValueError, match=r"run.json has cpu_product 'blas'"):
+        run_dir.cpu_product(where)
+    del values["cpu_product"]  # of older code, which knew one product
+    path.write_text(json.dumps(values))
+    assert run_dir.cpu_product(where) == "onednn"
 
 
 def test_checkpoints_of_nobody_knows_which_run_are_refused(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
