@@ -27,7 +27,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.features.network import PRECISIONS, pick_device
 from igpt_ds.evaluate.likelihood import pixel_nats
 from igpt_ds.evaluate.report.figures import heat_maps
-from igpt_ds.model.sampling import check_filter, sample
+from igpt_ds.model.sampling import Filter, sample
 from igpt_ds.model.store import load_model
 from igpt_ds.model.transformer import Transformer
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     palette = load_palette(args.model / "palette.npy")
     if palette.hash != info.palette_hash:
         raise ValueError(f"{args.model / 'palette.npy'} is not the palette the model was trained with; consolidate again")
-    check_filter(args.temperature, args.top_k, args.top_p, info.config.n_vocab)
+    Filter(args.temperature, args.top_k, args.top_p).check(info.config.n_vocab)
     n_px = model.config.n_px
     rows = n_px // 2 if args.prefix_rows is None else args.prefix_rows
     if not 1 <= rows < n_px:
@@ -158,11 +158,11 @@ def draw(model: Transformer, prefix: torch.Tensor, args: argparse.Namespace, wha
     """Continues the prefixes [B, P] to images [B, T], some at a time."""
     generator = torch.Generator().manual_seed(args.seed)
     T, P, drawn = model.config.n_ctx, prefix.size(1), [torch.zeros(0, model.config.n_ctx, dtype=torch.int64)]
-    filters = (args.temperature, args.top_k, args.top_p)
+    keep = Filter(args.temperature, args.top_k, args.top_p)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     for part in prefix.split(args.batch) if len(prefix) else ():
         positions = tqdm(range(P, T), desc=what, unit="pixel", disable=None)
-        drawn.append(sample(model, part.to(args.device), generator, *filters, progress=positions, dtype=dtype).cpu())
+        drawn.append(sample(model, part.to(args.device), generator, keep, progress=positions, dtype=dtype).cpu())
     return torch.cat(drawn)
 
 

@@ -1,12 +1,13 @@
-"""Images drawn from an auto-regressive model, pixel by pixel: prefixes [B, P] enter, whole images [B, T] leave.
+"""Samples images from an auto-regressive model, pixel by pixel: prefixes [B, P] enter, whole images [B, T] leave.
 
-`Decoder` is the transformer's own arithmetic for one new position at a time, over keys and values that are allocated once.
-Called by `tools/sample.py`.
+`Decoder` computes the transformer for one new position at a time, over keys and values that are allocated once. `tools/sample.py`
+calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,7 +18,7 @@ from igpt_ds.model.cpu_kernels import packed_linear
 from igpt_ds.model.transformer import Block, Transformer
 
 _EPS = 1e-5  # of the norms, as in model/transformer.py
-_COLDEST = 1e-9  # temperature, at which differences of float32 logits still decide
+_COLDEST = 1e-9  # lowest temperature; differences of float32 logits still decide there
 
 
 class _Layer:
@@ -33,12 +34,12 @@ class _Layer:
 
 
 class Decoder:
-    """The model's logits for one pixel after another: `prefill` once, then `step` for each pixel.
+    """Computes the model's logits pixel by pixel: `prefill` once, then `step` for each pixel.
 
     Args:
-        model: an auto-regressive transformer, on the device to draw on.
-        B: images drawn side by side.
-        dtype: of the weights, keys, values and matrix products; the residual stream and the norms stay in float32.
+        model: an auto-regressive transformer, on the device to sample on.
+        B: number of images in the batch.
+        dtype: dtype of the weights, keys, values and matrix products; the residual stream and the norms stay in float32.
     """
 
     def __init__(self, model: Transformer, B: int, dtype: torch.dtype = torch.float32) -> None:
@@ -47,10 +48,10 @@ class Decoder:
         self.B, self.H, self.T, self.C = B, config.n_head, config.n_ctx, config.n_embd
         self.layers = [_Layer(cast(Block, block), B, self.H, self.T, dtype) for block in model.blocks]
         self.head = packed_linear(model.head.weight.detach().to(dtype), B)
-        self.length = 0  # positions that the keys and values hold
+        self.length = 0  # positions filled in the keys and values
 
     def prefill(self, tokens: Tensor) -> Tensor:
-        """The first P pixels [B, P] at once -> logits [B, V] of pixel P, float32. P may be 0."""
+        """Reads the first P pixels [B, P] at once -> logits [B, V] of pixel P, float32. P may be 0."""
         model, P = self.model, tokens.size(1)
         assert self.length == 0
         assert 0 <= P < self.T
@@ -68,7 +69,7 @@ class Decoder:
         return self.head(self._norm(h[:, -1], model.ln_f.weight)).float()
 
     def step(self, token: Tensor) -> Tensor:
-        """The newest pixel [B] -> logits [B, V] of the one after it, float32."""
+        """Reads the newest pixel [B] -> logits [B, V] of the next pixel, float32."""
         i = self.length
         assert 0 < i < self.T
         h = F.embedding(token, self.model.wte.weight) + self.model.wpe[i]
@@ -92,42 +93,56 @@ class Decoder:
         return q, k, v
 
 
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """logits [B, V] / temperature, up to a constant of each row, with the unlikely colours at -inf.
-
-    Args:
-        top_k: only the k likeliest colours of each row stay (and those as likely as the last of them).
-        top_p: of these, only the fewest likeliest colours whose probabilities reach p together (nucleus sampling).
+@dataclass(frozen=True)
+class Filter:
+    """How the distribution of each pixel is sharpened; the defaults sample the model as it is.
 
     Raises:
-        ValueError: temperature is not a number of at least 1e-9, top_k is not in 1..V, or top_p not in (0, 1].
+        ValueError: temperature is not a finite number of at least 1e-9, top_k is below 1, or top_p is outside (0, 1].
     """
-    check_filter(temperature, top_k, top_p, logits.size(-1))
+
+    temperature: float = 1.0  # divides the logits
+    top_k: int | None = None  # keeps the k likeliest colours, and those as likely as the last of them
+    top_p: float | None = None  # keeps the fewest likeliest colours whose probabilities sum to at least p (nucleus sampling)
+
+    def __post_init__(self) -> None:
+        if not _COLDEST <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} must be a finite number of at least {_COLDEST:g}; use top_k=1 to always take "
+                "the likeliest colour"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
+
+    def check(self, V: int) -> None:
+        """Raises a ValueError where top_k exceeds the number of colours V."""
+        if self.top_k is not None and self.top_k > V:
+            raise ValueError(f"top_k={self.top_k} must lie between 1 and the number of colours, {V}")
+
+
+def filter_logits(logits: Tensor, filter: Filter) -> Tensor:
+    """Logits [B, V] with unlikely colours at -inf; equal to logits / temperature up to a constant a row.
+
+    Raises:
+        ValueError: top_k exceeds V.
+    """
+    filter.check(logits.size(-1))
+    temperature, top_k, top_p = filter.temperature, filter.top_k, filter.top_p
     logits = logits.float()
     if temperature != 1:
-        logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # the difference, or a quotient may overflow
+        logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # subtract first: the quotient may overflow
     if top_k is not None:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p is not None:
         falling, order = logits.sort(dim=-1, descending=True, stable=True)
         p = falling.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # the likelier ones reach top_p without this one
+        beyond = p.cumsum(dim=-1) - p >= top_p  # likelier colours already reach top_p
         beyond[:, 0] = False
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
     return logits
-
-
-def check_filter(temperature: float, top_k: int | None, top_p: float | None, V: int) -> None:
-    """Raises the ValueErrors of `filter_logits`, before anything is computed."""
-    if not _COLDEST <= temperature < float("inf"):
-        raise ValueError(
-            f"temperature={temperature} must be a number of at least {_COLDEST:g}; top_k=1 always takes the likeliest"
-        )
-    if top_k is not None and not 1 <= top_k <= V:
-        raise ValueError(f"top_k={top_k} must lie between 1 and the number of colours, {V}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be greater than 0 and at most 1")
 
 
 def choose(logits: Tensor, u: Tensor) -> Tensor:
@@ -136,38 +151,39 @@ def choose(logits: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(heights[:, :-1].contiguous(), u[:, None] * heights[:, -1:], right=True).squeeze(1)
 
 
+_AS_IT_IS = Filter()
+
+
 @torch.inference_mode()
 def sample(
     model: Transformer,
     prefix: Tensor,
     generator: torch.Generator,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    filter: Filter = _AS_IT_IS,
     use_cache: bool = True,
     progress: Iterable[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Continues each row of prefix [B, P] to a whole image [B, T]; P = 0 draws from nothing.
+    """Completes each row of prefix [B, P] to a whole image [B, T]; P = 0 generates images without a prefix.
 
-    Each pixel of each image takes one number of the generator, image after image: the same seed draws the same images in one
-    batch or in several, with equal numbers on every device.
+    Each pixel of each image takes one random number, image by image. The same seed therefore gives the same images in one batch
+    or in several, and the same random numbers on every device.
 
     Args:
-        generator: the source of chance, of the CPU.
-        temperature, top_k, top_p: sharpen the distribution of each pixel; 1.0, None and None sample the model as it is.
-        use_cache: False computes every position anew for each pixel, as the released sampler does (for tests).
-        progress: the positions P..T-1, wrapped in a progress bar by a caller that wants one.
-        dtype: of the weights while drawing; bfloat16 halves what a GPU must read for each pixel.
+        generator: random generator on the CPU.
+        filter: sharpens the distribution of each pixel.
+        use_cache: False recomputes every position for each pixel, as the released sampler does (for tests).
+        progress: the positions P..T-1; a caller may wrap them in a progress bar.
+        dtype: dtype of the weights; bfloat16 halves the bytes that a GPU reads for each pixel.
 
     Raises:
-        ValueError: the model was trained with another objective than "ar", a filter is out of range, or a logit is not finite.
+        ValueError: the model's objective is not "ar", top_k exceeds the number of colours, or a logit is not finite.
     """
     if model.objective != "ar":
-        raise ValueError(f"a model of objective {model.objective!r} predicts hidden pixels from all others and draws no image")
+        raise ValueError(f"sampling needs a model with objective 'ar'; this model has {model.objective!r}")
     B, P = prefix.shape
     T = model.config.n_ctx
-    check_filter(temperature, top_k, top_p, model.config.n_vocab)
+    filter.check(model.config.n_vocab)
     u = torch.rand(B, T - P, generator=generator, dtype=torch.float64).T.contiguous().to(prefix.device)
     tokens = torch.zeros(B, T, dtype=torch.int64, device=prefix.device)
     tokens[:, :P] = prefix
@@ -177,8 +193,8 @@ def sample(
             logits = model(tokens[:, : i + 1])[:, -1].float()  # the last token is no input of its own logits
         else:
             logits = decoder.prefill(tokens[:, :P]) if i == P else decoder.step(tokens[:, i - 1])
-        finite &= logits.isfinite().all()  # asked once at the end: a GPU need not wait for each pixel
-        tokens[:, i] = choose(filter_logits(logits, temperature, top_k, top_p), u[i - P])
+        finite &= logits.isfinite().all()  # read once at the end, so that a GPU does not wait at each pixel
+        tokens[:, i] = choose(filter_logits(logits, filter), u[i - P])
     if not finite:
-        raise ValueError("the model's logits are not finite; check its weights, or draw in fp32")
+        raise ValueError("the model's logits are not finite; check its weights, or sample in fp32")
     return tokens

@@ -11,7 +11,7 @@ from transformers import ImageGPTForCausalImageModeling
 
 from igpt_ds.config import ModelConfig
 from igpt_ds.model.interchange.hf import write_hf
-from igpt_ds.model.sampling import Decoder, choose, filter_logits, sample
+from igpt_ds.model.sampling import Decoder, Filter, choose, filter_logits, sample
 from igpt_ds.model.store import fresh_model
 from igpt_ds.model.transformer import Transformer
 
@@ -83,9 +83,9 @@ def test_samples_follow_the_model(temperature: float, top_k: int | None, top_p: 
     with torch.no_grad():
         for first, second in itertools.product(range(V), range(V)):
             logits = model(torch.tensor([[first, second]]))[0]
-            p = filter_logits(logits, temperature, top_k, top_p).double().softmax(-1)
+            p = filter_logits(logits, Filter(temperature, top_k, top_p)).double().softmax(-1)
             expected[first, second] = p[0, first] * p[1, second]
-    drawn = sample(model, torch.zeros(N, 0, dtype=torch.int64), seeded(), temperature, top_k, top_p)
+    drawn = sample(model, torch.zeros(N, 0, dtype=torch.int64), seeded(), Filter(temperature, top_k, top_p))
     counts = np.zeros((V, V))
     np.add.at(counts, (drawn[:, 0].numpy(), drawn[:, 1].numpy()), 1)
     possible = expected > 0
@@ -106,16 +106,16 @@ def test_choose_walks_the_cumulative_distribution() -> None:
 
 def test_top_k_keeps_the_k_largest() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
-    assert filter_logits(logits, 0.5, 2).tolist() == [[float("-inf"), 0.0, -2.0, float("-inf")]]
-    assert filter_logits(logits).tolist() == logits.tolist()
+    assert filter_logits(logits, Filter(0.5, 2)).tolist() == [[float("-inf"), 0.0, -2.0, float("-inf")]]
+    assert filter_logits(logits, Filter()).tolist() == logits.tolist()
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.75, 0.99, 1.0])
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_top_p_against_brute_force(top_p: float, top_k: int | None) -> None:
     logits = 2 * torch.randn(50, 11, generator=seeded())
-    filtered = filter_logits(logits, 0.8, top_k, top_p)
-    for row, found in zip(filter_logits(logits, 0.8, top_k).double(), filtered, strict=True):
+    filtered = filter_logits(logits, Filter(0.8, top_k, top_p))
+    for row, found in zip(filter_logits(logits, Filter(0.8, top_k)).double(), filtered, strict=True):
         p = row.softmax(-1).tolist()
         kept: list[int] = []
         for colour in sorted(range(11), key=lambda colour: -p[colour]):
@@ -129,11 +129,11 @@ def test_top_p_against_brute_force(top_p: float, top_k: int | None) -> None:
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "message"),
     [
-        (0.0, None, None, r"temperature=0.0 must be a number of at least 1e-09; top_k=1 always takes the likeliest"),
-        (1e-38, None, None, r"temperature=1e-38 must be a number"),
-        (float("nan"), None, None, r"temperature=nan must be a number"),
-        (float("inf"), None, None, r"temperature=inf must be a number"),
-        (1.0, 0, None, r"top_k=0 must lie between 1 and the number of colours, 8"),
+        (0.0, None, None, r"temperature=0.0 must be .* at least 1e-09; use top_k=1"),
+        (1e-38, None, None, r"temperature=1e-38 must be"),
+        (float("nan"), None, None, r"temperature=nan must be"),
+        (float("inf"), None, None, r"temperature=inf must be"),
+        (1.0, 0, None, r"top_k=0 must be at least 1"),
         (1.0, 9, None, r"top_k=9 must lie between 1 and the number of colours, 8"),
         (1.0, None, 0.0, r"top_p=0.0 must be greater than 0 and at most 1"),
         (1.0, None, 1.5, r"top_p=1.5 must be greater than 0 and at most 1"),
@@ -143,27 +143,27 @@ def test_bad_filters_are_refused(
     model: Transformer, temperature: float, top_k: int | None, top_p: float | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        filter_logits(torch.zeros(1, 8), temperature, top_k, top_p)
+        filter_logits(torch.zeros(1, 8), Filter(temperature, top_k, top_p))
     with pytest.raises(ValueError, match=message):
-        sample(model, torch.zeros(1, 0, dtype=torch.int64), seeded(), temperature, top_k, top_p)
+        sample(model, torch.zeros(1, 0, dtype=torch.int64), seeded(), Filter(temperature, top_k, top_p))
 
 
 def test_the_lowest_temperature_takes_the_likeliest() -> None:
     logits = 1e6 * torch.randn(20, 11, generator=seeded())
-    assert torch.equal(filter_logits(logits, 1e-9).softmax(-1).argmax(-1), logits.argmax(-1))
-    assert filter_logits(logits, 1e-9).softmax(-1).isfinite().all()
+    assert torch.equal(filter_logits(logits, Filter(1e-9)).softmax(-1).argmax(-1), logits.argmax(-1))
+    assert filter_logits(logits, Filter(1e-9)).softmax(-1).isfinite().all()
 
 
 def test_a_broken_model_draws_nothing(config: ModelConfig) -> None:
     broken = fresh_model(config, seed=0)
     with torch.no_grad():
         broken.blocks[-1].mlp.c_proj.weight[0, 0] = float("nan")  # type: ignore[union-attr, index]
-    with pytest.raises(ValueError, match=r"the model's logits are not finite; check its weights, or draw in fp32"):
+    with pytest.raises(ValueError, match=r"the model's logits are not finite"):
         sample(broken, torch.zeros(1, 0, dtype=torch.int64), seeded())
 
 
 def test_bert_models_draw_nothing(config: ModelConfig) -> None:
-    with pytest.raises(ValueError, match=r"objective 'bert' predicts hidden pixels from all others and draws no image"):
+    with pytest.raises(ValueError, match="this model has 'bert'"):
         sample(fresh_model(config, 1, "bert"), torch.zeros(1, 0, dtype=torch.int64), seeded())
 
 
@@ -175,4 +175,4 @@ def test_greedy_drawing_equals_transformers_generate(model: Transformer, tokens:
     given = torch.cat([torch.full((5, 1), V), tokens[:, :3]], dim=1)
     everything = {"attention_mask": torch.ones_like(given), "pad_token_id": V}  # else colour 0 is taken for padding
     theirs = peer.generate(given, **everything, max_length=T + 1, do_sample=False, use_cache=True)
-    assert torch.equal(sample(model, tokens[:, :3], seeded(), top_k=1), theirs[:, 1:])
+    assert torch.equal(sample(model, tokens[:, :3], seeded(), Filter(top_k=1)), theirs[:, 1:])
