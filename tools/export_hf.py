@@ -1,10 +1,10 @@
-"""Makes an HF ImageGPT directory of a model dir, for ImageGPTForCausalImageModeling and ImageGPTImageProcessor.from_pretrained.
+"""Exports a model dir to Hugging Face: a directory for ImageGPTForCausalImageModeling and ImageGPTImageProcessor.from_pretrained.
 
     python tools/export_hf.py --model models/s --out hf/imagegpt-s
 
-HF puts no start-of-sequence token before the pixels: its users must. For n pixels the input is [sos, x_0 .. x_{n-2}] with
-sos = vocab_size - 1, and the logits at i predict x_i; without it everything is off by one position. transformers need not be
-installed. BERT models have no place in HF.
+HF does not add the start-of-sequence token; the caller adds it. For n pixels the input is [sos, x_0 .. x_{n-2}] with
+sos = vocab_size - 1, and the logits at i predict x_i. Without sos every prediction is shifted by one position. This tool does not
+need transformers. HF has no ImageGPT for BERT models.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Loads, checks, writes the directory."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--model", type=Path, required=True, help="model dir")
-    parser.add_argument("--out", type=Path, required=True, help="the HF directory to make")
+    parser.add_argument("--out", type=Path, required=True, help="HF directory to write")
     args = parser.parse_args(argv)
 
     objective = read_info(args.model).objective
     if objective != "ar":
         raise ValueError(
-            f"{args.model} has objective {objective!r}; HF's ImageGPT is auto-regressive only, so it cannot be exported"
+            f"{args.model} has objective {objective!r}; HF's ImageGPT is auto-regressive only; export a model with objective 'ar'"
         )
     palette = load_palette(args.model / "palette.npy")
     model, info = load_model(args.model)
     if palette.hash != info.palette_hash:
-        raise ValueError(f"{args.model / 'palette.npy'} is not the palette the model was trained with; make the model dir again")
+        raise ValueError(
+            f"{args.model / 'palette.npy'} is not the palette that the model was trained with; write the model dir again"
+        )
     write_hf(args.out, info.config, model.state_dict(), palette.colors)
     print(f"{args.out}: vocab_size {info.config.n_vocab + 1}; start every image with token {info.config.n_vocab} (sos)")
 

@@ -1,8 +1,9 @@
-"""Makes a model dir of an HF ImageGPT directory: config.json, model.safetensors or pytorch_model.bin, preprocessor_config.json.
+"""Imports an ImageGPT directory of Hugging Face as a model dir.
 
     python tools/import_hf.py --hf imagegpt-small --out models/s
 
-The palette is the processor's 'clusters'; --palette gives one to a directory without. transformers need not be installed.
+The directory holds config.json, model.safetensors or pytorch_model.bin, and preprocessor_config.json, whose 'clusters' are the
+palette. Use --palette where 'clusters' is missing. This tool does not need transformers.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from igpt_ds.model.store import read_info
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, checks, writes the model dir."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--hf", type=Path, required=True, help="directory as HF's save_pretrained or hub makes it")
-    parser.add_argument("--out", type=Path, required=True, help="the model dir to make")
-    parser.add_argument("--palette", type=Path, help="palette.npy, for a directory whose processor has no 'clusters'")
+    parser.add_argument("--hf", type=Path, required=True, help="directory that save_pretrained wrote, or a download from the hub")
+    parser.add_argument("--out", type=Path, required=True, help="model dir to write")
+    parser.add_argument(
+        "--palette", type=Path, help="palette.npy, where the directory has no 'clusters' (default: the directory's own)"
+    )
     args = parser.parse_args(argv)
 
     foreign = read_hf(args.hf)
@@ -36,15 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def choose_palette(foreign: Foreign, directory: Path, path: Path | None) -> Palette:
-    """The directory's own palette, or the given one where it has none."""
+    """The directory's own palette; the palette at `path` where the directory has none."""
     own = None if foreign.colors is None else Palette(foreign.colors)
     if path is None:
         if own is None:
-            raise ValueError(f"{directory / 'preprocessor_config.json'} gives no 'clusters'; name the palette with --palette")
+            raise ValueError(f"{directory / 'preprocessor_config.json'} has no 'clusters'; give the palette with --palette")
         return own
     given = load_palette(path)
     if own is not None and given.hash != own.hash:
-        raise ValueError(f"--palette {path} is not the palette that {directory / 'preprocessor_config.json'} holds; leave it out")
+        raise ValueError(f"--palette {path} differs from the palette in {directory / 'preprocessor_config.json'}; omit --palette")
     if len(given) != foreign.config.n_vocab:
         raise ValueError(f"--palette {path} has {len(given)} colours; the model in {directory} has {foreign.config.n_vocab}")
     return given

@@ -1,9 +1,9 @@
-"""Makes a model dir of a released checkpoint of openai/image-gpt: model.ckpt-N.index and its .data-* files. No TensorFlow.
+"""Imports a released checkpoint of openai/image-gpt (model.ckpt-N.index and .data-* files) as a model dir, without TensorFlow.
 
     python tools/import_openai.py --checkpoint igpt-s/model.ckpt-1000000 --palette kmeans_centers.npy --out models/igpt_s
 
-Shape and objective come from the tensors. A checkpoint does not carry its palette: the one of the release is expected with 512
-colours, and any other is refused. Optimizer and classifier are left out.
+The tensors give the shape and the objective. A checkpoint does not contain its palette. A model of 512 colours needs the
+palette of the release; any other is refused. Optimizer state and classifier are not imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--checkpoint", type=Path, required=True, help="path of the checkpoint without .index")
     parser.add_argument("--palette", type=Path, required=True, help="kmeans_centers.npy of the release")
-    parser.add_argument("--out", type=Path, required=True, help="the model dir to make")
+    parser.add_argument("--out", type=Path, required=True, help="model dir to write")
     args = parser.parse_args(argv)
 
     palette = load_palette(args.palette)

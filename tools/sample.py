@@ -1,12 +1,12 @@
-"""Draws images from a model dir and completes real ones, as one PNG or as a GIF of their drawing; maps what each pixel costs.
+"""Samples images from a model and completes real ones, as a PNG or an animated GIF; maps the loss of each pixel.
 
     python tools/sample.py --model models/s --data shards/cifar10_32 --out samples.png
     python tools/sample.py --model models/s --rows 0 --images cat.jpg dog.png --prefix_rows 12 --out completed.png --gif drawn.gif
     python tools/sample.py --model models/s --data shards/cifar10_32 --split test --ids 3 14 15 --heat_map costs.png
 
-Above, images drawn from nothing. Below, with --data or --images: originals, what the model is given of each (the upper half, or
---prefix_rows), and one row for each completion. --heat_map shows originals beside the nats that each pixel costs the model given
-those before it. The same seed draws the same images in batches of any size.
+The upper rows of the PNG are samples without a prefix. With --data or --images, the lower rows are the originals, their prefixes
+(the upper half, or --prefix_rows), and one row per completion. --heat_map shows each original beside the negative log-likelihood
+of each pixel in nats, given the pixels before it. The same seed gives the same images for every --batch.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from igpt_ds.model.sampling import Filter, sample
 from igpt_ds.model.store import load_model
 from igpt_ds.model.transformer import Transformer
 
-NOT_GIVEN, EMPTY = 200, 128  # greys of pixels that are not there yet, and of places that stay empty
+NOT_GIVEN, EMPTY = 200, 128  # grey levels of pixels to come, and of empty places
 GIF_FRAMES = 64
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of the grid, uint8 [n_px, n_px, 3], with the number of its pixels that were there before the drawing."""
+    """One image of the grid, uint8 [n_px, n_px, 3], and the number of its pixels that are prefix."""
 
     image: np.ndarray
     given: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Loads, draws, writes what was asked for."""
+    """Loads the model, samples, writes the files."""
     args = parse(argv)
     model, info = load_model(args.model, "ar")
     palette = load_palette(args.model / "palette.npy")
     if palette.hash != info.palette_hash:
-        raise ValueError(f"{args.model / 'palette.npy'} is not the palette the model was trained with; consolidate again")
+        raise ValueError(f"{args.model / 'palette.npy'} is not the palette that the model was trained with; consolidate again")
     Filter(args.temperature, args.top_k, args.top_p).check(info.config.n_vocab)
     n_px = model.config.n_px
     rows = n_px // 2 if args.prefix_rows is None else args.prefix_rows
     if not 1 <= rows < n_px:
-        raise ValueError(f"--prefix_rows {rows} must lie between 1 and {n_px - 1}, for the model's images are {n_px}x{n_px}")
+        raise ValueError(f"--prefix_rows {rows} must lie between 1 and {n_px - 1}; the model's images are {n_px}x{n_px}")
     model = model.to(args.device)
     originals = given_images(model, palette, args)
     scale = args.scale or max(1, 64 // n_px)
@@ -79,27 +79,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--model", type=Path, required=True, help="model dir")
-    parser.add_argument("--out", type=Path, help="PNG to write: samples, and completions below them")
-    parser.add_argument("--gif", type=Path, help="GIF to write: the same grid while it is being drawn")
-    parser.add_argument("--heat_map", type=Path, help="PNG to write: the given images and what each pixel costs")
-    parser.add_argument("--data", type=Path, help="shards whose images are given; none when left out")
-    parser.add_argument("--split", default="val", help="split of --data")
-    parser.add_argument("--ids", type=int, nargs="+", help="images of the split; a row, evenly spread, when left out")
-    parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="image files that are given, cut to their centre")
-    parser.add_argument("--prefix_rows", type=int, help="upper pixel rows that a completion starts from; half when left out")
-    parser.add_argument("--rows", type=int, default=4, help="rows of samples drawn from nothing")
-    parser.add_argument("--columns", type=int, default=8, help="images in a row")
-    parser.add_argument("--completions", type=int, default=2, help="completions of each image")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
-    parser.add_argument("--top_k", type=int, help="draw among the k likeliest colours only; all when left out")
+    parser.add_argument("--out", type=Path, help="PNG to write: samples, with completions below")
+    parser.add_argument("--gif", type=Path, help="GIF to write: the same grid, pixel by pixel")
+    parser.add_argument("--heat_map", type=Path, help="PNG to write: the given images and the nats of each pixel")
+    parser.add_argument("--data", type=Path, help="shard directory with images to complete (default: none)")
+    parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    parser.add_argument("--ids", type=int, nargs="+", help="ids of images in the split (default: --columns ids, evenly spread)")
+    parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="image files to complete, cropped to their centre")
     parser.add_argument(
-        "--top_p", type=float, help="draw among the fewest colours that reach this probability; all when left out"
+        "--prefix_rows", type=int, help="upper pixel rows that a completion starts from (default: half of the image)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--scale", type=int, help="screen pixels for each image pixel; as many as make 64 when left out")
-    parser.add_argument("--batch", type=int, default=64, help="images drawn at a time")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and products while drawing")
+    parser.add_argument("--rows", type=int, default=4, help="rows of samples without a prefix (default: 4)")
+    parser.add_argument("--columns", type=int, default=8, help="images per row (default: 8)")
+    parser.add_argument("--completions", type=int, default=2, help="completions per image (default: 2)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="number that divides the logits (default: 1)")
+    parser.add_argument("--top_k", type=int, help="sample among the k likeliest colours only (default: all)")
+    parser.add_argument(
+        "--top_p", type=float, help="sample among the fewest colours whose probabilities sum to this (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (default: 0)")
+    parser.add_argument("--scale", type=int, help="screen pixels per image pixel (default: images of at least 64 screen pixels)")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch (default: 64)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one (default: auto)"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="precision of weights and matrix products (default: fp32)"
+    )
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     least = {"rows": 0, "columns": 1, "completions": 1, "scale": 1, "batch": 1, "seed": 0}
@@ -109,21 +115,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.seed >= 2**63:
         raise ValueError(f"--seed {args.seed} must be below 2^63")
     if not (args.out or args.gif or args.heat_map):
-        raise ValueError("there is nothing to write; name a file by --out, --gif or --heat_map")
+        raise ValueError("there is nothing to write; give --out, --gif or --heat_map")
     for name, suffix in (("out", ".png"), ("gif", ".gif"), ("heat_map", ".png")):
         if getattr(args, name) and getattr(args, name).suffix.lower() != suffix:
-            raise ValueError(f"--{name} {getattr(args, name)} would hold another format than its name says; end it in {suffix}")
+            raise ValueError(f"--{name} {getattr(args, name)} has another suffix than its format; use {suffix}")
     if args.data and args.images:
-        raise ValueError("--data and --images both give images; name one of them")
+        raise ValueError("--data and --images both give images; give one of them")
     if args.ids and not args.data:
-        raise ValueError("--ids are images of --data, which is missing")
+        raise ValueError("--ids needs --data")
     if not (args.data or args.images) and (args.heat_map or not args.rows):
         raise ValueError(f"{'--heat_map' if args.heat_map else '--rows 0'} needs images; give --data or --images")
     return args
 
 
 def given_images(model: Transformer, palette: Palette, args: argparse.Namespace) -> torch.Tensor | None:
-    """The images to complete and to map, int64 [N, T], or None."""
+    """The images to complete or to map, int64 [N, T]; None without --data and --images."""
     n_px = model.config.n_px
     if args.images:
         pixels = [square(decode_image(file.read_bytes(), str(file)), n_px) for file in args.images]
@@ -143,19 +149,19 @@ def given_images(model: Transformer, palette: Palette, args: argparse.Namespace)
 
 
 def spread(n_images: int, args: argparse.Namespace) -> np.ndarray:
-    """Ids of a row of images, spread over the classes."""
+    """The ids of one row of images, evenly spread over the split."""
     if n_images < args.columns:
         raise ValueError(f"{args.data} split {args.split!r} has {n_images} images; --columns {args.columns} needs more")
     return np.linspace(0, n_images - 1, args.columns).astype(np.int64)
 
 
 def draw_from_nothing(model: Transformer, args: argparse.Namespace) -> torch.Tensor:
-    """int64 [rows * columns, T]."""
+    """Samples without a prefix, int64 [rows * columns, T]."""
     return draw(model, torch.zeros(args.rows * args.columns, 0, dtype=torch.int64), args, "samples")
 
 
 def draw(model: Transformer, prefix: torch.Tensor, args: argparse.Namespace, what: str) -> torch.Tensor:
-    """Continues the prefixes [B, P] to images [B, T], some at a time."""
+    """Completes the prefixes [B, P] to images [B, T], in batches of --batch."""
     generator = torch.Generator().manual_seed(args.seed)
     T, P, drawn = model.config.n_ctx, prefix.size(1), [torch.zeros(0, model.config.n_ctx, dtype=torch.int64)]
     keep = Filter(args.temperature, args.top_k, args.top_p)
@@ -169,7 +175,7 @@ def draw(model: Transformer, prefix: torch.Tensor, args: argparse.Namespace, wha
 def completions(
     model: Transformer, palette: Palette, originals: torch.Tensor, rows: int, args: argparse.Namespace
 ) -> Iterator[Tile]:
-    """Of each row of originals [N, T]: the originals, their given parts, their completions; short rows are filled up."""
+    """For each row of originals [N, T]: originals, prefixes, completions. Empty tiles fill the last row."""
     n_px, N = model.config.n_px, len(originals)
     drawn = draw(model, originals[:, : rows * n_px].repeat(args.completions, 1), args, "completions")
     upper = decode(originals, palette, n_px)
@@ -184,7 +190,7 @@ def completions(
 
 
 def frames(tiles: Sequence[Tile]) -> Iterator[np.ndarray]:
-    """The grid from nothing drawn to all drawn, every image at its own even pace: uint8 [N, n_px, n_px, 3] each."""
+    """The frames of the GIF, uint8 [N, n_px, n_px, 3] each: every image grows evenly from its prefix to the whole."""
     n_px = tiles[0].image.shape[0]
     for number in range(GIF_FRAMES + 1):
         frame = np.stack([tile.image for tile in tiles])

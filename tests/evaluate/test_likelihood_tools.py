@@ -193,7 +193,7 @@ def test_the_palette_of_the_model_dir_is_checked(tool, make_speaking, tmp_path):
         np.save(file, Palette(np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)).colors)
     status, _, said = tool("sample", "--model", model_dir, "--out", tmp_path / "out.png")
     assert status == 2
-    assert f"{model_dir}/palette.npy is not the palette the model was trained with; consolidate again" in said
+    assert f"{model_dir}/palette.npy is not the palette" in said
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,13 @@ def test_the_palette_of_the_model_dir_is_checked(tool, make_speaking, tmp_path):
         ("evaluate", ["--data", "SHARDS", "--seed", 1], "was trained with objective 'ar'; leave it out"),
         ("evaluate", ["--model", "STRANGE", "--data", "SHARDS"], "palette.npy is not the palette the model was trained with"),
         ("sample", ["--out", "OUT", "--seed", 2**63], "--seed 9223372036854775808 must be below 2^63"),
-        ("sample", [], "there is nothing to write; name a file by --out, --gif or --heat_map"),
-        ("sample", ["--out", "x.jpg"], "--out x.jpg would hold another format than its name says; end it in .png"),
-        ("sample", ["--gif", "x.png"], "--gif x.png would hold another format than its name says; end it in .gif"),
+        ("sample", [], "there is nothing to write"),
+        ("sample", ["--out", "x.jpg"], "--out x.jpg has another suffix than its format; use .png"),
+        ("sample", ["--gif", "x.png"], "--gif x.png has another suffix than its format; use .gif"),
         ("sample", ["--out", "OUT", "--rows", -1], "--rows -1 must be at least 0"),
         ("sample", ["--out", "OUT", "--columns", 0], "--columns 0 must be at least 1"),
         ("sample", ["--out", "OUT", "--data", "SHARDS", "--images", "x"], "--data and --images both give images"),
-        ("sample", ["--out", "OUT", "--ids", 1], "--ids are images of --data, which is missing"),
+        ("sample", ["--out", "OUT", "--ids", 1], "--ids needs --data"),
         ("sample", ["--out", "OUT", "--rows", 0], "--rows 0 needs images; give --data or --images"),
         ("sample", ["--heat_map", "OUT"], "--heat_map needs images; give --data or --images"),
         ("sample", ["--out", "OUT", "--data", "SHARDS", "--ids", 11, 2], "--ids 11 not in "),

@@ -205,7 +205,7 @@ def test_a_palette_can_be_given_where_the_directory_has_none(hf_dir: Path, tool,
     command = ["import_hf", "--hf", hf_dir, "--out", tmp_path / "model"]
     status, _, error = tool(*command)
     assert (status, error.count("\n")) == (2, 1)
-    assert "preprocessor_config.json gives no 'clusters'; name the palette with --palette" in error
+    assert "preprocessor_config.json has no 'clusters'" in error
     assert tool(*command, "--palette", palette)[0] == 0
     assert load_model(tmp_path / "model")[1].palette_hash == Palette(colors_of(ODD)).hash
     save_palette(palette, Palette(colors_of(ODD)[:6]))
@@ -217,11 +217,11 @@ def test_the_wrong_palette_is_refused(hf_dir: Path, model_dir: Path, tool, tmp_p
     save_palette(other, Palette(-colors_of(ODD)))
     status, _, error = tool("import_hf", "--hf", hf_dir, "--palette", other, "--out", tmp_path / "new")
     assert (status, error.count("\n")) == (2, 1)
-    assert f"--palette {other} is not the palette that {hf_dir / 'preprocessor_config.json'} holds" in error
+    assert f"--palette {other} differs from the palette in {hf_dir / 'preprocessor_config.json'}" in error
     (model_dir / "palette.npy").write_bytes(other.read_bytes())
     status, _, error = tool("export_hf", "--model", model_dir, "--out", tmp_path / "new")
     assert (status, error.count("\n")) == (2, 1)
-    assert f"{model_dir / 'palette.npy'} is not the palette the model was trained with" in error
+    assert f"{model_dir / 'palette.npy'} is not the palette that the model was trained with" in error
     assert not (tmp_path / "new").exists()
 
 
