@@ -38,11 +38,11 @@ class _QuickGELU(Function):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), elementwise. Keeps 1.702 x alone."""
+    """x * sigmoid(1.702 x), elementwise. Keeps only 1.702 x for the backward pass."""
     return _QuickGELU.apply(x)
 
 
-_ATTENTION = {  # every kernel of scaled_dot_product_attention that a device may choose and that holds no T x T numbers
+_ATTENTION = {  # the kernels of scaled_dot_product_attention that store no T x T matrix
     getattr(torch.ops.aten, name).default
     for name in (
         "_scaled_dot_product_flash_attention_for_cpu",
@@ -54,9 +54,9 @@ _ATTENTION = {  # every kernel of scaled_dot_product_attention that a device may
 
 
 def _is_kept(operation: object, args: tuple[Any, ...]) -> bool:
-    """What "selective" keeps: attention, and those products that widen, C -> 3 C and C -> 4 C; their inputs are cheap.
+    """Whether "selective" keeps a result: that of attention and of the widening products, C -> 3 C and C -> 4 C.
 
-    C -> C costs one of the twelve C^2 of a block to recompute and would keep 1 C more; the result of 4 C -> C nobody asks for.
+    To recompute C -> C costs one of a block's twelve C^2, to keep it 1 C more. The backward pass does not need 4 C -> C.
     """
     if operation is torch.ops.aten.mm.default:  # x [N, n_in] @ weight.T [n_in, n_out]
         return bool(args[1].size(1) > args[1].size(0))
@@ -66,10 +66,10 @@ def _is_kept(operation: object, args: tuple[Any, ...]) -> bool:
 
 
 class _Selective(TorchDispatchMode):
-    """Keeps the results of some operations, or gives them back in the same order instead of computing them again.
+    """Keeps the results of some operations, or returns the kept results in the same order.
 
-    torch's own `create_selective_checkpoint_contexts` wants every operation to come again, which those that gather weights under
-    ZeRO-3 do not: what was gathered ahead in the forward pass is gathered at another place in the backward pass.
+    torch's own `create_selective_checkpoint_contexts` expects every operation again in the recomputation. ZeRO-3 breaks this:
+    weights that the forward pass gathered ahead are gathered elsewhere in the backward pass.
     """
 
     def __init__(self, kept: list[Any], replays: bool) -> None:
@@ -79,7 +79,7 @@ class _Selective(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _is_kept(operation, args):
             return operation(*args, **(kwargs or {}))
-        # Detached: autograd makes the tensor that it gets a part of the graph, which would then hold itself.
+        # Detached: autograd adds the returned tensor to the graph, and the graph would keep itself alive.
         if self.replays:
             return tree_map_only(Tensor, torch.detach, self.kept.pop(0))
         result = operation(*args, **(kwargs or {}))
@@ -93,9 +93,10 @@ def _selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 def run_block(block: nn.Module, h: Tensor, activation_checkpointing: str) -> Tensor:
-    """block(h), with as many of its activations kept for one backward pass as the mode says; h [B, T, C].
+    """Computes block(h) and keeps the activations of one checkpointing mode for the backward pass; h is [B, T, C].
 
-    "none": all, 16 C a token; "selective": h and what `_is_kept` names, 9 C; "full": h alone. The results are the same bits.
+    "none" keeps all, 16 C a token; "selective" keeps h and what `_is_kept` names, 9 C; "full" keeps h alone. The results are
+    bit-identical.
     """
     if activation_checkpointing == "none" or not torch.is_grad_enabled():
         return cast(Tensor, block(h))

@@ -1,8 +1,8 @@
 """The model dir: a trained transformer as three plain files, written by consolidation and read by every offline tool.
 
 config.json holds the shape and what a reader must check; model.safetensors the float32 weights; palette.npy the colours
-that the tokens stand for. After fine-tuning a fourth, class_head.safetensors, holds the class head; a reader of transformers has
-no use for it.
+that the tokens stand for. After fine-tuning a fourth file, class_head.safetensors, holds the class head; readers of the
+transformer ignore it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _KINDS: dict[str, tuple[type, ...]] = {  # of config.json's values
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model dir says of itself. model_hash is the sha256 of its model.safetensors."""
+    """The contents of a model dir's config.json. model_hash is the sha256 of model.safetensors."""
 
     config: ModelConfig
     objective: str  # "ar" or "bert"
@@ -54,7 +54,7 @@ class ModelInfo:
     step: int
     images_seen: int
     model_hash: str
-    mask_prob: float | None = None  # that a "bert" model was trained with, where it is known
+    mask_prob: float | None = None  # masking probability of a "bert" model, where known
     init: str = "released"  # how its weights were drawn before the first step
     class_head: dict[str, Any] | None = None  # after fine-tuning: "classes", "layer", "hash" of its file, and how it was trained
 
@@ -104,7 +104,7 @@ def _parted(weights: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file; what hinders it is an OSError that names the directory it belongs to, as for every other file."""
+    """Writes a safetensors file; a failure is an OSError that names the path, as for every other file."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
@@ -209,7 +209,7 @@ def load_classifier(model_dir: Path) -> tuple[Classifier, ModelInfo]:
 
 @contextmanager
 def open_weights(model_dir: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Gives a function from a transformer's weight's name to the weight, read from the file when asked for: no copy of all."""
+    """Yields a function from a weight's name to the weight. It reads one tensor at a time and never holds all of them."""
     with safe_open(model_dir / "model.safetensors", framework="pt") as file:
         yield file.get_tensor
 
@@ -239,7 +239,7 @@ def _load(model: Transformer, files: Iterable[Path], model_dir: Path) -> None:
 
 
 def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:
-    """The model as `load_model` gives it, but for its blocks: their weights stay in the file, and are meta tensors here.
+    """The model as `load_model` returns it, without the weights of the blocks: those stay in the file and are meta tensors here.
 
     Raises:
         ValueError: as `load_model` does.

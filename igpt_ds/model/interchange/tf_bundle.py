@@ -24,7 +24,7 @@ _FLOAT32 = 1  # DT_FLOAT in tensorflow/core/framework/types.proto
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: bytes [offset, offset + size) of shard's data file. crc32c is the masked one."""
+    """The place of a tensor: bytes [offset, offset + size) of the shard's data file. crc32c is masked, see `masked_checksum`."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Bundle:
         prefix: the path without .index, as TensorFlow's own tools take it: models/igpt-s/model.ckpt-1000000.
 
     Raises:
-        ValueError: the index is missing, damaged, or of a kind that this reader does not know.
+        ValueError: the index is missing, damaged, or of an unsupported kind.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -70,7 +70,7 @@ class Bundle:
         return self.prefix.with_name(f"{self.prefix.name}.data-{shard:05d}-of-{self.n_shards:05d}")
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, float32 in its stored shape; its checksum has been compared.
+        """Reads a tensor, float32 in its stored shape, and compares its checksum.
 
         Raises:
             ValueError: it is not there, not float32, cut into slices, or its bytes are missing or damaged.
