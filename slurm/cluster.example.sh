@@ -17,8 +17,6 @@ OPTIONS=()           # more sbatch options of every job: (--qos=long)
 GPU_OPTIONS=()       # and of those that use GPUs: (--constraint=h100)
 
 DATA=                # shards that training reads when no --data is given
-CONTAINER=           # empty: .venv; NAME.sif: apptainer; anything else: an image for pyxis' --container-image
-MOUNTS=              # directories that the container needs besides the repository, with commas between them
 MAX_FRUITLESS=3      # starts in a row that may end without a new checkpoint; then the job stops and says why
 PREFLIGHT=${PREFLIGHT:-1} # look at every node before each start; 0: do not, also for one job: PREFLIGHT=0 bash slurm/submit.sh ...
 

@@ -6,19 +6,6 @@ IGPT_DS_CLUSTER=${IGPT_DS_CLUSTER:-slurm/cluster.sh}
 # shellcheck source=slurm/cluster.example.sh
 [[ ! -e $IGPT_DS_CLUSTER ]] || source "$IGPT_DS_CLUSTER"
 
-# How a command gets into the container: more words for srun, and words before the command. Directories keep their names inside.
-IN_SRUN=() INSIDE=()
-mounts=$PWD${MOUNTS:+,$MOUNTS}
-case ${CONTAINER:-} in
-  '') ;;
-  *.sif) INSIDE=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$CONTAINER") ;;
-  *)
-    mounts=,$mounts
-    mounts=$(sed -E 's/,([^,:]+)/,\1:\1/g' <<<"$mounts")
-    IN_SRUN=(--container-image="$CONTAINER" --container-mounts="${mounts#,}" --container-workdir="$PWD")
-    ;;
-esac
-
 # python, deepspeed, and ninja for the operators that deepspeed compiles.
 [[ ! -d $PWD/.venv/bin ]] || export PATH="$PWD/.venv/bin:$PATH"
 

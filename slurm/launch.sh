@@ -49,7 +49,7 @@ fewer_nodes() { # PROGRAM WORD...: leaves the fewest nodes idle whose ranks the 
 }
 
 alone() { # WORD...: a command as one process
-  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpu-bind=none "${IN_SRUN[@]}" "${INSIDE[@]}" "$@"
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpu-bind=none "$@"
 }
 
 sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itself, on the job's one node; the flags of train.py after --
@@ -109,7 +109,7 @@ use_nodes() { # NODE...: those on which the ranks shall run
   # --ntasks            or srun repeats the job's number of tasks
   # --cpu-bind=none     or the single task, with all its ranks, is bound to one core
   # --kill-on-bad-exit  one dead node ends the step at once, and not after the collectives' time limit
-  srun=(srun --nodes="$#" --nodelist="$node_list" --ntasks="$#" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 "${IN_SRUN[@]}")
+  srun=(srun --nodes="$#" --nodelist="$node_list" --ntasks="$#" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60)
   [[ ! -e $HOSTFILE ]] || printf "%s slots=$ranks\n" "$@" >"$HOSTFILE"
 }
 
@@ -122,7 +122,7 @@ check_nodes() { # PROGRAM WORD...: looks at every node before a rank is started;
   # One task a rank: each looks at its own GPU. --overcommit, for the job was given one task a node.
   # tee -a, or it would empty the log.
   said=$("${srun[@]}" --ntasks=$((${#nodes[@]} * ranks)) --ntasks-per-node="$ranks" --overcommit \
-    --kill-on-bad-exit=0 "${INSIDE[@]}" python tools/preflight.py "$@" 2> >(tee "$errors" >&2) | tee -a /dev/stderr)
+    --kill-on-bad-exit=0 python tools/preflight.py "$@" 2> >(tee "$errors" >&2) | tee -a /dev/stderr)
   status=$?
   bad=$(sed -n 's/^bad_nodes: //p' <<<"$said" | tr ',' '\n')
   [[ -z $bad ]] || status=$BAD_NODES
@@ -141,7 +141,7 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
     return
   fi
   # USR1 is for the ranks; srun hands it on. A TERM it would make a KILL of all ranks: a session of its own keeps it from srun.
-  (trap '' USR1 && exec setsid "${srun[@]}" "${INSIDE[@]}" bash -c "trap '' USR1; $script" bash "$@") 2> >(tee "$errors" >&2) &
+  (trap '' USR1 && exec setsid "${srun[@]}" bash -c "trap '' USR1; $script" bash "$@") 2> >(tee "$errors" >&2) &
   step=$!
   ((usr1 == 0)) || pass_on
   while :; do # a signal ends `wait`, and not the step

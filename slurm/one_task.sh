@@ -11,7 +11,7 @@ part() { # sets `part` to the flag for this task of an array, which makes one of
 
 one_task() { # PROGRAM FLAG...
   [[ -f $1 ]] || { echo "error: $PWD holds no $1" >&2; exit 2; }
-  local srun=(srun --ntasks=1 --cpu-bind=none "${IN_SRUN[@]}")
+  local srun=(srun --ntasks=1 --cpu-bind=none)
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # not inherited since SLURM 22.05
-  "${srun[@]}" "${INSIDE[@]}" python "$@"
+  "${srun[@]}" python "$@"
 }

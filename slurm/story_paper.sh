@@ -26,7 +26,7 @@ else # a cluster without GPUs
   a_node=${RANKS_PER_NODE:-1} machine=(--ds_config ds_configs/zero3_fp32.json)
 fi
 plan() { # [--commands]
-  "${INSIDE[@]}" python tools/paper_plan.py --scale "$scale" --data "$data" --out "$out" --gpus $((${nodes##*-} * a_node)) "${machine[@]}" "$@"
+  python tools/paper_plan.py --scale "$scale" --data "$data" --out "$out" --gpus $((${nodes##*-} * a_node)) "${machine[@]}" "$@"
 }
 plan "$@"
 if [[ ${SUBMIT:-} != 1 ]]; then

@@ -24,7 +24,7 @@ if [[ -e $out/story.txt && $(<"$out/story.txt") != "$asked" ]]; then
   exit 2
 fi
 nothing_waits
-read -r n_px n_colors < <("${INSIDE[@]}" python -c 'import sys
+read -r n_px n_colors < <(python -c 'import sys
 from igpt_ds.config import get_recipe
 model = get_recipe(sys.argv[1]).model
 print(model.n_px, model.n_vocab)' "$recipe")

@@ -13,12 +13,11 @@ SCRIPTS = sorted(SLURM.glob("*.s*"))
 # What scripts pass to programs that are not ours.
 FOREIGN = {
     "srun": {"ntasks", "ntasks-per-node", "nodes", "nodelist", "cpu-bind", "kill-on-bad-exit", "wait", "overcommit"}
-    | {"cpus-per-task", "container-image", "container-mounts", "container-workdir"},
+    | {"cpus-per-task"},
     "sbatch": {"partition", "nodes", "gpus-per-node", "cpus-per-task", "time", "account", "output", "array", "dependency"}
     | {"kill-on-invalid-dep", "parsable", "job-name", "ntasks", "ntasks-per-node", "exclusive", "mem", "signal", "requeue"}
     | {"open-mode", "qos", "constraint", "sbatch_option"},
     "deepspeed": {"no_ssh", "log_level", "hostfile", "node_rank", "master_addr", "master_port", "num_gpus"},
-    "apptainer": {"nv", "bind", "pwd"},
 }
 
 
