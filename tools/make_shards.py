@@ -21,7 +21,7 @@ from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.build import DEFAULT_MAX_BAD, IMAGES_PER_SHARD, check_work, list_images, making, merge, write_shards
-from igpt_ds.data.shards.layout import Settings
+from igpt_ds.data.shards.layout import WHOLE, Part, Settings
 from igpt_ds.data.sources import open_source
 
 CROP_HELP = (
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__ or "")
     add_flags(parser)
     args = parser.parse_args(argv)
-    if args.part != (0, 1) and args.stage != "write":
+    if args.part != WHOLE and args.stage != "write":
         raise ValueError(f"--part belongs to --stage write, not {args.stage}")
 
     check_work(args.part, args.workers, args.max_bad)
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.stage in ("all", "write"):
         made = write_shards(args.out, source, part=args.part, workers=args.workers, max_bad=args.max_bad)
         seconds = time.perf_counter() - start
-        print(
-            f"made        {made} images at {made / seconds:.0f}/s by {args.workers} processes: part {args.part[0]}/{args.part[1]}"
-        )
+        print(f"made        {made} images at {made / seconds:.0f}/s by {args.workers} processes: part {args.part}")
     if args.stage in ("all", "merge"):
         describe(args.out, merge(args.out, args.name, args.max_bad))
 
@@ -79,7 +77,7 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--max_bad", type=float, default=DEFAULT_MAX_BAD, help="fraction of images that may be unreadable")
     parser.add_argument("--workers", type=int, default=cores(), help="processes")
     parser.add_argument("--stage", choices=STAGES, default="all", help="what to do now")
-    parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="with --stage write: this part of the shards")
+    parser.add_argument("--part", type=part, default=WHOLE, metavar="I/N", help="with --stage write: this part of the shards")
 
 
 def cores() -> int:
@@ -87,10 +85,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def part(text: str) -> tuple[int, int]:
-    """`3/16` -> (3, 16)."""
+def part(text: str) -> Part:
+    """`3/16` -> Part(3, 16)."""
     number, _, total = text.partition("/")
-    return int(number), int(total)
+    return Part(int(number), int(total))
 
 
 def describe(out: Path, index: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from igpt_ds.data.images import DEFAULT_FILTER
 from igpt_ds.data.palette import Palette, load_palette, prepare_table, save_palette
 from igpt_ds.data.shards.dataset import FORMAT, VERSION, ShardSet, read_index, signed, split_hash
 from igpt_ds.data.shards.encode import CHUNK, Prepared, Task, Unreadable, prepared
-from igpt_ds.data.shards.layout import Plan, Planned, Settings, chunks, make_plan
+from igpt_ds.data.shards.layout import WHOLE, Part, Plan, Planned, Settings, chunks, make_plan
 from igpt_ds.data.shards.record import pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
@@ -107,7 +107,7 @@ def list_images(path: Path, source: Source, palette: Palette, settings: Settings
     return plan
 
 
-def check_work(part: tuple[int, int], workers: int, max_bad: float) -> None:
+def check_work(part: Part, workers: int, max_bad: float) -> None:
     """Refuses impossible numbers before anything is done.
 
     Raises:
@@ -117,14 +117,11 @@ def check_work(part: tuple[int, int], workers: int, max_bad: float) -> None:
         raise ValueError(f"workers={workers} must be at least 1")
     if not 0 <= max_bad <= 1:
         raise ValueError(f"max_bad={max_bad} must lie between 0 and 1")
-    if not 0 <= part[0] < part[1]:
-        raise ValueError(f"part {part[0]}/{part[1]} does not exist; the first of n is 0/n, the last n-1/n")
+    part.check()
 
 
-def write_shards(
-    path: Path, source: Source, *, part: tuple[int, int] = (0, 1), workers: int = 1, max_bad: float = DEFAULT_MAX_BAD
-) -> int:
-    """Makes the listed shards that are not there yet; with part=(i, n) only every n-th, from the i-th on.
+def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int = 1, max_bad: float = DEFAULT_MAX_BAD) -> int:
+    """Makes the listed shards that do not exist yet. Part(i, n) makes every n-th shard, starting at the i-th.
 
     Returns how many images of the source are in them.
 
@@ -134,7 +131,7 @@ def write_shards(
     check_work(part, workers, max_bad)
     work = making(path)
     plan = Plan(work / "plan")
-    mine = plan.shards()[part[0] :: part[1]]
+    mine = plan.shards()[part.i :: part.n]
     missing = [shard for shard in mine if not _entry_file(work, shard).is_file()]
     if not missing:
         return 0
@@ -164,7 +161,7 @@ def _tasks(shards: list[Planned], plan: Plan) -> Iterator[Task]:
     for shard in shards:
         first = shard.first
         for chunk in chunks(shard.entries(), CHUNK):
-            yield Task(shard.name, first, chunk, plan.settings.look(shard.split))
+            yield Task(shard.name, first, chunk, plan.settings.crop_spec(shard.split))
             first += len(chunk)
 
 

@@ -33,7 +33,7 @@ _AHEAD = 3  # tasks that wait or run for each process
 
 
 @dataclass(frozen=True)
-class Look:
+class CropSpec:
     """What an image looks like in the shards: see `data/images.square`."""
 
     n_px: int
@@ -49,7 +49,7 @@ class Task(NamedTuple):
     shard: str
     first: int
     entries: Sequence[Entry]
-    look: Look
+    spec: CropSpec
 
 
 class Prepared(NamedTuple):
@@ -92,26 +92,26 @@ def prepare(source: Source, palette: Palette, task: Task) -> Prepared:
     unreadable: list[tuple[str, str]] = []
     for place, (entry, raw) in enumerate(zip(task.entries, source.read(task.entries), strict=True), start=task.first):
         try:
-            views = _views(entry, raw, task.look)
+            views = _views(entry, raw, task.spec)
         except ValueError as error:
             unreadable.append((entry.key, str(error)))
             continue
         images += views
-        names += range(place * task.look.views, place * task.look.views + len(views))
+        names += range(place * task.spec.views, place * task.spec.views + len(views))
         labels += [entry.label] * len(views)
-    n_px = task.look.n_px
+    n_px = task.spec.n_px
     pixels = np.stack(images) if images else np.empty((0, n_px, n_px, 3), dtype=np.uint8)
     arrays = np.array(names, dtype=np.int64), palette.encode(pixels), np.array(labels, dtype=np.int64)
     return Prepared(task.shard, len(task.entries), *arrays, unreadable)
 
 
-def _views(entry: Entry, raw: bytes | np.ndarray | ValueError, look: Look) -> list[np.ndarray]:
+def _views(entry: Entry, raw: bytes | np.ndarray | ValueError, spec: CropSpec) -> list[np.ndarray]:
     if isinstance(raw, ValueError):
         raise raw
     image = decode_image(raw, entry.key) if isinstance(raw, bytes) else raw
     return [
-        square(image, look.n_px, crop=look.crop, resize_filter=look.resize_filter, seed=look.seed, key=entry.key, view=view)
-        for view in range(look.views)
+        square(image, spec.n_px, crop=spec.crop, resize_filter=spec.resize_filter, seed=spec.seed, key=entry.key, view=view)
+        for view in range(spec.views)
     ]
 
 

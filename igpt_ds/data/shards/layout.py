@@ -19,12 +19,35 @@ from tqdm import tqdm
 
 from igpt_ds.data.images import CROPS, FILTERS
 from igpt_ds.data.shards.dataset import SPLITS, signed
-from igpt_ds.data.shards.encode import Look
+from igpt_ds.data.shards.encode import CropSpec
 from igpt_ds.data.shards.record import MAX_IMAGES
 from igpt_ds.data.sources import Entry, Source
 from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
 
 MAX_PX = 1024  # a million tokens an image; the paper's largest has 4,096
+
+
+@dataclass(frozen=True)
+class Part:
+    """One job's share of the shards: part i of n, 0 <= i < n."""
+
+    i: int = 0
+    n: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.i}/{self.n}"
+
+    def check(self) -> None:
+        """Refuses a part that does not exist.
+
+        Raises:
+            ValueError: i is not one of 0 .. n - 1.
+        """
+        if not 0 <= self.i < self.n:
+            raise ValueError(f"part {self} does not exist; the first of n is 0/n, the last n-1/n")
+
+
+WHOLE = Part()  # one job makes all shards
 
 
 @dataclass(frozen=True)
@@ -58,15 +81,15 @@ class Settings:
         if self.views > self.images_per_shard:
             raise ValueError(f"views={self.views} do not fit images_per_shard={self.images_per_shard}")
 
-    def look(self, split: str) -> Look:
-        """How the images of a split are cropped: validation and test images once, by their centre (paper 3.1)."""
+    def crop_spec(self, split: str) -> CropSpec:
+        """How the images of a split are cropped. Validation and test images get one central crop (paper 3.1)."""
         if split == "train" or self.crop != "random":
-            return Look(self.n_px, self.crop, self.filter, self.seed, self.views)
-        return Look(self.n_px, "center", self.filter, self.seed, 1)
+            return CropSpec(self.n_px, self.crop, self.filter, self.seed, self.views)
+        return CropSpec(self.n_px, "center", self.filter, self.seed, 1)
 
     def entries_per_shard(self, split: str) -> int:
         """Images of the source that go into one shard, all their views with them."""
-        return self.images_per_shard // self.look(split).views
+        return self.images_per_shard // self.crop_spec(split).views
 
 
 @dataclass(frozen=True)
@@ -137,7 +160,7 @@ def _check_counts(counts: dict[str, int], source: Source, settings: Settings) ->
             fix = f"change val_fraction={settings.val_fraction} or the seed"
             raise ValueError(f"none of the {n_images} images of {source.name} falls to {split}; {fix}")
     for split, count in counts.items():
-        if count * settings.look(split).views >= MAX_IMAGES:
+        if count * settings.crop_spec(split).views >= MAX_IMAGES:
             raise ValueError(f"{split} would have {count} images x {settings.views} views; at most {MAX_IMAGES - 1}")
 
 
@@ -183,10 +206,6 @@ class Plan:
         """The settings in which this plan is not what is asked for now, each in words."""
         old, new = asdict(self.settings), asdict(settings)
         return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if old[name] != new[name]]
-
-    def look(self, split: str) -> Look:
-        """How the images of a split are cropped."""
-        return self.settings.look(split)
 
 
 def chunks(entries: Iterator[Entry], size: int) -> Iterator[list[Entry]]:

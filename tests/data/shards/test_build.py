@@ -15,10 +15,9 @@ from PIL import Image
 
 from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, save_palette
-from igpt_ds.data.shards import build
 from igpt_ds.data.shards.build import copy_images, list_images, making, merge, write_dataset, write_shards
 from igpt_ds.data.shards.dataset import ShardSet, signed
-from igpt_ds.data.shards.layout import Plan, Settings, make_plan, split_of
+from igpt_ds.data.shards.layout import Part, Plan, Settings, make_plan, split_of
 from igpt_ds.data.sources import open_source
 
 
@@ -165,7 +164,7 @@ def test_parts_in_any_order_make_what_one_run_makes(tmp_path_factory, memory, pa
     order.shuffle(parts)
     for part in parts:
         list_images(path / "many", source, palette8, options)
-        write_shards(path / "many", source, part=(part, n_parts), max_bad=1)
+        write_shards(path / "many", source, part=Part(part, n_parts), max_bad=1)
     merge(path / "many", "same", max_bad=1)
     same(path / "one", path / "many")
     tokens, _ = everything(path / "one")
@@ -336,8 +335,8 @@ def test_too_many_unreadable_images_stop_and_can_be_repaired(tmp_path, folder, p
     [
         ({"workers": 0}, "workers=0 must be at least 1"),
         ({"max_bad": 1.5}, "max_bad=1.5 must lie between 0 and 1"),
-        ({"part": (3, 3)}, "part 3/3 does not exist; the first of n is 0/n, the last n-1/n"),
-        ({"part": (-1, 3)}, "part -1/3 does not exist"),
+        ({"part": Part(3, 3)}, "part 3/3 does not exist; the first of n is 0/n, the last n-1/n"),
+        ({"part": Part(-1, 3)}, "part -1/3 does not exist"),
     ],
 )
 def test_impossible_work(tmp_path, memory, palette8, changes, message):
@@ -348,7 +347,7 @@ def test_impossible_work(tmp_path, memory, palette8, changes, message):
 
 def test_merging_too_early(tmp_path, memory, palette8):
     list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
-    write_shards(tmp_path / "out", memory(40), part=(0, 2))
+    write_shards(tmp_path / "out", memory(40), part=Part(0, 2))
     with pytest.raises(ValueError, match=r"out.making: 3 of 6 shards are missing, the first train-000001.tar; make them first"):
         merge(tmp_path / "out")
 
@@ -357,7 +356,7 @@ def test_merging_too_early(tmp_path, memory, palette8):
 def begun(tmp_path, memory, palette8):
     """A dataset of 40 images of which the first of two parts is made."""
     list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
-    write_shards(tmp_path / "out", memory(40), part=(0, 2))
+    write_shards(tmp_path / "out", memory(40), part=Part(0, 2))
     return making(tmp_path / "out")
 
 
