@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -79,6 +80,50 @@ def check_shards(shards: Images, model: ModelConfig) -> None:
         raise ValueError(f"shards {shards.path} have n_vocab={shards.n_vocab} but the model has n_vocab={model.n_vocab}; {fix}")
 
 
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a batch is divided: [accumulation, world_size, micro_batch] images; this rank makes the column `rank`.
+
+    Ranks that share images under sequence parallelism form one group and count as one rank here.
+
+    Raises:
+        ValueError: batch_images does not divide into micro_batch x world_size.
+    """
+
+    batch_images: int
+    micro_batch: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+        batch_layout(self.batch_images, self.micro_batch, self.world_size)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of one rank in a step."""
+        return self.batch_images // (self.micro_batch * self.world_size)
+
+    def positions(self, images_seen: int, first: int, count: int) -> np.ndarray:
+        """Stream positions of this rank's micro batches first .. first + count - 1 after images_seen: [count * micro_batch].
+
+        `first` counts micro batches across micro_steps and steps, since a step is accumulation * world_size of them.
+        """
+        starts = images_seen + (np.arange(first, first + count) * self.world_size + self.rank) * self.micro_batch
+        return (starts[:, None] + np.arange(self.micro_batch)).ravel()
+
+
+@dataclass(frozen=True)
+class Augment:
+    """The random variants of each image: pixels of reflect padding before a random crop, and mirroring (paper 3.1)."""
+
+    pad: int = 0
+    flip: bool = False
+
+
+NO_AUGMENT = Augment()
+
+
 class Loader:
     """Training batches of one rank.
 
@@ -89,35 +134,27 @@ class Loader:
         with_labels: read labels too; without, a batch has none, and they cost nothing.
 
     Raises:
-        ValueError: batch_images does not divide into micro_batch x world_size, or labels of datasets with different classes.
+        ValueError: labels of datasets with different classes.
     """
 
     def __init__(
         self,
         shards: ShardSet | Mixture,
-        batch_images: int,
-        micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
+        layout: BatchLayout,
         seed: int = 0,
-        augment_pad: int = 0,
-        augment_flip: bool = False,
+        augment: Augment = NO_AUGMENT,
         with_labels: bool = True,
     ) -> None:
-        assert 0 <= rank < world_size
-        assert 0 <= augment_pad < shards.n_px
+        assert 0 <= augment.pad < shards.n_px
         self.mixture = shards if isinstance(shards, Mixture) else Mixture([shards])
-        self.batch_images, self.micro_batch = batch_images, micro_batch
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.augment_pad, self.augment_flip, self.with_labels = augment_pad, augment_flip, with_labels
-        _, self.accumulation = batch_layout(batch_images, micro_batch, world_size)
+        self.layout, self.seed, self.augment, self.with_labels = layout, seed, augment, with_labels
         if with_labels and any(shards.classes != self.mixture.classes for shards in self.mixture.shard_sets):
             raise ValueError(f"{self.mixture.path} have different classes, so their labels cannot be mixed; name one dataset")
 
     def batch(self, images_seen: int, micro_step: int) -> Batch:
         """This rank's share of one micro_step of the step that begins after images_seen images: B = micro_batch."""
-        assert 0 <= micro_step < self.accumulation
-        positions = self._positions(images_seen, micro_step, 1)
+        assert 0 <= micro_step < self.layout.accumulation
+        positions = self.layout.positions(images_seen, micro_step, 1)
         return self._read(positions, *self.mixture.images_at(positions, self.seed))[0]
 
     def stream(self, images_seen: int) -> Iterator[Batch]:
@@ -129,37 +166,29 @@ class Loader:
 
     def _chunks(self, images_seen: int) -> Generator[list[Batch], None, None]:
         """The micro batches in handfuls: each step costs a call, whatever the number of images."""
-        many = max(1, _ORDER_CHUNK // self.micro_batch)
+        many = max(1, _ORDER_CHUNK // self.layout.micro_batch)
         images = min(_READ_IMAGES, _READ_BYTES // (2 * self.mixture.n_px**2))
-        few = max(1, images // self.micro_batch) * self.micro_batch
+        few = max(1, images // self.layout.micro_batch) * self.layout.micro_batch
         number = 0
         while True:
-            positions = self._positions(images_seen, number, many)
+            positions = self.layout.positions(images_seen, number, many)
             which, ids = self.mixture.images_at(positions, self.seed)
             for start in range(0, len(ids), few):
                 part = slice(start, start + few)
                 try:
                     batches = self._read(positions[part], which[part], ids[part])
                 except ValueError:  # once more, one by one, so that the batches before the damaged one still come
-                    for first in range(start, min(start + few, len(ids)), self.micro_batch):
-                        part = slice(first, first + self.micro_batch)
+                    for first in range(start, min(start + few, len(ids)), self.layout.micro_batch):
+                        part = slice(first, first + self.layout.micro_batch)
                         yield self._read(positions[part], which[part], ids[part])
                 else:
                     yield batches
             number += many
 
-    def _positions(self, images_seen: int, first: int, count: int) -> np.ndarray:
-        """Stream positions of this rank's micro batches first .. first + count - 1 after images_seen: [count * micro_batch].
-
-        The number of a micro batch counts over micro_steps and steps alike, since a step is accumulation * world_size of them.
-        """
-        starts = images_seen + (np.arange(first, first + count) * self.world_size + self.rank) * self.micro_batch
-        return (starts[:, None] + np.arange(self.micro_batch)).ravel()
-
     def _read(self, positions: np.ndarray, which: np.ndarray, ids: np.ndarray) -> list[Batch]:
         tokens, labels = self.mixture.read(which, ids, self.with_labels)
-        variants = augment(tokens, positions, self.seed, self.augment_pad, self.augment_flip)
-        return to_batches(variants, labels, positions, self.micro_batch)
+        variants = augment(tokens, positions, self.seed, self.augment.pad, self.augment.flip)
+        return to_batches(variants, labels, positions, self.layout.micro_batch)
 
 
 def made_ahead(chunks: Generator[list[Batch], None, None]) -> Iterator[Batch]:

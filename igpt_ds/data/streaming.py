@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from igpt_ds.counter_random import random_words
-from igpt_ds.data.loader import Batch, augment, made_ahead, to_batches
+from igpt_ds.data.loader import NO_AUGMENT, Augment, Batch, BatchLayout, augment, made_ahead, to_batches
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.dataset import read_index
-from igpt_ds.ds_config import batch_layout
 
 LIMITS = (
     "--stream reads shards in sequence. What it cannot promise: images are drawn from a buffer, not from the whole set; with an "
@@ -125,29 +124,22 @@ class StreamLoader:
     batches are a function of (seed, images_seen, rank, world_size).
 
     Raises:
-        ValueError: fewer shards than ranks, or a batch that does not divide.
+        ValueError: fewer shards than ranks.
     """
 
     def __init__(
         self,
         shards: ShardStream,
-        batch_images: int,
-        micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
+        layout: BatchLayout,
         seed: int = 0,
-        augment_pad: int = 0,
-        augment_flip: bool = False,
+        augment: Augment = NO_AUGMENT,
         with_labels: bool = True,
         buffer_images: int = BUFFER_IMAGES,
     ) -> None:
-        self.shards, self.micro_batch = shards, micro_batch
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.augment_pad, self.augment_flip, self.with_labels = augment_pad, augment_flip, with_labels
-        self.buffer_images = max(1, min(buffer_images, shards.n_images // world_size))
-        _, self.accumulation = batch_layout(batch_images, micro_batch, world_size)
-        if len(shards.shards) < world_size:
-            has = f"{shards.path} has {len(shards.shards)} training shards to stream and this run has {world_size} ranks"
+        self.shards, self.layout, self.seed, self.augment, self.with_labels = shards, layout, seed, augment, with_labels
+        self.buffer_images = max(1, min(buffer_images, shards.n_images // layout.world_size))
+        if len(shards.shards) < layout.world_size:
+            has = f"{shards.path} has {len(shards.shards)} training shards to stream and this run has {layout.world_size} ranks"
             raise ValueError(f"{has}; start fewer ranks, or make the shards again with a smaller --images_per_shard")
 
     def stream(self, images_seen: int) -> Iterator[Batch]:
@@ -159,17 +151,16 @@ class StreamLoader:
         return made_ahead(self._chunks(images_seen))
 
     def _chunks(self, images_seen: int) -> Generator[list[Batch], None, None]:
-        few = max(1, _HANDFUL // self.micro_batch)
+        few = max(1, _HANDFUL // self.layout.micro_batch)
         images = self._shuffled(images_seen)
         number = 0
         try:
             while True:
-                drawn = [next(images) for _ in range(few * self.micro_batch)]
-                starts = images_seen + ((number + np.arange(few)) * self.world_size + self.rank) * self.micro_batch
-                positions = (starts[:, None] + np.arange(self.micro_batch)).ravel()
-                grids = augment(np.stack([grid for grid, _ in drawn]), positions, self.seed, self.augment_pad, self.augment_flip)
+                drawn = [next(images) for _ in range(few * self.layout.micro_batch)]
+                positions = self.layout.positions(images_seen, number, few)
+                grids = augment(np.stack([grid for grid, _ in drawn]), positions, self.seed, self.augment.pad, self.augment.flip)
                 labels = np.array([label for _, label in drawn] if self.with_labels else [], dtype=np.int64)
-                yield to_batches(grids, labels, positions, self.micro_batch)
+                yield to_batches(grids, labels, positions, self.layout.micro_batch)
                 number += few
         finally:
             images.close()
@@ -181,7 +172,7 @@ class StreamLoader:
             buffer = [next(images) for _ in range(self.buffer_images)]
             drawn = 0
             while True:
-                counter = self.rank + self.world_size * np.arange(drawn, drawn + _HANDFUL)
+                counter = self.layout.rank + self.layout.world_size * np.arange(drawn, drawn + _HANDFUL)
                 words = random_words(self.seed, _BUFFER, np.array([images_seen]), counter)
                 for place in (words % np.uint64(self.buffer_images)).tolist():
                     yield buffer[place]
@@ -192,7 +183,7 @@ class StreamLoader:
 
     def _images(self, images_seen: int) -> Generator[Image, None, None]:
         """The images of this rank's shards, epoch after epoch, from the shard that images_seen images of all ranks lead to."""
-        left, epoch = images_seen // self.world_size, 0
+        left, epoch = images_seen // self.layout.world_size, 0
         while True:
             for number in self.shards_of(epoch):
                 n_images = self.shards.shards[number]["n_images"]
@@ -206,4 +197,4 @@ class StreamLoader:
     def shards_of(self, epoch: int) -> list[int]:
         """The numbers of the shards that this rank reads in an epoch, in order."""
         n = len(self.shards.shards)
-        return shuffled(epoch * n + np.arange(n), n, self.seed)[self.rank :: self.world_size].tolist()
+        return shuffled(epoch * n + np.arange(n), n, self.seed)[self.layout.rank :: self.layout.world_size].tolist()

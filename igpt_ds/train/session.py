@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from igpt_ds import cli, dist
-from igpt_ds.data.loader import Batches, Loader
+from igpt_ds.data.loader import Augment, Batches, BatchLayout, Loader
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
@@ -73,13 +73,13 @@ def batches(images: Mixture | ShardStream, run: Run, with_labels: bool = False) 
     """This rank's training batches."""
     recipe = run.recipe
     assert dist.data_world_size() * run.sequence_parallel == run.world_size, "the engine comes first: it makes the groups"
-    layout: dict[str, Any] = {"rank": dist.data_rank(), "world_size": dist.data_world_size(), "seed": recipe.seed}
-    layout |= {"with_labels": with_labels, "augment_pad": recipe.augment_pad, "augment_flip": recipe.augment_flip}
+    layout = BatchLayout(recipe.batch_images, run.micro_batch, dist.data_rank(), dist.data_world_size())
+    augment = Augment(recipe.augment_pad, recipe.augment_flip)
     if isinstance(images, Mixture):
-        return Loader(images, recipe.batch_images, run.micro_batch, **layout)
+        return Loader(images, layout, recipe.seed, augment, with_labels)
     if dist.rank() == 0:
         print(LIMITS, file=sys.stderr, flush=True)
-    return StreamLoader(images, recipe.batch_images, run.micro_batch, **layout)
+    return StreamLoader(images, layout, recipe.seed, augment, with_labels)
 
 
 def manifest_facts(run: Run, images: Mixture | ShardStream) -> dict[str, Any]:

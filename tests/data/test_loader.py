@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig
 from igpt_ds.data import loader as loader_module
-from igpt_ds.data.loader import Batch, Loader, augment, check_shards, one_pass, sequential
+from igpt_ds.data.loader import Augment, Batch, BatchLayout, Loader, augment, check_shards, one_pass, sequential
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
@@ -20,7 +20,7 @@ from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
 def step_of(shards, images_seen, batch_images, world_size, accumulation, **options):
     """One whole step, gathered from all ranks: [accumulation, world_size, micro_batch] flattened."""
     micro_batch = batch_images // (world_size * accumulation)
-    loaders = [Loader(shards, batch_images, micro_batch, rank, world_size, **options) for rank in range(world_size)]
+    loaders = [Loader(shards, BatchLayout(batch_images, micro_batch, rank, world_size), **options) for rank in range(world_size)]
     parts = [loader.batch(images_seen, micro_step) for micro_step in range(accumulation) for loader in loaders]
     return [torch.cat(column) for column in zip(*((*part[:2], part.positions) for part in parts), strict=True)]
 
@@ -60,7 +60,7 @@ def test_each_image_once_an_epoch(tiny_of, world_size, accumulation):
 )
 def test_any_layout_equals_one_rank(tiny_of, n, micro_batch, world_size, accumulation, images_seen, seed, pad, flip):
     shards = tiny_of(n)
-    options = {"seed": seed, "augment_pad": pad, "augment_flip": flip}
+    options = {"seed": seed, "augment": Augment(pad, flip)}
     batch_images = micro_batch * world_size * accumulation
     one = step_of(shards, images_seen, batch_images, 1, 1, **options)
     assert_same(step_of(shards, images_seen, batch_images, world_size, accumulation, **options), one)
@@ -77,22 +77,22 @@ def test_any_layout_equals_one_rank(tiny_of, n, micro_batch, world_size, accumul
 
 def test_ranks_hold_different_images(digits):
     shards = ShardSet(digits, "train")
-    first, second = (Loader(shards, 8, 2, rank, 2, seed=3).batch(0, 1)[0] for rank in (0, 1))
-    whole = Loader(shards, 8, 8, seed=3).batch(0, 0)[0]
+    first, second = (Loader(shards, BatchLayout(8, 2, rank, 2), seed=3).batch(0, 1)[0] for rank in (0, 1))
+    whole = Loader(shards, BatchLayout(8, 8), seed=3).batch(0, 0)[0]
     assert torch.equal(torch.cat([first, second]).long(), whole[4:].long())
     assert not torch.equal(first.long(), second.long())
 
 
 def test_labels_are_left_out_when_nobody_needs_them(tiny_of):
     shards = tiny_of(23)
-    with_labels, without = (Loader(shards, 4, 2, seed=3, with_labels=wanted) for wanted in (True, False))
+    with_labels, without = (Loader(shards, BatchLayout(4, 2), seed=3, with_labels=wanted) for wanted in (True, False))
     for one, other in zip(itertools.islice(with_labels.stream(0), 30), without.stream(0), strict=False):
         assert torch.equal(one.tokens.long(), other.tokens.long())
         assert (one.labels.shape, other.labels.shape, other.labels.dtype) == ((2,), (0,), torch.int64)
 
 
 def test_a_batch_goes_to_its_device_as_a_network_takes_it(tiny_of):
-    batch = Loader(tiny_of(23), 4, 4).batch(8, 0)
+    batch = Loader(tiny_of(23), BatchLayout(4, 4)).batch(8, 0)
     moved = batch.to("cpu")
     assert (moved.tokens.dtype, moved.tokens.tolist()) == (torch.int64, batch.tokens.tolist())
     assert (moved.labels.tolist(), moved.positions.tolist()) == (batch.labels.tolist(), [8, 9, 10, 11])
@@ -102,7 +102,7 @@ def test_batch_that_does_not_divide_is_refused(tiny_of):
     with pytest.raises(
         ValueError, match="batch_images=10 does not divide into 2 ranks x micro batch 3; nearest that does: 6 or 12"
     ):
-        Loader(tiny_of(10), 10, 3, rank=0, world_size=2)
+        Loader(tiny_of(10), BatchLayout(10, 3, rank=0, world_size=2))
 
 
 # --------------------------------------------------------------------------------------------------- the stream
@@ -113,7 +113,9 @@ def test_batch_that_does_not_divide_is_refused(tiny_of):
 def test_resume_equals_continuing(tiny_of, start, steps, world_size, accumulation):
     """Whatever the handfuls are that the thread works in: here a few micro batches each."""
     batch_images = 2 * world_size * accumulation
-    loader = Loader(tiny_of(23), batch_images, 2, world_size - 1, world_size, seed=9, augment_pad=1, augment_flip=True)
+    loader = Loader(
+        tiny_of(23), BatchLayout(batch_images, 2, world_size - 1, world_size), seed=9, augment=Augment(pad=1, flip=True)
+    )
     endless = loader.stream(start)
     for _ in range(steps * accumulation):
         next(endless)
@@ -131,7 +133,7 @@ def loader_threads():
 
 
 def test_closing_or_forgetting_the_stream_ends_its_thread(tiny_of):
-    loader = Loader(tiny_of(10), 2, 2)
+    loader = Loader(tiny_of(10), BatchLayout(2, 2))
     stream = loader.stream(0)
     assert not loader_threads()  # nothing starts before the first batch is asked for
     next(stream)
@@ -148,11 +150,11 @@ def test_the_stream_is_batch_after_batch(tiny_of, monkeypatch, micro_batch):
     """Over many handfuls, for micro batches smaller and larger than one."""
     monkeypatch.setattr(loader_module, "_ORDER_CHUNK", 512)
     monkeypatch.setattr(loader_module, "_READ_BYTES", 32 * 64)
-    loader = Loader(tiny_of(23), 2 * 3 * micro_batch, micro_batch, 1, 3, seed=2, augment_pad=1, augment_flip=True)
+    loader = Loader(tiny_of(23), BatchLayout(2 * 3 * micro_batch, micro_batch, 1, 3), seed=2, augment=Augment(pad=1, flip=True))
     stream = loader.stream(12)
     for step in range(max(2, 700 // micro_batch)):
         for micro_step in range(2):
-            assert_same(next(stream), loader.batch(12 + step * loader.batch_images, micro_step))
+            assert_same(next(stream), loader.batch(12 + step * loader.layout.batch_images, micro_step))
     stream.close()
 
 
@@ -162,7 +164,7 @@ def test_an_error_reaches_the_consumer_at_its_batch(tmp_path, memory, palette8):
     with open(tmp_path / "out" / "train-000000.tar", "r+b") as file:  # spoil the image that comes eighth, in the fourth batch
         file.seek(int(order[7]) * 2048 + 1536 + 128)
         file.write(b"\xff")
-    stream = Loader(ShardSet(tmp_path / "out", "train"), 2, 2).stream(0)
+    stream = Loader(ShardSet(tmp_path / "out", "train"), BatchLayout(2, 2)).stream(0)
     for _ in range(3):
         next(stream)
     with pytest.raises(DamagedImagesError, match=rf"image {order[7]} at byte {order[7] * 2048} is damaged"):
@@ -221,7 +223,7 @@ def test_mirroring_alone_mirrors_half():
 
 
 def test_a_later_epoch_draws_another_variant(digits):
-    loader = Loader(ShardSet(digits, "val"), 1, 1, seed=2, augment_pad=2)
+    loader = Loader(ShardSet(digits, "val"), BatchLayout(1, 1), seed=2, augment=Augment(pad=2))
     n = loader.mixture.n_images
     order = [shuffled(np.arange(n) + epoch * n, n, 2) for epoch in range(6)]
     variants = {tuple(loader.batch(epoch * n + int(np.argmax(ids == 5)), 0)[0][0].tolist()) for epoch, ids in enumerate(order)}

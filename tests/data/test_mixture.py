@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.data.exclusion import write_exclusion
-from igpt_ds.data.loader import Loader
+from igpt_ds.data.loader import BatchLayout, Loader
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.order import BLOCK, ORDER_VERSION
 from igpt_ds.data.shards.build import write_dataset
@@ -42,7 +42,7 @@ def spoil(path, *images):
 
 def step_of(mixture, images_seen, micro_batch, world_size, accumulation, seed):
     batch_images = micro_batch * world_size * accumulation
-    loaders = [Loader(mixture, batch_images, micro_batch, rank, world_size, seed) for rank in range(world_size)]
+    loaders = [Loader(mixture, BatchLayout(batch_images, micro_batch, rank, world_size), seed) for rank in range(world_size)]
     parts = [loader.batch(images_seen, micro_step) for micro_step in range(accumulation) for loader in loaders]
     return torch.cat([part.tokens for part in parts]).numpy()
 
@@ -83,7 +83,9 @@ def test_each_image_once_an_epoch_of_its_dataset(tiny_of, sizes, weights, layout
     micro_batch, world_size, accumulation = layout
     batch_images = micro_batch * world_size * accumulation
     steps = -(-BLOCK // batch_images)
-    streams = [Loader(mixture, batch_images, micro_batch, rank, world_size, seed).stream(0) for rank in range(world_size)]
+    streams = [
+        Loader(mixture, BatchLayout(batch_images, micro_batch, rank, world_size), seed).stream(0) for rank in range(world_size)
+    ]
     seen = []
     for _ in range(steps * accumulation):
         seen += [next(stream).tokens.numpy() for stream in streams]
@@ -103,7 +105,7 @@ def test_each_image_once_an_epoch_of_its_dataset(tiny_of, sizes, weights, layout
 
 
 def test_one_dataset_alone_is_read_as_without_a_mixture(tiny_of):
-    one, other = Loader(tiny_of(23), 4, 4, seed=5), Loader(Mixture([tiny_of(23)], [7.0]), 4, 4, seed=5)
+    one, other = Loader(tiny_of(23), BatchLayout(4, 4), seed=5), Loader(Mixture([tiny_of(23)], [7.0]), BatchLayout(4, 4), seed=5)
     for seen in (0, 4, 8):
         assert torch.equal(one.batch(seen, 0).tokens.long(), other.batch(seen, 0).tokens.long())
     assert Mixture([tiny_of(23)]).dataset_hash == tiny_of(23).dataset_hash
@@ -145,9 +147,9 @@ def test_a_dataset_too_large_for_the_order(tiny_of, monkeypatch):
 def test_labels_of_different_classes_are_not_mixed(tiny_of, tmp_path, memory, palette8):
     write_dataset(tmp_path / "x", memory(5, classes=["web"]), palette8, 4, val_fraction=0)
     mixture = Mixture([tiny_of(10), ShardSet(tmp_path / "x", "train")])
-    Loader(mixture, 4, 4, with_labels=False)
+    Loader(mixture, BatchLayout(4, 4), with_labels=False)
     with pytest.raises(ValueError, match="have different classes, so their labels cannot be mixed; name one dataset"):
-        Loader(mixture, 4, 4)
+        Loader(mixture, BatchLayout(4, 4))
 
 
 # --------------------------------------------------------------------------------------------------- exclusion lists

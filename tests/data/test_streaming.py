@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from igpt_ds.data.loader import Augment, BatchLayout
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet, read_index, signed
@@ -48,7 +49,9 @@ def take(loader, n, images_seen=0):
 def test_each_image_comes_once_an_epoch(away, dataset, url, world_size):
     """With a buffer of one the order is that of the shards; with a large one it is another one of the same images."""
     stream = ShardStream(away[0], url.format(bucket=away[1]))
-    loaders = [StreamLoader(stream, 10 * world_size, 10, rank, world_size, 3, buffer_images=1) for rank in range(world_size)]
+    loaders = [
+        StreamLoader(stream, BatchLayout(10 * world_size, 10, rank, world_size), 3, buffer_images=1) for rank in range(world_size)
+    ]
     whole = ShardSet(dataset, "train")
     orders = []
     for epoch in range(2):
@@ -65,20 +68,23 @@ def test_each_image_comes_once_an_epoch(away, dataset, url, world_size):
 
 def test_a_buffer_shuffles_and_loses_nothing(away):
     stream = ShardStream(away[0], f"{away[1]}/{{shard}}")
-    plain = take(StreamLoader(stream, 60, 60, seed=1, buffer_images=1), 20)[0]
-    mixed = take(StreamLoader(stream, 60, 60, seed=1, buffer_images=30), 20)[0]
+    plain = take(StreamLoader(stream, BatchLayout(60, 60), seed=1, buffer_images=1), 20)[0]
+    mixed = take(StreamLoader(stream, BatchLayout(60, 60), seed=1, buffer_images=30), 20)[0]
     assert (plain == mixed).all(axis=1).mean() < 0.1
     counts = Counter(grid.tobytes() for grid in mixed)
     assert len(counts) == 60
     assert abs(np.array(list(counts.values())) - 20).max() <= 2  # at most what still lies in the buffer
-    again = take(StreamLoader(stream, 60, 60, seed=1, buffer_images=30), 20)[0]
+    again = take(StreamLoader(stream, BatchLayout(60, 60), seed=1, buffer_images=30), 20)[0]
     np.testing.assert_array_equal(mixed, again)
-    assert not (take(StreamLoader(stream, 60, 60, seed=2, buffer_images=30), 20)[0] == mixed).all()
+    assert not (take(StreamLoader(stream, BatchLayout(60, 60), seed=2, buffer_images=30), 20)[0] == mixed).all()
 
 
 def test_ranks_see_different_images_and_augment_them(away, dataset):
     stream = ShardStream(away[0], f"{away[1]}/{{shard}}")
-    parts = [take(StreamLoader(stream, 20, 10, rank, 2, seed=1, augment_flip=True, buffer_images=1), 3)[0] for rank in range(2)]
+    parts = [
+        take(StreamLoader(stream, BatchLayout(20, 10, rank, 2), seed=1, augment=Augment(flip=True), buffer_images=1), 3)[0]
+        for rank in range(2)
+    ]
     every = ShardSet(dataset, "train").tokens(np.arange(60))
     both = {grid.tobytes() for grid in every} | {grid[:, ::-1].tobytes() for grid in every}
     seen = [{grid.tobytes() for grid in part} for part in parts]
@@ -89,7 +95,7 @@ def test_ranks_see_different_images_and_augment_them(away, dataset):
 
 def test_resume_goes_on_at_the_beginning_of_a_shard(away):
     stream = ShardStream(away[0], f"{away[1]}/{{shard}}")
-    loader = StreamLoader(stream, 10, 5, seed=3, buffer_images=1)
+    loader = StreamLoader(stream, BatchLayout(10, 5), seed=3, buffer_images=1)
     whole = take(loader, 24)[0]
     for seen in (0, 10, 30, 60, 90):
         np.testing.assert_array_equal(take(loader, 2, seen)[0], whole[seen : seen + 10])
@@ -98,14 +104,14 @@ def test_resume_goes_on_at_the_beginning_of_a_shard(away):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches_carry_their_positions_in_the_stream_of_all_ranks(away, rank):
-    stream = StreamLoader(ShardStream(away[0], f"{away[1]}/{{shard}}"), 12, 3, rank, 2).stream(24)
+    stream = StreamLoader(ShardStream(away[0], f"{away[1]}/{{shard}}"), BatchLayout(12, 3, rank, 2)).stream(24)
     found = [next(stream).positions.tolist() for _ in range(4)]
     stream.close()
     assert found == [[first + 3 * rank + place for place in range(3)] for first in (24, 30, 36, 42)]
 
 
 def test_labels_are_left_out_when_nobody_needs_them(away):
-    loader = StreamLoader(ShardStream(away[0], f"{away[1]}/{{shard}}"), 10, 10, with_labels=False)
+    loader = StreamLoader(ShardStream(away[0], f"{away[1]}/{{shard}}"), BatchLayout(10, 10), with_labels=False)
     batch = next(loader.stream(0))
     assert (batch.tokens.dtype, batch.tokens.shape, batch.labels.shape) == (torch.uint16, (10, 16), (0,))
 
@@ -146,14 +152,16 @@ def set_token(shard, image):
 @pytest.mark.parametrize("url", ["pipe:cat {bucket}/{{shard}}", "{bucket}/{{shard}}"])
 def test_a_stream_that_is_cut_stops_the_run(away, url, damage, message, capfd):
     damage(away[1] / "train-000003.tar")
-    stream = StreamLoader(ShardStream(away[0], url.format(bucket=away[1])), 10, 10, seed=3, buffer_images=1).stream(0)
+    stream = StreamLoader(ShardStream(away[0], url.format(bucket=away[1])), BatchLayout(10, 10), seed=3, buffer_images=1).stream(
+        0
+    )
     with pytest.raises(ValueError, match=rf"^stream \S.*train-000003\.tar .*({message})"):
         list(itertools.islice(stream, 200))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 def test_closing_the_stream_ends_its_command(away):
-    stream = StreamLoader(ShardStream(away[0], f"pipe:cat {away[1]}/{{shard}}"), 2, 2, buffer_images=4).stream(0)
+    stream = StreamLoader(ShardStream(away[0], f"pipe:cat {away[1]}/{{shard}}"), BatchLayout(2, 2), buffer_images=4).stream(0)
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
@@ -169,9 +177,9 @@ def test_what_cannot_be_streamed(away):
         ShardStream(index / "nothing", "{shard}")
     stream = ShardStream(index, "{shard}")
     with pytest.raises(ValueError, match="has 6 training shards to stream and this run has 7 ranks; start fewer ranks"):
-        StreamLoader(stream, 7, 1, 0, 7)
+        StreamLoader(stream, BatchLayout(7, 1, 0, 7))
     with pytest.raises(ValueError, match="batch_images=5 does not divide into 2 ranks"):
-        StreamLoader(stream, 5, 2, 0, 2)
+        StreamLoader(stream, BatchLayout(5, 2, 0, 2))
     save_palette(index / "palette.npy", Palette(np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)))
     with pytest.raises(ValueError, match=r"palette\.npy is not the palette that the shards were made with; copy theirs"):
         ShardStream(index, "{shard}")

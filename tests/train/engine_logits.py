@@ -11,7 +11,7 @@ import torch
 
 from igpt_ds import cli, dist
 from igpt_ds.config import recipe_to_dict
-from igpt_ds.data.loader import Loader
+from igpt_ds.data.loader import BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.train.checkpoint.save_load import save_checkpoint
@@ -26,7 +26,7 @@ def main(_: object) -> None:
     start_ranks()
     run = join(recipe, load_ds_config(ds_config), dist.world_size())
     engine = build_engine(run)
-    loader = Loader(shards, recipe.batch_images, run.micro_batch, dist.rank(), run.world_size, recipe.seed, 0, False)
+    loader = Loader(shards, BatchLayout(recipe.batch_images, run.micro_batch, dist.rank(), run.world_size), recipe.seed)
     stream = loader.stream(0)
     for _step in range(3):
         take_step(engine, [next(stream).to(engine.device)], pretraining_loss(recipe), lr=0.01)

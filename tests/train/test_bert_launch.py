@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
-from igpt_ds.data.loader import Loader
+from igpt_ds.data.loader import Augment, BatchLayout, Loader
 from igpt_ds.data.palette import fit_colors
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
@@ -59,7 +59,12 @@ def plain_torch_losses(recipe: Recipe, data: Path) -> list[float]:
     model = Transformer(recipe.model, objective="bert", init=recipe.init)
     optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.eps)
     batch = recipe.batch_images
-    loader = Loader(ShardSet(data, "train"), batch, batch, 0, 1, recipe.seed, recipe.augment_pad, recipe.augment_flip)
+    loader = Loader(
+        ShardSet(data, "train"),
+        BatchLayout(batch, batch, 0, 1),
+        recipe.seed,
+        augment=Augment(recipe.augment_pad, recipe.augment_flip),
+    )
     losses = []
     for step in range(recipe.steps):
         tokens = loader.batch(step * batch, 0).tokens.long()

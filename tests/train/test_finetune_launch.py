@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from igpt_ds.cli import STOPPED
 from igpt_ds.config import Finetune, ModelConfig, Recipe
-from igpt_ds.data.loader import Loader
+from igpt_ds.data.loader import Augment, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.report.results import read_results
+from igpt_ds.evaluate.results import read_results
 from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.model.classifier import Classifier, class_loss, total
 from igpt_ds.model.store import load_classifier, load_model, read_info, save_model
@@ -77,7 +77,9 @@ def plain_torch(recipe: Recipe, model_dir: Path | None, data: Path) -> tuple[lis
         model.load_state_dict(load_model(model_dir)[0].state_dict() | {"class_head.weight": model.class_head.weight.data})
     optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.eps)
     batch, shards = recipe.batch_images, ShardSet(data, "train")
-    loader = Loader(shards, batch, batch, 0, 1, recipe.seed, recipe.augment_pad, recipe.augment_flip)
+    loader = Loader(
+        shards, BatchLayout(batch, batch, 0, 1), recipe.seed, augment=Augment(recipe.augment_pad, recipe.augment_flip)
+    )
     losses = class_loss(finetune, recipe.model, recipe.objective, recipe.seed, recipe.mask_prob)
     found = []
     for step in range(recipe.steps):

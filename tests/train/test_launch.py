@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from igpt_ds.config import Recipe
-from igpt_ds.data.loader import Loader, sequential
+from igpt_ds.data.loader import Augment, BatchLayout, Loader, sequential
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.model.cpu_kernels import PRODUCTS, fastest
@@ -37,7 +37,12 @@ def plain_torch_losses(recipe: Recipe, data: Path) -> list[float]:
     model = Transformer(recipe.model)
     optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.eps)
     batch = recipe.batch_images
-    loader = Loader(ShardSet(data, "train"), batch, batch, 0, 1, recipe.seed, recipe.augment_pad, recipe.augment_flip)
+    loader = Loader(
+        ShardSet(data, "train"),
+        BatchLayout(batch, batch, 0, 1),
+        recipe.seed,
+        augment=Augment(recipe.augment_pad, recipe.augment_flip),
+    )
     losses = []
     for step in range(recipe.steps):
         tokens = loader.batch(step * batch, 0).tokens.long()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from igpt_ds.config import Recipe, override, recipe_to_dict
-from igpt_ds.data.loader import Loader
+from igpt_ds.data.loader import Augment, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json
 from igpt_ds.model.objectives import image_loss
@@ -49,7 +49,12 @@ def plain_torch(recipe: Recipe, data: Path) -> tuple[list[float], float]:
     model = Transformer(recipe.model, objective=recipe.objective)
     optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.eps)
     batch, losses = recipe.batch_images, []
-    loader = Loader(ShardSet(data, "train"), batch, batch, 0, 1, recipe.seed, recipe.augment_pad, recipe.augment_flip)
+    loader = Loader(
+        ShardSet(data, "train"),
+        BatchLayout(batch, batch, 0, 1),
+        recipe.seed,
+        augment=Augment(recipe.augment_pad, recipe.augment_flip),
+    )
     nats = image_loss(recipe.objective, recipe.seed, recipe.mask_prob)
     for step in range(recipe.steps):
         images = loader.batch(step * batch, 0).to("cpu")

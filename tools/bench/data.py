@@ -29,7 +29,7 @@ from harness import Row, medians
 from igpt_ds import cli
 from igpt_ds.data.images import DEFAULT_FILTER, decode_image, square
 from igpt_ds.data.kmeans import kmeans
-from igpt_ds.data.loader import Loader
+from igpt_ds.data.loader import BatchLayout, Loader
 from igpt_ds.data.palette import ColorCounts, Palette, fit_palette, prepare_table, save_palette
 from igpt_ds.data.palette_table import build_table, nearest
 from igpt_ds.data.shards.build import copy_images, write_dataset
@@ -253,7 +253,7 @@ def read_first_time(path: Path, n_batches: int) -> None:
 
 def read_ours(shards: ShardSet, n_batches: int) -> None:
     """The training loader."""
-    for batch in islice(Loader(shards, BATCH, BATCH, with_labels=False).stream(0), n_batches):
+    for batch in islice(Loader(shards, BatchLayout(BATCH, BATCH), with_labels=False).stream(0), n_batches):
         assert batch.tokens.shape == (BATCH, shards.n_px**2)
 
 

@@ -17,7 +17,7 @@ from harness import medians
 
 from igpt_ds import cli, dist
 from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
-from igpt_ds.data.loader import Batch, Loader
+from igpt_ds.data.loader import Batch, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import read_json, write_json
@@ -53,7 +53,9 @@ def steps(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
     ranks = dist.world_size()
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_fp32.json"), ranks)
     engine = build_engine(run)
-    loader = Loader(ShardSet(Path(what["data"]), "train"), recipe.batch_images, run.micro_batch, dist.rank(), ranks, 0)
+    loader = Loader(
+        ShardSet(Path(what["data"]), "train"), BatchLayout(recipe.batch_images, run.micro_batch, dist.rank(), ranks), 0
+    )
     stream, loss = loader.stream(0), pretraining_loss(recipe)
     waited: list[float] = []
 
@@ -102,7 +104,9 @@ def saves(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
     directory = Path(what["directory"])
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_fp32.json"), dist.world_size())
     engine = build_engine(run)
-    loader = Loader(ShardSet(Path(what["data"]), "train"), recipe.batch_images, run.micro_batch, dist.rank(), run.world_size, 0)
+    loader = Loader(
+        ShardSet(Path(what["data"]), "train"), BatchLayout(recipe.batch_images, run.micro_batch, dist.rank(), run.world_size), 0
+    )
     take_step(engine, [next(loader.stream(0)).to("cpu")], pretraining_loss(recipe), 1e-4)
     facts = {"recipe": recipe_to_dict(recipe), "data": {"dataset_hash": "", "palette_hash": "", "path": ""}, "precision": "fp32"}
     seconds = {}
