@@ -24,6 +24,7 @@ from igpt_ds.config import ModelConfig
 from igpt_ds.data.images import decode_image
 from igpt_ds.data.palette import fit_palette
 from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) ->
     pixels = np.concatenate([image.reshape(-1, 3) for image in images])
     palette, _ = fit_palette(pixels, 8, seed=0)
     directory = tmp_path_factory.mktemp("tiny") / "shards"
-    write_dataset(directory, source, palette, 4, val_fraction=0.25, images_per_shard=16)
+    write_dataset(directory, source, palette, ShardOptions(4, val_fraction=0.25, images_per_shard=16))
     return directory
 
 

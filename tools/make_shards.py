@@ -20,8 +20,8 @@ from typing import Any
 from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shards.build import DEFAULT_MAX_BAD, IMAGES_PER_SHARD, check_work, list_images, making, merge, write_shards
-from igpt_ds.data.shards.layout import WHOLE, Part, Settings
+from igpt_ds.data.shards.build import DEFAULT_MAX_BAD, check_work, list_images, making, merge_shards, write_shards
+from igpt_ds.data.shards.layout import IMAGES_PER_SHARD, WHOLE, Part, ShardOptions
 from igpt_ds.data.sources import open_source
 
 CROP_HELP = (
@@ -43,11 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.stage in ("write", "merge") and not (making(args.out) / "plan").is_dir():
         raise ValueError(f"nothing was listed for {args.out}; begin with --stage list")
     source, palette, start = open_source(args.source), load_palette(args.palette), time.perf_counter()
-    fraction = source.val_fraction if args.val_fraction is None else args.val_fraction
-    settings = Settings(
-        source.name, palette.hash, args.n_px, fraction, args.images_per_shard, args.seed, args.filter, args.crop, args.views
-    )
-    plan = list_images(args.out, source, palette, settings)
+    options = ShardOptions(args.n_px, args.val_fraction, args.images_per_shard, args.seed, args.filter, args.crop, args.views)
+    plan = list_images(args.out, source, palette, options.settings(source, palette))
     counts = ", ".join(f"{count} {split}" for split, count in plan.counts.items() if count)
     print(f"listed      {counts} images of {source.name}")
     if args.stage in ("all", "write"):
@@ -55,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = time.perf_counter() - start
         print(f"made        {made} images at {made / seconds:.0f}/s by {args.workers} processes: part {args.part}")
     if args.stage in ("all", "merge"):
-        describe(args.out, merge(args.out, args.name, args.max_bad))
+        print_index(args.out, merge_shards(args.out, args.name, args.max_bad))
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -91,7 +88,7 @@ def part(text: str) -> Part:
     return Part(int(number), int(total))
 
 
-def describe(out: Path, index: dict[str, Any]) -> None:
+def print_index(out: Path, index: dict[str, Any]) -> None:
     """Prints what the dataset directory holds."""
     for split, about in index["splits"].items():
         hash_ = about["dataset_hash"][:16]

@@ -10,6 +10,7 @@ from PIL import Image
 from igpt_ds.data.palette import Palette, fit_colors
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import Entry, open_source
 
 
@@ -58,7 +59,7 @@ def palette8():
 def tiny(tmp_path_factory, memory, palette8):
     """A dataset directory of 40 images of 4x4 in 8 colours, 7 images a shard."""
     path = tmp_path_factory.mktemp("tiny") / "shards"
-    write_dataset(path, memory(40), palette8, 4, val_fraction=0.3, images_per_shard=7)
+    write_dataset(path, memory(40), palette8, ShardOptions(4, val_fraction=0.3, images_per_shard=7))
     return path
 
 
@@ -70,7 +71,7 @@ def tiny_of(tmp_path_factory, memory, palette8):
     def make(n):
         if n not in made:
             path = tmp_path_factory.mktemp("tiny_of") / str(n)
-            write_dataset(path, memory(n), palette8, 4, val_fraction=0, images_per_shard=10)
+            write_dataset(path, memory(n), palette8, ShardOptions(4, val_fraction=0, images_per_shard=10))
             made[n] = ShardSet(path, "train")
         return made[n]
 
@@ -83,7 +84,7 @@ def digits(tmp_path_factory):
     path = tmp_path_factory.mktemp("digits") / "shards"
     levels = np.repeat(np.rint(np.arange(17) * 255 / 16).astype(np.uint8)[:, None], 3, axis=1)
     palette, _ = fit_colors(levels, np.ones(17, dtype=np.int64), 17)
-    write_dataset(path, open_source("digits:"), palette, 8, images_per_shard=500)
+    write_dataset(path, open_source("digits:"), palette, ShardOptions(8, images_per_shard=500))
     return path
 
 

@@ -17,6 +17,7 @@ from igpt_ds.data.duplicates import METHODS, bit_count, find_duplicates, fingerp
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 
 NONE = np.iinfo(np.int64).max
@@ -55,7 +56,7 @@ def made(tmp_path):
         for number, image in enumerate(images):
             Image.fromarray(image).save(folder / f"{number:04d}.png")
         source = open_source(f"imagefolder:{folder.parent}")
-        write_dataset(tmp_path / name, source, cube(levels), n_px, val_fraction=0.0, images_per_shard=16)
+        write_dataset(tmp_path / name, source, cube(levels), ShardOptions(n_px, val_fraction=0.0, images_per_shard=16))
         return ShardSet(tmp_path / name, "train")
 
     return make

@@ -15,6 +15,7 @@ from igpt_ds.data.loader import Augment, Batch, BatchLayout, Loader, augment, ch
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 
 
 def step_of(shards, images_seen, batch_images, world_size, accumulation, **options):
@@ -159,7 +160,7 @@ def test_the_stream_is_batch_after_batch(tiny_of, monkeypatch, micro_batch):
 
 
 def test_an_error_reaches_the_consumer_at_its_batch(tmp_path, memory, palette8):
-    write_dataset(tmp_path / "out", memory(20), palette8, 4, val_fraction=0)
+    write_dataset(tmp_path / "out", memory(20), palette8, ShardOptions(4, val_fraction=0))
     order = shuffled(np.arange(20), 20, 0)
     with open(tmp_path / "out" / "train-000000.tar", "r+b") as file:  # spoil the image that comes eighth, in the fourth batch
         file.seek(int(order[7]) * 2048 + 1536 + 128)

@@ -14,6 +14,7 @@ from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.order import BLOCK, ORDER_VERSION
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 
 STRIDE = 2048  # bytes of a 4x4 image in a shard
 TOKENS = 1536 + 128  # of which the tokens begin here
@@ -24,7 +25,9 @@ def dataset(tmp_path, memory, palette8):
     """Makes a dataset of n images: dataset("a", 20, seed=1) -> its directory."""
 
     def make(name, n, seed=0, n_px=4, palette=palette8):
-        write_dataset(tmp_path / name, memory(n, n_px, seed=seed), palette, n_px, val_fraction=0, images_per_shard=16)
+        write_dataset(
+            tmp_path / name, memory(n, n_px, seed=seed), palette, ShardOptions(n_px, val_fraction=0, images_per_shard=16)
+        )
         return tmp_path / name
 
     return make
@@ -145,7 +148,7 @@ def test_a_dataset_too_large_for_the_order(tiny_of, monkeypatch):
 
 
 def test_labels_of_different_classes_are_not_mixed(tiny_of, tmp_path, memory, palette8):
-    write_dataset(tmp_path / "x", memory(5, classes=["web"]), palette8, 4, val_fraction=0)
+    write_dataset(tmp_path / "x", memory(5, classes=["web"]), palette8, ShardOptions(4, val_fraction=0))
     mixture = Mixture([tiny_of(10), ShardSet(tmp_path / "x", "train")])
     Loader(mixture, BatchLayout(4, 4), with_labels=False)
     with pytest.raises(ValueError, match="have different classes, so their labels cannot be mixed; name one dataset"):
@@ -239,7 +242,7 @@ def test_every_layout_takes_the_same_images_instead(spoiled, layout, start, seed
 def spoiled(tmp_path_factory, memory, palette8):
     """The tokens of 40 images, a directory of them with five damaged, and what to take for each."""
     path = tmp_path_factory.mktemp("spoiled") / "a"
-    write_dataset(path, memory(40), palette8, 4, val_fraction=0, images_per_shard=16)
+    write_dataset(path, memory(40), palette8, ShardOptions(4, val_fraction=0, images_per_shard=16))
     tokens = ShardSet(path, "train").tokens(np.arange(40))
     spoil(path, 3, 15, 16, 17, 39)
     instead = np.arange(40)

@@ -15,6 +15,7 @@ from igpt_ds.data.loader import Augment, BatchLayout
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet, read_index, signed
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 
 
@@ -22,7 +23,7 @@ from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 def dataset(tmp_path_factory, memory, palette8):
     """60 images, 10 a shard; read only."""
     path = tmp_path_factory.mktemp("streamed") / "whole"
-    write_dataset(path, memory(60), palette8, 4, val_fraction=0, images_per_shard=10)
+    write_dataset(path, memory(60), palette8, ShardOptions(4, val_fraction=0, images_per_shard=10))
     return path
 
 

@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate.domain import Reader, auc, fit_domain, fold_of, keep_best, n_to_keep
 from igpt_ds.evaluate.features.files import open_features
@@ -50,7 +51,9 @@ def planted(tmp_path_factory, tiny_dataset):
             image[..., channel] += 150
             Image.fromarray(image).save(directory / "raw" / "image" / f"{number:04d}.png")
         palette = palette or ShardSet(tiny_dataset, "train").palette
-        write_dataset(directory / "shards", open_source(f"imagefolder:{directory / 'raw'}"), palette, n_px, val_fraction=0.0)
+        write_dataset(
+            directory / "shards", open_source(f"imagefolder:{directory / 'raw'}"), palette, ShardOptions(n_px, val_fraction=0.0)
+        )
         return directory / "shards"
 
     return make

@@ -16,6 +16,7 @@ from igpt_ds.config import RECIPES, ModelConfig
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate import likelihood
 from igpt_ds.evaluate.likelihood import Settings, choose_ids, compare_published, pixel_nats, shard_nats, summarise
@@ -156,7 +157,7 @@ def imagenet(tmp_path, monkeypatch):
 
     def make(n_px=32, crop="center", source=f"imagenet:{tmp_path / 'ilsvrc'}"):
         path = tmp_path / f"shards_{n_px}_{crop}_{source[:8]}"
-        write_dataset(path, open_source(source), palette, n_px, crop=crop, val_fraction=0.0)
+        write_dataset(path, open_source(source), palette, ShardOptions(n_px, crop=crop, val_fraction=0.0))
         return path
 
     return make

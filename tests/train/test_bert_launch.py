@@ -20,6 +20,7 @@ from igpt_ds.data.loader import Augment, BatchLayout, Loader
 from igpt_ds.data.palette import fit_colors
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.files import read_json_lines
@@ -124,7 +125,7 @@ def test_bert_learns_digits(launch: Any, tmp_path: Path) -> None:
     """The recipe of that name, in bf16 on images of handwriting: a quarter of the loss goes in a tenth of its steps."""
     levels = np.repeat(np.rint(np.arange(17) * 255 / 16).astype(np.uint8)[:, None], 3, axis=1)
     palette, _ = fit_colors(levels, np.ones(17, dtype=np.int64), 17)
-    write_dataset(tmp_path / "digits", open_source("digits:"), palette, 8)
+    write_dataset(tmp_path / "digits", open_source("digits:"), palette, ShardOptions(8))
     words = ["--recipe", "digits_nano_bert_8", "--data", tmp_path / "digits", "--run_dir", tmp_path / "run"]
     words += ["--ds_config", "ds_configs/zero3_bf16.json", "--stop_at_step", "60", "--val_every", "0"]
     succeed(launch(["train.py", *words], ranks=2))

@@ -34,6 +34,7 @@ from igpt_ds.data.palette import ColorCounts, Palette, fit_palette, prepare_tabl
 from igpt_ds.data.palette_table import build_table, nearest
 from igpt_ds.data.shards.build import copy_images, write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 
 N_COLORS = 512  # the paper's (3.2)
@@ -211,7 +212,7 @@ def loader(world: World) -> list[Row]:
     rows = []
     for n_px in (32, 64):
         n_images, source = 32768, open_source(f"imagefolder:{small_jpegs(world, 512, n_px)}")
-        write_dataset(world.work / f"few{n_px}", source, world.palette, n_px, val_fraction=0)
+        write_dataset(world.work / f"few{n_px}", source, world.palette, ShardOptions(n_px, val_fraction=0))
         few, path = ShardSet(world.work / f"few{n_px}", "train"), world.work / f"many{n_px}"
         copy_images(path, few, np.arange(n_images) % few.n_images, note={})
         verified = ShardSet(path, "train")

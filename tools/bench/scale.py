@@ -30,6 +30,7 @@ from igpt_ds import cli, dist
 from igpt_ds.config import Recipe, get_recipe, override, recipe_to_dict
 from igpt_ds.data.palette import fit_palette
 from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.files import read_json, read_json_lines, write_json
 
@@ -114,7 +115,7 @@ def shards(world: World, n_px: int) -> Path:
     if not path.exists():
         levels = np.rint(np.arange(17) * (255 / 16)).astype(np.uint8)
         palette, _ = fit_palette(np.repeat(levels[:, None], 3, axis=1), 17)
-        write_dataset(path, open_source("digits:"), palette, side)
+        write_dataset(path, open_source("digits:"), palette, ShardOptions(side))
     return path
 
 

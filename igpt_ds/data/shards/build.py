@@ -25,17 +25,25 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from igpt_ds.data.images import DEFAULT_FILTER
 from igpt_ds.data.palette import Palette, load_palette, prepare_table, save_palette
 from igpt_ds.data.shards.dataset import FORMAT, VERSION, ShardSet, read_index, signed, split_hash
 from igpt_ds.data.shards.encode import CHUNK, Prepared, Task, Unreadable, prepared
-from igpt_ds.data.shards.layout import WHOLE, Part, Plan, Planned, Settings, chunks, make_plan
+from igpt_ds.data.shards.layout import (
+    IMAGES_PER_SHARD,
+    WHOLE,
+    Part,
+    Planned,
+    ShardOptions,
+    ShardPlan,
+    ShardSettings,
+    chunks,
+    make_plan,
+)
 from igpt_ds.data.shards.record import pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
 from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
 
-IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
 DEFAULT_MAX_BAD = 0.001  # one unreadable image in a thousand is a blemish, more is a broken copy
 IMAGES_PER_PROCESS = 2048  # for fewer it is not worth while to start another process
 _RECORDED = ("val_fraction", "images_per_shard", "seed", "filter", "crop", "views")  # settings, as they stand in the index
@@ -46,33 +54,23 @@ def write_dataset(
     path: Path,
     source: Source,
     palette: Palette,
-    n_px: int,
+    options: ShardOptions,
     *,
-    val_fraction: float | None = None,
-    images_per_shard: int = IMAGES_PER_SHARD,
-    seed: int = 0,
-    resize_filter: str = DEFAULT_FILTER,
-    crop: str = "none",
-    views: int = 1,
     name: str | None = None,
     workers: int = 1,
     max_bad: float = DEFAULT_MAX_BAD,
 ) -> dict[str, Any]:
     """Writes every image of the source into a dataset directory, which appears when it is complete; returns its index.
 
-    val_fraction of the training images, chosen by a hash of the key, become the split "val": the source's own fraction when left
-    out (10 % for CIFAR and STL-10, 4 % for ImageNet: paper 3.1), no such split when 0. `seed` decides that and the random crops.
-    `name` is what tables and figures call the images; the directory's name when left out. Up to the fraction max_bad of the
-    images may be unreadable. Memory does not grow with the source.
+    `name` is what tables and figures call the images (default: the directory's name). Up to the fraction max_bad of the images
+    may be unreadable. Memory does not grow with the source.
 
     Raises:
         ValueError: `path` exists already, a number is out of range, a split would be empty, too many images are unreadable.
     """
-    fraction = source.val_fraction if val_fraction is None else val_fraction
-    settings = Settings(source.name, palette.hash, n_px, fraction, images_per_shard, seed, resize_filter, crop, views)
-    list_images(path, source, palette, settings)
+    list_images(path, source, palette, options.settings(source, palette))
     write_shards(path, source, workers=workers, max_bad=max_bad)
-    return merge(path, name, max_bad)
+    return merge_shards(path, name, max_bad)
 
 
 def making(path: Path) -> Path:
@@ -80,7 +78,7 @@ def making(path: Path) -> Path:
     return path.with_name(f"{path.name}.making")
 
 
-def list_images(path: Path, source: Source, palette: Palette, settings: Settings) -> Plan:
+def list_images(path: Path, source: Source, palette: Palette, settings: ShardSettings) -> ShardPlan:
     """Decides which image goes into which shard of the dataset directory `path`; keeps a decision that is there already.
 
     Raises:
@@ -99,7 +97,7 @@ def list_images(path: Path, source: Source, palette: Palette, settings: Settings
                 (work / "palette.npy").unlink(missing_ok=True)
                 work.rmdir()
                 raise
-    plan = Plan(work / "plan")
+    plan = ShardPlan(work / "plan")
     if load_palette(work / "palette.npy").hash != plan.settings.palette_hash:
         raise ValueError(f"{work / 'palette.npy'} is not the palette of {work / 'plan'}; remove {work} and begin again")
     if different := plan.differences(settings):
@@ -130,7 +128,7 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
     """
     check_work(part, workers, max_bad)
     work = making(path)
-    plan = Plan(work / "plan")
+    plan = ShardPlan(work / "plan")
     mine = plan.shards()[part.i :: part.n]
     missing = [shard for shard in mine if not _entry_file(work, shard).is_file()]
     if not missing:
@@ -157,7 +155,7 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
     return total - (unreadable.count - before)
 
 
-def _tasks(shards: list[Planned], plan: Plan) -> Iterator[Task]:
+def _tasks(shards: list[Planned], plan: ShardPlan) -> Iterator[Task]:
     for shard in shards:
         first = shard.first
         for chunk in chunks(shard.entries(), CHUNK):
@@ -180,14 +178,14 @@ def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable:
     write_json(work / f"{name}.json", signed({"shard": entry, "unreadable": mine}))
 
 
-def merge(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> dict[str, Any]:
+def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> dict[str, Any]:
     """Writes the index over all listed shards and lets the dataset directory appear; returns the index.
 
     Raises:
         ValueError: nothing was listed, shards are missing, or too many images were unreadable.
     """
     work = making(path)
-    plan = Plan(work / "plan")
+    plan = ShardPlan(work / "plan")
     shards = plan.shards()
     if missing := [shard.name for shard in shards if not _entry_file(work, shard).is_file()]:
         raise ValueError(f"{work}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}; make them first")
@@ -213,7 +211,7 @@ def merge(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD)
         "n_unreadable": unreadable.count,
         "classes": plan.classes,
         "splits": {
-            split: _describe(entries, plan.settings.palette_hash, plan.settings.n_px) for split, entries in splits.items()
+            split: _split_entry(entries, plan.settings.palette_hash, plan.settings.n_px) for split, entries in splits.items()
         },
     }
     index = signed(index)
@@ -231,7 +229,7 @@ def merge(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD)
     return index
 
 
-def _describe(entries: list[dict[str, Any]], palette_hash: str, n_px: int) -> dict[str, Any]:
+def _split_entry(entries: list[dict[str, Any]], palette_hash: str, n_px: int) -> dict[str, Any]:
     n_images = sum(entry["n_images"] for entry in entries)
     return {"n_images": n_images, "dataset_hash": split_hash(palette_hash, n_px, entries), "shards": entries}
 
@@ -271,7 +269,7 @@ def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | Non
         index = read_index(shards.path) | {
             "name": name or out.resolve().name,
             "derived": note,
-            "splits": {"train": _describe(entries, shards.palette_hash, shards.n_px)},
+            "splits": {"train": _split_entry(entries, shards.palette_hash, shards.n_px)},
         }
         index = signed(index)
         write_json(partial / "index.json", index)

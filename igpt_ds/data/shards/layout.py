@@ -10,20 +10,22 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
-from igpt_ds.data.images import CROPS, FILTERS
+from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
+from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.dataset import SPLITS, signed
 from igpt_ds.data.shards.encode import CropSpec
 from igpt_ds.data.shards.record import MAX_IMAGES
 from igpt_ds.data.sources import Entry, Source
 from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
 
+IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
 MAX_PX = 1024  # a million tokens an image; the paper's largest has 4,096
 
 
@@ -51,21 +53,26 @@ WHOLE = Part()  # one job makes all shards
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of the shards, beside the images themselves."""
+class ShardOptions:
+    """How a source becomes shards.
 
-    source: str
-    palette_hash: str
+    n_px: side of the square images.
+    val_fraction: share of the training images, chosen by a hash of the key, that become the split "val"; 0 makes no such split.
+        None takes the source's own fraction: 10 % for CIFAR and STL-10, 4 % for ImageNet (paper 3.1).
+    seed: decides the split and the random crops.
+    filter, crop, views: the resizing filter, how an image becomes a square, random crops of each training image.
+    """
+
     n_px: int
-    val_fraction: float
-    images_per_shard: int
-    seed: int
-    filter: str
-    crop: str
-    views: int
+    val_fraction: float | None = None
+    images_per_shard: int = IMAGES_PER_SHARD
+    seed: int = 0
+    filter: str = DEFAULT_FILTER
+    crop: str = "none"
+    views: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
+        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
         for name in ("n_px", "images_per_shard", "views"):
             if getattr(self, name) < 1:
@@ -81,6 +88,11 @@ class Settings:
         if self.views > self.images_per_shard:
             raise ValueError(f"views={self.views} do not fit images_per_shard={self.images_per_shard}")
 
+    def settings(self, source: Source, palette: Palette) -> ShardSettings:
+        """The options together with the source and the palette that they are used with."""
+        options = asdict(self) | ({"val_fraction": source.val_fraction} if self.val_fraction is None else {})
+        return ShardSettings(**options, source=source.name, palette_hash=palette.hash)
+
     def crop_spec(self, split: str) -> CropSpec:
         """How the images of a split are cropped. Validation and test images get one central crop (paper 3.1)."""
         if split == "train" or self.crop != "random":
@@ -90,6 +102,15 @@ class Settings:
     def entries_per_shard(self, split: str) -> int:
         """Images of the source that go into one shard, all their views with them."""
         return self.images_per_shard // self.crop_spec(split).views
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSettings(ShardOptions):
+    """What decides the bytes of the shards, except for the images themselves: the options, the source and the palette."""
+
+    val_fraction: float = field()  # without the default of the options
+    source: str
+    palette_hash: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,7 @@ def split_of(key: str, seed: int, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-def make_plan(path: Path, source: Source, settings: Settings) -> None:
+def make_plan(path: Path, source: Source, settings: ShardSettings) -> None:
     """Lists the source into the plan directory, which appears when it is complete.
 
     Raises:
@@ -151,7 +172,7 @@ def _new_file(directory: Path, split: str, number: int) -> IO[str]:
     return open(directory / f"{split}-{number:06d}.jsonl", "w", encoding="utf-8")
 
 
-def _check_counts(counts: dict[str, int], source: Source, settings: Settings) -> None:
+def _check_counts(counts: dict[str, int], source: Source, settings: ShardSettings) -> None:
     n_images = counts["train"] + counts["val"]
     if not n_images:
         raise ValueError(f"source {source.name} holds no training images")
@@ -164,8 +185,8 @@ def _check_counts(counts: dict[str, int], source: Source, settings: Settings) ->
             raise ValueError(f"{split} would have {count} images x {settings.views} views; at most {MAX_IMAGES - 1}")
 
 
-class Plan:
-    """A plan on disk.
+class ShardPlan:
+    """A plan on disk: which image goes into which shard.
 
     Raises:
         ValueError: no plan there, or a damaged one.
@@ -176,7 +197,7 @@ class Plan:
         if not isinstance(about, dict) or about != signed(about):
             raise ValueError(f"plan {path / 'plan.json'} is damaged; remove {path.parent} and begin again")
         try:
-            self.settings = Settings(**about["settings"])
+            self.settings = ShardSettings(**about["settings"])
             self.classes: list[str] = about["classes"]
             self.source_hash: str = about["source_hash"]
             self.counts: dict[str, int] = about["counts"]
@@ -202,7 +223,7 @@ class Plan:
             for name in [f"{split}-{number:06d}"]
         ]
 
-    def differences(self, settings: Settings) -> list[str]:
+    def differences(self, settings: ShardSettings) -> list[str]:
         """The settings in which this plan is not what is asked for now, each in words."""
         old, new = asdict(self.settings), asdict(settings)
         return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if old[name] != new[name]]

@@ -15,9 +15,9 @@ from PIL import Image
 
 from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, save_palette
-from igpt_ds.data.shards.build import copy_images, list_images, making, merge, write_dataset, write_shards
+from igpt_ds.data.shards.build import copy_images, list_images, making, merge_shards, write_dataset, write_shards
 from igpt_ds.data.shards.dataset import ShardSet, signed
-from igpt_ds.data.shards.layout import Part, Plan, Settings, make_plan, split_of
+from igpt_ds.data.shards.layout import Part, ShardOptions, ShardPlan, ShardSettings, make_plan, split_of
 from igpt_ds.data.sources import open_source
 
 
@@ -73,14 +73,14 @@ def test_index_tells_what_a_reader_must_know(tiny, palette8):
 
 
 def test_the_fraction_for_validation_is_the_source_s_own(tmp_path, memory, palette8):
-    index = write_dataset(tmp_path / "out", memory(400, val_fraction=0.5), palette8, 4)
+    index = write_dataset(tmp_path / "out", memory(400, val_fraction=0.5), palette8, ShardOptions(4))
     assert index["val_fraction"] == 0.5
     assert 150 < index["splits"]["val"]["n_images"] < 250
 
 
 def test_test_images_are_never_trained_on(tmp_path, memory, palette8):
     source = memory(60, n_test=20)
-    write_dataset(tmp_path / "out", source, palette8, 4, val_fraction=0.25)
+    write_dataset(tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.25))
     tokens, labels = everything(tmp_path / "out", "test")
     np.testing.assert_array_equal(tokens, palette8.encode(source.images[40:]))
     np.testing.assert_array_equal(labels, np.arange(40, 60) % 3)
@@ -88,7 +88,7 @@ def test_test_images_are_never_trained_on(tmp_path, memory, palette8):
 
 
 def test_dataset_hash_tells_images_apart(tmp_path, memory, palette8, tiny):
-    other = write_dataset(tmp_path / "b", memory(40, seed=1), palette8, 4, val_fraction=0.3, images_per_shard=7)
+    other = write_dataset(tmp_path / "b", memory(40, seed=1), palette8, ShardOptions(4, val_fraction=0.3, images_per_shard=7))
     shards = ShardSet(tiny, "train")
     assert other["splits"]["train"]["dataset_hash"] != shards.dataset_hash != ShardSet(tiny, "val").dataset_hash
 
@@ -97,7 +97,7 @@ def test_large_images_are_squared_and_unreadable_ones_counted(tmp_path, folder, 
     raw = folder({"cat": 8, "dog": 8})
     (raw / "dog" / "2.png").write_bytes(b"broken")
     source = open_source(f"imagefolder:{raw}")
-    index = write_dataset(tmp_path / "out", source, palette8, 3, val_fraction=0, resize_filter="box", max_bad=0.1)
+    index = write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, val_fraction=0, filter="box"), max_bad=0.1)
     assert (index["filter"], index["n_unreadable"], list(index["splits"])) == ("box", 1, ["train"])
     assert "skipped: dog/2.png cannot be read as an image" in capsys.readouterr().err
     tokens, labels = everything(tmp_path / "out")
@@ -113,7 +113,7 @@ def test_tokens_and_labels_of_the_widest_kind(tmp_path, memory):
     palette = Palette(np.stack([grey, grey, grey], axis=1))
     source = memory(1001, n_px=1)
     source.classes = [f"class{index}" for index in range(1000)]
-    write_dataset(tmp_path / "wide", source, palette, 1, val_fraction=0)
+    write_dataset(tmp_path / "wide", source, palette, ShardOptions(1, val_fraction=0))
     tokens, labels = everything(tmp_path / "wide")
     np.testing.assert_array_equal(labels, np.arange(1001) % 1000)
     np.testing.assert_array_equal(tokens, palette.encode(source.images))
@@ -122,7 +122,9 @@ def test_tokens_and_labels_of_the_widest_kind(tmp_path, memory):
 
 def test_views_are_random_crops_of_training_images_alone(tmp_path, memory, palette8):
     source = memory(12, n_px=20, n_test=2)
-    index = write_dataset(tmp_path / "out", source, palette8, 4, val_fraction=0.3, crop="random", views=3, images_per_shard=7)
+    index = write_dataset(
+        tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.3, crop="random", views=3, images_per_shard=7)
+    )
     keys = [f"image{number}" for number in range(10)]
     train = [number for number in range(10) if split_of(keys[number], 0, 0.3) == "train"]
     val = [number for number in range(10) if number not in train]
@@ -141,7 +143,7 @@ def test_views_are_random_crops_of_training_images_alone(tmp_path, memory, palet
 
 
 def test_same_input_same_bytes(tmp_path, memory, palette8, tiny):
-    write_dataset(tmp_path / "again", memory(40), palette8, 4, val_fraction=0.3, images_per_shard=7, name=tiny.name)
+    write_dataset(tmp_path / "again", memory(40), palette8, ShardOptions(4, val_fraction=0.3, images_per_shard=7), name=tiny.name)
     same(tiny, tmp_path / "again")
 
 
@@ -149,7 +151,7 @@ def test_worker_processes_change_nothing(tmp_path, folder, palette8, monkeypatch
     monkeypatch.setattr(build, "IMAGES_PER_PROCESS", 1)
     source = open_source(f"imagefolder:{folder({'cat': 30, 'dog': 30})}")
     for name, workers in (("one", 1), ("two", 2)):
-        write_dataset(tmp_path / name, source, palette8, 3, images_per_shard=20, workers=workers, name="same")
+        write_dataset(tmp_path / name, source, palette8, ShardOptions(3, images_per_shard=20), workers=workers, name="same")
     same(tmp_path / "one", tmp_path / "two")
 
 
@@ -158,14 +160,14 @@ def test_worker_processes_change_nothing(tmp_path, folder, palette8, monkeypatch
 def test_parts_in_any_order_make_what_one_run_makes(tmp_path_factory, memory, palette8, n_parts, order, bad):
     path = tmp_path_factory.mktemp("parts")
     source = memory(40, unreadable=tuple(bad))
-    write_dataset(path / "one", source, palette8, 4, val_fraction=0.3, images_per_shard=7, name="same", max_bad=1)
-    options = Settings("memory:", palette8.hash, 4, 0.3, 7, 0, "bicubic", "none", 1)
+    write_dataset(path / "one", source, palette8, ShardOptions(4, val_fraction=0.3, images_per_shard=7), name="same", max_bad=1)
+    options = ShardOptions(4, 0.3, 7).settings(source, palette8)
     parts = list(range(n_parts))
     order.shuffle(parts)
     for part in parts:
         list_images(path / "many", source, palette8, options)
         write_shards(path / "many", source, part=Part(part, n_parts), max_bad=1)
-    merge(path / "many", "same", max_bad=1)
+    merge_shards(path / "many", "same", max_bad=1)
     same(path / "one", path / "many")
     tokens, _ = everything(path / "one")
     kept = [n for n in range(40) if n not in bad and split_of(f"image{n}", 0, 0.3) == "train"]
@@ -174,7 +176,11 @@ def test_parts_in_any_order_make_what_one_run_makes(tmp_path_factory, memory, pa
 
 def test_a_whole_shard_of_unreadable_images_is_left_out(tmp_path, memory, palette8):
     index = write_dataset(
-        tmp_path / "out", memory(12, unreadable=(4, 5, 6, 7)), palette8, 4, val_fraction=0, images_per_shard=4, max_bad=1
+        tmp_path / "out",
+        memory(12, unreadable=(4, 5, 6, 7)),
+        palette8,
+        ShardOptions(4, val_fraction=0, images_per_shard=4),
+        max_bad=1,
     )
     assert [shard["name"] for shard in index["splits"]["train"]["shards"]] == ["train-000000.tar", "train-000002.tar"]
     assert sorted(file.name for file in (tmp_path / "out").glob("*.tar")) == ["train-000000.tar", "train-000002.tar"]
@@ -258,8 +264,10 @@ def test_the_split_of_an_image_does_not_depend_on_the_others(tmp_path_factory, m
     source = memory(60)
     everybody = list(source.entries())
     source.entries = lambda: iter([everybody[number] for number in sorted(present)])
-    make_plan(path / "plan", source, Settings("memory:", "", 4, 0.4, 7, 0, "bicubic", "none", 1))
-    found = {entry.key: shard.split for shard in Plan(path / "plan").shards() for entry in shard.entries()}
+    make_plan(
+        path / "plan", source, ShardSettings(n_px=4, val_fraction=0.4, images_per_shard=7, source="memory:", palette_hash="")
+    )
+    found = {entry.key: shard.split for shard in ShardPlan(path / "plan").shards() for entry in shard.entries()}
     assert found == {f"image{number}": split_of(f"image{number}", 0, 0.4) for number in present}
 
 
@@ -288,32 +296,32 @@ def options(**changes):
 )
 def test_impossible_settings(changes, message):
     with pytest.raises(ValueError, match=message):
-        Settings(**options(**changes))
+        ShardSettings(**options(**changes))
 
 
 def test_an_empty_split_is_refused_and_leaves_nothing(tmp_path, memory, palette8):
     with pytest.raises(ValueError, match=r"none of the 4 images of memory: falls to val; change val_fraction=1e-09"):
-        write_dataset(tmp_path / "out", memory(4), palette8, 4, val_fraction=1e-9)
+        write_dataset(tmp_path / "out", memory(4), palette8, ShardOptions(4, val_fraction=1e-9))
     with pytest.raises(ValueError, match=r"source memory: holds no training images"):
-        write_dataset(tmp_path / "out", memory(0), palette8, 4)
+        write_dataset(tmp_path / "out", memory(0), palette8, ShardOptions(4))
     assert not list(tmp_path.iterdir())
 
 
 def test_more_images_than_names(tmp_path, memory, palette8):
-    settings_ = Settings(**options(views=10**9 // 4, crop="random", images_per_shard=10**9, val_fraction=0))
+    settings_ = ShardSettings(**options(views=10**9 // 4, crop="random", images_per_shard=10**9, val_fraction=0))
     with pytest.raises(ValueError, match="train would have 4 images x 250000000 views; at most 999999999"):
         make_plan(tmp_path / "plan", memory(4), settings_)
 
 
 def test_existing_directory_is_refused(tiny, memory, palette8):
     with pytest.raises(ValueError, match=rf"{tiny} exists already"):
-        write_dataset(tiny, memory(40), palette8, 4)
+        write_dataset(tiny, memory(40), palette8, ShardOptions(4))
 
 
 def test_other_settings_than_begun_with(tmp_path, memory, palette8):
-    list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
+    list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash)))
     with pytest.raises(ValueError, match=r"out.making was begun with other settings \(seed 0, now 1\); go on with those, or"):
-        list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash, seed=1)))
+        list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash, seed=1)))
 
 
 def test_too_many_unreadable_images_stop_and_can_be_repaired(tmp_path, folder, palette8):
@@ -323,10 +331,10 @@ def test_too_many_unreadable_images_stop_and_can_be_repaired(tmp_path, folder, p
     source = open_source(f"imagefolder:{raw}")
     message = r"imagefolder:.*: 1 unreadable, more than the 0.001 of 8 images that may be: cat/7.png .*; repair the files"
     with pytest.raises(ValueError, match=message):
-        write_dataset(tmp_path / "out", source, palette8, 3, images_per_shard=2)
+        write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, images_per_shard=2))
     assert not (tmp_path / "out").exists()
     (raw / "cat" / "7.png").write_bytes(whole)
-    assert write_dataset(tmp_path / "out", source, palette8, 3, images_per_shard=2)["n_unreadable"] == 0
+    assert write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, images_per_shard=2))["n_unreadable"] == 0
     assert not making(tmp_path / "out").exists()
 
 
@@ -340,22 +348,22 @@ def test_too_many_unreadable_images_stop_and_can_be_repaired(tmp_path, folder, p
     ],
 )
 def test_impossible_work(tmp_path, memory, palette8, changes, message):
-    list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
+    list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash)))
     with pytest.raises(ValueError, match=message):
         write_shards(tmp_path / "out", memory(40), **changes)
 
 
 def test_merging_too_early(tmp_path, memory, palette8):
-    list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
+    list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash)))
     write_shards(tmp_path / "out", memory(40), part=Part(0, 2))
     with pytest.raises(ValueError, match=r"out.making: 3 of 6 shards are missing, the first train-000001.tar; make them first"):
-        merge(tmp_path / "out")
+        merge_shards(tmp_path / "out")
 
 
 @pytest.fixture
 def begun(tmp_path, memory, palette8):
     """A dataset of 40 images of which the first of two parts is made."""
-    list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
+    list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash)))
     write_shards(tmp_path / "out", memory(40), part=Part(0, 2))
     return making(tmp_path / "out")
 
@@ -373,7 +381,7 @@ def test_a_damaged_palette_of_a_begun_dataset(begun, memory, palette8):
     colors[3, 1] = 0.25
     save_palette(begun / "palette.npy", Palette(colors))
     with pytest.raises(ValueError, match=rf"{begun}/palette.npy is not the palette of {begun}/plan; remove {begun} and begin"):
-        list_images(begun.with_suffix(""), memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
+        list_images(begun.with_suffix(""), memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash)))
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"shard": {}, "unreadable": [], "sha256": ""}'])
@@ -386,7 +394,7 @@ def test_a_damaged_entry_of_a_shard(begun, memory, content):
         write_shards(begun.with_suffix(""), memory(40))
     file.unlink()
     write_shards(begun.with_suffix(""), memory(40))
-    merge(begun.with_suffix(""))
+    merge_shards(begun.with_suffix(""))
     for split in ("train", "val"):
         ShardSet(begun.with_suffix(""), split).verify()
 
@@ -396,7 +404,7 @@ def test_a_directory_that_another_process_finished(begun, memory, palette8):
         def read(self, entries):
             if begun.exists():
                 write_shards(begun.with_suffix(""), memory(40))
-                merge(begun.with_suffix(""))
+                merge_shards(begun.with_suffix(""))
             return super().read(entries)
 
     with pytest.raises(ValueError, match=r"out.making went away: another process has finished or removed it; look at .*out"):
@@ -410,7 +418,7 @@ def test_a_merged_directory_that_cannot_be_put_in_place(begun, memory):
     begun.with_suffix("").mkdir()
     (begun.with_suffix("") / "something").write_text("else")
     with pytest.raises(ValueError, match=r"out was finished by another process meanwhile, or cannot be made; look there"):
-        merge(begun.with_suffix(""))
+        merge_shards(begun.with_suffix(""))
 
 
 def test_workers_end_with_a_killed_tool(tmp_path, folder, launch):
@@ -428,7 +436,7 @@ def test_workers_end_with_a_killed_tool(tmp_path, folder, launch):
 
 
 def test_a_damaged_plan(tmp_path, memory, palette8):
-    plan = list_images(tmp_path / "out", memory(40), palette8, Settings(**options(palette_hash=palette8.hash)))
+    plan = list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash)))
     assert plan.n_entries == 40
     (making(tmp_path / "out") / "plan" / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match=r"plan .*plan.json is damaged; remove .*out.making and begin again"):
@@ -438,4 +446,4 @@ def test_a_damaged_plan(tmp_path, memory, palette8):
         write_shards(tmp_path / "out", memory(40))
     shutil.rmtree(making(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"plan .* does not exist"):
-        merge(tmp_path / "out")
+        merge_shards(tmp_path / "out")

@@ -13,6 +13,7 @@ from igpt_ds.data.exclusion import read_exclusion
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.layout import ShardOptions
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
@@ -29,7 +30,7 @@ def refused(tool, name, complaint, *arguments):
 def three(tmp_path_factory, memory, palette8):
     """A dataset with the splits train, val and test: 30, 11 or so, and 9 images of 4x4, classes cat, dog, owl."""
     path = tmp_path_factory.mktemp("three") / "shards"
-    write_dataset(path, memory(50, n_test=9), palette8, 4, val_fraction=0.3, images_per_shard=16)
+    write_dataset(path, memory(50, n_test=9), palette8, ShardOptions(4, val_fraction=0.3, images_per_shard=16))
     return path
 
 
@@ -120,7 +121,7 @@ def made(tmp_path_factory, memory):
         path = tmp_path_factory.mktemp("made") / "shards"
         source = memory(len(images), n_test=0 if split == "train" else len(images) - 1)
         source.images = images
-        write_dataset(path, source, palette, n_px, val_fraction=0.0)
+        write_dataset(path, source, palette, ShardOptions(n_px, val_fraction=0.0))
         return path
 
     return make
