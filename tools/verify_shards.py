@@ -15,8 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from igpt_ds import cli
-from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shards.dataset import SPLITS, read_index
+from igpt_ds.data.shards.dataset import SPLITS, open_index
 from igpt_ds.data.shards.verify import all_damage
 
 NAMED = 20  # damages that are printed one by one
@@ -31,21 +30,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers {args.workers} must be at least 1")
-    index, start = read_index(args.data), time.perf_counter()
-    splits = args.split or list(index["splits"])
-    if missing := [split for split in splits if split not in index["splits"]]:
-        raise ValueError(f"{args.data} has no split {missing[0]!r}; it has {', '.join(index['splits'])}")
-    if load_palette(args.data / index["palette"]).hash != index["palette_hash"]:
-        raise ValueError(f"{args.data / index['palette']} is not the palette that the shards were made with")
+    index, start = open_index(args.data), time.perf_counter()
+    splits = args.split or list(index.splits)
+    if missing := [split for split in splits if split not in index.splits]:
+        raise ValueError(f"{args.data} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
+    index.load_palette()
 
-    shards = [shard for split in splits for shard in index["splits"][split]["shards"]]
-    checks, n_damages = all_damage(args.data, shards, index["n_px"], args.workers), 0
+    shards = [shard for split in splits for shard in index.splits[split].shards]
+    checks, n_damages = all_damage(args.data, shards, index.n_px, args.workers), 0
     for _, found in tqdm(checks, "verify", len(shards), unit=" shards", leave=False, disable=None):
         for damage in found[: max(0, NAMED - n_damages)]:
             tqdm.write(f"damaged: {damage}", file=sys.stderr)
         n_damages += len(found)
-    size, seconds = sum(shard["bytes"] for shard in shards), time.perf_counter() - start
-    n_images = sum(shard["n_images"] for shard in shards)
+    size, seconds = sum(shard.bytes for shard in shards), time.perf_counter() - start
+    n_images = sum(shard.n_images for shard in shards)
     print(f"verified    {len(shards)} shards of {', '.join(splits)}: {n_images} images, {size / 1e6:.1f} MB")
     print(f"speed       {size / 1e6 / seconds:.0f} MB/s")
     print(f"damaged     {n_damages} images or byte ranges")

@@ -18,8 +18,8 @@ import numpy as np
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.loader import NO_AUGMENT, Augment, Batch, BatchLayout, augment, made_ahead, to_batches
 from igpt_ds.data.order import shuffled
-from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shards.dataset import read_index
+from igpt_ds.data.shards.dataset import open_index
+from igpt_ds.data.shards.record import ShardEntry
 
 LIMITS = (
     "--stream reads shards in sequence. What it cannot promise: images are drawn from a buffer, not from the whole set; with an "
@@ -50,19 +50,15 @@ class ShardStream:
     def __init__(self, path: Path, url: str) -> None:
         if "{shard}" not in url:
             raise ValueError(f"--stream {url} does not say where the name of a shard goes; write {{shard}} there")
-        index = read_index(path)
-        if "train" not in index["splits"]:
-            raise ValueError(f"{path} has no split 'train' to stream; it has {', '.join(index['splits'])}")
-        about = index["splits"]["train"]
+        index = open_index(path)
+        if "train" not in index.splits:
+            raise ValueError(f"{path} has no split 'train' to stream; it has {', '.join(index.splits)}")
+        about = index.splits["train"]
         self.path, self.url = path, url
-        self.shards: list[dict[str, Any]] = about["shards"]
-        self.n_images: int = sum(shard["n_images"] for shard in self.shards)
-        self.n_px: int = index["n_px"]
-        self.n_vocab: int = index["n_vocab"]
-        self.palette_hash: str = index["palette_hash"]
-        self.dataset_hash: str = about["dataset_hash"]
-        if load_palette(path / index["palette"]).hash != self.palette_hash:
-            raise ValueError(f"{path / index['palette']} is not the palette that the shards were made with; copy theirs")
+        self.shards: list[ShardEntry] = about.shards
+        self.n_images = sum(shard.n_images for shard in self.shards)
+        self.n_px, self.n_vocab = index.n_px, index.n_vocab
+        self.palette_hash, self.dataset_hash = index.load_palette("copy theirs").hash, about.dataset_hash
 
     def facts(self) -> dict[str, Any]:
         """What identifies the training data, for run.json and checkpoints."""
@@ -79,7 +75,7 @@ class ShardStream:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         about = self.shards[number]
-        url, expected = self.url.replace("{shard}", about["name"]), about["n_images"]
+        url, expected = self.url.replace("{shard}", about.name), about.n_images
         found, name, stream = 0, -1, None
         try:
             stream = gopen(url)
@@ -186,7 +182,7 @@ class StreamLoader:
         left, epoch = images_seen // self.layout.world_size, 0
         while True:
             for number in self.shards_of(epoch):
-                n_images = self.shards.shards[number]["n_images"]
+                n_images = self.shards.shards[number].n_images
                 if left >= n_images:
                     left -= n_images
                     continue

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import groupby
 from operator import attrgetter
@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.palette import Palette, load_palette, prepare_table, save_palette
-from igpt_ds.data.shards.dataset import FORMAT, VERSION, ShardSet, read_index, signed, split_hash
+from igpt_ds.data.shards.dataset import FORMAT, VERSION, ShardSet, SplitEntry, read_index, signed, split_hash
 from igpt_ds.data.shards.encode import CHUNK, Prepared, Task, Unreadable, prepared
 from igpt_ds.data.shards.layout import (
     IMAGES_PER_SHARD,
@@ -39,7 +39,7 @@ from igpt_ds.data.shards.layout import (
     chunks,
     make_plan,
 )
-from igpt_ds.data.shards.record import pack
+from igpt_ds.data.shards.record import ShardEntry, pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
 from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
@@ -136,7 +136,7 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
     unreadable = Unreadable(source.name, plan.n_entries, max_bad)
     for shard in mine:
         if shard not in missing:
-            unreadable.add(_read_entry(work, shard)["unreadable"])
+            unreadable.add(_read_entry(work, shard).unreadable)
     before, palette_file = unreadable.count, work / "palette.npy"
     total = sum(shard.n_entries for shard in missing)
     processes = min(workers, -(-total // IMAGES_PER_PROCESS))
@@ -175,7 +175,7 @@ def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable:
         entry = shard.close()
     if not shard.n_images:
         (work / name).unlink()
-    write_json(work / f"{name}.json", signed({"shard": entry, "unreadable": mine}))
+    write_json(work / f"{name}.json", signed({"shard": asdict(entry), "unreadable": mine}))
 
 
 def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> dict[str, Any]:
@@ -190,12 +190,12 @@ def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_M
     if missing := [shard.name for shard in shards if not _entry_file(work, shard).is_file()]:
         raise ValueError(f"{work}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}; make them first")
     unreadable = Unreadable(plan.settings.source, plan.n_entries, max_bad)
-    splits: dict[str, list[dict[str, Any]]] = {}
+    splits: dict[str, list[ShardEntry]] = {}
     for shard in shards:
-        about = _read_entry(work, shard)
-        unreadable.add(about["unreadable"])
-        if about["shard"]["n_images"]:
-            splits.setdefault(shard.split, []).append(about["shard"])
+        made = _read_entry(work, shard)
+        unreadable.add(made.unreadable)
+        if made.entry.n_images:
+            splits.setdefault(shard.split, []).append(made.entry)
     index = {
         "format": FORMAT,
         "version": VERSION,
@@ -229,21 +229,28 @@ def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_M
     return index
 
 
-def _split_entry(entries: list[dict[str, Any]], palette_hash: str, n_px: int) -> dict[str, Any]:
-    n_images = sum(entry["n_images"] for entry in entries)
-    return {"n_images": n_images, "dataset_hash": split_hash(palette_hash, n_px, entries), "shards": entries}
+@dataclass(frozen=True)
+class _Made:
+    """A shard that is there: its entry of the index, and the images that could not be read as (key, reason)."""
+
+    entry: ShardEntry
+    unreadable: list[tuple[str, str]]
+
+
+def _split_entry(entries: list[ShardEntry], palette_hash: str, n_px: int) -> dict[str, Any]:
+    return asdict(SplitEntry(sum(entry.n_images for entry in entries), split_hash(palette_hash, n_px, entries), entries))
 
 
 def _entry_file(work: Path, shard: Planned) -> Path:
     return work / f"{shard.name}.json"
 
 
-def _read_entry(work: Path, shard: Planned) -> dict[str, Any]:
+def _read_entry(work: Path, shard: Planned) -> _Made:
     file = _entry_file(work, shard)
     about = read_json(file, "entry of a shard")
     if not isinstance(about, dict) or about != signed(about) or not {"shard", "unreadable"} <= about.keys():
         raise ValueError(f"{file} is damaged; remove it and run the same command again, which makes {shard.name} anew")
-    return about
+    return _Made(ShardEntry.of(about["shard"]), about["unreadable"])
 
 
 def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | None = None, note: dict[str, Any]) -> dict[str, Any]:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from igpt_ds.data.palette import load_palette
+from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.mapped import MappedRecords
-from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
+from igpt_ds.data.shards.record import END, ShardEntry, checksum, numbers, record_dtype, typed
 from igpt_ds.data.shards.verify import AGAIN, all_damage
 from igpt_ds.files import read_json
 
@@ -56,20 +57,76 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
+@dataclass(frozen=True)
+class SplitEntry:
+    """What the index says of one split."""
+
+    n_images: int
+    dataset_hash: str
+    shards: list[ShardEntry]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What readers of a dataset directory need from its index. Other keys, such as how the images were made, stay in the file."""
+
+    path: Path
+    name: str
+    n_px: int
+    n_vocab: int
+    classes: list[str]
+    palette: str
+    palette_hash: str
+    splits: dict[str, SplitEntry]
+
+    def load_palette(self, fix: str = AGAIN) -> Palette:
+        """The palette of the directory.
+
+        Raises:
+            ValueError: no palette there, or not the one that the shards were made with.
+        """
+        palette = load_palette(self.path / self.palette)
+        if palette.hash != self.palette_hash:
+            raise ValueError(f"{self.path / self.palette} is not the palette that the shards were made with; {fix}")
+        return palette
+
+
+def open_index(path: Path) -> ShardIndex:
+    """The index of a dataset directory as a record.
+
+    Raises:
+        ValueError: as `read_index` does, or the index lacks a key.
+    """
+    values = read_index(path)
+    kinds = {"name": str, "n_px": int, "n_vocab": int, "classes": list, "palette": str, "palette_hash": str}
+    try:
+        splits = {
+            split: SplitEntry(
+                typed(about, "n_images", int),
+                typed(about, "dataset_hash", str),
+                [ShardEntry.of(shard) for shard in typed(about, "shards", list)],
+            )
+            for split, about in typed(values, "splits", dict).items()
+        }
+        return ShardIndex(path, **{key: typed(values, key, kind) for key, kind in kinds.items()}, splits=splits)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"shard index {path / 'index.json'} is damaged ({type(error).__name__}: {error}); {AGAIN}") from None
+
+
 def signed(values: dict[str, Any]) -> dict[str, Any]:
     """The values with the sha256 of all of them but itself, so that a reader sees every change."""
     content = {key: value for key, value in values.items() if key != "sha256"}
     return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
-def split_hash(palette_hash: str, n_px: int, shards: list[dict[str, Any]]) -> str:
+def split_hash(palette_hash: str, n_px: int, shards: list[ShardEntry]) -> str:
     """What tells two splits apart: the sha256 over the palette and the bytes of all shards."""
-    lines = [palette_hash, str(n_px), *(shard["sha256"] for shard in shards)]
+    lines = [palette_hash, str(n_px), *(shard.sha256 for shard in shards)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _check_size(file: Path, about: dict[str, Any], stride: int) -> None:
-    n_images, expected = about["n_images"], about["bytes"]
+def _check_size(file: Path, entry: ShardEntry, stride: int) -> None:
+    n_images, expected = entry.n_images, entry.bytes
     found = file.stat().st_size if file.is_file() else 0
     if found != expected:
         raise ValueError(f"shard {file} is missing or torn: {found} bytes, expected {expected}; {AGAIN}")
@@ -88,35 +145,25 @@ class ShardSet:
     """
 
     def __init__(self, path: Path, split: str, exclude: np.ndarray | None = None) -> None:
-        index = read_index(path)
-        try:
-            self._open(path, split, index)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"shard index {path / 'index.json'} is damaged ({type(error).__name__}: {error}); {AGAIN}") from None
+        self._open(path, split, open_index(path))
         self._excluded = np.zeros(0, dtype=np.int64)
         if exclude is not None and len(exclude):
             self._exclude(exclude)
 
-    def _open(self, path: Path, split: str, index: dict[str, Any]) -> None:
+    def _open(self, path: Path, split: str, index: ShardIndex) -> None:
         parts = split.split("+")
-        if missing := [part for part in parts if part not in index["splits"]]:
-            raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(index['splits'])}")
+        if missing := [part for part in parts if part not in index.splits]:
+            raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
         self.path, self.split = path, split
-        self.name: str = index["name"]
-        self.n_px: int = index["n_px"]
-        self.n_vocab: int = index["n_vocab"]
-        self.classes: list[str] = index["classes"]
-        self.palette_hash: str = index["palette_hash"]
-        self.palette = load_palette(path / index["palette"])
-        if self.palette.hash != self.palette_hash:
-            raise ValueError(f"{path / index['palette']} is not the palette that the shards were made with; {AGAIN}")
-        hashes = [index["splits"][part]["dataset_hash"] for part in parts]
+        self.name, self.n_px, self.n_vocab, self.classes = index.name, index.n_px, index.n_vocab, index.classes
+        self.palette, self.palette_hash = index.load_palette(), index.palette_hash
+        hashes = [index.splits[part].dataset_hash for part in parts]
         self.dataset_hash: str = hashes[0] if len(parts) == 1 else hashlib.sha256("+".join(hashes).encode()).hexdigest()
-        self._about = [shard for part in parts for shard in index["splits"][part]["shards"]]
-        files, dtype = [path / shard["name"] for shard in self._about], record_dtype(self.n_px)
-        for file, about in zip(files, self._about, strict=True):
-            _check_size(file, about, dtype.itemsize)
-        self._records = MappedRecords(files, [shard["n_images"] for shard in self._about], dtype)
+        self._entries = [shard for part in parts for shard in index.splits[part].shards]
+        files, dtype = [path / shard.name for shard in self._entries], record_dtype(self.n_px)
+        for file, entry in zip(files, self._entries, strict=True):
+            _check_size(file, entry, dtype.itemsize)
+        self._records = MappedRecords(files, [shard.n_images for shard in self._entries], dtype)
         self.n_images = self._records.n_records
         self._checked: np.ndarray = np.zeros(self.n_images, dtype=bool)
 
@@ -171,9 +218,9 @@ class ShardSet:
         Raises:
             ValueError: a shard holds other bytes than were written; the first damaged ones are named.
         """
-        checks = all_damage(self.path, self._about, self.n_px)
+        checks = all_damage(self.path, self._entries, self.n_px)
         with closing(checks):
-            for _, found in tqdm(checks, f"verify {self.split}", len(self._about), unit=" shards", leave=False, disable=None):
+            for _, found in tqdm(checks, f"verify {self.split}", len(self._entries), unit=" shards", leave=False, disable=None):
                 if found:
                     raise ValueError(str(found[0]))
         self._checked[:] = True

@@ -10,11 +10,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
-from igpt_ds.data.shards.record import END
+from igpt_ds.data.shards.record import END, ShardEntry
 from igpt_ds.data.shards.verify import BLOCK_IMAGES
 from igpt_ds.files import atomic_file
 
@@ -44,16 +44,11 @@ class ShardFile:
         self._digest.update(content)
         self._bytes += len(content)
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> ShardEntry:
         """Ends the tar file; the shard's entry in the index."""
         self._write(END)
-        return {
-            "name": self._name,
-            "n_images": self.n_images,
-            "bytes": self._bytes,
-            "sha256": self._digest.hexdigest(),
-            "blocks": [f"{crc:08x}" for crc in self._crcs],
-        }
+        blocks = [f"{crc:08x}" for crc in self._crcs]
+        return ShardEntry(self._name, self.n_images, self._bytes, self._digest.hexdigest(), blocks)
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from igpt_ds.data.shards.record import END, MAX_IMAGES, checksum, names_of, numbers, pack, record_dtype
+from igpt_ds.data.shards.record import END, MAX_IMAGES, ShardEntry, checksum, names_of, numbers, pack, record_dtype
 from igpt_ds.files import sha256_file
 
 BLOCK_IMAGES = 1024  # images under one crc32 of the index
@@ -36,32 +35,32 @@ class Damage:
 
 
 def all_damage(
-    path: Path, shards: Iterable[dict[str, Any]], n_px: int, workers: int | None = None
+    path: Path, shards: Iterable[ShardEntry], n_px: int, workers: int | None = None
 ) -> Generator[tuple[str, list[Damage]], None, None]:
     """Reads every shard once, several at a time: (shard name, what is damaged in it), in their order."""
     threads = ThreadPoolExecutor(workers)  # checksums of large blocks hold no lock, so threads take every core
     try:
-        tasks = [(about["name"], threads.submit(shard_damage, path / about["name"], about, n_px)) for about in shards]
+        tasks = [(entry.name, threads.submit(shard_damage, path / entry.name, entry, n_px)) for entry in shards]
         for name, task in tasks:
             yield name, task.result()
     finally:
         threads.shutdown(cancel_futures=True)
 
 
-def shard_damage(file: Path, about: dict[str, Any], n_px: int) -> list[Damage]:
+def shard_damage(file: Path, entry: ShardEntry, n_px: int) -> list[Damage]:
     """Compares one shard with its entry in the index: size, the crc32 of every block, the end of the tar file, sha256."""
-    size, expected, dtype = file.stat().st_size if file.is_file() else 0, about["bytes"], record_dtype(n_px)
+    size, expected, dtype = file.stat().st_size if file.is_file() else 0, entry.bytes, record_dtype(n_px)
     if size < expected:
         return [Damage(file, size, expected - 1, f"the file ends after {size} of {expected} bytes")]
     if size > expected:
         return [Damage(file, expected, size - 1, f"the file goes on after its {expected} bytes")]
-    records = np.memmap(file, dtype, mode="r", shape=about["n_images"]).view(np.ndarray)
-    found = [damage for number, crc in enumerate(about["blocks"]) for damage in _block_damage(file, records, number, crc)]
+    records = np.memmap(file, dtype, mode="r", shape=entry.n_images).view(np.ndarray)
+    found = [damage for number, crc in enumerate(entry.blocks) for damage in _block_damage(file, records, number, crc)]
     with open(file, "rb") as opened:
         opened.seek(size - len(END))
         if opened.read() != END:
             found.append(Damage(file, size - len(END), size - 1, "these bytes should be zero and end the tar file"))
-    if not found and sha256_file(file) != about["sha256"]:
+    if not found and sha256_file(file) != entry.sha256:
         return [Damage(file, 0, size - 1, "its sha256 is not the index's, though every block is as written")]
     return found
 

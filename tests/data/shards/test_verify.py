@@ -1,33 +1,34 @@
 """Whatever happens to a shard's bytes is found and named."""
 
-import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from igpt_ds.data.shards.dataset import open_index
 from igpt_ds.data.shards.verify import all_damage, shard_damage
 
 
 @pytest.fixture
 def entry(tiny):
-    return json.loads((tiny / "index.json").read_text())["splits"]["train"]["shards"][1]
+    return open_index(tiny).splits["train"].shards[1]
 
 
 def test_whole_shards_have_no_damage(tiny):
-    for about in json.loads((tiny / "index.json").read_text())["splits"].values():
-        assert all(not found for _, found in all_damage(tiny, about["shards"], 4))
+    for about in open_index(tiny).splits.values():
+        assert all(not found for _, found in all_damage(tiny, about.shards, 4))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_every_changed_byte_is_found_in_its_image(tiny, tmp_path_factory, data):
-    about = json.loads((tiny / "index.json").read_text())["splits"]["train"]["shards"][1]
-    content = bytearray((tiny / about["name"]).read_bytes())
+    about = open_index(tiny).splits["train"].shards[1]
+    content = bytearray((tiny / about.name).read_bytes())
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] ^= data.draw(st.integers(1, 255))
-    file = tmp_path_factory.mktemp("damage") / about["name"]
+    file = tmp_path_factory.mktemp("damage") / about.name
     file.write_bytes(content)
     (damage,) = shard_damage(file, about, 4)
     assert damage.file == file
@@ -38,10 +39,10 @@ def test_every_changed_byte_is_found_in_its_image(tiny, tmp_path_factory, data):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_every_truncation_is_found_where_it_begins(tiny, tmp_path_factory, data):
-    about = json.loads((tiny / "index.json").read_text())["splits"]["train"]["shards"][1]
-    content = (tiny / about["name"]).read_bytes()
+    about = open_index(tiny).splits["train"].shards[1]
+    content = (tiny / about.name).read_bytes()
     at = data.draw(st.integers(0, len(content) - 1))
-    file = tmp_path_factory.mktemp("damage") / about["name"]
+    file = tmp_path_factory.mktemp("damage") / about.name
     file.write_bytes(content[:at])
     (damage,) = shard_damage(file, about, 4)
     assert (damage.first, damage.last) == (at, len(content) - 1)
@@ -49,26 +50,26 @@ def test_every_truncation_is_found_where_it_begins(tiny, tmp_path_factory, data)
 
 
 def test_a_file_that_is_gone_or_goes_on(tiny, tmp_path, entry):
-    (damage,) = shard_damage(tmp_path / entry["name"], entry, 4)
-    assert (damage.first, damage.last) == (0, entry["bytes"] - 1)
-    file = tmp_path / entry["name"]
-    file.write_bytes((tiny / entry["name"]).read_bytes() + b"more")
+    (damage,) = shard_damage(tmp_path / entry.name, entry, 4)
+    assert (damage.first, damage.last) == (0, entry.bytes - 1)
+    file = tmp_path / entry.name
+    file.write_bytes((tiny / entry.name).read_bytes() + b"more")
     (damage,) = shard_damage(file, entry, 4)
-    assert (damage.first, damage.last) == (entry["bytes"], entry["bytes"] + 3)
+    assert (damage.first, damage.last) == (entry.bytes, entry.bytes + 3)
     assert "the file goes on after its" in str(damage)
 
 
 def test_two_images_that_changed_places(tiny, tmp_path, entry):
-    content = (tiny / entry["name"]).read_bytes()
-    file = tmp_path / entry["name"]
+    content = (tiny / entry.name).read_bytes()
+    file = tmp_path / entry.name
     file.write_bytes(content[2048:4096] + content[:2048] + content[4096:])
     (damage,) = shard_damage(file, entry, 4)
     assert (damage.first, damage.last) == (0, 7 * 2048 - 1)
-    assert f"the crc32 of block 0 is not {entry['blocks'][0]}; make the shards again" in str(damage)
+    assert f"the crc32 of block 0 is not {entry.blocks[0]}; make the shards again" in str(damage)
 
 
 def test_another_sha256(tiny, entry):
-    (damage,) = shard_damage(tiny / entry["name"], entry | {"sha256": "0" * 64}, 4)
+    (damage,) = shard_damage(tiny / entry.name, replace(entry, sha256="0" * 64), 4)
     assert "its sha256 is not the index's, though every block is as written" in str(damage)
 
 
