@@ -120,7 +120,7 @@ class Cluster:
             found = self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split()
             return sorted(found) == self._names
 
-        self.until(idle, story=lambda: self.run("sinfo", "-N", "-o", "%N %T %E"))
+        self.until(idle, 300, lambda: self.run("sinfo", "-N", "-o", "%N %T %E"))
 
 
 def why_not() -> str:

@@ -122,7 +122,11 @@ def test_a_cancelled_job_stays_cancelled_and_a_new_one_goes_on(training: Trainin
     job = training()
     job.submit("--save_every=0")
     job.reaches(5)
+    first = job.rank(0)
+    first.suspend()  # or the run might end before SLURM acts
     job.slurm.run("scancel", job.job)
+    job.slurm.until(lambda: job.slurm.facts(job.job)["JobState"] in ("COMPLETING", "CANCELLED"))
+    first.resume()
     assert job.ended() == "CANCELLED"
     job.said("SLURM has ended the job")
     assert job.slurm.facts(job.job)["Restarts"] == "0"
