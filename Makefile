@@ -25,11 +25,14 @@ paper: $(INSTALLED) ## all tables and figures: SCALE=tiny (minutes), SCALE=cifar
 	@$(IN_VENV) if [ "$(SCALE)" = full ]; then SUBMIT="$(SUBMIT)" bash slurm/story_paper.sh full "$(OUT)" "$(DATA)" $(ARGS); \
 	else bash tools/paper.sh "$(SCALE)" "$(OUT)" "$(DATA)" $(ARGS); fi
 
-test: $(INSTALLED) ## every test; narrow it by ARGS="-k floors"
-	@$(IN_VENV) python -m pytest $(ARGS)
+# Launches mostly wait, so three workers keep two cores busy. A run narrowed by -k starts no workers, for they take seconds.
+WORKERS ?= $(if $(filter -k%,$(ARGS)),0,3)
+PYTEST := python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
+test: $(INSTALLED) ## every test; narrow it by ARGS="-k floors"; WORKERS=0 runs them in one process
+	@$(IN_VENV) $(PYTEST) $(ARGS)
 
 test_fast: $(INSTALLED) ## the tests that launch no ranks
-	@$(IN_VENV) python -m pytest -m "not slow" $(ARGS)
+	@$(IN_VENV) $(PYTEST) -m "not slow" $(ARGS)
 
 bench: $(INSTALLED) ## ours beside its peers, about two minutes: make bench IMAGES=a/folder/of/JPEGs
 	@$(IN_VENV) python tools/bench/data.py --images "$(IMAGES)" --quick

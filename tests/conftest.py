@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import psutil
 import pytest
@@ -48,6 +49,28 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 # A shell that started the tests in its background had them, and all they launch, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
+# A busy machine takes longer for one example than for the next.
+hypothesis.settings.register_profile("calm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("calm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the work of pytest-xdist: the cluster's tests first, the longest chain, then launches; fast tests fill the gaps."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, item.get_closest_marker("slow") is None))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each worker whole files, for tests of a file share fixtures; slurm/ shares a cluster, house/ a report."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            shared = ("tests/slurm/", "tests/house/")
+            return next((room for room in shared if nodeid.startswith(room)), nodeid.split("::", 1)[0])
+
+    return Rooms(config, log)
 
 
 @pytest.fixture(autouse=True)
