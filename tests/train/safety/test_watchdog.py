@@ -15,7 +15,6 @@ from igpt_ds.cli import HUNG
 from igpt_ds.files import read_json
 from igpt_ds.train.safety.watchdog import Watchdog, newest_sign, transferred_bytes
 
-
 LIMIT = 1.8  # seconds without a sign of life; a busy machine may hold up a process for one
 
 
