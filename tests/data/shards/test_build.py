@@ -15,6 +15,7 @@ from PIL import Image
 
 from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, save_palette
+from igpt_ds.data.shards import build
 from igpt_ds.data.shards.build import copy_images, list_images, making, merge_shards, write_dataset, write_shards
 from igpt_ds.data.shards.dataset import ShardSet, signed
 from igpt_ds.data.shards.layout import Part, ShardOptions, ShardPlan, ShardSettings, make_plan, split_of
