@@ -165,7 +165,7 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
     row, confusion = result(engine, info, held_out, evaluated, session.run.micro_batch, engine.device, args.mask_draws)
     dist.from_rank_0(lambda: write_json(args.run_dir / "confusion.json", confusion))
     dist.from_rank_0(lambda: add_results(args.results, [row]))
-    words = f"held out {100 * row['held_out_accuracy']:.2f} %, {args.eval_split} {100 * row['accuracy']:.2f} %"
+    words = f"held out {100 * row.held_out_accuracy:.2f} %, {args.eval_split} {100 * row.accuracy:.2f} %"
     say(f"{words} ({evaluated.n_images} images); row added to {args.results}")
 
 

@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device, torch.bfloat16 if args.bf16 else torch.float32)
     row, confusion = result(model, info, held_out, evaluated, args.batch, device, args.mask_draws)
-    row["eval_precision"] = "bf16" if args.bf16 else "fp32"
-    print(f"{args.val_split}: {100 * row['held_out_accuracy']:.2f} % of {held_out.n_images} images")
-    single = f", {100 * row['single_accuracy']:.2f} % with one mask" if "single_accuracy" in row else ""
-    print(f"{args.eval_split}: {100 * row['accuracy']:.2f} % of {evaluated.n_images} images{single}")
+    row |= {"eval_precision": "bf16" if args.bf16 else "fp32"}
+    print(f"{args.val_split}: {100 * row.held_out_accuracy:.2f} % of {held_out.n_images} images")
+    single = f", {100 * row.single_accuracy:.2f} % with one mask" if row.single_accuracy is not None else ""
+    print(f"{args.eval_split}: {100 * row.accuracy:.2f} % of {evaluated.n_images} images{single}")
     if args.confusion:
         write_json(args.confusion, confusion)
     if args.results:

@@ -34,7 +34,8 @@ from igpt_ds.evaluate.neighbours import confusion, nearest
 from igpt_ds.evaluate.probes.linear import Settings
 from igpt_ds.evaluate.report import figures_paper
 from igpt_ds.evaluate.report.figures import layer_curve, plan_curve, rate_curve, training_curve
-from igpt_ds.evaluate.report.results import Row, best_row, by_layer, experiment, read_all
+from igpt_ds.evaluate.report.results import best_row, by_layer, experiment, read_all
+from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.files import read_json, read_json_lines
 from igpt_ds.train.run_dir import read_run
 from igpt_ds.train.sweep import read_sweep
@@ -112,7 +113,7 @@ def layers(args: argparse.Namespace) -> None:
     """Accuracy by layer."""
     rows = experiment(read_all(args.results), args.dataset)
     row = rows[0]
-    title = f"Linear probes on {row['dataset']}: {row['n_train']} training images, {row['n_eval']} evaluated"
+    title = f"Linear probes on {row.dataset}: {row.n_train} training images, {row.n_eval} evaluated"
     layer_curve(rows, args.out, args.title or title)
 
 
@@ -132,11 +133,11 @@ def objectives(args: argparse.Namespace) -> None:
     figures_paper.objective_bars(read_all(args.results), args.out, args.title or "Auto-regressive against BERT pre-training")
 
 
-def best_probe(args: argparse.Namespace) -> Row:
+def best_probe(args: argparse.Namespace) -> ProbeRow:
     """The best probe, by the held-out images, of the features' model."""
-    rows = by_layer(read_all(args.results), ["best_layer"])
-    model_hash = open_features(args.features, rows[0]["train_split"] if rows else "train").manifest["model_hash"]
-    rows = [row for row in rows if row["model_hash"] == model_hash and args.kind in (None, row["features"])]
+    rows = by_layer(read_all(args.results), ["every_layer"])
+    model_hash = open_features(args.features, rows[0].train_split if rows else "train").manifest["model_hash"]
+    rows = [row for row in rows if row.model_hash == model_hash and args.kind in (None, row.features)]
     if not rows:
         kind = f" of kind {args.kind}" if args.kind else ""
         raise ValueError(f"the results hold no probe{kind} of the model of {args.features}; run tools/linear_probe.py on it")
@@ -153,25 +154,25 @@ def confused(args: argparse.Namespace) -> None:
         figures_paper.confusion_matrix(counts, counted["classes"], args.out, title)
         return
     row = best_probe(args)
-    train, evaluated = (open_features(args.features, row[name]) for name in ("train_split", "eval_split"))
-    settings = Settings((row["C"],), tol=row["tol"], seed=row["seed"], precision=row["precision"])
+    train, evaluated = (open_features(args.features, split) for split in (row.train_split, row.eval_split))
+    settings = Settings((row.C,), tol=row.tol, seed=row.seed, precision=row.precision)
     counts = confusion(train, evaluated, row, settings)
     percent = 100 * np.trace(counts) / counts.sum()
-    title = f"{row['dataset']} {row['eval_split']}, layer {row['layer']} {row['features']}: {percent:.1f} % right"
+    title = f"{row.dataset} {row.eval_split}, layer {row.layer} {row.features}: {percent:.1f} % right"
     figures_paper.confusion_matrix(counts, train.classes, args.out, args.title or title)
 
 
 def neighbours(args: argparse.Namespace) -> None:
     """Each query and the training images nearest to it, drawn in the palette's colours, with their classes."""
     row = best_probe(args)
-    sides = [(open_features(args.features, row[name]), ShardSet(args.data, row[name])) for name in ("train_split", "eval_split")]
+    sides = [(open_features(args.features, split), ShardSet(args.data, split)) for split in (row.train_split, row.eval_split)]
     for features, shards in sides:
         if features.dataset_hash != shards.dataset_hash:
             raise ValueError(f"{args.features} is not of the images in {args.data}; name the shards it was extracted from")
     (train, train_shards), (evaluated, shards) = sides
     Q = min(args.queries or 8, shards.n_images)
     queries = np.arange(Q) * shards.n_images // Q
-    found = nearest(train, evaluated, queries, row["layer"], row["features"], args.neighbours or 8)
+    found = nearest(train, evaluated, queries, row.layer, row.features, args.neighbours or 8)
     pictures, captions = [], []
     for query, ids in zip(queries, found, strict=True):
         grids = np.concatenate([shards.tokens(np.array([query])), train_shards.tokens(ids)])

@@ -6,7 +6,7 @@
 Rows go to results.jsonl; one that was measured before is replaced. Penalty and layer are chosen on a tenth of the training
 images; the accuracy is that on --eval_split. The protocols:
 
-    best_layer  every layer by itself, a row each; the best is chosen when rows are read (paper 4.1)
+    every_layer every layer by itself, a row each; the best is chosen when rows are read (paper 4.1)
     concat      the features of five layers around the best one, side by side (paper 4.4)
     low_data    the best layer with 40, 250 and 4000 labels, on five balanced subsets each: mean and deviation (paper 4.7)
     mask_vote   the best layer of a bert model: the modal prediction over five masks of each image (paper 4.6)
@@ -28,7 +28,9 @@ from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.network import KINDS, pick_device
 from igpt_ds.evaluate.probes import variants
 from igpt_ds.evaluate.probes.linear import C_GRID, PRECISIONS, Settings, linear_probe
-from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, markdown_table, read_results
+from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, read_results
+from igpt_ds.evaluate.report.row_types import ProbeRow
+from igpt_ds.evaluate.report.tables import markdown_table
 
 Results = Iterator[tuple[Any, dict[str, Any]]]  # probes, and what else their rows say
 say = partial(print, flush=True)
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = [(open_features(path, args.train_split), open_features(path, args.eval_split)) for path in args.features]
     work = [(train, evaluated, kind, layers) for train, evaluated in sets for kind, layers in asked(train, args)]
     protocol: Callable[..., Results] = {
-        "best_layer": every_layer,
+        "every_layer": every_layer,
         "concat": concat,
         "low_data": low_data,
         "mask_vote": mask_vote,
@@ -64,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--features", type=Path, nargs="+", required=True, help="feature directories")
     parser.add_argument("--out", type=Path, required=True, help="results.jsonl to add to")
     parser.add_argument(
-        "--protocol", choices=("best_layer", "concat", "low_data", "mask_vote"), default="best_layer", help="see above"
+        "--protocol", choices=("every_layer", "concat", "low_data", "mask_vote"), default="every_layer", help="see above"
     )
     parser.add_argument("--layers", type=int, nargs="+", help="layers to probe; all when left out")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds to probe; all when left out")
@@ -73,15 +75,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--C_grid", type=float, nargs="+", default=C_GRID, help="scikit-learn's C, inverse penalties to try")
     parser.add_argument("--tol", type=float, default=1e-6, help="largest entry of the gradient of objective / (C N) at the end")
     parser.add_argument("--seed", type=int, default=0, help="of the held-out tenth, of subsets and of broken ties")
-    parser.add_argument("--max_train", type=int, help="best_layer: fit on that many images only, classes in proportion")
+    parser.add_argument("--max_train", type=int, help="every_layer: fit on that many images only, classes in proportion")
     parser.add_argument("--n_labels", type=int, nargs="+", default=variants.LABELS, help="low_data: labels of a subset")
     parser.add_argument("--subsets", type=int, default=variants.SUBSETS, help="low_data: random subsets; one has no deviation")
     parser.add_argument("--n_masks", type=int, default=variants.N_MASKS, help="mask_vote: masks that vote")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the features in memory")
     args = parser.parse_args(argv)
-    if args.max_train is not None and args.protocol != "best_layer":
-        raise ValueError(f"--max_train belongs to --protocol best_layer, not {args.protocol}; leave it out")
+    if args.max_train is not None and args.protocol != "every_layer":
+        raise ValueError(f"--max_train belongs to --protocol every_layer, not {args.protocol}; leave it out")
     for name, least in (("subsets", 1), ("n_masks", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
@@ -137,19 +139,19 @@ def mask_vote(
     yield variants.mask_vote(train, evaluated, layer, kind, settings, args.n_masks)
 
 
-def report(row: dict[str, Any], train: FeatureSet) -> None:
+def report(row: ProbeRow, train: FeatureSet) -> None:
     """One line on a result, and a warning where it needs a second look."""
-    layers = "+".join(map(str, row.get("layers", [row["layer"]])))
-    what = f"{train.path} layer {layers} {row['features']}"
-    accuracy = f"{row['eval_split']} {100 * row['accuracy']:.2f} %"
-    if row["protocol"] == "low_data":
-        what += f", {row['n_labels']} labels"
-        over = "one subset" if row["deviation"] is None else f"{row['n_subsets']} subsets, +- {100 * row['deviation']:.2f}"
+    layers = "+".join(map(str, row.layers or [row.layer]))
+    what = f"{train.path} layer {layers} {row.features}"
+    accuracy = f"{row.eval_split} {100 * row.accuracy:.2f} %"
+    if row.protocol == "low_data":
+        what += f", {row.n_labels} labels"
+        over = "one subset" if row.deviation is None else f"{row.n_subsets} subsets, +- {100 * row.deviation:.2f}"
         say(f"{what}: {accuracy} over {over}")
     else:
         ended = f"objective {row['objective']:.6g}, gradient {row['grad_norm']:.1e} after {row['iterations']} iterations"
-        vote = f", one mask {100 * row['single_accuracy']:.2f} %" if "single_accuracy" in row else ""
-        say(f"{what}: C {row['C']:g}, held out {100 * row['held_out_accuracy']:.2f} %, {accuracy}{vote}; {ended}")
+        vote = f", one mask {100 * row.single_accuracy:.2f} %" if row.single_accuracy is not None else ""
+        say(f"{what}: C {row.C:g}, held out {100 * row.held_out_accuracy:.2f} %, {accuracy}{vote}; {ended}")
     if row["grid_edge"]:
         C = row["C_grid"][0 if row["grid_edge"] == "low" else -1]
         print(f"warning: {what}: C {C:g} is the grid's {row['grid_edge']} end; widen --C_grid", file=sys.stderr)

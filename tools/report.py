@@ -13,11 +13,13 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.evaluate.report.figures import layer_curve, training_curve
 from igpt_ds.evaluate.report.page import page
-from igpt_ds.evaluate.report.results import Row, by_layer, read_all
+from igpt_ds.evaluate.report.results import by_layer, read_all
+from igpt_ds.evaluate.report.row_types import Row
 from igpt_ds.evaluate.report.tables import TITLES
 from igpt_ds.files import atomic_file, read_json_lines
 from igpt_ds.train.run_dir import read_run
@@ -61,16 +63,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def curves(scratch: Path, name: str, n_vocab: int, training: list[Row], results: list[Row]) -> list[tuple[str, Path]]:
+def curves(scratch: Path, name: str, n_vocab: int, training: list[dict[str, Any]], results: list[Row]) -> list[tuple[str, Path]]:
     """The figures that there are rows for: captions and files."""
     found = []
     if any(row.get("loss") is not None or row.get("val_loss") is not None for row in training):
         training_curve({name: training}, n_vocab, scratch / "training.png", "Loss")
         found.append(("Training and validation loss, nats per token", scratch / "training.png"))
     probes = by_layer(results)
-    for dataset in sorted({row["dataset"] for row in probes}):
+    for dataset in sorted({row.dataset for row in probes}):
         path = scratch / f"layers-{len(found)}.png"
-        rows = [row for row in probes if row["dataset"] == dataset]
+        rows = [row for row in probes if row.dataset == dataset]
         layer_curve(rows, path, f"Linear probes on {dataset}")
         found.append((f"Linear probe accuracy by layer, {dataset}", path))
     return found

@@ -21,7 +21,8 @@ from igpt_ds import cli
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.network import KINDS, pick_device
 from igpt_ds.evaluate.probes.sgd_search import HELD_OUT, RATES, Settings, SgdProbe, sgd_probe
-from igpt_ds.evaluate.report.results import add_results, make_row, markdown_table, read_results
+from igpt_ds.evaluate.report.results import add_results, make_row, read_results
+from igpt_ds.evaluate.report.tables import markdown_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:

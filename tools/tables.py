@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.evaluate.report.results import experiment, layer_table, markdown_table, read_all
-from igpt_ds.evaluate.report.tables import TITLES, paper_table
+from igpt_ds.evaluate.report.results import experiment, read_all
+from igpt_ds.evaluate.report.tables import TITLES, layer_table, markdown_table, paper_table
 from igpt_ds.files import read_json_lines
 from igpt_ds.train.run_dir import read_recipe, read_run
 

@@ -18,7 +18,8 @@ from igpt_ds import dist
 from igpt_ds.data.loader import one_pass
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.probes.variants import vote
-from igpt_ds.evaluate.report.results import Row, finetune_row
+from igpt_ds.evaluate.report.results import finetune_row
+from igpt_ds.evaluate.report.row_types import FinetuneRow
 from igpt_ds.files import read_json
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import ModelInfo
@@ -89,7 +90,7 @@ def result(
     batch: int,
     device: torch.device | str,
     mask_draws: int,
-) -> tuple[Row, dict[str, Any]]:
+) -> tuple[FinetuneRow, dict[str, Any]]:
     """Reads both splits once: the row of a fine-tuning, and its confusion matrix as a JSON-ready dict.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.linear import Settings, View, check_labels, probe_view, training_images
-from igpt_ds.evaluate.report.results import Row
+from igpt_ds.evaluate.report.row_types import ProbeRow
 
 
 def nearest(train: FeatureSet, evaluated: FeatureSet, queries: np.ndarray, layer: int, kind: str, k: int) -> np.ndarray:
@@ -34,7 +34,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def confusion(train: FeatureSet, evaluated: FeatureSet, row: Row, settings: Settings) -> np.ndarray:
+def confusion(train: FeatureSet, evaluated: FeatureSet, row: ProbeRow, settings: Settings) -> np.ndarray:
     """How often the probe of a row takes each class for each other: int64 [K, K], rows the true classes.
 
     The probe is fitted again with the penalty that the row says.
@@ -43,11 +43,11 @@ def confusion(train: FeatureSet, evaluated: FeatureSet, row: Row, settings: Sett
         ValueError: labels missing; features of another model or of other images than the row's.
     """
     hashes = {train.split: train.dataset_hash, evaluated.split: evaluated.dataset_hash}
-    if (row["model_hash"], row["dataset_hash"]) != (train.manifest["model_hash"], hashes):
+    if (row.model_hash, row.dataset_hash) != (train.manifest["model_hash"], hashes):
         raise ValueError(f"{train.path} holds features of another model, or of other images, than the results' best probe")
     check_labels(evaluated)
     ids = training_images(train, None, settings.seed)
-    views = [View(features, (row["layer"],), row["features"]) for features in (train, evaluated)]
+    views = [View(features, (row.layer,), row.features) for features in (train, evaluated)]
     _, predictions = probe_view(views[0], views[1:], ids, settings)
     K = len(train.classes)
     return np.bincount(evaluated.labels * K + predictions[0], minlength=K * K).reshape(K, K)

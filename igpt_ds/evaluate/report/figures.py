@@ -15,13 +15,14 @@ import numpy as np
 
 from igpt_ds.evaluate.report import canvas as canvas
 from igpt_ds.evaluate.report.canvas import BLACK, COLORS, GREY, LINES, MARKERS
-from igpt_ds.evaluate.report.results import SERIES, Row, best_row, key, label, series
+from igpt_ds.evaluate.report.results import SERIES, best_row, key, label, series
+from igpt_ds.evaluate.report.row_types import ProbeRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
+def layer_curve(rows: Sequence[ProbeRow], path: Path, title: str) -> None:
     """Accuracy against layer (paper Figure 2) as a PNG.
 
     A line for each series: trained ones coloured, and of another marker when the colours begin again, untrained ones grey; normed
@@ -31,26 +32,26 @@ def layer_curve(rows: Sequence[Row], path: Path, title: str) -> None:
     Args:
         rows: of one experiment (`results.experiment`).
     """
-    figure, axes = canvas.new_axes(title, "layer", f"{rows[0]['eval_split']} accuracy (%)")
+    figure, axes = canvas.new_axes(title, "layer", f"{rows[0].eval_split} accuracy (%)")
     lines = series(rows)
     looks = [name for name in SERIES if name != "features"]  # normed and raw features of one model share a colour
-    models = list(dict.fromkeys(key(one[0], looks) for one in lines if one[0]["weights"] == "trained"))
+    models = list(dict.fromkeys(key(one[0], looks) for one in lines if one[0].weights == "trained"))
     for one in lines:
-        weights, accuracies = one[0]["weights"], [100 * row["accuracy"] for row in one]
+        weights, accuracies = one[0].weights, [100 * row.accuracy for row in one]
         if weights == "pixels":
             axes.axhline(accuracies[0], color=BLACK, linestyle=":", label=f"raw pixels ({accuracies[0]:.1f})")
             continue
         turn, place = divmod(models.index(key(one[0], looks)), len(COLORS)) if weights == "trained" else (0, 0)
         color = COLORS[place] if weights == "trained" else GREY
-        marker, line = MARKERS[turn % len(MARKERS)], "-" if one[0]["features"] == "normed" else "--"
+        marker, line = MARKERS[turn % len(MARKERS)], "-" if one[0].features == "normed" else "--"
         best = best_row(one)
-        text = f"{label(best, rows)} ({100 * best['accuracy']:.1f} at {best['layer']})"
-        layers = [row["layer"] for row in one]
+        text = f"{label(best, rows)} ({100 * best.accuracy:.1f} at {best.layer})"
+        layers = [row.layer for row in one]
         axes.plot(layers, accuracies, color=color, linestyle=line, marker=marker, markersize=4, label=text)
         if weights == "trained":
-            height = 100 * best["accuracy"]
-            axes.plot([best["layer"]], [height], marker="*", markersize=15, color=color, markeredgecolor="white", zorder=4)
-    layers = sorted({row["layer"] for row in rows})
+            height = 100 * best.accuracy
+            axes.plot([best.layer], [height], marker="*", markersize=15, color=color, markeredgecolor="white", zorder=4)
+    layers = sorted({row.layer for row in rows})
     axes.set_xticks([layer for layer in layers if layer % max(1, math.ceil((layers[-1] + 1) / 16)) == 0])
     canvas.finish(figure, axes, path)
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from igpt_ds.evaluate.report import canvas as canvas
 from igpt_ds.evaluate.report.canvas import BLACK, COLORS, LINES
-from igpt_ds.evaluate.report.results import Row, best_row, by_layer, key, series, system_name
+from igpt_ds.evaluate.report.results import best_row, by_layer, key, series, system_name
+from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row
 from igpt_ds.paper.published import FIGURE_4, Bar
 
 if TYPE_CHECKING:
@@ -40,44 +41,44 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     figure, axes = canvas.new_axes(title, "layer", "linear probe accuracy (%)")
     datasets, models = (list(dict.fromkeys(one[0][name] for one in lines)) for name in ("dataset", "model_hash"))
     for one in lines:
-        best, model, dataset = best_row(one), models.index(one[0]["model_hash"]), datasets.index(one[0]["dataset"])
+        best, model, dataset = best_row(one), models.index(one[0].model_hash), datasets.index(one[0].dataset)
         color = COLORS[(dataset if len(datasets) > 1 else model) % len(COLORS)]
         style = LINES[model % len(LINES)]
         name = f", {system_name(best)}" if len(models) > 1 else ""
-        alike = {other[0]["model_hash"] for other in lines if system_name(other[0]) == system_name(best)}
-        name += f" to step {best['step']}" if len(alike) > 1 else ""
-        text = f"{best['dataset']} {best['eval_split']}{name} ({100 * best['accuracy']:.1f} at {best['layer']})"
-        heights = [100 * row["accuracy"] for row in one]
-        layers = [row["layer"] for row in one]
+        alike = {other[0].model_hash for other in lines if system_name(other[0]) == system_name(best)}
+        name += f" to step {best.step}" if len(alike) > 1 else ""
+        text = f"{best.dataset} {best.eval_split}{name} ({100 * best.accuracy:.1f} at {best.layer})"
+        heights = [100 * row.accuracy for row in one]
+        layers = [row.layer for row in one]
         axes.plot(layers, heights, color=color, linestyle=style, marker="o", markersize=4, label=text)
-        star = ([best["layer"]], [100 * best["accuracy"]])
+        star = ([best.layer], [100 * best.accuracy])
         axes.plot(*star, marker="*", markersize=15, color=color, markeredgecolor="white", zorder=4)
-    last = max(row["layer"] for one in lines for row in one)
+    last = max(row.layer for one in lines for row in one)
     axes.set_xticks(range(0, last + 1, max(1, math.ceil((last + 1) / 16))))
     canvas.finish(figure, axes, path)
 
 
-def _trained(rows: Sequence[Row]) -> list[list[Row]]:
+def _trained(rows: Sequence[Row]) -> list[list[ProbeRow]]:
     """The series of trained models, one for each model and data set: of normed features if there are, of masked images if any.
 
     A BERT model is probed on masked images because it was trained on such (paper 4.6).
     """
-    found: dict[tuple[str, str], list[Row]] = {}
-    for one in sorted(series([row for row in by_layer(rows) if row["weights"] == "trained"]), key=_preferred):
-        found[one[0]["dataset"], one[0]["model_hash"]] = one
-    return sorted(found.values(), key=lambda one: one[0]["dataset"])
+    found: dict[tuple[str, str], list[ProbeRow]] = {}
+    for one in sorted(series([row for row in by_layer(rows) if row.weights == "trained"]), key=_preferred):
+        found[one[0].dataset, one[0].model_hash] = one
+    return sorted(found.values(), key=lambda one: one[0].dataset)
 
 
-def _last(lines: Sequence[list[Row]]) -> list[list[Row]]:
+def _last(lines: Sequence[list[ProbeRow]]) -> list[list[ProbeRow]]:
     """Of each data set, shape and objective the model that was trained longest."""
-    found: dict[tuple[str, ...], list[Row]] = {}
-    for one in sorted(lines, key=lambda one: one[0]["step"]):
+    found: dict[tuple[str, ...], list[ProbeRow]] = {}
+    for one in sorted(lines, key=lambda one: one[0].step):
         found[key(one[0], ("dataset", "model", "model_objective"))] = one
-    return sorted(found.values(), key=lambda one: (one[0]["dataset"], one[0]["model_objective"], _shape(one[0])))
+    return sorted(found.values(), key=lambda one: (one[0].dataset, one[0].model_objective, _shape(one[0])))
 
 
-def _preferred(one: list[Row]) -> tuple[bool, bool]:
-    return one[0]["features"] == "normed", bool(one[0].get("mask_draws"))
+def _preferred(one: list[ProbeRow]) -> tuple[bool, bool]:
+    return one[0].features == "normed", bool(one[0].mask_draws)
 
 
 def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, list[tuple[float, float, int]]]:
@@ -91,20 +92,20 @@ def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, li
     Raises:
         ValueError: no model has both, or the likelihoods or the probes are of several data sets.
     """
-    likelihoods = {row["model_hash"]: row for row in rows if row["kind"] == "likelihood"}
-    lines = [one for one in _trained(rows) if one[0]["model_hash"] in likelihoods and dataset in (None, one[0]["dataset"])]
+    likelihoods = {row.model_hash: row for row in rows if isinstance(row, LikelihoodRow)}
+    lines = [one for one in _trained(rows) if one[0].model_hash in likelihoods and dataset in (None, one[0].dataset)]
     if not lines:
         raise ValueError("no model has both a probe and a likelihood; run tools/evaluate.py --results on the models probed")
-    probed = sorted({one[0]["dataset"] for one in lines})
+    probed = sorted({one[0].dataset for one in lines})
     if len(probed) > 1:
         raise ValueError(f"the probes are of several data sets ({', '.join(probed)}); choose one with --dataset")
-    used = [likelihoods[one[0]["model_hash"]] for one in lines]
-    measured = sorted({f"{row['dataset']} {row['split']} ({row['dataset_hash'][:8]})" for row in used})
+    used = [likelihoods[one[0].model_hash] for one in lines]
+    measured = sorted({f"{row.dataset} {row.split} ({row.dataset_hash[:8]})" for row in used})
     if len(measured) > 1:
         raise ValueError(f"the likelihoods are of several sets of images ({', '.join(measured)}) and do not compare")
     found: dict[str, list[tuple[float, float, int]]] = {}
-    for one, loss in sorted(zip(lines, used, strict=True), key=lambda pair: (pair[1]["model"]["n_embd"], pair[1]["step"])):
-        point = (loss["nats_per_token"]["mean"], 100 * best_row(one)["accuracy"], loss["step"])
+    for one, loss in sorted(zip(lines, used, strict=True), key=lambda pair: ((pair[1].model or {})["n_embd"], pair[1].step)):
+        point = (loss.nats_per_token["mean"], 100 * best_row(one).accuracy, loss.step)
         found.setdefault(system_name(loss), []).append(point)
     return found
 
@@ -175,37 +176,40 @@ def _paper_marks(axes: Axes, groups: list[tuple[str, str]], paper: Sequence[Bar]
 
 def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float, float | None]]:
     """Figure 4's bars: (data set, objective, "probe" or "finetune") -> accuracy in percent, and that of the vote over masks."""
-    trained = [row for row in rows if row.get("weights") == "trained" and row["kind"] in ("probe", "finetune")]
-    single = [*map(best_row, _trained(rows)), *(row for row in trained if row["kind"] == "finetune")]
-    votes = [row for row in trained if row["kind"] == "probe" and row["protocol"] == "mask_vote"]
+    trained = [row for row in rows if isinstance(row, ProbeRow | FinetuneRow) and row.weights == "trained"]
+    single: list[ProbeRow | FinetuneRow] = [
+        *map(best_row, _trained(rows)),
+        *(row for row in trained if isinstance(row, FinetuneRow)),
+    ]
+    votes = [row for row in trained if isinstance(row, ProbeRow) and row.protocol == "mask_vote"]
     bars: dict[tuple[str, str, str], tuple[float, float | None]] = {}
     best: dict[tuple[str, str, str], tuple[int, int, float]] = {}
     for row in _of_one_shape([*single, *votes]):
-        key = (row["dataset"], row["model_objective"], row["kind"])
-        labels = row["n_train"] if row["kind"] == "finetune" else 0  # with all labels, where it was done with few as well
-        rank = (labels, row.get("step") or 0, row["held_out_accuracy"])
+        key = (row.dataset, row.model_objective, row.kind)
+        labels = row.n_train if isinstance(row, FinetuneRow) else 0  # with all labels, where it was done with few as well
+        rank = (labels, row.step or 0, row.held_out_accuracy)
         if rank >= best.get(key, (0, 0, -1.0)):  # equal where the vote is of the same probe, which came before
             best[key] = rank
-            voted = 100 * row["accuracy"] if row.get("n_masks") else None
-            bars[key] = (100 * row["single_accuracy" if "single_accuracy" in row else "accuracy"], voted)
+            voted = 100 * row.accuracy if row.n_masks else None
+            bars[key] = (100 * (row.accuracy if row.single_accuracy is None else row.single_accuracy), voted)
     return {key: bars[key] for key in sorted(bars, key=lambda key: (key[0], key[1], key[2] != "probe"))}
 
 
-def _of_one_shape(rows: Sequence[Row]) -> list[Row]:
+def _of_one_shape(rows: Sequence[ProbeRow | FinetuneRow]) -> list[ProbeRow | FinetuneRow]:
     """Of a data set's probes, and of its fine-tunes, those of the largest shape that both objectives have, else of each one's."""
     shapes: dict[tuple[str, str, str], set[tuple[int, str]]] = {}
     for row in rows:
-        shapes.setdefault((row["dataset"], row["kind"], row["model_objective"]), set()).add(_shape(row))
+        shapes.setdefault((row.dataset, row.kind, row.model_objective), set()).add(_shape(row))
     chosen = {}
     for dataset, kind, objective in shapes:
         common = set.intersection(*(shapes.get((dataset, kind, other), set()) for other in _OBJECTIVES))
         chosen[dataset, kind, objective] = max(common or shapes[dataset, kind, objective])
-    return [row for row in rows if _shape(row) == chosen[row["dataset"], row["kind"], row["model_objective"]]]
+    return [row for row in rows if _shape(row) == chosen[row.dataset, row.kind, row.model_objective]]
 
 
 def _shape(row: Row) -> tuple[int, str]:
     """A transformer's shape, comparable by size."""
-    shape: dict[str, int] | None = row.get("model")
+    shape: dict[str, int] | None = row.model
     if shape is None:
         return 0, ""
     return shape["n_layer"] * shape["n_embd"] ** 2, repr(sorted(shape.items()))

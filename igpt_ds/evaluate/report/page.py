@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds.config import recipe_from_dict
-from igpt_ds.evaluate.report.results import Row, best_row, by_layer, label, layer_table, markdown_table, model_name, series
-from igpt_ds.evaluate.report.tables import paper_table
+from igpt_ds.evaluate.report.results import best_row, by_layer, label, model_name, series
+from igpt_ds.evaluate.report.row_types import ProbeRow, Row
+from igpt_ds.evaluate.report.tables import layer_table, markdown_table, paper_table
 from igpt_ds.plan.costs import parameters
 
 _STYLE = """
@@ -66,7 +67,7 @@ def page(
         parts += ["<h2>Curves</h2>", *(_figure(path, caption) for caption, path in figures)]
     if probes:
         parts += ["<h2>Linear probes</h2>", "<h3>The best layer of each kind of features</h3>", table(markdown_table(probes))]
-        if any(row["weights"] != "pixels" for row in probes):
+        if any(row.weights != "pixels" for row in probes):
             parts += ["<h3>Every layer</h3>", table(layer_table(probes))]
     numbers = list(tables)
     if numbers:
@@ -119,7 +120,7 @@ def _headline(run: dict[str, Any]) -> str:
     return f"recipe {recipe['name']}: {asked}; {how}{commit}"
 
 
-def _short(run: dict[str, Any], training: Rows, probes: Sequence[Row]) -> str:
+def _short(run: dict[str, Any], training: Rows, probes: Sequence[ProbeRow]) -> str:
     """What a reader wants to know first, as a table of two columns."""
     recipe = recipe_from_dict(run["recipe"], "run.json")
     shape = {name: getattr(recipe.model, name) for name in ("n_layer", "n_head", "n_embd")}
@@ -141,8 +142,8 @@ def _short(run: dict[str, Any], training: Rows, probes: Sequence[Row]) -> str:
         facts.append(("speed", f"{statistics.median(speeds):.1f} images/s in the median{share}"))
     for one in series(probes):
         row = best_row(one)
-        what = f"{100 * row['accuracy']:.1f} % on {row['dataset']} {row['eval_split']}"
-        layer = "" if row["weights"] == "pixels" else f", layer {row['layer']}"
+        what = f"{100 * row.accuracy:.1f} % on {row.dataset} {row.eval_split}"
+        layer = "" if row.weights == "pixels" else f", layer {row.layer}"
         facts.append((label(row, probes), f"{what}{layer}"))
     return table("\n".join(["| | |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in facts)]))
 

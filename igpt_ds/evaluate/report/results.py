@@ -4,9 +4,9 @@ In: a probe and the features it saw, a fine-tuning, a likelihood. Out: rows; the
 Three kinds of row, each with what tells it from another measurement (`IDENTITY`); accuracies lie in 0..1:
 
     probe       accuracy on eval_split, held_out_accuracy on the images that chose the penalty, and where the features come from;
-                protocol "best_layer" or "sgd" (one row a layer), "concat" (layers), "low_data" (n_labels, n_subsets,
-                subset_accuracies, accuracy their mean, the sample's deviation), "mask_vote" (n_masks, accuracy of the vote,
-                single_accuracy of one mask)
+                protocol "every_layer" ("best_layer" in older files) or "sgd" (one row a layer), "concat" (layers), "low_data"
+                (n_labels, n_subsets, subset_accuracies, accuracy their mean, the sample's deviation), "mask_vote" (n_masks,
+                accuracy of the vote, single_accuracy of one mask)
     finetune    accuracy, held_out_accuracy, loss ("joint", "clf" or "gen"), lr, lrs (those tried), head_layer, best_step;
                 n_masks and single_accuracy where masks vote
     likelihood  what tools/evaluate.py measured
@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds.config import SIZES, ModelConfig
-from igpt_ds.evaluate.features.files import FeatureSet, span
+from igpt_ds.evaluate.features.files import FeatureSet
+from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row, as_row
 from igpt_ds.files import read_json_lines, write_json_lines
 from igpt_ds.plan.costs import parameters
 from igpt_ds.provenance import git_commit
 
 FORMAT, VERSION = "igpt_ds.result", 2
-
-Row = dict[str, Any]
 
 _SAME_MODEL = ("kind", "weights", "model_hash", "dataset", "dataset_hash", "precision")
 # Rows of a kind with the same values of these are the same measurement, made again; what a row does not have counts as None.
@@ -68,11 +67,11 @@ SERIES = tuple(name for name in IDENTITY["probe"] if name != "layer")
 _SAME_FEATURES = ("weights", "model_hash", "dataset", "features", "mask_draws")
 # Rows with the same values of these are measured on the same images.
 EXPERIMENT = ("protocol", "dataset", "dataset_hash", "n_train", "seed")
-BY_LAYER = ("best_layer", "sgd")  # protocols with one row for each layer
+BY_LAYER = ("every_layer", "sgd")  # protocols with one row for each layer
 _ORDER = ("trained", "untrained", "pixels")
 
 
-def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str = "best_layer", **more: Any) -> Row:
+def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str = "every_layer", **more: Any) -> ProbeRow:
     """The row of a probe, a dataclass of what was found with at least layer, kind, train_split and eval_split.
 
     What the features are of comes first, then what was found, then whatever else the protocol wants to say.
@@ -80,7 +79,7 @@ def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str
     manifest = train.manifest
     found = dataclasses.asdict(probe)
     kind, layer = found.pop("kind"), found.pop("layer")
-    return {
+    values = {
         "format": FORMAT,
         "version": VERSION,
         "kind": "probe",
@@ -105,22 +104,29 @@ def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str
         **more,
         "git_commit": git_commit(),
     }
+    row = as_row(values)
+    assert isinstance(row, ProbeRow)
+    return row
 
 
-def likelihood_row(measured: Row, model: ModelConfig) -> Row:
+def likelihood_row(measured: dict[str, Any], model: ModelConfig) -> LikelihoodRow:
     """The row of a likelihood, from what `tools/evaluate.py` writes and the shape of the model."""
     left_out = ("format", "version", "commit", "objective", "published", "published_does_not_apply")
     about = {"format": FORMAT, "version": VERSION, "kind": "likelihood", "weights": "trained"}
     facts = {name: value for name, value in measured.items() if name not in left_out}
     shape = {"model_objective": measured["objective"], "model": dataclasses.asdict(model)}
-    return about | shape | facts | {"git_commit": measured["commit"]}
+    row = as_row(about | shape | facts | {"git_commit": measured["commit"]})
+    assert isinstance(row, LikelihoodRow)
+    return row
 
 
-def finetune_row(**facts: Any) -> Row:
+def finetune_row(**facts: Any) -> FinetuneRow:
     """The row of a fine-tuning, from its facts: at least what `_REQUIRED` names."""
-    row = {"format": FORMAT, "version": VERSION, "kind": "finetune", **facts, "git_commit": git_commit()}
-    missing = [name for name in _REQUIRED["finetune"] if name not in row]
+    values = {"format": FORMAT, "version": VERSION, "kind": "finetune", **facts, "git_commit": git_commit()}
+    missing = [name for name in _REQUIRED["finetune"] if name not in values]
     assert not missing, f"a fine-tuning's row needs {missing}"
+    row = as_row(values)
+    assert isinstance(row, FinetuneRow)
     return row
 
 
@@ -130,18 +136,19 @@ def read_results(path: Path) -> list[Row]:
     Raises:
         ValueError: a line that is not JSON, or not a row of this version.
     """
-    rows = read_json_lines(path)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or (row.get("format"), row.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"{path} line {number} is not {FORMAT} version {VERSION}; remove the line, or name another file")
-        if row.get("kind") not in IDENTITY:
-            raise ValueError(f"{path} line {number} is of kind {row.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")
-        if "subset_accuracies" in row:
-            row.setdefault("n_subsets", len(row["subset_accuracies"]))  # which older rows did not say
-        missing = [name for name in _REQUIRED[row["kind"]] if name not in row]
-        if missing:
-            raise ValueError(f"{path} line {number} has no {missing[0]!r}; remove the line and measure again")
-    return rows
+    return [_checked(f"{path} line {number}", values) for number, values in enumerate(read_json_lines(path), start=1)]
+
+
+def _checked(line: str, values: Any) -> Row:
+    """The record of a line's JSON, after the one check of its schema."""
+    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{line} is not {FORMAT} version {VERSION}; remove the line, or name another file")
+    if values.get("kind") not in IDENTITY:
+        raise ValueError(f"{line} is of kind {values.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")
+    missing = [name for name in _REQUIRED[values["kind"]] if name not in values]
+    if missing:
+        raise ValueError(f"{line} has no {missing[0]!r}; remove the line and measure again")
+    return as_row(values)
 
 
 def read_all(paths: Iterable[Path]) -> list[Row]:
@@ -163,12 +170,12 @@ def add_results(path: Path, rows: Sequence[Row]) -> None:
 
     One writer at a time: probes that run side by side need a file each.
     """
-    kept = {key(row, IDENTITY[row["kind"]]): row for row in read_results(path)}
+    kept = {key(row, IDENTITY[row.kind]): row for row in read_results(path)}
     for row in rows:
-        own = key(row, IDENTITY[row["kind"]])
+        own = key(row, IDENTITY[row.kind])
         kept.pop(own, None)
         kept[own] = row
-    write_json_lines(path, list(kept.values()))
+    write_json_lines(path, [row.json for row in kept.values()])
 
 
 def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
@@ -176,64 +183,64 @@ def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(repr(row.get(name)) for name in names)
 
 
-def by_layer(rows: Sequence[Row], protocols: Sequence[str] = BY_LAYER) -> list[Row]:
+def by_layer(rows: Sequence[Row], protocols: Sequence[str] = BY_LAYER) -> list[ProbeRow]:
     """The probes that were made layer by layer."""
-    return [row for row in rows if row["kind"] == "probe" and row["protocol"] in protocols]
+    return [row for row in rows if isinstance(row, ProbeRow) and row.protocol in protocols]
 
 
-def series(rows: Sequence[Row]) -> list[list[Row]]:
+def series(rows: Sequence[ProbeRow]) -> list[list[ProbeRow]]:
     """The rows by what they are of (trained, untrained, pixels; normed, raw; objective, size, step), each by rising layer."""
-    found: dict[tuple[str, ...], list[Row]] = {}
+    found: dict[tuple[str, ...], list[ProbeRow]] = {}
     for row in sorted(rows, key=_place):
         found.setdefault(key(row, SERIES), []).append(row)
     return list(found.values())
 
 
-def _place(row: Row) -> tuple[Any, ...]:
-    size = (row.get("model_objective") or "", model_parameters(row) or 0, row["step"] or 0)
-    return row["dataset"], _ORDER.index(row["weights"]), row["features"], *size, row["layer"]
+def _place(row: ProbeRow) -> tuple[Any, ...]:
+    size = (row.model_objective or "", model_parameters(row) or 0, row.step or 0)
+    return row.dataset, _ORDER.index(row.weights), row.features, *size, row.layer
 
 
-def best_row(rows: Sequence[Row]) -> Row:
+def best_row(rows: Sequence[ProbeRow]) -> ProbeRow:
     """The best layer of a series by the held-out images; of equals, the lowest."""
-    return max(rows, key=lambda row: (row["held_out_accuracy"], -row["layer"]))
+    return max(rows, key=lambda row: (row.held_out_accuracy, -row.layer))
 
 
-def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[Row]:
+def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[ProbeRow]:
     """The probes by layer of a data set, if they were all measured on the same images and can be compared.
 
     Raises:
         ValueError: no rows, none of that data set, or rows of several experiments.
     """
-    rows = by_layer(rows)
-    names = sorted({row["dataset"] for row in rows})
-    if not rows or (dataset is not None and dataset not in names):
+    probes = by_layer(rows)
+    names = sorted({row.dataset for row in probes})
+    if not probes or (dataset is not None and dataset not in names):
         raise ValueError(f"the results hold no rows{f' of {dataset!r}; they have {names}' if names else '; probe first'}")
-    chosen = [row for row in rows if dataset in (None, row["dataset"])]
-    different = [name for name in EXPERIMENT if len({repr(row[name]) for row in chosen}) > 1]
+    chosen = [row for row in probes if dataset in (None, row.dataset)]
+    different = [name for name in EXPERIMENT if len({repr(row.get(name)) for row in chosen}) > 1]
     if different:
-        values = sorted({str(row[different[0]]) for row in chosen})
+        values = sorted({str(row.get(different[0])) for row in chosen})
         advice = "choose one with --dataset" if different[0] == "dataset" else "keep them in files of their own"
         raise ValueError(f"the results are of several experiments: {different[0]} is {' and '.join(values)}; {advice}")
     return chosen
 
 
-def label(row: Row, among: Sequence[Row]) -> str:
+def label(row: ProbeRow, among: Sequence[ProbeRow]) -> str:
     """What a row is of, in words: the model's shape and objective where they differ, its hash where nothing else does, and
     whatever else tells rows of the same features apart."""
-    if row["weights"] == "pixels":
+    if row.weights == "pixels":
         return f"raw pixels{settings(row, among)}"
-    step = f" to step {row['step']}" if row["weights"] == "trained" else ""
-    names = {system_name(other) for other in among if other["weights"] != "pixels"}
+    step = f" to step {row.step}" if row.weights == "trained" else ""
+    names = {system_name(other) for other in among if other.weights != "pixels"}
     name = f"{system_name(row)}, " if len(names) > 1 else ""
     about = ("weights", "step", "model", "model_objective")
-    alike = {other["model_hash"] for other in among if key(other, about) == key(row, about)}
-    model = f" {row['model_hash'][:8]}" if len(alike) > 1 else ""
-    masked = " of masked images" if row.get("mask_draws") else ""
-    return f"{name}{row['weights']}{step}{model}, {row['features']}{masked}{settings(row, among)}"
+    alike = {other.model_hash for other in among if key(other, about) == key(row, about)}
+    model = f" {row.model_hash[:8]}" if len(alike) > 1 else ""
+    masked = " of masked images" if row.mask_draws else ""
+    return f"{name}{row.weights}{step}{model}, {row.features}{masked}{settings(row, among)}"
 
 
-def settings(row: Row, among: Sequence[Row], but: Sequence[str] = ()) -> str:
+def settings(row: ProbeRow, among: Sequence[ProbeRow], but: Sequence[str] = ()) -> str:
     """What tells a row from others of the same features, in words after commas, as little as will do; `but` these names."""
     same = [other for other in among if key(other, _SAME_FEATURES) == key(row, _SAME_FEATURES)]
     names = [name for name in SERIES if name not in ("dataset_hash", *but)]
@@ -247,11 +254,11 @@ def _brief(value: Any) -> str:
 
 def system_name(row: Row) -> str:
     """A row's transformer in words, and its objective where it is not the usual one."""
-    name = model_name(row.get("model"))
-    return f"{name} BERT" if row.get("model_objective") == "bert" else name
+    name = model_name(row.model)
+    return f"{name} BERT" if row.model_objective == "bert" else name
 
 
-def model_name(shape: Row | None) -> str:
+def model_name(shape: dict[str, int] | None) -> str:
     """A transformer in words: iGPT-S, M, L, XL where it is one of the paper's (3.3), else layers x width."""
     if shape is None:
         return "model of unknown shape"
@@ -262,32 +269,4 @@ def model_name(shape: Row | None) -> str:
 
 def model_parameters(row: Row) -> int | None:
     """The parameters of a row's model, where its shape is known."""
-    return None if row.get("model") is None else parameters(ModelConfig(**row["model"]), row["model_objective"])
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The best layer of each series as a Markdown table, accuracies in percent."""
-    penalty = "C or lr" if any(row["protocol"] == "sgd" for row in rows) else "C"
-    lines = [
-        f"| images | features | best layer | width | {penalty} | held out | accuracy |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in series(rows):
-        row = best_row(one)
-        images = f"{row['dataset']}: {row['n_train']} {row['train_split']}, {row['n_eval']} {row['eval_split']}"
-        layers = "-" if row["weights"] == "pixels" else f"{row['layer']} of {span([other['layer'] for other in one])}"
-        percent = f"{100 * row['held_out_accuracy']:.1f} | {100 * row['accuracy']:.1f}"
-        chosen = f"lr {row['rate']:g}" if row["protocol"] == "sgd" else f"{row['C']:g}"
-        lines.append(f"| {images} | {label(row, rows)} | {layers} | {row['n_features']} | {chosen} | {percent} |")
-    return "\n".join(lines)
-
-
-def layer_table(rows: Sequence[Row]) -> str:
-    """The accuracy of every layer as a Markdown table in percent, a column for each series; pixels have no layers."""
-    columns = [one for one in series(rows) if one[0]["weights"] != "pixels"]
-    names = [label(one[0], rows) for one in columns]
-    lines = [f"| layer | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
-    accuracies = [{row["layer"]: f"{100 * row['accuracy']:.1f}" for row in one} for one in columns]
-    for layer in sorted(set().union(*accuracies)):
-        lines.append(f"| {layer} | {' | '.join(column.get(layer, '-') for column in accuracies)} |")
-    return "\n".join(lines)
+    return None if row.model is None else parameters(ModelConfig(**row.model), row.model_objective)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from igpt_ds.config import Recipe, get_recipe
-from igpt_ds.evaluate.report.results import SERIES, Row, best_row, by_layer, key, model_name, model_parameters, series, settings
+from igpt_ds.evaluate.features.files import span
+from igpt_ds.evaluate.report.results import SERIES, best_row, by_layer, key, label, model_name, model_parameters, series, settings
+from igpt_ds.evaluate.report.row_types import FinetuneRow, ProbeRow, Row
 from igpt_ds.paper.published import FIGURE_4, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
 
 TITLES = {
@@ -34,23 +36,51 @@ def paper_table(number: int, rows: Sequence[Row], recipes: Iterable[Recipe] = ()
     return f"### {TITLES[number]}\n\n{table}"
 
 
+def markdown_table(rows: Sequence[ProbeRow]) -> str:
+    """The best layer of each series as a Markdown table, accuracies in percent."""
+    penalty = "C or lr" if any(row.protocol == "sgd" for row in rows) else "C"
+    lines = [
+        f"| images | features | best layer | width | {penalty} | held out | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in series(rows):
+        row = best_row(one)
+        images = f"{row.dataset}: {row.n_train} {row.train_split}, {row.n_eval} {row.eval_split}"
+        layers = "-" if row.weights == "pixels" else f"{row.layer} of {span([other.layer for other in one])}"
+        percent = f"{100 * row.held_out_accuracy:.1f} | {100 * row.accuracy:.1f}"
+        chosen = f"lr {row.rate:g}" if row.protocol == "sgd" else f"{row.C:g}"
+        lines.append(f"| {images} | {label(row, rows)} | {layers} | {row.n_features} | {chosen} | {percent} |")
+    return "\n".join(lines)
+
+
+def layer_table(rows: Sequence[ProbeRow]) -> str:
+    """The accuracy of every layer as a Markdown table in percent, a column for each series; pixels have no layers."""
+    columns = [one for one in series(rows) if one[0].weights != "pixels"]
+    names = [label(one[0], rows) for one in columns]
+    lines = [f"| layer | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
+    accuracies = [{row.layer: f"{100 * row.accuracy:.1f}" for row in one} for one in columns]
+    for layer in sorted(set().union(*accuracies)):
+        lines.append(f"| {layer} | {' | '.join(column.get(layer, '-') for column in accuracies)} |")
+    return "\n".join(lines)
+
+
 def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)).replace("| --- ", "|---")
 
 
-def _best_probes(rows: Sequence[Row], datasets: Iterable[str]) -> list[Row]:
+def _best_probes(rows: Sequence[Row], datasets: Iterable[str]) -> list[ProbeRow]:
     """Of each trained model each series' best layer, then what was made of several layers or by a vote."""
-    trained = [row for row in rows if row["kind"] == "probe" and row["weights"] == "trained" and row["dataset"] in datasets]
-    best = [best_row(one) for protocol in ("best_layer", "sgd") for one in series(by_layer(trained, [protocol]))]
-    best += [row for row in trained if row["protocol"] in ("concat", "mask_vote")]
-    return sorted(best, key=lambda row: (row["dataset"], row["model_objective"], model_parameters(row) or 0, row["step"]))
+    trained = [row for row in rows if isinstance(row, ProbeRow) and row.weights == "trained" and row.dataset in datasets]
+    best = [best_row(one) for protocol in ("every_layer", "sgd") for one in series(by_layer(trained, [protocol]))]
+    best += [row for row in trained if row.protocol in ("concat", "mask_vote")]
+    return sorted(best, key=lambda row: (row.dataset, row.model_objective, model_parameters(row) or 0, row.step))
 
 
-def _ours(row: Row) -> str:
-    size = f", {_millions(row)}M" if row.get("model") else ""
-    objective = ", BERT" if row["model_objective"] == "bert" else ""
-    pixels = "" if row.get("model") is None else f" at {row['model']['n_px']}x{row['model']['n_px']}"
-    return f"**ours: {model_name(row.get('model'))}{size}{pixels}{objective}**"
+def _ours(row: ProbeRow | FinetuneRow) -> str:
+    size = f", {_millions(row)}M" if row.model else ""
+    objective = ", BERT" if row.model_objective == "bert" else ""
+    pixels = "" if row.model is None else f" at {row.model['n_px']}x{row.model['n_px']}"
+    return f"**ours: {model_name(row.model)}{size}{pixels}{objective}**"
 
 
 def _millions(row: Row) -> str:
@@ -58,12 +88,13 @@ def _millions(row: Row) -> str:
     return "-" if count is None else f"{count / 1e6:.{2 if count < 1e5 else 1 if count < 1e7 else 0}f}"
 
 
-def _where(row: Row) -> str:
+def _where(row: ProbeRow) -> str:
     """The layer and how it was probed."""
-    if row["protocol"] == "concat":
-        return f"{row['layers'][0]}..{row['layers'][-1]} {row['features']}"
-    how = {"sgd": ", SGD", "mask_vote": f", {row.get('n_masks')} masks vote"}.get(row["protocol"], "")
-    return f"{row['layer']} {row['features']}{how}"
+    if row.protocol == "concat":
+        assert row.layers is not None
+        return f"{row.layers[0]}..{row.layers[-1]} {row.features}"
+    how = {"sgd": ", SGD", "mask_vote": f", {row.n_masks} masks vote"}.get(row.protocol, "")
+    return f"{row.layer} {row.features}{how}"
 
 
 def _difference(ours: float, paper: float | None) -> str:
@@ -73,28 +104,28 @@ def _difference(ours: float, paper: float | None) -> str:
 def _best(table: Iterable[Accuracy], dataset: str, row: Row | None = None) -> float | None:
     """The paper's accuracy to compare with: of the same size and input where there is one, else its best on these images; one
     from scratch for one from scratch."""
-    if row is not None and row["model_objective"] == "bert":
+    if row is not None and row.model_objective == "bert":
         return None  # the tables' models are auto-regressive
-    scratch = row is not None and row["weights"] == "untrained"
+    scratch = row is not None and row.weights == "untrained"
     known = [one for one in table if one.ours and one.dataset == dataset and one.model.endswith("from scratch") == scratch]
-    if row is not None and row.get("model") is not None:
-        shape = (model_name(row["model"]), row["model"]["n_px"])
+    if row is not None and row.model is not None:
+        shape = (model_name(row.model), row.model["n_px"])
         known = [one for one in known if (one.model, one.n_px) == shape] or known
-        known = [one for one in known if one.features == row.get("n_features")] or known
+        known = [one for one in known if one.features == (row.n_features if isinstance(row, ProbeRow) else None)] or known
     return max((one.accuracy for one in known), default=None)
 
 
-def _best_finetuned(dataset: str, row: Row) -> float | None:
+def _best_finetuned(dataset: str, row: FinetuneRow) -> float | None:
     """The same of fine-tunes, where the paper has BERT's in its Figure 4."""
-    if row["model_objective"] == "ar":
+    if row.model_objective == "ar":
         return _best(TABLE_3, dataset, row)
     bert = [bar for bar in FIGURE_4 if (bar.dataset, bar.objective, bar.evaluation) == (dataset, "bert", "finetune")]
-    return bert[0].accuracy if bert and row["weights"] == "trained" else None
+    return bert[0].accuracy if bert and row.weights == "trained" else None
 
 
 def _datasets(table: Iterable[Accuracy], rows: Sequence[Row], kind: str) -> list[str]:
     """Those of a table, then those that only rows of ours are of; ImageNet's probes have a table of their own."""
-    others = sorted({row["dataset"] for row in rows if row["kind"] == kind})
+    others = sorted({row.dataset for row in rows if row.kind == kind})
     ours = [dataset for dataset in others if kind == "finetune" or not dataset.startswith("imagenet")]
     return list(dict.fromkeys([*(one.dataset for one in table), *ours]))
 
@@ -106,8 +137,8 @@ def _probes(rows: Sequence[Row]) -> str:
         for one in (one for one in TABLE_1 if one.dataset == dataset):
             lines.append([dataset, one.model, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
         for row in _best_probes(rows, [dataset]):
-            percent = 100 * row["accuracy"]
-            about = [dataset, _ours(row), f"no labels, step {row['step']}", _where(row), row["eval_split"]]
+            percent = 100 * row.accuracy
+            about = [dataset, _ours(row), f"no labels, step {row.step}", _where(row), row.eval_split]
             lines.append([*about, f"{percent:.1f}", _difference(percent, paper)])
     return _markdown(["images", "model", "pre-training", "layer", "split", "accuracy", "minus iGPT-L"], lines)
 
@@ -118,11 +149,11 @@ def _imagenet(rows: Sequence[Row]) -> str:
     for one in TABLE_2:
         size = "orig." if one.n_px is None else f"{one.n_px}x{one.n_px}"
         lines.append([one.model, size, f"{one.parameters:g}", f"{one.features}", "", "test", f"{one.accuracy:.1f}", ""])
-    for row in _best_probes(rows, sorted({row["dataset"] for row in rows if row["dataset"].startswith("imagenet")})):
-        percent, shape = 100 * row["accuracy"], row.get("model")
+    for row in _best_probes(rows, sorted({row.dataset for row in rows if row.dataset.startswith("imagenet")})):
+        percent, shape = 100 * row.accuracy, row.model
         about = [_ours(row), "-" if shape is None else f"{shape['n_px']}x{shape['n_px']}", _millions(row)]
         against = _difference(percent, _best(TABLE_2, "imagenet", row))
-        lines.append([*about, f"{row['n_features']}", _where(row), row["eval_split"], f"{percent:.1f}", against])
+        lines.append([*about, f"{row.n_features}", _where(row), row.eval_split, f"{percent:.1f}", against])
     return _markdown(header, lines)
 
 
@@ -132,14 +163,14 @@ def _finetunes(rows: Sequence[Row]) -> str:
         for one in (one for one in TABLE_3 if one.dataset == dataset):
             name = one.model if one.n_px is None else f"{one.model}, {one.n_px}x{one.n_px}"
             lines.append([dataset, name, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
-        ours = [row for row in rows if row["kind"] == "finetune" and row["dataset"] == dataset]
-        several = len({row["n_train"] for row in ours}) > 1
+        ours = [row for row in rows if isinstance(row, FinetuneRow) and row.dataset == dataset]
+        several = len({row.n_train for row in ours}) > 1
         for row in ours:
-            percent = 100 * row["accuracy"]
-            start = f"no labels, step {row['step']}" if row["weights"] == "trained" else "none, from scratch"
-            labels = f", {row['n_train']} labels" if several else ""
-            masks = f", {row['n_masks']} masks vote" if row.get("n_masks") else ""
-            about = [dataset, _ours(row), start, f"{row['loss']}, lr {row['lr']:g}{labels}{masks}", row["eval_split"]]
+            percent = 100 * row.accuracy
+            start = f"no labels, step {row.step}" if row.weights == "trained" else "none, from scratch"
+            labels = f", {row.n_train} labels" if several else ""
+            masks = f", {row.n_masks} masks vote" if row.n_masks else ""
+            about = [dataset, _ours(row), start, f"{row.loss}, lr {row.lr:g}{labels}{masks}", row.eval_split]
             lines.append([*about, f"{percent:.1f}", _difference(percent, _best_finetuned(dataset, row))])
     return _markdown(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's"], lines)
 
@@ -150,11 +181,11 @@ def _low_data(rows: Sequence[Row]) -> str:
     for one in TABLE_4:
         cells = ["{:.1f} ± {:.1f}".format(*one.errors[n]) if n in one.errors else "" for n in LABELS]
         lines.append([one.model, "", *cells])
-    found: dict[tuple[str, ...], dict[int, Row]] = {}
+    found: dict[tuple[str, ...], dict[int, ProbeRow]] = {}
     same = [name for name in (*SERIES, "layer") if name != "n_labels"]
-    few = [row for row in rows if row["kind"] == "probe" and row["protocol"] == "low_data"]
+    few = [row for row in rows if isinstance(row, ProbeRow) and row.protocol == "low_data"]
     for row in few:
-        found.setdefault(key(row, same), {})[row["n_labels"]] = row
+        found.setdefault(key(row, same), {})[row.n_labels] = row
     for by_labels in found.values():
         row = next(iter(by_labels.values()))
         cells = []
@@ -162,14 +193,14 @@ def _low_data(rows: Sequence[Row]) -> str:
             if n not in by_labels:
                 cells.append("")
                 continue
-            error, deviation = 100 * (1 - by_labels[n]["accuracy"]), by_labels[n]["deviation"]
+            error, deviation = 100 * (1 - by_labels[n].accuracy), by_labels[n].deviation
             spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-            against = f" ({error - paper.errors[n][0]:+.1f})" if row["dataset"] == "cifar10" else ""
+            against = f" ({error - paper.errors[n][0]:+.1f})" if row.dataset == "cifar10" else ""
             cells.append(f"{error:.1f}{spread}{against}")
-        name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row["weights"]]
-        images = "" if row["dataset"] == "cifar10" else f"{row['dataset']}, "
+        name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row.weights]
+        images = "" if row.dataset == "cifar10" else f"{row.dataset}, "
         apart = settings(row, few, but=("n_labels",))
-        lines.append([name, f"{images}{row['layer']} {row['features']}, {row['eval_split']}{apart}", *cells])
+        lines.append([name, f"{images}{row.layer} {row.features}, {row.eval_split}{apart}", *cells])
     return _markdown(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
 
 

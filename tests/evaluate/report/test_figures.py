@@ -9,6 +9,7 @@ import pytest
 
 from igpt_ds.evaluate.report import canvas
 from igpt_ds.evaluate.report.figures import heat_maps, layer_curve, plan_curve, rate_curve, score_histogram, training_curve
+from igpt_ds.evaluate.report.row_types import as_row
 
 
 def made_rows(layers=9):
@@ -17,7 +18,7 @@ def made_rows(layers=9):
 
     def made(weights, kind, layer, accuracy, model_hash="aaaa", step=100):
         own = {"weights": weights, "features": kind, "layer": layer, "model_hash": model_hash, "step": step}
-        return about | own | {"accuracy": accuracy, "held_out_accuracy": accuracy}
+        return as_row(about | own | {"kind": "probe", "accuracy": accuracy, "held_out_accuracy": accuracy})
 
     curve = [0.5 + 0.4 * (1 - abs(layer / (layers - 1) - 0.5)) for layer in range(layers)]
     return [

@@ -14,6 +14,7 @@ from igpt_ds.evaluate.report.figures_paper import (
     measured_bars,
     objective_bars,
 )
+from igpt_ds.evaluate.report.row_types import as_row
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_px": 4, "n_vocab": 8}
 
@@ -28,9 +29,9 @@ def drawn(monkeypatch):
 
 
 def probe(layer, accuracy, **changes):
-    about = {"kind": "probe", "protocol": "best_layer", "features": "normed", "weights": "trained", "model_hash": "m", "step": 9}
+    about = {"kind": "probe", "protocol": "every_layer", "features": "normed", "weights": "trained", "model_hash": "m", "step": 9}
     seen = {"dataset": "cifar10", "dataset_hash": {}, "eval_split": "val", "seed": 0, "model": SHAPE, "model_objective": "ar"}
-    return about | seen | {"layer": layer, "accuracy": accuracy, "held_out_accuracy": accuracy} | changes
+    return as_row(about | seen | {"layer": layer, "accuracy": accuracy, "held_out_accuracy": accuracy} | changes)
 
 
 def curve(top, **changes):
@@ -40,7 +41,7 @@ def curve(top, **changes):
 def likelihood(model_hash, nats, step, **changes):
     about = {"kind": "likelihood", "weights": "trained", "model_hash": model_hash, "model": SHAPE, "model_objective": "ar"}
     seen = {"dataset": "cifar10", "dataset_hash": "d", "split": "val", "step": step}
-    return about | seen | {"nats_per_token": {"mean": nats}} | changes
+    return as_row(about | seen | {"nats_per_token": {"mean": nats}} | changes)
 
 
 def texts(axes):
@@ -114,7 +115,7 @@ def test_figure_3(tmp_path, drawn):
 def test_figure_4(tmp_path, drawn):
     bert = {"model_objective": "bert", "model_hash": "b"}
     finetuned = {"kind": "finetune", "weights": "trained", "dataset": "cifar10", "loss": "joint", "model": SHAPE, "step": 9}
-    finetuned["n_train"] = 45_000
+    finetuned = as_row(finetuned | {"n_train": 45_000})
     rows = [
         *curve(0.8),
         *curve(0.7, mask_draws=5, **bert),

@@ -11,6 +11,7 @@ import pytest
 from igpt_ds.config import get_recipe, recipe_to_dict
 from igpt_ds.data.images import save_grid
 from igpt_ds.evaluate.report.page import page, table
+from igpt_ds.evaluate.report.row_types import as_row
 
 RUN = {
     "recipe": recipe_to_dict(get_recipe("cifar10_nano_ar_16")),
@@ -25,27 +26,29 @@ TRAINING = [
     {"step": 20, "images_seen": 1280, "loss": 2.0, "images_per_s": 70.0, "mfu": 0.35},
     {"step": 20, "images_seen": 1280, "val_loss": 2.25},
 ]
-PROBE = {
-    "kind": "probe",
-    "protocol": "best_layer",
-    "features": "normed",
-    "weights": "trained",
-    "model_hash": "h",
-    "model": {"n_layer": 8, "n_head": 4, "n_embd": 128, "n_px": 16, "n_vocab": 512},
-    "model_objective": "ar",
-    "step": 20,
-    "dataset": "cifar10",
-    "train_split": "train",
-    "eval_split": "val",
-    "n_train": 90,
-    "n_eval": 10,
-    "n_features": 128,
-    "seed": 0,
-    "C": 0.1,
-    "layer": 3,
-    "accuracy": 0.5,
-    "held_out_accuracy": 0.5,
-}
+PROBE = as_row(
+    {
+        "kind": "probe",
+        "protocol": "every_layer",
+        "features": "normed",
+        "weights": "trained",
+        "model_hash": "h",
+        "model": {"n_layer": 8, "n_head": 4, "n_embd": 128, "n_px": 16, "n_vocab": 512},
+        "model_objective": "ar",
+        "step": 20,
+        "dataset": "cifar10",
+        "train_split": "train",
+        "eval_split": "val",
+        "n_train": 90,
+        "n_eval": 10,
+        "n_features": 128,
+        "seed": 0,
+        "C": 0.1,
+        "layer": 3,
+        "accuracy": 0.5,
+        "held_out_accuracy": 0.5,
+    }
+)
 
 
 class Reader(html.parser.HTMLParser):

@@ -17,16 +17,16 @@ from igpt_ds.evaluate.report.results import (
     experiment,
     finetune_row,
     label,
-    layer_table,
     likelihood_row,
     make_row,
-    markdown_table,
     model_name,
     model_parameters,
     read_all,
     read_results,
     series,
 )
+from igpt_ds.evaluate.report.row_types import as_row
+from igpt_ds.evaluate.report.tables import layer_table, markdown_table
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def rows(row):
 
 def test_a_row_says_everything(row, features_dir):
     manifest = json.loads((features_dir / "manifest.json").read_text())
-    assert json.loads(json.dumps(row)) == row
-    assert (row["format"], row["version"], row["kind"], row["protocol"]) == ("igpt_ds.result", 2, "probe", "best_layer")
+    assert as_row(json.loads(json.dumps(row.json))) == row
+    assert (row["format"], row["version"], row["kind"], row["protocol"]) == ("igpt_ds.result", 2, "probe", "every_layer")
     assert row["model"] == {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_px": 4, "n_vocab": 8}
     assert (row["feature_precision"], row["feature_dtype"]) == ("fp32", "fp32")
     assert (row["features"], row["layer"], row["weights"], row["step"]) == ("normed", 1, "trained", 7)
@@ -121,7 +121,7 @@ def test_a_rerun_replaces_its_row(tmp_path, rows):
 )
 def test_a_damaged_line_is_named(tmp_path, rows, line, complaint):
     path = tmp_path / "results.jsonl"
-    text = "\n".join([json.dumps(rows[0]), line, json.dumps(rows[1])]) + "\n"
+    text = "\n".join([json.dumps(rows[0].json), line, json.dumps(rows[1].json)]) + "\n"
     path.write_text(text)
     for action in (lambda: read_results(path), lambda: add_results(path, rows)):
         with pytest.raises(ValueError, match=complaint):
@@ -161,7 +161,8 @@ def test_tables(rows):
 
 
 def test_an_sgd_probe_shows_its_rate(rows):
-    row = {name: value for name, value in rows[-1].items() if name != "C"} | {"protocol": "sgd", "rate": 0.3}
+    values = {name: value for name, value in rows[-1].json.items() if name != "C"}
+    row = as_row(values | {"protocol": "sgd", "rate": 0.3})
     assert "| 16 | lr 0.3 | 80.0 | 80.0 |" in markdown_table([row])
     assert "| width | C or lr | held out |" in markdown_table([row])
 
@@ -203,8 +204,8 @@ def test_rows_are_made_of_what_protocols_and_features_say(row, features_dir):
     """No field of a probe or of the features' origin is lost on the way, or overwritten by another of its name."""
     train, val = (open_features(features_dir, split) for split in ("train", "val"))
     probe = linear_probe(train, val, 1, "normed", Settings.of([0.01, 1.0, 100.0]))
-    assert {field.name for field in dataclasses.fields(probe)} - {"kind"} <= set(row)
-    assert set(results._REQUIRED["probe"]) | set(results.EXPERIMENT) <= set(row)
+    assert {field.name for field in dataclasses.fields(probe)} - {"kind"} <= set(row.json)
+    assert set(results._REQUIRED["probe"]) | set(results.EXPERIMENT) <= set(row.json)
     for field in dataclasses.fields(probe):
         if field.name != "kind":
             assert row[field.name] == getattr(probe, field.name)
@@ -261,6 +262,28 @@ def test_rows_of_the_other_kinds(tmp_path, rows, tiny_config):
         finetune_row(**{name: value for name, value in FINETUNED.items() if name != "lr"})
 
 
+def test_older_files_call_the_protocol_best_layer(tmp_path, row):
+    path = tmp_path / "results.jsonl"
+    text = json.dumps(row.json | {"protocol": "best_layer"}) + "\n"
+    path.write_text(text)
+    (old,) = read_results(path)
+    assert (old.protocol, old["protocol"]) == ("every_layer", "every_layer")
+    assert by_layer([old]) == [old]
+    add_results(path, [])
+    assert path.read_text() == text, "a row stays as it was measured"
+    add_results(path, [row])
+    assert read_results(path) == [row], "the same measurement, made again"
+
+
+def test_a_row_keeps_its_values(row):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.accuracy = 1.0
+    assert (row | {"accuracy": 0.5}).accuracy == (row | {"accuracy": 0.5}).json["accuracy"] == 0.5
+    assert (row.get("rates"), "rates" in row) == (None, False)
+    with pytest.raises(KeyError, match="rates"):
+        row["rates"]
+
+
 def test_rows_of_several_files(tmp_path, rows):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     add_results(one, rows[:2])
@@ -275,5 +298,5 @@ def test_names_and_sizes_of_models(row):
     assert model_name(row["model"]) == "2 x 16"
     assert model_name(None) == "model of unknown shape"
     assert model_name({"n_layer": 8, "n_head": 4, "n_embd": 128}) == "8 x 128", "nano is none of the paper's"
-    assert model_parameters(FINETUNED) == 76_571_648
+    assert model_parameters(finetune_row(**FINETUNED)) == 76_571_648
     assert model_parameters(row | {"model": None}) is None

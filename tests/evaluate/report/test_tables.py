@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from igpt_ds.config import get_recipe
+from igpt_ds.evaluate.report.row_types import as_row
 from igpt_ds.evaluate.report.tables import TITLES, paper_table
 from igpt_ds.paper import published
 
@@ -13,10 +14,10 @@ L_48 = {"n_layer": 48, "n_head": 16, "n_embd": 1536, "n_px": 48, "n_vocab": 512}
 
 
 def probe(**changes):
-    about = {"kind": "probe", "protocol": "best_layer", "features": "normed", "weights": "trained", "model_hash": "h", "step": 9}
+    about = {"kind": "probe", "protocol": "every_layer", "features": "normed", "weights": "trained", "model_hash": "h", "step": 9}
     seen = {"dataset": "cifar10", "dataset_hash": {}, "eval_split": "val", "n_features": 128, "seed": 0, "model": SMALL}
     row = about | seen | {"layer": 4, "model_objective": "ar", "accuracy": 0.5, "held_out_accuracy": 0.5}
-    return row | changes
+    return as_row(row | changes)
 
 
 def lines(number, rows, **more):
@@ -92,7 +93,7 @@ def minus(row):
 def test_table_3():
     about = {"kind": "finetune", "dataset": "cifar10", "model": SMALL, "model_objective": "ar", "step": 9, "eval_split": "val"}
     about["n_train"] = 45_000
-    row = about | {"weights": "trained", "loss": "joint", "lr": 0.001, "accuracy": 0.7}
+    row = as_row(about | {"weights": "trained", "loss": "joint", "lr": 0.001, "accuracy": 0.7})
     scratch = row | {"weights": "untrained", "loss": "clf", "accuracy": 0.6, "n_masks": 5}
     ours = [line for line in lines(3, [row, scratch]) if "ours" in line]
     assert ours == [

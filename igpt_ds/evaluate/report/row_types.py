@@ -1,0 +1,124 @@
+"""The records of results.jsonl: one frozen dataclass for each kind of row.
+
+In: the JSON of a line. Out: a `ProbeRow`, a `FinetuneRow` or a `LikelihoodRow`. `results.py` reads and writes them; tables and
+figures use their fields. Accuracies lie in 0..1. A field that a row does not have is None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+_OLD_PROTOCOLS = {"best_layer": "every_layer"}  # names in files of earlier versions
+_R = TypeVar("_R", bound="ResultRow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow:
+    """What every kind of row has. `json` is the line of the file, unchanged: a row that is written again keeps its bytes."""
+
+    json: dict[str, Any]
+    kind: str  # "probe", "finetune" or "likelihood"
+    weights: str  # "trained", "untrained" or "pixels"
+    model_hash: str
+    model: dict[str, int] | None  # the shape of the transformer
+    model_objective: str
+    step: int  # of pre-training
+    dataset: str
+
+    def get(self, name: str) -> Any:
+        """A value by its name in the file; None if the row does not have it."""
+        return getattr(self, name) if name in type(self).__dataclass_fields__ else self.json.get(name)
+
+    def __getitem__(self, name: str) -> Any:
+        """A value by its name in the file.
+
+        Raises:
+            KeyError: the row does not have it.
+        """
+        if name not in self.json:
+            raise KeyError(name)
+        return self.get(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.json
+
+    def __or__(self: _R, changes: Mapping[str, object]) -> _R:
+        """The same row with other values, as dicts join."""
+        row = as_row(self.json | dict(changes))
+        assert isinstance(row, type(self)), "a row keeps its kind"
+        return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRow(ResultRow):
+    """A linear probe; the file has more values, from the probe and from the features."""
+
+    protocol: str  # "every_layer", "sgd", "concat", "low_data" or "mask_vote"
+    features: str  # their kind
+    layer: int
+    layers: list[int] | None  # "concat"
+    mask_draws: int | None
+    dataset_hash: dict[str, str]  # by split
+    train_split: str
+    eval_split: str
+    n_train: int
+    n_eval: int
+    n_features: int
+    C: float  # the chosen penalty; not of "sgd"
+    rate: float  # the chosen learning rate of "sgd"
+    n_labels: int  # "low_data"
+    n_subsets: int | None  # "low_data"
+    deviation: float | None  # "low_data"
+    n_masks: int | None  # "mask_vote"
+    single_accuracy: float | None  # "mask_vote": the mean of one mask
+    held_out_accuracy: float
+    accuracy: float
+    seed: int
+    tol: float
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRow(ResultRow):
+    """A fine-tuned model."""
+
+    dataset_hash: dict[str, str]  # by split
+    eval_split: str
+    n_train: int
+    loss: str  # "joint", "clf" or "gen"
+    lr: float
+    n_masks: int | None  # that vote
+    single_accuracy: float | None  # the mean of one mask
+    held_out_accuracy: float
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodRow(ResultRow):
+    """The likelihood of a model on a split."""
+
+    dataset_hash: str
+    split: str
+    nats_per_token: dict[str, float]  # "mean" and "standard_error"
+
+
+Row = ProbeRow | FinetuneRow | LikelihoodRow
+KINDS: dict[str, type[ProbeRow] | type[FinetuneRow] | type[LikelihoodRow]] = {
+    "probe": ProbeRow,
+    "finetune": FinetuneRow,
+    "likelihood": LikelihoodRow,
+}
+
+
+def as_row(values: dict[str, Any]) -> Row:
+    """The record of a line's JSON, whose kind must be known; old names are replaced in the fields and stay in `json`."""
+    kind = KINDS[values["kind"]]
+    found: dict[str, Any] = {field.name: values.get(field.name) for field in dataclasses.fields(kind) if field.name != "json"}
+    if kind is ProbeRow:
+        found["protocol"] = _OLD_PROTOCOLS.get(str(found["protocol"]), found["protocol"])
+        if found["n_subsets"] is None and "subset_accuracies" in values:
+            found["n_subsets"] = len(values["subset_accuracies"])
+    return kind(json=values, **found)
