@@ -1,11 +1,11 @@
-"""Collects what is left of a run that hangs or died, says what it looks like, and packs it into one file to send.
+"""Finds out why a run hangs or died, and packs the evidence into one file to send.
 
     python tools/diagnose.py --job_id 1234 runs/s --logs logs/pretrain-1234.out
 
-Who is behind by the heartbeats; the Python stacks of ranks that live, on this node and, with --job_id (or inside the job), on its
-other nodes through `srun --overlap`; logs, torch's flight recorder, what the kernel says of memory and GPUs; exit statuses in
-words. py-spy is used where it is installed, else ranks are asked by SIGUSR2, which ends none. The report is written beside the
-run directory as RUN_DIR-diagnosis-DATE.tar.gz.
+It reads the heartbeats, the logs, torch's flight recorder and the kernel's messages about memory and GPUs. It collects the Python
+stacks of live ranks on this node, and with --job_id (or inside the job) on its other nodes through `srun --overlap`. It uses
+py-spy where that is installed; elsewhere it sends SIGUSR2, which does not end a rank. It prints the ranks that are behind, the
+likely causes and the meaning of the exit status, and writes RUN_DIR-diagnosis-DATE.tar.gz beside the run directory.
 """
 
 from __future__ import annotations
@@ -22,75 +22,82 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.files import atomic_file
 from igpt_ds.ops.diagnose import behind, catches, clues, errors, failures, likely_causes, process_state
-from igpt_ds.ops.status import describe, read_lost, read_status
+from igpt_ds.ops.status import RankStatus, read_lost, read_status
+from igpt_ds.ops.status_text import status_text
 
-TAIL_BYTES, MOST_BYTES = 1 << 20, 1 << 28  # of a log; of a file that is packed whole
-STACK_SECONDS = 3.0  # that a rank has to write its stacks
+TAIL_BYTES, MOST_BYTES = 1 << 20, 1 << 28  # read of a log; size of the largest file that is packed
+STACK_SECONDS = 3.0  # to wait for the stacks of a rank
 KERNEL = re.compile(r"oom|out of memory|xid|nvrm|segfault|i/o error|hung_task|blocked for more than", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Asks the ranks, reads the logs, judges, packs, prints."""
+    """Asks the ranks, reads the logs, finds causes, prints, packs."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what train.py got as --run_dir")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="--run_dir of train.py or finetune.py")
+    parser.add_argument("--logs", type=Path, nargs="+", default=[], help="logs of the job (logs in RUN_DIR are always read)")
     parser.add_argument(
-        "--logs", type=Path, nargs="+", default=[], help="logs of the job; those in RUN_DIR are found by themselves"
+        "--job_id",
+        default=os.environ.get("SLURM_JOB_ID"),
+        help="SLURM job whose other nodes are asked too (default: the job that this runs in)",
     )
-    parser.add_argument("--job_id", default=os.environ.get("SLURM_JOB_ID"), help="SLURM job whose other nodes are asked too")
-    parser.add_argument("--exit_code", type=int, help="status that the job ended with, to be explained")
-    parser.add_argument("--here", action="store_true", help="ask the ranks on this node alone and print their states as JSON")
+    parser.add_argument("--exit_code", type=int, help="exit status of the job, to explain")
+    parser.add_argument(
+        "--here", action="store_true", help="ask only the ranks on this node, and print their process states as JSON"
+    )
     args = parser.parse_args(argv)
     lost = read_lost(args.run_dir)  # first, since the next start removes it
     status = read_status(args.run_dir, time.time())
-    states = ask_ranks_here(args.run_dir, status["ranks"])
+    states = ask_ranks_here(args.run_dir, status.ranks)
     if args.here:
         print(json.dumps(states), flush=True)
         return
-    elsewhere = {rank["host"] for rank in status["ranks"] if rank["host"]} - {socket.gethostname()}
+    elsewhere = set(status.hosts) - {socket.gethostname()}
     if elsewhere and args.job_id and shutil.which("srun"):
         states |= ask_other_nodes(args.run_dir, args.job_id, sorted(elsewhere))
-    if status["state"] in ("running", "stopping", "hanging") and states and set(states.values()) == {"gone"}:
-        status["state"] = "dead"  # for less than the minute after which a heartbeat counts as silent
+    if status.state in ("running", "stopping", "hanging") and states and set(states.values()) == {"gone"}:
+        status = replace(status, state="dead")  # before the heartbeats are old enough to count as silent
     texts, kernel = read_logs(args.run_dir, args.logs), kernel_lines()
     failed = [line for name, text in texts.items() for line in failures(name, text.splitlines())]
-    failed += errors(status["ranks"]) if status["state"] != "lost" else []  # that one error is in LOST.json
+    failed += errors(status.ranks) if status.state != "lost" else []  # LOST.json has that error
     found = [clue for name, text in texts.items() for clue in clues(name, text.splitlines())]
-    waiting_for = behind(status["ranks"], states)
-    causes = likely_causes(
-        status["state"], waiting_for, failed, found, args.exit_code, lost if status["state"] == "lost" else None
-    )
-    if causes:  # the kernel's lines may be of another job, long ago
+    waiting_for = behind(status.ranks, states)
+    causes = likely_causes(status.state, waiting_for, failed, found, args.exit_code, lost if status.state == "lost" else None)
+    if causes:  # last: the kernel's lines may be from an earlier job
         causes += [f"{clue.cause} ({clue.where}: {clue.line})" for clue in clues("dmesg", kernel.splitlines())]
     texts |= {"dmesg": kernel}
     report = args.run_dir.with_name(f"{args.run_dir.resolve().name}-diagnosis-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
     lines = [
-        describe(status),
+        status_text(status),
         f"first failure   {failed[0] if failed else 'none in logs and heartbeats'}",
         f"behind          {'; '.join(waiting_for) or 'nobody'}",
         f"likely cause    {causes[0] if causes else 'unknown'}",
         *(f"or              {cause}" for cause in causes[1:4]),
         f"read            {', '.join(name for name, text in texts.items() if text) or 'no logs'}",
     ]
-    pack(report, args.run_dir, texts | {"summary.txt": "\n".join(lines) + "\n", "status.json": json.dumps(status, indent=1)})
+    pack(
+        report,
+        args.run_dir,
+        texts | {"summary.txt": "\n".join(lines) + "\n", "status.json": json.dumps(status.to_dict(), indent=1)},
+    )
     print("\n".join([*lines, f"report          {report}"]), flush=True)
 
 
-def ask_ranks_here(run_dir: Path, ranks: list[dict[str, Any]]) -> dict[int, str]:
-    """The state of each rank's process on this node; those that live leave their stacks in RUN_DIR/stacks."""
-    here = [rank for rank in ranks if rank["host"] == socket.gethostname() and rank["pid"]]
-    states = {rank["rank"]: process_state(rank["pid"]) for rank in here}
+def ask_ranks_here(run_dir: Path, ranks: Sequence[RankStatus]) -> dict[int, str]:
+    """The process state of each rank on this node. Live ranks write their stacks to RUN_DIR/stacks."""
+    here = [rank.beat for rank in ranks if rank.beat and rank.beat.local and rank.beat.pid]
+    states = {beat.rank: process_state(beat.pid) for beat in here}
     if set(states.values()) - {"gone"}:
         (run_dir / "stacks").mkdir(exist_ok=True)
     asked = []
-    for rank in here:
-        file, pid = run_dir / "stacks" / f"rank-{rank['rank']}.live.txt", rank["pid"]
-        if states[rank["rank"]] in ("gone", "Z"):
+    for beat in here:
+        file, pid = run_dir / "stacks" / f"rank-{beat.rank}.live.txt", beat.pid
+        if states[beat.rank] in ("gone", "Z"):
             continue
         if shutil.which("py-spy"):
             done = subprocess.run(["py-spy", "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True)
@@ -105,7 +112,7 @@ def ask_ranks_here(run_dir: Path, ranks: list[dict[str, Any]]) -> dict[int, str]
 
 
 def is_python(pid: int) -> bool:
-    """Whether a process runs train.py, and is not another one that got the number since."""
+    """Whether a process runs train.py. An unrelated process may have the same number now."""
     try:
         return b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -113,7 +120,7 @@ def is_python(pid: int) -> bool:
 
 
 def ask_other_nodes(run_dir: Path, job: str, hosts: list[str]) -> dict[int, str]:
-    """The same on other nodes of the job; a node that does not answer in half a minute tells nothing."""
+    """The same on other nodes of the job, without the nodes that do not answer in 30 seconds."""
     where = ["srun", "--overlap", "--jobid", job, "-w", ",".join(hosts), "-N", str(len(hosts)), "-n", str(len(hosts))]
     command = [*where, "--ntasks-per-node=1", sys.executable, __file__, str(run_dir.resolve()), "--here"]
     try:
@@ -125,7 +132,7 @@ def ask_other_nodes(run_dir: Path, job: str, hosts: list[str]) -> dict[int, str]
 
 
 def read_logs(run_dir: Path, named: list[Path]) -> dict[str, str]:
-    """The ends of the logs that were named, and of those that lie in the run directory."""
+    """The ends of the named logs and of the logs in the run directory."""
     kinds = ("*.log", "*.out", "*.err", "logs/**/*.log", "logs/**/*.out", "logs/**/std*")
     found = dict.fromkeys([*named, *(path for kind in kinds for path in sorted(run_dir.glob(kind)) if path.is_file())])
     return {str(path): tail(path) for path in found}
@@ -139,7 +146,7 @@ def tail(path: Path) -> str:
 
 
 def kernel_lines() -> str:
-    """What this node's kernel says of memory, GPUs and disks; "" where it may not be read."""
+    """The kernel's messages about memory, GPUs and disks on this node; "" without permission to read them."""
     try:
         done = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -148,7 +155,7 @@ def kernel_lines() -> str:
 
 
 def pack(report: Path, run_dir: Path, texts: dict[str, str]) -> None:
-    """Writes the .tar.gz: the texts, and from the run directory what is small and tells something."""
+    """Writes the .tar.gz: the texts, and the small useful files of the run directory."""
     recorder = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
     dumps = sorted(Path(recorder).parent.glob(f"{Path(recorder).name}*")) if recorder else []
     kinds = ("*.json", "heartbeat/*.json", "stacks/*", "fr/*")

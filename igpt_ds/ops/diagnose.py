@@ -1,6 +1,6 @@
-"""Why a run hangs or died: heartbeats, states of processes and lines of logs enter; who is behind and the likely causes leave.
+"""Why a run hangs or died: heartbeats, process states and log lines enter; the ranks to look at and the likely causes leave.
 
-tools/diagnose.py collects and calls. Nothing here needs torch, or waits.
+tools/diagnose.py collects the input. Nothing here imports torch or waits.
 """
 
 from __future__ import annotations
@@ -8,55 +8,57 @@ from __future__ import annotations
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from igpt_ds import cli
-from igpt_ds.ops.status import duration, lost_words
-from igpt_ds.train.run_lock import ENDED
+from igpt_ds.ops.status import DivergedRun, RankStatus, lost_words
+from igpt_ds.ops.status_text import duration
 
-# What exit statuses of a rank, or of its launcher, mean. A launcher that says -9 means 137.
+# Meaning of the exit status of a rank or of its launcher. A launcher's -9 is 137 here.
 EXIT_CODES = {
-    1: "an error of Python or of the launcher; the traceback stands in the log",
-    2: "bad input; the line before says what to change",
+    1: "a Python or launcher error; the log has the traceback",
+    2: "bad input; the last error line says what to change",
     3: "the preflight found bad nodes",
-    cli.STOPPED: "stopped with everything saved; the same command with --resume auto goes on",
-    cli.HUNG: "a rank gave no sign of life for --hang_minutes; its stacks are in RUN_DIR/stacks",
+    cli.STOPPED: "stopped with everything saved; the same command with --resume auto continues",
+    cli.HUNG: "a rank made no progress for --hang_minutes; its stacks are in RUN_DIR/stacks",
     130: "interrupted from the keyboard",
     134: "aborted (SIGABRT): NCCL's watchdog, or an assertion in C++",
     135: "bus error (SIGBUS): /dev/shm is full, or a mapped shard was cut short",
-    137: "killed with SIGKILL: out of memory of the machine or of the job's cgroup, scancel, or somebody's kill -9",
-    138: "killed by USR1 before train.py could hear it, or its launcher was: start launchers with USR1 ignored",
+    137: "killed by SIGKILL: the machine or the job's cgroup is out of memory, or scancel, or kill -9",
+    138: "killed by SIGUSR1 before train.py handled it, or its launcher was killed: start launchers with SIGUSR1 ignored",
     139: "segmentation fault (SIGSEGV): a broken driver, library or memory; RUN_DIR/stacks and PYTHONFAULTHANDLER=1 say where",
     143: "ended by SIGTERM: a time limit, preemption, scancel, or another rank that failed first",
 }
 
-# What a line of a log or of dmesg gives away, the surest first.
+# (pattern, cause): what a line of a log or of dmesg means. The most certain come first.
 CLUES = (
     (r"out of memory: killed process|oom-kill|oom_kill|detected \d+ oom", "the machine ran out of memory (not the GPU)"),
-    (r"\bxid\b.{0,40}\d+|uncorrectable ecc|fallen off the bus", "a GPU is broken: leave its node out"),
+    (r"\bxid\b.{0,40}\d+|uncorrectable ecc|fallen off the bus", "a GPU is broken: exclude its node"),
     (
         r"cuda out of memory|outofmemoryerror",
-        "the GPU ran out of memory: a smaller micro batch, or more activation checkpointing",
+        "the GPU ran out of memory: use a smaller micro batch or more activation checkpointing",
     ),
     (r"no space left on device|disk quota exceeded", "the disk is full"),
-    (r"due to time limit", "the job's time limit; --signal=B:USR1@SECONDS lets it save before"),
+    (r"due to time limit", "the job reached its time limit; --signal=B:USR1@SECONDS lets it save first"),
     (r"due to preemption", "the job was preempted"),
     (r"node failure|node_fail|due to node", "a node failed"),
-    (r"the run is lost at step", "the loss is lost: the line says what to do"),
-    (r"watchdog caught collective operation timeout", "a collective waited too long: one rank did not come; see who is behind"),
+    (r"the (run is lost|run diverged|loss diverged) at step", "the loss diverged: the line says what to do"),
+    (
+        r"watchdog caught collective operation timeout",
+        "a collective timed out: one rank did not join it; see which rank is behind",
+    ),
     (
         r"nccl.{0,60}(error|failure|unhandled)|connection closed by peer|socket timeout",
-        "the network between ranks, or a rank that died",
+        "the network between ranks failed, or a rank died",
     ),
     (
         r"waiting for another start that builds",
-        "a killed start left a lock in a build of DeepSpeed's: remove that file",
+        "a killed start left a lock file in a DeepSpeed build directory: remove the file",
     ),
     (r"address already in use", "another job uses the same MASTER_PORT"),
-    (r"stale file handle|input/output error|transport endpoint", "a network disk went away"),
+    (r"stale file handle|input/output error|transport endpoint", "a network disk is gone"),
 )
 
 _FAILURES = (
@@ -67,17 +69,17 @@ _FAILURES = (
     re.compile(r"\[rank ?(?P<rank>\d+)\].*?(?P<word>Traceback|Watchdog caught.*|\w*Error\b.*)", re.IGNORECASE),
 )
 _PROCESS_STATES = {
-    "T": "is stopped by a signal: kill -CONT {pid} lets it go on",
+    "T": "is stopped by a signal: kill -CONT {pid} continues it",
     "t": "is stopped by a debugger",
-    "D": "waits for a disk or a driver that does not answer",
-    "Z": "has died, and its parent did not notice",
-    "gone": "is not there any more",
+    "D": "waits for a disk or driver that does not respond",
+    "Z": "died, and its parent did not collect it",
+    "gone": "no longer exists",
 }
 
 
 @dataclass(frozen=True)
 class Clue:
-    """A line that gives something away."""
+    """A line that points to a cause."""
 
     where: str  # file and line number
     line: str
@@ -85,17 +87,17 @@ class Clue:
 
 
 def explain(code: int) -> str:
-    """An exit status, or a launcher's negative signal number, in words."""
+    """The meaning of an exit status, or of a launcher's negative signal number."""
     code = 128 - code if code < 0 else code
     if code in EXIT_CODES:
         return EXIT_CODES[code]
     if 128 < code < 128 + 65 and code - 128 in set(signal.Signals):
         return f"killed by {signal.Signals(code - 128).name}"
-    return "not a status that train.py gives"
+    return "not an exit status of train.py"
 
 
 def failures(name: str, lines: Iterable[str]) -> list[str]:
-    """What a log says of ranks that failed, in its order: the first is the one to look at, others fail because of it."""
+    """The failed ranks that a log names, in order. The first one matters: the others usually fail because of it."""
     found = []
     for number, line in enumerate(lines, start=1):
         for pattern in _FAILURES:
@@ -110,17 +112,17 @@ def failures(name: str, lines: Iterable[str]) -> list[str]:
 
 
 def clues(name: str, lines: Iterable[str]) -> list[Clue]:
-    """The lines of a log that give a cause away, the surest cause first and of each cause the first line."""
+    """The lines of a log that point to a cause: the first line of each cause, the most certain cause first."""
     found: dict[int, Clue] = {}
     for number, line in enumerate(lines, start=1):
-        for sureness, (pattern, cause) in enumerate(CLUES):
-            if sureness not in found and re.search(pattern, line, re.IGNORECASE):
-                found[sureness] = Clue(f"{name}, line {number}", line.strip()[:200], cause)
-    return [found[sureness] for sureness in sorted(found)]
+        for place, (pattern, cause) in enumerate(CLUES):
+            if place not in found and re.search(pattern, line, re.IGNORECASE):
+                found[place] = Clue(f"{name}, line {number}", line.strip()[:200], cause)
+    return [found[place] for place in sorted(found)]
 
 
 def process_state(pid: int, proc: Path = Path("/proc")) -> str:
-    """The letter that Linux gives a process (R runs, S sleeps, T stopped, D waits for a device, Z dead), or "gone"."""
+    """The state letter of a process on Linux (R runs, S sleeps, T stopped, D waits for a device, Z dead), or "gone"."""
     try:
         return (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -128,7 +130,7 @@ def process_state(pid: int, proc: Path = Path("/proc")) -> str:
 
 
 def catches(pid: int, number: int, proc: Path = Path("/proc")) -> bool:
-    """Whether a process has a handler for a signal; one that has none would die of it."""
+    """Whether a process has a handler for a signal. Without a handler the signal may kill it."""
     try:
         status = (proc / str(pid) / "status").read_text()
     except OSError:
@@ -137,31 +139,31 @@ def catches(pid: int, number: int, proc: Path = Path("/proc")) -> bool:
     return bool(mask and int(mask.group(1), 16) >> (number - 1) & 1)
 
 
-def behind(ranks: list[dict[str, Any]], states: dict[int, str]) -> list[str]:
-    """The ranks that others may be waiting for, and why: a process that cannot go on, silence, or standing elsewhere.
+def behind(ranks: Sequence[RankStatus], states: dict[int, str]) -> list[str]:
+    """The ranks that the others may wait for, and why: a process that cannot run, a silent rank, or one in another place.
 
     Args:
-        ranks: of `status.read_heartbeats`.
-        states: `process_state` of the ranks whose machine was asked.
+        states: `process_state` of each rank whose machine answered.
     """
-    known = [rank for rank in ranks if rank["phase"] is not None and rank["phase"] not in ENDED]
-    usual = Counter((rank["step"], rank["phase"]) for rank in known).most_common(1)
-    found = [f"rank {rank['rank']} never had a heartbeat" for rank in ranks if rank["phase"] is None and known]
-    for rank in known:
-        name = f"rank {rank['rank']} (process {rank['pid']} on {rank['host']}, in {rank['phase']} after step {rank['step']})"
-        state = states.get(rank["rank"], "")
+    known = [(rank, rank.beat) for rank in ranks if rank.beat and not rank.beat.ended]
+    usual = Counter((beat.step, beat.phase) for _, beat in known).most_common(1)
+    found = [f"rank {rank.rank} never wrote a heartbeat" for rank in ranks if rank.beat is None and known]
+    for rank, beat in known:
+        name = f"rank {rank.rank} (process {beat.pid} on {beat.host}, in {beat.phase} after step {beat.step})"
+        (step, phase), count = usual[0]
+        state = states.get(rank.rank, "")
         if state in _PROCESS_STATES:
-            found.insert(0, f"{name} {_PROCESS_STATES[state].format(pid=rank['pid'])}")
-        elif rank["silent"]:
-            found.append(f"{name} is silent, its last sign of life {duration(rank['age'])} old")
-        elif (rank["step"], rank["phase"]) != usual[0][0] and 2 * usual[0][1] > len(known):
-            found.append(f"{name} stands elsewhere than most, which are in {usual[0][0][1]} after step {usual[0][0][0]}")
+            found.insert(0, f"{name} {_PROCESS_STATES[state].format(pid=beat.pid)}")
+        elif rank.silent:
+            found.append(f"{name} is silent: its last progress is {duration(beat.age(rank.now))} old")
+        elif (beat.step, beat.phase) != (step, phase) and 2 * count > len(known):
+            found.append(f"{name} is not where most ranks are: in {phase} after step {step}")
     return found
 
 
-def errors(ranks: list[dict[str, Any]]) -> list[str]:
-    """What ranks said of their end, by their last heartbeats: those that ended with an error."""
-    return [f"rank {rank['rank']}: ended with the error {rank['error']!r} (its heartbeat)" for rank in ranks if rank.get("error")]
+def errors(ranks: Sequence[RankStatus]) -> list[str]:
+    """The errors that ended ranks, from their last heartbeats."""
+    return [f"rank {rank.rank}: ended with the error {rank.error!r} (its heartbeat)" for rank in ranks if rank.error]
 
 
 def likely_causes(
@@ -170,12 +172,17 @@ def likely_causes(
     failed: list[str],
     found: list[Clue],
     exit_code: int | None,
-    lost: dict[str, Any] | None = None,
+    lost: DivergedRun | None = None,
 ) -> list[str]:
-    """The causes, the likeliest first: a lost loss, what a log gives away, then who failed first, then who is behind.
+    """The causes, the likeliest first: a diverged loss, clues from logs, the first failed rank, the ranks behind.
 
     Args:
-        lost: RUN_DIR/LOST.json (`status.read_lost`): written where the guards of the loss ended the run.
+        state: `status.state_of`.
+        waiting_for: of `behind`.
+        failed: of `failures` and `errors`.
+        found: of `clues`.
+        exit_code: status of the job, if known.
+        lost: of `status.read_lost`, if the loss guards ended the run.
     """
     causes = [] if lost is None else [f"{lost_words(lost)} (LOST.json)"]
     causes += [f"{clue.cause} ({clue.where}: {clue.line})" for clue in found]
@@ -184,5 +191,5 @@ def likely_causes(
     if exit_code is not None:
         causes.append(f"exit status {exit_code}: {explain(exit_code)}")
     if not causes and state == "hanging":
-        causes.append("all ranks live and none goes on: compare their stacks; the network between them is the usual reason")
+        causes.append("every rank lives and none makes progress: compare their stacks; usually the network between them failed")
     return causes

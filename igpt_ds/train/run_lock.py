@@ -1,45 +1,42 @@
-"""One run in a run directory at a time. A run directory enters; it is ours until this process ends, or who is there is named.
+"""One run at a time in a run directory. `take` reserves it until this process ends, or refuses and names the run that uses it.
 
-RUN_DIR/lock, held by flock, decides on one machine and on disks whose locks reach across machines. Where they do not, the
-heartbeats of safety/watchdog.py do: one that goes on moving is a run at work. Under slurm/launch.sh RUN_DIR/owner has decided
-before: an older start that lives on, on a node that SLURM lost, cannot save and must not keep its successor waiting. Called by
-train/run_dir.py on rank 0.
+RUN_DIR/lock, held with flock, decides on one machine and on disks whose locks work across machines. On other disks the
+heartbeats (train/heartbeat.py) decide: a heartbeat that keeps changing belongs to a live run. Under slurm/launch.sh,
+RUN_DIR/owner decides first: an older start on a node that SLURM lost cannot save, so it must not block the start that replaces
+it. Called by train/run_dir.py on rank 0.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
 
-HEARTBEAT_SECONDS = 10.0  # between two writes of a rank's heartbeat
-BEGINNING = ("joining", "verifying", "building", "loading", "start")  # phases of a heartbeat before the first step
-ENDED = ("stopped", "end")  # last phases of a heartbeat
-YOUNG_SECONDS = 3 * HEARTBEAT_SECONDS  # a live run has written a heartbeat by then
-DYING_SECONDS = 5.0  # a process that was killed is there until its memory is given back
+from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, Heartbeat, heartbeat_file, heartbeat_files, read_heartbeat
 
-_locks: dict[Path, int] = {}  # held until the process ends; the system lets go of them however it ends
+YOUNG_SECONDS = 3 * HEARTBEAT_SECONDS  # a live run writes a heartbeat within this time
+DYING_SECONDS = 5.0  # a killed process still exists until its memory is freed
+
+_locks: dict[Path, int] = {}  # held until the process ends; the system releases them however it ends
 
 
 def take(run_dir: Path, owned: bool = False, young: float = YOUNG_SECONDS, dying: float = DYING_SECONDS) -> None:
-    """Makes the run directory ours, or refuses. Waits for what may be the last signs of a run that was killed.
+    """Reserves the run directory for this process, or refuses. Waits for a killed run to end.
 
     Args:
-        owned: whether RUN_DIR/owner says that it is ours: then nobody refuses us.
-        young: seconds for which a heartbeat of another machine may be that of a run at work.
-        dying: seconds for which a lock, or a process of this machine, may be one that is ending.
+        owned: whether RUN_DIR/owner names this start; then nothing refuses it.
+        young: seconds after which an unchanged heartbeat of another machine no longer counts as a live run.
+        dying: seconds to wait for a lock, or for a process of this machine, that may be about to end.
 
     Raises:
-        ValueError: another run is at work there; the machine and the process are named.
+        ValueError: another run uses the directory; the error names its machine and process.
     """
     where = run_dir.resolve()
     if where in _locks:
         return
-    lock = os.open(where / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # children that are other programs do not inherit it
+    lock = os.open(where / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # child programs do not inherit it
     try:
         _wait_for(run_dir, lock, owned, young, dying)
     except BaseException:
@@ -54,17 +51,17 @@ def _wait_for(run_dir: Path, lock: int, owned: bool, young: float, dying: float)
         time.sleep(min(0.2, dying))
     if not ours and not owned:
         holder = os.read(lock, 1000).decode(errors="replace").strip()
-        raise ValueError(_at_work(run_dir, _beat_of(run_dir, holder), holder))
+        raise ValueError(_in_use(run_dir, _holders_heartbeat(run_dir, holder), holder))
     if not owned:
-        for path in sorted((run_dir / "heartbeat").glob("rank-*.json")):
-            _outlive(run_dir, path, young, dying)
+        for path in heartbeat_files(run_dir):
+            _wait_for_heartbeat(run_dir, path, young, dying)
     if ours:
         os.ftruncate(lock, 0)
         os.write(lock, f"{socket.gethostname()} (pid {os.getpid()})\n".encode())
 
 
 def _lock(lock: int) -> bool:
-    """Whether the lock is ours, or this disk knows none."""
+    """Whether this process holds the lock, or the disk supports no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -74,65 +71,47 @@ def _lock(lock: int) -> bool:
     return True
 
 
-def _outlive(run_dir: Path, path: Path, young: float, dying: float) -> None:
-    """Returns once this heartbeat is surely none of a run at work.
+def _wait_for_heartbeat(run_dir: Path, path: Path, young: float, dying: float) -> None:
+    """Returns once this heartbeat certainly does not belong to a live run.
 
     Raises:
-        ValueError: it moves, or its process goes on living on this machine.
+        ValueError: the heartbeat changes, or its process stays alive on this machine.
     """
-    first = beat = _read(path)
+    first = beat = read_heartbeat(path)
     began, told = time.monotonic(), False
-    while beat and beat["phase"] not in ENDED and time.time() - beat["written"] < young and time.monotonic() - began < young:
-        here = beat["host"] == socket.gethostname()
-        if here and (beat["pid"] == os.getpid() or not _lives(beat["pid"])):
+    while beat and first and not beat.ended and time.time() - beat.written < young and time.monotonic() - began < young:
+        if beat.local and (beat.pid == os.getpid() or not _is_running(beat.pid)):
             return
-        if beat["written"] != first["written"] or (here and time.monotonic() - began >= dying):
-            raise ValueError(_at_work(run_dir, beat))
+        if beat.written != first.written or (beat.local and time.monotonic() - began >= dying):
+            raise ValueError(_in_use(run_dir, beat))
         if not told:
             print(
-                f"{run_dir}: rank {beat['rank']} on {beat['host']} (pid {beat['pid']}) wrote {_age(beat):.0f} s ago; "
-                f"waiting up to {dying if here else young:.0f} s to see whether it moves",
+                f"{run_dir}: {_words(beat)}; waiting up to {dying if beat.local else young:.0f} s to see whether it changes",
                 flush=True,
             )
         told = True
         time.sleep(min(0.5, young / 10))
-        beat = _read(path)
+        beat = read_heartbeat(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A heartbeat with its rank; {} for what is none: it was removed, or nobody's."""
-    try:
-        beat = json.loads(path.read_text())
-        beat = {name: beat[name] for name in ("host", "phase")} | {
-            "rank": int(path.stem.removeprefix("rank-")),
-            "pid": int(beat["pid"]),
-            "written": float(beat.get("written", beat["time"])),
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
-    return beat
+def _holders_heartbeat(run_dir: Path, holder: str) -> Heartbeat | None:
+    """Rank 0's heartbeat, if the process that the lock names wrote it."""
+    beat = read_heartbeat(heartbeat_file(run_dir, 0))
+    return beat if beat and holder == f"{beat.host} (pid {beat.pid})" else None
 
 
-def _beat_of(run_dir: Path, holder: str) -> dict[str, Any]:
-    beat = _read(run_dir / "heartbeat" / "rank-00000.json")
-    return beat if beat and holder == f"{beat['host']} (pid {beat['pid']})" else {}
-
-
-def _lives(pid: int) -> bool:
-    """Whether a process of this machine exists; not a zombie, which is only waited for."""
+def _is_running(pid: int) -> bool:
+    """Whether a process of this machine exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
 
 
-def _age(beat: dict[str, Any]) -> float:
-    return max(0.0, time.time() - beat["written"])
+def _words(beat: Heartbeat) -> str:
+    return f"rank {beat.rank} on {beat.host} (pid {beat.pid}) wrote {beat.file_age(time.time()):.0f} s ago"
 
 
-def _at_work(run_dir: Path, beat: dict[str, Any], holder: str = "") -> str:
-    if beat:
-        who = f"rank {beat['rank']} on {beat['host']} (pid {beat['pid']}) wrote {_age(beat):.0f} s ago"
-    else:
-        who = f"rank 0 on {holder or 'some machine'} holds {run_dir / 'lock'}"
-    return f"{run_dir} is at work: {who}; wait for it, or choose another --run_dir"
+def _in_use(run_dir: Path, beat: Heartbeat | None, holder: str = "") -> str:
+    who = _words(beat) if beat else f"rank 0 on {holder or 'an unknown machine'} holds {run_dir / 'lock'}"
+    return f"{run_dir} is in use: {who}; wait until that run ends, or choose another --run_dir"

@@ -17,7 +17,8 @@ import torch
 
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.ops.preflight import node, ranks, verdict
-from igpt_ds.ops.preflight.report import describe
+from igpt_ds.ops.preflight.record import NodeReport, report_from_dict
+from igpt_ds.ops.preflight.report import result_text
 from igpt_ds.plan.costs import parameters
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ GOOD = {
     "clock": 0.001,
     "links": {"inside": 300.0, "across": 40.0},
     "all_reduce": 38.0,
-    "step": {"first_loss": 2.7726, "second_loss": 2.7, "same_image": 1.0},
+    "step": {"first_loss": 2.7726, "second_loss": 2.7, "seconds": 0.1, "same_image": 1.0},
 }
 
 
@@ -48,17 +49,18 @@ def reports() -> dict[int, dict[str, Any]]:
     return {rank: copy.deepcopy(GOOD) | {"rank": rank, "local_rank": rank % 2, "node": f"node{rank // 2}"} for rank in range(6)}
 
 
-def judge(reports: dict[int, dict[str, Any]], **more: dict[int, str]) -> verdict.Verdict:
+def compare(reports: dict[int, dict[str, Any]], **more: dict[int, str]) -> verdict.PreflightResult:
     nodes = {rank: f"node{rank // 2}" for rank in range(6)}
-    return verdict.judge(nodes, reports, more.get("absent", {}), more.get("silent", {}))
+    records = {rank: report_from_dict(report) for rank, report in reports.items()}
+    return verdict.compare_reports(nodes, records, more.get("absent", {}), more.get("silent", {}))
 
 
 def test_six_good_ranks_are_fine(reports):
-    verdict = judge(reports)
-    assert (verdict.status, verdict.findings, verdict.bad_nodes) == (0, [], [])
-    text = describe(verdict, 12.3)
+    result = compare(reports)
+    assert (result.status, result.findings, result.bad_nodes) == (0, [], [])
+    text = result_text(result, 12.3)
     assert "node2  4-5    2 x NVIDIA H100  79.0      550.54  700      300          40" in text
-    assert text.endswith("preflight of 6 ranks on 3 nodes: all is well; all-reduce over all ranks at 38 GB/s; 12.3 s")
+    assert text.endswith("preflight of 6 ranks on 3 nodes: all checks passed; all-reduce over all ranks at 38 GB/s; 12.3 s")
 
 
 @pytest.mark.parametrize(
@@ -89,36 +91,53 @@ def test_six_good_ranks_are_fine(reports):
 )
 def test_what_is_wrong_on_one_node_is_that_nodes_fault(reports, key, value, check, words):
     reports[4][key] = value
-    verdict = judge(reports)
-    assert [(finding.node, finding.ranks, finding.check) for finding in verdict.findings] == [("node2", [4], check)]
-    assert words in str(verdict.findings[0])
-    assert (verdict.status, verdict.bad_nodes) == (3, ["node2"])
-    assert "bad_nodes: node2\n" in describe(verdict, 1.0)
+    result = compare(reports)
+    assert [(finding.node, finding.ranks, finding.check) for finding in result.findings] == [("node2", [4], check)]
+    assert words in str(result.findings[0])
+    assert (result.status, result.bad_nodes) == (3, ["node2"])
+    assert "bad_nodes: node2\n" in result_text(result, 1.0)
 
 
 def test_a_rank_without_a_gpu(reports):
     for report in reports.values():
         report["gpus"] = [GPU]
-    found = {str(finding) for finding in judge(reports).findings}
+    found = {str(finding) for finding in compare(reports).findings}
     assert found == {"all nodes: gpus: has no GPU: it is the node's rank 1 and sees 1; " + verdict.FIXES["gpus"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"palette": 1}, "palette"),
+        ({"clock": "late"}, "clock='late'"),
+        ({"rank": None}, "rank=None"),
+        ({"disk": {"bytes": 1}}, "files"),
+        ({"gpus": [{"name": "H100"}]}, "free"),
+    ],
+)
+def test_a_report_of_other_code_is_refused(reports, changes, words):
+    report = report_from_dict(reports[0])
+    assert json.loads(json.dumps(report.to_dict())) == reports[0]
+    with pytest.raises(ValueError, match=words):
+        report_from_dict(reports[0] | changes)
 
 
 def test_what_is_wrong_everywhere_is_bad_input(reports):
     for rank in (0, 2, 4):
         reports[rank]["errors"] = {"shards": "shards is no shard directory; make one with tools/make_shards.py"}
     reports[5]["speed"] = {"1": 10.0}
-    verdict = judge(reports)
-    assert (verdict.status, verdict.bad_nodes) == (2, ["node2"])
-    assert str(verdict.findings[0]) == "all nodes: shards: shards is no shard directory; make one with tools/make_shards.py"
-    assert verdict.to_dict()["findings"][1]["ranks"] == [5]
+    result = compare(reports)
+    assert (result.status, result.bad_nodes) == (2, ["node2"])
+    assert str(result.findings[0]) == "all nodes: shards: shards is no shard directory; make one with tools/make_shards.py"
+    assert result.to_dict()["findings"][1]["ranks"] == [5]
 
 
 def test_ranks_that_never_came_or_hang(reports):
     del reports[2], reports[3], reports[5]
-    verdict = judge(reports, absent={2: "within 60 s", 3: "within 60 s"}, silent={5: "in 'shards'"})
-    assert (verdict.status, verdict.bad_nodes) == (3, ["node1", "node2"])
-    assert str(verdict.findings[0]).startswith("node1 (rank 2, 3): arrival: did not come within 60 s; see whether the node is up")
-    assert str(verdict.findings[1]).startswith("node2 (rank 5): report: hangs in 'shards'; see what hangs there")
+    result = compare(reports, absent={2: "within 60 s", 3: "within 60 s"}, silent={5: "in 'shards'"})
+    assert (result.status, result.bad_nodes) == (3, ["node1", "node2"])
+    assert str(result.findings[0]).startswith("node1 (rank 2, 3): arrival: did not arrive within 60 s; check that the node is up")
+    assert str(result.findings[1]).startswith("node2 (rank 5): report: hangs in 'shards'; find what hangs there")
 
 
 def test_slurms_shorthand_tells_the_node_of_a_rank():
@@ -146,17 +165,17 @@ def test_the_small_recipe_keeps_heads_and_divides_by_the_ranks_of_an_image(recip
 
 
 def test_damaged_shards_are_told(tiny_dataset: Path, tmp_path: Path):
-    assert node.look_at_shards(tiny_dataset)["errors"] == []
+    assert node.check_shards(tiny_dataset).errors == ()
     copied = tmp_path / "shards"
     shutil.copytree(tiny_dataset, copied)
     shards = sorted(copied.glob("*.tar"))
     shards[0].unlink()
     os.truncate(shards[1], 2048)
     shards[2].write_bytes(bytes(shards[2].stat().st_size))
-    found = node.look_at_shards(copied)["errors"]
+    found = node.check_shards(copied).errors
     assert found[0] == f"{shards[0]}: No such file or directory"
     assert found[1].startswith(f"{shards[1]} has 2048 bytes instead of ")
-    assert node.look_at_shards(copied, ["val"])["shards"] < len(shards)
+    assert node.check_shards(copied, ["val"]).shards < len(shards)
     assert found[2] == f"{shards[2]} does not begin and end as a tar file does"
 
 
@@ -168,22 +187,22 @@ def test_another_run_directory_than_rank_0s_is_told(tmp_path: Path):
 
 
 def test_a_check_that_fails_in_whatever_way_is_an_error_in_words(tmp_path: Path):
-    report: dict[str, Any] = {"errors": {}}
+    report = NodeReport(0, 0, "node1")
 
     def refuse() -> None:
         raise AssertionError
 
-    node.attempt(report, "disk", lambda: node.free_bytes(tmp_path / "none"))
-    node.attempt(report, "step", refuse)
-    assert report == {"errors": {"disk": f"{tmp_path / 'none'}: No such file or directory", "step": "AssertionError"}}
+    report = node.attempt(report, "disk", lambda: node.free_space(tmp_path / "none"))
+    report = node.attempt(report, "step", refuse)
+    assert report.errors == {"disk": f"{tmp_path / 'none'}: No such file or directory", "step": "AssertionError"}
 
 
 def test_a_ds_config_that_does_not_fit_the_run_to_come_is_told(recipe: Recipe, sharded_config: Path, tmp_path: Path):
-    plan = node.Plan(lambda: recipe, sharded_config, (), tmp_path, 5, None, keep_last=2, keep_every=4)
+    plan = node.PlannedRun(lambda: recipe, sharded_config, (), tmp_path, 5, None, keep_last=2, keep_every=4)
     with pytest.raises(ValueError, match="batch_images=12 does not divide into 5 ranks; nearest that does: 10 or 15"):
         node.ds_config_hash(plan)
     weights = parameters(recipe.model)
-    assert node.needed_bytes(plan)["bytes"] == 12 * weights * (2 + 1 + 12 // 4)
+    assert node.needed_space(plan).bytes == 12 * weights * (2 + 1 + 12 // 4)
 
 
 def test_the_hash_of_the_code_needs_no_git_and_sees_one_character(tmp_path: Path):
@@ -213,7 +232,7 @@ def start(launch: Any, free_port: int, recipe: Recipe, sharded_config: Path, tin
         words = [str(word) for name, value in fixed.items() for word in (f"--{name}", value)]
         ranks = ["--ranks", "3", "--micro_batch", "2"]
         environment = {name: str(value) for name, value in (names | place | env).items()}
-        return launch.start([root / "tools" / "verdict.py", *words, *ranks, *more], env=environment)
+        return launch.start([root / "tools" / "preflight.py", *words, *ranks, *more], env=environment)
 
     return begin
 
@@ -269,7 +288,7 @@ def test_a_dead_node_and_one_whose_disk_hangs(start: Start, tiny_dataset: Path, 
     second = start(1, 3, "--timeout_s", "7", data=hanging)
     text = ends(first, 3)
     assert "node2 (rank 1): report: hangs in 'shards'" in text
-    assert "node3 (rank 2): arrival: did not come within 7 s" in text
+    assert "node3 (rank 2): arrival: did not arrive within 7 s" in text
     assert "bad_nodes: node2,node3\n" in text
     ends(second, 3)
 
@@ -284,9 +303,9 @@ def test_without_rank_0_the_others_name_its_node(start: Start):
 @pytest.mark.slow
 def test_two_good_ranks_under_torchrun(launch: Any, command: Any, tmp_path: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = launch([*torchrun, "tools/verdict.py", *command("run")[1:], "--json", str(tmp_path / "out.json")])
+    done = launch([*torchrun, "tools/preflight.py", *command("run")[1:], "--json", str(tmp_path / "out.json")])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "preflight of 2 ranks on 1 nodes: all is well; all-reduce over all ranks at " in done.stdout
+    assert "preflight of 2 ranks on 1 nodes: all checks passed; all-reduce over all ranks at " in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["findings"] == []
 
 
@@ -294,10 +313,10 @@ def test_two_good_ranks_under_torchrun(launch: Any, command: Any, tmp_path: Path
     ("words", "complaint"),
     [
         (["--timeout_s", "0"], "--timeout_s 0 must be more than 0 seconds"),
-        (["--dry_run"], "--dry_run has no nodes to look at; give it to train.py"),
+        (["--dry_run"], "--dry_run checks no nodes; give it to train.py"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(command: Any, launch: Any, words: list[str], complaint: str):
-    done = launch(["tools/verdict.py", *command("run")[1:], *words])
+    done = launch(["tools/preflight.py", *command("run")[1:], *words])
     assert done.returncode == 2
     assert done.stderr == f"verdict.py: error: {complaint}\n"

@@ -17,9 +17,13 @@ import pytest
 
 from igpt_ds.files import write_json, write_json_lines
 from igpt_ds.ops import status
+from igpt_ds.ops.status import RankStatus
+from igpt_ds.ops.status_text import duration, heartbeats_line, status_text
+from igpt_ds.train.heartbeat import Heartbeat
 
 ROOT = Path(__file__).parents[2]
 NOW = 1_000_000.0
+FIX = "name the --run_dir of a train.py that has started training\n"
 RECIPE = {"name": "tiny", "steps": 100, "batch_images": 8}
 
 
@@ -58,11 +62,12 @@ def test_everything_that_is_known(run_dir: Path):
     speed = 41.0
     expected = {"state": "running", "step": 20, "steps": 100, "images_seen": 160, "val_loss": 2.95, "val_step": 10}
     expected |= {"images_per_s": speed, "mfu": 0.25, "seconds_left": 80 * 8 / speed, "restarts": 2, "rollbacks": 0}
-    assert {name: found[name] for name in expected} == expected
-    assert (found["checkpoint"]["step"], found["checkpoint"]["age"]) == (16, 200)
-    assert found["slowest"] == {"rank": 1, "ratio": 1.5}
-    assert [(rank["age"], rank["silent"]) for rank in found["ranks"]] == [(3, False), (3, False)]
-    text = status.describe(found)
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert found.checkpoint is not None
+    assert (found.checkpoint.step, found.checkpoint.age) == (16, 200)
+    assert found.slowest == status.SlowestRank(1, 1.5)
+    assert [(rank.age, rank.silent) for rank in found.ranks] == [(3, False), (3, False)]
+    text = status_text(found)
     assert "run: running, tiny on 2 ranks on node1\n" in text
     assert "  step        20 of 100 (20.0 %), 160 images\n" in text
     assert "  loss        2.8000 nats/token; validation 2.9500 at step 10\n" in text
@@ -72,10 +77,25 @@ def test_everything_that_is_known(run_dir: Path):
     assert text.endswith("  heartbeats  0: 3 s (step 20), 1: 3 s (step 20)")
 
 
+def test_the_json_of_a_status(run_dir: Path):
+    (run_dir / "heartbeat" / "rank-00001.json").unlink()
+    found = status.read_status(run_dir, NOW).to_dict()
+    beat = {"step": 20, "phase": "step", "time": NOW - 3, "host": "node1", "pid": 2**22 + 1, "step_seconds": 0.2}
+    beat |= {"written": NOW - 1, "rank": 0, "age": 3.0, "silent": False}
+    none = {"rank": 1, "phase": None, "step": 0, "age": None, "silent": True, "host": None, "pid": None}
+    assert found["ranks"] == [beat, none]
+    saved = {"step": 16, "age": 200.0, "path": str(run_dir / "checkpoints" / "step-00000016")}
+    expected = {"run_dir": str(run_dir), "recipe": "tiny", "state": "running", "why": None, "step": 20, "steps": 100}
+    expected |= {"images_seen": 160, "loss": 2.8, "val_loss": 2.95, "val_step": 10, "images_per_s": 41.0, "mfu": 0.25}
+    expected |= {"data_wait": 0.02, "skipped_steps": 1, "seconds_left": 640 / 41, "checkpoint": saved, "restarts": 2}
+    expected |= {"rollbacks": 0, "slowest": {"rank": 1, "ratio": 1.5}, "world_size": 2, "ranks": [beat, none], "time": NOW}
+    assert json.dumps(found) == json.dumps(expected)
+
+
 def test_a_line_that_is_being_written_and_a_long_file(run_dir: Path):
     with open(run_dir / "train.jsonl", "a") as file:
         file.write('{"step": 21, "loss": 2.7, "images_per_s": 4')
-    assert status.read_status(run_dir, NOW)["step"] == 20
+    assert status.read_status(run_dir, NOW).step == 20
     rows = status.tail_rows(run_dir / "train.jsonl", size=500)
     assert [found["step"] for found in rows] == [19, 20]
     assert status.tail_rows(run_dir / "none.jsonl") == []
@@ -103,53 +123,54 @@ def test_a_line_that_is_being_written_and_a_long_file(run_dir: Path):
 )
 def test_states(run_dir: Path, prepare: Callable[[Path], Any], state: str):
     prepare(run_dir)
-    assert status.read_status(run_dir, NOW)["state"] == state
+    assert status.read_status(run_dir, NOW).state == state
 
 
 def test_a_run_that_ended_badly_says_why_and_has_no_end_to_wait_for(run_dir: Path):
     lost = {"step": 23, "since": 21, "loss": 4.5, "lr": 3.0, "why": "it was above 3.3 for 3 steps in a row", "time": NOW}
     write_json(run_dir / "LOST.json", lost)
     found = status.read_status(run_dir, NOW)
-    assert (found["state"], found["seconds_left"]) == ("lost", None)
-    words = "the loss is lost at step 23: it is 4.5000, and it was above 3.3 for 3 steps in a row"
-    assert f"  end         {words}\n" in status.describe(found)
-    assert "it is not finite, and it was" in status.lost_words(lost | {"loss": None})
+    assert (found.state, found.seconds_left) == ("lost", None)
+    words = "the loss diverged at step 23: it is 4.5000, and it was above 3.3 for 3 steps in a row"
+    assert f"  end         {words}\n" in status_text(found)
+    assert "it is not finite, and it was" in status.lost_words(status.DivergedRun(23, None, "it was above 3.3"))
     (run_dir / "LOST.json").unlink()
     for rank in (0, 1):
         beat(run_dir, rank, phase="end", error="no room")
-    assert "  end         rank 0: no room\n" in status.describe(status.read_status(run_dir, NOW))
+    assert "  end         rank 0: no room\n" in status_text(status.read_status(run_dir, NOW))
 
 
 def test_restarts_are_those_of_the_batch_script_where_it_counts_more(run_dir: Path):
     rows = [{"event": event} for event in ("start", "end", "start", "start", "end", "start", "start")]
     write_json_lines(run_dir / "restarts.jsonl", rows)
-    assert status.read_status(run_dir, NOW)["restarts"] == 4
+    assert status.read_status(run_dir, NOW).restarts == 4
     (run_dir / "restarts.jsonl").write_text("no JSON\n{}\n")
     write_json(run_dir / "rollbacks.json", {"rollbacks": [{}, {}]})
     found = status.read_status(run_dir, NOW)
-    assert (found["restarts"], found["rollbacks"]) == (2, 2)
+    assert (found.restarts, found.rollbacks) == (2, 2)
 
 
 def test_a_rank_without_a_heartbeat_or_with_a_torn_one(run_dir: Path):
     (run_dir / "heartbeat" / "rank-00000.json").write_text('{"step": 3')
     (run_dir / "heartbeat" / "rank-00007.json").write_text("{}")  # of a start with more ranks
     found = status.read_status(run_dir, NOW)
-    assert [rank["phase"] for rank in found["ranks"]] == [None, "step"]
-    assert status.describe(found).endswith("  heartbeats  0: none, 1: 3 s (step 20)")
+    assert [rank.beat and rank.beat.phase for rank in found.ranks] == [None, "step"]
+    assert status_text(found).endswith("  heartbeats  0: none, 1: 3 s (step 20)")
 
 
 def test_of_many_ranks_the_oldest_are_shown():
-    ranks = [{"rank": rank, "age": 100.0 - rank, "phase": "step", "step": 5, "silent": rank == 0} for rank in range(20)]
-    line = status.heartbeats_line(ranks)
+    written = [NOW - 61 if rank == 0 else NOW for rank in range(20)]
+    beats = [Heartbeat(rank, 5, "step", NOW - 100 + rank, "node1", 7, 0.2, written[rank]) for rank in range(20)]
+    line = heartbeats_line([RankStatus(beat.rank, beat, NOW) for beat in beats])
     assert line.startswith("0: 1 min 40 s (step 5, silent), 1: 1 min 39 s (step 5), 2: ")
-    assert line.endswith("7: 1 min 33 s (step 5) and 12 younger ones")
+    assert line.endswith("7: 1 min 33 s (step 5) and 12 more recent ones")
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min"), (3600 + 300, "1 h 5 min"), (8 * 86400 + 3600 * 14 + 59, "8 d 14 h")]
 )
 def test_durations(seconds: float, text: str):
-    assert status.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def ask(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -157,11 +178,10 @@ def ask(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_empty_and_a_foreign_directory_get_one_clear_line(tmp_path: Path, run_dir: Path):
-    fix = "name the --run_dir of train.py, once training has begun\n"
     done = ask(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"status.py: error: {tmp_path} is no run directory: it has no run.json; {fix}"
-    assert ask(tmp_path / "none").stderr == f"status.py: error: {tmp_path / 'none'} does not exist; {fix}"
+    assert done.stderr == f"status.py: error: {tmp_path} is not a run directory: it has no run.json; {FIX}"
+    assert ask(tmp_path / "none").stderr == f"status.py: error: {tmp_path / 'none'} does not exist; {FIX}"
     assert ask(run_dir, "--watch", "0").stderr == "status.py: error: --watch 0 must be more than 0 seconds\n"
     several = ask(tmp_path, run_dir)
     assert several.returncode == 0
@@ -173,7 +193,7 @@ def test_an_empty_and_a_foreign_directory_get_one_clear_line(tmp_path: Path, run
 def test_it_is_fast_and_loads_neither_torch_nor_numpy(run_dir: Path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from igpt_ds.ops import status; import pathlib, time\n"
     code += (
-        f"print(status.read_status(pathlib.Path({str(run_dir)!r}), time.time())['step'], {{'torch', 'numpy'}} & set(sys.modules))"
+        f"print(status.read_status(pathlib.Path({str(run_dir)!r}), time.time()).step, {{'torch', 'numpy'}} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "20 set()\n", done.stderr

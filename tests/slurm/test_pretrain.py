@@ -40,7 +40,7 @@ def test_two_nodes_train_as_one_does(training: Trainings, undisturbed: Curves) -
     assert job.curves() == undisturbed
     assert job.slurm.facts(job.job)["Restarts"] == "0"
     assert job.text().startswith("== ")
-    assert "preflight of 4 ranks on 2 nodes: all is well" in job.text()
+    assert "preflight of 4 ranks on 2 nodes: all checks passed" in job.text()
 
     job.submit()
     assert job.ended() == "COMPLETED"

@@ -182,9 +182,9 @@ def test_two_runs_in_one_place_and_a_run_without_a_usable_checkpoint(
     os.kill(first.pid, signal.SIGCONT)
     assert refused.returncode == 2, refusal[-3000:]
     assert len(error) == 1
-    assert "is at work: rank 0 on" in error[0]
+    assert "is in use: rank 0 on" in error[0]
     assert f"(pid {first.pid})" in error[0]
-    assert error[0].endswith("wait for it, or choose another --run_dir")
+    assert error[0].endswith("or choose another --run_dir")
     said = first.communicate(timeout=100)[1]
     assert first.returncode == 0, said[-3000:]
 

@@ -1,7 +1,7 @@
-"""A notice board for ranks that may be dead: each says things on its own, and nobody waits for ever.
+"""A notice board for ranks that may be dead: each rank posts values by itself, and every wait has a limit.
 
-Values enter under a name, on any rank; rank 0 collects them and learns who said nothing. It stands on torch's TCPStore, which
-works before a process group exists and when some ranks never come. Called by tools/preflight.py.
+A rank posts JSON values under a name; rank 0 collects them and learns which ranks posted nothing. It uses torch's TCPStore, which
+works before a process group exists and while some ranks are missing. Called by tools/preflight.py.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _LOOK_EVERY = 0.1  # seconds
 
 
 class RollCall:
-    """The notice board. Rank 0 hosts it, or torchrun's agent.
+    """The notice board. Rank 0 or torchrun's agent hosts it.
 
     Raises:
-        ConnectionError: nobody hosts it within `seconds`: rank 0 has not come.
+        ConnectionError: no host answers within `seconds`, so rank 0 is missing.
     """
 
     def __init__(self, seconds: float) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        # multi_tenant: the process group that may come later has its store at the same port.
+        # multi_tenant: the process group that starts later uses a store at the same port.
         hosts = {"is_master": dist.rank() == 0 and not agent, "wait_for_workers": False, "multi_tenant": True}
         try:
             store = td.TCPStore(host, port, timeout=timedelta(seconds=seconds), **hosts)
@@ -40,16 +40,16 @@ class RollCall:
         self._store = td.PrefixStore(f"roll_call/{attempt}", store)
 
     def say(self, what: str, value: Any, rank: int | None = None) -> None:
-        """Puts a JSON value under a name and this rank; another rank's name stands for what is said to all."""
+        """Posts a JSON value under a name and a rank, by default this one."""
         self._store.set(f"{what}/{dist.rank() if rank is None else rank}", json.dumps(value))
 
     def heard(self, what: str, rank: int) -> Any:
-        """What a rank said; None where it said nothing yet."""
+        """The value that a rank posted; None if it has not yet."""
         key = f"{what}/{rank}"
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
     def collect(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
-        """What each of the ranks says within some seconds; those that say nothing are left out."""
+        """The values that ranks post within some seconds, without the ranks that post nothing."""
         end, waiting, said = time.monotonic() + seconds, set(ranks), dict[int, Any]()
         while True:
             for rank in sorted(waiting):

@@ -1,8 +1,8 @@
-"""What one rank finds out about its machine before a run: code, packages, configs, GPUs, disks, shards, speed.
+"""What one rank finds out alone about its machine before a run: code, packages, configs, GPUs, disks, shards, speed.
 
-In: the paths and recipe of the run to come. Out: one JSON-ready report a rank; what could not be found out stands in it as an
-error in words, since one node's error is another thing than everybody's. `igpt_ds/ops/preflight/verdict.py` compares the reports,
-tools/preflight.py calls both.
+In: the paths and the recipe of the planned run. Out: a `NodeReport` per rank. A check that fails is an error in the report and
+does not end the program, because rank 0 must tell an error of one node from an error of all nodes. `verdict.py`
+compares the reports; tools/preflight.py calls both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,21 @@ from igpt_ds.data.shards.dataset import read_index
 from igpt_ds.data.shards.record import END
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import atomic_file, sha256_file
+from igpt_ds.ops.preflight.record import Gpu, NodeReport, ShardsReport, Space
 from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.provenance import git_commit
 from igpt_ds.train.checkpoint.manifest import list_checkpoints
 
 PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
-MOST_ERRORS = 5  # of shards, told one by one
-_READERS = 16  # shards looked at at once: what is waited for is the file server
-_GPU_SECONDS, _GPU_N = 1.0, 8192  # long enough for a GPU to reach the clock that it keeps
+MOST_ERRORS = 5  # of shards, reported one by one
+_READERS = 16  # shards checked at the same time: the file server is the slow part
+_GPU_SECONDS, _GPU_N = 1.0, 8192  # long enough for a GPU to reach its steady clock
 _CPU_SECONDS, _CPU_N = 0.5, 384
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the run to come will read and write. The recipe may lie in a file that a node cannot read, so it is a function."""
+class PlannedRun:
+    """What the planned run reads and writes. The recipe is a function, because a node may be unable to read its file."""
 
     recipe: Callable[[], Recipe]
     ds_config: Path
@@ -54,16 +55,16 @@ class Plan:
     micro_batch: int | None
     keep_last: int
     keep_every: int
-    splits: list[str] | None = None  # that lie on disk: all, or those that are not streamed
+    splits: list[str] | None = None  # to check on disk; None: all. Streamed splits are not checked
 
 
 def node_name() -> str:
-    """The name of this node, as SLURM's --exclude takes it where there is SLURM."""
+    """The name of this node; under SLURM, the name that --exclude takes."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def local_ranks() -> int:
-    """How many ranks this node has; 1 where no launcher says."""
+    """The number of ranks on this node; 1 if no launcher says it."""
     named = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts = list(_counts(named))
     node = int(os.environ.get("SLURM_NODEID", "0")) if len(counts) > 1 else 0
@@ -71,7 +72,7 @@ def local_ranks() -> int:
 
 
 def host_of_rank(rank: int, env: Mapping[str, str]) -> str | None:
-    """The node that SLURM placed a rank on, in blocks as srun does by itself; None outside SLURM or in another layout."""
+    """The node of a rank in SLURM's default block layout; None outside SLURM or in another layout."""
     names = list(_names(env.get("SLURM_STEP_NODELIST", "")))
     counts = list(_counts(env.get("SLURM_STEP_TASKS_PER_NODE", "")))
     placed = [name for name, count in zip(names, counts, strict=False) for _ in range(count)]
@@ -93,51 +94,52 @@ def _names(text: str) -> Iterator[str]:
                 yield f"{prefix}{number:0{len(first)}d}{suffix}" if first else f"{prefix}{suffix}"
 
 
-def attempt(report: dict[str, Any], what: str, find_out: Callable[[], Any]) -> None:
-    """Puts what a check found into the report, or the error that it met under "errors"."""
+def attempt(report: NodeReport, check: str, find_out: Callable[[], Any]) -> NodeReport:
+    """Runs a check: the report with the check's result, or with its error in `errors`."""
     try:
-        report[what] = find_out()
-    except Exception as error:  # whatever it is, it is a finding about this node, and the other checks go on
+        return replace(report, **{check: find_out()})
+    except Exception as error:  # any error is a finding about this node; the other checks continue
         named = isinstance(error, OSError) and error.filename and error.strerror
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and named else str(error)
-        report["errors"][what] = (text.strip() or type(error).__name__).splitlines()[0]
+        line = (text.strip() or type(error).__name__).splitlines()[0]
+        return replace(report, errors={**report.errors, check: line})
 
 
-def look_around(plan: Plan, mark: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Everything that a rank finds out alone.
+def run_node_checks(plan: PlannedRun, mark: str, progress: Callable[[str], None]) -> NodeReport:
+    """Runs the checks that a rank does alone.
 
     Args:
         mark: name of a file that rank 0 wrote into the run directory.
-        progress: is told what begins, so that a rank that hangs in it can be asked where.
+        progress: called with the name of each check before it starts, so that a hung check can be named.
     """
-    report: dict[str, Any] = {"rank": dist.rank(), "local_rank": dist.local_rank(), "node": node_name(), "errors": {}}
+    report = NodeReport(dist.rank(), dist.local_rank(), node_name())
     checks: list[tuple[str, Callable[[], Any]]] = [
         ("code", package_hash),
         ("packages", package_versions),
         ("recipe", lambda: recipe_hash(plan.recipe())),
         ("ds_config", lambda: ds_config_hash(plan)),
         ("gpus", gpus),
-        ("speed", lambda: matmul_speeds(report.get("gpus", []))),
+        ("speed", lambda: matmul_speeds(report.gpus)),
     ]
     if dist.local_rank() == 0:
         checks += [
             ("commit", git_commit),
-            ("shm", lambda: free_bytes(Path("/dev/shm"))),
+            ("shm", lambda: free_space(Path("/dev/shm"))),
             ("run_dir", lambda: write_and_read(plan.run_dir, mark)),
-            ("disk", lambda: free_bytes(plan.run_dir)),
-            ("needed", lambda: needed_bytes(plan)),
-            ("shards", lambda: [look_at_shards(path, plan.splits) for path in plan.data]),
+            ("disk", lambda: free_space(plan.run_dir)),
+            ("needed", lambda: needed_space(plan)),
+            ("shards", lambda: tuple(check_shards(path, plan.splits) for path in plan.data)),
         ]
-    for what, find_out in checks:
-        if "recipe" in report["errors"] and what in ("ds_config", "needed"):
-            continue  # they would say the same again
-        progress(what)
-        attempt(report, what, find_out)
+    for check, find_out in checks:
+        if "recipe" in report.errors and check in ("ds_config", "needed"):
+            continue  # they need the recipe and would repeat its error
+        progress(check)
+        report = attempt(report, check, find_out)
     return report
 
 
 def package_hash(package: Path = Path(__file__).parents[2]) -> str:
-    """sha256 over names and bytes of the package's Python files and of train.py beside it; needs no git."""
+    """sha256 of the names and bytes of the package's Python files and of train.py. Needs no git."""
     digest = hashlib.sha256()
     for file in [*sorted(package.rglob("*.py")), package.parent / "train.py"]:
         if file.is_file():
@@ -146,7 +148,7 @@ def package_hash(package: Path = Path(__file__).parents[2]) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run computes with; "missing" for one that is not there."""
+    """Versions of Python and of the packages that a run uses; "missing" if one is not installed."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -161,44 +163,44 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(recipe_to_dict(recipe), sort_keys=True).encode()).hexdigest()
 
 
-def ds_config_hash(plan: Plan) -> str:
-    """sha256 of the values of the ds_config, however it is spaced.
+def ds_config_hash(plan: PlannedRun) -> str:
+    """sha256 of the values of the ds_config; the layout of the file does not matter.
 
     Raises:
-        ValueError: it is damaged, or does not fit the recipe on the ranks of the run to come.
+        ValueError: the file is damaged, or does not fit the recipe on the ranks of the planned run.
     """
     values = load_ds_config(plan.ds_config)
     join(plan.recipe(), values, plan.ranks, plan.micro_batch)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Name, bytes in all and driver of each GPU of this node that this rank sees, and what is free of its own; [] without any."""
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs that this rank sees, with the free memory of its own ones; empty without GPUs."""
     if not torch.cuda.is_available():
-        return []
+        return ()
     about = Path("/proc/driver/nvidia/version")
     found = re.search(r"Kernel Module\D*([\d.]+)", about.read_text()) if about.exists() else None
     known = []
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
-        # Asking takes half a GiB of that GPU: of the others, their own ranks ask.
+        # The question takes half a GiB of that GPU, so each rank asks only about its own.
         free = torch.cuda.mem_get_info(number)[0] if number in own_gpus() else None
         driver = found.group(1) if found else "unknown"
-        known.append({"name": facts.name, "free": free, "bytes": facts.total_memory, "driver": driver})
-    return known
+        known.append(Gpu(facts.name, free, facts.total_memory, driver))
+    return tuple(known)
 
 
 def own_gpus() -> range:
-    """The numbers of the GPUs that this rank looks after: all of the node where it is the only rank there, else its own."""
+    """The numbers of the GPUs that this rank checks: all of the node if it is the only rank there, else its own."""
     mine, count = dist.local_rank(), torch.cuda.device_count()
     return range(count) if local_ranks() == 1 else range(mine, min(mine + 1, count))
 
 
-def matmul_speeds(found: list[dict[str, Any]]) -> dict[str, float]:
+def matmul_speeds(found: tuple[Gpu, ...] | None) -> dict[str, float]:
     """TFLOP/s of a matrix product, by the number of the GPU.
 
-    bf16 on a GPU: the median over a second, when it has reached the clock that it keeps. float32 on a CPU, under "cpu": the
-    best of many short ones, since others compute there too.
+    bf16 on a GPU: the median over a second, so that the GPU reaches its steady clock. float32 on a CPU, under "cpu": the best of
+    many short products, because other processes compute there too.
     """
     if not found:
         return {"cpu": _matmul(torch.device("cpu"))}
@@ -222,29 +224,29 @@ def _matmul(device: torch.device) -> float:
     return 2 * n**3 / (statistics.median(seconds) if cuda else min(seconds)) / 1e12
 
 
-def free_bytes(path: Path) -> dict[str, int | None]:
-    """Bytes and files that still fit a file system; files is None where it does not count them."""
+def free_space(path: Path) -> Space:
+    """The free space of a file system."""
     about = os.statvfs(path)
-    return {"bytes": about.f_bavail * about.f_frsize, "files": about.f_favail if about.f_files else None}
+    return Space(about.f_bavail * about.f_frsize, about.f_favail if about.f_files else None)
 
 
-def needed_bytes(plan: Plan) -> dict[str, int | None]:
-    """Bytes and files that the checkpoints to come will take, beside those that are there already.
+def needed_space(plan: PlannedRun) -> Space:
+    """The space that future checkpoints take, beside the existing ones.
 
-    At most keep_last of them lie there while one more is written, and those at multiples of keep_every stay for ever.
+    At most keep_last of them exist while one more is written, and those at multiples of keep_every are never deleted.
     """
     recipe = plan.recipe()
     kept = plan.keep_last + 1 + (recipe.steps // plan.keep_every if plan.keep_every else 0)
     count = max(1, kept - len(list_checkpoints(plan.run_dir / "checkpoints")))
-    files = 2 * dist.world_size() + 4  # weights and optimizer of each rank, and what tells of them
-    return {"bytes": int(count * checkpoint_bytes(recipe.model, recipe.objective)), "files": count * files + 100}
+    files = 2 * dist.world_size() + 4  # weights and optimizer of each rank, and the manifest
+    return Space(int(count * checkpoint_bytes(recipe.model, recipe.objective)), count * files + 100)
 
 
 def write_and_read(run_dir: Path, mark: str) -> bool:
-    """Writes, renames and reads a file in the run directory, and looks for the one that rank 0 wrote there before.
+    """Writes, renames and reads a file in the run directory, and looks for the file that rank 0 wrote there.
 
     Raises:
-        ValueError: what was written is not what is read, or rank 0's file is not there: it is another directory.
+        ValueError: the file reads back differently, or rank 0's file is missing, so this is another directory.
     """
     content = uuid.uuid4().hex
     file = run_dir / f".preflight-{content}"
@@ -260,14 +262,11 @@ def write_and_read(run_dir: Path, mark: str) -> bool:
     return True
 
 
-def look_at_shards(path: Path, splits: list[str] | None = None) -> dict[str, Any]:
-    """Index and first and last bytes of every shard of a dataset directory, or of some of its splits.
-
-    Returns:
-        {"path", "index": its sha256, "shards": how many, "errors": of the first few that cannot be read}.
+def check_shards(path: Path, splits: list[str] | None = None) -> ShardsReport:
+    """Checks the index and the first and last bytes of every shard of a dataset directory, or of some of its splits.
 
     Raises:
-        ValueError: no dataset directory, or an index of another version or changed since it was written.
+        ValueError: not a dataset directory, or its index has another version or was changed.
     """
     index = read_index(path)
     wanted = [split for name, split in index["splits"].items() if splits is None or name in splits]
@@ -276,7 +275,7 @@ def look_at_shards(path: Path, splits: list[str] | None = None) -> dict[str, Any
         found = [
             error for error in threads.map(lambda entry: _shard_error(path / entry["name"], entry["bytes"]), entries) if error
         ]
-    return {"path": str(path), "index": sha256_file(path / "index.json"), "shards": len(entries), "errors": found[:MOST_ERRORS]}
+    return ShardsReport(str(path), sha256_file(path / "index.json"), len(entries), tuple(found[:MOST_ERRORS]))
 
 
 def _shard_error(file: Path, size: int) -> str:

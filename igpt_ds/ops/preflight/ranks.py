@@ -1,6 +1,6 @@
-"""What ranks find out together before a run: how far their clocks are apart, how fast they talk, and whether one step works.
+"""What ranks find out together before a run: clock offsets, the speed of their links, and whether a training step works.
 
-Called by tools/preflight.py on every rank once all of them are there; what leaves goes into the reports of `node_checks.py`.
+tools/preflight.py calls it on every rank when all ranks have arrived, and puts the results into the ranks' `NodeReport`s.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
 from igpt_ds.ds_config import join
+from igpt_ds.ops.preflight.record import StepLosses
 from igpt_ds.train.engine import build_engine, take_step
 from igpt_ds.train.loop import pretraining_loss
 
-_GPU_BYTES, _CPU_BYTES = 1 << 30, 1 << 22  # what is sent
+_GPU_BYTES, _CPU_BYTES = 1 << 30, 1 << 22  # size of a message
 _GPU_REPEATS, _CPU_REPEATS = 10, 8
 LOSS_TOLERANCE = 0.05  # nats, of the first loss from ln V
 
 
 def clock_offset(rounds: int = 3) -> float:
-    """Seconds that this rank's clock is ahead of the median of all ranks, as near as a barrier tells; the least of rounds."""
+    """Seconds that this rank's clock is ahead of the median of all ranks, measured after a barrier; the smallest of rounds."""
     found = []
     for _ in range(rounds):
         dist.barrier()
@@ -38,7 +39,7 @@ def clock_offset(rounds: int = 3) -> float:
 
 
 def all_reduce_speed(device: torch.device) -> float:
-    """GB/s of an all-reduce over all ranks, as nccl-tests count the bus: 2 (n - 1) / n bytes for each of the tensor; 0 alone."""
+    """Bus bandwidth of an all-reduce over all ranks in GB/s, as in nccl-tests: 2 (n - 1) / n of the size; 0 for one rank."""
     n = dist.world_size()
     size = _GPU_BYTES if device.type == "cuda" else _CPU_BYTES
     tensor = torch.zeros(size // 4, device=device)
@@ -46,10 +47,10 @@ def all_reduce_speed(device: torch.device) -> float:
 
 
 def link_speeds(device: torch.device, nodes: list[str]) -> dict[str, float]:
-    """GB/s that this rank exchanges with its neighbours: {"inside": on its node, "across": with the nodes before and after}.
+    """GB/s between this rank and its neighbours: {"inside": on its node, "across": with the previous and the next node}.
 
-    An all-reduce is as slow as its slowest rank and does not tell which one that is. So each rank exchanges with the one before
-    it and the one after it, and the better of the two counts: a slow rank is slow with both. nodes: the node of each rank.
+    An all-reduce is as slow as its slowest rank and does not show which rank that is. So each rank exchanges data with the
+    previous and the next one, and the faster of the two counts: a slow rank is slow with both. nodes: the node of each rank.
     """
     size = _GPU_BYTES // 4 if device.type == "cuda" else _CPU_BYTES
     mine, theirs = torch.zeros(size // 4, device=device), torch.empty(size // 4, device=device)
@@ -65,9 +66,9 @@ def link_speeds(device: torch.device, nodes: list[str]) -> dict[str, float]:
 
 
 def pair_rounds(nodes: list[str]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """(kind, pairs of ranks that exchange at the same time): within nodes, then between neighbouring ones, rank beside rank.
+    """(kind, pairs of ranks that exchange at the same time): first inside nodes, then between neighbouring nodes.
 
-    Each line of ranks takes rounds: even ones with the next, odd ones with the next, and the ends with each other.
+    Each line of ranks has up to three rounds: even ranks with the next, odd ranks with the next, and the first with the last.
     """
     names = list(dict.fromkeys(nodes))
     members = [[rank for rank, name in enumerate(nodes) if name == node] for node in names]
@@ -87,7 +88,7 @@ def _exchange(mine: torch.Tensor, theirs: torch.Tensor, other: int) -> None:
 
 
 def _best(device: torch.device, act: Callable[[], Any]) -> float:
-    """Seconds of the fastest of some calls; the first one makes connections and does not count."""
+    """Seconds of the fastest of several calls. The first call opens connections and does not count."""
     cuda, seconds = device.type == "cuda", []
     for _ in range(1 + (_GPU_REPEATS if cuda else _CPU_REPEATS)):
         start = time.perf_counter()
@@ -99,9 +100,9 @@ def _best(device: torch.device, act: Callable[[], Any]) -> float:
 
 
 def small_recipe(recipe: Recipe, groups: int, parts: int) -> Recipe:
-    """The recipe with two thin layers, few pixels and one image for each of the groups of ranks; its heads stay.
+    """The recipe with two thin layers, few pixels and one image per group of ranks. The number of heads stays.
 
-    parts: ranks that share an image; the pixels divide by it.
+    parts: ranks that share an image; it divides the number of pixels.
     """
     sides = (side for side in range(4, recipe.model.n_px + 1) if side * side % parts == 0)
     n_px = min(next(sides, recipe.model.n_px), recipe.model.n_px)
@@ -109,15 +110,15 @@ def small_recipe(recipe: Recipe, groups: int, parts: int) -> Recipe:
     return dataclasses.replace(recipe, name="preflight", model=model, batch_images=groups, augment_pad=0)
 
 
-def training_step(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, float]:
-    """Two real steps of the real engine on a small model, with the same image on every rank: the losses of this rank.
+def training_step(recipe: Recipe, ds_config: dict[str, Any]) -> StepLosses:
+    """Two steps of the real engine on a small model, with the same image on every rank: the losses of this rank.
 
     Raises:
-        ValueError: the first loss is not that of a model that knows nothing, or one is not finite.
+        ValueError: the first loss is not ln V, or a loss is not finite.
     """
     ours = ds_config.get("igpt_ds", {})
     parts = ours.get("sequence_parallel", 1)
-    if dist.world_size() % parts:  # one rank a node is here, where the run to come has one for each GPU
+    if dist.world_size() % parts:  # the preflight has one rank per node, the planned run one per GPU
         parts, ds_config = 1, ds_config | {"igpt_ds": ours | {"sequence_parallel": 1}}
     small = small_recipe(recipe, dist.world_size() // parts, parts)
     run = join(small, ds_config, dist.world_size(), micro_batch=1)
@@ -127,7 +128,7 @@ def training_step(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, float]
     loss_function = pretraining_loss(small)
     start = time.perf_counter()
     first, second = (float(take_step(engine, [batch], loss_function, 1e-3)) for _ in range(2))
-    known = math.log(small.model.n_vocab)  # what fresh weights lose, whatever the image; a part of it says less
+    known = math.log(small.model.n_vocab)  # ln V: the loss of fresh weights on any image
     if not math.isfinite(first + second) or (parts == 1 and abs(first - known) > LOSS_TOLERANCE):
         raise ValueError(f"two small steps had the losses {first:.4f} and {second:.4f}; the first should be {known:.4f}")
-    return {"first_loss": first, "second_loss": second, "seconds": time.perf_counter() - start, "same_image": float(parts == 1)}
+    return StepLosses(first, second, seconds=time.perf_counter() - start, same_image=float(parts == 1))

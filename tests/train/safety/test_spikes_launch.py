@@ -13,7 +13,8 @@ import pytest
 from igpt_ds.cli import STOPPED
 from igpt_ds.config import Recipe
 from igpt_ds.files import read_json
-from igpt_ds.ops.status import describe, read_status
+from igpt_ds.ops.status import read_status
+from igpt_ds.ops.status_text import status_text
 from igpt_ds.train.checkpoint.manifest import checkpoint_name
 from igpt_ds.train.schedule import learning_rate
 
@@ -54,8 +55,8 @@ def test_too_high_a_rate_stops_with_advice_and_keeps_the_good_state(launch: Any,
     assert int(kept.name.removeprefix("step-")) == lost["since"] - 1  # none was saved while the loss was in doubt
     assert f"the last good state is {kept.with_name(checkpoint_name(lost['since'] - 2))}" in error
     found = read_status(tmp_path / "run", time.time())
-    assert (found["state"], found["seconds_left"]) == ("lost", None)
-    assert f"the loss is lost at step {lost['step']}: " in describe(found)
+    assert (found.state, found.seconds_left) == ("lost", None)
+    assert f" at step {lost['step']}: " in status_text(found)
     beat = read_json(tmp_path / "run" / "heartbeat" / "rank-00000.json", "heartbeat")
     assert (beat["phase"], beat["error"]) == ("end", error.removeprefix("train.py: error: "))
 

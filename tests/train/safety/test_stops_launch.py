@@ -110,7 +110,7 @@ def test_of_two_starts_at_one_moment_one_trains_and_a_third_leaves_its_stop_file
         _, stderr = start.communicate(timeout=200)
         assert start.returncode == 2, stderr[-2000:]
         (line,) = (line for line in stderr.splitlines() if "rror" in line)
-        assert line.startswith(f"train.py: error: {run} is at work: rank 0 on ")
+        assert line.startswith(f"train.py: error: {run} is in use: rank 0 on ")
         assert f" (pid {winner.pid}) " in line
     assert (run / "STOP").exists()
     winner.send_signal(signal.SIGCONT)
@@ -131,6 +131,6 @@ def test_a_hung_rank_ends_with_stacks(launch: Any, with_fault: Any, command: Com
     assert ranks[1].poll() is None  # frozen
     assert "rank 0 hangs in phase 'step' after step 5" in stderr
     stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
-    assert stacks.startswith("no sign of life for 0.2 minutes in phase 'step' after step 5")
+    assert stacks.startswith("no progress for 0.2 minutes in phase 'step' after step 5")
     assert 'loop.py", line ' in stacks  # where the main thread stood
     assert not (tmp_path / "run" / "FINISHED").exists()

@@ -13,7 +13,8 @@ import pytest
 
 from igpt_ds.cli import HUNG
 from igpt_ds.files import read_json
-from igpt_ds.train.safety.watchdog import Watchdog, newest_sign, transferred_bytes
+from igpt_ds.train.heartbeat import newest_sign
+from igpt_ds.train.safety.watchdog import Watchdog, transferred_bytes
 
 LIMIT = 1.8  # seconds without a sign of life; a busy machine may hold up a process for one
 
@@ -80,9 +81,9 @@ def tell(run_dir: Path, story: str) -> subprocess.CompletedProcess[str]:
 def test_a_hang_before_the_run_directory_is_ours_leaves_its_stacks_on_stderr(tmp_path: Path) -> None:
     done = tell(tmp_path / "run", "threading.Event().wait(30)")
     assert done.returncode == HUNG
-    assert "no sign of life for 0.03 minutes in phase 'joining' after step 0" in done.stderr
+    assert "no progress for 0.03 minutes in phase 'joining' after step 0" in done.stderr
     assert "in main" in done.stderr
-    assert "rank 0 hangs in phase 'joining' after step 0: its stacks stand above" in done.stderr
+    assert "rank 0 hangs in phase 'joining' after step 0: its stacks are above" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -108,12 +109,12 @@ def test_a_rank_waits_for_one_that_lives_and_not_for_one_that_hangs(tmp_path: Pa
     wait = """
         watchdog.settle()
         until = time.time() + 2  # until then the other rank gives signs of life
-        write_json(run_dir / "heartbeat" / "rank-00001.json", {"phase": "verifying", "time": until})
+        write_heartbeat(run_dir, Heartbeat(1, 0, "verifying", until, "node2", 7, 0.0, until))
         watchdog.alive("verifying", 0)
         print(until, flush=True)
         threading.Event().wait()
     """
-    done = tell(tmp_path, "from igpt_ds.files import write_json\n" + textwrap.dedent(wait))
+    done = tell(tmp_path, "from igpt_ds.train.heartbeat import Heartbeat, write_heartbeat\n" + textwrap.dedent(wait))
     ended = time.time()
     assert done.returncode == HUNG, done.stderr
     assert ended > float(done.stdout) + LIMIT

@@ -1,0 +1,79 @@
+"""The status of a run as a few lines of text. Called by tools/status.py and tools/diagnose.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+from igpt_ds.ops.status import RankStatus, Status
+
+MOST_RANKS = 8  # shown one by one
+
+
+def status_text(status: Status) -> str:
+    """A run in a few lines."""
+    hosts = status.hosts
+    where = f" on {', '.join(hosts[:MOST_RANKS])}{' ...' if len(hosts) > MOST_RANKS else ''}" if hosts else ""
+    validation = f"; validation {status.val_loss:.4f} at step {status.val_step:,}" if status.val_loss is not None else ""
+    saved, slow = status.checkpoint, status.slowest
+    counts = f"{status.restarts} restarts, {status.rollbacks} rollbacks, {status.skipped_steps or 0} steps skipped"
+    newest = f"step {saved.step:,}, {duration(saved.age)} old" if saved else "none yet"
+    slowest = f"rank {slow.rank}, {slow.ratio:.2f} times the median" if slow else "-"
+    return "\n".join(
+        (
+            f"{status.run_dir}: {status.state}, {status.recipe} on {status.world_size} ranks{where}",
+            f"  step        {status.step:,} of {status.steps:,} ({100 * status.step / status.steps:.1f} %), "
+            f"{status.images_seen:,} images",
+            f"  loss        {_number(status.loss, '{:.4f} nats/token')}{validation}",
+            f"  speed       {_number(status.images_per_s, '{:.1f} images/s')}, MFU {_number(status.mfu, '{:.1%}')}, "
+            f"waiting for data {_number(status.data_wait, '{:.1%}')}",
+            f"  end         {_end(status)}",
+            f"  checkpoint  {newest}; {counts}",
+            f"  slowest     {slowest}",
+            f"  heartbeats  {heartbeats_line(status.ranks)}",
+        )
+    )
+
+
+def _number(value: float | None, text: str) -> str:
+    return "-" if value is None else text.format(value)
+
+
+def _end(status: Status) -> str:
+    if status.why:
+        return status.why
+    if status.step >= status.steps:
+        return "all steps are done"
+    if status.seconds_left is None:
+        return "-"
+    moment = datetime.fromtimestamp(status.time + status.seconds_left, timezone.utc).astimezone()
+    resumed = "" if status.state in ("running", "stopping") else " if it continues now"
+    return f"in {duration(status.seconds_left)}, {moment:%Y-%m-%d %H:%M %Z}{resumed}"
+
+
+def heartbeats_line(ranks: Sequence[RankStatus]) -> str:
+    """The time since each rank's last progress, and its phase; of many ranks, those with the longest times."""
+    if all(rank.beat is None for rank in ranks):
+        return "none"
+    oldest = sorted(ranks, key=lambda rank: (rank.age is not None, -(rank.age or 0.0)))[:MOST_RANKS]
+    shown = sorted(oldest, key=lambda rank: rank.rank)
+    more = f" and {len(ranks) - len(shown)} more recent ones" if len(ranks) > len(shown) else ""
+    return ", ".join(f"{rank.rank}: {_rank_words(rank)}" for rank in shown) + more
+
+
+def _rank_words(rank: RankStatus) -> str:
+    if rank.beat is None:
+        return "none"
+    age = duration(rank.beat.age(rank.now))
+    return f"{age} ({rank.beat.phase} {rank.beat.step}{', silent' if rank.silent else ''})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: "45 s", "3 min 20 s", "2 h 5 min", "8 d 14 h"."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    whole = round(seconds)
+    for place, (name, size) in enumerate(units[:-1]):
+        if whole >= size:
+            rest, small = divmod(whole % size, units[place + 1][1])[0], units[place + 1][0]
+            return f"{whole // size} {name} {rest} {small}" if rest else f"{whole // size} {name}"
+    return f"{whole} s"
