@@ -319,4 +319,4 @@ def test_two_good_ranks_under_torchrun(launch: Any, command: Any, tmp_path: Path
 def test_flags_that_make_no_sense_are_refused(command: Any, launch: Any, words: list[str], complaint: str):
     done = launch(["tools/preflight.py", *command("run")[1:], *words])
     assert done.returncode == 2
-    assert done.stderr == f"verdict.py: error: {complaint}\n"
+    assert done.stderr == f"preflight.py: error: {complaint}\n"
