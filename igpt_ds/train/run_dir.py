@@ -17,7 +17,6 @@ from typing import Any
 from igpt_ds.config import Recipe, recipe_from_dict
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, read_json, write_json
-from igpt_ds.model.cpu_kernels import PRODUCTS, fastest, used
 from igpt_ds.provenance import git_commit
 from igpt_ds.train.run_lock import take
 
@@ -66,12 +65,12 @@ def refuse_file(run_dir: Path) -> None:
         raise ValueError(f"--run_dir {run_dir} is a file; choose a directory, or a name that is not taken")
 
 
-def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path) -> None:
+def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, cpu_product: str) -> None:
     """Writes down which run this is, once it is known to start: run.json and the palette. Clears what a killed save left."""
     if not (run_dir / "palette.npy").exists():
         with atomic_file(run_dir / "palette.npy") as file:
             file.write(palette.read_bytes())
-    header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": data, "cpu_product": used()}
+    header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": data, "cpu_product": cpu_product}
     write_json(run_dir / "run.json", header | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(torn)
@@ -126,24 +125,6 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
         raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; it was not written by this code")
     return values
-
-
-def cpu_product(run_dir: Path) -> str:
-    """The float32 matrix product on CPUs that every rank of this run takes (see `cpu_kernels`).
-
-    A new run takes the fastest of this machine. A resumed run takes the recorded one, so that its result stays bit-identical.
-    Older code recorded none and always took "onednn".
-
-    Raises:
-        ValueError: run.json names an unknown product.
-    """
-    path = run_dir / "run.json"
-    if not path.exists():
-        return fastest()
-    product = read_run(run_dir).get("cpu_product", "onednn")
-    if product not in PRODUCTS:
-        raise ValueError(f"{path} has cpu_product {product!r}; known: {', '.join(PRODUCTS)}; it was written by another version")
-    return str(product)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -118,7 +118,7 @@ def engine_of_run(
     say(json.dumps(run_to_dict(run), indent=1))
     if pretrained is not None:
         dist.from_rank_0(lambda: verified_info(pretrained))
-    cpu_kernels.use(dist.from_rank_0(lambda: run_dir.cpu_product(args.run_dir)))
+    cpu_kernels.use(dist.from_rank_0(lambda: cpu_product(args.run_dir)))
     engine = build_engine(run, pretrained)
     effective = effective_config(engine)
     dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))
@@ -126,8 +126,27 @@ def engine_of_run(
     watchdog.alive("loading", 0)
     found = resume(engine, checkpoints, facts) if args.resume == "auto" else {}
     check_space(engine, checkpoints, n_kept)
-    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts["data"], palette))
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts["data"], palette, cpu_kernels.used()))
     return engine, found
+
+
+def cpu_product(where: Path) -> str:
+    """The float32 matrix product on CPUs that every rank of this run takes (see `cpu_kernels`).
+
+    A new run takes the fastest of this machine. A resumed run takes the recorded one, so that its result stays bit-identical.
+    Older code recorded none and always took "onednn".
+
+    Raises:
+        ValueError: run.json names an unknown product.
+    """
+    path = where / "run.json"
+    if not path.exists():
+        return cpu_kernels.fastest()
+    product = run_dir.read_run(where).get("cpu_product", "onednn")
+    if product not in cpu_kernels.PRODUCTS:
+        known = ", ".join(cpu_kernels.PRODUCTS)
+        raise ValueError(f"{path} has cpu_product {product!r}; known: {known}; it was written by another version")
+    return str(product)
 
 
 def resume(engine: Engine, checkpoints: Path, facts: dict[str, Any]) -> dict[str, Any]:

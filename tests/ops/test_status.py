@@ -190,19 +190,13 @@ def test_an_empty_and_a_foreign_directory_get_one_clear_line(tmp_path: Path, run
     assert lines[2][:4] == [str(run_dir), "dead", "20", "100"]
 
 
-def test_it_is_fast_and_loads_neither_torch_nor_numpy(run_dir: Path):
+def test_it_loads_neither_torch_nor_numpy(run_dir: Path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from igpt_ds.ops import status; import pathlib, time\n"
     code += (
         f"print(status.read_status(pathlib.Path({str(run_dir)!r}), time.time()).step, {{'torch', 'numpy'}} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "20 set()\n", done.stderr
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        ask(run_dir)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
 
 
 def test_watching_goes_on_until_interrupted(run_dir: Path):

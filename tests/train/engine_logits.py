@@ -14,6 +14,7 @@ from igpt_ds.config import recipe_to_dict
 from igpt_ds.data.loader import BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.model.cpu_kernels import used
 from igpt_ds.train.checkpoint.save_load import save_checkpoint
 from igpt_ds.train.engine import build_engine, start_ranks, take_step
 from igpt_ds.train.loop import pretraining_loss
@@ -32,7 +33,7 @@ def main(_: object) -> None:
         take_step(engine, [next(stream).to(engine.device)], pretraining_loss(recipe), lr=0.01)
     facts = {"path": str(data), "dataset_hash": shards.dataset_hash, "palette_hash": shards.palette_hash}
     if dist.rank() == 0:
-        record(out, run, facts, data / "palette.npy")
+        record(out, run, facts, data / "palette.npy", used())
     dist.barrier()
     manifest = {"step": 3, "images_seen": 36, "recipe": recipe_to_dict(recipe), "data": facts}
     save_checkpoint(engine, out / "checkpoints", manifest, keep_last=1, keep_every=0)

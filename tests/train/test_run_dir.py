@@ -12,7 +12,7 @@ import pytest
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.ds_config import Run, join
 from igpt_ds.model import cpu_kernels
-from igpt_ds.train import run_dir
+from igpt_ds.train import run_dir, session
 
 DATA = {"path": "shards", "dataset_hash": "d", "palette_hash": "p", "order": 2}
 ZERO = {"zero_optimization": {"stage": 3}}
@@ -26,7 +26,7 @@ def palette(tmp_path: Path) -> Path:
 
 def start(where: Path, run: Run, palette: Path, resume: bool = False, data: dict[str, str] = DATA) -> None:
     run_dir.check(where, run, data, palette, resume)
-    run_dir.record(where, run, data, palette)
+    run_dir.record(where, run, data, palette, cpu_kernels.used())
 
 
 def test_a_run_is_written_down_and_can_be_given_back(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
@@ -84,19 +84,19 @@ def test_a_resumed_run_takes_the_recorded_product(
 ) -> None:
     monkeypatch.setattr(cpu_kernels, "_used", None)
     where, run = tmp_path / "a", join(recipe, ZERO, 2)
-    assert run_dir.cpu_product(where) == cpu_kernels.fastest()
+    assert session.cpu_product(where) == cpu_kernels.fastest()
     cpu_kernels.use(product)
     start(where, run, palette)
     monkeypatch.setattr(cpu_kernels, "_used", None)
-    assert run_dir.cpu_product(where) == product
+    assert session.cpu_product(where) == product
     path = where / "run.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"cpu_product": "blas"}))
     with pytest.raises(ValueError, match=r"run.json has cpu_product 'blas'"):
-        run_dir.cpu_product(where)
+        session.cpu_product(where)
     del values["cpu_product"]  # of older code, which knew one product
     path.write_text(json.dumps(values))
-    assert run_dir.cpu_product(where) == "onednn"
+    assert session.cpu_product(where) == "onednn"
 
 
 def test_checkpoints_of_nobody_knows_which_run_are_refused(tmp_path: Path, recipe: Recipe, palette: Path) -> None:

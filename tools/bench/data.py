@@ -283,7 +283,7 @@ def memory(world: World) -> list[Row]:
     peak, counts = {}, (1_000, 10_000 if world.quick else 50_000)
     for n_images in counts:
         folder = small_jpegs(world, n_images, 32)
-        tool = str(Path(__file__).with_name("make_shards.py"))
+        tool = str(Path(__file__).parents[1] / "make_shards.py")
         command = [sys.executable, "-c", PEAK, tool, "--source", f"imagefolder:{folder}", "--workers", "1", "--n_px", "32"]
         command += ["--palette", str(world.work / "palette.npy"), "--out", str(world.work / f"shards{n_images}")]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

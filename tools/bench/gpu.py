@@ -39,7 +39,7 @@ from igpt_ds.model.transformer import Transformer
 from igpt_ds.plan import costs
 
 TOTAL, FULL = 540.0, 150.0  # seconds for everything, and those of them that are kept for the whole XL
-DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3_bf16_full_checkpointing.json"
+DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3_bf16_full_checkpointing.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

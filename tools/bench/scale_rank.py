@@ -28,7 +28,7 @@ from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
 from igpt_ds.train.engine import build_engine, build_model, start_ranks, take_step
 from igpt_ds.train.loop import pretraining_loss
 
-DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
