@@ -31,7 +31,7 @@ from igpt_ds.evaluate.classification import result
 from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.files import write_json
 from igpt_ds.model.store import ModelInfo, read_info
-from igpt_ds.plan.estimate import dry_run
+from igpt_ds.plan.options import dry_run
 from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
 from igpt_ds.train.checkpoint.manifest import choose_checkpoint
 from igpt_ds.train.checkpoint.save_load import load_checkpoint

@@ -29,7 +29,7 @@ from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run, join, load_ds_config
-from igpt_ds.plan.estimate import dry_run
+from igpt_ds.plan.options import dry_run
 from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.flags import choose_recipe, parse
 from igpt_ds.train.loop import Cadence, Session, fit, pretraining_loss

@@ -1,12 +1,12 @@
-"""Says what the paper takes at a scale: its stages, which of them are done, and at full scale GPU-hours and disk.
+"""Prints the stages of the paper at a scale and which of them are done; at full scale also GPU-hours and disk.
 
     python tools/paper_plan.py --scale tiny
     python tools/paper_plan.py --scale full --data /data --gpus 64 --gpu h100-80g
     python tools/paper_plan.py --scale tiny --out runs/paper_tiny --gpus 2 --ds_config ds_configs/zero3_fp32.json --commands
 
-With --commands, for tools/paper.sh and slurm/story_paper.sh: writes the recipes that have no name into OUT/recipes, and prints
-a line for each stage that is not done: its name, its batch script, the stages it needs, the file for what it prints, and its
-words, quoted for a shell, with bars between them. OUT belongs to one scale, data and size; the flags of the machines may change.
+With --commands (for tools/paper.sh and slurm/story_paper.sh) it writes changed recipes into OUT/recipes and prints one line per
+unfinished stage. The fields, separated by "|": name, batch script, needed stages, file for the printed output, and the command,
+quoted for a shell. OUT belongs to one scale, data, size and number of steps; the flags of the machines may change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from igpt_ds.files import read_json, write_json
 from igpt_ds.paper import budget
 from igpt_ds.paper.scales import SCALES, Scale, get_scale
 from igpt_ds.paper.stages import Flags, Stage, chosen, command, stages
-from igpt_ds.plan.estimate import network
+from igpt_ds.plan.options import network
 from igpt_ds.plan.step_time import GPUS, Cluster
 
 
@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     cluster = Cluster(GPUS[args.gpu], args.node_gpus, network(args.nodes_nic))
     scale = get_scale(args.scale, args.data, args.n_px, args.steps, cluster.gpu.memory)
     out = args.out or Path("runs") / f"paper_{scale.name}"
-    if scale.name == "full" and not Path(args.data).is_dir():  # it may be there where the plan is carried out
-        print(f"warning: --data {args.data} is no directory on this machine; give another --data if it shall be", file=sys.stderr)
+    if scale.name == "full" and not Path(args.data).is_dir():  # it may exist on the machine that runs the stages
+        print(
+            f"warning: --data {args.data} is not a directory on this machine; give another --data if it should be",
+            file=sys.stderr,
+        )
 
     def machine(recipe: Recipe) -> Flags:
         if args.ds_config:
@@ -50,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             printed = str(stage.leaves) if stage.printed else ""
             print(stage.name, stage.job, needs, printed, command(stage), sep="|")
         return
-    print(describe(found, out, scale))
+    print(describe_stages(found, out, scale))
     if scale.name == "full":
-        print(f"\n{budget.describe(budget.costs(scale, args.gpus, cluster), args.gpus, cluster)}")
+        print(f"\n{budget.describe_costs(budget.costs(scale, args.gpus, cluster), args.gpus, cluster)}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,16 +64,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", required=True, choices=SCALES, help="tiny: digits; cifar: small models; full: the paper")
     data = "cifar: KIND:WHERE of CIFAR-10; full: the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10"
     parser.add_argument("--data", help=data)
-    parser.add_argument("--out", type=Path, help="where everything is written; runs/paper_SCALE when left out")
-    parser.add_argument("--n_px", type=int, help="cifar: 16 or 32; 16 when left out")
-    parser.add_argument("--steps", type=int, help="of each training, instead of the scale's own: a rehearsal")
+    parser.add_argument("--out", type=Path, help="directory for all results; runs/paper_SCALE if not given")
+    parser.add_argument("--n_px", type=int, help="cifar: image size in pixels, 16 or 32; 16 if not given")
+    parser.add_argument(
+        "--steps", type=int, help="steps of each training and fine-tuning, for a rehearsal; the scale's own if not given"
+    )
     parser.add_argument("--gpus", type=int, default=64, help="ranks of each training")
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80g", help="what each of them is")
-    parser.add_argument("--node_gpus", type=int, default=8, help="GPUs of a node")
-    parser.add_argument("--nodes_nic", default="8x400", help="network cards of a node x Gbit/s of each")
-    best = "how every training fits the machines; the plan's choice for each recipe when left out"
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80g", help="kind of GPU")
+    parser.add_argument("--node_gpus", type=int, default=8, help="GPUs per node")
+    parser.add_argument("--nodes_nic", default="8x400", help="network cards per node x Gbit/s of each")
+    best = "ds_config of every training; the plan's choice for each recipe if not given"
     parser.add_argument("--ds_config", type=Path, help=best)
-    parser.add_argument("--commands", action="store_true", help="print what is still to be run, for a script")
+    parser.add_argument("--commands", action="store_true", help="print the unfinished stages as commands, for a script")
     args = parser.parse_args(argv)
     for name in ("gpus", "node_gpus"):
         if getattr(args, name) < 1:
@@ -81,15 +86,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def asked(args: argparse.Namespace) -> dict[str, object]:
-    """What must stay the same in one directory."""
+    """The flags that must stay the same in one directory."""
     return {name: getattr(args, name) or None for name in ("scale", "data", "n_px", "steps")}
 
 
 def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
-    """Takes the directory for this scale, and writes the recipes that no name stands for.
+    """Claims the directory for this scale and writes the changed recipes.
 
     Raises:
-        ValueError: it was begun with something else.
+        ValueError: the directory belongs to another scale, data, size or number of steps.
     """
     file = out / "paper.json"
     if file.exists():
@@ -105,8 +110,8 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
     write_json(file, wanted)
 
 
-def describe(found: Sequence[Stage], out: Path, scale: Scale) -> str:
-    """The stages by their kind, and how many are done."""
+def describe_stages(found: Sequence[Stage], out: Path, scale: Scale) -> str:
+    """One line per stage, after a summary by kind."""
     kinds = {stage.job: [one for one in found if one.job == stage.job] for stage in found}
     counted = ", ".join(f"{len(some)} {job}" for job, some in kinds.items())
     done = sum(stage.done for stage in found)

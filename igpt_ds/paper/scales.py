@@ -1,14 +1,15 @@
-"""What the paper's tables and figures are made of, at three scales: images, models, and what is measured of each model.
+"""The experiments behind the paper's tables and figures at three scales: images, models, and the measurements of each model.
 
-In: where the images are. Out: a `Scale`, data without behaviour; paper_stages.py turns it into commands, paper_costs.py into
-GPU-hours and bytes. `tiny` is scikit-learn's digits, for minutes on two cores; `cifar` small models on CIFAR-10, for a night
-on a CPU or one GPU; `full` the paper itself (Table 5's models; sections 3 and 4 for what is measured). Called by
+In: the location of the images. Out: a `Scale`, plain data; stages.py turns it into commands, budget.py into GPU-hours
+and bytes. `tiny` trains on scikit-learn's digits, minutes on two cores. `cifar` trains small models on CIFAR-10, a night on a CPU
+or one GPU. `full` is the paper itself: the models of Table 5, the measurements of sections 3 and 4. Called by
 tools/paper_plan.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ from igpt_ds.config import Recipe, get_recipe
 
 SCALES = ("tiny", "cifar", "full")
 VARIANTS = ("untrained", "concat", "low_data")
-_CONCATENATED, _HEADROOM = 5, 1.5  # layers side by side (paper 4.4); memory of a probe, in its features
-# Images of each split as their makers publish them; val is split off train (docs/data.md).
+_CONCATENATED, _HEADROOM = 5, 1.5  # concatenated layers (paper 4.4); memory of a probe relative to its features
+# Published numbers of images per split; val is split off train (docs/data.md).
 _IMAGENET = {"train": 1_229_920, "val": 51_247, "test": 50_000}
 _CIFAR = {"train": 45_000, "val": 5_000, "test": 10_000}
 _STL10 = {"train": 4_500, "val": 500, "test": 8_000}
@@ -25,19 +26,19 @@ _STL10 = {"train": 4_500, "val": 500, "test": 8_000}
 
 @dataclass(frozen=True)
 class Images:
-    """A data set at one size: one directory of shards."""
+    """A data set at one image size: one directory of shards."""
 
     name: str  # in tables and figures
     source: str  # KIND:WHERE
     n_px: int
-    counts: dict[str, int]  # images of each split; empty where nobody knows beforehand
+    counts: dict[str, int]  # images of each split; empty if unknown
     crop: str = "none"
     views: int = 1  # random crops of each training image
-    train_split: str = "train"  # that probes see
-    eval_split: str = "val"  # that accuracies are of
-    sgd: bool = False  # probed by SGD, middle layers alone (paper 3.4: ImageNet)
-    val_fraction: float | None = None  # of train, instead of the source's own
-    augment: bool = False  # shifts and mirror images while fine-tuning (paper 3.1: CIFAR)
+    train_split: str = "train"  # split that probes are fitted to
+    eval_split: str = "val"  # split that accuracies are measured on
+    sgd: bool = False  # probe by SGD, and only the middle layers (paper 3.4: ImageNet)
+    val_fraction: float | None = None  # share of train that becomes val, instead of the source's own split
+    augment: bool = False  # shift and mirror images during fine-tuning (paper 3.1: CIFAR)
 
     @property
     def id(self) -> str:
@@ -52,12 +53,12 @@ class Images:
 
 @dataclass(frozen=True)
 class System:
-    """A model, the shards that it learns from, and what is measured of it afterwards; images by their `id`."""
+    """A model, its training data, and its measurements; data sets are named by their `id`."""
 
     recipe: Recipe
     data: str
-    probed: tuple[str, ...]  # on the first of them also the checkpoints of `stages`
-    stages: int = 1  # 8: after 1/8, 1/4, 1/2 of its steps as well as at the end; a power of two
+    probed: tuple[str, ...]  # data sets; the first also probes the checkpoints of `stages`
+    stages: int = 1  # a power of two; 8 measures after 1/8, 1/4, 1/2 and all of the steps
     variants: tuple[str, ...] = ()  # on the first of `probed`
     finetuned: tuple[str, ...] = ()
     from_scratch: tuple[str, ...] = ()
@@ -65,37 +66,37 @@ class System:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Of the checkpoints that are looked at."""
+        """Steps of the checkpoints that are measured."""
         return tuple(self.recipe.steps // 2**power for power in reversed(range(self.stages.bit_length())))
 
     @property
     def every(self) -> int:
-        """Steps between the checkpoints that are kept."""
+        """Steps between kept checkpoints."""
         return self.recipe.steps // self.stages
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Everything that is learned and measured. `main` is the recipe of the system whose run, features and samples are shown."""
+    """All trainings and measurements. `main` names the recipe whose run, features and samples the figures show."""
 
     name: str
-    palette: Images  # whose training images it is fitted to
+    palette: Images  # its training images determine the palette
     n_colors: int
     images: tuple[Images, ...]
     systems: tuple[System, ...]
     main: str
     n_labels: tuple[int, ...] = (40, 250, 4000)  # paper 4.7
-    epochs: float = 20.0  # of fine-tuning, at most
+    epochs: float = 20.0  # upper limit for fine-tuning
     finetune_steps: int | None = None  # instead of epochs
-    bf16: bool = False  # features and likelihoods by bf16 products, features as fp16
+    bf16: bool = False  # compute features and likelihoods in bf16, store features in fp16
     palette_images: int | None = None
 
     def of(self, id: str) -> Images:
-        """The images of that id."""
+        """The data set with that id."""
         return next(images for images in self.images if images.id == id)
 
     def of_recipe(self, name: str) -> System:
-        """The system that learns that recipe."""
+        """The system with that recipe."""
         return next(system for system in self.systems if system.recipe.name == name)
 
 
@@ -105,11 +106,11 @@ def get_scale(name: str, data: str | None, n_px: int | None = None, steps: int |
     Args:
         data: cifar: KIND:WHERE; full: the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10.
         n_px: cifar: 16 or 32.
-        steps: of each training and fine-tuning, instead of the scale's own: a rehearsal.
+        steps: of each training and fine-tuning, instead of the scale's own; for a rehearsal.
         gpu_bytes: full: memory of one GPU.
 
     Raises:
-        ValueError: an unknown scale; data missing or not wanted; sizes or steps that cannot be.
+        ValueError: the scale is unknown, data is missing or superfluous, or n_px or steps is invalid.
     """
     if name not in SCALES:
         raise ValueError(f"scale {name!r} is unknown; known: {', '.join(SCALES)}")
@@ -117,9 +118,9 @@ def get_scale(name: str, data: str | None, n_px: int | None = None, steps: int |
         where = "cifar10:DIR or imagefolder:DIR" if name == "cifar" else "the directory that holds ILSVRC2012, CIFAR and STL-10"
         raise ValueError(f"scale {name} needs --data (make: DATA=...): {where}")
     if name == "tiny" and data not in (None, "", "digits:"):
-        raise ValueError(f"scale tiny is of scikit-learn's digits, not {data}; leave out --data, or choose scale cifar")
+        raise ValueError(f"scale tiny uses scikit-learn's digits, not {data}; leave out --data, or choose scale cifar")
     if n_px is not None and (name != "cifar" or n_px not in (16, 32)):
-        raise ValueError(f"--n_px {n_px} is for scale cifar, and 16 or 32")
+        raise ValueError(f"--n_px {n_px} must be 16 or 32, and only scale cifar takes it")
     if name == "tiny":
         scale = _tiny()
     elif name == "cifar":
@@ -132,7 +133,7 @@ def get_scale(name: str, data: str | None, n_px: int | None = None, steps: int |
 def _rehearsal(scale: Scale, steps: int) -> Scale:
     if steps < 2 or steps % 2:
         raise ValueError(
-            f"--steps {steps} must be even, for a rehearsal looks at models after half of their steps and at the end"
+            f"--steps {steps} must be even and at least 2: a rehearsal measures models after half of their steps and at the end"
         )
     systems = [
         dataclasses.replace(
@@ -146,7 +147,7 @@ def _rehearsal(scale: Scale, steps: int) -> Scale:
 
 
 def _like(recipe: Recipe, size: str, objective: str, **shape: int) -> Recipe:
-    """Another size or objective of a recipe, under a name of its own."""
+    """A recipe with another size or objective, and the name for it."""
     model = dataclasses.replace(recipe.model, **shape)
     name = f"{recipe.name.split('_')[0]}_{size}_{objective}_{model.n_px}"
     return dataclasses.replace(recipe, name=name, objective=objective, model=model)
@@ -156,7 +157,7 @@ def _small(images: Images, recipes: tuple[Recipe, Recipe, Recipe], stages: int, 
     """Two auto-regressive sizes and a BERT on the same images; the second is the main one.
 
     Args:
-        lr: of fine-tuning.
+        lr: learning rate of fine-tuning.
     """
     small, main, bert = recipes
     here = (images.id,)
@@ -171,7 +172,7 @@ def _small(images: Images, recipes: tuple[Recipe, Recipe, Recipe], stages: int, 
 def _tiny() -> Scale:
     nano = dataclasses.replace(get_recipe("digits_nano_ar_8"), steps=400)
     recipes = _like(nano, "pico", "ar", n_layer=4, n_embd=24), nano, _like(nano, "nano", "bert")
-    images = Images("digits", "digits:", 8, {}, val_fraction=0.3)  # a tenth would be 157, and a point nothing
+    images = Images("digits", "digits:", 8, {}, val_fraction=0.3)  # a tenth would be 157 images, too few for an accuracy
     return _small(images, recipes, 4, 0.003, name="tiny", n_labels=(40, 250))
 
 
@@ -183,12 +184,12 @@ def _cifar(data: str, n_px: int) -> Scale:
 
 def _full(data: str, gpu_bytes: float) -> Scale:
     imagenet = f"imagenet:{data}/ILSVRC2012"
-    final: dict[str, Any] = {"train_split": "train+val", "eval_split": "test"}  # a probe holds out its own tenth
+    final = functools.partial(Images, train_split="train+val", eval_split="test")  # a probe holds out a tenth of train+val
     crops = [Images("imagenet", imagenet, n_px, _IMAGENET, "random", views=8, eval_split="test") for n_px in (32, 48, 64)]
-    centres = [Images("imagenet", imagenet, n_px, _IMAGENET, "center", **final, sgd=True) for n_px in (32, 48, 64)]
-    others = [Images(name, f"{name}:{data}", 32, _CIFAR, **final, augment=True) for name in ("cifar10", "cifar100")]
-    others.append(Images("stl10", f"stl10:{data}", 32, _STL10, **final))
-    # The features of one probe of XL's five layers, fp32, must fit a GPU with what the probe needs beside them.
+    centres = [final("imagenet", imagenet, n_px, _IMAGENET, "center", sgd=True) for n_px in (32, 48, 64)]
+    others = [final(name, f"{name}:{data}", 32, _CIFAR, augment=True) for name in ("cifar10", "cifar100")]
+    others.append(final("stl10", f"stl10:{data}", 32, _STL10))
+    # The fp32 features of XL's five concatenated layers must fit a GPU together with the probe's own memory.
     width = _CONCATENATED * get_recipe("igpt_xl_ar_64").model.n_embd
     wide = 4 * width * (_IMAGENET["train"] + _IMAGENET["val"]) * _HEADROOM <= gpu_bytes
 

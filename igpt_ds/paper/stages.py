@@ -1,8 +1,8 @@
-"""The paper in stages: what is run for a `Scale`, in an order that works, each with what it needs and what it leaves.
+"""Turns a `Scale` into the commands that reproduce it: `Stage`s in a valid order, each with its inputs and its output.
 
-In: a scale (paper_scales.py), a directory, and how trainings fit the machines. Out: `Stage`s. A stage is done when what it
-leaves is there; it needs those stages whose results are among its words, so that nothing is said twice. tools/paper.sh runs
-stages one after another, slurm/story_paper.sh submits them; both read them from tools/paper_plan.py.
+In: a scale (scales.py), a directory, and how trainings fit the machines. Out: `Stage`s. A stage is done when its output
+exists. It depends on the stages whose outputs its command names. tools/paper.sh runs the stages one after another,
+slurm/story_paper.sh submits them; both get them from tools/paper_plan.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from igpt_ds.config import RECIPES, Recipe
 from igpt_ds.paper.scales import Images, Scale, System
 
-Value = object  # of a flag: True for one without a value, None or False for one left out, a sequence for several
+Value = object  # True: a flag without a value; None or False: the flag is left out; a sequence: several values
 Flags = dict[str, Value]
-# The batch scripts of slurm/ by the programs that they run; every other program is a tool.
+# The batch script in slurm/ of each program; all other programs run as tools.
 JOBS = {
     "train.py": "pretrain",
     "finetune.py": "finetune",
@@ -26,21 +26,21 @@ JOBS = {
     "tools/extract_features.py": "extract_features",
     "tools/linear_probe.py": "probe",
 }
-GPU_TOOLS = ("tools/evaluate.py", "tools/sgd_probe.py", "tools/sample.py")  # of one process each, by torch
-SAVE_EVERY = 5000  # steps between checkpoints, at most
-SGD_LAYERS = 5  # in one job: some hours on a GPU
-MASKS = (1, 5)  # of training images and of those to evaluate on: paper 4.6
+GPU_TOOLS = ("tools/evaluate.py", "tools/sgd_probe.py", "tools/sample.py")  # one process each, on a GPU
+SAVE_EVERY = 5000  # upper limit on steps between checkpoints
+SGD_LAYERS = 5  # per job: some hours on a GPU
+MASKS = (1, 5)  # draws per training image and per evaluation image (paper 4.6)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. Paths are as the executors use them, from the repository root."""
+    """One command. Paths are relative to the repository root, where commands run."""
 
     name: str
     words: tuple[str, ...]  # the program, then its flags
     leaves: Path  # a file or a directory
-    rows: int = 0  # of results that the file must hold
-    printed: bool = False  # what it leaves is what the command prints
+    rows: int = 0  # rows that a complete results file has
+    printed: bool = False  # the output file holds what the command prints
     needs: tuple[str, ...] = ()  # names of stages
 
     @property
@@ -50,7 +50,7 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        """Whether what it leaves is there, whole."""
+        """Whether its output exists and is complete."""
         if self.job in ("pretrain", "finetune"):
             return (self.leaves / "FINISHED").exists()
         return self.leaves.exists() and (not self.rows or self.leaves.read_bytes().count(b"\n") >= self.rows)
@@ -62,7 +62,7 @@ def command(stage: Stage) -> str:
 
 
 def words(program: str, flags: Flags, *first: object) -> tuple[str, ...]:
-    """A command's words; those in `first` stand before the flags."""
+    """The words of a command; those in `first` precede the flags."""
     found = [program, *map(str, first)]
     for name, value in flags.items():
         if value is None or value is False:
@@ -76,36 +76,36 @@ def stages(scale: Scale, out: Path, machine: Callable[[Recipe], Flags]) -> list[
     """All stages of a scale under the directory `out`.
 
     Args:
-        machine: for a recipe the flags of train.py and finetune.py that say how it fits the machines.
+        machine: gives for a recipe the flags of train.py and finetune.py that say how it fits the machines.
     """
-    made = list(_Plan(scale, out, machine).all())
+    made = list(_StageMaker(scale, out, machine).all())
     makers = {stage.leaves: stage.name for stage in made}
     return [dataclasses.replace(stage, needs=_needs(stage, makers)) for stage in made]
 
 
 def _needs(stage: Stage, makers: dict[Path, str]) -> tuple[str, ...]:
-    """The makers of what the stage's words name, or of a directory that holds it."""
+    """Names of the stages that make a path in the stage's words, or a directory above it."""
     named = [Path(word) for word in stage.words[1:]]
     found = dict.fromkeys(makers[place] for path in named for place in (path, *path.parents) if place in makers)
     return tuple(name for name in found if name != stage.name)
 
 
 def chosen(recipe: Recipe, out: Path) -> Flags:
-    """How a command names the recipe: by its name, or as the file that tools/paper_plan.py writes where it has been changed."""
+    """The flag that names a recipe: --recipe if it is known, else --config with the file that tools/paper_plan.py writes."""
     known = RECIPES.get(recipe.name) == recipe
     return {"recipe": recipe.name} if known else {"config": out / "recipes" / f"{recipe.name}.json"}
 
 
-class _Plan:
-    """The places of a scale's files, and the stages that make them."""
+class _StageMaker:
+    """Makes the stages of a scale, and knows the paths of their files."""
 
     def __init__(self, scale: Scale, out: Path, machine: Callable[[Recipe], Flags]) -> None:
         self.scale, self.out, self.machine = scale, out, machine
-        self.rows: list[Path] = []  # every file of results, in the order in which they are made
+        self.rows: list[Path] = []  # all results files, in the order of their stages
         self.figures: list[Path] = []
 
     def all(self) -> Iterator[Stage]:
-        """Everything, in order."""
+        """All stages, in order."""
         yield from self.data()
         for system in self.scale.systems:
             yield from self.system(system)
@@ -113,7 +113,7 @@ class _Plan:
         yield from self.pages()
 
     def stage(self, name: str, program: str, flags: Flags, leaves: Path, rows: int = 0, printed: bool = False) -> Stage:
-        """A stage whose file of results, if it leaves one, is remembered."""
+        """A stage; a results file is added to `self.rows`."""
         if rows:
             self.rows.append(leaves)
         return Stage(name, words(program, flags), leaves, rows, printed)
@@ -134,7 +134,7 @@ class _Plan:
         return self.out / "results" / f"{name}.jsonl"
 
     def data(self) -> Iterator[Stage]:
-        """The palette, and the shards of each size, crop and data set; what the pixels alone are worth on each."""
+        """The palette, the shards of each data set, and a probe of raw pixels on each."""
         scale, palette = self.scale, self.out / "palette.npy"
         common: Flags = {"source": scale.palette.source, "n_px": scale.palette.n_px, "crop": scale.palette.crop}
         flags = common | {"n_colors": scale.n_colors, "max_images": scale.palette_images, "out": palette}
@@ -152,7 +152,7 @@ class _Plan:
             yield self.probe("pixels", images, features, 1)
 
     def system(self, system: System) -> Iterator[Stage]:
-        """Pre-training; a model dir of each stage with its probe and likelihood; what only the last one is measured by."""
+        """Pre-training; model dir, probes and likelihood at `system.steps`; variants and fine-tuning of the last model."""
         recipe, name = system.recipe, system.recipe.name
         run_dir, data = self.run_dir(name), self.shards(self.scale.of(system.data))
         save_every = max(steps for steps in range(1, SAVE_EVERY + 1) if system.every % steps == 0)
@@ -177,7 +177,7 @@ class _Plan:
             yield self.finetune(system, self.scale.of(id), fresh=True)
 
     def extract(self, system: System, model: Path, images: Images, name: str, more: Flags) -> Stage:
-        """Features of the layers that are probed on these images."""
+        """Features of the probed layers on these images."""
         features, layers = self.features(name, images), images.probed(system.recipe)
         flags: Flags = {"model": model, "data": self.shards(images), "splits": (images.train_split, images.eval_split)}
         flags |= {"kinds": "normed", "layers": layers if images.sgd else None}
@@ -186,7 +186,7 @@ class _Plan:
         return self.stage(f"features-{name}-{images.id}", "tools/extract_features.py", flags | more | {"out": features}, features)
 
     def probes(self, system: System, model: Path, images: Images) -> Iterator[Stage]:
-        """Features of one model on one data set, and the probe of every layer; of BERT also the vote over masks."""
+        """Features of one model on one data set, and a probe per layer; for BERT also the vote over masks."""
         name, layers = model.name, images.probed(system.recipe)
         features = self.features(name, images)
         yield self.extract(system, model, images, name, {})
@@ -210,7 +210,7 @@ class _Plan:
         return self.stage(f"probe-{file.stem}", "tools/linear_probe.py", flags, file, rows)
 
     def variants(self, system: System, images: Images) -> Iterator[Stage]:
-        """Of the last model: fresh weights in its shape, layers side by side (paper 4.4), few labels (4.7)."""
+        """Probes of the last model: with fresh weights, with concatenated layers (paper 4.4), with few labels (4.7)."""
         model = self.model(system, system.recipe.steps)
         features = self.features(model.name, images)
         for variant in system.variants:
@@ -225,7 +225,7 @@ class _Plan:
                 yield self.probe(model.name, images, features, len(n_labels), "low_data", n_labels=n_labels)
 
     def finetune(self, system: System, images: Images, fresh: bool) -> Stage:
-        """Fine-tuning of the last model, or the same network from scratch at the rate of pre-training."""
+        """Fine-tuning of the last model, or of fresh weights at the learning rate of pre-training."""
         scale, recipe = self.scale, system.recipe
         run_dir = self.run_dir(f"{recipe.name}-{images.id}-{'scratch' if fresh else 'finetuned'}")
         start: Flags = {"model": self.model(system, recipe.steps)}
@@ -234,7 +234,7 @@ class _Plan:
         flags = start | {"data": self.shards(images), "run_dir": run_dir, "resume": "auto"}
         flags |= {"lr": recipe.lr if fresh else system.finetune_lr, "batch_images": recipe.batch_images}
         flags |= {"steps": scale.finetune_steps} if scale.finetune_steps else {"epochs": scale.epochs / images.views}
-        if images.views > 1:  # an epoch of the shards passes all crops of each image
+        if images.views > 1:  # one epoch of the shards has all crops of each image
             flags["val_every"] = -(-images.counts["train"] // recipe.batch_images)
         flags |= {"augment_pad": 4 if images.augment else None, "augment_flip": images.augment}
         file = run_dir / "results.jsonl"
@@ -249,7 +249,7 @@ class _Plan:
         return Stage(f"figure-{name}", words("tools/figures.py", flags | {"out": file}, kind, *runs), file)
 
     def pictures(self) -> Iterator[Stage]:
-        """Figures 2, 3 and 4, and a closer look at the main model on the images that it is probed on first."""
+        """Figures 2, 3 and 4, and more figures of the main model on its first probed data set."""
         scale, main = self.scale, self.scale.of_recipe(self.scale.main)
         images, model = scale.of(main.probed[0]), self.model(main, main.recipe.steps)
         features, name = self.features(model.name, images), images.name
@@ -278,7 +278,7 @@ class _Plan:
         yield self.stage("samples", "tools/sample.py", flags, samples)
 
     def pages(self) -> Iterator[Stage]:
-        """The paper's tables with rows of all models at their last step, and the report of the main run."""
+        """The paper's tables with all models at their last step, and the report of the main run."""
         main, tables = self.scale.of_recipe(self.scale.main), self.out / "tables.md"
         name, last = main.recipe.name, f"{self.model(main, main.recipe.steps).name}-"
         early = tuple(f"{self.model(system, step).name}-" for system in self.scale.systems for step in system.steps[:-1])
@@ -289,7 +289,7 @@ class _Plan:
         own = (last, f"{name}-untrained-", "pixels-")
         flags["results"] = [file for file in rows if file.stem.startswith(own) or file.parent.name.startswith(f"{name}-")]
         flags["run_dir"] = self.run_dir(name)
-        pictures = tuple(path for path in self.figures if path.stem != "layers")  # the page draws that one itself
+        pictures = tuple(path for path in self.figures if path.stem != "layers")  # the report draws that one itself
         flags |= {"pictures": pictures, "title": f"The paper at scale {self.scale.name}"}
         report = self.out / "report.html"
         yield self.stage("report", "tools/report.py", flags | {"out": report}, report)

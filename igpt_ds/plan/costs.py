@@ -1,7 +1,7 @@
-"""What training costs, counted: parameters, FLOPs, bytes that a rank holds, bytes on the wire.
+"""Counts what training costs: parameters, FLOPs, bytes in the memory of a rank, bytes on the network.
 
-A shape (a ModelConfig, or anything with its sizes) and a layout of ranks enter, numbers leave. How long it takes is
-`step_time.py`. Called by plan.py, by train/metrics.py for MFU, by the benchmarks and by tests.
+In: a shape (a ModelConfig, or anything with the same sizes) and a layout of ranks. Out: numbers. `step_time.py` turns them into
+seconds. Called by estimate.py, by train/metrics.py for MFU, by the benchmarks and by tests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Shape(Protocol):
         """V, the colours."""
 
 
-# Dense bf16 FLOP/s that the makers print for one GPU, by the name torch reports (longest match wins).
+# Dense bf16 FLOP/s of one GPU from the data sheets, by the name that torch reports; the longest match counts.
 PEAK_FLOPS = {
     "A100": 312e12,
     "A800": 312e12,
@@ -45,16 +45,17 @@ PEAK_FLOPS = {
     "V100": 125e12,
 }
 
-# Memory beside states and activations, in bytes: CUDA's context with NCCL's buffers, and DeepSpeed's buckets by our ds_configs.
+# Memory for CUDA's context and NCCL's buffers in bytes; the sizes of DeepSpeed's buckets in our ds_configs.
 CONTEXT = 1.5 * GIB
-LIVE_PARAMETERS = 1e9  # stage3_max_live_parameters: gathered weights that may be held at once
+LIVE_PARAMETERS = 1e9  # stage3_max_live_parameters: limit on gathered weights held at once
 REDUCE_BUCKET, SUB_GROUP = 2e8, 2e8  # elements
-SPARE = 0.05  # of a GPU's memory that fragments take
+SPARE = 0.05  # share of a GPU's memory that fragmentation takes
+KEEP_LAST = 2  # newest checkpoints that a run keeps: the default of --keep_last
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a run lies on its ranks. With sequence_parallel ranks an image, micro_batch counts the images of such a group."""
+class RankLayout:
+    """How a run is spread over its ranks. `micro_batch` counts the images of one group of `sequence_parallel` ranks."""
 
     world_size: int
     micro_batch: int = 1
@@ -63,14 +64,14 @@ class Layout:
     stage: int = 3
     precision: str = "bf16"
     checkpointing: str = "none"
-    accumulation_bytes: int = 4  # of a gradient that is summed over micro steps
-    hpz: int = 1  # ranks of a secondary copy of the weights (zero_hpz_partition_size)
+    accumulation_bytes: int = 4  # of a gradient while micro steps are summed
+    hpz: int = 1  # ranks that share a secondary copy of the weights (zero_hpz_partition_size)
     offload_optimizer: bool = False
-    overlap: bool = True  # whether communication may hide behind arithmetic (overlap_comm)
+    overlap: bool = True  # whether communication overlaps with arithmetic (overlap_comm)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight that takes part in products."""
+        """Bytes of one weight in the forward pass."""
         return 4 if self.precision == "fp32" else 2
 
     @property
@@ -88,24 +89,24 @@ def parameters(config: Shape, objective: str = "ar") -> int:
 def forward_flops_per_token(config: Shape, causal: bool) -> float:
     """FLOPs of a forward pass per token: 2 per matmul weight and 4 C T per layer of attention, half of that if causal.
 
-    The full square is the convention of PaLM, nanoGPT and llm-foundry; the causal half counts what is computed.
+    PaLM, nanoGPT and llm-foundry count the full square; the causal half is what a causal kernel computes.
     """
     attention = 4 * config.n_layer * config.n_embd * config.n_ctx * (0.5 if causal else 1.0)
     return 2 * multiplied(config) + attention
 
 
 def train_flops_per_token(config: Shape, causal: bool = False) -> float:
-    """Forward and backward: three times the forward pass. Recomputation is not counted, so this is MFU's numerator."""
+    """FLOPs of forward and backward: three times the forward pass. The numerator of MFU, so recomputation is not counted."""
     return 3 * forward_flops_per_token(config, causal)
 
 
 def multiplied(config: Shape) -> int:
-    """The weights that take part in products: all but the embeddings, the gains and sos."""
+    """The number of weights used in matrix products: all but the embeddings, the gains and sos."""
     return 12 * config.n_layer * config.n_embd**2 + config.n_vocab * config.n_embd
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The printed dense bf16 peak of a GPU, or None for a device not in the table."""
+    """The dense bf16 peak of a GPU from its data sheet, or None for an unknown device."""
     matches = [name for name in PEAK_FLOPS if name in device_name]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
@@ -122,7 +123,7 @@ class Memory:
 
     @property
     def states(self) -> float:
-        """What is left between two steps: weights, gradients, optimizer."""
+        """Model states: weights, gradients and optimizer, held between two steps."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -130,23 +131,27 @@ class Memory:
         """All kinds together."""
         return self.states + self.activations + self.workspace
 
+    def fits(self, gpu_bytes: float) -> bool:
+        """Whether a GPU of that size holds it and keeps `SPARE` free for fragmentation."""
+        return self.total <= (1 - SPARE) * gpu_bytes
 
-def offloaded_bytes(config: Shape, layout: Layout) -> float:
-    """Bytes that a rank's offloaded optimizer and gradients take of the host's memory."""
+
+def offloaded_bytes(config: Shape, layout: RankLayout) -> float:
+    """Bytes of host memory for the offloaded optimizer and gradients of one rank; 0 without offloading."""
     each = 12 + layout.accumulation_bytes if layout.offload_optimizer else 0
     return each * parameters(config) / layout.world_size
 
 
-def memory(config: Shape, layout: Layout) -> Memory:
-    """Bytes a rank holds: model states by ZeRO stage, the activations of one micro step, and buffers by the constants above.
+def memory(config: Shape, layout: RankLayout) -> Memory:
+    """Bytes that one rank holds: model states by ZeRO stage, activations of one micro step, and buffers by the constants above.
 
-    States, for each parameter: a weight of 2 B (fp32: 4), a gradient of `accumulation_bytes`, fp32 master weight and two moments
-    of 12 B. Stage 1 shards the last, 2 the gradients as well, 3 all. hpZ adds a second copy of the weights on each group of hpz
-    ranks. An offloaded optimizer and its gradients lie in the host's memory.
+    States per parameter: a weight of 2 B (fp32: 4), a gradient of `accumulation_bytes`, and 12 B of fp32 master weight and two
+    moments. Stage 1 shards the 12 B, stage 2 also the gradients, stage 3 everything. hpZ adds a second copy of the weights per
+    group of hpz ranks. An offloaded optimizer and its gradients are in host memory.
 
-    Activations per token and block: "none" keeps 16 C (each norm's input and output, q k v, attention, and 4 C on either side of
-    quick-GELU), "selective" 9 C (the block's input, q k v, attention, and before quick-GELU), "full" the 1 C of the block's
-    input; what is recomputed makes one block complete again, beside 10 C of gradients in flight.
+    Activations per token and block: "none" keeps 16 C (input and output of each norm, q k v, attention, and 4 C before and after
+    quick-GELU), "selective" 9 C (the block's input, q k v, attention, and the input of quick-GELU), "full" 1 C (its input).
+    During the backward pass one recomputed block is held in full, with 10 C of gradients.
     """
     P, size, C, L = parameters(config), layout.weight_bytes, config.n_embd, config.n_layer
     N, stage = layout.world_size, layout.stage
@@ -159,18 +164,15 @@ def memory(config: Shape, layout: Layout) -> Memory:
     activations = tokens * (held * C * size + 10 * config.n_vocab)
     if layout.offload_optimizer:
         gradients, optimizer = 0, 0
-    buckets = 2 * min(REDUCE_BUCKET, P) * size + 4 * min(SUB_GROUP, P / N)  # two buckets overlap; a sub-group's fp32 gradient
+    buckets = 2 * min(REDUCE_BUCKET, P) * size + 4 * min(
+        SUB_GROUP, P / N
+    )  # two overlapping buckets; the fp32 gradient of a sub-group
     gathered = size * min(LIVE_PARAMETERS, P) * (1 - 1 / N) if stage == 3 else 0
     return Memory(weights, gradients, optimizer, activations, CONTEXT + buckets + gathered)
 
 
-def fits(config: Shape, layout: Layout, gpu_bytes: float) -> bool:
-    """Whether a rank's memory stays below that of its GPU, less what fragments take."""
-    return memory(config, layout).total <= (1 - SPARE) * gpu_bytes
-
-
-def wire_bytes(config: Shape, layout: Layout) -> float:
-    """Bytes that one GPU sends in a step, of collectives over all ranks and of the exchanges of sequence parallelism.
+def wire_bytes(config: Shape, layout: RankLayout) -> float:
+    """Bytes that one GPU sends in a step: collectives over all ranks, and the exchanges of sequence parallelism.
 
     Stage 3 gathers the weights for the forward and the backward pass and reduces the gradients in every micro step; stage 2
     reduces in every micro step and gathers once a step; stage 1 does both once a step. Each moves size * P * (N - 1) / N.
@@ -180,18 +182,18 @@ def wire_bytes(config: Shape, layout: Layout) -> float:
     return rounds * layout.weight_bytes * parameters(config) * (N - 1) / N + layout.accumulation * exchanged_bytes(config, layout)
 
 
-def exchanges(layout: Layout) -> int:
-    """Tensors a block that change hands in a micro step of sequence parallelism."""
+def exchanges(layout: RankLayout) -> int:
+    """The number of tensors per block that sequence parallelism exchanges in a micro step."""
     if layout.sequence_parallel == 1:
         return 0
     return 8 if layout.checkpointing == "none" else 12
 
 
-def exchanged_bytes(config: Shape, layout: Layout) -> float:
-    """Bytes that one GPU sends in a micro step of sequence parallelism: 0 where each image has one rank.
+def exchanged_bytes(config: Shape, layout: RankLayout) -> float:
+    """Bytes that one GPU sends in a micro step of sequence parallelism; 0 if each image is on one rank.
 
-    q, k, v and the output change hands around attention, in the forward pass, and their gradients in the backward pass, and the
-    forward pass once more where it is recomputed: 8 or 12 tensors of [T / sp, C] a block, of which sp - 1 parts leave.
+    The forward pass exchanges q, k, v and the output of attention, the backward pass their gradients, and recomputation repeats
+    the forward pass: 8 or 12 tensors of [T / sp, C] per block. A rank sends sp - 1 of the sp parts of each.
     """
     sp = layout.sequence_parallel
     tokens = layout.micro_batch * config.n_ctx / sp

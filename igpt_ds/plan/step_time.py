@@ -1,7 +1,7 @@
-"""How long a training step takes: a shape, a layout of ranks and a cluster enter, seconds leave. Called by plan.py.
+"""Estimates the duration of a training step: a shape, a layout of ranks and a cluster enter, seconds leave.
 
-Nothing is measured here: each constant says where it comes from, and two published scaling curves hold the whole in
-tests/plan/test_step_time.py.
+No constant is measured here; each names its source. tests/plan/test_step_time.py compares the estimates with two published
+scaling curves. Called by estimate.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from igpt_ds.plan.costs import (
     REDUCE_BUCKET,
-    Layout,
+    RankLayout,
     Shape,
     exchanged_bytes,
     exchanges,
@@ -23,22 +23,22 @@ from igpt_ds.plan.costs import (
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. Rates are those reached in practice, but for `peak`, to which MFU refers."""
+    """One GPU. `peak` is the rate of the data sheet, the reference of MFU; the other rates are those reached in practice."""
 
     name: str
-    memory: float  # bytes, as the maker prints them
-    peak: float  # dense bf16 FLOP/s, printed
+    memory: float  # bytes, from the data sheet
+    peak: float  # dense bf16 FLOP/s, from the data sheet
     gemm: float  # FLOP/s of large bf16 products
     attention: float  # FLOP/s of a flash attention kernel
     hbm: float  # bytes a second of its memory
     nvlink: float  # bytes a second of collectives inside a node
 
 
-# Printed: NVIDIA's data sheets of A100 (2020), H100 and H200 SXM (2023, 2024) and HGX B200 (2024): bytes, dense bf16 peak.
-# Reached. H100: products 680e12 in the middle of training (794.5e12 alone) and NVLink, pairwise 396e9 of 450e9, from S. Bekman's
-# ml-engineering; attention 480e12 by cuDNN 9 or FlashAttention 3 at head dimension 128; memory 0.9 of what is printed, which is
-# what a copy on an H200 reached (4.3e12 of 4.8e12). A100: products 268e12 alone (ml-engineering), attention 0.63 of the peak
-# (FlashAttention 2). B200: H100's fractions of its printed rates; nobody has checked that here.
+# Memory and peak: NVIDIA's data sheets of A100 (2020), H100 and H200 SXM (2023, 2024) and HGX B200 (2024).
+# H100: matrix products 680e12 during training (794.5e12 alone) and NVLink 396e9 of 450e9 pairwise, from S. Bekman's
+# ml-engineering; attention 480e12 by cuDNN 9 or FlashAttention 3 at head dimension 128; HBM 0.9 of the data sheet, as a copy on
+# an H200 reaches (4.3e12 of 4.8e12). A100: products 268e12 alone (ml-engineering), attention 0.63 of the peak (FlashAttention 2).
+# B200: the same fractions of the data sheet as H100, unchecked.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -50,30 +50,33 @@ GPUS = {
     )
 }
 
-# The two fitted constants: the share of those rates that a training step reaches, and the latency of a hop of a ring between
-# nodes. Fitted to llm-foundry's 7B on 8 to 512 H100 and to Fernandez et al. (arXiv 2411.13055) on 128 to 2048.
+# Two fitted constants: the share of those rates that a training step reaches, and the latency of one ring hop between nodes in
+# seconds. Fitted to llm-foundry's 7B on 8 to 512 H100 and to Fernandez et al. (arXiv 2411.13055) on 128 to 2048.
 EFFICIENCY, HOP = 0.72, 5e-6
 HOP_INSIDE = 2e-6  # seconds, inside a node
-NEVER_HIDDEN = 0.10  # of the communication that could hide behind arithmetic
-NIC_SHARE = 0.92  # of a network card's printed rate that collectives reach
+NEVER_HIDDEN = 0.10  # share of the overlapping communication that still costs time
+NIC_SHARE = 0.92  # share of a network card's nominal rate that collectives reach
 BETWEEN_STEPS = 0.004  # seconds of Python, logging and synchronisation
 ALL_TO_ALL_CALL = 10e-6  # seconds to start one exchange of sequence parallelism
-ELEMENTWISE, RECOMPUTED = 30, 0.6  # bytes a token, C and block of fused norms and activations; the share "selective" repeats
+ELEMENTWISE, RECOMPUTED = (
+    30,
+    0.6,
+)  # bytes a token, C and block of fused norms and activations; the share that "selective" recomputes
 ADAM_BYTES = 28  # read and written a parameter: fp32 master, two moments and gradient, and the bf16 weight
-PCIE, HOST_MEMORY = 25e9, 30e9  # bytes a second of one GPU's link to its host, and its share of the host's memory (assumed)
+PCIE, HOST_MEMORY = 25e9, 30e9  # bytes a second: a GPU's link to its host, and its share of host memory bandwidth (assumed)
 GATHER_BUCKET = 5e8  # elements, allgather_bucket_size of stages 1 and 2
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where it runs: GPUs, how many share a node, and the bytes a second of all network cards of a node together."""
+    """The machines: the kind of GPU, GPUs per node, and bytes a second of all network cards of a node together."""
 
     gpu: Gpu
     node_gpus: int = 8
     node_network: float = 8 * 50e9
 
     def bandwidth(self, ranks: int) -> float:
-        """Bytes a second at which a ring over consecutive ranks moves what each of them holds."""
+        """Bytes a second of a ring over that many consecutive ranks."""
         return self.gpu.nvlink if ranks <= self.node_gpus else min(self.gpu.nvlink, NIC_SHARE * self.node_network)
 
     def collective(self, size: float, ranks: int, calls: int) -> float:
@@ -84,14 +87,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step and where they go; `communication` counts what is hidden as well."""
+    """Seconds of one optimizer step by cause; `communication` includes the part that overlaps with arithmetic."""
 
     arithmetic: float
     communication: float
     exposed: float  # communication that arithmetic does not hide
     exchange: float  # of sequence parallelism
-    update: float  # Adam, and what lies between two steps
-    mfu: float  # of the printed peak, attention counted in full (PaLM)
+    update: float  # Adam, and the time between two steps
+    mfu: float  # relative to `Gpu.peak`, with the full square of attention (PaLM)
 
     @property
     def seconds(self) -> float:
@@ -99,14 +102,14 @@ class Step:
         return self.arithmetic + self.exposed + self.exchange + self.update
 
 
-def step_time(config: Shape, layout: Layout, cluster: Cluster, causal: bool = True) -> Step:
-    """The cost model: arithmetic by the rates of its kinds, collectives by rings, one hidden behind the other where it can be.
+def step_time(config: Shape, layout: RankLayout, cluster: Cluster, causal: bool = True) -> Step:
+    """The cost model: arithmetic at the GPU's rates, collectives as rings, overlapping where `layout.overlap` says so.
 
-    A micro step takes the longer of its arithmetic and its communication, and NEVER_HIDDEN of the latter. Stages 1 and 2 gather
-    their weights after the update, where nothing hides it.
+    A micro step takes the longer of its arithmetic and its communication, plus NEVER_HIDDEN of the communication. Stages 1 and 2
+    gather their weights after the update, where nothing overlaps.
 
     Args:
-        causal: half of the attention's square is computed ("ar"); all of it for "bert".
+        causal: whether attention computes half of its square ("ar") or all of it ("bert").
     """
     gpu, L, C, T = cluster.gpu, config.n_layer, config.n_embd, config.n_ctx
     matmul, square = multiplied(config), (0.5 if causal else 1.0) * 4 * L * T * C
@@ -132,11 +135,11 @@ def step_time(config: Shape, layout: Layout, cluster: Cluster, causal: bool = Tr
     return Step(arithmetic, communication + late, exposed, exchange, update, flops / seconds / gpu.peak)
 
 
-def _communication(config: Shape, layout: Layout, cluster: Cluster) -> tuple[float, float]:
-    # Seconds of a round that may hide behind arithmetic, and of what comes after the update.
+def _communication(config: Shape, layout: RankLayout, cluster: Cluster) -> tuple[float, float]:
+    # Seconds of one round that can overlap with arithmetic, and of the collectives after the update.
     P, N, size = parameters(config), layout.world_size, layout.weight_bytes * parameters(config)
     if layout.stage == 3:
-        calls = config.n_layer  # one a block, as long as the prefetch bucket holds a whole one
+        calls = config.n_layer  # one per block, if the prefetch bucket holds a whole block
         again = min(layout.hpz, N) if layout.hpz > 1 else N
         return 2 * cluster.collective(size, N, calls) + cluster.collective(size, again, calls), 0.0
     reduced = cluster.collective(size, N, math.ceil(P / REDUCE_BUCKET))
@@ -144,5 +147,5 @@ def _communication(config: Shape, layout: Layout, cluster: Cluster) -> tuple[flo
 
 
 def _update(shard: float, offloaded: bool, gpu: Gpu) -> float:
-    # Seconds of Adam on a rank's part of the parameters; offloaded, fp32 gradients go down, weights come up, the host computes.
+    # Seconds of Adam on a rank's shard. Offloaded: fp32 gradients go to the host, which computes and sends weights back.
     return shard * (6 / PCIE + ADAM_BYTES / HOST_MEMORY) if offloaded else shard * ADAM_BYTES / gpu.hbm

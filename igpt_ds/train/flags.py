@@ -14,6 +14,7 @@ from typing import Any
 from igpt_ds import cli
 from igpt_ds.config import INITS, ModelConfig, Recipe, get_recipe, override
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD
+from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.train import run_dir
 from igpt_ds.train.metrics import require_wandb
 
@@ -92,7 +93,7 @@ def add_cadence_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val_images", type=int, help="how many of its images, evenly spread; all when left out")
     parser.add_argument("--val_every", type=int, default=1000, help="steps between validation losses")
     parser.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--keep_last", type=int, default=2, help="how many of the newest checkpoints to keep")
+    parser.add_argument("--keep_last", type=int, default=KEEP_LAST, help="how many of the newest checkpoints to keep")
     parser.add_argument("--keep_every", type=int, default=0, help="keep checkpoints at multiples of this step for ever; 0: none")
     parser.add_argument("--log_every", type=int, default=10, help="steps between rows of train.jsonl")
 

@@ -112,6 +112,7 @@ def test_guests_stay_at_their_doors(path):
         ("model/fused.py", {"torch"}),
         ("model/ulysses.py", {"torch"}),
         ("plan/estimate.py", set()),
+        ("plan/options.py", set()),
         ("plan/text.py", set()),
         ("plan/costs.py", set()),
         ("plan/step_time.py", set()),

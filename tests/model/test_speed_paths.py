@@ -21,7 +21,7 @@ from igpt_ds.model import cpu_kernels, fused
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.store import fresh_model
 from igpt_ds.model.transformer import Transformer, attention_backend
-from igpt_ds.plan.costs import Layout, memory
+from igpt_ds.plan.costs import RankLayout, memory
 
 pytestmark = pytest.mark.usefixtures("product")
 WIDE = ModelConfig(n_layer=3, n_head=4, n_embd=64, n_px=8, n_vocab=16)
@@ -258,7 +258,7 @@ def test_activations_kept_are_what_the_plan_says(wide: Transformer) -> None:
     assert kept["selective"] <= 0.6 * kept["none"]
     deep, deeper = (ModelConfig(n_layer=L, n_head=4, n_embd=64, n_px=8, n_vocab=16) for L in (3, 4))
     for mode, held in kept.items():
-        few, more = (memory(config, Layout(1, precision="fp32", checkpointing=mode)).activations for config in (deep, deeper))
+        few, more = (memory(config, RankLayout(1, precision="fp32", checkpointing=mode)).activations for config in (deep, deeper))
         assert (more - few) / (4 * WIDE.n_ctx * WIDE.n_embd) == pytest.approx(held, rel=0.03)
 
 

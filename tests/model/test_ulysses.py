@@ -21,7 +21,7 @@ from igpt_ds.config import CHECKPOINTING, ModelConfig
 from igpt_ds.model.objectives import draw_masks, image_loss
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.model.ulysses import mean_over_tokens, part, to_heads, to_tokens
-from igpt_ds.plan.costs import Layout, exchanged_bytes
+from igpt_ds.plan.costs import RankLayout, exchanged_bytes
 
 T_ = TypeVar("T_")
 HEADS = 24
@@ -212,7 +212,7 @@ def test_numbers_exchanged_for_a_token_and_a_block(mode: str, each: int, sp: int
 
     numbers_exchanged = each * SMALL.n_embd * 3 * SMALL.n_ctx // sp * SMALL.n_layer
     assert in_group(sp, rank) == [numbers_exchanged] * sp
-    layout = Layout(sp, micro_batch=3, sequence_parallel=sp, precision="fp32", checkpointing=mode)
+    layout = RankLayout(sp, micro_batch=3, sequence_parallel=sp, precision="fp32", checkpointing=mode)
     assert exchanged_bytes(SMALL, layout) == 4 * numbers_exchanged * (sp - 1) / sp  # the plan's; a part stays where it is
 
 

@@ -19,7 +19,7 @@ from igpt_ds.paper import budget
 from igpt_ds.paper.scales import SCALES, Images, get_scale
 from igpt_ds.paper.stages import Stage, command, stages
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
-from igpt_ds.plan.estimate import DIRECTORY
+from igpt_ds.plan.options import DIRECTORY
 from igpt_ds.plan.step_time import GPUS, Cluster
 
 H100S = Cluster(GPUS["h100-80g"])
@@ -89,8 +89,8 @@ def test_the_full_plan_counts_as_the_cost_model_does() -> None:
     training = {cost.what: cost for cost in found if cost.kind == "pre-training"}
     for name, cost in training.items():
         recipe, plan = get_recipe(name), budget.trained(get_recipe(name), 64, H100S)
-        assert cost.gpu_hours == pytest.approx(plan["gpu_hours"])
-        assert cost.gpu_hours == pytest.approx(64 * recipe.steps * plan["step_seconds"] / 3600)
+        assert cost.gpu_hours == pytest.approx(plan.gpu_hours)
+        assert cost.gpu_hours == pytest.approx(64 * recipe.steps * plan.step.seconds / 3600)
         stages_kept = len(scale.of_recipe(name).steps)
         kept = 2 + 1 + (8 if stages_kept > 1 else 0)
         size = kept * checkpoint_bytes(recipe.model, recipe.objective) + 4 * stages_kept * parameters(
@@ -110,9 +110,9 @@ def test_the_full_plan_counts_as_the_cost_model_does() -> None:
         / ((1_281_167 + 50_000) * 48 * 48 * 2 * parameters(get_recipe("igpt_l_ar_48").model))
     )
     assert 1.5 < hours < 3, "a forward pass over 3/4 of the layers, at some 40 % of the printed peak"
-    text = budget.describe(found, 64, H100S)
+    text = budget.describe_costs(found, 64, H100S)
     total = sum(cost.gpu_hours for cost in found)
-    assert f"in all {total:,.0f} GPU-hours (${2.5 * total:,.0f} at $2.5 each)" in text
+    assert f"in total {total:,.0f} GPU-hours (${2.5 * total:,.0f} at $2.5 each)" in text
     assert f"disk {sum(cost.disk for cost in found) / 1e12:.1f} TB" in text
 
 
@@ -130,10 +130,10 @@ def test_shards_are_as_large_as_counted(tiny_dataset: Path) -> None:
         (("huge", None), "scale 'huge' is unknown; known: tiny, cifar, full"),
         (("cifar", None), r"scale cifar needs --data \(make: DATA=...\): cifar10:DIR or imagefolder:DIR"),
         (("full", ""), "scale full needs --data .*the directory that holds ILSVRC2012"),
-        (("tiny", "cifar10:x"), "scale tiny is of scikit-learn's digits, not cifar10:x; leave out --data"),
-        (("cifar", "x:", 24), "--n_px 24 is for scale cifar, and 16 or 32"),
-        (("tiny", None, 16), "--n_px 16 is for scale cifar"),
-        (("tiny", None, None, 7), "--steps 7 must be even, for a rehearsal looks at models after half of their steps"),
+        (("tiny", "cifar10:x"), "scale tiny uses scikit-learn's digits, not cifar10:x; leave out --data"),
+        (("cifar", "x:", 24), "--n_px 24 must be 16 or 32"),
+        (("tiny", None, 16), "--n_px 16 must be .*only scale cifar takes it"),
+        (("tiny", None, None, 7), "--steps 7 must be even and at least 2"),
     ],
 )
 def test_what_no_scale_is(arguments: tuple[Any, ...], message: str) -> None:
@@ -142,7 +142,7 @@ def test_what_no_scale_is(arguments: tuple[Any, ...], message: str) -> None:
 
 
 def test_what_cannot_be_counted() -> None:
-    with pytest.raises(ValueError, match="scale tiny has images whose number nobody knows beforehand"):
+    with pytest.raises(ValueError, match="scale tiny has data sets of unknown size"):
         budget.costs(get_scale("tiny", None), 64, H100S)
     small = Cluster(dataclasses.replace(GPUS["a100-40g"], memory=8e9))
     with pytest.raises(ValueError, match="igpt_xl_ar_64 does not fit 1 a100-40g; give more --gpus, or larger ones by --gpu"):
@@ -172,7 +172,7 @@ def test_what_is_not_there_is_told_before_anything_is_written(tool: Any, tmp_pat
     assert (status, said) == (2, "paper_plan.py: error: ds_config nosuch.json does not exist\n")
     assert not out.exists()
     status, _, said = tool("paper_plan", "--scale", "full", "--data", nowhere, "--out", out)
-    assert (status, f"warning: --data {nowhere} is no directory on this machine" in said) == (0, True)
+    assert (status, f"warning: --data {nowhere} is not a directory on this machine" in said) == (0, True)
     assert tool("paper_plan", "--scale", "full", "--data", tmp_path, "--out", out)[2] == ""
 
 

@@ -13,10 +13,9 @@ from igpt_ds.plan.costs import (
     CONTEXT,
     GIB,
     LIVE_PARAMETERS,
-    Layout,
+    RankLayout,
     checkpoint_bytes,
     exchanged_bytes,
-    fits,
     forward_flops_per_token,
     memory,
     parameters,
@@ -69,9 +68,9 @@ def test_xl_is_counted_exactly():
 @pytest.mark.parametrize(
     ("layout", "size", "gib"),
     [
-        (Layout(1), 18, 114.2),
-        (Layout(1, accumulation_bytes=2), 16, 101.5),
-        (Layout(1, precision="fp32"), 20, 126.9),
+        (RankLayout(1), 18, 114.2),
+        (RankLayout(1, accumulation_bytes=2), 16, 101.5),
+        (RankLayout(1, precision="fp32"), 20, 126.9),
     ],
 )
 def test_model_states_of_xl(layout, size, gib):
@@ -84,12 +83,12 @@ def test_model_states_of_xl(layout, size, gib):
 
 def test_what_each_stage_shards():
     P, N = parameters(XL), 64
-    stages = {stage: memory(XL, Layout(N, stage=stage, accumulation_bytes=2)) for stage in (1, 2, 3)}
+    stages = {stage: memory(XL, RankLayout(N, stage=stage, accumulation_bytes=2)) for stage in (1, 2, 3)}
     assert [stages[stage].weights for stage in (1, 2, 3)] == [2 * P, 2 * P, 2 * P / N]
     assert [stages[stage].gradients for stage in (1, 2, 3)] == [2 * P, 2 * P / N, 2 * P / N]
     assert {held.optimizer for held in stages.values()} == {12 * P / N}
-    assert memory(XL, Layout(N, hpz=8)).weights == 2 * P / N + 2 * P / 8
-    away = memory(XL, Layout(N, offload_optimizer=True))
+    assert memory(XL, RankLayout(N, hpz=8)).weights == 2 * P / N + 2 * P / 8
+    away = memory(XL, RankLayout(N, offload_optimizer=True))
     assert (away.gradients, away.optimizer) == (0, 0)
 
 
@@ -100,41 +99,41 @@ def test_states_are_those_of_deepspeeds_estimator(nodes, gpus):
 
     largest = 4 * XL.n_embd**2
     _, estimated, gathered = estimate_zero3_model_states_mem_needs(parameters(XL), largest, gpus, nodes, cpu_offload=False)
-    found = memory(XL, Layout(nodes * gpus))
+    found = memory(XL, RankLayout(nodes * gpus))
     assert found.states + gathered == pytest.approx(estimated, rel=1e-6)
     assert found.workspace - CONTEXT < 2 * LIVE_PARAMETERS + 4 * 2e8 + 4 * 2e8 + 1
 
 
 def test_activations_by_what_is_kept():
     token, logits = 2 * XL.n_embd * XL.n_ctx, 10 * XL.n_vocab * XL.n_ctx
-    kept = [memory(XL, Layout(64, checkpointing=mode)).activations for mode in ("none", "selective", "full")]
+    kept = [memory(XL, RankLayout(64, checkpointing=mode)).activations for mode in ("none", "selective", "full")]
     # 60 blocks, one of them complete while its gradients (10 C a token) are computed
     assert kept == [(60 * c + (16 - c) + 10) * token + logits for c in (16, 9, 1)]
     assert [size / GIB for size in kept] == pytest.approx([22.75, 13.07, 2.01], abs=0.02)
-    assert memory(XL, Layout(64, micro_batch=2)).activations == 2 * memory(XL, Layout(64)).activations
-    assert memory(XL, Layout(128, sequence_parallel=2)).activations == memory(XL, Layout(64)).activations / 2
+    assert memory(XL, RankLayout(64, micro_batch=2)).activations == 2 * memory(XL, RankLayout(64)).activations
+    assert memory(XL, RankLayout(128, sequence_parallel=2)).activations == memory(XL, RankLayout(64)).activations / 2
 
 
 def test_memory_decides_what_fits():
-    needed = memory(XL, Layout(8)).total
-    assert fits(XL, Layout(8), needed / 0.94)
-    assert not fits(XL, Layout(8), needed)  # fragments need their share
+    needed = memory(XL, RankLayout(8))
+    assert needed.fits(needed.total / 0.94)
+    assert not needed.fits(needed.total)  # fragments need their share
 
 
 def test_bytes_on_the_wire():
     P = parameters(XL)
-    assert wire_bytes(XL, Layout(64)) / 1e9 == pytest.approx(40.9 * 63 / 64, abs=0.05)
-    assert wire_bytes(XL, Layout(64, accumulation=4)) == 4 * wire_bytes(XL, Layout(64))
-    assert wire_bytes(XL, Layout(64, stage=1)) == wire_bytes(XL, Layout(64, stage=1, accumulation=4)) == 4 * P * 63 / 64
-    assert wire_bytes(XL, Layout(64, stage=2, accumulation=4)) == 10 * P * 63 / 64
-    assert exchanged_bytes(XL, Layout(64)) == 0
-    assert exchanged_bytes(XL, Layout(128, sequence_parallel=2)) == 8 * 2048 * 3072 * 2 * 60 / 2
-    again = Layout(128, sequence_parallel=2, checkpointing="full")
-    assert exchanged_bytes(XL, again) == 1.5 * exchanged_bytes(XL, Layout(128, sequence_parallel=2))
+    assert wire_bytes(XL, RankLayout(64)) / 1e9 == pytest.approx(40.9 * 63 / 64, abs=0.05)
+    assert wire_bytes(XL, RankLayout(64, accumulation=4)) == 4 * wire_bytes(XL, RankLayout(64))
+    assert wire_bytes(XL, RankLayout(64, stage=1)) == wire_bytes(XL, RankLayout(64, stage=1, accumulation=4)) == 4 * P * 63 / 64
+    assert wire_bytes(XL, RankLayout(64, stage=2, accumulation=4)) == 10 * P * 63 / 64
+    assert exchanged_bytes(XL, RankLayout(64)) == 0
+    assert exchanged_bytes(XL, RankLayout(128, sequence_parallel=2)) == 8 * 2048 * 3072 * 2 * 60 / 2
+    again = RankLayout(128, sequence_parallel=2, checkpointing="full")
+    assert exchanged_bytes(XL, again) == 1.5 * exchanged_bytes(XL, RankLayout(128, sequence_parallel=2))
 
 
 def test_one_rank_sends_nothing():
-    assert wire_bytes(XL, Layout(1)) == 0
+    assert wire_bytes(XL, RankLayout(1)) == 0
 
 
 def test_peak_of_a_gpu_by_its_name():
@@ -152,7 +151,7 @@ def test_peak_of_a_gpu_by_its_name():
 )
 def test_more_ranks_never_need_more_memory_each(world_size, micro_batch, stage, mode):
     few, many = (
-        memory(XL, Layout(ranks, micro_batch, stage=stage, checkpointing=mode)) for ranks in (world_size, 2 * world_size)
+        memory(XL, RankLayout(ranks, micro_batch, stage=stage, checkpointing=mode)) for ranks in (world_size, 2 * world_size)
     )
     assert many.states <= few.states
     assert many.activations == few.activations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -15,21 +14,21 @@ from hypothesis import strategies as st
 from igpt_ds.config import RECIPES, get_recipe, override
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.plan.costs import GIB, memory
-from igpt_ds.plan.estimate import DIRECTORY, Price, dry_run, estimate, layout, main, network, options, shipped
+from igpt_ds.plan.estimate import Price, estimate, rank_layout
+from igpt_ds.plan.options import DIRECTORY, Request, dry_run, main, network, options
 from igpt_ds.plan.step_time import GPUS, Cluster
 
 XL = get_recipe("igpt_xl_ar_64")
 H100S = Cluster(GPUS["h100-80g"])
-FREE = argparse.Namespace(micro_batch=None, sequence_parallel=None)
 
 
-def best(recipe, gpus, cluster=H100S, asked=FREE):
-    return options(recipe, gpus, cluster, shipped(), asked, Price())[0]
+def best(recipe, gpus, cluster=H100S):
+    return options(Request(recipe, gpus, cluster))[0]
 
 
 def test_a_layout_is_read_from_the_ds_config():
     runs = {path.stem: join(XL, load_ds_config(path), 64) for path in DIRECTORY.glob("*.json")}
-    layouts = {name: layout(run) for name, run in runs.items()}
+    layouts = {name: rank_layout(run) for name, run in runs.items()}
     assert {name: one.stage for name, one in layouts.items() if one.stage != 3} == {"zero1_bf16": 1, "zero2_bf16": 2}
     assert {name for name, one in layouts.items() if one.hpz > 1} == {"zero3_hpz_bf16"}
     assert {name for name, one in layouts.items() if one.offload_optimizer} == {"zero3_bf16_offload_optimizer"}
@@ -47,20 +46,20 @@ def test_a_layout_is_read_from_the_ds_config():
 def test_what_is_chosen_multiplies_out(name, gpus, gpu):
     recipe = RECIPES[name]
     try:
-        found = options(recipe, gpus, Cluster(GPUS[gpu]), shipped(), FREE, Price())
+        found = options(Request(recipe, gpus, Cluster(GPUS[gpu])))
     except ValueError:
         with pytest.raises(ValueError, match=f"a batch of {recipe.batch_images} images does not divide over {gpus} GPUs"):
-            options(recipe, gpus, Cluster(GPUS[gpu]), shipped(), FREE, Price())
+            options(Request(recipe, gpus, Cluster(GPUS[gpu])))
         return
     for one in found:
-        groups, left = divmod(gpus, one["sequence_parallel"])
+        groups, left = divmod(gpus, one.run.sequence_parallel)
         assert left == 0
-        assert one["micro_batch"] * one["accumulation"] * groups == recipe.batch_images
-        parts, n_ctx = one["sequence_parallel"], recipe.model.n_ctx
+        assert one.run.micro_batch * one.run.accumulation * groups == recipe.batch_images
+        parts, n_ctx = one.run.sequence_parallel, recipe.model.n_ctx
         assert recipe.model.n_head % parts == 0
         assert (parts - 1) * math.ceil(n_ctx / parts) < n_ctx, "the last of them may have fewer tokens, but some"
-        again = join(recipe, load_ds_config(DIRECTORY / one["ds_config"]), gpus, one["micro_batch"], one["sequence_parallel"])
-        assert one["memory"]["total"] == memory(recipe.model, layout(again)).total
+        again = join(recipe, load_ds_config(DIRECTORY / one.ds_config), gpus, one.run.micro_batch, one.run.sequence_parallel)
+        assert one.memory.total == memory(recipe.model, rank_layout(again)).total
 
 
 @given(batch_images=st.integers(1, 512), gpus=st.integers(1, 512))
@@ -69,13 +68,13 @@ def test_the_numbers_of_gpus_that_are_named_do_divide(batch_images, gpus):
     recipe = dataclasses.replace(XL, batch_images=batch_images)
     few = {"zero3_bf16.json": load_ds_config(DIRECTORY / "zero3_bf16.json")}
     try:
-        options(recipe, gpus, H100S, few, FREE, Price())
+        options(Request(recipe, gpus, H100S, few))
     except ValueError as error:
         named = [int(word) for word in str(error).partition("numbers that do: ")[2].split(" or ")]
         assert named
         assert gpus not in named
         for number in named:
-            assert options(recipe, number, H100S, few, FREE, Price())
+            assert options(Request(recipe, number, H100S, few))
 
 
 @pytest.mark.parametrize(
@@ -92,31 +91,31 @@ def test_the_numbers_of_gpus_that_are_named_do_divide(batch_images, gpus):
 )
 def test_what_is_recommended_for_xl(gpus, gpu, name, split):
     one = best(XL, gpus, Cluster(GPUS[gpu]))
-    assert one["fits"]
-    assert one["ds_config"] == name
-    assert (one["micro_batch"], one["accumulation"], one["sequence_parallel"]) == split
+    assert one.fits
+    assert one.ds_config == name
+    assert (one.run.micro_batch, one.run.accumulation, one.run.sequence_parallel) == split
 
 
 def test_a_slow_network_asks_for_hpz():
-    assert best(XL, 64, Cluster(GPUS["h100-80g"], node_network=network("8x100")))["ds_config"] == "zero3_hpz_bf16.json"
+    assert best(XL, 64, Cluster(GPUS["h100-80g"], node_network=network("8x100"))).ds_config == "zero3_hpz_bf16.json"
 
 
 def test_where_nothing_fits_the_nearest_comes_first_and_says_so(capsys):
-    assert not best(XL, 1)["fits"] or best(XL, 1)["ds_config"] == "zero3_bf16_offload_optimizer.json"
+    assert not best(XL, 1).fits or best(XL, 1).ds_config == "zero3_bf16_offload_optimizer.json"
     main(["--recipe", "igpt_xl_ar_64", "--gpus", "1", "--gpu_memory", "8"])
-    assert "DOES NOT FIT the 7.1 GiB that one h100-80g of 8 GB leaves" in capsys.readouterr().out
+    assert "DOES NOT FIT: 7.1 GiB are usable on one h100-80g of 8 GB" in capsys.readouterr().out
 
 
 def test_money_days_and_disk():
     run = join(XL, load_ds_config(DIRECTORY / "zero3_bf16.json"), 64)
     one = estimate(run, "zero3_bf16.json", H100S, Price(2.0, keep_last=3, keep_every=500_000))
-    assert one["days"] == pytest.approx(one["step_seconds"] * 2_000_000 / 86400)
-    assert one["gpu_hours"] == pytest.approx(64 * 24 * one["days"])
-    assert one["dollars"] == pytest.approx(2 * one["gpu_hours"])
-    assert one["checkpoints_kept"] == 3 + 4
-    assert one["disk_bytes"] == 8 * 12 * 6_810_875_904
-    assert (one["flops"], one["wire_bytes"]) == (pytest.approx(2.613e22, rel=1e-3), pytest.approx(40.2e9, rel=1e-2))
-    assert one["days"] == pytest.approx(10.6, abs=0.05)
+    assert one.days == pytest.approx(one.step.seconds * 2_000_000 / 86400)
+    assert one.gpu_hours == pytest.approx(64 * 24 * one.days)
+    assert one.dollars == pytest.approx(2 * one.gpu_hours)
+    assert one.checkpoints_kept == 3 + 4
+    assert one.disk_bytes == 8 * 12 * 6_810_875_904
+    assert (one.flops, one.wire_bytes) == (pytest.approx(2.613e22, rel=1e-3), pytest.approx(40.2e9, rel=1e-2))
+    assert one.days == pytest.approx(10.6, abs=0.05)
 
 
 def test_the_text_names_what_matters(capsys):
@@ -124,11 +123,11 @@ def test_the_text_names_what_matters(capsys):
     text = capsys.readouterr().out
     for words in (
         "6,810,875,904",
-        "49.838 G a token (full attention), 45.308 G (causal half); 2.613e+22 in all",
+        "49.838 G a token (full attention), 45.308 G (causal half); 2.613e+22 in total",
         "64 images = 64 ranks x micro batch 1 x accumulation 1",
         "--ds_config zero3_bf16.json --micro_batch 1",
         "29.01 GiB = weights 0.20 + gradients 0.40 + optimizer 1.19 + activations 22.75 + workspace",
-        "fits the 70.8 GiB",
+        "fits: 70.8 GiB are usable",
         "40.2 GB a GPU and step",
         "45.1 % (full attention), 41.0 % (causal)",
         "10.6 days on 64 h100-80g: 16,",
@@ -147,7 +146,9 @@ def test_shared_images_and_rough_sums_are_told(capsys):
     assert "64 groups of 4 ranks that share an image x micro batch 1" in text
     assert "--sequence_parallel 4" in text
     run = join(XL, load_ds_config(DIRECTORY / "zero1_bf16.json"), 8, micro_batch=1)
-    assert "accumulation 8 (summed in half precision: choose another ds_config)" in dry_run(run, "zero1_bf16.json", 2, 0)
+    assert "accumulation 8 (gradients summed in half precision: choose another ds_config)" in dry_run(
+        run, "zero1_bf16.json", 2, 0
+    )
 
 
 def test_bert_has_one_convention(capsys):
@@ -240,7 +241,7 @@ def test_the_command_in_the_first_lines_works(capsys):
 
 def test_a_recipe_with_other_knobs_is_planned_by_them():
     half = override(XL, {"n_layer": 30})
-    assert best(half, 64)["memory"]["activations"] < 0.6 * 22.75 * GIB
+    assert best(half, 64).memory.activations < 0.6 * 22.75 * GIB
 
 
 def test_what_is_offloaded_lies_in_the_hosts_memory(capsys):
@@ -253,5 +254,5 @@ def test_what_is_offloaded_lies_in_the_hosts_memory(capsys):
 
 
 def test_a_table_takes_no_number_of_gpus():
-    with pytest.raises(ValueError, match=r"--table goes through 8 to 2048 GPUs; leave out --gpus 7, or --table"):
+    with pytest.raises(ValueError, match=r"--table plans for 8 to 2048 GPUs; give --gpus 7 or --table"):
         main(["--recipe", "igpt_xl_ar_64", "--table", "--gpus", "7"])

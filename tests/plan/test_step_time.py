@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from igpt_ds.config import get_recipe
-from igpt_ds.plan.costs import Layout, parameters
+from igpt_ds.plan.costs import RankLayout, parameters
 from igpt_ds.plan.step_time import GPUS, Cluster, step_time
 
 H100S = Cluster(GPUS["h100-80g"])  # nodes of 8 with 8 cards of 400 Gbit/s
@@ -33,13 +33,13 @@ LLM_FOUNDRY = {8: 46.4, 128: 45.7, 256: 44.2, 512: 42.2}
 
 @pytest.mark.parametrize("gpus", LLM_FOUNDRY)
 def test_mfu_of_llm_foundrys_7b(gpus):
-    found = step_time(MPT_7B, Layout(gpus, micro_batch=6), H100S).mfu
+    found = step_time(MPT_7B, RankLayout(gpus, micro_batch=6), H100S).mfu
     assert 100 * found == pytest.approx(LLM_FOUNDRY[gpus], abs=5)
 
 
 def test_what_a_7b_loses_from_128_to_2048_gpus():
     """Fernandez et al., arXiv 2411.13055: 37.2 % of the speed of a GPU."""
-    few, many = (step_time(LLAMA_7B, Layout(gpus, micro_batch=2), H100S).mfu for gpus in (128, 2048))
+    few, many = (step_time(LLAMA_7B, RankLayout(gpus, micro_batch=2), H100S).mfu for gpus in (128, 2048))
     assert 100 * (1 - many / few) == pytest.approx(37.2, abs=5)
 
 
@@ -49,7 +49,7 @@ WEAK = {8: (46.2, 46.2), 64: (46.3, 46.4), 256: (45.4, 45.8), 512: (44.3, 45.1),
 
 @pytest.mark.parametrize("gpus", WEAK)
 def test_weak_scaling_of_xl(gpus):
-    found = [100 * step_time(XL, Layout(gpus, micro_batch=2, hpz=hpz), H100S).mfu for hpz in (1, 8)]
+    found = [100 * step_time(XL, RankLayout(gpus, micro_batch=2, hpz=hpz), H100S).mfu for hpz in (1, 8)]
     assert found == pytest.approx(WEAK[gpus], abs=0.15)
 
 
@@ -57,15 +57,15 @@ def test_weak_scaling_of_xl(gpus):
 @pytest.mark.parametrize(
     ("layout", "seconds"),
     [
-        (Layout(8, micro_batch=2, accumulation=4), 3.54),
-        (Layout(32, micro_batch=2), 0.89),
-        (Layout(64), 0.457),
-        (Layout(128, sequence_parallel=2), 0.274),
-        (Layout(128, sequence_parallel=2, hpz=8), 0.260),
-        (Layout(128, sequence_parallel=2, stage=1), 0.293),
-        (Layout(256, sequence_parallel=4), 0.398),
-        (Layout(256, sequence_parallel=4, hpz=8), 0.309),
-        (Layout(256, sequence_parallel=4, stage=1), 0.191),
+        (RankLayout(8, micro_batch=2, accumulation=4), 3.54),
+        (RankLayout(32, micro_batch=2), 0.89),
+        (RankLayout(64), 0.457),
+        (RankLayout(128, sequence_parallel=2), 0.274),
+        (RankLayout(128, sequence_parallel=2, hpz=8), 0.260),
+        (RankLayout(128, sequence_parallel=2, stage=1), 0.293),
+        (RankLayout(256, sequence_parallel=4), 0.398),
+        (RankLayout(256, sequence_parallel=4, hpz=8), 0.309),
+        (RankLayout(256, sequence_parallel=4, stage=1), 0.191),
     ],
 )
 def test_strong_scaling_of_xl(layout, seconds):
@@ -76,17 +76,17 @@ def test_strong_scaling_of_xl(layout, seconds):
 
 def test_full_checkpointing_costs_what_it_recomputes():
     """MFU does not count what is computed twice: 4/3 of the work, 3/4 of the MFU."""
-    none, full = (step_time(XL, Layout(8, checkpointing=mode), H100S) for mode in ("none", "full"))
+    none, full = (step_time(XL, RankLayout(8, checkpointing=mode), H100S) for mode in ("none", "full"))
     assert full.arithmetic / none.arithmetic == pytest.approx(4 / 3, abs=0.02)
     assert full.mfu / none.mfu == pytest.approx(3 / 4, abs=0.03)
 
 
 def test_bidirectional_attention_takes_longer():
-    assert step_time(XL, Layout(8), H100S, causal=False).seconds > step_time(XL, Layout(8), H100S).seconds
+    assert step_time(XL, RankLayout(8), H100S, causal=False).seconds > step_time(XL, RankLayout(8), H100S).seconds
 
 
 def test_what_does_not_overlap_is_paid():
-    hidden, paid = (step_time(XL, Layout(64, stage=2, overlap=overlap), H100S) for overlap in (True, False))
+    hidden, paid = (step_time(XL, RankLayout(64, stage=2, overlap=overlap), H100S) for overlap in (True, False))
     assert paid.communication == hidden.communication
     reduced = H100S.collective(2 * parameters(XL), 64, calls=35)  # in buckets of 2e8
     assert paid.seconds - hidden.seconds == pytest.approx(0.9 * reduced)
@@ -94,7 +94,7 @@ def test_what_does_not_overlap_is_paid():
 
 def test_a_slow_network_is_what_hpz_is_for():
     slow = Cluster(GPUS["h100-80g"], node_network=8 * 12.5e9)
-    flat, near = (step_time(XL, Layout(64, hpz=hpz), slow).seconds for hpz in (1, 8))
+    flat, near = (step_time(XL, RankLayout(64, hpz=hpz), slow).seconds for hpz in (1, 8))
     assert (flat, near) == (pytest.approx(0.548, rel=0.02), pytest.approx(0.477, rel=0.02))
 
 
@@ -102,4 +102,4 @@ def test_every_gpu_is_slower_in_practice_than_printed():
     for gpu in GPUS.values():
         assert gpu.gemm < gpu.peak
         assert gpu.attention < gpu.gemm
-        assert step_time(XL, Layout(64), Cluster(gpu)).mfu < 0.72
+        assert step_time(XL, RankLayout(64), Cluster(gpu)).mfu < 0.72

@@ -129,7 +129,7 @@ def test_ds_config_keys(main: Any, command: Command, tmp_path: Path, keys: dict[
 def test_warm_up_by_epochs(main: Any, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     """The tiny dataset's training split has 37 images, in batches of 12."""
     main(command("run", "--dry_run", "--warmup_epochs", "1.5"))
-    assert "12 steps, of which 5 warm up" in capsys.readouterr().out
+    assert "12 steps with 5 of warm-up" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--warmup_epochs 1 needs --data to count, and no --warmup_steps beside it"):
         main(command("run", "--warmup_epochs", "1", "--warmup_steps", "3"))
     with pytest.raises(ValueError, match="--warmup_epochs 1 needs --data to count"):

@@ -17,7 +17,7 @@ from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import read_json
 from igpt_ds.plan.costs import memory, parameters
-from igpt_ds.plan.estimate import layout
+from igpt_ds.plan.estimate import rank_layout
 
 pytestmark = pytest.mark.slow
 DIRECTORY = Path(__file__).parents[2] / "ds_configs"
@@ -61,7 +61,7 @@ def test_each_rank_holds_the_bytes_that_are_predicted(launch: Any, tmp_path: Pat
     done = launch([Path(__file__).with_name("engine_memory.py"), tmp_path / "recipe.json", path, out], ranks=ranks)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     config, run = recipe.model, join(recipe, load_ds_config(path), ranks)
-    predicted = memory(config, layout(run))
+    predicted = memory(config, rank_layout(run))
     C = config.n_embd
     # Of a block only qkv (3 C C) and the two products of the MLP (4 C C each) are large enough to be sharded.
     kept_whole = parameters(config) - config.n_layer * 11 * C * C if ranks > 1 else 0  # one rank's weights are whole as they lie
@@ -71,6 +71,6 @@ def test_each_rank_holds_the_bytes_that_are_predicted(launch: Any, tmp_path: Pat
     for found in held:
         for kind in ("weights", "gradients", "optimizer"):
             assert found[kind] == pytest.approx(getattr(predicted, kind), rel=0.02), kind
-        assert found["kept_whole"] == kept_whole * layout(run).weight_bytes
+        assert found["kept_whole"] == kept_whole * rank_layout(run).weight_bytes
     total = sum(found[kind] for found in held for kind in ("weights", "gradients", "optimizer"))
     assert total == pytest.approx(ranks * predicted.states, rel=0.02)

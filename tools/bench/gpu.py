@@ -266,7 +266,7 @@ def _zero3(session: Session, B: int) -> list[Row]:
     seconds = session.seconds(lambda: take_step(engine, [batch], loss, 1e-5), warm_up=2, times=6)
     what = f"XL under ZeRO-3, {mode} checkpointing, {B} images"
     row = session.step_row(what, config, B, seconds)
-    expected = costs.memory(config, costs.Layout(1, B, precision=run.precision, checkpointing=mode))
+    expected = costs.memory(config, costs.RankLayout(1, B, precision=run.precision, checkpointing=mode))
     predicted = (expected.total - costs.CONTEXT) / costs.GIB  # torch does not count the context
     measured = torch.cuda.max_memory_allocated() / costs.GIB if session.device.type == "cuda" else 0.0
     engine.destroy()
