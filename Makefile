@@ -29,7 +29,7 @@ paper: $(INSTALLED) ## all tables and figures: SCALE=tiny (minutes), SCALE=cifar
 WORKERS ?= $(if $(filter -k%,$(ARGS)),0,3)
 PYTEST := python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 test: $(INSTALLED) ## every test; narrow it by ARGS="-k floors"; WORKERS=0 runs them in one process
-	@$(IN_VENV) python tests/build_extension.py && $(PYTEST) $(ARGS)
+	@$(IN_VENV) $(if $(filter 0,$(WORKERS)),,python tests/build_extension.py &&) $(PYTEST) $(ARGS)
 
 test_fast: $(INSTALLED) ## the tests that launch no ranks
 	@$(IN_VENV) $(PYTEST) -m "not slow" $(ARGS)

@@ -1,6 +1,6 @@
 """Worker processes whose end is certain, also where one of them was killed.
 
-In: a number. Out: a pool. Called by prepare.py, duplicates.py and tools/fit_palette.py.
+In: a number. Out: a pool. Called by shards/encode.py, duplicates.py and tools/fit_palette.py.
 """
 
 from __future__ import annotations

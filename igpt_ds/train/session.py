@@ -97,7 +97,7 @@ def engine_of_run(
     watchdog: Watchdog,
     n_kept: int,
     pretrained: Path | None = None,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Engine, dict[str, Any]]:
     """The engine of a run directory that is free or this run's own, with --resume auto as its newest checkpoint left it.
 
     Args:

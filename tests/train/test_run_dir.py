@@ -136,7 +136,7 @@ def test_a_start_that_lost_the_run_may_not_save(tmp_path, monkeypatch):
 
 
 def test_a_run_at_work_is_not_disturbed(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
-    """test_occupancy.py has the rest."""
+    """test_run_lock.py has the rest."""
     where, run = tmp_path / "a", join(recipe, ZERO, 2)
     (where / "heartbeat").mkdir(parents=True)
 

@@ -2,7 +2,7 @@
 
 Batches are the same whoever computes them, so parts merged, or a run killed and continued, give the bytes of one run.
 
-In: a network and shards. Out: a feature directory, see feature_files. Called by `tools/extract_features.py`.
+In: a network and shards. Out: a feature directory, see files.py. Called by `tools/extract_features.py`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def extract(
     Args:
         mask_draws: for each shard set, or for all, through how many masks each image is seen; 0: whole. Bert models alone.
         at_once: images for which a block is read once; the network's batch when None.
-        part: (i, n) writes the i-th of n shares of the images, for `feature_files.merge`.
+        part: (i, n) writes the i-th of n shares of the images, for `files.merge`.
         report: is told what will be written and how fast, before anything is.
 
     Raises:

@@ -68,7 +68,7 @@ def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, sett
     """Five layers centred at one, their features side by side (paper 4.4): one probe, whose row names the layers.
 
     Raises:
-        ValueError: fewer than five layers; and as `protocols.linear_probe` does.
+        ValueError: fewer than five layers; and as `linear.linear_probe` does.
     """
     check_labels(evaluated)
     layers = window(train.layers, layer)
@@ -213,7 +213,7 @@ def mask_vote(
     mean over the masks, and single_accuracies are theirs.
 
     Raises:
-        ValueError: features of whole images, or of fewer masks; and as `protocols.linear_probe` does.
+        ValueError: features of whole images, or of fewer masks; and as `linear.linear_probe` does.
     """
     check_masks(train, evaluated, n_masks)
     check_labels(evaluated)

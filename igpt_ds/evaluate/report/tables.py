@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 5 as Markdown: its rows and other methods' (`paper.py`), ours, and the difference.
+"""The paper's Tables 1 to 5 as Markdown: its rows and other methods' (`paper/published.py`), ours, and the difference.
 
 In: result rows, recipes. Out: text. Ours are what training made, at the layer that held-out images chose, on the split that the
 row names; their difference is to the paper's own model on the same images, which may be larger and have seen other data: the

@@ -1,7 +1,7 @@
 """Exchange of weights with HF transformers' ImageGPT, both ways; transformers itself is not needed.
 
 In: an HF directory; out: a `Foreign`, whose weights are the state dict of our Transformer. `write_hf` goes the other way.
-Called by tools/import_hf.py and tools/export_hf.py; tools/import_openai.py gets its `Foreign` from `openai_checkpoint`.
+Called by tools/import_hf.py and tools/export_hf.py; tools/import_openai.py gets its `Foreign` from openai.py.
 
 | ours                      | HF (Conv1D weights are [in, out])          |
 |---------------------------|--------------------------------------------|
