@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from igpt_ds.files import read_json_lines
+from igpt_ds.files import read_json_lines, sha256_file
 from igpt_ds.train.checkpoint.manifest import list_checkpoints, read_manifest
 
 pytestmark = pytest.mark.slow
@@ -145,6 +148,30 @@ def test_missing_and_changed_files_then_another_number_of_ranks(
         "step-00000012",
     ]
     assert names == expected
+
+    shutil.rmtree(checkpoints / "step-00000012")
+    (tmp_path / "run" / "FINISHED").unlink()
+    forge(checkpoints / "step-00000008", tmp_path / "ran")
+    done = launch(command("run", "--resume", "auto", "--keep_last", "5"), ranks=3)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert len([line for line in done.stderr.splitlines() if "error: " in line and "posix.system" in line]) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def forge(checkpoint: Path, made: Path) -> None:
+    """Puts a command that makes a file into a checkpoint's newest file, and its sha256 into the manifest, as a stranger could."""
+
+    class Bomb:
+        def __reduce__(self) -> object:
+            return (os.system, (f"touch {made}",))
+
+    victim = sorted(checkpoint.glob("*model_states.pt"))[-1]
+    torch.save(torch.load(victim, weights_only=False) | {"bomb": Bomb()}, victim)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        if entry["name"] == victim.name:
+            entry.update(bytes=victim.stat().st_size, sha256=sha256_file(victim))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(launch: Any, command: Command, tmp_path: Path) -> None:

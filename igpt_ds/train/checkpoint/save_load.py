@@ -34,6 +34,7 @@ from igpt_ds.train.checkpoint.manifest import (
     set_aside_newer,
 )
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
+from igpt_ds.train.checkpoint.restricted import Reader, refuse_foreign_names
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 from igpt_ds.train.engine import restore_rng, rng_states
@@ -279,6 +280,18 @@ def divide_anew(engine: Engine, checkpoint: Path, manifest: dict[str, Any], unfi
 
 
 def _load(engine: Engine, checkpoint: Path) -> None:
-    _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    """Restores the engine. All ranks check the files first: a rank that stops during the load leaves the others waiting."""
+    error = ""
+    try:
+        refuse_foreign_names(sorted(checkpoint.glob("*.pt"))[dist.rank() :: dist.world_size()])
+    except (OSError, ValueError) as caught:
+        error = error_text(caught)
+    if errors := [error for error in dist.gather_objects(error) if error]:
+        raise SharedError(errors[0])
+    reader = engine.checkpoint_engine = Reader(engine.checkpoint_engine)
+    try:
+        _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    finally:
+        engine.checkpoint_engine = reader.wrapped
     states = client_state["igpt_ds/rng"]
     restore_rng(states[dist.rank() % len(states)])
