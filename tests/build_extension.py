@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 
-from igpt_ds.train.engine import tell_of_locks
+from igpt_ds.train.safety.build_locks import wait_for_builds
 
 
 def main() -> None:
     """Builds it, or finds it built."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    tell_of_locks()
+    wait_for_builds()
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     CPUAdamBuilder().load(verbose=False)

@@ -26,6 +26,7 @@ from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.store import open_weights
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.safety.build_locks import wait_for_builds
 
 # What a run minimises: (engine, micro batch on its device) -> a scalar. Pre-training and fine-tuning differ in this alone.
 LossFunction = Callable[[Engine, Batch], Tensor]
@@ -155,16 +156,6 @@ def take_weights(model: Transformer, model_dir: Path, stage: int) -> None:
                     weight.copy_(stored(name))
 
 
-def tell_of_locks() -> None:
-    """Says on each node that an extension of DeepSpeed is under construction, or seems so for ever after a killed start."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in sorted(root.rglob("lock")) if dist.local_rank() == 0 else []:
-        fix = "where no other start builds it, a killed one left the file, and this one waits until you remove it"
-        print(f"waiting for another start that builds DeepSpeed's {lock.parent.name} under {lock}; {fix}", flush=True)
-
-
 def build_engine(run: Run, pretrained: Path | None = None) -> Engine:
     """A DeepSpeedEngine around a new transformer.
 
@@ -176,7 +167,7 @@ def build_engine(run: Run, pretrained: Path | None = None) -> Engine:
     """
     import deepspeed
 
-    tell_of_locks()
+    wait_for_builds()
     if run.precision == "fp16" and not torch.cuda.is_available():
         raise SharedError("fp16 needs a GPU, DeepSpeed has none of it on a CPU; choose a --ds_config in bf16 or fp32")
     model = build_model(run)

@@ -19,8 +19,8 @@ import pytest
 from igpt_ds.files import read_json
 from igpt_ds.ops import diagnose
 from igpt_ds.ops.status import DivergedRun, RankStatus
-from igpt_ds.train.engine import tell_of_locks
 from igpt_ds.train.heartbeat import Heartbeat
+from igpt_ds.train.safety.build_locks import wait_for_builds
 
 ROOT = Path(__file__).parents[2]
 NOW = 1_000_000.0
@@ -72,7 +72,7 @@ def test_a_forgotten_lock_of_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam" / "lock").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    tell_of_locks()
+    wait_for_builds(0.1)
     (clue,) = diagnose.clues("job.out", capsys.readouterr().out.splitlines())
     assert "lock file" in clue.cause
 
