@@ -55,7 +55,7 @@ CLUES = (
     ),
     (
         r"waiting for another start that builds",
-        "another start builds an extension of DeepSpeed, or a killed one left its lock file, which the next start removes in a minute",
+        "another start builds an extension, or a killed one left its lock file, which the next start removes in a minute",
     ),
     (r"address already in use", "another job uses the same MASTER_PORT"),
     (r"stale file handle|input/output error|transport endpoint", "a network disk is gone"),
