@@ -38,11 +38,12 @@ from igpt_ds.train.checkpoint.save_load import load_checkpoint
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import check_ds_config, start_ranks
 from igpt_ds.train.finetune_flags import finetune_recipe, parse, starting_point
-from igpt_ds.train.finetuning import finetuning_loss, ignorant_loss, measure
+from igpt_ds.train.finetuning import finetuning_loss, measure
 from igpt_ds.train.loop import Cadence, Session, fit
 from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.safety.stops import Stop
-from igpt_ds.train.session import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
+from igpt_ds.train.session import engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
+from igpt_ds.train.stream import batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
     cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
     metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
-    watch = watch_over(args, run, stop, watchdog, found, early_stop(args), ignorant_loss(recipe))
+    watch = watch_over(args, run, stop, watchdog, found, early_stop(args))
     loss = finetuning_loss(recipe)
     session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch)
     why = fit(session, loader, loss, validate, start_step)

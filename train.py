@@ -35,7 +35,8 @@ from igpt_ds.train.flags import choose_recipe, parse
 from igpt_ds.train.loop import Cadence, Session, fit, pretraining_loss
 from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.safety.stops import Stop
-from igpt_ds.train.session import batches, engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
+from igpt_ds.train.session import engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
+from igpt_ds.train.stream import batches
 from igpt_ds.train.validation import validation_loss
 
 

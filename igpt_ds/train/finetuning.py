@@ -5,7 +5,6 @@ Both losses come of one pass through a `Classifier`; batches carry labels. Calle
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,15 +30,6 @@ def finetuning_loss(recipe: Recipe) -> LossFunction:
         return total(finetune, gen, clf).mean()
 
     return loss
-
-
-def ignorant_loss(recipe: Recipe) -> float:
-    """The loss of a model that knows nothing, in the recipe's units."""
-    finetune = recipe.finetune
-    assert finetune is not None
-    counted = recipe.model.n_ctx * (recipe.mask_prob if recipe.objective == "bert" else 1.0)
-    gen = math.log(recipe.model.n_vocab) * (counted if finetune.gen_scale == "sum" else 1.0)
-    return (finetune.loss != "clf") * gen + (finetune.loss != "gen") * math.log(finetune.n_classes)
 
 
 def measure(

@@ -25,11 +25,12 @@ from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import LossFunction, take_step
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.safety.rollback import Range, Stream, good_checkpoint, leave_out, range_to_skip, record
+from igpt_ds.train.safety.rollback import good_checkpoint, range_to_skip, record
 from igpt_ds.train.safety.spikes import Guard, Verdict, advice
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
 from igpt_ds.train.schedule import learning_rate
+from igpt_ds.train.stream import Range, Stream, leave_out
 
 # What was measured over the validation images, or None as soon as the function it is given (of a device) says no: the mean loss
 # in nats per token, or a dict with the loss as "val_loss" and whatever else shall stand in the curves.

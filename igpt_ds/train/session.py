@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import numpy as np
 import torch
 
 from igpt_ds import cli, dist
-from igpt_ds.data.loader import Augment, Batches, BatchLayout, Loader
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
+from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, write_json
 from igpt_ds.model import cpu_kernels
@@ -67,19 +65,6 @@ def verify(images: Mixture | ShardStream, val_shards: ShardSet) -> None:
         for shards in images.shard_sets:
             dist.from_rank_0(shards.verify)
     dist.from_rank_0(val_shards.verify)
-
-
-def batches(images: Mixture | ShardStream, run: Run, with_labels: bool = False) -> Batches:
-    """This rank's training batches."""
-    recipe = run.recipe
-    assert dist.data_world_size() * run.sequence_parallel == run.world_size, "the engine comes first: it makes the groups"
-    layout = BatchLayout(recipe.batch_images, run.micro_batch, dist.data_rank(), dist.data_world_size())
-    augment = Augment(recipe.augment_pad, recipe.augment_flip)
-    if isinstance(images, Mixture):
-        return Loader(images, layout, recipe.seed, augment, with_labels)
-    if dist.rank() == 0:
-        print(LIMITS, file=sys.stderr, flush=True)
-    return StreamLoader(images, layout, recipe.seed, augment, with_labels)
 
 
 def manifest_facts(run: Run, images: Mixture | ShardStream) -> dict[str, Any]:
@@ -179,7 +164,6 @@ def watch_over(
     watchdog: Watchdog,
     found: dict[str, Any],
     early: EarlyStop | None = None,
-    ignorant: float | None = None,
 ) -> Watch:
     """Who may interrupt the run, each knowing what it knew at the checkpoint.
 
@@ -187,7 +171,6 @@ def watch_over(
         watchdog: of `watched`.
         found: the checkpoint's manifest, or {} for a new run.
         early: what ends it by its validations, still knowing nothing.
-        ignorant: the loss of a model that knows nothing, see `Guard`.
     """
     rollbacks = dist.from_rank_0(lambda: read_rollbacks(args.run_dir) if args.resume == "auto" else [])
     guards = found.get("guards", {})
@@ -199,7 +182,7 @@ def watch_over(
     return Watch(
         stop,
         watchdog,
-        Guard(run.recipe, run.precision, guards, ignorant),
+        Guard(run.recipe, run.precision, guards),
         rollbacks,
         skipped_ranges(rollbacks, found),
         args.max_rollbacks if args.on_spike == "rollback" else 0,

@@ -19,9 +19,8 @@ from igpt_ds.model.store import fresh_model, save_model
 from igpt_ds.train.checkpoint.consolidate import _info, check_own
 from igpt_ds.train.checkpoint.manifest import prune
 from igpt_ds.train.early import EarlyStop
-from igpt_ds.train.finetuning import ignorant_loss
 from igpt_ds.train.run_dir import recipe_differences
-from igpt_ds.train.safety.spikes import Guard
+from igpt_ds.train.safety.spikes import Guard, chance_loss
 from igpt_ds.train.schedule import learning_rate
 from igpt_ds.train.sweep import Result, best, finished, read_result, table
 
@@ -104,10 +103,10 @@ def test_a_recipe_survives_json_and_differs_by_its_start(fine: Recipe, recipe: R
         ("gen", "sum", "bert", 0.15 * 16 * math.log(8)),
     ],
 )
-def test_what_a_model_that_knows_nothing_loses(fine: Recipe, loss: str, gen_scale: str, objective: str, expected: float) -> None:
+def test_the_loss_of_chance(fine: Recipe, loss: str, gen_scale: str, objective: str, expected: float) -> None:
     changed = dataclasses.replace(fine, objective=objective, finetune=Finetune(3, 2, "abc", loss, gen_scale))
-    assert ignorant_loss(changed) == pytest.approx(expected)
-    assert Guard(changed, "fp32", None, ignorant_loss(changed)).limit() == pytest.approx(expected + 0.5)
+    assert chance_loss(changed) == pytest.approx(expected)
+    assert Guard(changed, "fp32").limit() == pytest.approx(expected + 0.5)
 
 
 def test_the_search_goes_by_the_best_accuracy(tmp_path: Path) -> None:

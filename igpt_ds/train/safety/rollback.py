@@ -7,62 +7,15 @@ in each checkpoint's manifest too. Called by train/loop.py and train.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.data.loader import Batch, Batches
 from igpt_ds.files import read_json, write_json
 from igpt_ds.train.checkpoint.manifest import list_checkpoints, read_manifest
+from igpt_ds.train.stream import Range, leave_out, position
 
 FORMAT, VERSION = "igpt_ds.rollbacks", 1
-Range = tuple[int, int]  # positions [first, end) in the endless stream of images, in whole batches
-
-
-def position(step: int, batch_images: int, skipped: Sequence[Range]) -> int:
-    """Where in the stream the images of the step after `step` completed ones begin.
-
-    skipped: ranges left out, in order and apart from each other (see `leave_out`).
-    """
-    place = step * batch_images
-    for first, end in skipped:
-        if place >= first:
-            place += end - first
-    return place
-
-
-def leave_out(skipped: Sequence[Range], new: Range) -> list[Range]:
-    """The ranges with one more: in order, those that touch joined."""
-    joined: list[Range] = []
-    for first, end in sorted([*skipped, new]):
-        if joined and first <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((first, end))
-    return joined
-
-
-class Stream:
-    """This rank's training batches, step by step, without what is left out."""
-
-    def __init__(self, loader: Batches, batch_images: int, accumulation: int) -> None:
-        self.loader, self.batch_images, self.accumulation = loader, batch_images, accumulation
-        self._batches: Iterator[Batch] | None = None
-        self._place = -1
-
-    def step(self, step: int, skipped: Sequence[Range]) -> list[Batch]:
-        """The micro batches of the step after `step` completed ones."""
-        place = position(step, self.batch_images, skipped)
-        if self._batches is None or place != self._place:
-            self.close()
-            self._batches = self.loader.stream(place)
-        self._place = place + self.batch_images
-        return [next(self._batches) for _ in range(self.accumulation)]
-
-    def close(self) -> None:
-        """Ends the thread that makes batches ahead of time."""
-        if self._batches is not None:
-            self._batches.close()  # type: ignore[attr-defined]  # both kinds of Batches give generators
 
 
 def read_rollbacks(run_dir: Path) -> list[dict[str, Any]]:

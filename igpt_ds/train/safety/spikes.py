@@ -41,6 +41,16 @@ def advice(rollbacks: int, most: int, good: bool) -> str:
     return LOWER
 
 
+def chance_loss(recipe: Recipe) -> float:
+    """The loss of a model that gives all colours (and in fine-tuning all classes) the same probability, as `recipe` counts it."""
+    gen, finetune = math.log(recipe.model.n_vocab), recipe.finetune
+    if finetune is None:
+        return gen
+    if finetune.gen_scale == "sum":
+        gen *= recipe.model.n_ctx * (recipe.mask_prob if recipe.objective == "bert" else 1.0)
+    return (finetune.loss != "clf") * gen + (finetune.loss != "gen") * math.log(finetune.n_classes)
+
+
 class Verdict(enum.Enum):
     """What a guard says of a step."""
 
@@ -55,7 +65,6 @@ class Guard:
     Args:
         recipe: spike_window, spike_sigmas (0: watch for skipped steps only), spike_patience.
         state: what `state` returned when the checkpoint was saved; None for a new run.
-        ignorant: the loss of a model that knows nothing; ln V when left out.
 
     Attributes:
         skipped: steps that were not taken since step 0.
@@ -63,11 +72,8 @@ class Guard:
         why: what is wrong, in words, when a run is lost.
     """
 
-    def __init__(
-        self, recipe: Recipe, precision: str, state: dict[str, Any] | None = None, ignorant: float | None = None
-    ) -> None:
-        self.recipe = recipe
-        self.ignorant = math.log(recipe.model.n_vocab) if ignorant is None else ignorant
+    def __init__(self, recipe: Recipe, precision: str, state: dict[str, Any] | None = None) -> None:
+        self.recipe, self.chance_loss = recipe, chance_loss(recipe)
         self.max_skips = MAX_SKIPS_FP16 if precision == "fp16" else MAX_SKIPS
         self.restore(state or {})
 
@@ -88,7 +94,7 @@ class Guard:
         """The loss above which a step is an outlier, in nats per token; infinite when there is no way to know."""
         if not self.recipe.spike_sigmas:
             return math.inf
-        hopeless = self.ignorant + WORSE_THAN_NOTHING
+        hopeless = self.chance_loss + WORSE_THAN_NOTHING
         if len(self.window) < min(LEAST_WINDOW, self.recipe.spike_window):
             return hopeless
         mean = statistics.fmean(self.window)

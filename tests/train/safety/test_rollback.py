@@ -15,20 +15,11 @@ from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
 from igpt_ds.train.checkpoint.manifest import VERSION, list_checkpoints, prune
 from igpt_ds.train.loop import Watch
-from igpt_ds.train.safety.rollback import (
-    Range,
-    Stream,
-    good_checkpoint,
-    leave_out,
-    position,
-    range_to_skip,
-    read_rollbacks,
-    record,
-    skipped_ranges,
-)
+from igpt_ds.train.safety.rollback import good_checkpoint, range_to_skip, read_rollbacks, record, skipped_ranges
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
+from igpt_ds.train.stream import Range, Stream, leave_out, position
 
 BATCH = 12
 ranges = st.lists(
