@@ -20,7 +20,6 @@ import json
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from igpt_ds import cli, dist
 from igpt_ds.data.loader import check_shards
@@ -36,13 +35,11 @@ from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
 from igpt_ds.train.checkpoint.manifest import choose_checkpoint
 from igpt_ds.train.checkpoint.save_load import load_checkpoint
 from igpt_ds.train.early import EarlyStop
-from igpt_ds.train.engine import check_ds_config, start_ranks
+from igpt_ds.train.engine import check_ds_config
 from igpt_ds.train.finetune_flags import finetune_recipe, parse, starting_point
 from igpt_ds.train.finetuning import finetuning_loss, measure
-from igpt_ds.train.loop import Cadence, Session, fit
-from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.safety.stops import Stop
-from igpt_ds.train.session import engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
+from igpt_ds.train.loop import fit
+from igpt_ds.train.session import FinetuneStart, Session, open_session
 from igpt_ds.train.stream import batches
 
 
@@ -53,49 +50,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)
     start = starting_point(args)
     run = choose_run(args, start, images)
-    recipe = run.recipe
     if args.dry_run:
-        say(dry_run(run, args.ds_config.name, args.keep_last + 1, args.keep_every))
+        dist.say(dry_run(run, args.ds_config.name, args.keep_last + 1, args.keep_every))
         return
-    held_out = ShardSet(args.data, args.val_split)
-    evaluated = ShardSet(args.data, args.eval_split) if args.results else None  # opened now, lest it be missing then
+    recipe, held_out = run.recipe, ShardSet(args.data, args.val_split)
+    evaluated = ShardSet(args.data, args.eval_split) if args.results else None  # a missing split is an error now, not at the end
     check_start(args, start, images)
-
-    stop = Stop(args.run_dir, args.max_minutes)
-    stop.listen()
-    watchdog = watched(args)
-    device = start_ranks()
-    facts = manifest_facts(run, images) | {"finetune": about(args, start, images)}
-    pretrained = args.model if args.untrained is None else None
-    n_kept = args.keep_last + 1  # the best one stays as well
-    engine, found = engine_of_run(args, run, images, held_out, facts, watchdog, n_kept, pretrained)
-    start_step = int(found.get("step", 0))
-    peak = introduce(run, device)
-
-    loader = batches(images, run, with_labels=True)
-    validate = partial(measure, engine, recipe, held_out, run.micro_batch, args.val_images)
-    last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
-    cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
-    metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
-    watch = watch_over(args, run, stop, watchdog, found, early_stop(args))
-    loss = finetuning_loss(recipe)
-    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch)
-    why = fit(session, loader, loss, validate, start_step)
-    metrics.close()
-    finished = not why and (last_step == recipe.steps or watch.over)
-    if finished:
-        conclude(args, session, held_out, evaluated)
-    finish(args.run_dir, finished, why, watchdog)
+    with open_session(args, run, images, held_out, finetune_start(args, start, images)) as session:
+        validate = partial(measure, session.engine, recipe, held_out, run.micro_batch, args.val_images)
+        fit(session, batches(images, run, with_labels=True), finetuning_loss(recipe), validate)
+        if session.finished:
+            conclude(args, session, held_out, evaluated)
 
 
 def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> Run:
-    """What is learned, joined with how it fits the machines. Sets --val_every and --save_every to an epoch where left out."""
+    """What is learned, joined with how it fits the machines."""
     ds_config = load_ds_config(args.ds_config)
     check_ds_config(ds_config, args.ds_config)
     recipe = finetune_recipe(args, start, images.n_images, len(images.classes))
-    epoch = -(-images.n_images // recipe.batch_images)
-    args.val_every = epoch if args.val_every is None else args.val_every
-    args.save_every = args.val_every if args.save_every is None else args.save_every
     return join(recipe, ds_config, dist.world_size(), args.micro_batch, args.sequence_parallel)
 
 
@@ -120,9 +92,9 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
         read_results(args.results)
 
 
-def about(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> dict[str, Any]:
-    """What checkpoints say beyond those of a pre-training run, and the model dir afterwards."""
-    return {
+def finetune_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> FinetuneStart:
+    """What fine-tuning adds to a session: facts for manifests and the model dir, the weights to start from, early stopping."""
+    facts = {
         "classes": images.classes,
         "dataset": images.shard_sets[0].name,
         "dataset_hash": images.dataset_hash,
@@ -130,10 +102,11 @@ def about(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> dict[s
         "n_train": images.n_images,
         "start_step": start.step if args.untrained is None else 0,
     }
+    return FinetuneStart(facts, args.model if args.untrained is None else None, early_stop(args))
 
 
 def early_stop(args: argparse.Namespace) -> EarlyStop:
-    """By accuracy; by the loss where the class head learns nothing. Validation images that are trained on choose no step."""
+    """Early stopping by accuracy, or by the loss without a class head; the last step is kept if training sees --val_split."""
     folded = args.val_split in args.train_split.split("+")
     return EarlyStop("val_loss" if args.loss == "gen" else "val_accuracy", args.patience, keep_best=not folded)
 
@@ -156,7 +129,7 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
     else:
         dist.from_rank_0(lambda: consolidate(args.run_dir, out, early.best_step))
     info = dist.from_rank_0(lambda: read_info(out))
-    say(f"{out}: step {info.step}, {why_kept(early)}")
+    dist.say(f"{out}: step {info.step}, {why_kept(early)}")
     if evaluated is None:
         return
     found = dist.from_rank_0(lambda: choose_checkpoint(args.run_dir, info.step))
@@ -167,7 +140,7 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
     dist.from_rank_0(lambda: write_json(args.run_dir / "confusion.json", confusion))
     dist.from_rank_0(lambda: add_results(args.results, [row]))
     words = f"held out {100 * row.held_out_accuracy:.2f} %, {args.eval_split} {100 * row.accuracy:.2f} %"
-    say(f"{words} ({evaluated.n_images} images); row added to {args.results}")
+    dist.say(f"{words} ({evaluated.n_images} images); row added to {args.results}")
 
 
 if __name__ == "__main__":

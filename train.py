@@ -30,12 +30,10 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.plan.options import dry_run
-from igpt_ds.train.engine import check_ds_config, start_ranks
+from igpt_ds.train.engine import check_ds_config
 from igpt_ds.train.flags import choose_recipe, parse
-from igpt_ds.train.loop import Cadence, Session, fit, pretraining_loss
-from igpt_ds.train.metrics import Metrics
-from igpt_ds.train.safety.stops import Stop
-from igpt_ds.train.session import engine_of_run, finish, introduce, manifest_facts, say, watch_over, watched
+from igpt_ds.train.loop import fit, pretraining_loss
+from igpt_ds.train.session import open_session
 from igpt_ds.train.stream import batches
 from igpt_ds.train.validation import validation_loss
 
@@ -46,34 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist.map_environment(os.environ)
     images = None if args.dry_run and args.warmup_epochs is None else open_images(args)
     run = choose_run(args, images)
-    recipe = run.recipe
     if args.dry_run or images is None:
-        say(dry_run(run, args.ds_config.name, args.keep_last, args.keep_every))
+        dist.say(dry_run(run, args.ds_config.name, args.keep_last, args.keep_every))
         return
-    val_shards = ShardSet(args.data[0], args.val_split)
+    recipe, val_shards = run.recipe, ShardSet(args.data[0], args.val_split)
     check_shards(images, recipe.model)
     check_shards(val_shards, recipe.model)
-
-    stop = Stop(args.run_dir, args.max_minutes)
-    stop.listen()
-    watchdog = watched(args)
-    device = start_ranks()
-    facts = manifest_facts(run, images)
-    engine, found = engine_of_run(args, run, images, val_shards, facts, watchdog, args.keep_last)
-    start_step = int(found.get("step", 0))
-    peak = introduce(run, device)
-
-    loader = batches(images, run)
-    validate = partial(validation_loss, engine, recipe, val_shards, run.micro_batch, args.val_images)
-    last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
-    cadence = Cadence(args.log_every, args.val_every, args.save_every, args.keep_last, args.keep_every, last_step)
-    metrics = Metrics(args.run_dir, run, start_step, peak, args.wandb)
-    watch = watch_over(args, run, stop, watchdog, found)
-    loss = pretraining_loss(recipe)
-    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch)
-    why = fit(session, loader, loss, validate, start_step)
-    metrics.close()
-    finish(args.run_dir, last_step == recipe.steps and not why, why, watchdog)
+    with open_session(args, run, images, val_shards) as session:
+        validate = partial(validation_loss, session.engine, recipe, val_shards, run.micro_batch, args.val_images)
+        fit(session, batches(images, run), pretraining_loss(recipe), validate)
 
 
 def choose_run(args: argparse.Namespace, images: Mixture | ShardStream | None) -> Run:

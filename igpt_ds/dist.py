@@ -77,6 +77,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def say(line: str) -> None:
+    """Prints a line on rank 0 alone."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def local_rank() -> int:
     """This process among those of its node, 0-based; also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

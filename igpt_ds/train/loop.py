@@ -16,90 +16,20 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import Recipe
 from igpt_ds.data.loader import Batches
-from igpt_ds.ds_config import Run
 from igpt_ds.files import write_json
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.train.checkpoint.manifest import set_aside_newer
 from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
-from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import LossFunction, take_step
-from igpt_ds.train.engine_protocol import Engine
-from igpt_ds.train.metrics import Metrics
 from igpt_ds.train.safety.rollback import good_checkpoint, range_to_skip, record
-from igpt_ds.train.safety.spikes import Guard, Verdict, advice
-from igpt_ds.train.safety.stops import Stop
-from igpt_ds.train.safety.watchdog import Watchdog
+from igpt_ds.train.safety.spikes import Verdict, advice
 from igpt_ds.train.schedule import learning_rate
-from igpt_ds.train.stream import Range, Stream, leave_out
+from igpt_ds.train.session import Session
+from igpt_ds.train.stream import Stream, leave_out
 
 # What was measured over the validation images, or None as soon as the function it is given (of a device) says no: the mean loss
 # in nats per token, or a dict with the loss as "val_loss" and whatever else shall stand in the curves.
 Validate = Callable[[Callable[[Any], bool]], float | dict[str, float] | None]
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """How often things happen, in steps; 0 for never (the last step always logs, validates and saves)."""
-
-    log_every: int
-    val_every: int
-    save_every: int
-    keep_last: int
-    keep_every: int
-    last_step: int
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether something that happens each `every` steps happens after this one."""
-        return step == self.last_step or (every > 0 and step % every == 0)
-
-
-@dataclass
-class Watch:
-    """Who may interrupt the loop, and what it knows of interruptions before."""
-
-    stop: Stop
-    watchdog: Watchdog
-    guard: Guard
-    rollbacks: list[dict[str, Any]]  # of this run so far: RUN_DIR/rollbacks.json
-    skipped: list[Range]  # of the stream of images, left out by those
-    max_rollbacks: int  # 0: a lost run stops
-    skip_images: int | None  # that a rollback leaves out; None: all since the checkpoint
-    validate_first: bool  # the step that the run goes on from has not been validated
-    early: EarlyStop | None = None  # ends the run by its validations, and keeps the best step's checkpoint
-
-    @property
-    def over(self) -> bool:
-        """Whether the validations have ended the run."""
-        return self.early is not None and self.early.over
-
-    @property
-    def best_step(self) -> int | None:
-        """The step with the best validation so far, where somebody keeps it."""
-        return None if self.early is None else self.early.best_step
-
-    def protected(self, checkpoints: Path) -> list[int]:
-        """The steps whose checkpoints must stay: the best one, and while a doubt lasts the newest from before it. Rank 0 asks."""
-        best, since = self.best_step, self.guard.since
-        good = None if since is None else good_checkpoint(checkpoints, since, self.rollbacks)
-        return [*([] if best is None else [best]), *([] if good is None else [int(good[1]["step"])])]
-
-
-@dataclass(frozen=True)
-class Session:
-    """What belongs to one start of a run. `train/session.py` opens it, the loop works with it."""
-
-    engine: Engine
-    run: Run
-    run_dir: Path
-    facts: dict[str, Any]  # in every manifest, beside step, images_seen, guards and skipped_ranges
-    cadence: Cadence
-    metrics: Metrics
-    watch: Watch
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the run's checkpoints lie."""
-        return self.run_dir / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -112,24 +42,21 @@ class StepOutcome:
     skipped: bool
 
 
-def fit(session: Session, loader: Batches, loss_function: LossFunction, validate: Validate, start_step: int) -> str:
-    """Trains from start_step (completed steps) to the cadence's last step, or until something stops the run.
+def fit(session: Session, loader: Batches, loss_function: LossFunction, validate: Validate) -> None:
+    """Trains to the cadence's last step, or until something stops the run; `Watch.stopped` says what. Everything is saved then.
 
     Args:
         validate: measures the validation images; returns None when a stop interrupted it.
 
-    Returns:
-        Why it stopped early (`Stop.reason`), with everything saved; "" at the last step, or where `Watch.over`.
-
     Raises:
-        SharedError: the run is lost.
+        SharedError: the loss diverged, and there is no rollback.
     """
     engine, cadence, watch, metrics = session.engine, session.cadence, session.watch, session.metrics
     stop, guard = watch.stop, watch.guard
     stream = Stream(loader, session.run.recipe.batch_images, session.run.accumulation)
-    step, saved, save_due, unvalidated = start_step, start_step, False, watch.validate_first
-    if not stop.now(engine.device) and unvalidated:
-        unvalidated = not validated(session, validate, step)
+    step, saved, save_due = session.start_step, session.start_step, False
+    if not stop.now(engine.device) and watch.unvalidated:
+        watch.unvalidated = not validated(session, validate, step)
     while step < cadence.last_step and not stop.reason and not watch.over:
         step += 1
         outcome = one_step(session, stream, loss_function, step)
@@ -137,21 +64,22 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
         if verdict is Verdict.LOST:
             step = saved = go_back(session, outcome)
             metrics.rewind(step)
-            save_due = unvalidated = False
+            save_due = watch.unvalidated = False
             continue
         if cadence.due(cadence.log_every, step):
             metrics.training(step, outcome.loss, outcome.lr, float(engine.get_global_grad_norm()), guard.skipped)
         if cadence.due(cadence.val_every, step):
-            unvalidated = bool(stop.reason) or not validated(session, validate, step, verdict)
+            watch.unvalidated = bool(stop.reason) or not validated(session, validate, step, verdict)
         save_due = save_due or cadence.due(cadence.save_every, step) or watch.best_step == step
         ends = bool(stop.reason) or watch.over or step == cadence.last_step
         if ends or (save_due and verdict is Verdict.CALM):  # a doubtful state is not saved before it is calm again
-            save(session, step, unvalidated)
+            save(session, step)
             saved, save_due = step, False
             stop.now(engine.device)
     stream.close()
+    metrics.close()
     assert saved == step
-    return "" if (step == cadence.last_step or watch.over) and not unvalidated else stop.reason
+    watch.stopped = "" if (step == cadence.last_step or watch.over) and not watch.unvalidated else stop.reason
 
 
 def one_step(session: Session, stream: Stream, loss_function: LossFunction, step: int) -> StepOutcome:
@@ -187,13 +115,13 @@ def validated(session: Session, validate: Validate, step: int, verdict: Verdict 
     return True
 
 
-def save(session: Session, step: int, unvalidated: bool) -> None:
+def save(session: Session, step: int) -> None:
     """Saves a checkpoint with the guards' state. images_seen counts the images trained on; skipped_ranges lie between them."""
     cadence, metrics, watch = session.cadence, session.metrics, session.watch
     watch.watchdog.alive("save", step)
     start = time.perf_counter()
     early = {} if watch.early is None else {"early": watch.early.state()}
-    guards = watch.guard.state() | {"unvalidated": unvalidated} | early
+    guards = watch.guard.state() | {"unvalidated": watch.unvalidated} | early
     images_seen = step * session.run.recipe.batch_images
     where = {"step": step, "images_seen": images_seen, "skipped_ranges": watch.skipped, "guards": guards}
     protected = dist.from_rank_0(lambda: watch.protected(session.checkpoints))
@@ -224,8 +152,7 @@ def go_back(session: Session, outcome: StepOutcome) -> int:
     row = {"step": outcome.step, "since": since, "back_to": back_to, "skipped": skip, "why": guard.why}
     watch.rollbacks = [*watch.rollbacks, row]
     dist.from_rank_0(lambda: record(session.run_dir, watch.rollbacks))
-    if dist.rank() == 0:
-        print(f"{lost}; back to {found[0]}, without images {skip[0]:,} to {skip[1] - 1:,} of the stream", flush=True)
+    dist.say(f"{lost}; back to {found[0]}, without images {skip[0]:,} to {skip[1] - 1:,} of the stream")
     watch.watchdog.alive("loading", back_to)
     load_checkpoint(session.engine, *found, session.facts)
     guard.restore(found[1].get("guards", {}))

@@ -1,16 +1,18 @@
-"""What train.py and finetune.py do around the loop: batches, resume and guards before it, a mark of the end after it.
+"""One start of a run: flags, run and shards enter, an open `Session` leaves. Every rank calls every function.
 
-A run and its open shards enter; what `loop.fit` is given leaves. Every rank calls every function.
+train.py and finetune.py open the session, train/loop.py works with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from igpt_ds import cli, dist
@@ -27,18 +29,164 @@ from igpt_ds.train import run_dir
 from igpt_ds.train.checkpoint.save_load import check_space, load_checkpoint, verified_checkpoint
 from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.early import EarlyStop
-from igpt_ds.train.engine import build_engine
+from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.engine_protocol import Engine
-from igpt_ds.train.loop import Watch
-from igpt_ds.train.metrics import peak_of_all_ranks
-from igpt_ds.train.safety.rollback import read_rollbacks, skipped_ranges
+from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
+from igpt_ds.train.safety.rollback import good_checkpoint, read_rollbacks, skipped_ranges
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
+from igpt_ds.train.stream import Range, verify
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often things happen, in steps. 0 means never; the last step always logs, validates and saves."""
+
+    log_every: int
+    val_every: int
+    save_every: int
+    keep_last: int
+    keep_every: int
+    last_step: int
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens every `every` steps happens after this step."""
+        return step == self.last_step or (every > 0 and step % every == 0)
+
+
+@dataclass
+class Watch:
+    """What may interrupt the loop, and what the run knows of earlier interruptions."""
+
+    stop: Stop
+    watchdog: Watchdog
+    guard: Guard
+    rollbacks: list[dict[str, Any]]  # of this run so far: RUN_DIR/rollbacks.json
+    skipped: list[Range]  # ranges of the stream of images that rollbacks left out
+    max_rollbacks: int  # 0: the run stops when its loss diverges
+    skip_images: int | None  # images that a rollback leaves out; None: all since the checkpoint
+    unvalidated: bool  # the newest step has not been validated, because a stop interrupted its validation
+    early: EarlyStop | None = None  # ends the run by its validations, and keeps the best step's checkpoint
+    stopped: str = ""  # why `fit` ended before the last step; everything is saved
+
+    @property
+    def over(self) -> bool:
+        """Whether early stopping ended the run."""
+        return self.early is not None and self.early.over
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best validation so far, if early stopping is on."""
+        return None if self.early is None else self.early.best_step
+
+    def protected(self, checkpoints: Path) -> list[int]:
+        """Steps whose checkpoints must stay: the best one, and during a doubt the newest from before it. Rank 0 calls it."""
+        best, since = self.best_step, self.guard.since
+        good = None if since is None else good_checkpoint(checkpoints, since, self.rollbacks)
+        return [*([] if best is None else [best]), *([] if good is None else [int(good[1]["step"])])]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run, opened by `open_session`."""
+
+    engine: Engine
+    run: Run
+    run_dir: Path
+    facts: dict[str, Any]  # in every manifest, beside step, images_seen, guards and skipped_ranges
+    cadence: Cadence
+    metrics: Metrics
+    watch: Watch
+    start_step: int  # completed steps at the start
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of the run's checkpoints."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its recipe's last step, or early stopping ended it."""
+        return not self.watch.stopped and (self.cadence.last_step == self.run.recipe.steps or self.watch.over)
+
+
+@dataclass(frozen=True)
+class FinetuneStart:
+    """What fine-tuning adds to a session."""
+
+    facts: dict[str, Any]  # under "finetune" in every manifest
+    pretrained: Path | None  # the model dir whose weights training starts from; None for fresh weights
+    early: EarlyStop
+
+
+@contextmanager
+def open_session(
+    args: argparse.Namespace,
+    run: Run,
+    images: Mixture | ShardStream,
+    val_shards: ShardSet,
+    finetune: FinetuneStart | None = None,
+) -> Iterator[Session]:
+    """Joins the ranks and opens a run; `--resume auto` loads the newest checkpoint. On exit it marks the end of the run.
+
+    The run directory must be free or hold this run.
+
+    Raises:
+        SharedError: another run's directory, damaged shards, too little disk space, or no checkpoint that can be used.
+        SystemExit: STOPPED at the end, if something stopped the run before its last step.
+    """
+    stop = Stop(args.run_dir, args.max_minutes)
+    stop.listen()
+    watchdog = Watchdog(args.run_dir, args.hang_minutes)
+    watchdog.start()  # it writes no file before `settle`: the run directory may be another run's
+    device = start_ranks()
+    early, pretrained = (None, None) if finetune is None else (finetune.early, finetune.pretrained)
+    facts = manifest_facts(run, images) | ({} if finetune is None else {"finetune": finetune.facts})
+    palette, resumes = val_shards.path / "palette.npy", args.resume == "auto"
+    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, facts["data"], palette, resumes))
+    watchdog.settle()
+    if args.verify_shards:
+        watchdog.alive("verifying", 0)
+        verify(images, val_shards)
+    watchdog.alive("building", 0)
+    dist.say(json.dumps(run_to_dict(run), indent=1))
+    engine = engine_of_run(run, args.run_dir, pretrained)
+    watchdog.alive("loading", 0)
+    found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else {}
+    check_space(engine, args.run_dir / "checkpoints", args.keep_last + (early is not None))  # the best checkpoint stays too
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts["data"], palette, cpu_kernels.used()))
+    start_step = int(found.get("step", 0))
+    metrics = Metrics(args.run_dir, run, start_step, introduce(run, device), args.wandb)
+    watch = watch_over(args, Guard(run.recipe, run.precision, found.get("guards")), stop, watchdog, found, early)
+    session = Session(engine, run, args.run_dir, facts, choose_cadence(args, run, images.n_images), metrics, watch, start_step)
+    yield session
+    finish(session)
+
+
+def choose_cadence(args: argparse.Namespace, run: Run, n_images: int) -> Cadence:
+    """The cadence that the flags ask for. --val_every defaults to an epoch of n_images, --save_every to --val_every."""
+    recipe = run.recipe
+    val_every = -(-n_images // recipe.batch_images) if args.val_every is None else args.val_every
+    save_every = val_every if args.save_every is None else args.save_every
+    last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
+    return Cadence(args.log_every, val_every, save_every, args.keep_last, args.keep_every, last_step)
+
+
+def engine_of_run(run: Run, where: Path, pretrained: Path | None) -> Engine:
+    """The engine of a run directory, with the weights of the model dir `pretrained`, or fresh ones (None)."""
+    if pretrained is not None:
+        dist.from_rank_0(lambda: verified_info(pretrained))
+    cpu_kernels.use(dist.from_rank_0(lambda: cpu_product(where)))
+    engine = build_engine(run, pretrained)
+    effective = effective_config(engine)
+    dist.from_rank_0(lambda: write_json(where / "ds_config.effective.json", effective))
+    check_effective(run, effective)
+    return engine
 
 
 def introduce(run: Run, device: torch.device) -> float:
-    """Says how large the network is and on what it runs; returns FLOP/s of all ranks together."""
+    """Prints the size of the network, the device and the speed; returns FLOP/s of all ranks together."""
     peak, source = peak_of_all_ranks(device, run.precision)
     weights = costs.parameters(run.recipe.model, run.recipe.objective)
     attention = attention_backend(
@@ -48,71 +196,14 @@ def introduce(run: Run, device: torch.device) -> float:
         {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision, torch.float32),
     )
     speed = f"{peak / 1e12:.2f} TFLOP/s over {run.world_size} ranks ({source})"
-    say(f"{weights:,} parameters; {speed}; attention by torch's {attention} kernel on {device.type}")
+    dist.say(f"{weights:,} parameters; {speed}; attention by torch's {attention} kernel on {device.type}")
     return peak
 
 
-def verify(images: Mixture | ShardStream, val_shards: ShardSet) -> None:
-    """Reads all shards before the first step. With --on_bad skip the ranks divide the images, and damaged ones are left out."""
-    if isinstance(images, Mixture) and images.on_bad == "skip":
-        parts = dist.gather_objects(images.damaged(dist.rank(), dist.world_size()))
-        try:
-            images.skip([np.sort(np.concatenate(ids)) for ids in zip(*parts, strict=True)], aloud=dist.rank() == 0)
-        except ValueError as error:
-            raise cli.SharedError(str(error)) from None  # every rank counts the same
-        say(f"{images.n_skipped} of {images.n_images:,} training images are damaged and skipped")
-    elif isinstance(images, Mixture):
-        for shards in images.shard_sets:
-            dist.from_rank_0(shards.verify)
-    dist.from_rank_0(val_shards.verify)
-
-
 def manifest_facts(run: Run, images: Mixture | ShardStream) -> dict[str, Any]:
-    """What every checkpoint says of the run that made it."""
+    """What every manifest says of its run."""
     recipe = run_to_dict(run)["recipe"]
     return {"recipe": recipe, "data": images.facts(), "precision": run.precision, "sequence_parallel": run.sequence_parallel}
-
-
-def engine_of_run(
-    args: argparse.Namespace,
-    run: Run,
-    images: Mixture | ShardStream,
-    val_shards: ShardSet,
-    facts: dict[str, Any],
-    watchdog: Watchdog,
-    n_kept: int,
-    pretrained: Path | None = None,
-) -> tuple[Engine, dict[str, Any]]:
-    """The engine of a run directory that is free or this run's own, with --resume auto as its newest checkpoint left it.
-
-    Args:
-        facts: of `manifest_facts`.
-        n_kept: checkpoints that stay, for which there must be room on the disk.
-        pretrained: the model dir whose weights it begins with; None for fresh ones.
-
-    Returns:
-        The engine, and the manifest of the checkpoint that it goes on from: {} where there is none.
-    """
-    palette, checkpoints = val_shards.path / "palette.npy", args.run_dir / "checkpoints"
-    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, facts["data"], palette, args.resume == "auto"))
-    watchdog.settle()
-    if args.verify_shards:
-        watchdog.alive("verifying", 0)
-        verify(images, val_shards)
-    watchdog.alive("building", 0)
-    say(json.dumps(run_to_dict(run), indent=1))
-    if pretrained is not None:
-        dist.from_rank_0(lambda: verified_info(pretrained))
-    cpu_kernels.use(dist.from_rank_0(lambda: cpu_product(args.run_dir)))
-    engine = build_engine(run, pretrained)
-    effective = effective_config(engine)
-    dist.from_rank_0(lambda: write_json(args.run_dir / "ds_config.effective.json", effective))
-    check_effective(run, effective)
-    watchdog.alive("loading", 0)
-    found = resume(engine, checkpoints, facts) if args.resume == "auto" else {}
-    check_space(engine, checkpoints, n_kept)
-    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts["data"], palette, cpu_kernels.used()))
-    return engine, found
 
 
 def cpu_product(where: Path) -> str:
@@ -142,35 +233,22 @@ def resume(engine: Engine, checkpoints: Path, facts: dict[str, Any]) -> dict[str
     """
     found = verified_checkpoint(checkpoints)
     if found is None:
-        say("nothing to resume: step 0")
+        dist.say("nothing to resume: step 0")
         return {}
     checkpoint, manifest = found
     load_checkpoint(engine, checkpoint, manifest, facts, verified=True)
-    say(f"resumed from {checkpoint}: {manifest['step']} steps, {manifest['images_seen']:,} images")
+    dist.say(f"resumed from {checkpoint}: {manifest['step']} steps, {manifest['images_seen']:,} images")
     return manifest
 
 
-def watched(args: argparse.Namespace) -> Watchdog:
-    """A watchdog that watches already, and writes no file before its `settle`: the run directory may be another run's."""
-    watchdog = Watchdog(args.run_dir, args.hang_minutes)
-    watchdog.start()
-    return watchdog
-
-
 def watch_over(
-    args: argparse.Namespace,
-    run: Run,
-    stop: Stop,
-    watchdog: Watchdog,
-    found: dict[str, Any],
-    early: EarlyStop | None = None,
+    args: argparse.Namespace, guard: Guard, stop: Stop, watchdog: Watchdog, found: dict[str, Any], early: EarlyStop | None
 ) -> Watch:
-    """Who may interrupt the run, each knowing what it knew at the checkpoint.
+    """What may interrupt the run, in the state of the checkpoint.
 
     Args:
-        watchdog: of `watched`.
-        found: the checkpoint's manifest, or {} for a new run.
-        early: what ends it by its validations, still knowing nothing.
+        found: the checkpoint's manifest; {} for a new run.
+        early: in its initial state.
     """
     rollbacks = dist.from_rank_0(lambda: read_rollbacks(args.run_dir) if args.resume == "auto" else [])
     guards = found.get("guards", {})
@@ -179,39 +257,23 @@ def watch_over(
     if dist.rank() == 0:
         (args.run_dir / "LOST.json").unlink(missing_ok=True)
     watchdog.alive("start", int(found.get("step", 0)))
-    return Watch(
-        stop,
-        watchdog,
-        Guard(run.recipe, run.precision, guards),
-        rollbacks,
-        skipped_ranges(rollbacks, found),
-        args.max_rollbacks if args.on_spike == "rollback" else 0,
-        args.spike_skip_images,
-        validate_first=bool(guards.get("unvalidated", not found)),
-        early=early,
-    )
+    most = args.max_rollbacks if args.on_spike == "rollback" else 0
+    skipped, unvalidated = skipped_ranges(rollbacks, found), bool(guards.get("unvalidated", not found))
+    return Watch(stop, watchdog, guard, rollbacks, skipped, most, args.spike_skip_images, unvalidated, early)
 
 
-def finish(where: Path, finished: bool, why: str, watchdog: Watchdog) -> None:
-    """Marks a run that reached its end, and lets all ranks leave together.
-
-    Args:
-        why: what stopped it before its last step, "" where nothing did.
+def finish(session: Session) -> None:
+    """Marks a finished run with a file FINISHED; all ranks leave together.
 
     Raises:
-        SystemExit: STOPPED, where something stopped it.
+        SystemExit: STOPPED, if something stopped the run.
     """
-    watchdog.close("stopped" if why else "end")
+    why = session.watch.stopped
+    session.watch.watchdog.close("stopped" if why else "end")
     dist.barrier()
-    if dist.rank() == 0 and finished:
-        with atomic_file(where / "FINISHED", "w") as file:
+    if dist.rank() == 0 and session.finished:
+        with atomic_file(session.run_dir / "FINISHED", "w") as file:
             file.write("all steps done\n")
     if why:
-        say(f"stopped by {why}, with everything saved; --resume auto goes on")
+        dist.say(f"stopped by {why}; everything is saved, and --resume auto continues")
         raise SystemExit(cli.STOPPED)
-
-
-def say(line: str) -> None:
-    """Prints once, not once a rank."""
-    if dist.rank() == 0:
-        print(line, flush=True)

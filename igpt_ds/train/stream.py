@@ -8,13 +8,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from igpt_ds import dist
+from igpt_ds.cli import SharedError
 from igpt_ds.data.loader import Augment, Batch, Batches, BatchLayout, Loader
 from igpt_ds.data.mixture import Mixture
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 from igpt_ds.ds_config import Run
 
 Range = tuple[int, int]  # positions [first, end) in the endless stream of images, in whole batches
+
+
+def verify(images: Mixture | ShardStream, val_shards: ShardSet) -> None:
+    """Reads all shards. With --on_bad skip the ranks divide the images among them, and damaged ones are left out."""
+    if isinstance(images, Mixture) and images.on_bad == "skip":
+        parts = dist.gather_objects(images.damaged(dist.rank(), dist.world_size()))
+        try:
+            images.skip([np.sort(np.concatenate(ids)) for ids in zip(*parts, strict=True)], aloud=dist.rank() == 0)
+        except ValueError as error:
+            raise SharedError(str(error)) from None  # every rank counts the same
+        dist.say(f"{images.n_skipped} of {images.n_images:,} training images are damaged and skipped")
+    elif isinstance(images, Mixture):
+        for shards in images.shard_sets:
+            dist.from_rank_0(shards.verify)
+    dist.from_rank_0(val_shards.verify)
 
 
 def batches(images: Mixture | ShardStream, run: Run, with_labels: bool = False) -> Batches:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
 from igpt_ds.train.checkpoint.manifest import VERSION, list_checkpoints, prune
-from igpt_ds.train.loop import Watch
 from igpt_ds.train.safety.rollback import good_checkpoint, range_to_skip, read_rollbacks, record, skipped_ranges
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
+from igpt_ds.train.session import Watch
 from igpt_ds.train.stream import Range, Stream, leave_out, position
 
 BATCH = 12
