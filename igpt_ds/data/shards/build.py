@@ -274,6 +274,7 @@ def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | Non
                 entries.append(shard.close())
         save_palette(partial / "palette.npy", shards.palette)
         index = read_index(shards.path) | {
+            "version": VERSION,
             "name": name or out.resolve().name,
             "derived": note,
             "splits": {"train": _split_entry(entries, shards.palette_hash, shards.n_px)},

@@ -24,7 +24,8 @@ from igpt_ds.data.shards.record import END, ShardEntry, checksum, numbers, recor
 from igpt_ds.data.shards.verify import AGAIN, all_damage
 from igpt_ds.files import read_json
 
-FORMAT, VERSION = "igpt_ds.shards", 2
+FORMAT, VERSION = "igpt_ds.shards", 3
+_READABLE = (2, 3)  # version 2 has "blocks", the crc32 of each 1,024 images, in each shard's entry; readers ignore it
 SPLITS = ("train", "val", "test")
 _CHUNK = 1024  # images checked at a time
 
@@ -50,8 +51,8 @@ def read_index(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{path} is no shard directory: it has no index.json; make one with tools/make_shards.py")
     index = read_json(file, "shard index")
-    if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"shard index {file} is not {FORMAT} version {VERSION}; {AGAIN}")
+    if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") not in _READABLE:
+        raise ValueError(f"shard index {file} is not {FORMAT} version {' or '.join(map(str, _READABLE))}; {AGAIN}")
     if index.get("sha256") != signed(index)["sha256"]:
         raise ValueError(f"shard index {file} was changed since it was written: its sha256 differs; {AGAIN}")
     return index

@@ -44,13 +44,12 @@ def typed(values: dict[str, Any], key: str, kind: type) -> Any:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the index says of one shard: its file name, its images, its size, its sha256, the crc32 of each block of images."""
+    """What the index says of one shard: its file name, its images, its size, its sha256."""
 
     name: str
     n_images: int
     bytes: int
     sha256: str
-    blocks: list[str]
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ShardEntry:
@@ -60,7 +59,7 @@ class ShardEntry:
             KeyError: a key is missing.
             TypeError: a value is of another type.
         """
-        kinds = {"name": str, "n_images": int, "bytes": int, "sha256": str, "blocks": list}
+        kinds = {"name": str, "n_images": int, "bytes": int, "sha256": str}
         return cls(**{key: typed(values, key, kind) for key, kind in kinds.items()})
 
 

@@ -46,7 +46,7 @@ def test_index_tells_what_a_reader_must_know(tiny, palette8):
     assert len(index.pop("source_hash")) == 64
     assert index == {
         "format": "igpt_ds.shards",
-        "version": 2,
+        "version": 3,
         "name": tiny.name,
         "n_px": 4,
         "n_vocab": 8,

@@ -140,11 +140,25 @@ def test_no_dataset_directory(tmp_path):
             ShardSet(path, "train")
 
 
-@pytest.mark.parametrize("changes", [{"version": 1}, {"format": "other"}])
+@pytest.mark.parametrize("changes", [{"version": 1}, {"version": 4}, {"version": None}, {"format": "other"}])
 def test_other_formats(damaged, changes):
     edit_index(damaged, **changes)
-    with pytest.raises(ValueError, match=r"index.json is not igpt_ds.shards version 2; make the shards again"):
+    with pytest.raises(ValueError, match=r"index.json is not igpt_ds.shards version 2 or 3; make the shards again"):
         ShardSet(damaged, "train")
+
+
+def test_version_2_is_read(damaged, tiny):
+    splits = json.loads((damaged / "index.json").read_text())["splits"]
+    for split in splits.values():
+        for shard in split["shards"]:
+            shard["blocks"] = ["0123abcd"]
+    edit_index(damaged, version=2, splits=splits)
+    for split in ("train", "val"):
+        old, new = ShardSet(damaged, split), ShardSet(tiny, split)
+        assert old.dataset_hash == new.dataset_hash
+        for of_old, of_new in zip(everything(old), everything(new), strict=True):
+            np.testing.assert_array_equal(of_old, of_new)
+        old.verify()
 
 
 def test_index_that_is_no_object(damaged):

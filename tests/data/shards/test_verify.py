@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import open_index
+from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.shards.verify import all_damage, shard_damage
 
 
@@ -64,13 +66,24 @@ def test_two_images_that_changed_places(tiny, tmp_path, entry):
     file = tmp_path / entry.name
     file.write_bytes(content[2048:4096] + content[:2048] + content[4096:])
     (damage,) = shard_damage(file, entry, 4)
-    assert (damage.first, damage.last) == (0, 7 * 2048 - 1)
-    assert f"the crc32 of block 0 is not {entry.blocks[0]}; make the shards again" in str(damage)
+    assert (damage.first, damage.last) == (0, entry.bytes - 1)
+    assert f"bytes 0 to {entry.bytes - 1} are damaged: its sha256 is not the index's" in str(damage)
 
 
 def test_another_sha256(tiny, entry):
     (damage,) = shard_damage(tiny / entry.name, replace(entry, sha256="0" * 64), 4)
-    assert "its sha256 is not the index's, though every block is as written" in str(damage)
+    assert "its sha256 is not the index's, though every image matches its own checksum" in str(damage)
+
+
+def test_damage_is_named_past_the_first_thousand_images(tmp_path, palette8, memory):
+    write_dataset(tmp_path / "many", memory(1300, 2), palette8, ShardOptions(2, val_fraction=0))
+    (entry,) = open_index(tmp_path / "many").splits["train"].shards
+    file = tmp_path / "many" / entry.name
+    content = bytearray(file.read_bytes())
+    for at in (3 * 2048 + 1664, 1200 * 2048 + 5):  # a token, and a byte of a name
+        content[at] ^= 1
+    file.write_bytes(content)
+    assert [damage.what for damage in shard_damage(file, entry, 2)] == ["image 3 of this shard", "image 1200 of this shard"]
 
 
 def test_the_tool_names_all_damage_and_exits_with_1(tiny, tmp_path, launch):
