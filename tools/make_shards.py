@@ -15,12 +15,12 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.build import DEFAULT_MAX_BAD, check_work, list_images, making, merge_shards, write_shards
+from igpt_ds.data.shards.index import ShardIndex
 from igpt_ds.data.shards.layout import IMAGES_PER_SHARD, WHOLE, Part, ShardOptions
 from igpt_ds.data.sources import open_source
 
@@ -88,14 +88,13 @@ def part(text: str) -> Part:
     return Part(int(number), int(total))
 
 
-def print_index(out: Path, index: dict[str, Any]) -> None:
+def print_index(out: Path, index: ShardIndex) -> None:
     """Prints what the dataset directory holds."""
-    for split, about in index["splits"].items():
-        hash_ = about["dataset_hash"][:16]
-        print(f"{split:<11} {about['n_images']} images in {len(about['shards'])} shards, dataset hash {hash_}")
-    print(f"shards      {index['n_px']}x{index['n_px']}, {index['n_vocab']} colours, {len(index['classes'])} classes: {out}")
-    print(f"unreadable  {index['n_unreadable']} images")
-    print(f"palette     {load_palette(out / index['palette']).name}")
+    for split, about in index.splits.items():
+        print(f"{split:<11} {about.n_images} images in {len(about.shards)} shards, dataset hash {about.dataset_hash[:16]}")
+    print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
+    print(f"unreadable  {index.n_unreadable} images")
+    print(f"palette     {index.load_palette(out).name}")
 
 
 if __name__ == "__main__":

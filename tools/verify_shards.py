@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from igpt_ds import cli
-from igpt_ds.data.shards.dataset import SPLITS, open_index
+from igpt_ds.data.shards.index import SPLITS, read_index
 from igpt_ds.data.shards.verify import all_damage
 
 NAMED = 20  # damages that are printed one by one
@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers {args.workers} must be at least 1")
-    index, start = open_index(args.data), time.perf_counter()
+    index, start = read_index(args.data), time.perf_counter()
     splits = args.split or list(index.splits)
     if missing := [split for split in splits if split not in index.splits]:
         raise ValueError(f"{args.data} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
-    index.load_palette()
+    index.load_palette(args.data)
 
     shards = [shard for split in splits for shard in index.splits[split].shards]
     checks, n_damages = all_damage(args.data, shards, index.n_px, args.workers), 0

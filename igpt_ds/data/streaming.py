@@ -18,8 +18,7 @@ import numpy as np
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.loader import NO_AUGMENT, Augment, Batch, BatchLayout, augment, made_ahead, to_batches
 from igpt_ds.data.order import shuffled
-from igpt_ds.data.shards.dataset import open_index
-from igpt_ds.data.shards.record import ShardEntry
+from igpt_ds.data.shards.index import ShardEntry, read_index
 
 LIMITS = (
     "--stream reads shards in sequence. What it cannot promise: images are drawn from a buffer, not from the whole set; with an "
@@ -50,7 +49,7 @@ class ShardStream:
     def __init__(self, path: Path, url: str) -> None:
         if "{shard}" not in url:
             raise ValueError(f"--stream {url} does not say where the name of a shard goes; write {{shard}} there")
-        index = open_index(path)
+        index = read_index(path)
         if "train" not in index.splits:
             raise ValueError(f"{path} has no split 'train' to stream; it has {', '.join(index.splits)}")
         about = index.splits["train"]
@@ -58,7 +57,7 @@ class ShardStream:
         self.shards: list[ShardEntry] = about.shards
         self.n_images = sum(shard.n_images for shard in self.shards)
         self.n_px, self.n_vocab = index.n_px, index.n_vocab
-        self.palette_hash, self.dataset_hash = index.load_palette("copy theirs").hash, about.dataset_hash
+        self.palette_hash, self.dataset_hash = index.load_palette(path, "copy theirs").hash, about.dataset_hash
 
     def facts(self) -> dict[str, Any]:
         """What identifies the training data, for run.json and checkpoints."""

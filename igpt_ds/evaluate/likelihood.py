@@ -34,7 +34,8 @@ from igpt_ds.cli import SharedError
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH
-from igpt_ds.data.shards.dataset import ShardSet, read_index
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.index import read_index
 from igpt_ds.model.objectives import image_loss, token_nats
 from igpt_ds.model.transformer import Transformer
 
@@ -169,7 +170,7 @@ def compare_published(config: ModelConfig, objective: str, shards: ShardSet, n_i
     shape = (config.n_layer, config.n_head, config.n_embd)
     size = next((name for name in PUBLISHED if tuple(SIZES[name][key] for key in ("n_layer", "n_head", "n_embd")) == shape), None)
     index = read_index(shards.path)
-    source, crop = str(index.get("source", "unknown")), index.get("crop", "unknown")
+    source, crop = index.source or "unknown", index.crop or "unknown"
     conditions = {
         f"the objective is {objective!r}, not 'ar'": objective == "ar",
         f"{shape[0]} layers, {shape[1]} heads, width {shape[2]} are none of S, M, L": size is not None,

@@ -1,7 +1,7 @@
 """Shards read in sequence by webdataset: every image comes, and a stream that is cut stops the run."""
 
+import dataclasses
 import itertools
-import json
 import os
 import shutil
 import threading
@@ -14,7 +14,8 @@ import torch
 from igpt_ds.data.loader import Augment, BatchLayout
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shards.build import write_dataset
-from igpt_ds.data.shards.dataset import ShardSet, read_index, signed
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.index import read_index, write_index
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 
@@ -185,8 +186,7 @@ def test_what_cannot_be_streamed(away):
     with pytest.raises(ValueError, match=r"palette\.npy is not the palette that the shards were made with; copy theirs"):
         ShardStream(index, "{shard}")
     values = read_index(index)
-    values["splits"] = {"test": values["splits"]["train"]}
-    (index / "index.json").write_text(json.dumps(signed(values)))
+    write_index(index, dataclasses.replace(values, splits={"test": values.splits["train"]}))
     with pytest.raises(ValueError, match="has no split 'train' to stream; it has test"):
         ShardStream(index, "{shard}")
 

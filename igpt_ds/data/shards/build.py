@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
 from operator import attrgetter
@@ -26,8 +26,9 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.palette import Palette, load_palette, prepare_table, save_palette
-from igpt_ds.data.shards.dataset import FORMAT, VERSION, ShardSet, SplitEntry, read_index, signed, split_hash
+from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.encode import CHUNK, Prepared, Task, Unreadable, prepared
+from igpt_ds.data.shards.index import ShardEntry, ShardIndex, read_index, signed, split_entry, write_index
 from igpt_ds.data.shards.layout import (
     IMAGES_PER_SHARD,
     WHOLE,
@@ -39,10 +40,11 @@ from igpt_ds.data.shards.layout import (
     chunks,
     make_plan,
 )
-from igpt_ds.data.shards.record import ShardEntry, pack
+from igpt_ds.data.shards.record import pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
 from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
+from igpt_ds.schema import record_from
 
 DEFAULT_MAX_BAD = 0.001  # one unreadable image in a thousand is a blemish, more is a broken copy
 IMAGES_PER_PROCESS = 2048  # for fewer it is not worth while to start another process
@@ -59,7 +61,7 @@ def write_dataset(
     name: str | None = None,
     workers: int = 1,
     max_bad: float = DEFAULT_MAX_BAD,
-) -> dict[str, Any]:
+) -> ShardIndex:
     """Writes every image of the source into a dataset directory, which appears when it is complete; returns its index.
 
     `name` is what tables and figures call the images (default: the directory's name). Up to the fraction max_bad of the images
@@ -136,7 +138,7 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
     unreadable = Unreadable(source.name, plan.n_entries, max_bad)
     for shard in mine:
         if shard not in missing:
-            unreadable.add(_read_entry(work, shard).unreadable)
+            unreadable.add(_read_made(work, shard).unreadable)
     before, palette_file = unreadable.count, work / "palette.npy"
     total = sum(shard.n_entries for shard in missing)
     processes = min(workers, -(-total // IMAGES_PER_PROCESS))
@@ -165,20 +167,20 @@ def _tasks(shards: list[Planned], plan: ShardPlan) -> Iterator[Task]:
 
 def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable: Unreadable, bar: Any) -> None:
     """Writes one shard, then its entry of the index, which says that the shard is there."""
-    mine: list[tuple[str, str]] = []
+    mine: list[list[str]] = []
     with shard_file(work / name) as shard:
         for result in results:
             shard.add(pack(result.names, result.tokens, result.labels))
             unreadable.add(result.unreadable, say=True)
-            mine += result.unreadable
+            mine += map(list, result.unreadable)
             bar.update(result.n_entries)
         entry = shard.close()
     if not shard.n_images:
         (work / name).unlink()
-    write_json(work / f"{name}.json", signed({"shard": asdict(entry), "unreadable": mine}))
+    write_json(work / f"{name}.json", signed(asdict(_Made(entry, mine))))
 
 
-def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> dict[str, Any]:
+def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> ShardIndex:
     """Writes the index over all listed shards and lets the dataset directory appear; returns the index.
 
     Raises:
@@ -192,30 +194,26 @@ def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_M
     unreadable = Unreadable(plan.settings.source, plan.n_entries, max_bad)
     splits: dict[str, list[ShardEntry]] = {}
     for shard in shards:
-        made = _read_entry(work, shard)
+        made = _read_made(work, shard)
         unreadable.add(made.unreadable)
-        if made.entry.n_images:
-            splits.setdefault(shard.split, []).append(made.entry)
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "name": name or path.resolve().name,
-        "n_px": plan.settings.n_px,
-        "n_vocab": len(load_palette(work / "palette.npy")),
-        "palette": "palette.npy",
-        "palette_hash": plan.settings.palette_hash,
-        "source": plan.settings.source,
-        "source_hash": plan.source_hash,
-        **{key: value for key, value in asdict(plan.settings).items() if key in _RECORDED},
-        "made_with": {package: version(package) for package in _PACKAGES},
-        "n_unreadable": unreadable.count,
-        "classes": plan.classes,
-        "splits": {
-            split: _split_entry(entries, plan.settings.palette_hash, plan.settings.n_px) for split, entries in splits.items()
-        },
-    }
-    index = signed(index)
-    write_json(work / "index.json", index)
+        if made.shard.n_images:
+            splits.setdefault(shard.split, []).append(made.shard)
+    palette = load_palette(work / "palette.npy")
+    index = ShardIndex(
+        name=name or path.resolve().name,
+        n_px=plan.settings.n_px,
+        n_vocab=len(palette),
+        palette="palette.npy",
+        palette_hash=palette.hash,
+        classes=plan.classes,
+        splits={split: split_entry(entries, palette.hash, plan.settings.n_px) for split, entries in splits.items()},
+        source=plan.settings.source,
+        source_hash=plan.source_hash,
+        made_with={package: version(package) for package in _PACKAGES},
+        n_unreadable=unreadable.count,
+        **{key: getattr(plan.settings, key) for key in _RECORDED},
+    )
+    write_index(work, index)
     try:
         if path.exists():
             path.rmdir()
@@ -231,29 +229,25 @@ def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_M
 
 @dataclass(frozen=True)
 class _Made:
-    """A shard that is there: its entry of the index, and the images that could not be read as (key, reason)."""
+    """A shard that is finished: its entry for the index, and the images that could not be read as [key, reason]."""
 
-    entry: ShardEntry
-    unreadable: list[tuple[str, str]]
-
-
-def _split_entry(entries: list[ShardEntry], palette_hash: str, n_px: int) -> dict[str, Any]:
-    return asdict(SplitEntry(sum(entry.n_images for entry in entries), split_hash(palette_hash, n_px, entries), entries))
+    shard: ShardEntry
+    unreadable: list[list[str]]
 
 
 def _entry_file(work: Path, shard: Planned) -> Path:
     return work / f"{shard.name}.json"
 
 
-def _read_entry(work: Path, shard: Planned) -> _Made:
+def _read_made(work: Path, shard: Planned) -> _Made:
     file = _entry_file(work, shard)
-    about = read_json(file, "entry of a shard")
-    if not isinstance(about, dict) or about != signed(about) or not {"shard", "unreadable"} <= about.keys():
-        raise ValueError(f"{file} is damaged; remove it and run the same command again, which makes {shard.name} anew")
-    return _Made(ShardEntry.of(about["shard"]), about["unreadable"])
+    about, fix = read_json(file, "entry of a shard"), f"remove it and run the same command again, which makes {shard.name} anew"
+    if not isinstance(about, dict) or about != signed(about):
+        raise ValueError(f"{file} is damaged; {fix}")
+    return record_from(_Made, about, f"entry of a shard {file}", fix)
 
 
-def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | None = None, note: dict[str, Any]) -> dict[str, Any]:
+def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | None = None, note: dict[str, object]) -> ShardIndex:
     """Writes a dataset directory whose split "train" holds some images of `shards`, int64 ids, in this order.
 
     `note` says how they were chosen and stands in the index as "derived". Returns the index.
@@ -273,12 +267,7 @@ def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | Non
                     shard.add(pack(first + start + np.arange(len(some)), *shards.read(some)))
                 entries.append(shard.close())
         save_palette(partial / "palette.npy", shards.palette)
-        index = read_index(shards.path) | {
-            "version": VERSION,
-            "name": name or out.resolve().name,
-            "derived": note,
-            "splits": {"train": _split_entry(entries, shards.palette_hash, shards.n_px)},
-        }
-        index = signed(index)
-        write_json(partial / "index.json", index)
+        splits = {"train": split_entry(entries, shards.palette_hash, shards.n_px)}
+        index = replace(read_index(shards.path), name=name or out.resolve().name, derived=note, splits=splits)
+        write_index(partial, index)
     return index

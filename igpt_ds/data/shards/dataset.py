@@ -9,24 +9,18 @@ extraction and sampling read.
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from igpt_ds.data.palette import Palette, load_palette
+from igpt_ds.data.shards.index import AGAIN, ShardEntry, ShardIndex, read_index
 from igpt_ds.data.shards.mapped import MappedRecords
-from igpt_ds.data.shards.record import END, ShardEntry, checksum, numbers, record_dtype, typed
-from igpt_ds.data.shards.verify import AGAIN, all_damage
-from igpt_ds.files import read_json
+from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
+from igpt_ds.data.shards.verify import all_damage
 
-FORMAT, VERSION = "igpt_ds.shards", 3
-_READABLE = (2, 3)  # version 2 has "blocks", the crc32 of each 1,024 images, in each shard's entry; readers ignore it
-SPLITS = ("train", "val", "test")
 _CHUNK = 1024  # images checked at a time
 
 
@@ -39,91 +33,6 @@ class DamagedImagesError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DamagedImagesError, (str(self), self.ids)  # an exception that crosses processes is built again from this
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """The index of a dataset directory.
-
-    Raises:
-        ValueError: no dataset directory, or one of another format version.
-    """
-    file = path / "index.json"
-    if not file.is_file():
-        raise ValueError(f"{path} is no shard directory: it has no index.json; make one with tools/make_shards.py")
-    index = read_json(file, "shard index")
-    if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") not in _READABLE:
-        raise ValueError(f"shard index {file} is not {FORMAT} version {' or '.join(map(str, _READABLE))}; {AGAIN}")
-    if index.get("sha256") != signed(index)["sha256"]:
-        raise ValueError(f"shard index {file} was changed since it was written: its sha256 differs; {AGAIN}")
-    return index
-
-
-@dataclass(frozen=True)
-class SplitEntry:
-    """What the index says of one split."""
-
-    n_images: int
-    dataset_hash: str
-    shards: list[ShardEntry]
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What readers of a dataset directory need from its index. Other keys, such as how the images were made, stay in the file."""
-
-    path: Path
-    name: str
-    n_px: int
-    n_vocab: int
-    classes: list[str]
-    palette: str
-    palette_hash: str
-    splits: dict[str, SplitEntry]
-
-    def load_palette(self, fix: str = AGAIN) -> Palette:
-        """The palette of the directory.
-
-        Raises:
-            ValueError: no palette there, or not the one that the shards were made with.
-        """
-        palette = load_palette(self.path / self.palette)
-        if palette.hash != self.palette_hash:
-            raise ValueError(f"{self.path / self.palette} is not the palette that the shards were made with; {fix}")
-        return palette
-
-
-def open_index(path: Path) -> ShardIndex:
-    """The index of a dataset directory as a record.
-
-    Raises:
-        ValueError: as `read_index` does, or the index lacks a key.
-    """
-    values = read_index(path)
-    kinds = {"name": str, "n_px": int, "n_vocab": int, "classes": list, "palette": str, "palette_hash": str}
-    try:
-        splits = {
-            split: SplitEntry(
-                typed(about, "n_images", int),
-                typed(about, "dataset_hash", str),
-                [ShardEntry.of(shard) for shard in typed(about, "shards", list)],
-            )
-            for split, about in typed(values, "splits", dict).items()
-        }
-        return ShardIndex(path, **{key: typed(values, key, kind) for key, kind in kinds.items()}, splits=splits)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"shard index {path / 'index.json'} is damaged ({type(error).__name__}: {error}); {AGAIN}") from None
-
-
-def signed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with the sha256 of all of them but itself, so that a reader sees every change."""
-    content = {key: value for key, value in values.items() if key != "sha256"}
-    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
-
-
-def split_hash(palette_hash: str, n_px: int, shards: list[ShardEntry]) -> str:
-    """What tells two splits apart: the sha256 over the palette and the bytes of all shards."""
-    lines = [palette_hash, str(n_px), *(shard.sha256 for shard in shards)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _check_size(file: Path, entry: ShardEntry, stride: int) -> None:
@@ -146,7 +55,7 @@ class ShardSet:
     """
 
     def __init__(self, path: Path, split: str, exclude: np.ndarray | None = None) -> None:
-        self._open(path, split, open_index(path))
+        self._open(path, split, read_index(path))
         self._excluded = np.zeros(0, dtype=np.int64)
         if exclude is not None and len(exclude):
             self._exclude(exclude)
@@ -157,7 +66,7 @@ class ShardSet:
             raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
         self.path, self.split = path, split
         self.name, self.n_px, self.n_vocab, self.classes = index.name, index.n_px, index.n_vocab, index.classes
-        self.palette, self.palette_hash = index.load_palette(), index.palette_hash
+        self.palette, self.palette_hash = index.load_palette(path), index.palette_hash
         hashes = [index.splits[part].dataset_hash for part in parts]
         self.dataset_hash: str = hashes[0] if len(parts) == 1 else hashlib.sha256("+".join(hashes).encode()).hexdigest()
         self._entries = [shard for part in parts for shard in index.splits[part].shards]

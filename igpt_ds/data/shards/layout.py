@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.palette import Palette
-from igpt_ds.data.shards.dataset import SPLITS, signed
 from igpt_ds.data.shards.encode import CropSpec
+from igpt_ds.data.shards.index import SPLITS, signed
 from igpt_ds.data.shards.record import MAX_IMAGES
 from igpt_ds.data.sources import Entry, Source
 from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
+from igpt_ds.schema import record_from
 
 IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
 MAX_PX = 1024  # a million tokens an image; the paper's largest has 4,096
@@ -164,8 +165,8 @@ def make_plan(path: Path, source: Source, settings: ShardSettings) -> None:
                 counts[split] += 1
         _check_counts(counts, source, settings)
         hashes = {file.name: sha256_file(file) for file in sorted(partial.glob("*.jsonl"))}
-        plan = {"settings": asdict(settings), "classes": source.classes, "source_hash": digest.hexdigest(), "counts": counts}
-        write_json(partial / "plan.json", signed(plan | {"lists": hashes}))
+        plan = _PlanFile(settings, source.classes, digest.hexdigest(), counts, hashes)
+        write_json(partial / "plan.json", signed(asdict(plan)))
 
 
 def _new_file(directory: Path, split: str, number: int) -> IO[str]:
@@ -185,6 +186,17 @@ def _check_counts(counts: dict[str, int], source: Source, settings: ShardSetting
             raise ValueError(f"{split} would have {count} images x {settings.views} views; at most {MAX_IMAGES - 1}")
 
 
+@dataclass(frozen=True)
+class _PlanFile:
+    """The content of plan.json. lists: the sha256 of each shard's file of entries."""
+
+    settings: ShardSettings
+    classes: list[str]
+    source_hash: str
+    counts: dict[str, int]
+    lists: dict[str, str]
+
+
 class ShardPlan:
     """A plan on disk: which image goes into which shard.
 
@@ -196,15 +208,9 @@ class ShardPlan:
         about = read_json(path / "plan.json", "plan")
         if not isinstance(about, dict) or about != signed(about):
             raise ValueError(f"plan {path / 'plan.json'} is damaged; remove {path.parent} and begin again")
-        try:
-            self.settings = ShardSettings(**about["settings"])
-            self.classes: list[str] = about["classes"]
-            self.source_hash: str = about["source_hash"]
-            self.counts: dict[str, int] = about["counts"]
-            self._lists: dict[str, str] = about["lists"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"plan {path / 'plan.json'} is of another version ({error}); remove {path.parent}") from None
-        self._path = path
+        plan = record_from(_PlanFile, about, f"plan {path / 'plan.json'}", f"remove {path.parent} and begin again")
+        self.settings, self.classes, self.source_hash, self.counts = plan.settings, plan.classes, plan.source_hash, plan.counts
+        self._lists, self._path = plan.lists, path
 
     @property
     def n_entries(self) -> int:

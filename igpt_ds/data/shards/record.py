@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -28,39 +26,6 @@ _DIGITS = 9
 _POWERS = 10 ** np.arange(_DIGITS - 1, -1, -1)
 _OCTAL = 3 * np.arange(5, -1, -1)  # shifts of the six octal digits of a tar header's own checksum
 _LABEL_WEIGHT = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two labels weigh the same
-
-
-def typed(values: dict[str, Any], key: str, kind: type) -> Any:
-    """One value of a JSON object.
-
-    Raises:
-        KeyError: the key is missing.
-        TypeError: the value is not of this kind.
-    """
-    if not isinstance(value := values[key], kind):
-        raise TypeError(f"{key} is {value!r}, not of type {kind.__name__}")
-    return value
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """What the index says of one shard: its file name, its images, its size, its sha256."""
-
-    name: str
-    n_images: int
-    bytes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> ShardEntry:
-        """The entry as the index holds it. Unknown keys are ignored.
-
-        Raises:
-            KeyError: a key is missing.
-            TypeError: a value is of another type.
-        """
-        kinds = {"name": str, "n_images": int, "bytes": int, "sha256": str}
-        return cls(**{key: typed(values, key, kind) for key, kind in kinds.items()})
 
 
 def record_dtype(n_px: int) -> np.dtype:

@@ -13,7 +13,8 @@ from typing import IO
 
 import numpy as np
 
-from igpt_ds.data.shards.record import END, ShardEntry
+from igpt_ds.data.shards.index import ShardEntry
+from igpt_ds.data.shards.record import END
 from igpt_ds.files import atomic_file
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt_ds.data.shards.record import END, MAX_IMAGES, ShardEntry, checksum, names_of, numbers, pack, record_dtype
+from igpt_ds.data.shards.index import AGAIN, ShardEntry
+from igpt_ds.data.shards.record import END, MAX_IMAGES, checksum, names_of, numbers, pack, record_dtype
 from igpt_ds.files import sha256_file
 
 _CHUNK = 1024  # images of a damaged shard compared at a time
-AGAIN = "make the shards again with tools/make_shards.py"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 
 from igpt_ds import dist
 from igpt_ds.config import Recipe, recipe_to_dict
-from igpt_ds.data.shards.dataset import read_index
+from igpt_ds.data.shards.index import read_index
 from igpt_ds.data.shards.record import END
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import atomic_file, sha256_file
@@ -269,12 +269,10 @@ def check_shards(path: Path, splits: list[str] | None = None) -> ShardsReport:
         ValueError: not a dataset directory, or its index has another version or was changed.
     """
     index = read_index(path)
-    wanted = [split for name, split in index["splits"].items() if splits is None or name in splits]
-    entries = [entry for split in wanted for entry in split["shards"]]
+    wanted = [split for name, split in index.splits.items() if splits is None or name in splits]
+    entries = [entry for split in wanted for entry in split.shards]
     with ThreadPoolExecutor(_READERS) as threads:
-        found = [
-            error for error in threads.map(lambda entry: _shard_error(path / entry["name"], entry["bytes"]), entries) if error
-        ]
+        found = [error for error in threads.map(lambda entry: _shard_error(path / entry.name, entry.bytes), entries) if error]
     return ShardsReport(str(path), sha256_file(path / "index.json"), len(entries), tuple(found[:MOST_ERRORS]))
 
 

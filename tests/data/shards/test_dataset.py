@@ -1,5 +1,6 @@
 """What is read is what was written, by us and by plain webdataset; anything else is refused by name."""
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.data.palette import Palette, save_palette
-from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet, read_index, signed
+from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
+from igpt_ds.data.shards.index import ShardIndex, read_index, signed, write_index
 from igpt_ds.data.shards.layout import split_of
 from igpt_ds.data.sources import open_source
 
@@ -184,10 +186,63 @@ def test_every_change_of_the_index_is_seen(tiny, tmp_path_factory, data):
         read_index(path)
 
 
-def test_damaged_index(damaged):
-    edit_index(damaged, splits={"train": {}})
-    with pytest.raises(ValueError, match=r"index.json is damaged \(KeyError: .*\); make the shards again"):
-        ShardSet(damaged, "train")
+NEEDED = ("name", "n_px", "n_vocab", "palette", "palette_hash", "classes", "splits")
+FIELDS = sorted(field.name for field in dataclasses.fields(ShardIndex))
+
+
+def other_type(value):
+    """A value of another JSON type."""
+    return 0.5 if isinstance(value, str | int) and not isinstance(value, bool) else "other"
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_index_without_a_field(damaged, name):
+    index = json.loads((damaged / "index.json").read_text())
+    index.pop(name, None)
+    (damaged / "index.json").write_text(json.dumps(signed(index)))
+    if name in NEEDED:
+        with pytest.raises(ValueError, match=rf"{damaged}/index.json has no '{name}'; make the shards again"):
+            read_index(damaged)
+    else:
+        assert getattr(read_index(damaged), name) is None
+        ShardSet(damaged, "train").verify()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_index_with_a_field_of_another_type(damaged, name):
+    value = other_type(json.loads((damaged / "index.json").read_text()).get(name))
+    edit_index(damaged, **{name: value})
+    with pytest.raises(
+        ValueError, match=rf"{damaged}/index.json has {name} {value!r}, which is not an? .*; make the shards again"
+    ):
+        read_index(damaged)
+
+
+@pytest.mark.parametrize(
+    "name", ["n_images", "dataset_hash", "shards", "shards.name", "shards.n_images", "shards.bytes", "shards.sha256"]
+)
+def test_an_index_with_a_broken_split_or_shard(damaged, name):
+    whole = json.loads((damaged / "index.json").read_text())["splits"]
+    for broken in (None, 0.5):
+        splits = json.loads(json.dumps(whole))
+        outer, _, inner = name.rpartition(".")
+        place = splits["val"]["shards"][1] if outer else splits["val"]
+        if broken is None:
+            del place[inner]
+        else:
+            place[inner] = broken
+        edit_index(damaged, splits=splits)
+        where = rf"splits\.val\.{outer}\[1\]\.{inner}" if outer else rf"splits\.val\.{inner}"
+        told = f"has no '{where}'" if broken is None else f"has {where} 0.5, which is not an? "
+        with pytest.raises(ValueError, match=f"index.json {told}.*; make the shards again"):
+            read_index(damaged)
+
+
+def test_what_is_written_is_read(tiny, tmp_path):
+    index = read_index(tiny)
+    for kept in (index, dataclasses.replace(index, source=None, derived={"keep": [0.5, {"n": 1}]})):
+        write_index(tmp_path, kept)
+        assert read_index(tmp_path) == kept
 
 
 def test_unknown_split_names_those_that_exist(tiny):
@@ -269,4 +324,4 @@ def test_no_ids(tiny):
 
 
 def test_read_index(tiny):
-    assert read_index(tiny)["n_px"] == 4
+    assert read_index(tiny).n_px == 4

@@ -8,25 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.data.shards.build import write_dataset
-from igpt_ds.data.shards.dataset import open_index
+from igpt_ds.data.shards.index import read_index
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.shards.verify import all_damage, shard_damage
 
 
 @pytest.fixture
 def entry(tiny):
-    return open_index(tiny).splits["train"].shards[1]
+    return read_index(tiny).splits["train"].shards[1]
 
 
 def test_whole_shards_have_no_damage(tiny):
-    for about in open_index(tiny).splits.values():
+    for about in read_index(tiny).splits.values():
         assert all(not found for _, found in all_damage(tiny, about.shards, 4))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_every_changed_byte_is_found_in_its_image(tiny, tmp_path_factory, data):
-    about = open_index(tiny).splits["train"].shards[1]
+    about = read_index(tiny).splits["train"].shards[1]
     content = bytearray((tiny / about.name).read_bytes())
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] ^= data.draw(st.integers(1, 255))
@@ -41,7 +41,7 @@ def test_every_changed_byte_is_found_in_its_image(tiny, tmp_path_factory, data):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_every_truncation_is_found_where_it_begins(tiny, tmp_path_factory, data):
-    about = open_index(tiny).splits["train"].shards[1]
+    about = read_index(tiny).splits["train"].shards[1]
     content = (tiny / about.name).read_bytes()
     at = data.draw(st.integers(0, len(content) - 1))
     file = tmp_path_factory.mktemp("damage") / about.name
@@ -77,7 +77,7 @@ def test_another_sha256(tiny, entry):
 
 def test_damage_is_named_past_the_first_thousand_images(tmp_path, palette8, memory):
     write_dataset(tmp_path / "many", memory(1300, 2), palette8, ShardOptions(2, val_fraction=0))
-    (entry,) = open_index(tmp_path / "many").splits["train"].shards
+    (entry,) = read_index(tmp_path / "many").splits["train"].shards
     file = tmp_path / "many" / entry.name
     content = bytearray(file.read_bytes())
     for at in (3 * 2048 + 1664, 1200 * 2048 + 5):  # a token, and a byte of a name

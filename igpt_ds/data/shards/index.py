@@ -1,0 +1,117 @@
+"""index.json: what a dataset directory holds. Its one reader and its one writer.
+
+In: the directory. Out: a `ShardIndex`. `dataset.py`, `streaming.py`, the tools and the preflight read; `build.py` writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from igpt_ds.data.palette import Palette, load_palette
+from igpt_ds.files import read_json, write_json
+from igpt_ds.schema import record_from
+
+FORMAT, VERSION = "igpt_ds.shards", 3
+_READABLE = (2, 3)  # version 2 has "blocks", the crc32 of each 1,024 images, in each shard's entry; readers ignore it
+SPLITS = ("train", "val", "test")
+AGAIN = "make the shards again with tools/make_shards.py"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the index says of one shard: its file name, its images, its size, its sha256."""
+
+    name: str
+    n_images: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """What the index says of one split. dataset_hash: see `split_entry`."""
+
+    n_images: int
+    dataset_hash: str
+    shards: list[ShardEntry]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The content of index.json. The fields after `splits` say how the images were made; readers need none of them.
+
+    Attributes:
+        palette: the file name of the palette in the directory.
+        made_with: the version of each package that decodes and resizes.
+        derived: how the images were chosen from another dataset directory, as the tool that chose them says it.
+    """
+
+    name: str
+    n_px: int
+    n_vocab: int
+    palette: str
+    palette_hash: str
+    classes: list[str]
+    splits: dict[str, SplitEntry]
+    source: str | None = None
+    source_hash: str | None = None
+    val_fraction: float | None = None
+    images_per_shard: int | None = None
+    seed: int | None = None
+    filter: str | None = None
+    crop: str | None = None
+    views: int | None = None
+    made_with: dict[str, str] | None = None
+    n_unreadable: int | None = None
+    derived: dict[str, object] | None = None
+
+    def load_palette(self, path: Path, fix: str = AGAIN) -> Palette:
+        """The palette of the dataset directory `path`.
+
+        Raises:
+            ValueError: the palette is missing, or is not the one that the shards were made with.
+        """
+        palette = load_palette(path / self.palette)
+        if palette.hash != self.palette_hash:
+            raise ValueError(f"{path / self.palette} is not the palette that the shards were made with; {fix}")
+        return palette
+
+
+def read_index(path: Path) -> ShardIndex:
+    """The index of a dataset directory.
+
+    Raises:
+        ValueError: `path` is not a dataset directory; index.json has another version, was changed, or a field is missing or
+            has another type.
+    """
+    file = path / "index.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is no shard directory: it has no index.json; make one with tools/make_shards.py")
+    values = read_json(file, "shard index")
+    if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") not in _READABLE:
+        raise ValueError(f"shard index {file} is not {FORMAT} version {' or '.join(map(str, _READABLE))}; {AGAIN}")
+    if values.get("sha256") != signed(values)["sha256"]:
+        raise ValueError(f"shard index {file} was changed since it was written: its sha256 differs; {AGAIN}")
+    return record_from(ShardIndex, values, f"shard index {file}", AGAIN)
+
+
+def write_index(path: Path, index: ShardIndex) -> None:
+    """Writes the index of a dataset directory, atomically, in the newest version."""
+    known = {name: value for name, value in asdict(index).items() if value is not None}
+    write_json(path / "index.json", signed({"format": FORMAT, "version": VERSION, **known}))
+
+
+def signed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the sha256 of all of them except itself, so that a reader sees every change."""
+    content = {key: value for key, value in values.items() if key != "sha256"}
+    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def split_entry(shards: list[ShardEntry], palette_hash: str, n_px: int) -> SplitEntry:
+    """The entry of a split. Its dataset_hash identifies the images: the sha256 over the palette and the bytes of all shards."""
+    lines = [palette_hash, str(n_px), *(shard.sha256 for shard in shards)]
+    return SplitEntry(sum(shard.n_images for shard in shards), hashlib.sha256("\n".join(lines).encode()).hexdigest(), shards)
