@@ -26,9 +26,10 @@ from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.files import read_json_lines, write_json
+from igpt_ds.ops.compare import compare_runs
 
 WAYS = {"kill -9 of one rank": signal.SIGKILL, "kill -9 of all ranks": signal.SIGKILL, "USR1": signal.SIGUSR1}
-CURVES = ("loss", "val_loss", "lr", "images_seen")  # of train.jsonl; the rest of a row was read off a clock
+CURVES = ("loss", "val_loss", "lr", "images_seen")  # columns of train.jsonl that must agree
 CONSOLIDATE = Path(__file__).resolve().parent / "consolidate.py"
 
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{way} at step {last_step(broken)}", flush=True)
     until_the_end(args.command, broken)
     resumed = broken.with_suffix(".log").read_text(errors="replace").count("resumed from ")
-    worst = compare(alone, broken)
+    curves = compare_runs(alone, broken, columns=CURVES)
+    worst = math.inf if any(curves.missing) else max(curves.largest.values())
     same = weights(alone, args.out / "alone.model") == weights(broken, args.out / "interrupted.model")
     write_json(
         args.out / "rehearsal.json",
@@ -142,20 +144,6 @@ def _pids(heartbeats: Path, since: float) -> list[int]:
     # The ranks of this start on this machine, as they say themselves.
     beats = [json.loads(path.read_text()) for path in sorted(heartbeats.glob("rank-*.json")) if path.stat().st_mtime > since]
     return [beat["pid"] for beat in beats]
-
-
-def compare(alone: Path, broken: Path) -> float:
-    """The largest difference of two curves; infinite where a row is missing or too many."""
-    one, other = (
-        [
-            {name: row[name] for name in CURVES if name in row} | {"step": row["step"]}
-            for row in read_json_lines(path / "train.jsonl")
-        ]
-        for path in (alone, broken)
-    )
-    if [(row["step"], sorted(row)) for row in one] != [(row["step"], sorted(row)) for row in other]:
-        return math.inf
-    return max(abs(row[name] - again[name]) for row, again in zip(one, other, strict=True) for name in row)
 
 
 def weights(run_dir: Path, model_dir: Path) -> str:

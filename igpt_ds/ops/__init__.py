@@ -1,1 +1,1 @@
-"""A run seen from outside: its state, why it hangs or died, and whether nodes are fit to start."""
+"""A run seen from outside: its state, why it hangs or died, how its curves compare, and whether nodes are fit to start."""
