@@ -32,8 +32,9 @@ from igpt_ds.data.sources import open_source
 ROOT = Path(__file__).parent.parent
 LAUNCH_MARK = "IGPT_DS_TEST_LAUNCH"  # in the environment of every process that a test launches, and of its children
 
-# Tests run on the CPU with one thread a process, see nothing of a launcher around them, and need no PYTHONPATH.
-os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+# Tests run on the CPU with one thread a process, see nothing of a launcher around them, and need no PYTHONPATH. Nothing is
+# compiled: DeepSpeed decorates an optimizer that we do not use with torch.compile, which imports the compiler for two seconds.
+os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONWARNINGS"):
     os.environ.pop(_name, None)
 for _name in (
@@ -145,10 +146,15 @@ class Launcher:
         self._started: list[subprocess.Popen[str]] = []
 
     def __call__(
-        self, command: Sequence[str | Path], ranks: int | None = None, timeout: float = 300, env: dict[str, str] | None = None
+        self,
+        command: Sequence[str | Path],
+        ranks: int | None = None,
+        timeout: float = 300,
+        env: dict[str, str] | None = None,
+        by: str = "ranks",
     ) -> subprocess.CompletedProcess[str]:
         """Runs to the end; what still lives afterwards is killed. Fails the test after `timeout` seconds."""
-        process = self.start(command, ranks, env)
+        process = self.start(command, ranks, env, by)
         try:
             stdout, stderr = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -159,12 +165,17 @@ class Launcher:
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def start(
-        self, command: Sequence[str | Path], ranks: int | None = None, env: dict[str, str] | None = None
+        self, command: Sequence[str | Path], ranks: int | None = None, env: dict[str, str] | None = None, by: str = "ranks"
     ) -> subprocess.Popen[str]:
-        """Starts at the repository root: by deepspeed on `ranks` CPU processes, by Python when a .py comes first, else as is."""
-        words = [str(word) for word in command]
-        if ranks is not None:
-            words = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(dist.free_port()), *words]
+        """Starts at the repository root: on `ranks` CPU processes, by Python when a .py comes first, else as is.
+
+        `by` is what starts the ranks: "ranks", which is ranks.py, or "deepspeed", its launcher, four seconds slower.
+        """
+        words, port = [str(word) for word in command], str(dist.free_port())
+        if ranks is not None and by == "deepspeed":
+            words = ["deepspeed", "--num_gpus", str(ranks), "--master_port", port, *words]
+        elif ranks is not None:
+            words = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks), port, *words]
         elif words[0].endswith(".py"):
             words = [sys.executable, *words]
         environment = os.environ | {LAUNCH_MARK: self._mark} | (env or {})

@@ -238,7 +238,7 @@ def test_ranks_change_no_bit(launch, free_port, speaking, tiny_dataset, val, tmp
         command = [*words, *masks, "--batch", batch, "--out", out]
         if launcher == "torchrun":
             command = [sys.executable, "-m", "torch.distributed.run", "--master_port", free_port, "--nproc_per_node", 3, *command]
-        done = launch(command, ranks=2 if launcher == "deepspeed" else None)
+        done = launch(command, ranks=2 if launcher == "deepspeed" else None, by="deepspeed")
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("bits per sub-pixel") == 1
         written.append(out.read_bytes())

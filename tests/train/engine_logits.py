@@ -1,4 +1,4 @@
-"""Run under the deepspeed launcher by test_launch.py: trains a few steps, saves, and writes down the engine's own logits.
+"""Run on several ranks by test_launch.py: trains a few steps, saves, and writes down the engine's own logits.
 
 engine_logits.py DATA DS_CONFIG RECIPE OUT
 """

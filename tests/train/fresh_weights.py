@@ -1,4 +1,4 @@
-"""Run under the deepspeed launcher by test_bert_launch.py: writes down the weights of a new engine, before any step.
+"""Run on several ranks by test_bert_launch.py: writes down the weights of a new engine, before any step.
 
 fresh_weights.py DS_CONFIG RECIPE OUT
 """

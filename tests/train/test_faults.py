@@ -64,7 +64,7 @@ def test_kill_9_of_one_rank_and_of_all_during_save_then_resume_equals_never_stop
 ) -> None:
     words = command("run", "--save_every", "1", "--keep_last", "2")
     checkpoints = tmp_path / "run" / "checkpoints"
-    process = launch.start(words, ranks=2)
+    process = launch.start(words, ranks=2, by="deepspeed")
     victim = process_of_rank(1, tmp_path / "run")
     stop_during_save(process, victim, tmp_path / "run")
     os.kill(victim, signal.SIGKILL)

@@ -69,7 +69,7 @@ def training_losses(rows: list[dict[str, Any]]) -> list[float]:
 def test_two_ranks_with_accumulation_equal_plain_torch(
     launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    succeed(launch(command("two", "--micro_batch", "3"), ranks=2))
+    succeed(launch(command("two", "--micro_batch", "3"), ranks=2, by="deepspeed"))
     rows = curves("two")
     assert training_losses(rows) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 4, 8, 12]
@@ -191,7 +191,7 @@ def test_consolidated_logits_equal_the_engines(
 
 def test_a_signal_to_one_rank_ends_the_launch_with_an_error(launch: Any, command: Command, tmp_path: Path) -> None:
     """Nothing that died may look finished: no FINISHED file, a non-zero status."""
-    process = launch.start([*command("run"), "--steps", "5000", "--save_every", "0"], ranks=2)
+    process = launch.start([*command("run"), "--steps", "5000", "--save_every", "0"], ranks=2, by="deepspeed")
     wait_for_step(tmp_path / "run", 2, process)
     ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{tmp_path}/run"], capture_output=True, text=True, check=False)
     os.kill(int(ranks.stdout.split()[0]), signal.SIGKILL)

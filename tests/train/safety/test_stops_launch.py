@@ -29,7 +29,7 @@ def test_usr1_to_one_rank_in_each_phase_then_the_curve_of_a_whole_run(
     ended(launch(command("whole"), ranks=2), 0)
     run, resume = tmp_path / "run", command("run", "--resume", "auto")
 
-    said = ended(launch(with_fault(resume, "signal=SIGUSR1,1,validation,4"), ranks=2), STOPPED)
+    said = ended(launch(with_fault(resume, "signal=SIGUSR1,1,validation,4"), ranks=2, by="deepspeed"), STOPPED)
     assert "stopped by signal USR1; everything is saved" in said
     assert newest(run) == "step-00000004"
     manifest = read_json(run / "checkpoints" / "step-00000004" / "manifest.json", "manifest")
