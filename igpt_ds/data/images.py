@@ -11,12 +11,14 @@ import io
 import json
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from igpt_ds.data.png import without_notes
 from igpt_ds.files import atomic_file
 
 # How a resized pixel is made of its neighbours; each filter widens with the reduction (antialias). The paper names none.
@@ -31,7 +33,19 @@ CROP_PX = 224  # side of the paper's crops
 SHORT_SIDES = (256, 384)  # the short side before a random crop, both ends included
 _MAX_ASPECT = 16  # a strip is cut to this many times its width before a resize would make it longer still
 
-_EXIF_ORIENTATION = 0x0112
+# What PIL may read. Not EPS, for which PIL runs Ghostscript, nor formats that no camera, scanner or web page writes.
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "ICNS", "QOI", "TGA",
+            "DDS", "PCX", "SGI", "PSD", "XBM", "XPM", "SUN")  # fmt: skip
+_EXIF_ORIENTATION = 0x0112  # tag 274; nothing else of the metadata counts
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SEPARATOR = 128  # the grey of the lines between the images of a grid, and under its captions
 _CAPTION_PX = 14  # height of a line of PIL's built-in font
 
@@ -51,15 +65,21 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not matter to pixels; size is checked below
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(without_notes(data)), formats=_formats()) as image:
                 _refuse_bomb(image.size)
                 pixels = _jpeg_pixels(data, image)
-                return np.array(_rgb(ImageOps.exif_transpose(image))) if pixels is None else pixels
+                return np.array(_rgb(_upright(image))) if pixels is None else pixels
     except UnidentifiedImageError:
         reason = "its bytes are of no known format" if data else "it is empty"
     except Exception as error:  # decoders meet hostile bytes and raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(f"{name} cannot be read as an image: {reason}")
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]  # AVIF needs a library that older wheels of Pillow lack
 
 
 def _refuse_bomb(size: tuple[int, int]) -> None:
@@ -72,9 +92,7 @@ def _jpeg_pixels(data: bytes, image: Image.Image) -> np.ndarray | None:
     """The pixels by simplejpeg, or None where PIL must decode: `image` is the same bytes opened, not yet loaded."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
-    # Only the one flag of the EXIF is looked for, and only where there is one: parsing it costs a third of a small decode.
-    orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
-    if orientation != 1:
+    if "exif" in image.info and _turn(image) is not None:  # parsing the EXIF costs a third of a small decode
         return None
     try:
         height, width = simplejpeg.decode_jpeg_header(data)[:2]
@@ -87,9 +105,26 @@ def _jpeg_pixels(data: bytes, image: Image.Image) -> np.ndarray | None:
         return None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # a TIFF turns itself here, and forgets its tag
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What its EXIF orientation asks for; malformed metadata asks for nothing."""
+    for note in ("xmp", "XML:com.adobe.xmp"):  # PIL would look for an orientation there, as other readers do not
+        image.info.pop(note, None)
+    try:
+        return _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # the parser raises nearly anything
+        return None
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("it holds floating-point pixels of unknown range")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # PIL scales a PPM's numbers to 16 bits
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise ValueError(f"it holds {kind} pixels of unknown range; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, where a plain conversion would clip at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -103,6 +104,77 @@ def test_exif_orientation_is_followed(picture, orientation, upright):
     np.testing.assert_array_equal(decode_image(stored(Image.fromarray(picture), exif=exif)), upright(picture))
     plain, turned = (stored(Image.fromarray(smooth(20, 30)), format="JPEG", **extra) for extra in ({}, {"exif": exif}))
     np.testing.assert_array_equal(decode_image(turned), upright(decode_image(plain)))
+
+
+def test_orientation_is_tag_274_alone(picture):
+    """A malformed tag beside it, as cameras write them, and another word on it in XMP do not count."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x829A] = 0.5  # the exposure time
+    raw = bytearray(exif.tobytes())
+    little = raw[6:8] == b"II"
+    raw[(entry := raw.index(b"\x9a\x82" if little else b"\x82\x9a")) + 2 : entry + 4] = b"\7\0" if little else b"\0\7"
+    large = Image.fromarray(smooth(20, 30))
+    plain = decode_image(stored(large, format="JPEG"))
+    np.testing.assert_array_equal(decode_image(stored(large, format="JPEG", exif=bytes(raw))), np.rot90(plain, -1))
+    raw[entry - 12 + 2 : entry - 12 + 4] = b"\xff\xff"  # tag 274 itself is of a type that does not exist
+    np.testing.assert_array_equal(decode_image(stored(large, format="JPEG", exif=bytes(raw))), plain)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    np.testing.assert_array_equal(decode_image(stored(large, format="JPEG", xmp=xmp)), plain)
+
+
+def chunk(kind, data, crc=None):
+    return len(data).to_bytes(4, "big") + kind + data + (zlib.crc32(kind + data) if crc is None else crc).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        chunk(b"tEXt", b"Comment\0" + bytes([65]) * (1 << 21)),
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 24))),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0no deflate"),
+        chunk(b"tIME", b"1234567", crc=7),
+        chunk(b"iCCP", b"x"),
+        chunk(b"eXIf", b"Exif", crc=7),
+        chunk(b"gAMA", b""),
+        chunk(b"prVt", b"anything"),
+    ],
+    ids=lambda note: note[4:8].decode(),
+)
+def test_chunks_of_a_png_that_are_not_pixels_do_not_count(picture, note):
+    png = stored(Image.fromarray(picture))
+    np.testing.assert_array_equal(decode_image(png[:33] + note + png[33:]), picture)
+    np.testing.assert_array_equal(decode_image(png[:-12] + note + png[-12:]), picture)
+
+
+def test_a_wrong_checksum_of_pixels_is_refused(picture):
+    """PIL leaves the checksums of IDAT to zlib's own."""
+    png = bytearray(stored(Image.fromarray(picture)))
+    start = png.index(b"IHDR")
+    png[start + 4 + int.from_bytes(png[start - 4 : start], "big")] ^= 1
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        decode_image(bytes(png))
+
+
+def test_pixels_of_unknown_range_are_refused():
+    for dtype in (np.int32, np.uint32, np.int16, np.float32):
+        values = np.arange(12, dtype=dtype).reshape(3, 4)
+        if dtype in (np.int16, np.uint32):  # no mode of PIL's: the sample format of an int32 or uint16 TIFF is changed instead
+            like = values.astype(np.int32 if dtype is np.uint32 else np.uint16)
+            data = stored(Image.fromarray(like), format="TIFF", tiffinfo={339: 1 if dtype is np.uint32 else 2})
+        else:
+            data = stored(Image.fromarray(values), format="TIFF")
+        with pytest.raises(ValueError, match="unknown range"):
+            decode_image(data)
+    wide = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
+    np.testing.assert_array_equal(decode_image(stored(Image.fromarray(wide), format="PPM"))[..., 0], wide >> 8)
+
+
+def test_formats_whose_reader_runs_a_program_are_not_tried(monkeypatch):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(ValueError, match="no known format"):
+        decode_image(eps)
 
 
 def test_grey_bilevel_and_16_bit_grey_become_rgb():
