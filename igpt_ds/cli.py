@@ -21,7 +21,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser that refuses abbreviated flags and shows defaults; `description` is the tool's docstring."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the docstring's line breaks and adds each flag's default."""
+        """Keeps the docstring's line breaks. Adds each flag's default, except None, False, [] and what the help text names."""
+
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            named = "(default: " in (action.help or "") or action.default in (None, []) or action.default is False
+            return action.help if named else super()._get_help_string(action)
 
     return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
 

@@ -1,6 +1,6 @@
 """The command line of finetune.py: words enter, checked values and a recipe leave.
 
-What it shares with train.py is train/flags.py's: how often things happen, guards, stops.
+train/flags.py adds the flags that finetune.py shares with train.py.
 """
 
 from __future__ import annotations
@@ -13,34 +13,36 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.config import GEN_SCALES, LOSSES, Finetune, Recipe, get_recipe
-from igpt_ds.data.mixture import MAX_BAD, ON_BAD
 from igpt_ds.model.store import ModelInfo, read_info
-from igpt_ds.train.flags import DS_CONFIG, add_cadence_flags, add_guard_flags, check_numbers
+from igpt_ds.train.flags import add_cadence_flags, add_guard_flags, add_image_flags, add_machine_flags, check_numbers
 from igpt_ds.train.run_dir import read_recipe
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of finetune.py.
+    """Parses and checks the command line.
 
     Raises:
-        ValueError: a value that cannot be, or flags that do not go together.
+        ValueError: a value is out of range, or flags exclude each other.
     """
     parser = cli.parser(description)
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--model", type=Path, help="model dir to begin with")
-    start.add_argument("--recipe", help="name of the recipe whose shape and objective to train from scratch; needs --untrained")
-    start.add_argument("--config", type=Path, help="the same, from a run.json or a recipe in JSON; needs --untrained")
-    fresh = "the baseline from scratch: fresh weights in the model's shape; SEED takes the place of --seed"
+    start.add_argument("--model", type=Path, help="model dir whose weights training starts from")
+    start.add_argument("--recipe", help="name of a recipe whose shape and objective are trained from scratch; needs --untrained")
+    config = "run.json of another run, or a recipe in JSON, whose shape and objective are trained from scratch; needs --untrained"
+    start.add_argument("--config", type=Path, help=config)
+    fresh = "train fresh weights in the model's shape, as a baseline, with this random seed instead of --seed"
     parser.add_argument("--untrained", type=int, metavar="SEED", help=fresh)
     parser.add_argument("--data", type=Path, required=True, help="directory of labelled token shards")
-    parser.add_argument("--run_dir", type=Path, required=True, help="where everything is written")
-    parser.add_argument("--out", type=Path, help="the model dir to make of the best step; RUN_DIR/model when left out")
-    parser.add_argument("--results", type=Path, help="results.jsonl: read --eval_split once, at the end, and add a row here")
-    parser.add_argument("--eval_split", default="test", help="split that the row's accuracy is measured on")
-    parser.add_argument("--mask_draws", type=int, default=5, help="bert: masks that vote on each image in the end (paper 4.6)")
-    _add_machine_flags(parser)
-    add_cadence_flags(parser)
-    parser.set_defaults(val_every=None, save_every=None)  # an epoch
+    run_dir = "directory for checkpoints, curves and everything else that the run writes"
+    parser.add_argument("--run_dir", type=Path, required=True, help=run_dir)
+    parser.add_argument("--out", type=Path, help="model dir to write the best step to (default: RUN_DIR/model)")
+    results = "results.jsonl that gets a row with the accuracy on --eval_split, measured once at the end (default: no row)"
+    parser.add_argument("--results", type=Path, help=results)
+    parser.add_argument("--eval_split", default="test", help="split that the accuracy in --results is measured on")
+    parser.add_argument("--mask_draws", type=int, default=5, help="bert: masks per image that vote at the end (paper 4.6)")
+    add_image_flags(parser)
+    add_machine_flags(parser)
+    add_cadence_flags(parser, val_every=None, save_every=None)
     add_guard_flags(parser)
     _add_learning_flags(parser)
     args = parser.parse_args(argv)
@@ -48,41 +50,32 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ds_config", type=Path, default=DS_CONFIG, help="how it fits the machines")
-    parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step, instead of the ds_config's")
-    parser.add_argument("--sequence_parallel", type=int, help="ranks that share an image, instead of the ds_config's")
-    parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: from the newest complete checkpoint")
-    parser.add_argument("--dry_run", action="store_true", help="print what the run would cost, and stop")
-    parser.add_argument("--stop_at_step", type=int, help="stop here, with a checkpoint")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
-    parser.add_argument("--exclude", type=Path, nargs="+", default=[], help="lists of training images to leave out")
-    bad = "skip: take the next image for a damaged one, and say so"
-    parser.add_argument("--on_bad", choices=ON_BAD, default="stop", help=bad)
-    parser.add_argument("--max_bad", type=float, default=MAX_BAD, help="fraction of the images that may be skipped")
-
-
 def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
     knobs = parser.add_argument_group("what is learned")
-    knobs.add_argument("--loss", choices=LOSSES, default="joint", help="joint: gen_loss + clf_loss (paper 2.3); or one alone")
-    scale = "gen_loss per token, as the released code, or summed over an image's tokens, as the paper's formula"
+    loss = "loss to minimise; joint is gen_loss + clf_loss (paper 2.3)"
+    knobs.add_argument("--loss", choices=LOSSES, default="joint", help=loss)
+    scale = "gen_loss per token, as in the released code, or summed over an image's tokens, as in the paper's formula"
     knobs.add_argument("--gen_scale", choices=GEN_SCALES, default="mean", help=scale)
-    knobs.add_argument("--layer", type=int, help="the class head's layer: n^l, 0..L; the last, ln_f's, when left out")
-    knobs.add_argument("--lr", type=float, default=0.0003, help="search it (tools/sweep_lr.py): often a tenth of pre-training's")
-    knobs.add_argument("--batch_images", type=int, default=128, help="images a step; the paper's 128, with XL 64")
-    knobs.add_argument("--epochs", type=float, default=20.0, help="of the training images, at most")
-    knobs.add_argument("--steps", type=int, help="at most so many, instead of --epochs")
-    knobs.add_argument("--warmup_epochs", type=float, default=1.0, help="with a rising rate; it stays constant afterwards")
-    knobs.add_argument("--patience", type=int, default=5, help="validations without a new best that end the run; 0: none do")
-    knobs.add_argument("--train_split", default="train", help="train+val folds the validation images in: the last step is kept")
-    pad = "reflect-pad by so many pixels, then crop a random window; 4 on CIFAR (paper 3.1)"
+    layer = "layer that the class head reads: n^l for l in 0..n_layer (default: n_layer, the output of ln_f)"
+    knobs.add_argument("--layer", type=int, help=layer)
+    lr = "peak learning rate; often a tenth of pre-training's, tools/sweep_lr.py searches it"
+    knobs.add_argument("--lr", type=float, default=0.0003, help=lr)
+    knobs.add_argument("--batch_images", type=int, default=128, help="images per step, over all ranks; the paper uses 64 for XL")
+    knobs.add_argument("--epochs", type=float, default=20.0, help="largest number of epochs of the training images")
+    knobs.add_argument("--steps", type=int, help="largest number of optimizer steps (default: --epochs decides)")
+    knobs.add_argument("--warmup_epochs", type=float, default=1.0, help="epochs with a rising learning rate, constant later")
+    patience = "validations in a row without a new best before the run ends; 0 disables"
+    knobs.add_argument("--patience", type=int, default=5, help=patience)
+    split = "split to train on; train+val adds the validation images, and then the last step is kept instead of the best"
+    knobs.add_argument("--train_split", default="train", help=split)
+    pad = "pixels of reflection padding before a random crop; 0 disables, 4 is the paper's for CIFAR (3.1)"
     knobs.add_argument("--augment_pad", type=int, default=0, help=pad)
-    flip = "mirror half of the images"
+    flip = "mirror a random half of the images"
     knobs.add_argument("--augment_flip", action=argparse.BooleanOptionalAction, default=False, help=flip)
-    knobs.add_argument("--clip", type=float, default=1.0, help="gradient norm; 0: no limit")
-    spike = "deviations above the mean that make a loss an outlier; 0 watches for none"
+    knobs.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 disables clipping")
+    spike = "standard deviations above the mean of recent losses at which a loss is an outlier; 0 disables"
     knobs.add_argument("--spike_sigmas", type=float, default=6.0, help=spike)
-    knobs.add_argument("--seed", type=int, default=0, help="of the order of images, augmentation and masks")
+    knobs.add_argument("--seed", type=int, default=0, help="random seed for the order of images, augmentation and masks")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -105,10 +98,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def starting_point(args: argparse.Namespace) -> ModelInfo:
-    """The shape and objective to begin with: those of --model, or of --recipe or --config, whose model_hash is "".
+    """The shape and objective of --model, or of --recipe or --config, whose model_hash is "".
 
     Raises:
-        ValueError: no such model dir or recipe, or a file that holds none.
+        ValueError: there is no such model dir or recipe, or the file holds none.
     """
     if args.model is not None:
         return read_info(args.model)
@@ -117,14 +110,14 @@ def starting_point(args: argparse.Namespace) -> ModelInfo:
 
 
 def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_classes: int) -> Recipe:
-    """What is learned.
+    """The recipe of the fine-tuning.
 
     Args:
-        info: of `starting_point`.
-        n_images: of the training split. Where each image was stored as several crops, each crop counts.
+        info: the result of `starting_point`.
+        n_images: images of the training split. If each image is stored as several crops, each crop counts.
 
     Raises:
-        ValueError: values that no recipe takes; shards without classes.
+        ValueError: a value is out of range, or the shards have no classes.
     """
     steps = math.ceil(args.epochs * n_images / args.batch_images) if args.steps is None else args.steps
     layer = info.config.n_layer if args.layer is None else args.layer

@@ -1,6 +1,7 @@
 """The command line of train.py: words enter, checked values and a recipe leave.
 
-Every field of Recipe and ModelConfig is a flag of the same name; the other flags say where things lie and how often they happen.
+Every knob of Recipe and ModelConfig is a flag of the same name. The other flags give paths, intervals and limits; finetune.py
+shares most of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,28 @@ from igpt_ds.train import run_dir
 from igpt_ds.train.metrics import require_wandb
 
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_bf16.json"
+KNOBS = {  # help texts
+    "batch_images": "images per step, over all ranks",
+    "steps": "number of optimizer steps",
+    "lr": "peak learning rate",
+    "warmup_steps": "steps with a rising learning rate, before the cosine",
+    "mask_prob": "probability that bert hides a pixel, between 0 and 1",
+    "init": "how fresh weights are drawn",
+    "betas": "the two decay rates of Adam",
+    "eps": "epsilon of Adam",
+    "spike_window": "number of recent normal losses that the spike guard compares with",
+    "spike_sigmas": "standard deviations above their mean at which a loss is an outlier; 0 disables",
+    "spike_patience": "outliers in a row that count as a spike",
+    "clip": "largest gradient norm; 0 disables clipping",
+    "augment_pad": "pixels of reflection padding before a random crop; 0 disables",
+    "augment_flip": "mirror a random half of the images",
+    "seed": "random seed for weights, order of images, augmentation and masks",
+    "n_layer": "number of transformer blocks",
+    "n_head": "number of attention heads",
+    "n_embd": "width of the transformer",
+    "n_px": "width and height of an image in pixels",
+    "n_vocab": "number of palette colours",
+}
 LEAST = {
     "sequence_parallel": 1,
     "val_images": 1,
@@ -37,34 +60,35 @@ LEAST = {
 def parse(
     description: str, argv: Sequence[str] | None, add_more: Callable[[argparse.ArgumentParser], None] | None = None
 ) -> argparse.Namespace:
-    """The command line; every field of Recipe and ModelConfig is a flag of the same name.
+    """Parses and checks the command line.
 
     Args:
-        add_more: adds flags of a program that takes those of train.py and some of its own.
+        add_more: adds the flags of a program that extends train.py.
 
     Raises:
-        ValueError: a value that cannot be, or flags that do not go together.
+        ValueError: a value is out of range, or flags exclude each other.
     """
     parser = cli.parser(description)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--recipe", help="name of a recipe")
-    what.add_argument("--config", type=Path, help="a run.json (or a recipe in JSON) to take the recipe from")
-    _add_data_flags(parser)
-    parser.add_argument("--run_dir", type=Path, help="where everything is written")
-    parser.add_argument("--ds_config", type=Path, default=DS_CONFIG, help="how it fits the machines")
-    parser.add_argument("--micro_batch", type=int, help="images per rank and micro_step, instead of the ds_config's")
-    parser.add_argument("--sequence_parallel", type=int, help="ranks that share an image, instead of the ds_config's")
-    parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: from the newest complete checkpoint")
-    parser.add_argument("--dry_run", action="store_true", help="print what the run would cost, and stop")
+    what.add_argument("--recipe", help="name of the recipe to train")
+    what.add_argument("--config", type=Path, help="run.json of another run, or a recipe in JSON, to take the recipe from")
+    parser.add_argument("--data", type=Path, nargs="+", help="directories of token shards; validation uses the first one")
+    weights = "relative sampling frequency of each --data directory (default: proportional to its number of images)"
+    parser.add_argument("--data_weights", type=float, nargs="+", help=weights)
+    add_image_flags(parser)
+    stream = "URL of training shards to read in sequence, with {shard} for the shard's name (default: the shards in --data)"
+    parser.add_argument("--stream", metavar="URL", help=stream)
+    parser.add_argument("--run_dir", type=Path, help="directory for checkpoints, curves and everything else that the run writes")
+    add_machine_flags(parser)
     add_cadence_flags(parser)
     add_guard_flags(parser)
-    parser.add_argument("--stop_at_step", type=int, help="stop here, with a checkpoint; the schedule stays the recipe's")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
-    warmup = "warm up for so many epochs of the training shards, counted in batches, instead of the recipe's warmup_steps"
+    warmup = (
+        "epochs of the training shards with a rising learning rate; replaces --warmup_steps (default: the recipe's warmup_steps)"
+    )
     parser.add_argument("--warmup_epochs", type=float, help=warmup)
     knobs = parser.add_argument_group("knobs of the recipe (default: the recipe's value)")
     for field in knob_fields():
-        knobs.add_argument(f"--{field.name}", **_flag_type(field.name))
+        _add_knob(knobs, field.name)
     if add_more is not None:
         add_more(parser)
     args = parser.parse_args(argv)
@@ -72,43 +96,66 @@ def parse(
     return args
 
 
-def _add_data_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, nargs="+", help="directories of token shards; validation is on the first one's")
-    parser.add_argument(
-        "--data_weights", type=float, nargs="+", help="how often each of --data is seen; default: by their images"
-    )
-    parser.add_argument("--exclude", type=Path, nargs="+", default=[], help="lists of training images to leave out")
-    parser.add_argument(
-        "--on_bad", choices=ON_BAD, default="stop", help="skip: take the next image for a damaged one, and say so"
-    )
-    parser.add_argument("--max_bad", type=float, default=MAX_BAD, help="fraction of a dataset's images that may be skipped")
-    parser.add_argument("--stream", metavar="URL", help="read training shards in sequence from URL with {shard} for their names")
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """Which training images are left out."""
+    parser.add_argument("--exclude", type=Path, nargs="+", default=[], help="files that list training images to leave out")
+    bad = "what to do about a damaged training image: stop the run, or skip the image and train on the next one"
+    parser.add_argument("--on_bad", choices=ON_BAD, default="stop", help=bad)
+    most = "largest fraction of a dataset's images that --on_bad skip may skip"
+    parser.add_argument("--max_bad", type=float, default=MAX_BAD, help=most)
 
 
-def add_cadence_flags(parser: argparse.ArgumentParser) -> None:
-    """How often things happen, and to which images."""
-    verify = "compare every shard's sha256 with its index before the first step"
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """How the run fits the machines, and how it starts and ends."""
+    ds_config = f"DeepSpeed configuration: ZeRO stage, precision, offload (default: ds_configs/{DS_CONFIG.name})"
+    parser.add_argument("--ds_config", type=Path, default=DS_CONFIG, help=ds_config)
+    micro_batch = "images per rank and micro_step (default: the ds_config's, else all of the rank's share of a step)"
+    parser.add_argument("--micro_batch", type=int, help=micro_batch)
+    parser.add_argument("--sequence_parallel", type=int, help="ranks that share each image (default: the ds_config's, else 1)")
+    resume = "auto continues from the newest complete checkpoint; never refuses a run directory that holds a run"
+    parser.add_argument("--resume", choices=("never", "auto"), default="never", help=resume)
+    parser.add_argument("--dry_run", action="store_true", help="print the estimated memory, time and cost, and exit")
+    last = "step to stop at, with a checkpoint; the learning rate follows the full schedule (default: the last step)"
+    parser.add_argument("--stop_at_step", type=int, help=last)
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher and ignored; LOCAL_RANK counts")
+
+
+def add_cadence_flags(parser: argparse.ArgumentParser, val_every: int | None = 1000, save_every: int | None = 1000) -> None:
+    """How often the run validates, saves and logs, and on which images it validates.
+
+    Args:
+        val_every: the default; None for an epoch.
+        save_every: the default; None for that of val_every.
+    """
+    verify = "before the first step, compare every shard's sha256 with the index"
     parser.add_argument("--verify_shards", action=argparse.BooleanOptionalAction, default=True, help=verify)
-    parser.add_argument("--val_split", default="val", help="split that the validation loss is measured on")
-    parser.add_argument("--val_images", type=int, help="how many of its images, evenly spread; all when left out")
-    parser.add_argument("--val_every", type=int, default=1000, help="steps between validation losses")
-    parser.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--keep_last", type=int, default=KEEP_LAST, help="how many of the newest checkpoints to keep")
-    parser.add_argument("--keep_every", type=int, default=0, help="keep checkpoints at multiples of this step for ever; 0: none")
-    parser.add_argument("--log_every", type=int, default=10, help="steps between rows of train.jsonl")
+    parser.add_argument("--val_split", default="val", help="split that validation uses")
+    images = "number of validation images, evenly spread over the split (default: all)"
+    parser.add_argument("--val_images", type=int, help=images)
+    validate = "steps between validations; 0: only before the first step and after the last"
+    validate += " (default: an epoch)" if val_every is None else ""
+    parser.add_argument("--val_every", type=int, default=val_every, help=validate)
+    save = "steps between checkpoints; 0 saves only at the end" + (" (default: --val_every)" if save_every is None else "")
+    parser.add_argument("--save_every", type=int, default=save_every, help=save)
+    parser.add_argument("--keep_last", type=int, default=KEEP_LAST, help="number of newest checkpoints to keep")
+    keep_every = "keep every checkpoint whose step is a multiple of this number; 0 disables"
+    parser.add_argument("--keep_every", type=int, default=0, help=keep_every)
+    parser.add_argument("--log_every", type=int, default=10, help="steps between rows of train.jsonl; 0 logs only the last step")
 
 
 def add_guard_flags(parser: argparse.ArgumentParser) -> None:
-    """Who may interrupt a run, and what then."""
-    parser.add_argument("--max_minutes", type=float, help="stop after so many, with a checkpoint and exit status 85")
-    hang = "end with the stacks of all threads in RUN_DIR/stacks and status 86 after so long without a sign of life; 0: never"
+    """What may stop the run, and where else its curves are shown."""
+    limit = "minutes after which the run saves a checkpoint and exits with status 85 (default: no limit)"
+    parser.add_argument("--max_minutes", type=float, help=limit)
+    hang = "minutes without progress before the run writes all stacks to RUN_DIR/stacks and exits with status 86; 0 disables"
     parser.add_argument("--hang_minutes", type=float, default=20.0, help=hang)
-    spike = "what to do when the loss is lost: stop with advice, or go back to the last good checkpoint and leave images out"
+    spike = "what to do when the loss diverges: stop with suggestions, or roll back to the last good checkpoint and skip images"
     parser.add_argument("--on_spike", choices=("stop", "rollback"), default="stop", help=spike)
-    skip = "rollback: leave out so many of the last images seen, in whole batches; all since the checkpoint when left out"
+    skip = "number of most recent images that a rollback skips, rounded up to batches (default: all since the checkpoint)"
     parser.add_argument("--spike_skip_images", type=int, help=skip)
-    parser.add_argument("--max_rollbacks", type=int, default=3, help="rollback: so many in this run, then stop")
-    parser.add_argument("--wandb", metavar="PROJECT", help="show the curves in this project of Weights and Biases too")
+    parser.add_argument("--max_rollbacks", type=int, default=3, help="number of rollbacks in this run before it stops")
+    wandb = "project in Weights and Biases that also shows the curves (default: none)"
+    parser.add_argument("--wandb", metavar="PROJECT", help=wandb)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -125,7 +172,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Checks the flags that train.py and finetune.py share.
 
     Raises:
-        ValueError: a value that cannot be, or flags that do not go together.
+        ValueError: a value is out of range, or flags exclude each other.
     """
     for name, least in LEAST.items():
         value = getattr(args, name)
@@ -136,7 +183,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"--{name} {value:g} must be a number of minutes, at least 0")
     if args.spike_skip_images is not None and args.on_spike != "rollback":
-        raise ValueError(f"--spike_skip_images {args.spike_skip_images} means nothing without --on_spike rollback")
+        raise ValueError(f"--spike_skip_images {args.spike_skip_images} needs --on_spike rollback")
     if args.wandb is not None:
         require_wandb()
     if not 0 <= args.max_bad < 1:
@@ -144,23 +191,25 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def knob_fields() -> list[dataclasses.Field[Any]]:
-    """The fields of Recipe and ModelConfig that a flag may change; the objective is said by the recipe's name, with its lr."""
+    """The fields of Recipe and ModelConfig that a flag may change. The objective is the recipe's, because its lr fits it."""
     fields = [*dataclasses.fields(Recipe), *dataclasses.fields(ModelConfig)]
     return [field for field in fields if field.name not in ("name", "model", "objective", "finetune")]
 
 
-def _flag_type(name: str) -> dict[str, Any]:
+def _add_knob(group: argparse._ArgumentGroup, name: str) -> None:
+    flag, text = f"--{name}", KNOBS[name]
     if name == "betas":
-        return {"type": float, "nargs": 2}
-    if name == "augment_flip":
-        return {"action": argparse.BooleanOptionalAction, "default": None}
-    if name == "init":
-        return {"choices": INITS}
-    return {"type": float if name in ("lr", "eps", "clip", "mask_prob", "spike_sigmas") else int}
+        group.add_argument(flag, type=float, nargs=2, help=text)
+    elif name == "augment_flip":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif name == "init":
+        group.add_argument(flag, choices=INITS, help=text)
+    else:
+        group.add_argument(flag, type=float if name in ("lr", "eps", "clip", "mask_prob", "spike_sigmas") else int, help=text)
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe named or read, with the knobs that were given."""
+    """The recipe of --recipe or --config, changed by the knobs on the command line."""
     recipe = get_recipe(args.recipe) if args.recipe else run_dir.read_recipe(args.config)
     given = {field.name: getattr(args, field.name) for field in knob_fields() if getattr(args, field.name) is not None}
     return override(recipe, given | ({"betas": tuple(given["betas"])} if "betas" in given else {}))

@@ -90,7 +90,7 @@ def test_torn_shard(main: Any, command: Command, tiny_dataset: Path, tmp_path: P
         (["--stream", "{shard}", "--data", "a", "b"], "--stream takes one --data as it is, without"),
         (["--max_minutes", "-1"], "--max_minutes -1 must be a number of minutes, at least 0"),
         (["--hang_minutes", "nan"], "--hang_minutes nan must be a number of minutes, at least 0"),
-        (["--spike_skip_images", "9"], "--spike_skip_images 9 means nothing without --on_spike rollback"),
+        (["--spike_skip_images", "9"], "--spike_skip_images 9 needs --on_spike rollback"),
         (["--wandb", "p"], "--wandb needs the package wandb, which is not installed: pip install wandb, or leave --wandb out"),
         (["--spike_patience", "0"], "spike_patience=0 must be a whole number of at least 1"),
     ],
