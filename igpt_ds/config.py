@@ -170,8 +170,12 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with some knobs or model dimensions changed, by their flat names (`lr`, `n_layer`, ...)."""
+def override(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with changed knobs or model dimensions, by field name (`lr`, `n_layer`, ...).
+
+    Raises:
+        ValueError: a recipe has no such field, or a value is out of range.
+    """
     unknown = [name for name in changes if name not in _KNOBS + _SHAPE]
     if unknown:
         raise ValueError(f"recipe has no {unknown[0]!r}; it has {', '.join(_KNOBS + _SHAPE)}")
@@ -196,14 +200,20 @@ def with_warmup_epochs(recipe: Recipe, epochs: float, n_images: int) -> Recipe:
     return dataclasses.replace(recipe, warmup_steps=steps)
 
 
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """A JSON-ready dict; `recipe_from_dict` is its inverse."""
+def recipe_to_dict(recipe: Recipe) -> dict[str, object]:
+    """The recipe as JSON; `recipe_from_dict` is the inverse."""
     return dataclasses.asdict(recipe) | {"betas": list(recipe.betas)}
 
 
-def recipe_from_dict(values: dict[str, Any], where: str) -> Recipe:
-    """The inverse of `recipe_to_dict`; `where` names the file in errors."""
+def recipe_from_dict(values: object, where: str) -> Recipe:
+    """The recipe of a JSON value; `where` names the file in errors. Fields that older code did not know get their defaults.
+
+    Raises:
+        ValueError: it is not a recipe, or a value is out of range.
+    """
     try:
+        if not isinstance(values, dict):
+            raise TypeError(f"it is {type(values).__name__} and not an object")
         model, finetune = ModelConfig(**values["model"]), values.get("finetune")
         more = {"model": model, "betas": tuple(values["betas"]), "finetune": Finetune(**finetune) if finetune else None}
         return Recipe(**(values | more))

@@ -1,6 +1,6 @@
-"""How a run fits the machines: a ds_config is read and checked, and `join` makes one run of it and a recipe.
+"""How a run fits the machines: `load_ds_config` reads and checks a ds_config, `join` makes a run of it and a recipe.
 
-Called by train.py and the plan; DeepSpeed itself is not imported here.
+Called by train.py, finetune.py and the plan. DeepSpeed is not needed here.
 """
 
 from __future__ import annotations
@@ -8,15 +8,77 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from igpt_ds.config import CHECKPOINTING, Recipe, recipe_to_dict
 from igpt_ds.files import read_json
 
-# A ds_config must not say what the recipe says; each forbidden key with the recipe's name for it.
+
+class _OurSection(TypedDict, total=False):
+    activation_checkpointing: str
+    sequence_parallel: int
+
+
+class _Precision(TypedDict, total=False):
+    enabled: bool
+
+
+class _Offload(TypedDict, total=False):
+    device: str
+
+
+class _Zero(TypedDict, total=False):
+    stage: int
+    offload_optimizer: _Offload
+    overlap_comm: bool
+    zero_hpz_partition_size: int
+
+
+class _DataTypes(TypedDict, total=False):
+    grad_accum_dtype: str
+
+
+class DsConfig(TypedDict, total=False):
+    """A ds_config: the top-level keys of DeepSpeed 0.19 that concern the machines. DeepSpeed ignores misspelt keys.
+
+    Sections list the keys that this project reads; DeepSpeed reads more.
+    """
+
+    igpt_ds: _OurSection
+    bf16: _Precision
+    checkpoint: dict[str, object]
+    comms_logger: dict[str, object]
+    communication_data_type: str
+    compile: dict[str, object]
+    data_types: _DataTypes
+    disable_python_gc: bool
+    dump_state: bool
+    flops_profiler: dict[str, object]
+    fp16: _Precision
+    memory_breakdown: bool
+    prescale_gradients: bool
+    seq_parallel_communication_data_type: str
+    steps_per_print: int
+    torch_autocast: dict[str, object]
+    train_micro_batch_size_per_gpu: int
+    wall_clock_breakdown: bool
+    zero_allow_untested_optimizer: bool
+    zero_force_ds_cpu_optimizer: bool
+    zero_optimization: _Zero
+
+
+class FullConfig(DsConfig, total=False):
+    """What DeepSpeed gets: a ds_config without "igpt_ds", and what follows from the recipe."""
+
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_clipping: float
+
+
+# Keys that the recipe owns, each with the recipe's name for it.
 _OWNED_BY_RECIPE = {
     "train_batch_size": "batch_images",
     "gradient_accumulation_steps": "batch_images (the accumulation follows from it)",
@@ -24,30 +86,7 @@ _OWNED_BY_RECIPE = {
     "optimizer": "lr, betas and eps",
     "scheduler": "lr, warmup_steps and steps",
 }
-# Top-level keys that DeepSpeed 0.19 reads and that concern the machines. DeepSpeed ignores misspelt ones without a word.
-_ALLOWED = (
-    "bf16",
-    "checkpoint",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "data_types",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "memory_breakdown",
-    "prescale_gradients",
-    "seq_parallel_communication_data_type",
-    "steps_per_print",
-    "torch_autocast",
-    "train_micro_batch_size_per_gpu",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)
-# What DeepSpeed 0.19 took out or renamed, by its dotted name; old files on the web are full of it.
+# Keys that DeepSpeed 0.19 removed or renamed; many files on the web have them.
 _NOTHING = "nothing replaces it; remove the key"
 _REMOVED = {
     "amp": "use bf16 or fp16",
@@ -55,7 +94,7 @@ _REMOVED = {
     "compression_training": _NOTHING,
     "curriculum_learning": _NOTHING,
     "eigenvalue": _NOTHING,
-    "elasticity": "a run goes on with another number of ranks by --resume auto; remove the key",
+    "elasticity": "--resume auto continues on any number of ranks; remove the key",
     "graph_harvesting": _NOTHING,
     "nebula": "this project writes its own checkpoints; remove the key",
     "progressive_layer_drop": _NOTHING,
@@ -72,14 +111,14 @@ _REMOVED = {
 }
 _DTYPES = (None, "fp32", "bf16", "fp16")
 _KNOWN_DTYPES = "must be fp32, bf16 or fp16"
-# What DeepSpeed reads and a run here does not survive, or never feels: (dotted name, whether a value is such, why).
-_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+# Keys that DeepSpeed reads but that break a run or change nothing: (dotted name, test of a harmful value, why).
+_REFUSED: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     (
         "activation_checkpointing",
         lambda value: True,
-        "is DeepSpeed's own, which nothing here calls: igpt_ds.activation_checkpointing decides; remove it",
+        "has no effect here: igpt_ds.activation_checkpointing decides; remove it",
     ),
-    ("checkpoint.load_universal", bool, "makes every --resume auto fail: checkpoints here are no universal ones; remove it"),
+    ("checkpoint.load_universal", bool, "breaks --resume auto: checkpoints of this project are not universal ones; remove it"),
     ("communication_data_type", lambda value: value not in _DTYPES, _KNOWN_DTYPES),
     ("data_types.grad_accum_dtype", lambda value: value not in _DTYPES, _KNOWN_DTYPES),
     ("prescale_gradients", bool, "fails at ZeRO stage 3 and changes nothing at the others; remove it"),
@@ -87,33 +126,33 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "zero_optimization.sub_group_size",
         lambda value: not isinstance(value, int) or isinstance(value, bool) or value < 1,
-        "must be a whole number of at least 1: so many weights are updated at a time",
+        "must be a whole number of at least 1: the number of weights per optimizer sub-group",
     ),
 )
-_OUR_SECTION = {"activation_checkpointing": "none", "sequence_parallel": 1}  # the section "igpt_ds", with its defaults
+_OUR_DEFAULTS: _OurSection = {"activation_checkpointing": "none", "sequence_parallel": 1}
 STAGES = (1, 2, 3)  # of ZeRO: optimizer states sharded; gradients as well; weights as well
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a recipe on world_size ranks, with the complete configuration that DeepSpeed gets."""
+    """One run: a recipe on world_size ranks."""
 
     recipe: Recipe
     world_size: int
-    micro_batch: int  # images per sequence group (per rank, where sequence_parallel is 1) and micro_step
+    micro_batch: int  # images per sequence group and micro_step; a sequence group is one rank if sequence_parallel is 1
     accumulation: int  # micro_steps per step
     activation_checkpointing: str
     precision: str  # "fp32", "bf16" or "fp16"
     sequence_parallel: int  # consecutive ranks that share the tokens of each image
     stage: int  # of ZeRO
-    ds_config: dict[str, Any]
+    ds_config: FullConfig
 
 
 def batch_layout(batch_images: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
     """(micro_batch, accumulation) with micro_batch * accumulation * world_size == batch_images.
 
     Raises:
-        ValueError: the product does not come out; the nearest batch that does is named.
+        ValueError: no accumulation gives that product; the nearest batch that works is named.
     """
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch} must be at least 1")
@@ -128,8 +167,12 @@ def batch_layout(batch_images: int, micro_batch: int | None, world_size: int) ->
     return micro_batch, batch_images // (micro_batch * world_size)
 
 
-def load_ds_config(path: Path) -> dict[str, Any]:
-    """Reads a ds_config and refuses keys that the recipe owns or that DeepSpeed would ignore, by name."""
+def load_ds_config(path: Path) -> DsConfig:
+    """Reads and checks a ds_config.
+
+    Raises:
+        ValueError: a key that the recipe owns, that DeepSpeed would ignore or that breaks a run, or a wrong value; it is named.
+    """
     values = read_json(path, "ds_config")
     if not isinstance(values, dict):
         raise ValueError(f"ds_config {path} must hold one JSON object")
@@ -137,7 +180,7 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         if key in _OWNED_BY_RECIPE:
             raise ValueError(f"ds_config {path}: {key!r} is set by the recipe as {_OWNED_BY_RECIPE[key]}; remove it here")
     refuse_harmful(values, path)
-    refuse_unknown(values, ("igpt_ds", *_ALLOWED), path)
+    refuse_unknown(values, DsConfig.__annotations__, path)
     for key in ("igpt_ds", "zero_optimization", "bf16", "fp16"):
         if not isinstance(values.get(key, {}), dict):
             raise ValueError(f"ds_config {path}: {key!r} must be an object, not {values[key]!r}")
@@ -147,7 +190,7 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         name = "train_micro_batch_size_per_gpu"
         raise ValueError(f"ds_config {path}: {name}={micro_batch!r} must be a whole number of at least 1")
     ours = values.get("igpt_ds", {})
-    refuse_unknown(ours, _OUR_SECTION, path, "igpt_ds.")
+    refuse_unknown(ours, _OurSection.__annotations__, path, "igpt_ds.")
     mode = ours.get("activation_checkpointing", "none")
     if mode not in CHECKPOINTING:
         raise ValueError(f"ds_config {path}: activation_checkpointing={mode!r} is unknown; known: {', '.join(CHECKPOINTING)}")
@@ -159,11 +202,11 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"ds_config {path}: zero_optimization.stage={stage!r} must be 1, 2 or 3")
     if values.get("fp16", {}).get("enabled") and values.get("bf16", {}).get("enabled"):
         raise ValueError(f"ds_config {path}: fp16 and bf16 are both enabled; choose one")
-    return values
+    return cast(DsConfig, values)
 
 
-def refuse_harmful(values: dict[str, Any], path: Path) -> None:
-    """Refuses what DeepSpeed would read without a word and a run of this project would not survive, or never feel."""
+def refuse_harmful(values: Mapping[str, object], path: Path) -> None:
+    """Refuses values that DeepSpeed accepts but that break a run of this project or change nothing."""
     for name, harmful, why in _REFUSED:
         section, _, key = name.rpartition(".")
         where = values.get(section, {}) if section else values
@@ -172,17 +215,17 @@ def refuse_harmful(values: dict[str, Any], path: Path) -> None:
 
 
 def refuse_removed(section: Iterable[str], path: Path, prefix: str = "") -> None:
-    """Refuses keys of a section that DeepSpeed 0.19 took out, and says what replaces them."""
+    """Refuses keys of a section that DeepSpeed 0.19 removed, and names the replacement."""
     for key in section:
         if prefix + key in _REMOVED:
             raise ValueError(f"ds_config {path}: DeepSpeed 0.19 has no {prefix + key!r} any more; {_REMOVED[prefix + key]}")
 
 
 def refuse_unknown(section: Iterable[str], known: Iterable[str], path: Path, prefix: str = "") -> None:
-    """Refuses keys of a section that nobody reads, with the nearest that somebody does.
+    """Refuses unknown keys of a section, and names the nearest known key.
 
     Args:
-        prefix: the section's dotted name with a dot at its end; empty for the top.
+        prefix: the section's dotted name and a final dot; empty for the top level.
     """
     refuse_removed(section, path, prefix)
     names = list(known)
@@ -195,38 +238,42 @@ def refuse_unknown(section: Iterable[str], known: Iterable[str], path: Path, pre
 
 def join(
     recipe: Recipe,
-    ds_config: dict[str, Any],
+    ds_config: DsConfig,
     world_size: int,
     micro_batch: int | None = None,
     sequence_parallel: int | None = None,
 ) -> Run:
-    """One run out of what is learned and how it fits the machines; the last two override the ds_config's.
+    """The run of a recipe on world_size ranks.
 
-    `ds_config` comes from `load_ds_config`, so it holds no key of the recipe's.
+    Args:
+        ds_config: the result of `load_ds_config`.
+        micro_batch: replaces the ds_config's.
+        sequence_parallel: replaces the ds_config's.
 
     Raises:
-        ValueError: the batch does not divide, or ranks or heads not by sequence_parallel, or there are too few tokens.
+        ValueError: the batch does not divide into micro batches, or sequence_parallel does not fit ranks, heads or tokens.
     """
-    ours = _OUR_SECTION | ds_config.get("igpt_ds", {})
+    ours = _OUR_DEFAULTS | ds_config.get("igpt_ds", {})
     parts = sequence_parallel or ours["sequence_parallel"]
     check_sequence_parallel(recipe, world_size, parts)
     asked = ds_config.get("train_micro_batch_size_per_gpu") if micro_batch is None else micro_batch
     micro_batch, accumulation = batch_layout(recipe.batch_images, asked, world_size // parts)
     full = {key: value for key, value in ds_config.items() if key != "igpt_ds"} | {
-        "train_batch_size": recipe.batch_images * parts,  # DeepSpeed counts every rank as one of data parallelism
+        "train_batch_size": recipe.batch_images * parts,  # DeepSpeed counts every rank as data-parallel
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": recipe.clip,  # always written: DeepSpeed's own default changed from 0 to 1
+        "gradient_clipping": recipe.clip,  # always written: DeepSpeed's default changed from 0 to 1
     }
-    precision = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
-    stage = ds_config["zero_optimization"]["stage"]
-    return Run(recipe, world_size, micro_batch, accumulation, ours["activation_checkpointing"], precision, parts, stage, full)
+    half = "fp16" if ds_config.get("fp16", {}).get("enabled") else "fp32"
+    precision = "bf16" if ds_config.get("bf16", {}).get("enabled") else half
+    stage, mode = ds_config["zero_optimization"]["stage"], ours["activation_checkpointing"]
+    return Run(recipe, world_size, micro_batch, accumulation, mode, precision, parts, stage, cast(FullConfig, full))
 
 
 def check_sequence_parallel(recipe: Recipe, world_size: int, parts: int) -> None:
     """Refuses a number of ranks per image that does not divide the ranks and the heads, or leaves a rank without tokens.
 
-    The tokens need not divide: each rank takes n_ctx / parts of them, rounded up, and the last one what is left.
+    It need not divide the tokens: each rank takes n_ctx / parts of them, rounded up, and the last rank takes the rest.
     """
     config = recipe.model
     shared = math.gcd(world_size, config.n_head)
@@ -239,6 +286,6 @@ def check_sequence_parallel(recipe: Recipe, world_size: int, parts: int) -> None
         raise ValueError(f"sequence_parallel={parts} leaves a rank none of n_ctx={config.n_ctx} tokens; {here}")
 
 
-def run_to_dict(run: Run) -> dict[str, Any]:
-    """The union of recipe and ds_config, JSON-ready: printed at the start and written to the run directory."""
+def run_to_dict(run: Run) -> dict[str, object]:
+    """Recipe and ds_config as JSON: printed at the start and written to the run directory."""
     return dataclasses.asdict(run) | {"recipe": recipe_to_dict(run.recipe)}

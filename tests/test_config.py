@@ -107,14 +107,14 @@ def test_n_ctx_is_one_token_a_pixel():
 )
 def test_override_refuses(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
-        override(S_32, changes)
+        override(S_32, **changes)
 
 
 def test_override_reaches_knobs_and_shape_and_changes_nothing_else():
-    changed = override(S_32, {"lr": 0.01, "n_layer": 2})
+    changed = override(S_32, lr=0.01, n_layer=2)
     assert (changed.lr, changed.model.n_layer) == (0.01, 2)
-    assert override(changed, {"lr": S_32.lr, "n_layer": 24}) == S_32
-    assert override(RECIPES["igpt_s_bert_32"], {"mask_prob": 0.2}).mask_prob == 0.2
+    assert override(changed, lr=S_32.lr, n_layer=24) == S_32
+    assert override(RECIPES["igpt_s_bert_32"], mask_prob=0.2).mask_prob == 0.2
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones():

@@ -16,11 +16,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.config import CHECKPOINTING, Recipe, get_recipe
-from igpt_ds.ds_config import Run, join, load_ds_config
+from igpt_ds.ds_config import DsConfig, Run, join, load_ds_config
 from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.plan.estimate import DOLLARS, Estimate, NoPlan, Price, estimate
 from igpt_ds.plan.step_time import GPUS, Cluster
@@ -32,7 +31,7 @@ TABLE = tuple(2**power for power in range(3, 12))  # 8 to 2048 GPUs
 MARGINS = {"hpz": 0.10, "sharded less": 0.05}
 
 
-def shipped(checkpointing: str | None = None) -> dict[str, dict[str, Any]]:
+def shipped(checkpointing: str | None = None) -> dict[str, DsConfig]:
     """The bf16 ds_configs in `ds_configs/` by file name, without those that fix sequence parallelism; `options` varies it itself.
 
     Args:
@@ -45,8 +44,8 @@ def shipped(checkpointing: str | None = None) -> dict[str, dict[str, Any]]:
         if values.get("bf16", {}).get("enabled") and "sequence_parallel" not in values.get("igpt_ds", {})
     }
     if checkpointing:
-        mode = "activation_checkpointing"
-        wanted = {name: values for name, values in wanted.items() if values.get("igpt_ds", {}).get(mode, "none") == checkpointing}
+        modes = {name: values.get("igpt_ds", {}).get("activation_checkpointing", "none") for name, values in wanted.items()}
+        wanted = {name: values for name, values in wanted.items() if modes[name] == checkpointing}
     return wanted
 
 
@@ -57,7 +56,7 @@ class Request:
     recipe: Recipe
     gpus: int
     cluster: Cluster
-    ds_configs: dict[str, dict[str, Any]] = field(default_factory=shipped)  # candidates by file name
+    ds_configs: dict[str, DsConfig] = field(default_factory=shipped)  # candidates by file name
     micro_batch: int | None = None
     sequence_parallel: int | None = None
     price: Price = field(default_factory=Price)
@@ -101,7 +100,7 @@ def _splits(recipe: Recipe, gpus: int, node_gpus: int) -> list[int]:
     return [p for p in parts if recipe.batch_images % (gpus // p) == 0]
 
 
-def _runs(request: Request, values: dict[str, Any]) -> list[Run]:
+def _runs(request: Request, values: DsConfig) -> list[Run]:
     recipe, gpus = request.recipe, request.gpus
     chosen = request.sequence_parallel
     runs = []

@@ -1,12 +1,13 @@
-"""What DeepSpeed made of a configuration: an engine enters, the values it works by leave; a difference to those asked for stops.
+"""The effective DeepSpeed configuration: an engine enters, the values it uses leave. A difference to the ds_config is an error.
 
-DeepSpeed fills in defaults, changes them between releases and overrides some keys without a word; the proof is in its objects.
-Called by train.py once the engine stands.
+DeepSpeed adds defaults, changes them between releases and silently overrides some keys; only its objects show the result.
+Called by train/session.py after the engine is built.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from igpt_ds import dist
@@ -39,15 +40,15 @@ _SECTIONS = {
 }
 
 
-def effective_config(engine: Engine) -> dict[str, Any]:
-    """What an engine works by, under the names of a ds_config and JSON-ready; "engine" says what was built of it."""
+def effective_config(engine: Engine) -> dict[str, object]:
+    """The values that an engine uses, as JSON with the keys of a ds_config; "engine" describes the built engine."""
     config = engine._config
     values = {name: getattr(config, name) for name in _TOP}
     for name, attribute in _SECTIONS.items():
         section = getattr(config, attribute)
         values[name] = section.model_dump(by_alias=True) if hasattr(section, "model_dump") else vars(section)
     weights, gradients = engine.get_data_types()
-    # Where the optimizer keeps a value of its own, that one counts.
+    # The optimizer's own value counts, if it has one.
     zero, optimizer = values["zero_optimization"], engine.optimizer
     for name in ("reduce_bucket_size", "sub_group_size"):
         zero[name] = int(getattr(optimizer, name, zero[name]))
@@ -63,7 +64,7 @@ def effective_config(engine: Engine) -> dict[str, Any]:
         "inner_optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
         "communication": _short(engine.communication_data_type),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=_short))
+    plain: dict[str, object] = json.loads(json.dumps(values, default=_short))
     return plain
 
 
@@ -78,33 +79,37 @@ def _tag_validation(config: Any) -> str:
     return "Fail" if config.checkpoint_tag_validation_fail else "Warn"
 
 
-def differences(asked: dict[str, Any], effective: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, asked, effective) of every value asked for that is another; what DeepSpeed does not tell is left out."""
+def differences(
+    asked: Mapping[str, object], effective: Mapping[str, object], prefix: str = ""
+) -> list[tuple[str, object, object]]:
+    """(dotted name, asked, effective) of every value that differs. Values that DeepSpeed does not show are left out."""
     found = []
     for name, value in asked.items():
         if name not in effective:
             continue
-        if isinstance(value, dict) and isinstance(effective[name], dict):
-            found += differences(value, effective[name], f"{prefix}{name}.")
-        elif _plain(value) != _plain(effective[name]):
-            found.append((prefix + name, value, effective[name]))
+        other = effective[name]
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += differences(value, other, f"{prefix}{name}.")
+        elif _plain(value) != _plain(other):
+            found.append((prefix + name, value, other))
     return found
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, str):
         return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(value.lower(), value.lower())
     return value
 
 
-def check_effective(run: Run, effective: dict[str, Any]) -> None:
-    """Refuses an engine that works by other values than were asked for; effective: of `effective_config`.
+def check_effective(run: Run, effective: Mapping[str, object]) -> None:
+    """Refuses an engine that does not use the values of its ds_config.
+
+    Args:
+        effective: the result of `effective_config`.
 
     Raises:
-        SharedError: the first value that differs, on every rank.
+        SharedError: names the first value that differs, on every rank.
     """
-    asked = run.ds_config | {"engine": {"weights": run.precision, "world_size": run.world_size}}
+    asked = dict(run.ds_config) | {"engine": {"weights": run.precision, "world_size": run.world_size}}
     for name, wanted, found in differences(asked, effective):
-        raise SharedError(
-            f"ds_config asks for {name}={wanted!r} and DeepSpeed works by {found!r}; write {found!r} or remove the key"
-        )
+        raise SharedError(f"ds_config has {name}={wanted!r} but DeepSpeed uses {found!r}; write {found!r} or remove the key")

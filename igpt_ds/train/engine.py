@@ -1,6 +1,7 @@
-"""The door to DeepSpeed: a run enters, a ZeRO-3 engine around a freshly built transformer leaves; or around a pre-trained one.
+"""The door to DeepSpeed: a run enters, a ZeRO engine around a fresh or pre-trained transformer leaves.
 
-Called by train.py and finetune.py."""
+Called by train/session.py and train/loop.py.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import os
 import random
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -21,25 +22,25 @@ from torch import Tensor
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.data.loader import Batch
-from igpt_ds.ds_config import Run, refuse_unknown
+from igpt_ds.ds_config import DsConfig, Run, refuse_unknown
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.store import open_weights
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.safety.build_locks import wait_for_builds
 
-# What a run minimises: (engine, micro batch on its device) -> a scalar. Pre-training and fine-tuning differ in this alone.
+# The loss that a run minimises: (engine, micro batch on its device) -> a scalar. Pre-training and fine-tuning differ only in it.
 LossFunction = Callable[[Engine, Batch], Tensor]
 
 
 def start_ranks() -> torch.device:
-    """Joins the process group and returns this rank's device: its GPU, or the CPU where there is none."""
+    """Joins the process group and returns this rank's device: its GPU, or the CPU if there is none."""
     dist.map_environment(os.environ)
     _quiet()
     import deepspeed
     import deepspeed.ops
 
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, and fail without ninja. gloo serves.
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, and fail without ninja. gloo does the same.
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
@@ -51,24 +52,24 @@ def start_ranks() -> torch.device:
 
 
 def _quiet() -> None:
-    # What must be said before DeepSpeed is imported, and that it shall not tell everything it does.
+    # Settings that must precede the import of DeepSpeed, and fewer log lines.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch 2.13 deprecates names of collectives that DeepSpeed 0.19 still calls, and says so at each call.
+    # torch 2.13 deprecates names of collectives that DeepSpeed 0.19 still calls, and warns at each call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
-def check_ds_config(values: dict[str, Any], path: Path) -> None:
-    """Refuses what DeepSpeed would refuse or ignore inside the sections of a ds_config, before anything is built.
+def check_ds_config(values: DsConfig, path: Path) -> None:
+    """Checks the sections of a ds_config before anything is built.
 
     Args:
-        values: of `load_ds_config`, which has looked at the top of the file.
+        values: the result of `load_ds_config`, which has checked the top level.
 
     Raises:
-        ValueError: a key that DeepSpeed does not know, by its dotted name with the nearest that it does; or a wrong value.
+        ValueError: a key that DeepSpeed does not know, with the nearest that it knows, or a wrong value.
     """
     _quiet()
     from deepspeed.comm.config import CommsLoggerConfig
@@ -84,7 +85,7 @@ def check_ds_config(values: dict[str, Any], path: Path) -> None:
         "fp16": DeepSpeedFP16Config,
         "zero_optimization": DeepSpeedZeroConfig,
     }
-    plain = {  # these sections are no models there: DeepSpeed asks them for the names it knows
+    plain = {  # DeepSpeed has no model of these sections: it looks up the names it knows
         "checkpoint": ["load_universal", "parallel_write", "tag_validation", "use_node_local_storage", "writer"],
         "data_types": ["buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules", "param_dtype"],
         "flops_profiler": list(vars(DeepSpeedFlopsProfilerConfig({}))),
@@ -103,7 +104,7 @@ def check_ds_config(values: dict[str, Any], path: Path) -> None:
             raise ValueError(f"ds_config {path}: {where}: {first['msg']}") from None
 
 
-def _section(values: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+def _section(values: Mapping[str, object], name: str, path: Path) -> dict[str, object]:
     section = values.get(name, {})
     if not isinstance(section, dict):
         raise ValueError(f"ds_config {path}: {name!r} must be an object, not {section!r}")
@@ -112,7 +113,7 @@ def _section(values: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
 
 def _refuse_unknown_fields(section: Any, model: Any, path: Path, prefix: str) -> None:
     if not isinstance(section, dict):
-        return  # the model itself says what is wrong with it
+        return  # the model says what is wrong with it
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     fields = {name: field for name, field in fields.items() if not (field.json_schema_extra or {}).get("deprecated")}
     refuse_unknown(section, fields, path, prefix)
@@ -123,9 +124,9 @@ def _refuse_unknown_fields(section: Any, model: Any, path: Path, prefix: str) ->
 
 
 def build_model(run: Run) -> Transformer:
-    """A new transformer on this rank, its weights drawn from the recipe's seed; under stage 3 each is sharded as soon as drawn.
+    """A new transformer on this rank, with weights drawn from the recipe's seed. Stage 3 shards each weight once it is drawn.
 
-    Divides the ranks into the run's sequence groups first.
+    First divides the ranks into the run's sequence groups.
     """
     import deepspeed
 
@@ -140,10 +141,10 @@ def build_model(run: Run) -> Transformer:
 
 
 def take_weights(model: Transformer, model_dir: Path, stage: int) -> None:
-    """Gives a model that `build_model` made the weights of a model dir, all but the class head's.
+    """Copies the weights of a model dir, except the class head, into a model made by `build_model`.
 
-    Under stage 3 rank 0 reads one tensor at a time and sends it to the others, each of which keeps its part: nobody holds more
-    than one tensor. A model in bf16 or fp16 rounds the stored float32 weights, and its optimizer's copy begins with the same.
+    Under stage 3 rank 0 reads one tensor at a time and sends it to the other ranks; each keeps its part, so no rank holds more
+    than one tensor. A model in bf16 or fp16 rounds the stored float32 weights; the optimizer's copy starts from the rounded ones.
     """
     import deepspeed
 
@@ -160,26 +161,27 @@ def build_engine(run: Run, pretrained: Path | None = None) -> Engine:
     """A DeepSpeedEngine around a new transformer.
 
     Args:
-        pretrained: the model dir whose weights it begins with; None for fresh ones.
+        pretrained: the model dir whose weights training starts from; None for fresh weights.
 
-    DeepSpeed is not told of sequence groups: it shards over all ranks and averages gradients over all of them, which is right
-    since `image_loss` gives each rank its equal share of an image's loss.
+    DeepSpeed does not know the sequence groups: it shards over all ranks and averages gradients over all of them. That is right,
+    because `image_loss` gives each rank an equal share of an image's loss.
     """
     import deepspeed
 
     wait_for_builds()
     if run.precision == "fp16" and not torch.cuda.is_available():
-        raise SharedError("fp16 needs a GPU, DeepSpeed has none of it on a CPU; choose a --ds_config in bf16 or fp32")
+        raise SharedError("DeepSpeed supports fp16 only on a GPU; use a --ds_config in bf16 or fp32")
     model = build_model(run)
     if pretrained is not None:
         take_weights(model, pretrained, run.stage)
-    settings: dict[str, Any] = {"lr": run.recipe.lr, "betas": run.recipe.betas, "eps": run.recipe.eps}
+    recipe = run.recipe
     if run.ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        optimizer = DeepSpeedCPUAdam(model.parameters(), adamw_mode=False, **settings)
+        optimizer = DeepSpeedCPUAdam(model.parameters(), adamw_mode=False, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
     else:
-        optimizer = torch.optim.Adam(model.parameters(), fused=torch.cuda.is_available(), **settings)
+        fused = torch.cuda.is_available()
+        optimizer = torch.optim.Adam(model.parameters(), recipe.lr, recipe.betas, recipe.eps, fused=fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=run.ds_config)
     return engine
 
@@ -195,7 +197,7 @@ def take_step(engine: Engine, micro_batches: list[Batch], loss_function: LossFun
     total = torch.zeros((), device=engine.device)
     for batch in micro_batches:
         loss = loss_function(engine, batch)
-        # An infinite loss may have finite gradients. As NaN it has none, and DeepSpeed leaves the update out on all ranks.
+        # An infinite loss may have finite gradients. NaN has none, so DeepSpeed skips the update on all ranks.
         engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
         engine.step()  # updates only after the last micro batch of the accumulation
         total += loss.detach()
@@ -209,15 +211,24 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_states() -> dict[str, Any]:
-    """The state of every generator of this rank, to be stored in a checkpoint."""
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+class RngStates(TypedDict, total=False):
+    """The states of a rank's random generators, as a checkpoint stores them."""
+
+    python: tuple[Any, ...]
+    numpy: Any
+    torch: Tensor
+    cuda: Tensor  # on a GPU
+
+
+def rng_states() -> RngStates:
+    """The state of every random generator of this rank."""
+    states: RngStates = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def restore_rng(states: dict[str, Any]) -> None:
+def restore_rng(states: RngStates) -> None:
     """The inverse of `rng_states`."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])

@@ -212,4 +212,4 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe of --recipe or --config, changed by the knobs on the command line."""
     recipe = get_recipe(args.recipe) if args.recipe else run_dir.read_recipe(args.config)
     given = {field.name: getattr(args, field.name) for field in knob_fields() if getattr(args, field.name) is not None}
-    return override(recipe, given | ({"betas": tuple(given["betas"])} if "betas" in given else {}))
+    return override(recipe, **given | ({"betas": tuple(given["betas"])} if "betas" in given else {}))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from igpt_ds.files import read_json, write_json
 
@@ -55,7 +54,7 @@ class Heartbeat:
         """Whether the rank stopped writing without ending."""
         return not self.ended and now - self.written > SILENT_SECONDS
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The JSON of the file. The rank is not in it, and "error" only if there was one."""
         return {name: value for name, value in asdict(self).items() if name != "rank" and (name != "error" or value)}
 

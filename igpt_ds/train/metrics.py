@@ -28,7 +28,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from igpt_ds import dist
-from igpt_ds.ds_config import Run, run_to_dict
+from igpt_ds.config import recipe_to_dict
+from igpt_ds.ds_config import Run
 from igpt_ds.files import read_json_lines, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plan import costs
@@ -199,7 +200,7 @@ def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:
     # The same run after an interruption. Its service takes no step twice, so that of rows made again it keeps the first.
     name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
     return wandb.init(
-        project=project, id=name, name=run_dir.name, dir=str(run_dir), resume="allow", config=run_to_dict(run)["recipe"]
+        project=project, id=name, name=run_dir.name, dir=str(run_dir), resume="allow", config=recipe_to_dict(run.recipe)
     )
 
 

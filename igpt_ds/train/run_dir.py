@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.config import Recipe, recipe_from_dict
+from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, read_json, write_json
 from igpt_ds.provenance import git_commit
@@ -99,7 +100,7 @@ def _owner(run_dir: Path) -> str:
 
 
 def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path) -> None:
-    new = run_to_dict(run)["recipe"]
+    new = recipe_to_dict(run.recipe)
     differences = recipe_differences(old["recipe"], new)
     pairs = [(name, old["data"].get(name), data.get(name)) for name in ("dataset_hash", "palette_hash", "order")]
     for name, before, now in [*differences, *pairs]:
@@ -107,7 +108,7 @@ def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path)
             raise ValueError(f"{path} is of another run: {name} is {before} there and {now} here; choose another --run_dir")
 
 
-def recipe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def recipe_differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[tuple[str, object, object]]:
     """(name, there, here) for what differs between two recipes as dicts, what changes the meaning of the weights first.
 
     A knob that older code did not know stands at its default there.

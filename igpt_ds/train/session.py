@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from igpt_ds import cli, dist
+from igpt_ds.config import recipe_to_dict
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
@@ -202,7 +203,7 @@ def introduce(run: Run, device: torch.device) -> float:
 
 def manifest_facts(run: Run, images: Mixture | ShardStream) -> dict[str, Any]:
     """What every manifest says of its run."""
-    recipe = run_to_dict(run)["recipe"]
+    recipe = recipe_to_dict(run.recipe)
     return {"recipe": recipe, "data": images.facts(), "precision": run.precision, "sequence_parallel": run.sequence_parallel}
 
 

@@ -240,7 +240,7 @@ def test_the_command_in_the_first_lines_works(capsys):
 
 
 def test_a_recipe_with_other_knobs_is_planned_by_them():
-    half = override(XL, {"n_layer": 30})
+    half = override(XL, n_layer=30)
     assert best(half, 64).memory.activations < 0.6 * 22.75 * GIB
 
 

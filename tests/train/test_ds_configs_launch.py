@@ -1,6 +1,6 @@
 """Real launches of the shipped ds_configs: they train, take effect as they stand, and hold the bytes that costs.py counts.
 
-fp16 is missing, because DeepSpeed has none of it on a CPU.
+fp16 is missing, because DeepSpeed supports it only on a GPU.
 """
 
 from __future__ import annotations

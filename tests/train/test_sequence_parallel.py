@@ -103,7 +103,7 @@ def test_bert_with_four_ranks_an_image_under_zero_1(
     launch: Any, command: Command, curves: Curves, config_of: Any, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     """Some ranks hold no masked token of an image at all."""
-    masked = dataclasses.replace(override(recipe, {"n_head": 4}), name="tiny_bert", objective="bert", mask_prob=0.1)
+    masked = dataclasses.replace(override(recipe, n_head=4), name="tiny_bert", objective="bert", mask_prob=0.1)
     (tmp_path / "masked.json").write_text(json.dumps(recipe_to_dict(masked)))
     chosen = ["--config", str(tmp_path / "masked.json"), *config_of(4, 1, "none")]
     succeed(launch([*command("run"), *chosen], ranks=4))
@@ -114,7 +114,7 @@ def test_bf16_with_shares_of_different_lengths(
     launch: Any, command: Command, curves: Curves, config_of: Any, recipe: Recipe, tiny_dataset: Path
 ) -> None:
     """16 tokens on three ranks are 6, 6 and 4."""
-    wide = override(recipe, {"n_head": 3, "n_embd": 24})
+    wide = override(recipe, n_head=3, n_embd=24)
     chosen = ["--n_head", "3", "--n_embd", "24", *config_of(3, 3, "full", bf16={"enabled": True})]
     succeed(launch([*command("run"), *chosen], ranks=3))
     losses = [row["loss"] for row in curves("run") if "loss" in row]

@@ -254,7 +254,7 @@ def _zero3(session: Session, B: int) -> list[Row]:
     os.environ.setdefault("DS_ACCELERATOR", session.device.type)
     start_ranks()
     shape = asdict(session.config("xl", 64))
-    run = join(override(get_recipe("igpt_xl_ar_64"), shape | {"batch_images": B}), load_ds_config(DS_CONFIG), 1, B)
+    run = join(override(get_recipe("igpt_xl_ar_64"), **shape, batch_images=B), load_ds_config(DS_CONFIG), 1, B)
     config, mode = run.recipe.model, run.activation_checkpointing
     engine = build_engine(run)
     tokens = torch.randint(config.n_vocab, (B, config.n_ctx), device=session.device)

@@ -58,7 +58,7 @@ class World:
         """A recipe of that shape over the digits' 17 grey levels; for --toy an 8th of the width."""
         width = max(16, n_embd // 8) if self.toy else n_embd
         shape = {"n_layer": n_layer, "n_head": 8, "n_embd": width, "n_px": 8 if self.toy else n_px}
-        return override(get_recipe("digits_nano_ar_8"), shape | {"batch_images": batch_images, "warmup_steps": 0, "steps": 1000})
+        return override(get_recipe("digits_nano_ar_8"), **shape, batch_images=batch_images, warmup_steps=0, steps=1000)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -208,7 +208,7 @@ def tools(world: World) -> list[Row]:
 
 def offload(world: World) -> list[Row]:
     """A model of iGPT-L's width and 28 of its 48 layers trains, with its optimizer offloaded, in 24 GB; 36 do not."""
-    recipe = override(world.recipe(28, 1536, 32, 1), {"lr": 1e-4})  # the digits' 0.003 is lost at this width
+    recipe = override(world.recipe(28, 1536, 32, 1), lr=1e-4)  # the digits' 0.003 is lost at this width
     ds_config = DS_CONFIGS / "zero3_bf16_offload_optimizer.json"
     run_dir, peak, rows = train(world, "offload", recipe, ds_config, 8)
     losses = [row["loss"] for row in rows if "loss" in row]

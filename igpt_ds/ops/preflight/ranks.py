@@ -18,7 +18,7 @@ import torch.distributed as td
 from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
-from igpt_ds.ds_config import join
+from igpt_ds.ds_config import DsConfig, join
 from igpt_ds.ops.preflight.record import StepLosses
 from igpt_ds.train.engine import build_engine, take_step
 from igpt_ds.train.loop import pretraining_loss
@@ -110,7 +110,7 @@ def small_recipe(recipe: Recipe, groups: int, parts: int) -> Recipe:
     return dataclasses.replace(recipe, name="preflight", model=model, batch_images=groups, augment_pad=0)
 
 
-def training_step(recipe: Recipe, ds_config: dict[str, Any]) -> StepLosses:
+def training_step(recipe: Recipe, ds_config: DsConfig) -> StepLosses:
     """Two steps of the real engine on a small model, with the same image on every rank: the losses of this rank.
 
     Raises:

@@ -112,4 +112,4 @@ def test_advice_names_nothing_that_was_done_already_or_cannot_help() -> None:
 )
 def test_settings_that_cannot_be(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        override(RECIPE, changes)
+        override(RECIPE, **changes)
