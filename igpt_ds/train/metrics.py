@@ -1,12 +1,11 @@
-"""The curves of a run: train.jsonl, TensorBoard, one console line, wandb where asked for. Rank 0 writes; steps never double.
+"""The curves of a run: train.jsonl, TensorBoard, a console line and, with --wandb, Weights and Biases. Rank 0 writes.
 
-A training row holds the loss of one step, in nats per token, over the whole global batch; a validation row the mean over
-the validation images. `step` counts completed steps, `images_seen` the images of those. Since the last row: `data_wait`, the
-share of the time that rank 0 waited for images; `save_seconds`, what saving took (the speed leaves it out).
+A training row holds the loss of one step, in nats per token, over the global batch; a validation row holds the mean over the
+validation images. `step` counts completed steps and `images_seen` their images. No step appears twice.
 
-`slowest_rank` had the most work of its own, `slowest_ratio` times the median's. What a rank does by itself is hard to see in a
-step that waits for all others in every layer, so two things are timed in which no rank waits for another: getting the step's
-images, and one product of matrices of fixed size, made at every row. A throttled GPU, a crowded core and a slow disk show there.
+`slowest_rank` is the rank with the most work of its own, `slowest_ratio` times the median. A step does not show that, because
+its ranks wait for each other in every layer. So each rank times two things that need no other rank: waiting for the step's
+images, and one matrix product of fixed size per row. They show a throttled GPU, a crowded core or a slow disk.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,61 @@ from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plan import costs
 from igpt_ds.plan.costs import GIB, train_flops_per_token
 
-SLOW = 1.2  # times the median: worth a word on the console
+SLOW = 1.2  # times the median: the console names the slowest rank
 Value = float | int | None
 
 
+@dataclass(frozen=True)
+class TrainingRow:
+    """A training row of train.jsonl. What is None is left out there."""
+
+    step: int
+    images_seen: int
+    loss: float
+    lr: float
+    grad_norm: float
+    images_per_s: float
+    tokens_per_s: float
+    mfu: float  # share of the peak, 0..1
+    memory_gib: float
+    skipped_steps: int  # since step 0
+    data_wait: float  # share of the time since the last row that rank 0 waited for images
+    save_seconds: float | None = None  # time of saving since the last row; the speed leaves it out
+    slowest_rank: int | None = None
+    slowest_ratio: float | None = None
+
+    def console_line(self, steps: int, unit: str = "nats/token") -> str:
+        """The row in one line of text."""
+        parts = [
+            f"step {self.step}/{steps}",
+            f"loss {self.loss:.4f} {unit}",
+            f"lr {self.lr:.2e}",
+            f"grad norm {self.grad_norm:.3f}",
+            f"{self.images_per_s:.1f} images/s",
+            f"MFU {100 * self.mfu:.1f} %",
+            f"{self.memory_gib:.2f} GiB",
+            f"data wait {100 * self.data_wait:.1f} %",
+        ]
+        if self.skipped_steps:
+            parts.append(f"{self.skipped_steps} steps skipped")
+        if self.slowest_ratio is not None and self.slowest_ratio > SLOW:
+            parts.append(f"rank {self.slowest_rank} takes {self.slowest_ratio:.1f} times the median")
+        return " | ".join(parts)
+
+
 class Metrics:
-    """Collects what the loop measures. Every rank calls every method; rank 0 alone writes.
+    """Writes what the loop measures. Every rank calls every method; only rank 0 writes.
 
     Args:
-        start_step: rows after it, left by a run that was killed, are dropped.
+        start_step: later rows, which a killed run left, are dropped.
         peak: FLOP/s of all ranks together.
-        wandb_project: where Weights and Biases shall show the curves too; None: nowhere.
+        wandb_project: the project of Weights and Biases that also shows the curves; None for none.
     """
 
     def __init__(self, run_dir: Path, run: Run, start_step: int, peak: float, wandb_project: str | None = None) -> None:
         self.run, self.run_dir, self.peak, self.speaks = run, run_dir, peak, dist.rank() == 0
         self.product = _matrix(_device(), torch.float32) if run.world_size > 1 else None
-        self.unit = "nats/token" if run.recipe.finetune is None else "nats"  # a class has no tokens
+        self.unit = "nats/token" if run.recipe.finetune is None else "nats"  # the loss of a class is not per token
         self.restart_clock(start_step)
         self.data_seconds = self.save_seconds = 0.0
         self.board: SummaryWriter | None = None
@@ -68,7 +106,7 @@ class Metrics:
         self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def rewind(self, step: int) -> None:
-        """Takes back the rows after `step`, to which a rollback went."""
+        """Drops the rows after `step`, because a rollback returned to it."""
         self.restart_clock(step)
         if self.speaks:
             self._close_files()
@@ -77,39 +115,41 @@ class Metrics:
             self.bar.refresh()
 
     def training(self, step: int, loss: float, lr: float, grad_norm: float, skipped_steps: int) -> None:
-        """Logs a completed step, and the speed since the last one that was logged. `loss` may be NaN where it was skipped."""
+        """Logs a completed step and the speed since the last logged one. `loss` may be NaN if the step was skipped."""
         now, recipe = time.perf_counter(), self.run.recipe
         steps, seconds = step - self.clock_step, now - self.clock
         images_per_s = steps * recipe.batch_images / seconds
         tokens_per_s = images_per_s * recipe.model.n_ctx
-        row: dict[str, Value] = {
-            "step": step,
-            "images_seen": step * recipe.batch_images,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "images_per_s": images_per_s,
-            "tokens_per_s": tokens_per_s,
-            "mfu": tokens_per_s * train_flops_per_token(recipe.model) / self.peak,
-            "memory_gib": memory_gib(),
-            "skipped_steps": skipped_steps,
-            "data_wait": self.data_seconds / seconds,
-        }
-        if self.save_seconds:
-            row["save_seconds"] = self.save_seconds
+        rank, ratio = None, None
         if self.product is not None:
             mine = self.data_seconds / max(1, steps) + min(_product_seconds(self.product, 3))
-            row["slowest_rank"], row["slowest_ratio"] = slowest(dist.gather_objects(mine))
+            rank, ratio = slowest(dist.gather_objects(mine))
+        row = TrainingRow(
+            step=step,
+            images_seen=step * recipe.batch_images,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            images_per_s=images_per_s,
+            tokens_per_s=tokens_per_s,
+            mfu=tokens_per_s * train_flops_per_token(recipe.model) / self.peak,
+            memory_gib=memory_gib(),
+            skipped_steps=skipped_steps,
+            data_wait=self.data_seconds / seconds,
+            save_seconds=self.save_seconds or None,
+            slowest_rank=rank,
+            slowest_ratio=ratio,
+        )
         self.restart_clock(step)
         self.data_seconds = self.save_seconds = 0.0
         if not self.speaks:
             return
-        self._write(row, "train")
+        self._write({name: value for name, value in vars(row).items() if value is not None}, "train")
         self.bar.update(step - self.bar.n)
-        self._say(console_line(row, recipe.steps, self.unit))
+        self._say(row.console_line(recipe.steps, self.unit))
 
     def validation(self, step: int, val_loss: float, more: Mapping[str, float] | None = None) -> None:
-        """Logs a validation loss and what else was measured; the time it took does not count as training time."""
+        """Logs a validation loss and other measured values. The speed leaves out the time of the validation."""
         if self.speaks:
             row: dict[str, Value] = {"step": step, "images_seen": step * self.run.recipe.batch_images, "val_loss": val_loss}
             self._write(row | dict(more or {}), "val")
@@ -128,11 +168,11 @@ class Metrics:
         self.save_seconds += seconds
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out of the next speed what happened since the last log (validation, saving)."""
+        """Starts the time and the steps of the next row's speed, which leaves out validation and saving."""
         self.clock, self.clock_step, self.data_seconds = time.perf_counter(), step, 0.0
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Closes the files, the progress bar and Weights and Biases."""
         if self.speaks:
             self._close_files()
             self.bar.close()
@@ -146,7 +186,7 @@ class Metrics:
 
     def _write(self, row: dict[str, Value], group: str) -> None:
         known = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
-        self.rows.write(json.dumps(known) + "\n")  # JSON knows neither infinity nor NaN
+        self.rows.write(json.dumps(known) + "\n")  # JSON has neither infinity nor NaN
         shown = {f"{group}/{name}": value for name, value in known.items() if name not in ("step", "images_seen")}
         for name, value in shown.items():
             if value is not None and self.board:
@@ -158,37 +198,18 @@ class Metrics:
         self.bar.write(line)
 
 
-def console_line(row: dict[str, Any], steps: int, unit: str = "nats/token") -> str:
-    """A training row in one line of text."""
-    parts = [
-        f"step {row['step']}/{steps}",
-        f"loss {row['loss']:.4f} {unit}",
-        f"lr {row['lr']:.2e}",
-        f"grad norm {row['grad_norm']:.3f}",
-        f"{row['images_per_s']:.1f} images/s",
-        f"MFU {100 * row['mfu']:.1f} %",
-        f"{row['memory_gib']:.2f} GiB",
-        f"data wait {100 * row['data_wait']:.1f} %",
-    ]
-    if row["skipped_steps"]:
-        parts.append(f"{row['skipped_steps']} steps skipped")
-    if row.get("slowest_ratio", 1) > SLOW:
-        parts.append(f"rank {row['slowest_rank']} takes {row['slowest_ratio']:.1f} times the median")
-    return " | ".join(parts)
-
-
 def slowest(seconds: Sequence[float]) -> tuple[int, float]:
-    """(the rank with the most seconds, how many times the median that is); the first of equals."""
+    """(the rank with the most seconds, their ratio to the median); the first of equal ranks."""
     rank = max(range(len(seconds)), key=lambda index: seconds[index])
     middle = statistics.median(seconds)
     return rank, seconds[rank] / middle if middle else 1.0
 
 
 def require_wandb() -> None:
-    """Refuses --wandb where the package is missing, before anything starts.
+    """Refuses --wandb before anything starts if the package is missing.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: wandb is not installed.
     """
     if importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave --wandb out")
@@ -197,7 +218,7 @@ def require_wandb() -> None:
 def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:
     import wandb
 
-    # The same run after an interruption. Its service takes no step twice, so that of rows made again it keeps the first.
+    # The id is the same after an interruption. The service takes no step twice: of repeated rows it keeps the first.
     name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
     return wandb.init(
         project=project, id=name, name=run_dir.name, dir=str(run_dir), resume="allow", config=recipe_to_dict(run.recipe)
@@ -205,14 +226,14 @@ def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:
 
 
 def memory_gib() -> float:
-    """The most memory this rank has held so far: of its GPU, or of the process where there is none."""
+    """The peak memory of this rank so far: of its GPU, or of the process if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def peak_of_all_ranks(device: torch.device, precision: str) -> tuple[float, str]:
-    """(FLOP/s of all ranks together, how it is known): the printed bf16 peak of a GPU, else a matmul measured here."""
+    """(FLOP/s of all ranks together, its source): the vendor's bf16 peak of a GPU, else a matmul measured here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     printed = costs.peak_flops(name)
     peak = printed if printed else _measured_matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -1,5 +1,6 @@
 """Curves never double: rows that a resumed run writes again are dropped first."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import join
 from igpt_ds.files import read_json_lines
-from igpt_ds.train.metrics import SLOW, Metrics, console_line, memory_gib, require_wandb, slowest
+from igpt_ds.train.metrics import SLOW, Metrics, TrainingRow, memory_gib, require_wandb, slowest
 
 
 @pytest.fixture
@@ -78,12 +79,11 @@ def test_the_slowest_rank_is_named_where_it_is_slow() -> None:
     assert slowest([1.0, 1.0, 3.0, 1.0]) == (2, 3.0)
     assert slowest([1.0, 1.0]) == (0, 1.0)
     assert slowest([0.0, 0.0]) == (0, 1.0)
-    row = {"step": 7, "loss": 2.5, "lr": 0.001, "grad_norm": 0.5, "images_per_s": 10.0, "mfu": 0.4, "memory_gib": 1.0}
-    row |= {"data_wait": 0.01, "skipped_steps": 0}
+    row = TrainingRow(7, 448, 2.5, 0.001, 0.5, 10.0, 2560.0, mfu=0.4, memory_gib=1.0, skipped_steps=0, data_wait=0.01)
     line = "step 7/9 | loss 2.5000 nats/token | lr 1.00e-03 | grad norm 0.500 | 10.0 images/s | MFU 40.0 % | 1.00 GiB | "
-    assert console_line(row, 9) == line + "data wait 1.0 %"
-    assert "median" not in console_line(row | {"slowest_rank": 3, "slowest_ratio": SLOW}, 9)
-    slow = console_line(row | {"slowest_rank": 3, "slowest_ratio": 1.5, "skipped_steps": 2}, 9)
+    assert row.console_line(9) == line + "data wait 1.0 %"
+    assert "median" not in dataclasses.replace(row, slowest_rank=3, slowest_ratio=SLOW).console_line(9)
+    slow = dataclasses.replace(row, slowest_rank=3, slowest_ratio=1.5, skipped_steps=2).console_line(9)
     assert slow.endswith("| 2 steps skipped | rank 3 takes 1.5 times the median")
 
 
