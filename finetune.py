@@ -2,13 +2,13 @@
 
     deepspeed finetune.py --model models/s --data shards/cifar10_32 --run_dir runs/s_cifar10 --augment_pad 4 --augment_flip
 
-trains all weights and a class head on the mean of n^L (paper 2.3, 3.4): Adam as in pre-training, a rate that rises for an epoch
-and stays, no cosine. After each epoch the validation images are classified; after --patience epochs without a new best the run
-ends, and RUN_DIR/model is the best step's model dir with its class head. `--results results.jsonl` then reads the test split,
-once, adds a row there, and writes RUN_DIR/confusion.json. `--untrained 0` is the same network from scratch.
+trains all weights and a class head on the mean of n^L (paper 2.3, 3.4), with Adam as in pre-training and a learning rate that
+rises for an epoch and stays constant. Each epoch ends with a validation. After --patience epochs without a new best the run ends,
+and RUN_DIR/model is the model dir of the best step, with its class head. `--results results.jsonl` then evaluates the test split
+once, adds a row to that file and writes RUN_DIR/confusion.json. `--untrained 0` trains from scratch.
 
-Started as train.py is (`torchrun`, `srun python finetune.py`, plain `python`), stopped and resumed as it is: USR1, TERM, a file
-STOP or --max_minutes end it with a checkpoint and status 85, `--resume auto` goes on. The rate is searched from large to small:
+It starts, stops and resumes as train.py does: `torchrun`, `srun python finetune.py` and plain `python` work as well. USR1, TERM,
+a file STOP and --max_minutes end the run with a checkpoint and status 85; `--resume auto` continues. To search the learning rate:
 
     python tools/sweep_lr.py --out runs/sweep -- deepspeed finetune.py --model models/s --data shards/cifar10_32
 """
@@ -44,7 +44,7 @@ from igpt_ds.train.stream import batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The story: weights and labelled shards, engine, resume, loop, model dir, test split."""
+    """The story: images and weights, run, session, loop, model dir, test split."""
     args = parse(__doc__ or "", argv)
     dist.map_environment(os.environ)
     images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> Run:
-    """What is learned, joined with how it fits the machines."""
+    """The recipe joined with the ds_config."""
     ds_config = load_ds_config(args.ds_config)
     check_ds_config(ds_config, args.ds_config)
     recipe = finetune_recipe(args, start, images.n_images, len(images.classes))
@@ -72,15 +72,15 @@ def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> R
 
 
 def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> None:
-    """Refuses shards that do not fit the weights, and what would be in the way at the end.
+    """Checks that the shards fit the weights, and that the results can be written.
 
     Raises:
-        ValueError: another size or palette; --out is not empty, and not this run's own model; --results cannot be read.
+        ValueError: the shards have another size or palette; --out holds anything but this run's model; --results cannot be read.
     """
     check_shards(images, start.config)
     if args.untrained is None and images.palette_hash != start.palette_hash:
         raise ValueError(
-            f"{args.data} has another palette than {args.model} was trained with; make the shards again with --palette "
+            f"{args.data} and {args.model} have different palettes; make the shards again with --palette "
             f"{args.model / 'palette.npy'}"
         )
     out = args.out or args.run_dir / "model"
@@ -112,19 +112,19 @@ def early_stop(args: argparse.Namespace) -> EarlyStop:
 
 
 def why_kept(early: EarlyStop) -> str:
-    """Why the model is that of its step, in words, with what was measured there."""
+    """Why the model's step was chosen, with its validation."""
     if not early.best:
-        return "the last step; no validation counted"
-    return f"{'the best of the validations' if early.keep_best else 'the last validation'}: {json.dumps(early.best)}"
+        return "the last step, without a validation"
+    return f"{'the best validation' if early.keep_best else 'the last validation'}: {json.dumps(early.best)}"
 
 
 def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, evaluated: ShardSet | None) -> None:
-    """The best step becomes a model dir; where a row is wanted, the test split is read by all ranks together."""
+    """Makes a model dir of the best step. With --results, all ranks together evaluate it on the test split."""
     engine, watch = session.engine, session.watch
     early, out = watch.early, args.out or args.run_dir / "model"
     assert early is not None
     watch.watchdog.alive("consolidate", watch.watchdog.step)
-    if dist.from_rank_0(lambda: (out / "config.json").exists()):  # written before an interruption, or meanwhile by another run
+    if dist.from_rank_0(lambda: (out / "config.json").exists()):  # an interrupted start wrote it, or another run did meanwhile
         dist.from_rank_0(lambda: check_own(out, args.run_dir, ended=True))
     else:
         dist.from_rank_0(lambda: consolidate(args.run_dir, out, early.best_step))

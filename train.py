@@ -2,17 +2,18 @@
 
     deepspeed train.py --recipe igpt_s_ar_32 --data shards/imagenet_32 --run_dir runs/s --ds_config ds_configs/zero3_bf16.json
 
-starts it on every GPU of this machine; `deepspeed --num_gpus 2` on two, or on two CPU processes where there is no GPU.
-`torchrun`, `srun python train.py` and plain `python train.py` work as well. After an interruption the same command with
-`--resume auto` goes on from the newest complete checkpoint as if nothing had happened. `--dry_run` prints what the run
-would cost and stops. Any knob of the recipe can be set by its name (`--lr 0.001 --n_layer 12`). The objective is said by the
-recipe alone: `igpt_s_ar_32` predicts each pixel from those before it, `igpt_s_bert_32` hidden pixels from all others.
+starts one rank on every GPU of this machine; `deepspeed --num_gpus 2` starts two ranks, on CPUs if there is no GPU. `torchrun`,
+`srun python train.py` and plain `python train.py` work as well. After an interruption, the same command with `--resume auto`
+continues from the newest complete checkpoint. `--dry_run` prints the estimated memory, time and cost, and exits.
 
-Several directories after `--data` are mixed in one order, by `--data_weights`. The validation loss is that of the first one.
-Where training shards cannot be mapped, `--stream 'pipe:curl -sf https://host/{shard}'` reads them in sequence.
+Each knob of the recipe is a flag (`--lr 0.001 --n_layer 12`), except the objective: `igpt_s_ar_32` predicts each pixel from the
+previous ones, `igpt_s_bert_32` predicts hidden pixels from all others.
 
-USR1, TERM, a file STOP in the run directory (removed at the next start) or --max_minutes end the run with a checkpoint and exit
-status 85. A loss that is lost ends it with advice; a rank that hangs, with its stacks and status 86.
+Several `--data` directories are mixed by `--data_weights`; the validation loss is measured on the first. If training shards
+cannot be mapped into memory, `--stream 'pipe:curl -sf https://host/{shard}'` reads them in sequence.
+
+USR1, TERM, a file STOP in the run directory (removed at the next start) and --max_minutes end the run with a checkpoint and exit
+status 85. If the loss diverges, training stops with suggestions. If a rank hangs, its stacks are dumped; exit status 86.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from igpt_ds.train.validation import validation_loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The story: recipe and ds_config, shards, engine, resume, loop."""
+    """The story: images, run, session, loop."""
     args = parse(__doc__ or "", argv)
     dist.map_environment(os.environ)
     images = None if args.dry_run and args.warmup_epochs is None else open_images(args)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def choose_run(args: argparse.Namespace, images: Mixture | ShardStream | None) -> Run:
-    """What is learned, joined with how it fits the machines; images: those that --warmup_epochs counts by."""
+    """The recipe joined with the ds_config. --warmup_epochs counts the images."""
     recipe, ds_config = choose_recipe(args), load_ds_config(args.ds_config)
     check_ds_config(ds_config, args.ds_config)
     if images is not None and args.warmup_epochs is not None:
@@ -65,7 +66,7 @@ def choose_run(args: argparse.Namespace, images: Mixture | ShardStream | None) -
 
 
 def open_images(args: argparse.Namespace) -> Mixture | ShardStream:
-    """The training images: mapped shards, or a stream where --stream says so."""
+    """The training images: mapped shards, or a stream with --stream."""
     if args.stream:
         return ShardStream(args.data[0], args.stream)
     return open_mixture(args.data, args.data_weights, args.exclude, args.on_bad, args.max_bad)

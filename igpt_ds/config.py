@@ -1,6 +1,6 @@
-"""Recipes: what is learned, whatever the machines (how it fits those is `ds_config.py`).
+"""Recipes: what is learned, independent of the machines (ds_config.py says how it fits the machines).
 
-Everything here is frozen and printable. The sizes are the paper's (section 3.3), the recipes its Table 5 and section 3.4.
+All records are frozen. The sizes are the paper's (section 3.3), the recipes those of its Table 5 and section 3.4.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-CHECKPOINTING = ("none", "selective", "full")  # of activations: keep all, recompute what is cheap, or each whole block
+CHECKPOINTING = ("none", "selective", "full")  # of activations: keep all, recompute the cheap ones, or recompute whole blocks
 OBJECTIVES = ("ar", "bert")  # paper 2.1
-LOSSES = ("joint", "clf", "gen")  # of fine-tuning: gen_loss + clf_loss (paper 2.3), or one of them alone
+LOSSES = ("joint", "clf", "gen")  # in fine-tuning: gen_loss + clf_loss (paper 2.3), or one of them
 GEN_SCALES = ("mean", "sum")  # of gen_loss over the tokens of an image
 INITS = ("released", "sparse_transformer")  # how fresh weights are drawn; the table is model/transformer.py's
 
@@ -55,13 +55,13 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Finetune:
-    """What fine-tuning adds to a recipe (paper 2.3): a class head on n^layer, its loss, and the weights that it starts from."""
+    """What fine-tuning adds to a recipe (paper 2.3): a class head on n^layer, a loss, and the weights to start from."""
 
     n_classes: int
-    layer: int  # 0..n_layer; n_layer is ln_f's output, where the paper's head stands
+    layer: int  # 0..n_layer; n_layer is the output of ln_f, the paper's choice
     start: str  # model_hash of the pre-trained model; "" for fresh weights, drawn from the recipe's seed
     loss: str = "joint"
-    gen_scale: str = "mean"  # in nats per token, as the released code; "sum" is the likelihood of the whole image
+    gen_scale: str = "mean"  # in nats per token, as in the released code; "sum" is the likelihood of the whole image
 
     def __post_init__(self) -> None:
         for name, known in (("loss", LOSSES), ("gen_scale", GEN_SCALES)):
@@ -82,14 +82,14 @@ class Recipe:
     lr: float
     warmup_steps: int
     objective: str = "ar"  # auto-regressive, or "bert" (paper 2.1)
-    mask_prob: float = 0.15  # of a pixel to be hidden under "bert" (paper 2.1); 0.20 did as well (A.1)
+    mask_prob: float = 0.15  # probability that "bert" hides a pixel (paper 2.1); 0.20 is as good (A.1)
     init: str = "released"  # how fresh weights are drawn, see model/transformer.py
     betas: tuple[float, float] = (0.9, 0.95)  # paper 3.4
     eps: float = 1e-8
-    spike_window: int = 128  # calm losses whose mean and deviation say what a spike is (train/safety/spikes.py)
-    spike_sigmas: float = 6.0  # deviations above the mean that make a loss an outlier; 0 watches for none
-    spike_patience: int = 10  # outliers in a row that make a spike
-    clip: float = 1.0  # gradient norm; the paper names none, 1.0 is GPT-3's and does not bind in calm training
+    spike_window: int = 128  # number of recent normal losses that define an outlier (train/safety/spikes.py)
+    spike_sigmas: float = 6.0  # standard deviations above their mean at which a loss is an outlier; 0 disables
+    spike_patience: int = 10  # outliers in a row that count as a spike
+    clip: float = 1.0  # largest gradient norm; the paper gives none, 1.0 is GPT-3's and has no effect in normal training
     augment_pad: int = 0  # reflect-pad by this many pixels, then crop a random window (paper 3.1, Wide ResNet)
     augment_flip: bool = False  # mirror half of the images (paper 3.1)
     seed: int = 0
@@ -135,12 +135,12 @@ _CIFAR10 = Recipe(
 
 _DIGITS = Recipe(
     "digits_nano_ar_8",
-    ModelConfig(n_layer=6, n_head=4, n_embd=48, n_px=8, n_vocab=17),  # digits have 17 grey levels: nothing is lost
+    ModelConfig(n_layer=6, n_head=4, n_embd=48, n_px=8, n_vocab=17),  # all 17 grey levels of the digits
     batch_images=64,
     steps=600,
     lr=0.005,
     warmup_steps=40,
-)  # not augmented: the digits fill their 8x8 pixels, so that shifted or mirrored ones are no digits
+)  # not augmented: the digits fill their 8x8 pixels, and shifted or mirrored ones are no digits
 
 RECIPES = {
     recipe.name: recipe
@@ -164,7 +164,11 @@ _SHAPE = [field.name for field in dataclasses.fields(ModelConfig)]
 
 
 def get_recipe(name: str) -> Recipe:
-    """The named recipe, or a ValueError that lists the known ones."""
+    """The recipe of a name.
+
+    Raises:
+        ValueError: there is none; the error lists the known ones.
+    """
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is unknown; known: {', '.join(RECIPES)}")
     return RECIPES[name]
@@ -182,15 +186,18 @@ def override(recipe: Recipe, **changes: Any) -> Recipe:
     model = dataclasses.replace(recipe.model, **{name: value for name, value in changes.items() if name in _SHAPE})
     changed = dataclasses.replace(recipe, model=model, **{name: value for name, value in changes.items() if name in _KNOBS})
     if "mask_prob" in changes and changed.objective != "bert":
-        raise ValueError(f"mask_prob={changed.mask_prob} means nothing to {recipe.name}: its objective is {changed.objective}")
+        raise ValueError(f"mask_prob={changed.mask_prob} has no effect on {recipe.name}: its objective is {changed.objective}")
     return changed
 
 
 def with_warmup_epochs(recipe: Recipe, epochs: float, n_images: int) -> Recipe:
-    """The recipe with its warm-up given in epochs of the training images (paper 3.4: one), rounded up to whole steps.
+    """The recipe with a warm-up of some epochs of the training images (paper 3.4: one), rounded up to whole steps.
 
     Args:
-        n_images: of the training shards. Where each image was stored as several crops, each crop counts.
+        n_images: images of the training shards. If each image is stored as several crops, each crop counts.
+
+    Raises:
+        ValueError: epochs is negative or not finite, or longer than the whole training.
     """
     if not 0 <= epochs < math.inf:
         raise ValueError(f"warmup_epochs={epochs:g} must be a number of at least 0")

@@ -101,7 +101,7 @@ def test_n_ctx_is_one_token_a_pixel():
         ({"mask_prob": 0.0}, r"^mask_prob=0\.0 must lie between 0 and 1; the paper takes 0\.15$"),
         ({"mask_prob": 1.0}, r"^mask_prob=1\.0 must lie between 0 and 1"),
         ({"mask_prob": float("nan")}, r"^mask_prob=nan must lie between 0 and 1"),
-        ({"mask_prob": 0.2}, r"^mask_prob=0\.2 means nothing to igpt_s_ar_32: its objective is ar$"),
+        ({"mask_prob": 0.2}, r"^mask_prob=0\.2 has no effect on igpt_s_ar_32: its objective is ar$"),
         ({"lrr": 1}, r"^recipe has no 'lrr'; it has batch_images, .*, lr, .*, n_layer, "),
     ],
 )

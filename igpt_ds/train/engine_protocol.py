@@ -1,6 +1,6 @@
 """The members of DeepSpeed's engine that this project uses, so that types are checked where DeepSpeed is not imported.
 
-`train/engine.py` builds one; everything else in `train/` takes it as an `Engine`.
+`train/engine.py` builds an engine; the other modules of `train/` take it as an `Engine`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Engine(Protocol):
     """A `deepspeed.DeepSpeedEngine`. Calling it runs the module's forward pass."""
 
     module: nn.Module
-    optimizer: Any  # the ZeRO optimizer of the stage; `param_groups` is what torch's have
+    optimizer: Any  # the ZeRO optimizer of the stage, with `param_groups` as in torch
     checkpoint_engine: Any  # the object that writes the files of a checkpoint
     skipped_steps: int
     communication_data_type: torch.dtype

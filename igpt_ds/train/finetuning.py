@@ -1,17 +1,17 @@
-"""Fine-tuning's own part of the loop (paper 2.3): the loss that is minimised, and what a validation measures.
+"""What fine-tuning adds to the loop (paper 2.3): its loss and its validation.
 
-Both losses come of one pass through a `Classifier`; batches carry labels. Called by finetune.py.
+gen_loss and clf_loss come from one pass through a `Classifier`; batches carry labels. Called by finetune.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from igpt_ds import dist
 from igpt_ds.config import Recipe
+from igpt_ds.data.loader import Batch
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.model.classifier import class_loss, total
 from igpt_ds.train.engine import LossFunction
@@ -20,12 +20,12 @@ from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
 
 def finetuning_loss(recipe: Recipe) -> LossFunction:
-    """gen_loss + clf_loss, or one of them, the mean over images; masks by an image's position in the stream."""
+    """The mean over images of gen_loss + clf_loss, or of one of them. An image's position in the stream seeds its mask."""
     finetune = recipe.finetune
     assert finetune is not None
     losses = class_loss(finetune, recipe.model, recipe.objective, recipe.seed, recipe.mask_prob, dist.sequence_group())
 
-    def loss(engine: Engine, batch: Any) -> torch.Tensor:
+    def loss(engine: Engine, batch: Batch) -> torch.Tensor:
         gen, clf, _ = losses(engine, batch.tokens, batch.labels, batch.positions)
         return total(finetune, gen, clf).mean()
 
@@ -38,18 +38,18 @@ def measure(
     shards: ShardSet,
     micro_batch: int,
     val_images: int | None,
-    go_on: Callable[[Any], bool] = lambda device: True,
+    go_on: Callable[[torch.device], bool] = lambda device: True,
 ) -> dict[str, float] | None:
     """Loss and accuracy over val_images of the split, evenly spread (None: all), without augmentation.
 
-    "bert" sees each image through one mask, drawn by the image's number: the same at every step, on any ranks, for any seed.
+    "bert" masks each image once. The image's number seeds the mask, which is the same at every step, on any ranks, for any seed.
 
     Args:
-        go_on: asked before every batch, on all ranks with the same answer; when it says no the result is None.
+        go_on: called before every batch, with the same answer on all ranks; if it is False, the result is None.
 
     Returns:
-        "val_loss" as it is minimised, "val_accuracy" in 0..1, "val_clf_loss" in nats per image, and but for loss "clf"
-        "val_gen_loss" as gen_scale says.
+        "val_loss" as it is minimised, "val_accuracy" in 0..1, "val_clf_loss" in nats per image, and "val_gen_loss" on the scale
+        of gen_scale, except for loss "clf".
     """
     finetune = recipe.finetune
     assert finetune is not None

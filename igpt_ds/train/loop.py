@@ -1,6 +1,6 @@
 """The step loop: engine and batches enter, a trained engine, curves and checkpoints leave. Called by train.py and finetune.py.
 
-The loop is the same for every objective: what differs is the loss function it is given.
+The loop is the same for every objective; only the loss function differs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import torch
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
@@ -27,14 +29,14 @@ from igpt_ds.train.schedule import learning_rate
 from igpt_ds.train.session import Session
 from igpt_ds.train.stream import Stream, leave_out
 
-# What was measured over the validation images, or None as soon as the function it is given (of a device) says no: the mean loss
-# in nats per token, or a dict with the loss as "val_loss" and whatever else shall stand in the curves.
-Validate = Callable[[Callable[[Any], bool]], float | dict[str, float] | None]
+# Measures the validation images: the mean loss in nats per token, or the loss as "val_loss" and other values for the curves.
+# Its argument says, for a device, whether to go on; if not, the result is None.
+Validate = Callable[[Callable[[torch.device], bool]], float | dict[str, float] | None]
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimizer step did: its loss (the mean over all ranks, in nats per token), and whether the update was skipped."""
+    """The result of one optimizer step: the mean loss over all ranks in nats per token, and whether the update was skipped."""
 
     step: int
     loss: float
@@ -72,7 +74,7 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
             watch.unvalidated = bool(stop.reason) or not validated(session, validate, step, verdict)
         save_due = save_due or cadence.due(cadence.save_every, step) or watch.best_step == step
         ends = bool(stop.reason) or watch.over or step == cadence.last_step
-        if ends or (save_due and verdict is Verdict.CALM):  # a doubtful state is not saved before it is calm again
+        if ends or (save_due and verdict is Verdict.CALM):  # during a doubt nothing is saved until the loss is calm again
             save(session, step)
             saved, save_due = step, False
             stop.now(engine.device)
@@ -97,10 +99,10 @@ def one_step(session: Session, stream: Stream, loss_function: LossFunction, step
 
 
 def validated(session: Session, validate: Validate, step: int, verdict: Verdict = Verdict.CALM) -> bool:
-    """Whether the validation ran to its end, and is logged. A doubtful step is never the best: it is not saved."""
+    """Validates and logs; whether no stop interrupted it. A doubtful step is never the best, because it is not saved."""
     watch = session.watch
 
-    def go_on(device: Any) -> bool:
+    def go_on(device: torch.device) -> bool:
         watch.watchdog.alive("validation", step)
         return not watch.stop.now(device)
 
@@ -116,7 +118,7 @@ def validated(session: Session, validate: Validate, step: int, verdict: Verdict 
 
 
 def save(session: Session, step: int) -> None:
-    """Saves a checkpoint with the guards' state. images_seen counts the images trained on; skipped_ranges lie between them."""
+    """Saves a checkpoint with the state of the guards. images_seen counts trained images, without those of skipped_ranges."""
     cadence, metrics, watch = session.cadence, session.metrics, session.watch
     watch.watchdog.alive("save", step)
     start = time.perf_counter()
@@ -132,18 +134,18 @@ def save(session: Session, step: int) -> None:
 
 
 def go_back(session: Session, outcome: StepOutcome) -> int:
-    """Loads the last good checkpoint after a lost step, and skips a range of images from now on; returns its step.
+    """Rolls back after the loss diverged: loads the last good checkpoint, skips a range of images and returns its step.
 
-    DeepSpeed does not promise that a state may be loaded into an engine that has trained. A test holds that the steps after it
-    equal those of a new engine bit for bit.
+    DeepSpeed does not promise that an engine that has trained can load a checkpoint. A test checks that the next steps are
+    bit-identical to those of a new engine.
 
     Raises:
-        SharedError: rollbacks are off or used up, or there is no checkpoint to go back to.
+        SharedError: rollbacks are off or used up, or there is no good checkpoint.
     """
     watch, guard = session.watch, session.watch.guard
     since = outcome.step if guard.since is None else guard.since
     found = dist.from_rank_0(lambda: good_checkpoint(session.checkpoints, since, watch.rollbacks))
-    lost = f"the run is lost at step {outcome.step}: its loss is {outcome.loss:.4f} at lr {outcome.lr:.2e}, and {guard.why}"
+    lost = f"the loss diverged at step {outcome.step}: it is {outcome.loss:.4f} at lr {outcome.lr:.2e}, and {guard.why}"
     if found is None or len(watch.rollbacks) >= watch.max_rollbacks:
         give_up(session, outcome, since, lost, None if found is None else found[0])
     back_to, batch_images = int(found[1]["step"]), session.run.recipe.batch_images
@@ -152,7 +154,7 @@ def go_back(session: Session, outcome: StepOutcome) -> int:
     row = {"step": outcome.step, "since": since, "back_to": back_to, "skipped": skip, "why": guard.why}
     watch.rollbacks = [*watch.rollbacks, row]
     dist.from_rank_0(lambda: record(session.run_dir, watch.rollbacks))
-    dist.say(f"{lost}; back to {found[0]}, without images {skip[0]:,} to {skip[1] - 1:,} of the stream")
+    dist.say(f"{lost}; rolled back to {found[0]}; images {skip[0]:,} to {skip[1] - 1:,} of the stream are skipped")
     watch.watchdog.alive("loading", back_to)
     load_checkpoint(session.engine, *found, session.facts)
     guard.restore(found[1].get("guards", {}))
@@ -163,7 +165,7 @@ def go_back(session: Session, outcome: StepOutcome) -> int:
 
 
 def give_up(session: Session, outcome: StepOutcome, since: int, lost: str, good: Path | None) -> NoReturn:
-    """Ends a lost run on all ranks, with RUN_DIR/LOST.json and advice.
+    """Ends a run whose loss diverged on all ranks, with RUN_DIR/LOST.json and suggestions.
 
     Raises:
         SharedError: always.
@@ -174,11 +176,11 @@ def give_up(session: Session, outcome: StepOutcome, since: int, lost: str, good:
     dist.from_rank_0(lambda: write_json(session.run_dir / "LOST.json", report))
     so_far = len(watch.rollbacks)
     done = f" after {so_far} rollback{'s' * (so_far > 1)}" if so_far else ""
-    kept = f"the last good state is {good}" if good else f"no checkpoint is from before step {max(0, since - 1)}, where it began"
+    kept = f"the last good checkpoint is {good}" if good else f"no checkpoint is older than step {max(0, since - 1)}"
     raise SharedError(f"{lost}{done}; {kept}; {advice(so_far, watch.max_rollbacks, good is not None)}")
 
 
 def pretraining_loss(recipe: Recipe) -> LossFunction:
-    """gen_loss or bert_loss (paper 2.1), in nats per token: the mean over images; masks by an image's position in the stream."""
+    """The mean gen_loss or bert_loss (paper 2.1) over images, in nats per token. An image's stream position seeds its mask."""
     nats = image_loss(recipe.objective, recipe.seed, recipe.mask_prob, dist.sequence_group())
     return lambda engine, batch: nats(engine, batch.tokens, batch.positions).mean()

@@ -1,9 +1,8 @@
-"""The run directory: one run's config, curves and checkpoints. It refuses to mix two runs. Called by train.py and
-finetune.py on rank 0.
+"""The run directory: the config, curves and checkpoints of one run; another run is refused. train/session.py calls, on rank 0.
 
 run.json holds the recipe, the data's hashes, the complete DeepSpeed configuration, the matrix product on CPUs and the git
-commit; palette.npy the colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the states; lock says that
-a run is at work (train/run_lock.py); FINISHED appears at the last step.
+commit; palette.npy the colours of the tokens; train.jsonl and tensorboard/ the curves; checkpoints/ the checkpoints; lock shows
+that a run uses the directory (train/run_lock.py); FINISHED appears after the last step.
 """
 
 from __future__ import annotations
@@ -25,30 +24,27 @@ FORMAT, VERSION = "igpt_ds.run", 1
 
 
 def check(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: bool) -> None:
-    """Checks that the run directory is new or belongs to this run, and that no other run is at work there; it is ours then.
-
-    Writes nothing but the directory itself and its lock.
+    """Reserves the run directory, which must be new or hold this run. Writes nothing but the directory and its lock.
 
     Args:
-        data: what identifies the training data: dataset_hash, palette_hash, order, path.
+        data: the facts of the training data: dataset_hash, palette_hash, order, path.
         resume: whether the user asked to continue.
 
     Raises:
-        ValueError: the directory holds another run's config (the first difference is named), or a run that was not to be
-            continued, or another palette, or checkpoints of nobody knows which run; or another run is at work there; or it
-            is no directory and cannot become one.
+        ValueError: the directory holds another run (the first difference is named), this run without `resume`, another palette,
+            or checkpoints without run.json; or another run uses it; or it cannot be made.
     """
     refuse_file(run_dir)
     path = run_dir / "run.json"
     if path.exists():
         _check_same(read_run(run_dir), run, data, path)
         if not resume:
-            raise ValueError(f"{run_dir} holds a run already; continue it with --resume auto or choose another --run_dir")
+            raise ValueError(f"{run_dir} already holds a run; continue it with --resume auto or choose another --run_dir")
     elif (run_dir / "checkpoints").exists():
-        raise ValueError(f"{run_dir} holds checkpoints but no run.json to say of which run; choose another --run_dir")
+        raise ValueError(f"{run_dir} holds checkpoints but no run.json, so their run is unknown; choose another --run_dir")
     copy = run_dir / "palette.npy"
     if copy.exists() and copy.read_bytes() != palette.read_bytes():
-        raise ValueError(f"{copy} is another palette than {palette}; choose another --run_dir")
+        raise ValueError(f"{copy} differs from the palette {palette}; choose another --run_dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,17 +53,17 @@ def check(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: 
 
 
 def refuse_file(run_dir: Path) -> None:
-    """Refuses a --run_dir that is a file.
+    """Checks that --run_dir is no file.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is a file.
     """
     if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"--run_dir {run_dir} is a file; choose a directory, or a name that is not taken")
+        raise ValueError(f"--run_dir {run_dir} is a file; choose a directory or a new name")
 
 
 def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, cpu_product: str) -> None:
-    """Writes down which run this is, once it is known to start: run.json and the palette. Clears what a killed save left."""
+    """Writes run.json and the palette, and removes what a killed save left. Called when nothing can refuse the run any more."""
     if not (run_dir / "palette.npy").exists():
         with atomic_file(run_dir / "palette.npy") as file:
             file.write(palette.read_bytes())
@@ -78,12 +74,12 @@ def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, cpu_pro
 
 
 def this_start() -> str:
-    """The name that the batch script gave this start of the job (slurm/launch.sh); empty elsewhere."""
+    """The name that slurm/launch.sh gave this start of the job; "" without it."""
     return os.environ.get("IGPT_DS_OWNER", "")
 
 
 def check_owner(run_dir: Path) -> None:
-    """Refuses to save where a later start of the job has taken the run over, while this one lives on, on a node that SLURM lost.
+    """Refuses to save if a later start of the job has taken over the run. This start then runs on a node that SLURM lost.
 
     Raises:
         ValueError: RUN_DIR/owner names another start.
@@ -91,7 +87,7 @@ def check_owner(run_dir: Path) -> None:
     owner = _owner(run_dir)
     if this_start() and owner and owner != this_start():
         path = run_dir / "owner"
-        raise ValueError(f"{path} names {owner} and this start is {this_start()}: another start goes on; nothing was saved")
+        raise ValueError(f"{path} names {owner} and this start is {this_start()}: the other start continues; nothing was saved")
 
 
 def _owner(run_dir: Path) -> str:
@@ -105,13 +101,13 @@ def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path)
     pairs = [(name, old["data"].get(name), data.get(name)) for name in ("dataset_hash", "palette_hash", "order")]
     for name, before, now in [*differences, *pairs]:
         if before != now:
-            raise ValueError(f"{path} is of another run: {name} is {before} there and {now} here; choose another --run_dir")
+            raise ValueError(f"{path} belongs to another run: {name} is {before} there and {now} here; choose another --run_dir")
 
 
 def recipe_differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[tuple[str, object, object]]:
-    """(name, there, here) for what differs between two recipes as dicts, what changes the meaning of the weights first.
+    """(name, there, here) of every difference between two recipes as JSON; those that change the meaning of the weights first.
 
-    A knob that older code did not know stands at its default there.
+    A knob that older code did not know has its default there.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     names = sorted(ours, key=lambda name: name not in ("objective", "model"))
@@ -129,7 +125,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a run.json, or in a file that holds a recipe alone: what --config takes."""
+    """The recipe of a --config file: a run.json, or a recipe alone."""
     values = read_json(path, "config")
     inner = values.get("recipe", values) if isinstance(values, dict) else {}
     return recipe_from_dict(inner, str(path))

@@ -208,13 +208,13 @@ def manifest_facts(run: Run, images: Mixture | ShardStream) -> dict[str, Any]:
 
 
 def cpu_product(where: Path) -> str:
-    """The float32 matrix product on CPUs that every rank of this run takes (see `cpu_kernels`).
+    """The float32 matrix product on CPUs that every rank of this run uses (see `cpu_kernels`).
 
-    A new run takes the fastest of this machine. A resumed run takes the recorded one, so that its result stays bit-identical.
-    Older code recorded none and always took "onednn".
+    A new run uses the fastest on this machine. A resumed run uses the recorded one, so that its result stays bit-identical.
+    Older code recorded none and always used "onednn".
 
     Raises:
-        ValueError: run.json names an unknown product.
+        ValueError: run.json names an unknown matrix product.
     """
     path = where / "run.json"
     if not path.exists():
@@ -227,10 +227,10 @@ def cpu_product(where: Path) -> str:
 
 
 def resume(engine: Engine, checkpoints: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Loads the newest checkpoint that all ranks find undamaged; returns its manifest, or {} where none was ever saved.
+    """Loads the newest undamaged checkpoint; returns its manifest, or {} if none was ever saved.
 
     Raises:
-        SharedError: there are checkpoints and none can be used; nothing is changed.
+        SharedError: there are checkpoints but none can be used; nothing is changed.
     """
     found = verified_checkpoint(checkpoints)
     if found is None:

@@ -1,10 +1,10 @@
-"""The search for a learning rate as in the paper (3.4): what is known of earlier rates enters, the next one to try leaves.
+"""The search for a learning rate as in the paper (3.4): the results of earlier rates enter, the next rate to try leaves.
 
 "We ... sequentially try the learning rates 0.01, 0.003, 0.001, 0.0003, ..., stopping once the final validation loss starts
-increasing." A rate whose run was lost to a spike (A.1) is worse than any that ended. tools/sweep_lr.py calls; nothing runs here.
+increasing." A rate whose loss diverged (A.1) is worse than all others. Called by tools/sweep_lr.py; no training runs here.
 
-Of a fine-tuning the best validation accuracy counts, since that step is kept (4.5): the search stops once it falls. With --loss
-gen, which trains no class head, the lowest validation loss counts, for the same reason.
+Fine-tuning keeps the best step (4.5), so its best validation accuracy counts and the search stops once it falls. With --loss gen,
+which trains no class head, the lowest validation loss counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from igpt_ds.files import read_json, read_json_lines, write_json
 from igpt_ds.train.run_dir import read_recipe
 
 FORMAT, VERSION = "igpt_ds.sweep", 1
-MAX_RATES = 12  # down to 3e-8: by then it is not the rate
+MAX_RATES = 12  # down to 3e-8: smaller rates do not help
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,27 @@ class Result:
     """How the run of one rate ended."""
 
     lr: float
-    val_loss: float | None  # nats per token at the last step, of a fine-tuning as minimised, in nats; None: lost to a spike
-    lost_at: int | None  # the step at which it was
-    val_accuracy: float | None = None  # of a fine-tuning with a class loss: the best, in 0..1
-    lowest: bool = False  # val_loss is the lowest of all steps: of a fine-tuning without a class loss
+    val_loss: float | None  # at the last step, in nats per token, in fine-tuning as minimised; None if the loss diverged
+    lost_at: int | None  # the step at which the loss diverged
+    val_accuracy: float | None = None  # fine-tuning with a class loss: the best, in 0..1
+    lowest: bool = False  # fine-tuning without a class loss: val_loss is the lowest of all steps
 
     @property
     def rank(self) -> float:
-        """The lower the better; a lost run is worse than all others."""
+        """Lower is better; a run whose loss diverged is worse than all others."""
         if self.val_loss is None:
             return math.inf
         return self.val_loss if self.val_accuracy is None else 1 - self.val_accuracy
 
     @property
     def measured(self) -> str:
-        """What `rank` goes by."""
+        """The measure behind `rank`."""
         if self.val_accuracy is not None:
             return "best validation accuracy"
         return "best validation loss" if self.lowest else "final validation loss"
 
     def __str__(self) -> str:
-        """What it came to, in words."""
+        """The result in words."""
         if self.val_loss is None:
             return f"lost at step {self.lost_at}"
         return f"{self.val_loss:.4f}" if self.val_accuracy is None else f"{100 * self.val_accuracy:.2f} %"
@@ -58,10 +58,10 @@ def rate(number: int) -> float:
 
 
 def finished(results: Sequence[Result]) -> bool:
-    """Whether the search is over: from the last rate but one to the last the loss rose, or the accuracy fell; or no rate is left.
+    """Whether the search is over: the last rate has a higher loss or a lower accuracy than the one before, or no rate is left.
 
     Args:
-        results: of the rates so far, in the order of `rate`.
+        results: those of the rates so far, in the order of `rate`.
     """
     rises = len(results) > 1 and results[-1].rank > results[-2].rank
     return rises or len(results) >= MAX_RATES
@@ -73,7 +73,7 @@ def next_rate(results: Sequence[Result]) -> float | None:
 
 
 def best(results: Sequence[Result]) -> Result | None:
-    """The result with the lowest loss or the highest accuracy, the first of equals; None where every run was lost."""
+    """The result with the lowest loss or the highest accuracy, the first of equal ones; None if every loss diverged."""
     ended = [result for result in results if result.val_loss is not None]
     return min(ended, key=lambda result: result.rank, default=None)
 
@@ -84,10 +84,10 @@ def run_name(lr: float) -> str:
 
 
 def read_result(run_dir: Path, lr: float) -> Result | None:
-    """What the run of a rate left behind; None while it has not ended.
+    """The result of a rate's run; None while the run has not ended.
 
     Raises:
-        ValueError: it ended without a validation loss.
+        ValueError: the run ended without a validation loss.
     """
     lost = run_dir / "LOST.json"
     if lost.exists():
@@ -105,7 +105,7 @@ def read_result(run_dir: Path, lr: float) -> Result | None:
 
 
 def _generates(run_dir: Path) -> bool:
-    """Whether it is a fine-tuning by gen_loss alone, whose accuracies are those of a class head that learns nothing."""
+    """Whether the run is a fine-tuning with gen_loss alone, whose class head learns nothing."""
     if not (run_dir / "run.json").exists():
         return False
     finetune = read_recipe(run_dir / "run.json").finetune
@@ -113,13 +113,13 @@ def _generates(run_dir: Path) -> bool:
 
 
 def measured(results: Sequence[Result]) -> str:
-    """What the results are compared by, with its unit."""
+    """The measure that compares the results, with its unit."""
     what = next((result.measured for result in results if result.val_loss is not None), "final validation loss")
     return what + {"final validation loss": ", nats per token", "best validation loss": ", nats"}.get(what, "")
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: a row for each rate, the best in bold."""
+    """A Markdown table with a row for each rate, the best in bold."""
     chosen = best(results)
     lines = [f"| learning rate | {measured(results)} |", "|---|---|"]
     for result in results:
@@ -129,7 +129,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def write_sweep(path: Path, results: Sequence[Result]) -> None:
-    """Writes what is known of the rates, for programs."""
+    """Writes the results as JSON."""
     chosen = best(results)
     rows = [
         {"lr": result.lr, "val_loss": result.val_loss, "lost_at": result.lost_at}
@@ -141,16 +141,16 @@ def write_sweep(path: Path, results: Sequence[Result]) -> None:
 
 
 def points(results: Sequence[Result]) -> tuple[list[tuple[float, float | None]], str]:
-    """(rate, what it led to) of each rate, the lower the better and None where it was lost to a spike; and what was measured."""
+    """(rate, its result) of each rate, where lower is better and None means that the loss diverged; and what was measured."""
     values = [(result.lr, None if result.val_loss is None else result.rank) for result in results]
     return values, measured(results).replace("accuracy", "error")
 
 
 def read_sweep(path: Path) -> tuple[list[tuple[float, float | None]], str]:
-    """The `points` of what `write_sweep` wrote.
+    """The `points` of a file that `write_sweep` wrote.
 
     Raises:
-        ValueError: no such file, or another format or version.
+        ValueError: there is no such file, or it has another format or version.
     """
     content = read_json(path, "sweep of learning rates")
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):

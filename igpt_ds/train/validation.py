@@ -1,12 +1,11 @@
-"""Validation: means over a split's images, on all ranks together.
+"""Validation: an engine and open shards enter, means over a split's images leave, the same on every rank.
 
-An engine and open shards enter; floats leave, the same on every rank. Called by train.py and finetuning.py.
+Called by train.py and train/finetuning.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.train.engine_protocol import Engine
 
-VALIDATION_SEED = 0  # of the masks, whatever the run's: the validation losses of two runs compare
+VALIDATION_SEED = 0  # for the masks of every run, so that the validation losses of two runs compare
 
 
 def validation_loss(
@@ -26,15 +25,15 @@ def validation_loss(
     shards: ShardSet,
     micro_batch: int,
     val_images: int | None,
-    go_on: Callable[[Any], bool] = lambda device: True,
+    go_on: Callable[[torch.device], bool] = lambda device: True,
 ) -> float | None:
-    """The mean nats per token over val_images of the split, evenly spread (None: all), without augmentation.
+    """The mean loss in nats per token over val_images of the split, evenly spread (None: all), without augmentation.
 
-    Every rank makes the same number of forward passes, as ZeRO-3 needs; the result is the same for any number of ranks up
-    to rounding. Masks are drawn by an image's number in the split: the same at every step, on any ranks, for any seed.
+    Every rank makes the same number of forward passes, as ZeRO-3 requires. The result is the same for any number of ranks, up to
+    rounding. An image's number in the split seeds its mask, so the masks are the same at every step, on any ranks, for any seed.
 
     Args:
-        go_on: asked before every batch, on all ranks with the same answer; when it says no there is no loss, but None.
+        go_on: called before every batch, with the same answer on all ranks; if it is False, the result is None.
     """
     image_nats = image_loss(recipe.objective, VALIDATION_SEED, recipe.mask_prob, dist.sequence_group())
 
@@ -51,15 +50,15 @@ def split_means(
     micro_batch: int,
     n_images: int | None,
     values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    go_on: Callable[[Any], bool],
+    go_on: Callable[[torch.device], bool],
 ) -> list[float] | None:
     """The means of some values over n_images of a split, evenly spread (None: all), the same on every rank.
 
-    Every rank makes the same number of forward passes, as ZeRO-3 needs.
+    Every rank makes the same number of forward passes, as ZeRO-3 requires.
 
     Args:
-        values: of tokens [B, T], labels [B] and the images' numbers in the split [B], as [V, B].
-        go_on: asked before every batch, on all ranks with the same answer; when it says no there are none, but None.
+        values: a function of tokens [B, T], labels [B] and the images' numbers in the split [B]; returns [values, B].
+        go_on: called before every batch, with the same answer on all ranks; if it is False, the result is None.
     """
     engine.eval()
     sums: torch.Tensor | float = 0.0

@@ -36,7 +36,7 @@ def test_unknown_recipe(main: Any) -> None:
 
 
 def test_the_mask_of_an_objective_that_hides_nothing(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"mask_prob=0\.2 means nothing to igpt_s_ar_32: its objective is ar"):
+    with pytest.raises(ValueError, match=r"mask_prob=0\.2 has no effect on igpt_s_ar_32: its objective is ar"):
         main(["train.py", "--recipe", "igpt_s_ar_32", "--mask_prob", "0.2", "--dry_run"])
     main(["train.py", "--recipe", "igpt_s_bert_32", "--mask_prob", "0.2", "--init", "sparse_transformer", "--dry_run"])
     assert "igpt_s_bert_32" in capsys.readouterr().out

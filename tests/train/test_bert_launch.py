@@ -95,7 +95,7 @@ def test_bert_on_two_ranks_from_the_first_step_to_features(
     succeed(launch([*staged, "--stop_at_step", "5"], ranks=2))
     refused = launch(command("staged", "--resume", "auto"))
     assert refused.returncode == 2
-    assert "run.json is of another run: objective is bert there and ar here; choose another --run_dir" in refused.stderr
+    assert "run.json belongs to another run: objective is bert there and ar here; choose another --run_dir" in refused.stderr
     succeed(launch([*staged, "--resume", "auto"], ranks=2))
     also = [row for row in curves("staged") if row["step"] == 5 and "val_loss" in row]  # measured where it stopped
     assert [row for row in curves("staged") if row not in also] == rows

@@ -50,7 +50,7 @@ def test_two_datasets_on_one_rank_and_on_two(
 
     refused = launch(command("one", "--data", str(tiny_dataset), str(tmp_path / "web"), "--resume", "auto"))
     assert refused.returncode == 2
-    assert "run.json is of another run: dataset_hash is" in refused.stderr
+    assert "run.json belongs to another run: dataset_hash is" in refused.stderr
 
 
 @pytest.mark.parametrize("verify", ["--verify_shards", "--no-verify_shards"])

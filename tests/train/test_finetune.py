@@ -219,7 +219,7 @@ def test_a_recipe_of_ones_own(
 def test_another_palette_and_a_model_dir_in_the_way(main: Any, words: list[str], tmp_path: Path) -> None:
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     write_json(tmp_path / "model" / "config.json", config | {"palette_hash": "other"})
-    with pytest.raises(ValueError, match=r"has another palette than .*model was trained with; make the shards again with --pal"):
+    with pytest.raises(ValueError, match=r"and .*model have different palettes; make the shards again with --pal"):
         main(words)
     write_json(tmp_path / "model" / "config.json", config)
     with pytest.raises(ValueError, match=r"--out .*model exists already; choose another name or remove it"):
@@ -300,10 +300,10 @@ def test_a_model_dir_in_the_way_of_resuming(main: Any, words: list[str], tuned: 
 def test_why_a_step_was_kept(main: Any) -> None:
     why_kept = main.__globals__["why_kept"]
     early, folded = EarlyStop("val_accuracy", 1), EarlyStop("val_accuracy", 1, keep_best=False)
-    assert why_kept(early) == "the last step; no validation counted"
+    assert why_kept(early) == "the last step, without a validation"
     for stop in (early, folded):
         stop.see(10, accuracy(0.5))
-    assert why_kept(early) == 'the best of the validations: {"val_loss": 1.0, "val_accuracy": 0.5}'
+    assert why_kept(early) == 'the best validation: {"val_loss": 1.0, "val_accuracy": 0.5}'
     assert why_kept(folded).startswith("the last validation: {")
 
 

@@ -194,7 +194,7 @@ def test_killed_and_resumed_ends_early_where_a_whole_run_does(launch: Any, words
 
     (tmp_path / "killed" / "FINISHED").unlink()  # killed between its model and its mark: the model is known for its own
     said = succeed(launch(words("killed", "ar", *longer, "--resume", "auto")))
-    assert f"model: step {best}, the best of the validations: " in said
+    assert f"model: step {best}, the best validation: " in said
     assert (tmp_path / "killed" / "FINISHED").exists()
     refused = launch(words("killed", "ar", *longer, "--resume", "auto", "--out", str(tmp_path / "ar")))
     assert (refused.returncode, "ar holds the model of another run: recipe is " in refused.stderr) == (2, True)

@@ -45,15 +45,15 @@ def test_too_high_a_rate_stops_with_advice_and_keeps_the_good_state(launch: Any,
     done = launch(words)
     assert done.returncode == 2, done.stdout[-2000:]
     (error,) = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert "the run is lost at step" in error
+    assert "the loss diverged at step" in error
     assert "was above" in error
-    assert "the last good state is" in error
+    assert "the last good checkpoint is" in error
     assert "start anew with a lower --lr in another --run_dir (paper A.1" in error
     assert error.endswith("or go on with --resume auto --on_spike rollback")
     lost = read_json(tmp_path / "run" / "LOST.json", "report")
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     assert int(kept.name.removeprefix("step-")) == lost["since"] - 1  # none was saved while the loss was in doubt
-    assert f"the last good state is {kept.with_name(checkpoint_name(lost['since'] - 2))}" in error
+    assert f"the last good checkpoint is {kept.with_name(checkpoint_name(lost['since'] - 2))}" in error
     found = read_status(tmp_path / "run", time.time())
     assert (found.state, found.seconds_left) == ("lost", None)
     assert f" at step {lost['step']}: " in status_text(found)
@@ -79,8 +79,8 @@ def test_rollback_leaves_the_bad_images_out_and_survives_interruptions(
     ]
     fault = "bad=84,108,30"
     said = ended(launch(with_fault(command("whole", *options), fault), ranks=2), 0)
-    assert "the run is lost at step 9" in said
-    assert "step-00000004, without images 84 to 107 of the stream" in said
+    assert "the loss diverged at step 9" in said
+    assert "step-00000004; images 84 to 107 of the stream are skipped" in said
     (rollback,) = read_json(tmp_path / "whole" / "rollbacks.json", "rollbacks")["rollbacks"]
     assert {name: rollback[name] for name in ("step", "since", "back_to", "skipped")} == {
         "step": 9,

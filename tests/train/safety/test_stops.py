@@ -70,5 +70,5 @@ def test_a_run_directory_that_is_a_file_is_refused_on_every_rank(tmp_path: Path,
     (tmp_path / "file").write_text("")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(ValueError, match=r"--run_dir .*/file is a file; choose a directory, or a name that is not taken"):
+        with pytest.raises(ValueError, match=r"--run_dir .*/file is a file; choose a directory or a new name"):
             Stop(tmp_path / "file")
