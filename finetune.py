@@ -32,7 +32,8 @@ from igpt_ds.files import write_json
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.plan.options import dry_run
 from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
-from igpt_ds.train.checkpoint.manifest import choose_checkpoint
+from igpt_ds.train.checkpoint.directory import choose_checkpoint
+from igpt_ds.train.checkpoint.manifest import FinetuneFacts
 from igpt_ds.train.checkpoint.save_load import load_checkpoint
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.engine import check_ds_config
@@ -94,14 +95,14 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
 
 def finetune_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> FinetuneStart:
     """What fine-tuning adds to a session: facts for manifests and the model dir, the weights to start from, early stopping."""
-    facts = {
-        "classes": images.classes,
-        "dataset": images.shard_sets[0].name,
-        "dataset_hash": images.dataset_hash,
-        "train_split": args.train_split,
-        "n_train": images.n_images,
-        "start_step": start.step if args.untrained is None else 0,
-    }
+    facts = FinetuneFacts(
+        classes=tuple(images.classes),
+        dataset=images.shard_sets[0].name,
+        dataset_hash=images.dataset_hash,
+        train_split=args.train_split,
+        n_train=images.n_images,
+        start_step=start.step if args.untrained is None else 0,
+    )
     return FinetuneStart(facts, args.model if args.untrained is None else None, early_stop(args))
 
 
@@ -133,7 +134,7 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
     if evaluated is None:
         return
     found = dist.from_rank_0(lambda: choose_checkpoint(args.run_dir, info.step))
-    load_checkpoint(engine, *found, session.facts, verified=True)
+    load_checkpoint(engine, found, session.facts, verified=True)
     watch.watchdog.alive("evaluation", info.step)
     engine.eval()
     row, confusion = result(engine, info, held_out, evaluated, session.run.micro_batch, engine.device, args.mask_draws)

@@ -96,24 +96,47 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Reads JSON; `what` names the thing in the error ("shard index", "ds_config"). A key that an object has twice is refused."""
+    """Reads a JSON file.
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:  # Python would take the last one without a word
-                raise ValueError(f"{what} {path} has {key!r} twice in one object; remove one of them")
-            found[key] = value
-        return found
+    Args:
+        what: what the file is, for the error: "shard index", "ds_config".
 
+    Raises:
+        ValueError: the file is missing, unreadable or not JSON, or an object has a key twice.
+    """
     try:
-        return json.loads(path.read_text(), object_pairs_hook=once)
+        text = path.read_text()
     except FileNotFoundError:
         raise ValueError(f"{what} {path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
+    return parse_json(text, f"{what} {path}")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. `where` names the text in errors.
+
+    Raises:
+        ValueError: it is not JSON, or an object has a key twice, of which Python would silently take the last.
+    """
+    twice: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> object:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice.append(next(key for key in names if names.count(key) > 1))
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    if twice:
+        raise ValueError(f"{where} has {twice[0]!r} twice in one object; remove one of them")
+    return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,14 +9,16 @@ takes the old checkpoint's place, once it is whole. Needs no DeepSpeed and no pr
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.train.checkpoint.directory import choose_checkpoint, commit
 from igpt_ds.train.checkpoint.disk import SLACK, require_space
-from igpt_ds.train.checkpoint.manifest import choose_checkpoint, commit, file_entry, read_manifest, refuse_damaged
+from igpt_ds.train.checkpoint.manifest import file_entry, read_checkpoint, refuse_damaged
 from igpt_ds.train.checkpoint.reshard import saved_sub_group_size, target_layout, write_rank
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 
@@ -48,32 +50,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint and args.step is not None:
         raise ValueError(f"--step {args.step} goes with --run_dir; --checkpoint {args.checkpoint} is one step already")
     if args.checkpoint:
-        checkpoint, manifest = args.checkpoint, read_manifest(args.checkpoint)
-        refuse_damaged(checkpoint, manifest)
+        checkpoint = read_checkpoint(args.checkpoint)
+        refuse_damaged(checkpoint)
     else:
-        checkpoint, manifest = choose_checkpoint(args.run_dir, args.step)
-    out = args.out or checkpoint
+        checkpoint = choose_checkpoint(args.run_dir, args.step)
+    manifest, out = checkpoint.manifest, args.out or checkpoint.path
     if args.out and out.exists():
         raise ValueError(f"--out {out} exists already; choose another name or remove it")
 
     start = time.monotonic()
-    source = ZeroCheckpoint(checkpoint, manifest["world_size"], manifest["stage"])
+    source = ZeroCheckpoint(checkpoint.path, manifest.world_size, manifest.stage)
     target = target_layout(source, args.ranks, args.sub_group_size or saved_sub_group_size(source))
     unfinished = out.with_name(f"{out.name}.{args.ranks}-ranks.partial")
-    require_space(
-        out.parent, int(SLACK * sum(entry["bytes"] for entry in manifest["files"])), f"{out.name} for {args.ranks} ranks"
-    )
+    require_space(out.parent, int(SLACK * manifest.bytes), f"{out.name} for {args.ranks} ranks")
     for left in out.parent.glob(f"{out.name}.*-ranks.partial"):  # by an interrupted start, for whatever ranks
         shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         files = [file_entry(path) for rank in range(args.ranks) for path in write_rank(source, target, rank, unfinished)]
-        commit(unfinished, out, manifest | {"world_size": args.ranks}, files)
+        made = dataclasses.replace(manifest, world_size=args.ranks, files=tuple(files))
+        commit(unfinished, out, made)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    size, seconds = sum(entry["bytes"] for entry in files), time.monotonic() - start
+    size, seconds = made.bytes, time.monotonic() - start
     speed = f"{size / 1e9:.3f} GB in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s"
-    print(f"{out}: {manifest['world_size']} ranks -> {args.ranks}, {speed}")
+    print(f"{out}: {manifest.world_size} ranks -> {args.ranks}, {speed}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds.files import read_json, read_json_lines
-from igpt_ds.train.checkpoint.manifest import list_checkpoints
+from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
 from igpt_ds.train.heartbeat import BEGINNING, Heartbeat, read_heartbeats
 from igpt_ds.train.run_dir import read_run
 
@@ -248,11 +248,11 @@ def _reason(state: str, lost: DivergedRun | None, ranks: tuple[RankStatus, ...])
 
 
 def _newest_checkpoint(directory: Path, now: float) -> SavedCheckpoint | None:
-    complete = [path for path in list_checkpoints(directory) if (path / "COMPLETE").exists()]
+    complete = complete_checkpoints(directory)
     if not complete:
         return None
     age = max(0.0, now - (complete[-1] / "COMPLETE").stat().st_mtime)
-    return SavedCheckpoint(int(complete[-1].name.removeprefix("step-")), age, str(complete[-1]))
+    return SavedCheckpoint(step_of(complete[-1]), age, str(complete[-1]))
 
 
 def _count_restarts(run_dir: Path) -> int:

@@ -7,7 +7,16 @@ not better than the best. What it knows travels with each checkpoint, so that an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EarlyState:
+    """What early stopping knows, as a checkpoint's manifest stores it."""
+
+    best_step: int | None = None  # completed steps at the best validation
+    best: dict[str, float] = field(default_factory=dict)  # what it measured
+    worse: int = 0  # validations since then
 
 
 class EarlyStop:
@@ -16,7 +25,7 @@ class EarlyStop:
     Args:
         measure: what is watched: "val_accuracy", the higher the better, or "val_loss", the lower the better.
         patience: validations without a new best that end the run; 0: none do.
-        state: what `state` returned when the checkpoint was saved; None or {} for a new run.
+        state: what `state` returned when the checkpoint was saved; None for a new run.
         keep_best: False takes the last step for the best, where validation images are trained on and tell nothing.
 
     Attributes:
@@ -24,20 +33,18 @@ class EarlyStop:
         best: what was measured there.
     """
 
-    def __init__(self, measure: str, patience: int, state: Mapping[str, Any] | None = None, keep_best: bool = True) -> None:
+    def __init__(self, measure: str, patience: int, state: EarlyState | None = None, keep_best: bool = True) -> None:
         assert measure in ("val_accuracy", "val_loss")
         self.measure, self.patience, self.keep_best = measure, patience, keep_best
-        self.restore(state or {})
+        self.restore(state or EarlyState())
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes back to what it knew when `state` was taken; {}: to knowing nothing."""
-        self.best_step: int | None = state.get("best_step")
-        self.best: dict[str, float] = dict(state.get("best", {}))
-        self.worse = int(state.get("worse", 0))
+    def restore(self, state: EarlyState) -> None:
+        """Returns to an earlier state; `EarlyState()` is that of a new run."""
+        self.best_step, self.best, self.worse = state.best_step, dict(state.best), state.worse
 
-    def state(self) -> dict[str, Any]:
-        """Everything it knows, JSON-ready."""
-        return {"best_step": self.best_step, "best": dict(self.best), "worse": self.worse}
+    def state(self) -> EarlyState:
+        """Everything it knows."""
+        return EarlyState(self.best_step, dict(self.best), self.worse)
 
     @property
     def over(self) -> bool:

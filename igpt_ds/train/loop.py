@@ -20,10 +20,12 @@ from igpt_ds.config import Recipe
 from igpt_ds.data.loader import Batches
 from igpt_ds.files import write_json
 from igpt_ds.model.objectives import image_loss
-from igpt_ds.train.checkpoint.manifest import set_aside_newer
+from igpt_ds.train.checkpoint.directory import set_aside_newer
+from igpt_ds.train.checkpoint.manifest import GuardStates, Progress
 from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
+from igpt_ds.train.early import EarlyState
 from igpt_ds.train.engine import LossFunction, take_step
-from igpt_ds.train.safety.rollback import good_checkpoint, range_to_skip, record
+from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, range_to_skip, write_rollbacks
 from igpt_ds.train.safety.spikes import Verdict, advice
 from igpt_ds.train.schedule import learning_rate
 from igpt_ds.train.session import Session
@@ -122,13 +124,17 @@ def save(session: Session, step: int) -> None:
     cadence, metrics, watch = session.cadence, session.metrics, session.watch
     watch.watchdog.alive("save", step)
     start = time.perf_counter()
-    early = {} if watch.early is None else {"early": watch.early.state()}
-    guards = watch.guard.state() | {"unvalidated": watch.unvalidated} | early
-    images_seen = step * session.run.recipe.batch_images
-    where = {"step": step, "images_seen": images_seen, "skipped_ranges": watch.skipped, "guards": guards}
+    early = None if watch.early is None else watch.early.state()
+    progress = Progress(
+        step=step,
+        images_seen=step * session.run.recipe.batch_images,
+        skipped_ranges=tuple(watch.skipped),
+        guards=GuardStates(**vars(watch.guard.state()), unvalidated=watch.unvalidated, early=early),
+    )
     protected = dist.from_rank_0(lambda: watch.protected(session.checkpoints))
-    facts = session.facts | where
-    save_checkpoint(session.engine, session.checkpoints, facts, cadence.keep_last, cadence.keep_every, protected)
+    save_checkpoint(
+        session.engine, session.checkpoints, session.facts, progress, cadence.keep_last, cadence.keep_every, protected
+    )
     metrics.saved(time.perf_counter() - start)
     metrics.restart_clock(step)
 
@@ -147,19 +153,18 @@ def go_back(session: Session, outcome: StepOutcome) -> int:
     found = dist.from_rank_0(lambda: good_checkpoint(session.checkpoints, since, watch.rollbacks))
     lost = f"the loss diverged at step {outcome.step}: it is {outcome.loss:.4f} at lr {outcome.lr:.2e}, and {guard.why}"
     if found is None or len(watch.rollbacks) >= watch.max_rollbacks:
-        give_up(session, outcome, since, lost, None if found is None else found[0])
-    back_to, batch_images = int(found[1]["step"]), session.run.recipe.batch_images
+        give_up(session, outcome, since, lost, None if found is None else found.path)
+    back_to, batch_images = found.manifest.step, session.run.recipe.batch_images
     skip = range_to_skip(outcome.step, back_to, watch.skip_images, batch_images, watch.skipped)
     watch.skipped = leave_out(watch.skipped, skip)
-    row = {"step": outcome.step, "since": since, "back_to": back_to, "skipped": skip, "why": guard.why}
-    watch.rollbacks = [*watch.rollbacks, row]
-    dist.from_rank_0(lambda: record(session.run_dir, watch.rollbacks))
-    dist.say(f"{lost}; rolled back to {found[0]}; images {skip[0]:,} to {skip[1] - 1:,} of the stream are skipped")
+    watch.rollbacks = [*watch.rollbacks, Rollback(outcome.step, since, back_to, skip, guard.why)]
+    dist.from_rank_0(lambda: write_rollbacks(session.run_dir, watch.rollbacks))
+    dist.say(f"{lost}; rolled back to {found.path}; images {skip[0]:,} to {skip[1] - 1:,} of the stream are skipped")
     watch.watchdog.alive("loading", back_to)
-    load_checkpoint(session.engine, *found, session.facts)
-    guard.restore(found[1].get("guards", {}))
+    load_checkpoint(session.engine, found, session.facts)
+    guard.restore(found.manifest.guards)
     if watch.early is not None:
-        watch.early.restore(found[1].get("guards", {}).get("early", {}))
+        watch.early.restore(found.manifest.guards.early or EarlyState())
     dist.from_rank_0(lambda: set_aside_newer(session.checkpoints, back_to))
     return back_to
 

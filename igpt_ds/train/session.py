@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from igpt_ds import cli, dist
-from igpt_ds.config import recipe_to_dict
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
@@ -26,14 +24,16 @@ from igpt_ds.model import cpu_kernels
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.plan import costs
+from igpt_ds.records import from_json
 from igpt_ds.train import run_dir
+from igpt_ds.train.checkpoint.manifest import DataFacts, FinetuneFacts, GuardStates, Manifest, RunFacts
 from igpt_ds.train.checkpoint.save_load import check_space, load_checkpoint, verified_checkpoint
 from igpt_ds.train.ds_effective import check_effective, effective_config
-from igpt_ds.train.early import EarlyStop
+from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
-from igpt_ds.train.safety.rollback import good_checkpoint, read_rollbacks, skipped_ranges
+from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, read_rollbacks, skipped_ranges
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
@@ -63,7 +63,7 @@ class Watch:
     stop: Stop
     watchdog: Watchdog
     guard: Guard
-    rollbacks: list[dict[str, Any]]  # of this run so far: RUN_DIR/rollbacks.json
+    rollbacks: list[Rollback]  # of this run so far: RUN_DIR/rollbacks.json
     skipped: list[Range]  # ranges of the stream of images that rollbacks left out
     max_rollbacks: int  # 0: the run stops when its loss diverges
     skip_images: int | None  # images that a rollback leaves out; None: all since the checkpoint
@@ -85,7 +85,7 @@ class Watch:
         """Steps whose checkpoints must stay: the best one, and during a doubt the newest from before it. Rank 0 calls it."""
         best, since = self.best_step, self.guard.since
         good = None if since is None else good_checkpoint(checkpoints, since, self.rollbacks)
-        return [*([] if best is None else [best]), *([] if good is None else [int(good[1]["step"])])]
+        return [*([] if best is None else [best]), *([] if good is None else [good.manifest.step])]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Session:
     engine: Engine
     run: Run
     run_dir: Path
-    facts: dict[str, Any]  # in every manifest, beside step, images_seen, guards and skipped_ranges
+    facts: RunFacts  # in every manifest, beside the progress
     cadence: Cadence
     metrics: Metrics
     watch: Watch
@@ -116,7 +116,7 @@ class Session:
 class FinetuneStart:
     """What fine-tuning adds to a session."""
 
-    facts: dict[str, Any]  # under "finetune" in every manifest
+    facts: FinetuneFacts  # in every manifest
     pretrained: Path | None  # the model dir whose weights training starts from; None for fresh weights
     early: EarlyStop
 
@@ -143,9 +143,9 @@ def open_session(
     watchdog.start()  # it writes no file before `settle`: the run directory may be another run's
     device = start_ranks()
     early, pretrained = (None, None) if finetune is None else (finetune.early, finetune.pretrained)
-    facts = manifest_facts(run, images) | ({} if finetune is None else {"finetune": finetune.facts})
-    palette, resumes = val_shards.path / "palette.npy", args.resume == "auto"
-    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, facts["data"], palette, resumes))
+    facts = manifest_facts(run, images, None if finetune is None else finetune.facts)
+    data, palette, resumes = images.facts(), val_shards.path / "palette.npy", args.resume == "auto"
+    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, resumes))
     watchdog.settle()
     if args.verify_shards:
         watchdog.alive("verifying", 0)
@@ -154,12 +154,12 @@ def open_session(
     dist.say(json.dumps(run_to_dict(run), indent=1))
     engine = engine_of_run(run, args.run_dir, pretrained)
     watchdog.alive("loading", 0)
-    found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else {}
+    found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else None
     check_space(engine, args.run_dir / "checkpoints", args.keep_last + (early is not None))  # the best checkpoint stays too
-    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts["data"], palette, cpu_kernels.used()))
-    start_step = int(found.get("step", 0))
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, data, palette, cpu_kernels.used()))
+    start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device), args.wandb)
-    watch = watch_over(args, Guard(run.recipe, run.precision, found.get("guards")), stop, watchdog, found, early)
+    watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
     session = Session(engine, run, args.run_dir, facts, choose_cadence(args, run, images.n_images), metrics, watch, start_step)
     yield session
     finish(session)
@@ -201,10 +201,15 @@ def introduce(run: Run, device: torch.device) -> float:
     return peak
 
 
-def manifest_facts(run: Run, images: Mixture | ShardStream) -> dict[str, Any]:
-    """What every manifest says of its run."""
-    recipe = recipe_to_dict(run.recipe)
-    return {"recipe": recipe, "data": images.facts(), "precision": run.precision, "sequence_parallel": run.sequence_parallel}
+def manifest_facts(run: Run, images: Mixture | ShardStream, finetune: FinetuneFacts | None) -> RunFacts:
+    """What every manifest says about its run."""
+    return RunFacts(
+        recipe=run.recipe,
+        data=from_json(DataFacts, images.facts(), "the training images", "make the shards again"),
+        precision=run.precision,
+        sequence_parallel=run.sequence_parallel,
+        finetune=finetune,
+    )
 
 
 def cpu_product(where: Path) -> str:
@@ -226,8 +231,8 @@ def cpu_product(where: Path) -> str:
     return str(product)
 
 
-def resume(engine: Engine, checkpoints: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Loads the newest undamaged checkpoint; returns its manifest, or {} if none was ever saved.
+def resume(engine: Engine, checkpoints: Path, facts: RunFacts) -> Manifest | None:
+    """Loads the newest undamaged checkpoint; returns its manifest, or None if none was ever saved.
 
     Raises:
         SharedError: there are checkpoints but none can be used; nothing is changed.
@@ -235,32 +240,32 @@ def resume(engine: Engine, checkpoints: Path, facts: dict[str, Any]) -> dict[str
     found = verified_checkpoint(checkpoints)
     if found is None:
         dist.say("nothing to resume: step 0")
-        return {}
-    checkpoint, manifest = found
-    load_checkpoint(engine, checkpoint, manifest, facts, verified=True)
-    dist.say(f"resumed from {checkpoint}: {manifest['step']} steps, {manifest['images_seen']:,} images")
-    return manifest
+        return None
+    load_checkpoint(engine, found, facts, verified=True)
+    dist.say(f"resumed from {found.path}: {found.manifest.step} steps, {found.manifest.images_seen:,} images")
+    return found.manifest
 
 
 def watch_over(
-    args: argparse.Namespace, guard: Guard, stop: Stop, watchdog: Watchdog, found: dict[str, Any], early: EarlyStop | None
+    args: argparse.Namespace, guard: Guard, stop: Stop, watchdog: Watchdog, found: Manifest | None, early: EarlyStop | None
 ) -> Watch:
     """What may interrupt the run, in the state of the checkpoint.
 
     Args:
-        found: the checkpoint's manifest; {} for a new run.
-        early: in its initial state.
+        guard, early: in their initial state.
+        found: the checkpoint's manifest; None for a new run.
     """
     rollbacks = dist.from_rank_0(lambda: read_rollbacks(args.run_dir) if args.resume == "auto" else [])
-    guards = found.get("guards", {})
+    guards = GuardStates(unvalidated=True) if found is None else found.guards
+    guard.restore(guards)
     if early is not None:
-        early.restore(guards.get("early", {}))
+        early.restore(guards.early or EarlyState())
     if dist.rank() == 0:
         (args.run_dir / "LOST.json").unlink(missing_ok=True)
-    watchdog.alive("start", int(found.get("step", 0)))
+    watchdog.alive("start", 0 if found is None else found.step)
     most = args.max_rollbacks if args.on_spike == "rollback" else 0
-    skipped, unvalidated = skipped_ranges(rollbacks, found), bool(guards.get("unvalidated", not found))
-    return Watch(stop, watchdog, guard, rollbacks, skipped, most, args.spike_skip_images, unvalidated, early)
+    skipped = skipped_ranges(rollbacks, found)
+    return Watch(stop, watchdog, guard, rollbacks, skipped, most, args.spike_skip_images, guards.unvalidated, early)
 
 
 def finish(session: Session) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from igpt_ds import cli, dist
-from igpt_ds.config import recipe_to_dict
 from igpt_ds.data.loader import BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.cpu_kernels import used
+from igpt_ds.train.checkpoint.manifest import DataFacts, Progress, RunFacts
 from igpt_ds.train.checkpoint.save_load import save_checkpoint
 from igpt_ds.train.engine import build_engine, start_ranks, take_step
 from igpt_ds.train.loop import pretraining_loss
@@ -35,8 +35,8 @@ def main(_: object) -> None:
     if dist.rank() == 0:
         record(out, run, facts, data / "palette.npy", used())
     dist.barrier()
-    manifest = {"step": 3, "images_seen": 36, "recipe": recipe_to_dict(recipe), "data": facts}
-    save_checkpoint(engine, out / "checkpoints", manifest, keep_last=1, keep_every=0)
+    about = RunFacts(recipe=recipe, data=DataFacts(**facts), precision=run.precision)
+    save_checkpoint(engine, out / "checkpoints", about, Progress(step=3, images_seen=36), keep_last=1, keep_every=0)
     with torch.no_grad():
         logits = engine(torch.from_numpy(shards.tokens(np.arange(4)).reshape(4, -1)).long())
     if dist.rank() == 0:

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from igpt_ds.files import read_json_lines, sha256_file
-from igpt_ds.train.checkpoint.manifest import list_checkpoints, read_manifest
+from igpt_ds.train.checkpoint.directory import list_checkpoints
+from igpt_ds.train.checkpoint.manifest import read_checkpoint
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., list[str]]
@@ -90,7 +91,7 @@ def refuse_nothing_but_leftovers(checkpoints: Path) -> None:
     assert not (checkpoints.parent / "FINISHED").exists()
     assert list_checkpoints(checkpoints)
     for path in list_checkpoints(checkpoints):
-        read_manifest(path)
+        read_checkpoint(path)
 
 
 def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
@@ -107,7 +108,7 @@ def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
     said = [line for line in failed.stderr.splitlines() if line.startswith("train.py: error")]
     assert len(said) == 1, failed.stderr[-3000:]
     assert "step-00000008 could not be saved: on rank 1" in said[0]
-    assert "File too large; nothing of it is left, and the checkpoint before is whole" in said[0]
+    assert "File too large; its files were removed, and the previous checkpoint is unchanged" in said[0]
     assert "exitcode  : 2" in failed.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
@@ -132,9 +133,9 @@ def test_missing_and_changed_files_then_another_number_of_ranks(
 
     done = launch(command("run", "--resume", "auto", "--keep_last", "5"), ranks=3)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"checkpoint passed over: {missing} is missing" in done.stderr
-    assert f"checkpoint passed over: {changed} is damaged (sha256 differs)" in done.stderr
-    assert "step-00000002 of 2 ranks was divided for 3" in done.stdout
+    assert f"checkpoint skipped: {missing} is missing" in done.stderr
+    assert f"checkpoint skipped: {changed} is damaged (sha256 differs)" in done.stderr
+    assert "step-00000002 of 2 ranks was resharded for 3" in done.stdout
     assert "2 steps, 24 images" in done.stdout
     losses = [row["loss"] for row in read_json_lines(tmp_path / "run" / "train.jsonl") if "loss" in row]
     assert losses == pytest.approx([row["loss"] for row in whole if "loss" in row], abs=1e-6)

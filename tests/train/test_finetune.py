@@ -17,8 +17,9 @@ from igpt_ds.files import write_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import fresh_model, save_model
 from igpt_ds.train.checkpoint.consolidate import _info, check_own
-from igpt_ds.train.checkpoint.manifest import prune
-from igpt_ds.train.early import EarlyStop
+from igpt_ds.train.checkpoint.directory import prune
+from igpt_ds.train.checkpoint.manifest import DataFacts, FinetuneFacts, GuardStates, Manifest, write_manifest
+from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.run_dir import recipe_differences
 from igpt_ds.train.safety.spikes import Guard, chance_loss
 from igpt_ds.train.schedule import learning_rate
@@ -40,9 +41,9 @@ def test_the_first_of_the_best_steps_is_kept_until_patience_ends() -> None:
     early.see(60, accuracy(0.7))
     assert early.over
 
-    again = EarlyStop("val_accuracy", 2, json.loads(json.dumps(early.state())))
+    again = EarlyStop("val_accuracy", 2, early.state())
     assert (again.state(), again.over) == (early.state(), True)
-    early.restore({})
+    early.restore(EarlyState())
     assert (early.best_step, early.over) == (None, False)
 
 
@@ -237,18 +238,25 @@ def tuned(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> Calla
         recipe = Recipe("finetune", tiny_config, 12, 20, 0.003, 4, finetune=Finetune(3, 2, "abc"))
         recipe = dataclasses.replace(recipe, **changes)
         index = json.loads((tiny_dataset / "index.json").read_text())
-        manifest = {"format": "igpt_ds.checkpoint", "version": 2, "step": step, "images_seen": 12 * step, "precision": "fp32"}
-        manifest |= {"stage": 3, "world_size": 1, "files": [], "recipe": recipe_to_dict(recipe)}
-        manifest |= {"data": {"palette_hash": index["palette_hash"], "dataset_hash": "d"}}
-        manifest |= {"finetune": {"classes": ["a", "b", "c"], "start_step": 1, "dataset_hash": "d"}}
-        manifest |= {"guards": {"early": {"best_step": best, "best": {}, "worse": 0}}}
+        manifest = Manifest(
+            recipe=recipe,
+            data=DataFacts("shards", "d", index["palette_hash"]),
+            precision="fp32",
+            finetune=FinetuneFacts(("a", "b", "c"), "tiny", "d", "train", 12, 1),
+            step=step,
+            images_seen=12 * step,
+            guards=GuardStates(early=EarlyState(best)),
+            world_size=1,
+            stage=3,
+            files=(),
+        )
         checkpoint = tmp_path / run_dir / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
-        write_json(checkpoint / "manifest.json", manifest)
+        write_manifest(checkpoint, manifest)
         (checkpoint / "COMPLETE").touch()
         if out:
             weights = Classifier(tiny_config, 3, 2).state_dict()
-            save_model(tmp_path / out, weights, _info(recipe, manifest), tiny_dataset / "palette.npy")
+            save_model(tmp_path / out, weights, _info(manifest), tiny_dataset / "palette.npy")
         return tmp_path / out
 
     return made

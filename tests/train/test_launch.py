@@ -153,7 +153,7 @@ def test_staged_run_with_a_torn_checkpoint(launch: Any, command: Command, curves
 
     done = launch(command("staged", "--resume", "auto"))
     succeed(done)
-    assert "checkpoint passed over" in done.stderr
+    assert "checkpoint skipped" in done.stderr
     assert str(torn) in done.stderr
     assert "4 steps, 48 images" in done.stdout
     assert curves("staged") == curves("whole")

@@ -16,14 +16,14 @@ import torch
 from harness import medians
 
 from igpt_ds import cli, dist
-from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
+from igpt_ds.config import Recipe, recipe_from_dict
 from igpt_ds.data.loader import Batch, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import read_json, write_json
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.checkpoint.manifest import read_manifest
+from igpt_ds.train.checkpoint.manifest import DataFacts, Progress, RunFacts, read_checkpoint
 from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
 from igpt_ds.train.engine import build_engine, build_model, start_ranks, take_step
 from igpt_ds.train.loop import pretraining_loss
@@ -108,16 +108,16 @@ def saves(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
         ShardSet(Path(what["data"]), "train"), BatchLayout(recipe.batch_images, run.micro_batch, dist.rank(), run.world_size), 0
     )
     take_step(engine, [next(loader.stream(0)).to("cpu")], pretraining_loss(recipe), 1e-4)
-    facts = {"recipe": recipe_to_dict(recipe), "data": {"dataset_hash": "", "palette_hash": "", "path": ""}, "precision": "fp32"}
+    facts = RunFacts(recipe=recipe, data=DataFacts("", "", ""), precision="fp32")
     seconds = {}
     start = time.perf_counter()
-    saved = save_checkpoint(engine, directory, facts | {"step": 1, "images_seen": 1}, 1, 0).path
+    saved = save_checkpoint(engine, directory, facts, Progress(step=1, images_seen=1), 1, 0).path
     seconds["save"] = time.perf_counter() - start
-    manifest = read_manifest(saved)
+    checkpoint = read_checkpoint(saved)
     start = time.perf_counter()
-    load_checkpoint(engine, saved, manifest, facts)
+    load_checkpoint(engine, checkpoint, facts)
     seconds["load"] = time.perf_counter() - start
-    mine = sum(entry["bytes"] for entry in manifest["files"]) // dist.world_size()
+    mine = checkpoint.manifest.bytes // dist.world_size()
     flat, path = torch.zeros(mine // 4), directory / f"plain-{dist.rank()}.pt"
     start = time.perf_counter()
     with open(path, "wb") as file:

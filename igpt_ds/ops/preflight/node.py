@@ -34,7 +34,7 @@ from igpt_ds.files import atomic_file, sha256_file
 from igpt_ds.ops.preflight.record import Gpu, NodeReport, ShardsReport, Space
 from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.provenance import git_commit
-from igpt_ds.train.checkpoint.manifest import list_checkpoints
+from igpt_ds.train.checkpoint.directory import list_checkpoints
 
 PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
 MOST_ERRORS = 5  # of shards, reported one by one

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from igpt_ds.config import Recipe, recipe_from_dict
+from igpt_ds.config import Recipe
 from igpt_ds.data.palette import load_palette
 from igpt_ds.files import read_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import WeightStream, read_info, save_model
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.checkpoint.manifest import choose_checkpoint, newest_checkpoint
+from igpt_ds.records import to_json
+from igpt_ds.train.checkpoint.directory import choose_checkpoint, newest_checkpoint
+from igpt_ds.train.checkpoint.manifest import Manifest
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 
 _LATER = ("warmup_steps", "clip")  # of a class head's training, which older code did not write down
@@ -37,27 +39,26 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int,
     Raises:
         ValueError: no such checkpoint, a damaged one, another palette, or tensors that are not its recipe's.
     """
-    checkpoint, manifest = choose_checkpoint(run_dir, best_step(run_dir) if step is None else step)
-    recipe = recipe_from_dict(manifest["recipe"], str(checkpoint / "manifest.json"))
-    palette = run_dir / "palette.npy"
-    if load_palette(palette).hash != manifest["data"]["palette_hash"]:
+    checkpoint = choose_checkpoint(run_dir, best_step(run_dir) if step is None else step)
+    manifest, palette = checkpoint.manifest, run_dir / "palette.npy"
+    if load_palette(palette).hash != manifest.data.palette_hash:
         raise ValueError(f"{palette} is not the palette of the training shards; copy theirs to {run_dir}")
-    source = ZeroCheckpoint(checkpoint, manifest["world_size"], manifest["stage"])
-    if source.shapes != _shapes(recipe):
-        raise ValueError(f"{checkpoint} does not hold the tensors of its own recipe; it was written by other code")
-    save_model(out, WeightStream(source.shapes, source.blocks), _info(recipe, manifest), palette)
-    return manifest["step"], sum(shape.numel() for shape in source.shapes.values())
+    source = ZeroCheckpoint(checkpoint.path, manifest.world_size, manifest.stage)
+    if source.shapes != _shapes(manifest.recipe):
+        raise ValueError(f"{checkpoint.path} does not hold the tensors of its own recipe; it was written by other code")
+    save_model(out, WeightStream(source.shapes, source.blocks), _info(manifest), palette)
+    return manifest.step, sum(shape.numel() for shape in source.shapes.values())
 
 
 def best_step(run_dir: Path) -> int | None:
     """The step whose validation was the best, as the newest checkpoint knows it; None where nobody looked for it."""
     newest = newest_checkpoint(run_dir / "checkpoints")
-    return None if newest is None else _best_step(newest[1])
+    return None if newest is None else _best_step(newest.manifest)
 
 
-def _best_step(manifest: dict[str, Any]) -> int | None:
-    step: int | None = manifest.get("guards", {}).get("early", {}).get("best_step")
-    return step
+def _best_step(manifest: Manifest) -> int | None:
+    early = manifest.guards.early
+    return None if early is None else early.best_step
 
 
 def check_own(out: Path, run_dir: Path, ended: bool) -> None:
@@ -76,35 +77,36 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
     newest = newest_checkpoint(run_dir / "checkpoints")
     if newest is None:
         raise ValueError(f"{other}: {run_dir} has no checkpoint yet; {fix}")
-    manifest = newest[1]
-    ours = json.loads(json.dumps(_info(recipe_from_dict(manifest["recipe"], str(run_dir)), manifest), default=dataclasses.asdict))
+    manifest = newest.manifest
+    ours = json.loads(json.dumps(_info(manifest), default=dataclasses.asdict))
     theirs = read_json(out / "config.json", "model config")
     for name, here in (ours | (ours.get("class_head") or {})).items():
         older = here if name in _LATER else None
         there = (theirs | (theirs.get("class_head") or {})).get(name, older)
         if name not in ("class_head", "step", "images_seen") and there != here:
             raise ValueError(f"{other}: {name} is {there} there and {here} here; {fix}")
-    best = _best_step(manifest) or manifest["step"]
+    best = _best_step(manifest) or manifest.step
     if ended and theirs["step"] != best:
         raise ValueError(
             f"--out {out} is of step {theirs['step']}, and step {best} is the best by now; remove it and start again"
         )
 
 
-def _info(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the model dir says of itself, but for its hashes."""
+def _info(manifest: Manifest) -> dict[str, Any]:
+    """The config.json of the model dir, without its hashes."""
+    recipe = manifest.recipe
     info = {
         "config": recipe.model,
         "recipe": recipe.name,
         "objective": recipe.objective,
         "mask_prob": recipe.mask_prob if recipe.objective == "bert" else None,
         "init": recipe.init,
-        "palette_hash": manifest["data"]["palette_hash"],
-        "dataset_hash": manifest["data"]["dataset_hash"],
-        "step": manifest["step"],
-        "images_seen": manifest["images_seen"],
+        "palette_hash": manifest.data.palette_hash,
+        "dataset_hash": manifest.data.dataset_hash,
+        "step": manifest.step,
+        "images_seen": manifest.images_seen,
     }
-    return info if recipe.finetune is None else info | {"class_head": _class_head(recipe, manifest)}
+    return info if recipe.finetune is None else info | {"class_head": _class_head(manifest)}
 
 
 def _shapes(recipe: Recipe) -> dict[str, torch.Size]:
@@ -117,11 +119,11 @@ def _shapes(recipe: Recipe) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _class_head(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a reader of the head must know, and how it was trained: what a row of results says of a fine-tuning."""
-    finetune = recipe.finetune
+def _class_head(manifest: Manifest) -> dict[str, Any]:
+    """What a reader of the head must know, and how it was trained: what a results row says about a fine-tuning."""
+    recipe, finetune = manifest.recipe, manifest.recipe.finetune
     assert finetune is not None
     names = ("lr", "batch_images", "seed", "augment_pad", "augment_flip", *_LATER)
     trained = {name: getattr(recipe, name) for name in names}
-    kept = {"loss": finetune.loss, "gen_scale": finetune.gen_scale, "start": finetune.start, "precision": manifest["precision"]}
-    return {"classes": [], "layer": finetune.layer} | manifest.get("finetune", {}) | trained | kept
+    kept = {"loss": finetune.loss, "gen_scale": finetune.gen_scale, "start": finetune.start, "precision": manifest.precision}
+    return {"classes": [], "layer": finetune.layer} | (to_json(manifest.finetune) if manifest.finetune else {}) | trained | kept

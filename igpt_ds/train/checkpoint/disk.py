@@ -1,8 +1,8 @@
-"""Writing what may not fit: free space is asked for before, and a rank whose disk fails does not leave the others waiting.
+"""Writes that may fail: free space is checked first, and one rank's failing disk does not block the other ranks.
 
-DeepSpeed's save is full of meetings of all ranks. A rank that raises in the middle of it never comes to the next one, and the
-others wait for it until a time-out kills them. So writing goes through `Writer`, which keeps an error for later; afterwards all
-ranks learn of it and stop together. Called by train/checkpoint/save_load.py.
+DeepSpeed's save has many collectives. If a rank raises in between, the others wait for it until they time out. So
+`CheckpointWriter` stores the error instead; afterwards all ranks learn of it and stop together. Called by
+train/checkpoint/save_load.py and tools/reshard.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import IO, Any
 
 import torch
 
-SLACK = 1.02  # for what a file holds besides its tensors, and for estimates
+from igpt_ds.train.checkpoint.manifest import FileEntry
+
+SLACK = 1.02  # for what a file holds beside its tensors, and for estimates
 
 
 def require_space(directory: Path, needed: int, what: str) -> None:
-    """Refuses to begin what the disk of `directory` (which need not exist yet) has no room for.
+    """Refuses to start a write that the disk of `directory` has no space for. The directory need not exist yet.
 
     Raises:
-        ValueError: fewer than `needed` bytes are free there.
+        ValueError: fewer than `needed` bytes are free.
     """
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -34,7 +36,7 @@ def require_space(directory: Path, needed: int, what: str) -> None:
 
 
 class _Hashing:
-    """A file that is told of each block it is written; torch writes from the beginning to the end."""
+    """A file that hashes each block as it is written; torch writes front to back."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest, self.bytes = file, hashlib.sha256(), 0
@@ -45,7 +47,7 @@ class _Hashing:
         try:
             written = self._file.write(block)
         except OSError as error:
-            self.error = error  # torch tells of it in words of its own
+            self.error = error  # torch hides it behind an error of its own
             raise
         self.digest.update(block)
         self.bytes += written
@@ -56,29 +58,28 @@ class _Hashing:
         self._file.flush()
 
 
-class Writer:
-    """Stands in for DeepSpeed's checkpoint engine while it saves: writes with checksums, to the disk itself, and never raises."""
+class CheckpointWriter:
+    """Replaces DeepSpeed's checkpoint engine during a save: writes with checksums, forces to disk, and never raises."""
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
-        self.entries: list[dict[str, Any]] = []  # name, bytes and sha256 of each file written
-        self.error = ""  # the first that happened
+        self.entries: list[FileEntry] = []  # of each file written
+        self.error = ""  # the first one
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Writes one file of torch.save."""
+        """Writes one file by torch.save."""
         if self.error:
             return
         try:
             with open(path, "wb") as file:
                 hashing = _Hashing(file)
                 try:
-                    torch.save(state_dict, hashing)  # type: ignore[arg-type]  # it calls write and flush alone
+                    torch.save(state_dict, hashing)  # type: ignore[arg-type]  # it only calls write and flush
                 except RuntimeError as error:
                     raise hashing.error or error from None
                 file.flush()
                 os.fsync(file.fileno())
-            entry = {"name": Path(path).name, "bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
-            self.entries.append(entry)
+            self.entries.append(FileEntry(Path(path).name, hashing.bytes, hashing.digest.hexdigest()))
         except (OSError, RuntimeError) as error:
             strerror = getattr(error, "strerror", None)
             self.error = f"{path}: {strerror or ' '.join(str(error).split())}"

@@ -1,244 +1,217 @@
-"""A run's checkpoints as directories: which are whole, which is the newest, which may go. Nothing here knows an engine.
+"""A checkpoint's manifest.json: the run of the state, and the size and sha256 of each file. No other module knows the format.
 
-RUN_DIR/checkpoints/step-00000100/ holds files of every rank, manifest.json (what the state belongs to, and size and sha256 of
-each file) and, written last, COMPLETE; then it gets its name. `.partial` is what a save or a removal left half done, `.broken`
-what was damaged. Called by train/checkpoint/save_load.py, train/safety/rollback.py, tools/consolidate.py and tools/reshard.py.
+In: a complete checkpoint directory. Out: a `Checkpoint`, whose `Manifest` says all that a reader must check. Called by
+train/checkpoint/ and train/safety/rollback.py. No engine is needed, and neither torch nor numpy.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import sys
-from collections.abc import Collection
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from igpt_ds.files import atomic_file, fsync_path, sha256_file, write_json
+from igpt_ds.config import Recipe
+from igpt_ds.ds_config import STAGES
+from igpt_ds.files import fsync_path, parse_json, sha256_file, write_json
+from igpt_ds.records import OtherVersionError, UnknownFieldError, from_json, to_json, without_header
+from igpt_ds.train.early import EarlyState
+from igpt_ds.train.safety.spikes import SpikeState
 
 FORMAT, VERSION = "igpt_ds.checkpoint", 2
-_KEYS = {"step": int, "images_seen": int, "stage": int, "world_size": int, "files": list}  # what every reader counts on
 
 
-def checkpoint_name(step: int) -> str:
-    """The directory name of a step's checkpoint."""
-    return f"step-{step:08d}"
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
+            raise ValueError(f"name={self.name!r}, which is not the name of a file in the checkpoint")
 
 
-def commit(partial: Path, final: Path, facts: dict[str, Any], files: list[dict[str, Any]]) -> None:
-    """Lists the files, marks a checkpoint as complete, and gives it its name."""
-    write_json(partial / "manifest.json", {"format": FORMAT, "version": VERSION} | facts | {"files": files})
-    with atomic_file(partial / "COMPLETE", "w") as file:
-        file.write(f"{len(files)} files\n")
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():  # divided anew, or saved a second time; `remove_leftovers` brings it back if this is the last we do
-        os.replace(final, old)
-    os.replace(partial, final)
-    fsync_path(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset of a mixture; `share` is how many of order.BLOCK images come from it."""
+
+    path: str
+    dataset_hash: str
+    n_images: int
+    share: int
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file, once it is on the disk itself."""
-    fsync_path(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+@dataclass(frozen=True)
+class DataFacts:
+    """The training images: what `Mixture.facts` or `ShardStream.facts` says."""
+
+    path: str
+    dataset_hash: str
+    palette_hash: str
+    order: int | str | None = None  # the version of the shuffle, or "stream"
+    datasets: tuple[DatasetFacts, ...] | None = None  # of a mixture
+    stream: str | None = None  # the URL of streamed shards
 
 
-def prune(directory: Path, keep_last: int, keep_every: int, protected: Collection[int] = ()) -> None:
-    """Removes complete checkpoints but the keep_last newest, those at multiples of keep_every (0: none) and protected steps."""
-    complete = [path for path in list_checkpoints(directory) if (path / "COMPLETE").exists()]
-    for path in complete[: -max(1, keep_last)]:
-        step = step_of(path)
-        if step not in protected and not (keep_every and step % keep_every == 0):
-            doomed = path.with_name(f"{path.name}.partial")  # if this is killed half way, the next start removes the rest
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
+@dataclass(frozen=True)
+class FinetuneFacts:
+    """What a fine-tuning trains on, and the step of the pre-trained weights that it starts from."""
+
+    classes: tuple[str, ...]
+    dataset: str
+    dataset_hash: str
+    train_split: str
+    n_train: int
+    start_step: int
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints, complete or not, from the oldest step to the newest."""
-    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """The run that a checkpoint belongs to. Every checkpoint of a run has the same."""
+
+    recipe: Recipe
+    data: DataFacts
+    precision: str
+    sequence_parallel: int = 1
+    finetune: FinetuneFacts | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardStates(SpikeState):
+    """What the spike guard and early stopping knew, and whether the step still needs its validation."""
+
+    unvalidated: bool = False
+    early: EarlyState | None = None  # of a fine-tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the run is at a checkpoint."""
+
+    step: int  # completed
+    images_seen: int
+    skipped_ranges: tuple[tuple[int, int], ...] = ()  # positions [first, end) in the stream of images, left out by rollbacks
+    guards: GuardStates = field(default_factory=GuardStates)
+
+    def __post_init__(self) -> None:
+        for name in ("step", "images_seen"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}, which must not be negative")
+        for first, end in self.skipped_ranges:
+            if not 0 <= first < end:
+                raise ValueError(f"skipped_ranges with [{first}, {end}], which is not a range of positions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(RunFacts, Progress):
+    """The contents of a manifest.json."""
+
+    world_size: int
+    stage: int  # of ZeRO
+    versions: dict[str, str] = field(default_factory=dict)  # of torch and DeepSpeed
+    files: tuple[FileEntry, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.world_size < 1:
+            raise ValueError(f"world_size={self.world_size}, which must be at least 1")
+        if self.stage not in STAGES:
+            raise ValueError(f"stage={self.stage}, which is none of {', '.join(map(str, STAGES))}")
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files."""
+        return sum(entry.bytes for entry in self.files)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not what was written: incomplete, torn, or without a file. The one before it may be used."""
+    """The checkpoint is not what was written: incomplete, torn, or without a file. An older one may be used instead."""
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a complete checkpoint whose files all have their size.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A complete checkpoint whose files all have their size.
 
     Raises:
-        DamagedError: it does not exist or is not complete, or a file is missing or torn; the file is named.
-        ValueError: it is of another version: whole, perhaps, and not ours to judge.
-        OSError: the disk does not give it; it may be whole.
+        DamagedError: the checkpoint is missing or incomplete, a file is missing or torn, or the manifest lacks a field or has a
+            wrong one. The file or the field is named.
+        ValueError: another version wrote it, so it may be undamaged.
+        OSError: the disk fails, so it may be undamaged.
     """
-    if not checkpoint.exists():
-        raise DamagedError(f"{checkpoint} does not exist; choose another step")
-    if not (checkpoint / "COMPLETE").exists():
-        raise DamagedError(f"{checkpoint} is not complete: it has no COMPLETE file; choose another step")
-    path = checkpoint / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing; choose another step") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path} is not valid JSON: {error}; choose another step") from None
-    if isinstance(manifest, dict) and "format" in manifest and (manifest["format"], manifest.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; read it with the code that wrote it")
-    if not isinstance(manifest, dict) or (missing := [key for key, kind in _KEYS.items() if type(manifest.get(key)) is not kind]):
-        raise DamagedError(f"{path} has no {missing[0] if isinstance(manifest, dict) else 'keys'}; choose another step")
-    for entry in manifest["files"]:
-        if not isinstance(entry, dict) or not {"name", "bytes", "sha256"} <= entry.keys():
-            raise DamagedError(f"{path} names a file without its size and sha256; choose another step")
-        file = checkpoint / entry["name"]
+    if not path.exists():
+        raise DamagedError(f"{path} does not exist; choose another step")
+    if not (path / "COMPLETE").exists():
+        raise DamagedError(f"{path} is not complete: it has no COMPLETE file; choose another step")
+    manifest = _read_manifest(path / "manifest.json")
+    for entry in manifest.files:
+        file = path / entry.name
         found = file.stat().st_size if file.exists() else None
-        if found != entry["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
+        if found != entry.bytes:
+            state = "is missing" if found is None else f"has {found} bytes instead of {entry.bytes}"
             raise DamagedError(f"{file} {state}; choose another step")
-    return manifest
+    return Checkpoint(path, manifest)
 
 
-def damaged_files(checkpoint: Path, entries: list[dict[str, Any]]) -> list[str]:
-    """The names of those of a manifest's files that do not hold what was written, by their sha256.
+def _read_manifest(path: Path) -> Manifest:
+    fix = "choose another step"
+    try:
+        values = parse_json(path.read_text(), str(path))
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing; {fix}") from None
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}; {fix}") from None
+    except ValueError as error:
+        raise DamagedError(f"{error}; {fix}") from None
+    try:
+        return from_json(Manifest, without_header(values, FORMAT, VERSION, str(path), fix), str(path), fix)
+    except (UnknownFieldError, OtherVersionError):
+        raise
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes the manifest.json of a checkpoint that becomes complete."""
+    write_json(directory / "manifest.json", {"format": FORMAT, "version": VERSION} | to_json(manifest))
+
+
+def file_entry(path: Path) -> FileEntry:
+    """The manifest's entry of a file, which is forced to the disk first."""
+    fsync_path(path)
+    return FileEntry(path.name, path.stat().st_size, sha256_file(path))
+
+
+def damaged_files(path: Path, entries: Sequence[FileEntry]) -> list[str]:
+    """The names of the files in a checkpoint directory that do not hold what was written, by their sha256.
 
     Raises:
-        OSError: one cannot be read, which says nothing of what it holds.
+        OSError: a file cannot be read, which says nothing about its contents.
     """
     damaged = []
     for entry in entries:
         try:
-            whole = sha256_file(checkpoint / entry["name"]) == entry["sha256"]
+            whole = sha256_file(path / entry.name) == entry.sha256
         except FileNotFoundError:
             whole = False
         if not whole:
-            damaged.append(entry["name"])
+            damaged.append(entry.name)
     return damaged
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name says."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def refuse_copy(checkpoint: Path, manifest: dict[str, Any]) -> None:
-    """A directory that was copied or renamed by hand is not what its name says.
-
-    Raises:
-        DamagedError: the manifest is of another step.
-    """
-    if manifest["step"] != step_of(checkpoint):
-        raise DamagedError(f"{checkpoint} holds step {manifest['step']}: copied or renamed; give it its name or move it away")
-
-
-def search(directory: Path, before: int | None = None) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
-    """The newest whole checkpoint of a step before `before` with its manifest, and why each newer one was passed over.
-
-    Raises:
-        ValueError, OSError: what is newest is not damaged, and yet cannot be read (see `read_manifest`).
-    """
-    reasons = []
-    for checkpoint in reversed(list_checkpoints(directory)):
-        if before is not None and step_of(checkpoint) >= before:
-            continue
-        try:
-            manifest = read_manifest(checkpoint)
-            refuse_copy(checkpoint, manifest)
-        except DamagedError as damage:
-            reasons.append(str(damage))
-            continue
-        return (checkpoint, manifest), reasons
-    return None, reasons
-
-
-def say_passed_over(reasons: list[str]) -> None:
-    """Names on stderr what was not taken."""
-    for reason in reasons:
-        print(f"checkpoint passed over: {reason}", file=sys.stderr, flush=True)
-
-
-def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its manifest; each newer one that is damaged is named on stderr."""
-    found, reasons = search(directory)
-    say_passed_over(reasons)
-    return found
-
-
-def refuse_to_begin_anew(directory: Path, reasons: list[str]) -> None:
-    """Where there are checkpoints and none can be used, a start at step 0 would throw the run away.
-
-    What an interrupted save left (`.partial`) is no checkpoint.
-
-    Raises:
-        DamagedError: with every reason, and what to do.
-    """
-    aside = sorted(path.name for path in directory.glob("step-*.broken"))
-    if reasons or aside:
-        why = "; ".join([*(reason.removesuffix("; choose another step") for reason in reasons), *_set_aside(aside)])
-        raise DamagedError(
-            f"{directory} holds no checkpoint that can be used, and nothing was changed: {why}; "
-            "bring one back, or choose another --run_dir to begin at step 0"
-        )
-
-
-def _set_aside(names: list[str]) -> list[str]:
-    return [f"{', '.join(names)} set aside before"] if names else []
-
-
-def choose_checkpoint(run_dir: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
-    """A run's checkpoint of that step (None: the newest whole one) and its manifest, every file compared with its sha256.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    directory = run_dir / "checkpoints"
-    if step is None:
-        newest = newest_checkpoint(directory)
-        if newest is None:
-            raise ValueError(f"{directory} holds no complete checkpoint; train first, or name another --run_dir")
-        checkpoint, manifest = newest
-    else:
-        checkpoint = directory / checkpoint_name(step)
-        if not checkpoint.exists():
-            steps = ", ".join(str(step_of(path)) for path in list_checkpoints(directory)) or "none"
-            raise ValueError(f"{checkpoint} does not exist; steps there: {steps}")
-        manifest = read_manifest(checkpoint)
-        refuse_copy(checkpoint, manifest)
-    refuse_damaged(checkpoint, manifest)
-    return checkpoint, manifest
-
-
-def refuse_damaged(checkpoint: Path, manifest: dict[str, Any]) -> None:
+def refuse_damaged(checkpoint: Checkpoint) -> None:
     """Compares every file of a checkpoint with its sha256.
 
     Raises:
-        ValueError: one does not hold what was written.
+        ValueError: a file does not hold what was written.
     """
-    if damaged := damaged_files(checkpoint, manifest["files"]):
-        raise ValueError(f"{checkpoint / damaged[0]} is damaged (sha256 differs); choose another --step")
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Removes what interrupted saves and removals left half done, before any rank reads or writes."""
-    for path in directory.glob("step-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
-    for old in directory.glob("step-*.old"):
-        if old.with_suffix("").exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(old, old.with_suffix(""))
-
-
-def set_aside_newer(directory: Path, step: int) -> None:
-    """Renames checkpoints of later steps to `.broken`: they were passed over, and must not count when old ones are pruned.
-
-    One that was set aside before stays what it is; the next has a number, as in step-00000100.2.broken.
-    """
-    for path in list_checkpoints(directory):
-        if step_of(path) > step:
-            number, broken = 1, path.with_name(f"{path.name}.broken")
-            while broken.exists():
-                number += 1
-                broken = path.with_name(f"{path.name}.{number}.broken")
-            os.replace(path, broken)
+    if damaged := damaged_files(checkpoint.path, checkpoint.manifest.files):
+        raise ValueError(f"{checkpoint.path / damaged[0]} is damaged (sha256 differs); choose another --step")

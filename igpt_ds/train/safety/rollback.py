@@ -8,67 +8,89 @@ in each checkpoint's manifest too. Called by train/loop.py and train.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from igpt_ds.files import read_json, write_json
-from igpt_ds.train.checkpoint.manifest import list_checkpoints, read_manifest
+from igpt_ds.records import from_json, to_json, without_header
+from igpt_ds.train.checkpoint.directory import list_checkpoints
+from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, read_checkpoint
 from igpt_ds.train.stream import Range, leave_out, position
 
 FORMAT, VERSION = "igpt_ds.rollbacks", 1
 
 
-def read_rollbacks(run_dir: Path) -> list[dict[str, Any]]:
-    """What `record` has written of a run, oldest first; [] when there was none.
+@dataclass(frozen=True)
+class Rollback:
+    """One rollback."""
+
+    step: int  # at which the run was lost
+    since: int  # the first step in doubt
+    back_to: int  # the step of the checkpoint that was loaded
+    skipped: tuple[int, int]  # positions [first, end) in the stream of images
+    why: str
+
+    def __post_init__(self) -> None:
+        first, end = self.skipped
+        if not 0 <= first < end:
+            raise ValueError(f"skipped={[first, end]}, which is not a range of positions")
+
+
+@dataclass(frozen=True)
+class _Rollbacks:
+    """The contents of rollbacks.json."""
+
+    rollbacks: tuple[Rollback, ...]
+
+
+def read_rollbacks(run_dir: Path) -> list[Rollback]:
+    """The rollbacks of a run, oldest first; [] if there was none.
 
     Raises:
-        ValueError: the file is not ours.
+        ValueError: the file is damaged, or another version wrote it.
     """
-    path = run_dir / "rollbacks.json"
+    path, fix = run_dir / "rollbacks.json", "restore the file; without it the run would train on the skipped images"
     if not path.exists():
         return []
-    values = read_json(path, "rollbacks")
-    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; read it with the code that wrote it")
-    return list(values["rollbacks"])
+    values = without_header(read_json(path, "rollbacks"), FORMAT, VERSION, str(path), fix)
+    return list(from_json(_Rollbacks, values, str(path), fix).rollbacks)
 
 
-def skipped_ranges(rollbacks: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> list[Range]:
-    """What a run leaves out: by its rollbacks.json, and by the checkpoint that it goes on from."""
+def write_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback]) -> None:
+    """Writes all rollbacks of a run."""
+    write_json(run_dir / "rollbacks.json", {"format": FORMAT, "version": VERSION} | to_json(_Rollbacks(tuple(rollbacks))))
+
+
+def skipped_ranges(rollbacks: Sequence[Rollback], manifest: Manifest | None) -> list[Range]:
+    """The ranges that a run skips: those of its rollbacks.json and those of the checkpoint that it continues."""
     found: list[Range] = []
-    for first, end in [*manifest.get("skipped_ranges", ()), *(rollback["skipped"] for rollback in rollbacks)]:
-        found = leave_out(found, (int(first), int(end)))
+    for skipped in [*(() if manifest is None else manifest.skipped_ranges), *(rollback.skipped for rollback in rollbacks)]:
+        found = leave_out(found, skipped)
     return found
 
 
-def record(run_dir: Path, rollbacks: list[dict[str, Any]]) -> None:
-    """Writes down all rollbacks of a run."""
-    write_json(run_dir / "rollbacks.json", {"format": FORMAT, "version": VERSION, "rollbacks": rollbacks})
+def good_checkpoint(checkpoints: Path, since: int, rollbacks: Sequence[Rollback] = ()) -> Checkpoint | None:
+    """The newest undamaged checkpoint from before a doubt.
 
-
-def good_checkpoint(
-    checkpoints: Path, since: int, rollbacks: Sequence[dict[str, Any]] = ()
-) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint from before a doubt, and its manifest.
-
-    The loss of step `since`, the first outlier, is that of the weights after since - 1 updates: a checkpoint of step since - 1 is
-    the bad state itself, so it must be older.
+    The loss of step `since`, the first outlier, is that of the weights after since - 1 updates. A checkpoint of step since - 1
+    holds the bad weights, so an older one is needed.
 
     Args:
-        since: the first step of the doubt.
-        rollbacks: of this run so far. Where one of them met the same spike (the doubt begins before the run has got past it),
-            what it went back to did not help: an older one is taken, if there is one.
+        since: the first step in doubt.
+        rollbacks: those of this run so far. If one of them met the same spike (the doubt starts before the step of that
+            rollback), its checkpoint did not help, and an older one is taken if there is one.
     """
-    bound = min((rollback["back_to"] for rollback in rollbacks if since <= rollback["step"]), default=since)
+    bound = min((rollback.back_to for rollback in rollbacks if since <= rollback.step), default=since)
     found = None
-    for checkpoint in reversed(list_checkpoints(checkpoints)):
+    for path in reversed(list_checkpoints(checkpoints)):
         try:
-            manifest = read_manifest(checkpoint)
+            checkpoint = read_checkpoint(path)
         except ValueError:
             continue  # the next start names it
-        if manifest["step"] < since - 1 and manifest.get("guards", {}).get("since") is None:
-            found = checkpoint, manifest
-            if manifest["step"] < bound:
+        step = checkpoint.manifest.step
+        if step < since - 1 and checkpoint.manifest.guards.since is None:
+            found = checkpoint
+            if step < bound:
                 break
     return found
 

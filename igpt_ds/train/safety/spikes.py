@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import math
 import statistics
-from typing import Any
+from dataclasses import dataclass
 
 from igpt_ds.config import Recipe
 
@@ -51,6 +51,21 @@ def chance_loss(recipe: Recipe) -> float:
     return (finetune.loss != "clf") * gen + (finetune.loss != "gen") * math.log(finetune.n_classes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpikeState:
+    """What a guard knows, as a checkpoint's manifest stores it. The fields are those of `Guard`."""
+
+    losses: tuple[float, ...] = ()  # the last calm ones, in nats per token
+    spiked: int = 0  # outliers in a row
+    skips_in_a_row: int = 0
+    skipped: int = 0  # steps skipped since step 0
+    since: int | None = None  # the first step in doubt
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, self.losses)):
+            raise ValueError(f"losses={self.losses}, which must be finite")
+
+
 class Verdict(enum.Enum):
     """What a guard says of a step."""
 
@@ -72,23 +87,26 @@ class Guard:
         why: what is wrong, in words, when a run is lost.
     """
 
-    def __init__(self, recipe: Recipe, precision: str, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, recipe: Recipe, precision: str, state: SpikeState | None = None) -> None:
         self.recipe, self.chance_loss = recipe, chance_loss(recipe)
         self.max_skips = MAX_SKIPS_FP16 if precision == "fp16" else MAX_SKIPS
-        self.restore(state or {})
+        self.restore(state or SpikeState())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to what it knew when `state` was taken; {}: to knowing nothing."""
-        self.window: list[float] = list(state.get("losses", ()))
-        self.spiked, self.skips_in_a_row = int(state.get("spiked", 0)), int(state.get("skips_in_a_row", 0))
-        self.skipped = int(state.get("skipped", 0))
-        self.since: int | None = state.get("since")
-        self.why = ""
+    def restore(self, state: SpikeState) -> None:
+        """Returns to an earlier state; `SpikeState()` is that of a new run."""
+        self.window = list(state.losses)
+        self.spiked, self.skips_in_a_row, self.skipped = state.spiked, state.skips_in_a_row, state.skipped
+        self.since, self.why = state.since, ""
 
-    def state(self) -> dict[str, Any]:
-        """Everything it knows, JSON-ready, for a checkpoint's manifest."""
-        counts = {"spiked": self.spiked, "skips_in_a_row": self.skips_in_a_row, "skipped": self.skipped, "since": self.since}
-        return {"losses": list(self.window), **counts}
+    def state(self) -> SpikeState:
+        """Everything it knows."""
+        return SpikeState(
+            losses=tuple(self.window),
+            spiked=self.spiked,
+            skips_in_a_row=self.skips_in_a_row,
+            skipped=self.skipped,
+            since=self.since,
+        )
 
     def limit(self) -> float:
         """The loss above which a step is an outlier, in nats per token; infinite when there is no way to know."""

@@ -18,7 +18,7 @@ import torch
 
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.files import read_json_lines
-from igpt_ds.train.checkpoint.manifest import read_manifest
+from igpt_ds.train.checkpoint.manifest import read_checkpoint
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
 from igpt_ds.train.checkpoint.zero_layout import Place, ZeroCheckpoint, sub_groups
 
@@ -152,8 +152,8 @@ def test_a_round_trip_by_the_tool_goes_on_bit_for_bit(trained: Trained, whole: P
         for ranks in (3, 2):
             done = launch(["tools/reshard.py", "--run_dir", out / name, "--ranks", ranks])
             assert done.returncode == 0, done.stderr
-            manifest = read_manifest(out / name / "checkpoints" / "step-00000002")
-            assert (manifest["world_size"], manifest["step"]) == (ranks, 2)
+            manifest = read_checkpoint(out / name / "checkpoints" / "step-00000002").manifest
+            assert (manifest.world_size, manifest.step) == (ranks, 2)
     trained("tool", 2, 6, names)
     for name in names:
         assert read_json_lines(out / name / "losses.jsonl") == read_json_lines(whole / name / "losses.jsonl")[:6], name

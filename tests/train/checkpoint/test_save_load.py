@@ -1,41 +1,53 @@
 """Only whole checkpoints count; the rest is named and passed over."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from igpt_ds.cli import SharedError
+from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.files import sha256_file
-from igpt_ds.train.checkpoint.disk import Writer, require_space
-from igpt_ds.train.checkpoint.manifest import (
+from igpt_ds.train.checkpoint.directory import (
     checkpoint_name,
     choose_checkpoint,
     commit,
     list_checkpoints,
     newest_checkpoint,
     prune,
-    read_manifest,
     remove_leftovers,
     set_aside_newer,
 )
+from igpt_ds.train.checkpoint.disk import CheckpointWriter, require_space
+from igpt_ds.train.checkpoint.manifest import (
+    Checkpoint,
+    DataFacts,
+    FileEntry,
+    Manifest,
+    RunFacts,
+    file_entry,
+    read_checkpoint,
+    write_manifest,
+)
 from igpt_ds.train.checkpoint.save_load import Saved, agree, expected_bytes, load_checkpoint, verified_checkpoint
+
+RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
+RUN = RunFacts(recipe=RECIPE, data=DataFacts("shards", "a", "p", 2), precision="fp32")
 
 
 def make(directory: Path, step: int) -> Path:
     """A checkpoint of two ranks' worth of files, as `save_checkpoint` leaves it."""
     path = directory / checkpoint_name(step)
     path.mkdir(parents=True)
-    files = []
     for rank in range(2):
-        file = path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        file.write_bytes(b"x" * (10 + rank))
-        files.append({"name": file.name, "bytes": 10 + rank, "sha256": sha256_file(file)})
-    manifest = {"format": "igpt_ds.checkpoint", "version": 2, "stage": 3, "world_size": 2, "step": step, "images_seen": step}
-    manifest |= {"files": files}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"x" * (10 + rank))
+    files = tuple(file_entry(file) for file in sorted(path.iterdir()))
+    write_manifest(path, Manifest(**vars(RUN), step=step, images_seen=step, world_size=2, stage=3, files=files))
     (path / "COMPLETE").write_text("2 files\n")
     return path
 
@@ -46,8 +58,8 @@ def test_the_newest_is_by_step_not_by_name_or_age(tmp_path: Path) -> None:
     (tmp_path / "step-00002000.partial").mkdir()
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found[0].name == "step-00001000"
-    assert found[1]["step"] == 1000
+    assert found.path.name == "step-00001000"
+    assert found.manifest.step == 1000
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -62,10 +74,10 @@ def test_nothing_there(tmp_path: Path) -> None:
         (lambda path: next(path.glob("*rank_0*")).unlink(), "is missing"),
         (lambda path: (path / "manifest.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
-        (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json has no keys"),
-        (lambda path: change(path, step=None), "manifest.json has no step"),
-        (lambda path: change(path, files=None), "manifest.json has no files"),
-        (lambda path: change(path, files=[{"name": "x"}]), "names a file without its size and sha256"),
+        (lambda path: (path / "manifest.json").write_text("[]"), r"manifest.json holds \[\] instead of an object"),
+        (lambda path: change(path, step=None), "manifest.json has step=None instead of a whole number"),
+        (lambda path: change(path, files=None), "manifest.json has files=None instead of a list"),
+        (lambda path: change(path, files=[{"name": "x"}]), r"manifest.json has no files\[0\].bytes"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
@@ -74,13 +86,13 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     make(tmp_path, 100)
     damage(make(tmp_path, 200))
     with pytest.raises(ValueError, match=message):
-        read_manifest(tmp_path / checkpoint_name(200))
+        read_checkpoint(tmp_path / checkpoint_name(200))
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found[1]["step"] == 100
+    assert found.manifest.step == 100
     error = capsys.readouterr().err
-    assert "checkpoint passed over" in error
-    assert message in error
+    assert "checkpoint skipped" in error
+    assert re.search(message, error)
 
 
 def change(path: Path, **values: object) -> Path:
@@ -119,7 +131,9 @@ def test_a_file_that_the_disk_does_not_give_stops_the_run(tmp_path: Path) -> Non
     file.unlink()
     file.mkdir()
     change(newest, files=[{"name": file.name, "bytes": file.stat().st_size, "sha256": "x"}])
-    message = r"rank_1_.*: Is a directory: rank 0 cannot read it, and nothing was changed; repair .* or move .*300 away to go on"
+    message = (
+        r"rank_1_.*: Is a directory: rank 0 cannot read it, and nothing was changed; repair .* or move .*300 away to continue"
+    )
     with pytest.raises(SharedError, match=message):
         verified_checkpoint(tmp_path)
     assert names(tmp_path) == ["step-00000100", "step-00000200", "step-00000300"]
@@ -132,11 +146,13 @@ def test_a_copy_under_another_name_is_passed_over(tmp_path: Path, capsys: pytest
     shutil.copytree(tmp_path / "step-00000200", tmp_path / "step-00000050")
     found = verified_checkpoint(tmp_path)
     assert found is not None
-    assert found[0].name == "step-00000200"
-    assert "passed over: " + str(tmp_path / "step-00000300") + " holds step 100: copied or renamed" in capsys.readouterr().err
+    assert found.path.name == "step-00000200"
+    assert "skipped: " + str(tmp_path / "step-00000300") + " holds step 100: copied or renamed" in capsys.readouterr().err
     assert names(tmp_path) == ["step-00000050", "step-00000100", "step-00000200", "step-00000300.broken"]
     shutil.copytree(tmp_path / "step-00000100", tmp_path / "checkpoints" / "step-00000300")
-    with pytest.raises(ValueError, match="step-00000300 holds step 100: copied or renamed; give it its name or move it away"):
+    with pytest.raises(
+        ValueError, match="step-00000300 holds step 100: copied or renamed; rename it to step-00000100 or move it away"
+    ):
         choose_checkpoint(tmp_path, 300)
 
 
@@ -170,27 +186,18 @@ class NoEngine:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "bf16"}, "is of another run: precision is fp32 there and bf16 here; choose another --run_dir"),
-        ({"recipe": {"lr": 2}}, "is of another run: lr is 1 there and 2 here; choose another --run_dir"),
-        ({"recipe": {"lr": 2, "objective": "bert"}}, "is of another run: objective is ar there and bert here"),
-        ({"recipe": {"lr": 1, "mask_prob": 0.2}}, r"is of another run: mask_prob is 0\.15 there and 0\.2 here"),
-        (
-            {"data": {"dataset_hash": "b", "path": "shards"}},
-            "was trained on other images than shards; name the shards and weights",
-        ),
-        (
-            {"data": {"dataset_hash": "a", "path": "shards", "order": "stream"}},
-            r"saw its images in order 2 and this run would in stream; use the code and the way of reading \(--stream or not\)",
-        ),
+        ({"precision": "bf16"}, "precision is fp32 there and bf16 here; choose another --run_dir"),
+        ({"recipe": replace(RECIPE, lr=2.0)}, r"lr is 0\.01 there and 2\.0 here; choose another --run_dir"),
+        ({"recipe": replace(RECIPE, lr=2.0, objective="bert")}, "objective is ar there and bert here"),
+        ({"recipe": replace(RECIPE, mask_prob=0.2)}, r"mask_prob is 0\.15 there and 0\.2 here"),
+        ({"data": DataFacts("shards", "b", "p", 2)}, "other images than shards; name the shards and weights"),
+        ({"data": DataFacts("shards", "a", "p", "stream")}, r"order 2 and this run in stream; use .* \(--stream or not\)"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    facts = {"precision": "fp32", "recipe": {"lr": 1}, "data": {"dataset_hash": "a", "path": "shards", "order": 2}}
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    manifest = Manifest(**vars(RUN), step=1, images_seen=1, world_size=1, stage=3, files=())
     with pytest.raises(SharedError, match=message):
-        load_checkpoint(NoEngine(), tmp_path, facts | {"world_size": 1, "files": []}, facts | changes)
-
-
-FACTS = {"precision": "fp32", "recipe": {}, "data": {"dataset_hash": "a", "path": "shards"}}
+        load_checkpoint(NoEngine(), Checkpoint(tmp_path, manifest), replace(RUN, **changes))
 
 
 def flip(path: Path) -> Path:
@@ -205,19 +212,19 @@ def test_a_file_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path, 100)
     flip(next(path.glob("*pp_rank_0_*")))
     with pytest.raises(SharedError, match=r"zero_pp_rank_0_mp_rank_00_optim_states\.pt is damaged \(sha256 differs\)"):
-        load_checkpoint(NoEngine(), path, read_manifest(path) | FACTS, FACTS)
+        load_checkpoint(NoEngine(), read_checkpoint(path), RUN)
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path, 100)
     with pytest.raises(SharedError, match="was saved at ZeRO stage 3 and this run has 1; use a ds_config of that stage"):
-        load_checkpoint(NoEngine(stage=1), path, read_manifest(path) | FACTS, FACTS)
+        load_checkpoint(NoEngine(stage=1), read_checkpoint(path), RUN)
 
 
 def test_a_checkpoint_without_deepspeeds_files_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path, 100)
     with pytest.raises(SharedError, match=r"step-00000100 has no file \*mp_rank_00_model_states\.pt; remove it and resume again"):
-        load_checkpoint(NoEngine(), path, read_manifest(path) | FACTS, FACTS)
+        load_checkpoint(NoEngine(), read_checkpoint(path), RUN)
 
 
 def test_a_flipped_bit_sets_a_checkpoint_aside_and_the_one_before_is_used(
@@ -228,8 +235,8 @@ def test_a_flipped_bit_sets_a_checkpoint_aside_and_the_one_before_is_used(
     (make(tmp_path, 300) / "COMPLETE").unlink()
     found = verified_checkpoint(tmp_path)
     assert found is not None
-    assert found[1]["step"] == 100
-    assert f"checkpoint passed over: {damaged} is damaged (sha256 differs)" in capsys.readouterr().err
+    assert found.manifest.step == 100
+    assert f"checkpoint skipped: {damaged} is damaged (sha256 differs)" in capsys.readouterr().err
     assert names(tmp_path) == ["step-00000100", "step-00000200.broken", "step-00000300.broken"]
 
 
@@ -244,7 +251,7 @@ def test_without_an_undamaged_one_the_run_stops_and_nothing_is_changed(
         verified_checkpoint(tmp_path)
     assert len(str(refused.value).splitlines()) == 1
     order = ["nothing was changed", "300/zero_pp_rank_1", "is missing", "200 is not complete", "100/zero_pp_rank_1", "sha256"]
-    places = [str(refused.value).index(words) for words in [*order, "bring one back, or choose another --run_dir"]]
+    places = [str(refused.value).index(words) for words in [*order, "restore one, or choose another --run_dir"]]
     assert places == sorted(places)
     assert names(tmp_path) == ["step-00000100", "step-00000200", "step-00000300"]
     assert capsys.readouterr().err == ""
@@ -252,7 +259,7 @@ def test_without_an_undamaged_one_the_run_stops_and_nothing_is_changed(
 
 def test_a_run_that_has_only_what_was_set_aside_does_not_begin_anew(tmp_path: Path) -> None:
     make(tmp_path, 100).rename(tmp_path / "step-00000100.broken")
-    with pytest.raises(SharedError, match=r"no checkpoint that can be used.*: step-00000100\.broken set aside before; bring one"):
+    with pytest.raises(SharedError, match=r"no usable checkpoint.*: step-00000100\.broken set aside before; restore one"):
         verified_checkpoint(tmp_path)
 
 
@@ -272,26 +279,18 @@ def test_what_was_set_aside_is_not_overwritten(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["recipe", "precision", "data"])
-def test_a_manifest_that_does_not_say_of_which_run_it_is_is_refused(tmp_path: Path, name: str) -> None:
-    path = make(tmp_path, 100)
-    manifest = {key: value for key, value in (read_manifest(path) | FACTS).items() if key != name}
-    with pytest.raises(SharedError, match=rf"manifest\.json has no {name}; move .*step-00000100 away and resume again"):
-        load_checkpoint(NoEngine(), path, manifest, FACTS)
-
-
 def test_choosing_offline(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no complete checkpoint; train first, or name another --run_dir"):
         choose_checkpoint(tmp_path, None)
     path = make(tmp_path / "checkpoints", 100)
-    assert choose_checkpoint(tmp_path, None) == choose_checkpoint(tmp_path, 100) == (path, read_manifest(path))
+    assert choose_checkpoint(tmp_path, None) == choose_checkpoint(tmp_path, 100) == read_checkpoint(path)
     make(tmp_path / "checkpoints", 200)
     with pytest.raises(ValueError, match=r"step-00000007 does not exist; steps there: 100, 200$"):
         choose_checkpoint(tmp_path, 7)
     with pytest.raises(ValueError, match=r"step-00000007 does not exist; steps there: none$"):
         choose_checkpoint(tmp_path / "checkpoints", 7)
     with pytest.raises(ValueError, match="step-00000007 does not exist; choose another step"):
-        read_manifest(tmp_path / "step-00000007")
+        read_checkpoint(tmp_path / "step-00000007")
     flip(next(path.glob("*rank_1*")))
     with pytest.raises(ValueError, match=r"is damaged \(sha256 differs\); choose another --step"):
         choose_checkpoint(tmp_path, 100)
@@ -308,14 +307,12 @@ def test_leftovers_go_and_what_was_replaced_half_way_comes_back(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000200", "step-00000300"]
 
 
-FACTS_OF_100 = {"step": 100, "images_seen": 100, "stage": 3, "world_size": 2}
-
-
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) -> None:
     make(tmp_path, 100)
     make(tmp_path / "new", 100).rename(tmp_path / "step-00000100.partial")
-    commit(tmp_path / "step-00000100.partial", tmp_path / "step-00000100", FACTS_OF_100 | {"again": True}, [])
-    assert read_manifest(tmp_path / "step-00000100")["again"]
+    again = Manifest(**vars(RUN), step=100, images_seen=7, world_size=2, stage=3, files=())
+    commit(tmp_path / "step-00000100.partial", tmp_path / "step-00000100", again)
+    assert read_checkpoint(tmp_path / "step-00000100").manifest == again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "step-00000100"]
 
 
@@ -337,11 +334,11 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Pat
 
 def test_a_full_disk_is_told_of_later_and_nothing_is_raised(tmp_path: Path) -> None:
     """/dev/full is a disk without any space."""
-    writer = Writer(NoEngine())
+    writer = CheckpointWriter(NoEngine())
     writer.save({"x": torch.zeros(10)}, str(tmp_path / "a.pt"))
     assert (writer.error, len(writer.entries)) == ("", 1)
     entry = writer.entries[0]
-    assert entry == {"name": "a.pt", "bytes": (tmp_path / "a.pt").stat().st_size, "sha256": sha256_file(tmp_path / "a.pt")}
+    assert entry == FileEntry("a.pt", (tmp_path / "a.pt").stat().st_size, sha256_file(tmp_path / "a.pt"))
     writer.save({"x": torch.zeros(1_000_000)}, "/dev/full")
     assert writer.error == "/dev/full: No space left on device"
     writer.save({}, str(tmp_path / "b.pt"))
@@ -351,7 +348,7 @@ def test_a_full_disk_is_told_of_later_and_nothing_is_raised(tmp_path: Path) -> N
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    writer = Writer(NoEngine())
+    writer = CheckpointWriter(NoEngine())
     writer.makedirs(str(tmp_path / "file" / "x"))
     assert writer.error == f"{tmp_path}/file/x: Not a directory"
 
@@ -359,7 +356,7 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
 def test_one_ranks_error_is_every_ranks(tmp_path: Path) -> None:
     (tmp_path / "x.partial").mkdir()
     agree(["", ""], tmp_path / "x.partial", "checkpoint x could not be saved")
-    with pytest.raises(SharedError, match="checkpoint x could not be saved: on rank 1 y: No space left; nothing of it is left"):
+    with pytest.raises(SharedError, match="checkpoint x could not be saved: on rank 1 y: No space left; its files were removed"):
         agree(["", "y: No space left"], tmp_path / "x.partial", "checkpoint x could not be saved")
     assert not list(tmp_path.iterdir())
 
@@ -372,4 +369,4 @@ def test_pruning_never_removes_the_newest_complete_one(tmp_path: Path) -> None:
     make(tmp_path, 100)
     (make(tmp_path, 200) / "COMPLETE").unlink()
     prune(tmp_path, keep_last=1, keep_every=0)
-    assert newest_checkpoint(tmp_path)[1]["step"] == 100
+    assert newest_checkpoint(tmp_path).manifest.step == 100

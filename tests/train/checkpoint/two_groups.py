@@ -13,10 +13,10 @@ import deepspeed
 import torch
 
 from igpt_ds import cli, dist
-from igpt_ds.config import recipe_to_dict
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.train.checkpoint.manifest import DataFacts, Progress, RunFacts
 from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint, verified_checkpoint
 from igpt_ds.train.engine import seed_everything, start_ranks
 from igpt_ds.train.run_dir import read_recipe
@@ -38,12 +38,11 @@ def build(run):
 def train(recipe, ds_config, out, last_step):
     run = join(recipe, load_ds_config(ds_config), dist.world_size())
     engine = build(run)
-    data = {"dataset_hash": "", "palette_hash": "", "path": "random"}
-    facts = {"recipe": recipe_to_dict(recipe), "data": data, "precision": run.precision}
+    facts = RunFacts(recipe=recipe, data=DataFacts("random", "", ""), precision=run.precision)
     found = verified_checkpoint(out / "checkpoints")
-    step = found[1]["step"] if found else 0
+    step = found.manifest.step if found else 0
     if found:
-        load_checkpoint(engine, *found, facts, verified=True)
+        load_checkpoint(engine, found, facts, verified=True)
     while step < last_step:
         shape = (recipe.batch_images, recipe.model.n_ctx)
         tokens = torch.randint(recipe.model.n_vocab, shape, generator=torch.Generator().manual_seed(step))
@@ -58,7 +57,7 @@ def train(recipe, ds_config, out, last_step):
             with open(out / "losses.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, "loss": mean, "norm": float(engine.get_global_grad_norm())}) + "\n")
         if step % 2 == 0:
-            save_checkpoint(engine, out / "checkpoints", facts | {"step": step, "images_seen": step}, 9, 0)
+            save_checkpoint(engine, out / "checkpoints", facts, Progress(step=step, images_seen=step), 9, 0)
     engine.destroy()
 
 

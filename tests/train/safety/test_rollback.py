@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
-from igpt_ds.train.checkpoint.manifest import VERSION, list_checkpoints, prune
-from igpt_ds.train.safety.rollback import good_checkpoint, range_to_skip, read_rollbacks, record, skipped_ranges
+from igpt_ds.train.checkpoint.directory import list_checkpoints, prune
+from igpt_ds.train.checkpoint.manifest import DataFacts, GuardStates, Manifest, write_manifest
+from igpt_ds.train.safety.rollback import (
+    Rollback,
+    good_checkpoint,
+    range_to_skip,
+    read_rollbacks,
+    skipped_ranges,
+    write_rollbacks,
+)
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
@@ -22,6 +29,7 @@ from igpt_ds.train.session import Watch
 from igpt_ds.train.stream import Range, Stream, leave_out, position
 
 BATCH = 12
+RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), BATCH, 100, 0.01, 3)
 ranges = st.lists(
     st.tuples(st.integers(0, 40), st.integers(1, 10)).map(lambda pair: (BATCH * pair[0], BATCH * sum(pair))), max_size=6
 )
@@ -87,29 +95,31 @@ def test_the_stream_is_opened_again_where_it_jumps_and_only_there() -> None:
 
 def test_rollbacks_are_kept_beside_the_run(tmp_path: Path) -> None:
     assert read_rollbacks(tmp_path) == []
-    record(tmp_path, [{"step": 9, "skipped": (24, 36)}, {"step": 20, "skipped": (60, 72)}])
-    found = read_rollbacks(tmp_path)
-    assert [rollback["step"] for rollback in found] == [9, 20]
-    assert skipped_ranges(found, {}) == [(24, 36), (60, 72)]
-    assert skipped_ranges([], {"skipped_ranges": [[24, 36]]}) == [(24, 36)]
-    assert skipped_ranges(found, {"skipped_ranges": [[24, 36]]}) == [(24, 36), (60, 72)]
-    (tmp_path / "rollbacks.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"rollbacks\.json is not version 1 of igpt_ds\.rollbacks; read it with the code"):
-        read_rollbacks(tmp_path)
+    rollbacks = [Rollback(9, 8, 4, (24, 36), "spike"), Rollback(20, 18, 16, (60, 72), "spike")]
+    write_rollbacks(tmp_path, rollbacks)
+    assert read_rollbacks(tmp_path) == rollbacks
+    before = replace(manifest(4), skipped_ranges=((24, 36),))
+    assert skipped_ranges(rollbacks, None) == [(24, 36), (60, 72)]
+    assert skipped_ranges([], before) == [(24, 36)]
+    assert skipped_ranges(rollbacks, before) == [(24, 36), (60, 72)]
+
+
+def manifest(step: int, since: int | None = None) -> Manifest:
+    """Of a checkpoint without files, saved in a doubt that began at step `since`."""
+    run = {"recipe": RECIPE, "data": DataFacts("shards", "d", "p"), "precision": "fp32", "world_size": 1, "stage": 3}
+    return Manifest(**run, step=step, images_seen=8 * step, guards=GuardStates(since=since), files=())
 
 
 def save(checkpoints: Path, step: int, since: int | None = None) -> None:
-    """A checkpoint without files, saved in a doubt that began at step `since`."""
     path = checkpoints / f"step-{step:08d}"
     path.mkdir(parents=True)
-    facts = {"step": step, "images_seen": 8 * step, "stage": 3, "world_size": 1, "files": [], "guards": {"since": since}}
-    (path / "manifest.json").write_text(json.dumps({"format": "igpt_ds.checkpoint", "version": VERSION} | facts))
+    write_manifest(path, manifest(step, since))
     (path / "COMPLETE").touch()
 
 
-def good(checkpoints: Path, since: int, rollbacks: Sequence[dict[str, int]] = ()) -> int | None:
+def good(checkpoints: Path, since: int, rollbacks: Sequence[Rollback] = ()) -> int | None:
     found = good_checkpoint(checkpoints, since, rollbacks)
-    return None if found is None else int(found[1]["step"])
+    return None if found is None else found.manifest.step
 
 
 def test_the_good_checkpoint_is_from_before_the_state_that_was_the_first_outlier_and_whole(tmp_path: Path) -> None:
@@ -132,20 +142,19 @@ def test_the_good_checkpoint_is_from_before_the_state_that_was_the_first_outlier
 def test_a_second_rollback_from_the_same_place_goes_further_back(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
-    done = [{"since": 10, "step": 13, "back_to": 8}]
+    done = [Rollback(13, 10, 8, (0, 8), "")]
     assert good(tmp_path, 10) == 8
     assert good(tmp_path, 12, done) == 6  # the run has not got past step 13
     assert good(tmp_path, 14, done) == 8
-    done.append({"since": 12, "step": 15, "back_to": 6})
+    done.append(Rollback(15, 12, 6, (0, 8), ""))
     assert good(tmp_path, 12, done) == 4
-    done.append({"since": 9, "step": 11, "back_to": 2})
+    done.append(Rollback(11, 9, 2, (0, 8), ""))
     assert good(tmp_path, 9, done) == 2  # there is none older
 
 
 def test_while_a_doubt_lasts_the_checkpoint_from_before_it_stays(tmp_path: Path) -> None:
     """Two stops in one doubt, each with a checkpoint, the only one to keep."""
-    recipe = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
-    guard = Guard(recipe, "fp32")
+    guard = Guard(RECIPE, "fp32")
     watch = Watch(Stop(tmp_path), Watchdog(tmp_path, 0), guard, [], [], 3, None, False)
     for step in (4, 8):
         save(tmp_path, step)

@@ -15,7 +15,7 @@ from igpt_ds.config import Recipe
 from igpt_ds.files import read_json
 from igpt_ds.ops.status import read_status
 from igpt_ds.ops.status_text import status_text
-from igpt_ds.train.checkpoint.manifest import checkpoint_name
+from igpt_ds.train.checkpoint.directory import checkpoint_name
 from igpt_ds.train.schedule import learning_rate
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,176 @@
+"""A run's checkpoints as directories: which are complete, which is the newest, which are removed.
+
+RUN_DIR/checkpoints/step-00000100/ holds the files of every rank, manifest.json (see manifest.py) and COMPLETE, which is written
+last. Then the directory gets its name. `.partial` is a save or a removal that was interrupted; `.broken` was damaged. Called by
+train/checkpoint/, train/safety/rollback.py, ops/, tools/consolidate.py and tools/reshard.py. No engine is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from igpt_ds.files import atomic_file, fsync_path
+from igpt_ds.train.checkpoint.manifest import (
+    Checkpoint,
+    DamagedError,
+    Manifest,
+    read_checkpoint,
+    refuse_damaged,
+    write_manifest,
+)
+
+
+def checkpoint_name(step: int) -> str:
+    """The directory name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's directory name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """All checkpoints, complete or not, from the oldest step to the newest."""
+    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints with a COMPLETE file, from the oldest step to the newest."""
+    return [path for path in list_checkpoints(directory) if (path / "COMPLETE").exists()]
+
+
+def commit(partial: Path, final: Path, manifest: Manifest) -> None:
+    """Writes the manifest, marks the checkpoint as complete, and gives it its name."""
+    write_manifest(partial, manifest)
+    with atomic_file(partial / "COMPLETE", "w") as file:
+        file.write(f"{len(manifest.files)} files\n")
+    old = final.with_name(f"{final.name}.old")
+    if final.exists():  # saved a second time, or for other ranks; after a crash here `remove_leftovers` restores it
+        os.replace(final, old)
+    os.replace(partial, final)
+    fsync_path(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def prune(directory: Path, keep_last: int, keep_every: int, protected: Collection[int] = ()) -> None:
+    """Removes complete checkpoints except the keep_last newest, multiples of keep_every (0: none) and protected steps."""
+    for path in complete_checkpoints(directory)[: -max(1, keep_last)]:
+        step = step_of(path)
+        if step not in protected and not (keep_every and step % keep_every == 0):
+            doomed = path.with_name(f"{path.name}.partial")  # after a crash here the next start removes the rest
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def refuse_copy(checkpoint: Checkpoint) -> None:
+    """Refuses a directory that was copied or renamed by hand.
+
+    Raises:
+        DamagedError: the manifest has another step than the directory's name.
+    """
+    path, step = checkpoint.path, checkpoint.manifest.step
+    if step != step_of(path):
+        raise DamagedError(f"{path} holds step {step}: copied or renamed; rename it to {checkpoint_name(step)} or move it away")
+
+
+def search(directory: Path, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest undamaged checkpoint of a step before `before`, and why each newer one was skipped.
+
+    Raises:
+        ValueError, OSError: a newer checkpoint is not damaged but cannot be read (see `read_checkpoint`).
+    """
+    reasons = []
+    for path in reversed(list_checkpoints(directory)):
+        if before is not None and step_of(path) >= before:
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+            refuse_copy(checkpoint)
+        except DamagedError as damage:
+            reasons.append(str(damage))
+            continue
+        return checkpoint, reasons
+    return None, reasons
+
+
+def say_skipped(reasons: list[str]) -> None:
+    """Names the skipped checkpoints on stderr."""
+    for reason in reasons:
+        print(f"checkpoint skipped: {reason}", file=sys.stderr, flush=True)
+
+
+def newest_checkpoint(directory: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint. Each newer one that is damaged is named on stderr."""
+    found, reasons = search(directory)
+    say_skipped(reasons)
+    return found
+
+
+def refuse_to_start_over(directory: Path, reasons: list[str]) -> None:
+    """Refuses to start at step 0 if there are checkpoints but none is usable. `.partial` directories do not count.
+
+    Raises:
+        DamagedError: with every reason and the fix.
+    """
+    aside = sorted(path.name for path in directory.glob("step-*.broken"))
+    if reasons or aside:
+        why = "; ".join(reason.removesuffix("; choose another step") for reason in reasons)
+        broken = f"{', '.join(aside)} set aside before" if aside else ""
+        raise DamagedError(
+            f"{directory} holds no usable checkpoint, and nothing was changed: {'; '.join(filter(None, (why, broken)))}; "
+            "restore one, or choose another --run_dir to start at step 0"
+        )
+
+
+def choose_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
+    """A run's checkpoint of a step (None: the newest undamaged one). Every file is compared with its sha256.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    directory = run_dir / "checkpoints"
+    if step is None:
+        newest = newest_checkpoint(directory)
+        if newest is None:
+            raise ValueError(f"{directory} holds no complete checkpoint; train first, or name another --run_dir")
+        checkpoint = newest
+    else:
+        path = directory / checkpoint_name(step)
+        if not path.exists():
+            steps = ", ".join(str(step_of(path)) for path in list_checkpoints(directory)) or "none"
+            raise ValueError(f"{path} does not exist; steps there: {steps}")
+        checkpoint = read_checkpoint(path)
+        refuse_copy(checkpoint)
+    refuse_damaged(checkpoint)
+    return checkpoint
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Cleans up after interrupted saves and removals, before any rank reads or writes."""
+    for path in directory.glob("step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+    for old in directory.glob("step-*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, old.with_suffix(""))
+
+
+def set_aside_newer(directory: Path, step: int) -> None:
+    """Renames checkpoints of later steps to `.broken`: they were skipped and must not count when old ones are removed.
+
+    An existing `.broken` directory is kept; the next one gets a number, as in step-00000100.2.broken.
+    """
+    for path in list_checkpoints(directory):
+        if step_of(path) > step:
+            number, broken = 1, path.with_name(f"{path.name}.broken")
+            while broken.exists():
+                number += 1
+                broken = path.with_name(f"{path.name}.{number}.broken")
+            os.replace(path, broken)
