@@ -264,9 +264,7 @@ def join(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.clip,  # always written: DeepSpeed's default changed from 0 to 1
     }
-    half = "fp16" if ds_config.get("fp16", {}).get("enabled") else "fp32"
-    precision = "bf16" if ds_config.get("bf16", {}).get("enabled") else half
-    stage, mode = ds_config["zero_optimization"]["stage"], ours["activation_checkpointing"]
+    precision, stage, mode = precision_of(ds_config), ds_config["zero_optimization"]["stage"], ours["activation_checkpointing"]
     return Run(recipe, world_size, micro_batch, accumulation, mode, precision, parts, stage, cast(FullConfig, full))
 
 
@@ -284,6 +282,12 @@ def check_sequence_parallel(recipe: Recipe, world_size: int, parts: int) -> None
             raise ValueError(f"sequence_parallel={parts} does not divide {what}={whole}; {here}")
     if parts not in known:
         raise ValueError(f"sequence_parallel={parts} leaves a rank none of n_ctx={config.n_ctx} tokens; {here}")
+
+
+def precision_of(ds_config: DsConfig) -> str:
+    """The precision of the weights: "bf16", "fp16" or "fp32"."""
+    half = "fp16" if ds_config.get("fp16", {}).get("enabled") else "fp32"
+    return "bf16" if ds_config.get("bf16", {}).get("enabled") else half
 
 
 def run_to_dict(run: Run) -> dict[str, object]:

@@ -200,6 +200,6 @@ def exchanged_bytes(config: Shape, layout: RankLayout) -> float:
     return exchanges(layout) * tokens * config.n_embd * layout.weight_bytes * (sp - 1) / sp * config.n_layer
 
 
-def checkpoint_bytes(config: Shape, objective: str = "ar") -> float:
-    """Bytes of one checkpoint: fp32 master weights and two moments."""
-    return 12 * parameters(config, objective)
+def checkpoint_bytes(n_parameters: int, stage: int = 3, weight_bytes: int = 2) -> int:
+    """Bytes of one checkpoint: fp32 master weights and two moments, 12 B per parameter; below stage 3 also the weights."""
+    return (12 + (weight_bytes if stage < 3 else 0)) * n_parameters

@@ -170,9 +170,9 @@ class Estimate:
         return self.gpu_hours * self.price.dollars
 
     @property
-    def checkpoint_bytes(self) -> float:
+    def checkpoint_bytes(self) -> int:
         """Size of one checkpoint."""
-        return checkpoint_bytes(self.recipe.model, self.recipe.objective)
+        return checkpoint_bytes(self.parameters, self.layout.stage, self.layout.weight_bytes)
 
     @property
     def checkpoints_kept(self) -> int:

@@ -93,9 +93,9 @@ def test_the_full_plan_counts_as_the_cost_model_does() -> None:
         assert cost.gpu_hours == pytest.approx(64 * recipe.steps * plan.step.seconds / 3600)
         stages_kept = len(scale.of_recipe(name).steps)
         kept = 2 + 1 + (8 if stages_kept > 1 else 0)
-        size = kept * checkpoint_bytes(recipe.model, recipe.objective) + 4 * stages_kept * parameters(
-            recipe.model, recipe.objective
-        )
+        size = kept * checkpoint_bytes(
+            parameters(recipe.model, recipe.objective), plan.layout.stage, plan.layout.weight_bytes
+        ) + 4 * stages_kept * parameters(recipe.model, recipe.objective)
         assert cost.disk == pytest.approx(size)
     assert training["igpt_xl_ar_64"].gpu_hours == pytest.approx(16_252, rel=0.001), "as docs/scale.md has it"
     tuned = next(cost for cost in found if cost.what == "igpt_l_ar_48 from scratch on imagenet_48_views")

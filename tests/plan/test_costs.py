@@ -61,7 +61,8 @@ def test_parameters_and_flops_are_those_of_the_table(size, n_px):
 def test_xl_is_counted_exactly():
     assert parameters(XL) == 6_810_875_904
     assert parameters(XL, "bert") == parameters(XL) - XL.n_embd
-    assert checkpoint_bytes(XL) == 81_730_510_848
+    assert checkpoint_bytes(parameters(XL)) == 81_730_510_848
+    assert checkpoint_bytes(10, stage=2, weight_bytes=4) == 160
 
 
 # Bytes a parameter, and GiB of XL's on one GPU: fp32 accumulation, bf16 accumulation, and fp32 throughout.

@@ -29,10 +29,10 @@ from igpt_ds import dist
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.data.shards.index import read_index
 from igpt_ds.data.shards.record import END
-from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.ds_config import join, load_ds_config, precision_of
 from igpt_ds.files import atomic_file, sha256_file
 from igpt_ds.ops.preflight.record import Gpu, NodeReport, ShardsReport, Space
-from igpt_ds.plan.costs import checkpoint_bytes
+from igpt_ds.plan.costs import checkpoint_bytes, parameters
 from igpt_ds.provenance import git_commit
 from igpt_ds.train.checkpoint.directory import list_checkpoints
 
@@ -131,8 +131,8 @@ def run_node_checks(plan: PlannedRun, mark: str, progress: Callable[[str], None]
             ("shards", lambda: tuple(check_shards(path, plan.splits) for path in plan.data)),
         ]
     for check, find_out in checks:
-        if "recipe" in report.errors and check in ("ds_config", "needed"):
-            continue  # they need the recipe and would repeat its error
+        if {"recipe", "ds_config"} & set(report.errors) and check in ("ds_config", "needed"):
+            continue  # they need both and would repeat the error
         progress(check)
         report = attempt(report, check, find_out)
     return report
@@ -236,10 +236,12 @@ def needed_space(plan: PlannedRun) -> Space:
     At most keep_last of them exist while one more is written, and those at multiples of keep_every are never deleted.
     """
     recipe = plan.recipe()
+    values, weights = load_ds_config(plan.ds_config), parameters(recipe.model, recipe.objective)
+    size = checkpoint_bytes(weights, values["zero_optimization"]["stage"], 4 if precision_of(values) == "fp32" else 2)
     kept = plan.keep_last + 1 + (recipe.steps // plan.keep_every if plan.keep_every else 0)
     count = max(1, kept - len(list_checkpoints(plan.run_dir / "checkpoints")))
     files = 2 * dist.world_size() + 4  # weights and optimizer of each rank, and the manifest
-    return Space(int(count * checkpoint_bytes(recipe.model, recipe.objective)), count * files + 100)
+    return Space(count * size, count * files + 100)
 
 
 def write_and_read(run_dir: Path, mark: str) -> bool:

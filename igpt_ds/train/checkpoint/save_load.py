@@ -19,6 +19,7 @@ import torch
 from igpt_ds import dist
 from igpt_ds.cli import SharedError, error_text
 from igpt_ds.config import recipe_to_dict
+from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.train.checkpoint.directory import (
     checkpoint_name,
     commit,
@@ -133,13 +134,14 @@ def agree(errors: list[str], unfinished: Path, what: str) -> None:
 
 
 def expected_bytes(engine: Engine, directory: Path) -> int:
-    """The size of the next checkpoint: that of the one before, else 12 bytes a parameter, and its weights at stages 1 and 2."""
+    """The size of the next checkpoint: that of the previous one, else as the plan estimates it (plan/costs.py)."""
     try:
         before = read_checkpoint(list_checkpoints(directory)[-1]).manifest.bytes
     except (IndexError, ValueError, OSError):
-        sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters()]
-        whole = 0 if engine.zero_optimization_stage() == 3 else next(engine.module.parameters()).element_size()
-        return int(SLACK * (12 + whole) * sum(sizes)) + (1 << 17) * dist.world_size()
+        n_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
+        weight_bytes = next(engine.module.parameters()).element_size()
+        tensors = checkpoint_bytes(n_parameters, engine.zero_optimization_stage(), weight_bytes)
+        return int(SLACK * tensors) + (1 << 17) * dist.world_size()
     return int(SLACK * before)
 
 
