@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-STOPPED = 85  # exit status: stopped before the last step with everything saved; the same command with --resume auto goes on
-HUNG = 86  # exit status: a rank gave no sign of life for too long; its stacks are in RUN_DIR/stacks
+STOPPED = 85  # exit status: stopped early with everything saved; the same command with --resume auto continues
+HUNG = 86  # exit status: a rank made no progress for too long; its stacks are in RUN_DIR/stacks
 
-_AFTER_OTHERS = 2.0  # seconds; deepspeed looks at its ranks once a second, and must find a killed one before those it takes along
+_AFTER_OTHERS = 2.0  # seconds; the launcher polls once a second, and must find a killed rank before the ranks that it takes along
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -31,14 +31,14 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 class SharedError(ValueError):
-    """Bad input that every rank raises at the same place: rank 0 speaks for all."""
+    """Bad input that every rank raises at the same place, so only rank 0 prints it."""
 
 
 _at_end: list[Callable[[str], None]] = []
 
 
 def at_end(tell: Callable[[str], None]) -> None:
-    """Lets `run` call `tell` before the process ends, with the error in a line, or "" where there was none."""
+    """Makes `run` call `tell` before the process ends, with the error as one line, or "" without an error."""
     _at_end.append(tell)
 
 
@@ -50,14 +50,14 @@ def _tell(error: str) -> None:
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Calls `main(argv=None)`; a ValueError (bad input) or OSError becomes one line on stderr and exit status 2.
 
-    SystemExit(STOPPED) leaves with that status on every rank.
+    SystemExit(STOPPED) ends every rank with that status.
 
-    Every rank of a launch meets the same bad input, so before the ranks have joined only the first rank of each node speaks.
+    Every rank of a launch meets the same bad input, so before the ranks have joined only the first rank of each node prints it.
     """
     try:
         main(None)
         _tell("")
-    except BrokenPipeError:  # whoever read our output, `head` perhaps, has had enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
@@ -68,7 +68,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         _tell(error_text(error))
         if ranks:
-            _leave(2)  # without parting, which would wait for ranks that may wait in a collective
+            _leave(2)  # without the barrier, which would wait for ranks that may be in a collective
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
@@ -95,7 +95,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
 
 
 def error_text(error: Exception) -> str:
-    """An error in words: of an OSError the file and what is wrong with it, without its number."""
+    """An error as text: for an OSError the file and the reason, without its number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         fix = "; free some space there and run the same command again" if error.errno == errno.ENOSPC else ""
         return f"{error.filename}: {error.strerror}{fix}"
@@ -103,14 +103,14 @@ def error_text(error: Exception) -> str:
 
 
 def _leave(status: int) -> None:
-    # An interpreter that shuts down while gloo's threads still let go of Python objects aborts, about once in twenty launches.
+    # About one launch in twenty aborts if the interpreter shuts down while gloo's threads still release Python objects.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def _joined_ranks() -> Any:
-    """torch.distributed once the ranks have joined, else None; does not import torch for a program that has no use for it."""
+    """torch.distributed once the ranks have joined, otherwise None. It never imports torch itself."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None

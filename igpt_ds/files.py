@@ -1,7 +1,7 @@
-"""Durable files: what is written appears whole under its final name, or not at all.
+"""Durable files: a file appears complete under its final name, or not at all.
 
-Every writer in the project goes through `atomic_file` or `atomic_dir`: the content is written under a temporary
-name beside the target, forced to disk, then renamed. Readers of JSON get one clear error with the path.
+All writers use `atomic_file` or `atomic_dir`: the content is written under a temporary name beside the target, forced to disk,
+then renamed. Readers of JSON get one clear error with the path.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +27,7 @@ def fsync_path(path: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    # Not the process number: containers, and nodes that share a disk, use the same ones.
+    # Not the process number, which may repeat in containers and on nodes that share a disk.
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
@@ -140,13 +140,12 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a missing file has none, and a torn last line (a killed writer) is left out.
+    """The rows of a .jsonl file; [] if the file is missing. A torn last line, left by a killed writer, is ignored.
 
-    A torn line is the beginning of an object, or the zeros of a disk that lost its power, and no newline: what else is no JSON is
-    not ours.
+    A torn line is the start of an object, or the zeros of a disk that lost power, without a newline.
 
     Raises:
-        ValueError: another line that is not JSON, or a file that is no text.
+        ValueError: any other line that is not a JSON object, or the file is not text.
     """
     if not path.exists():
         return []
@@ -154,18 +153,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text, let alone rows of JSON: {error}; name another file") from None
+        raise ValueError(f"{path} is not text, so it holds no rows of JSON: {error}; name another file") from None
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, RecursionError):
             if number < len(lines) or text.endswith("\n") or line[:1] not in ("{", "\0"):
                 raise ValueError(f"{path} line {number} is not valid JSON; remove the line, or name another file") from None
     return rows
 
 
-def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Writes a whole .jsonl file atomically."""
     with atomic_file(path, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(dict(row)) + "\n" for row in rows)

@@ -10,9 +10,11 @@ import dataclasses
 import reprlib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 R = TypeVar("R")
+_JSON_TYPES: dict[Any, type] = {tuple: list, Mapping: dict}
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", type(None): "null"}
 
 
@@ -44,7 +46,7 @@ def without_header(values: object, name: str, version: int, where: str, fix: str
 def from_json(kind: type[R], values: object, where: str, fix: str) -> R:
     """The record of a JSON object.
 
-    A whole number is accepted for a float. A field without a default must be there.
+    A whole number is accepted for a float. A field without a default must be there, unless it may be None.
 
     Args:
         where: the file and what it is, for the error.
@@ -77,6 +79,8 @@ def _record(kind: Any, values: object, name: str) -> Any:
     for field in fields:
         if field.name in values:
             found[field.name] = _value(hints[field.name], values[field.name], prefix + field.name)
+        elif type(None) in typing.get_args(hints[field.name]):
+            found[field.name] = None if field.default is dataclasses.MISSING else field.default
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"has no {prefix}{field.name}")
     if unknown := [key for key in values if key not in hints]:
@@ -103,7 +107,7 @@ def _value(kind: Any, value: object, name: str) -> Any:
             return float(typing.cast(float, value))
         except OverflowError:
             raise _wrong(value, name, "a number that fits 64 bits") from None
-    if origin is dict:
+    if origin in (dict, Mapping):
         return {key: _value(inner[1], one, f"{name}.{key}") for key, one in typing.cast(dict[str, object], value).items()}
     if origin in (list, tuple):
         values = typing.cast(list[object], value)
@@ -123,12 +127,12 @@ def _outer_fits(kind: Any, value: object) -> bool:
         return type(value) in (int, float)
     if dataclasses.is_dataclass(kind):
         return isinstance(value, dict)
-    return type(value) is {tuple: list}.get(kind, kind)
+    return type(value) is _JSON_TYPES.get(kind, kind)
 
 
 def _words(kind: Any) -> str:
     kind = typing.get_origin(kind) or kind
-    return _WORDS.get({tuple: list}.get(kind, kind), "an object")
+    return _WORDS.get(_JSON_TYPES.get(kind, kind), "an object")
 
 
 def _wrong(value: object, name: str, expected: str) -> ValueError:

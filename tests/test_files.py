@@ -152,7 +152,7 @@ def test_json_lines_of_somebody_else_are_refused(tmp_path, content, number):
 
 def test_json_lines_that_are_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match=r"a\.jsonl is no text, let alone rows of JSON: .*; name another file$"):
+    with pytest.raises(ValueError, match=r"a\.jsonl is not text, so it holds no rows of JSON: .*; name another file$"):
         read_json_lines(tmp_path / "a.jsonl")
 
 

@@ -36,9 +36,9 @@ def check_classes(info: ModelInfo, shards: ShardSet) -> None:
         ValueError: they differ, or the model was fine-tuned by gen_loss alone.
     """
     assert info.class_head is not None
-    if info.class_head.get("loss") == "gen":
+    if info.class_head.loss == "gen":
         raise ValueError("the model was fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf")
-    if shards.classes != info.class_head["classes"]:
+    if shards.classes != info.class_head.classes:
         raise ValueError(f"{shards.path} has other classes than the model was fine-tuned on; name shards of that dataset")
     if shards.palette_hash != info.palette_hash:
         raise ValueError(f"{shards.path} has another palette than the model; make the shards again with the model's palette.npy")
@@ -99,7 +99,7 @@ def result(
     """
     head = info.class_head
     assert head is not None
-    mask_prob, K = info.mask_prob if info.objective == "bert" else None, len(head["classes"])
+    mask_prob, K = info.mask_prob if info.objective == "bert" else None, len(head.classes)
     judged = []
     for shards in (held_out, evaluated):
         predictions = predict(network, shards, batch, device, mask_prob, mask_draws)
@@ -108,22 +108,22 @@ def result(
     (held_out_accuracy, _, _), (accuracy, single, counts) = judged
     masks = {} if mask_prob is None else {"n_masks": mask_draws, "mask_seed": MASK_SEED, "single_accuracy": single}
     of_both = {held_out.split: held_out.dataset_hash, evaluated.split: evaluated.dataset_hash}
-    crop = f"pad {head['augment_pad']}" if head["augment_pad"] else ""
+    crop = f"pad {head.augment_pad}" if head.augment_pad else ""
     row = finetune_row(
-        weights="trained" if head["start"] else "untrained",
+        weights="trained" if head.start else "untrained",
         model_hash=info.model_hash,
-        start_hash=head["start"],
+        start_hash=head.start,
         model=dataclasses.asdict(info.config),
         model_objective=info.objective,
-        step=head["start_step"],  # of pre-training
+        step=head.start_step,  # of pre-training
         dataset=evaluated.name,
-        dataset_hash={head["train_split"]: head["dataset_hash"], **of_both},
+        dataset_hash={head.train_split: head.dataset_hash, **of_both},
         **{
-            name: head[name]
+            name: getattr(head, name)
             for name in ("train_split", "n_train", "seed", "loss", "gen_scale", "lr", "batch_images", "precision")
         },
-        head_layer=head["layer"],
-        augmentation=" ".join(word for word in (crop, "flip" if head["augment_flip"] else "") if word) or "none",
+        head_layer=head.layer,
+        augmentation=" ".join(word for word in (crop, "flip" if head.augment_flip else "") if word) or "none",
         best_step=info.step,
         held_out_split=held_out.split,
         eval_split=evaluated.split,
@@ -134,7 +134,7 @@ def result(
         **masks,
     )
     about = {"format": CONFUSION_FORMAT, "version": CONFUSION_VERSION, "model_hash": info.model_hash, "split": evaluated.split}
-    return row, about | {"classes": head["classes"], "counts": counts.tolist()}
+    return row, about | {"classes": head.classes, "counts": counts.tolist()}
 
 
 def read_confusion(path: Path) -> dict[str, Any]:

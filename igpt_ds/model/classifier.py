@@ -1,7 +1,7 @@
 """The transformer with a class head (paper 2.3): tokens enter, logits of the pixels and of the image's class leave.
 
-The head is the released code's: on the mean over all tokens of n^L, without a bias, zero at the start, so that step 0 loses ln K.
-Its weight is the only one that the transformer does not have. Called by the fine-tuning loop and by evaluation.
+The head is that of the released code: it reads the mean over all tokens of n^L and has no bias. Its weight starts at zero, so the
+loss of step 0 is ln K. The transformer has no other additional weight. Called by the fine-tuning loop and by evaluation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Classifier(Transformer):
 
     Args:
         n_classes: K.
-        layer: l in 0..L; n^l as `Transformer.residuals` says, L for ln_f's output. The paper (4.5) tried the best probed one.
-        The others are Transformer's.
+        layer: l in 0..L; the head reads n^l of `Transformer.residuals`; L is ln_f's output. The paper (4.5) also tried the layer
+            that probes best.
+        The other arguments are Transformer's.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Classifier(Transformer):
         """tokens [B, T] int64, "bert": mask [B, T] bool -> pixels' logits [B, t, V], the classes' [B, K] float32.
 
         Args:
-            mask: "bert" alone; without one nothing is hidden.
-            with_pixels: False leaves out the blocks above `layer` and the pixels' logits, which are None.
+            mask: only for "bert"; None hides nothing.
+            with_pixels: False skips the blocks above `layer`; the pixels' logits are None then.
         """
         h = self.embed(tokens, mask)
         features = None
@@ -77,9 +78,9 @@ def class_loss(
 ) -> ClassLoss:
     """Both losses of each image: gen_loss in nats per token (per image under gen_scale "sum"), clf_loss in nats per image.
 
-    "bert" hides pixels for both alike, in the same pass (paper 4.6: inputs are masked in training and in evaluation), by the
-    seed and the image's number. Under loss "clf" there is no gen_loss. "sum" counts all tokens, of "bert" the mask_prob of them
-    that are hidden on average. `total` joins the two.
+    "bert" hides pixels for both losses in the same pass (paper 4.6: inputs are masked in training and in evaluation), by the seed
+    and the image's number. Loss "clf" has no gen_loss. "sum" multiplies by the number of tokens, for "bert" by the mean number of
+    hidden ones. `total` adds the two.
     """
     pixels: ImageLoss = image_loss(objective, seed, mask_prob, group)
     tokens_counted = config.n_ctx if objective == "ar" else mask_prob * config.n_ctx
@@ -109,7 +110,7 @@ def class_loss(
 
 
 def total(finetune: Finetune, gen: Tensor | None, clf: Tensor) -> Tensor:
-    """What is minimised, of each image: the sum of both losses (paper 2.3), or one; under "gen" the head's gradient is zero."""
+    """The loss of each image that is minimised: the sum of both (paper 2.3) or one; "gen" gives the head a zero gradient."""
     if finetune.loss == "gen":
         assert gen is not None
         return gen + 0.0 * clf

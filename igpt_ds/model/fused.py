@@ -1,6 +1,6 @@
 """A fast training step: quick-GELU with its own derivative, and activation checkpointing, which chooses what a block keeps.
 
-Tensors enter and leave; `model/transformer.py` calls. `quick_gelu` cannot be differentiated twice.
+Tensors enter and leave; called by `model/transformer.py`. `quick_gelu` cannot be differentiated twice.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ATTENTION = {  # the kernels of scaled_dot_product_attention that store no T x 
 def _is_kept(operation: object, args: tuple[Any, ...]) -> bool:
     """Whether "selective" keeps a result: that of attention and of the widening products, C -> 3 C and C -> 4 C.
 
-    To recompute C -> C costs one of a block's twelve C^2, to keep it 1 C more. The backward pass does not need 4 C -> C.
+    Recomputing C -> C costs one of a block's twelve C^2; keeping it costs 1 C more. The backward pass does not need 4 C -> C.
     """
     if operation is torch.ops.aten.mm.default:  # x [N, n_in] @ weight.T [n_in, n_out]
         return bool(args[1].size(1) > args[1].size(0))

@@ -1,8 +1,8 @@
-"""What is minimised: a network and tokens enter, nats per token leave. Called by the training loop and by every evaluation.
+"""The losses: a network and tokens enter, nats per token leave. Called by the training loop and by every evaluation.
 
 Two objectives (paper 2.1): "ar", the log-likelihood of each pixel given those before it, and "bert", that of randomly masked
-pixels given all others. The masks are a pure function of (seed, number of the image, pixel): the same after a resume, on any
-ranks, for any micro batch.
+pixels given all others. The masks are a pure function of (seed, number of the image, pixel), so they do not depend on resumes,
+ranks or the micro batch.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ def autoregressive_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def masked_nats(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """The same over each image's masked tokens alone: mask [B, T] bool, at least one True in each row -> [B], float32.
+    """The same over only the masked tokens of each image: mask [B, T] bool with at least one True per row -> [B], float32.
 
-    As the released code scales it: first the mean over the masked tokens of an image, then (by the caller) that over images.
+    Scaled as in the released code: the mean over the masked tokens of an image, then (by the caller) the mean over images.
     """
     return torch.where(mask, token_nats(logits, tokens), 0.0).sum(dim=1) / mask.sum(dim=1)
 
 
 def draw_masks(seed: int, numbers: np.ndarray, T: int, mask_prob: float) -> Tensor:
-    """Which pixels of some images are hidden, each one independently with probability mask_prob (paper 2.1).
+    """The hidden pixels of some images; each pixel is hidden independently with probability mask_prob (paper 2.1).
 
     Args:
-        numbers: int64 [B]; in training the images' positions in the endless stream, else their numbers in the split.
+        numbers: int64 [B]; in training the images' positions in the endless stream, otherwise their numbers in the split.
 
     Returns:
-        bool [B, T] on the CPU, True where hidden. Where nothing would be (0.85^16 of 4x4 images, 0.85^1024 of 32x32 ones), one
-        pixel is, drawn from the same seed and number: the mean over no pixels is not a number.
+        bool [B, T] on the CPU, True where hidden. If no pixel is drawn (0.85^16 of 4x4 images, 0.85^1024 of 32x32 images), one
+        pixel is hidden, drawn from the same seed and number, because the mean over no pixels is not a number.
     """
     words = random_words(seed, _MASK, numbers[:, None], np.arange(T))
     mask = words < np.uint64(mask_prob * 2.0**64)
@@ -66,11 +66,11 @@ def draw_masks(seed: int, numbers: np.ndarray, T: int, mask_prob: float) -> Tens
 
 
 def image_loss(objective: str, seed: int, mask_prob: float, group: ProcessGroup | None = None) -> ImageLoss:
-    """The loss of each image under an objective, with the masks of this seed; "ar" draws nothing.
+    """The loss of each image under an objective, with the masks of this seed; "ar" has no masks.
 
-    In a sequence group (see `ulysses`) the network returns the logits of this rank's tokens, and this the sum of their nats over
-    a rank's equal share of what the whole image counts, however many of them are here: the mean over the ranks of the group is
-    the image's loss. So the mean over all ranks, which ZeRO takes of gradients and the loop of losses, is the batch's.
+    In a sequence group (see `ulysses`) the network returns the logits of this rank's tokens. The loss is then the sum of their
+    nats divided by an equal share of the image's counted tokens, so the mean over the ranks of the group is the image's loss. The
+    mean over all ranks, which ZeRO takes of gradients and the loop of losses, is then the loss of the batch.
     """
 
     def autoregressive(network: Callable[..., Tensor], tokens: Tensor, numbers: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Samples images from an auto-regressive model, pixel by pixel: prefixes [B, P] enter, whole images [B, T] leave.
 
-`Decoder` computes the transformer for one new position at a time, over keys and values that are allocated once. `tools/sample.py`
-calls.
+`Decoder` computes the transformer for one new position at a time, with keys and values that are allocated once. Called by
+tools/sample.py.
 """
 
 from __future__ import annotations

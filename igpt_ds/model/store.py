@@ -28,20 +28,36 @@ from igpt_ds.config import OBJECTIVES, ModelConfig
 from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.records import from_json
 
 FORMAT, VERSION = "igpt_ds.model", 1
 HEAD_FILE = "class_head.safetensors"
 T = TypeVar("T")
-_KINDS: dict[str, tuple[type, ...]] = {  # of config.json's values
-    "config": (dict,),
-    "palette_hash": (str,),
-    "model_hash": (str,),
-    "step": (int,),
-    "images_seen": (int,),
-    "mask_prob": (float, type(None)),
-    "init": (str,),
-    "class_head": (dict, type(None)),
-}
+
+
+@dataclass(frozen=True)
+class ClassHead:
+    """The class head of a fine-tuned model, and how it was trained. A value is None if older code did not record it."""
+
+    classes: list[str]
+    layer: int  # whose features it reads
+    hash: str  # sha256 of its file
+    dataset: str | None = None
+    dataset_hash: str | None = None
+    train_split: str | None = None
+    n_train: int | None = None
+    start_step: int | None = None  # of pre-training
+    start: str | None = None  # model_hash of the pre-trained model; "" for fresh weights
+    loss: str | None = None
+    gen_scale: str | None = None
+    precision: str | None = None
+    lr: float | None = None
+    batch_images: int | None = None
+    seed: int | None = None
+    augment_pad: int | None = None
+    augment_flip: bool | None = None
+    warmup_steps: int | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class ModelInfo:
     model_hash: str
     mask_prob: float | None = None  # masking probability of a "bert" model, where known
     init: str = "released"  # how its weights were drawn before the first step
-    class_head: dict[str, Any] | None = None  # after fine-tuning: "classes", "layer", "hash" of its file, and how it was trained
+    class_head: ClassHead | None = None  # after fine-tuning
 
 
 @dataclass(frozen=True)
@@ -67,8 +83,8 @@ class WeightStream:
     blocks: Callable[[str], Iterable[bytes | memoryview]]
 
 
-def save_model(model_dir: Path, weights: dict[str, Tensor] | WeightStream, info: dict[str, Any], palette: Path) -> None:
-    """Writes a model dir, whole or not at all.
+def save_model(model_dir: Path, weights: dict[str, Tensor] | WeightStream, info: Mapping[str, Any], palette: Path) -> None:
+    """Writes a model dir, completely or not at all.
 
     Args:
         weights: the float32 state dict of a Transformer, or its tensors one at a time.
@@ -89,16 +105,16 @@ def save_model(model_dir: Path, weights: dict[str, Tensor] | WeightStream, info:
             if head_weights:
                 write_tensors(partial / HEAD_FILE, head_weights)
         if info.get("class_head"):
-            info = info | {"class_head": info["class_head"] | {"hash": sha256_file(partial / HEAD_FILE)}}
+            info = {**info, "class_head": info["class_head"] | {"hash": sha256_file(partial / HEAD_FILE)}}
         shutil.copyfile(palette, partial / "palette.npy")
         model_hash = sha256_file(partial / "model.safetensors")
         config = dataclasses.asdict(info["config"])
         header = {"format": FORMAT, "version": VERSION}
-        write_json(partial / "config.json", header | info | {"config": config, "model_hash": model_hash})
+        write_json(partial / "config.json", {**header, **info, "config": config, "model_hash": model_hash})
 
 
 def _parted(weights: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-    """The class head, and all else."""
+    """The class head, and all other weights."""
     head = {name: weight for name, weight in weights.items() if name == CLASS_HEAD}
     return head, {name: weight for name, weight in weights.items() if name != CLASS_HEAD}
 
@@ -114,7 +130,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _stream_file(weights: WeightStream, path: Path) -> None:
-    """The bytes that safetensors would write: the header's length in 8 bytes, the header in JSON, the tensors by their names."""
+    """Writes the bytes that safetensors would: the header's length in 8 bytes, the header as JSON, the tensors sorted by name."""
     header, end = {}, 0
     for name in sorted(weights.shapes):
         start, end = end, end + 4 * torch.Size(weights.shapes[name]).numel()
@@ -134,10 +150,10 @@ def read_info(model_dir: Path, objective: str | None = None) -> ModelInfo:
     """Reads config.json of a model dir.
 
     Args:
-        objective: the one that the reader is made for; None for a reader of both.
+        objective: the one that the caller needs; None if it takes both.
 
     Raises:
-        ValueError: something is missing or of another version, or the model was trained with the other objective.
+        ValueError: a field is missing or wrong, the version differs, or the model was trained with the other objective.
     """
     path = model_dir / "config.json"
     values = read_json(path, "model config")
@@ -145,21 +161,8 @@ def read_info(model_dir: Path, objective: str | None = None) -> ModelInfo:
         raise ValueError(f"{path} is not the config of a model dir; make one with tools/consolidate.py")
     if values.get("version") != VERSION:
         raise ValueError(f"{path} has version {values.get('version')}; this code reads version {VERSION}")
-    fields = dataclasses.fields(ModelInfo)
-    names = [field.name for field in fields if field.name in values or field.default is dataclasses.MISSING]
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}; consolidate the checkpoint again")
-    for name, kinds in _KINDS.items():
-        if name in values and type(values[name]) not in kinds:
-            raise ValueError(
-                f"{path} has {name}={values[name]!r}, which this code never writes; consolidate the checkpoint again"
-            )
-    try:
-        config = ModelConfig(**values["config"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no model shape: {error}; consolidate the checkpoint again") from None
-    info = ModelInfo(**{name: values[name] for name in names} | {"config": config})
+    known = {field.name: values[field.name] for field in dataclasses.fields(ModelInfo) if field.name in values}
+    info = from_json(ModelInfo, known, str(path), "consolidate the checkpoint again")
     if info.objective not in OBJECTIVES:
         raise ValueError(
             f"{path} has objective {info.objective!r}; known: {', '.join(OBJECTIVES)}; read it with the code that wrote it"
@@ -175,10 +178,10 @@ def load_model(model_dir: Path, objective: str | None = None) -> tuple[Transform
     """The model in float32 on the CPU, in eval mode, with its info.
 
     Args:
-        objective: the one that the reader is made for; None for a reader of both.
+        objective: the one that the caller needs; None if it takes both.
 
     Raises:
-        ValueError: it has the other objective; its weights are torn, were changed after they were written, or do not fit it.
+        ValueError: it has the other objective, or its weights are damaged or do not fit its config.
     """
     info = read_info(model_dir, objective)
     path = model_dir / "model.safetensors"
@@ -190,19 +193,19 @@ def load_model(model_dir: Path, objective: str | None = None) -> tuple[Transform
 
 
 def load_classifier(model_dir: Path) -> tuple[Classifier, ModelInfo]:
-    """A fine-tuned model with its class head, in float32 on the CPU, in eval mode; `ModelInfo.class_head` is there.
+    """A fine-tuned model with its class head, in float32 on the CPU, in eval mode; `ModelInfo.class_head` is not None.
 
     Raises:
-        ValueError: it has no class head; and as `load_model`.
+        ValueError: it has no class head, or as in `load_model`.
     """
     info = read_info(model_dir)
     if info.class_head is None:
         raise ValueError(f"{model_dir} has no class head; fine-tune it with finetune.py first, or name another model")
     files = [model_dir / "model.safetensors", model_dir / HEAD_FILE]
-    for path, expected in zip(files, (info.model_hash, info.class_head["hash"]), strict=True):
+    for path, expected in zip(files, (info.model_hash, info.class_head.hash), strict=True):
         _check_file(path, expected)
     with torch.device("meta"):
-        model = Classifier(info.config, len(info.class_head["classes"]), info.class_head["layer"], objective=info.objective)
+        model = Classifier(info.config, len(info.class_head.classes), info.class_head.layer, objective=info.objective)
     _load(model, files, model_dir)
     return model.eval(), info
 
@@ -215,7 +218,7 @@ def open_weights(model_dir: Path) -> Iterator[Callable[[str], Tensor]]:
 
 
 def verified_info(model_dir: Path) -> ModelInfo:
-    """`read_info` of a model dir whose weights are those that were written; raises a ValueError as `load_model` does."""
+    """`read_info`, after the weights were compared with their sha256; raises a ValueError as `load_model` does."""
     info = read_info(model_dir)
     _check_file(model_dir / "model.safetensors", info.model_hash)
     return info
@@ -239,7 +242,7 @@ def _load(model: Transformer, files: Iterable[Path], model_dir: Path) -> None:
 
 
 def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:
-    """The model as `load_model` returns it, without the weights of the blocks: those stay in the file and are meta tensors here.
+    """The model as `load_model` returns it, but the weights of the blocks are meta tensors and stay in the file.
 
     Raises:
         ValueError: as `load_model` does.
@@ -256,9 +259,9 @@ def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a model.safetensors whose names begin with a prefix, by the rest of their names.
+    """The tensors of a model.safetensors whose names start with a prefix, by the rest of their names.
 
-    The file is opened anew and closed, so that what was read of it does not stay in the process's memory.
+    The file is opened and closed at each call, so that its mapped pages do not stay in the process's memory.
     """
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118, safe_open is no dict
@@ -266,7 +269,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def fresh_model(config: ModelConfig, seed: int, objective: str = "ar", init: str = "released") -> Transformer:
-    """An untrained model, as training would start it from this seed, in eval mode."""
+    """An untrained model with the weights that training would start from with this seed, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Transformer(config, objective=objective, init=init).eval()

@@ -1,10 +1,10 @@
 """The transformer of Image GPT: tokens [B, T] enter, logits [B, T, V] leave; logits at position i predict pixel i.
 
-It is built for one of two objectives: auto-regressive, or BERT's, where some pixels are hidden and predicted from the others.
+It has one of two objectives: auto-regressive, or BERT's, which hides some pixels and predicts them from the others.
 
-The arithmetic is that of the released code (openai/image-gpt src/model.py), which is also HF's ImageGPT: RMS norm with a
-gain and nothing else, quick-GELU, no biases, a learned start-of-sequence vector, learned positions, an output matrix of
-its own. Called by the training loop, by feature extraction and by sampling.
+The arithmetic is that of the released code (openai/image-gpt src/model.py) and of HF's ImageGPT: RMS norm with only a gain,
+quick-GELU, no biases, a learned start-of-sequence vector, learned positions, and an output matrix that is not tied to wte. Called
+by the training loop, by feature extraction and by sampling.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ def init_std(config: ModelConfig, init: str = "released") -> dict[str, float]:
     | attn.c_proj              | 1 / sqrt(C * L) | 0.25 / sqrt(C * L)    |
     | mlp.c_fc                 | 0.02            | sqrt(0.125 / C)       |
     | mlp.c_proj               | 0.02            | 0.25 / sqrt(C * L)    |
-    | head                     | 0               | 0, so step 0 loses ln V |
+    | head                     | 0               | 0, so the loss of step 0 is ln V |
     | ln_1, ln_2, ln_f (gains) | all 1           | all 1                 |
 
-    "released" is openai/image-gpt src/model.py, and the default: the published weights grew out of it, so that a run beside
-    theirs differs in nothing that we know of. "sparse_transformer" is what the paper writes (3.3: layer-dependent, as in Child et
-    al. 2019), in the numbers that its authors give 64x64 ImageNet in openai/distribution_augmentation (train.py, and
-    imagenet64-8gpu of hyperparams.py): variance 0.125 over the inputs; out of attention 0.125 / (2 L C) and out of the MLP
-    0.5 / (2 L 4 C), which are the same number.
+    "released", the default, is that of openai/image-gpt src/model.py, the code of the published weights. "sparse_transformer" is
+    that of the paper (3.3: layer-dependent, as in Child et al. 2019), with the numbers of its authors for 64x64 ImageNet in
+    openai/distribution_augmentation (train.py, and imagenet64-8gpu of hyperparams.py): variance 0.125 over the inputs; 0.125 /
+    (2 L C) for the output of attention and 0.5 / (2 L 4 C) for that of the MLP, which are equal.
 
-    Each module draws its own tensors while it is built: under `deepspeed.zero.Init` a tensor is partitioned as soon as its
-    module is complete, and a later initialisation would touch nothing.
+    Each module draws its own tensors in its constructor: `deepspeed.zero.Init` partitions a tensor as soon as its module is
+    complete, and a later initialisation would have no effect.
     """
     C, L = config.n_embd, config.n_layer
     if init == "released":
@@ -91,7 +90,7 @@ class Projection(nn.Module):
 
 
 class Norm(nn.Module):
-    """x * rsqrt(mean(x^2) + 1e-5) * gain over the last dimension. The paper says layer norm; no mean is taken off."""
+    """x * rsqrt(mean(x^2) + 1e-5) * gain over the last dimension. The paper says layer norm, but no mean is subtracted."""
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
@@ -103,9 +102,9 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; where it is causal, each position sees itself and the earlier ones, else all of them.
+    """Multi-head self-attention. If causal, each position attends to itself and earlier ones, otherwise to all.
 
-    The ranks of a sequence group each enter and leave with their own t = T/sp tokens; between, each has all tokens of H/sp heads.
+    Each rank of a sequence group passes in and gets back its own t = T/sp tokens; inside, it has all tokens of H/sp heads.
     """
 
     def __init__(self, config: ModelConfig, std: dict[str, float], causal: bool, group: ProcessGroup | None = None) -> None:
@@ -126,7 +125,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """C -> 4 C -> C with quick-GELU, x * sigmoid(1.702 x), between."""
+    """C -> 4 C -> C with quick-GELU, x * sigmoid(1.702 x), in between."""
 
     def __init__(self, config: ModelConfig, std: dict[str, float]) -> None:
         super().__init__()
@@ -158,7 +157,7 @@ class Block(nn.Module):
 def attention_backend(config: ModelConfig, causal: bool, device: torch.device, dtype: torch.dtype) -> str:
     """The kernel that torch takes for this model's attention in training: "flash", "efficient", "cudnn" or "math".
 
-    torch itself is asked, with queries of the model's shape; "math" holds T x T numbers a head and is slow.
+    torch chooses it for queries of the model's shape. "math" holds T x T numbers per head and is slow.
     """
     shape = (1, config.n_head, config.n_ctx, config.n_embd // config.n_head)
     q, k, v = (torch.empty(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -171,14 +170,15 @@ class Transformer(nn.Module):
 
     Args:
         config: its shape.
-        activation_checkpointing: "none" keeps all activations for the backward pass, 16 C a token and block; "selective" 9 C: the
-            blocks' inputs, queries, keys and values, attention and what enters quick-GELU, and recomputes the rest; "full" keeps
-            the blocks' inputs, 1 C, and computes each block twice. In a sequence group both exchange tokens and heads once more.
+        activation_checkpointing: what is kept for the backward pass. "none": all activations, 16 C per token and block.
+            "selective": 9 C, the blocks' inputs, queries, keys, values, attention and the input of quick-GELU; the rest is
+            recomputed. "full": the blocks' inputs, 1 C; each block is computed twice. In a sequence group the last two exchange
+            tokens and heads once more.
         objective: "ar" predicts each pixel from those before it; "bert" predicts hidden pixels from all others (paper 2.1), with
             no mask in attention and no sos.
-        init: how fresh weights are drawn, see `init_std`.
-        group: the ranks that share the tokens of the same images (see `ulysses`). Each is given whole images, of n_ctx tokens,
-            and returns logits and residuals for its own t = T/sp tokens; without a group t = T.
+        init: the distribution of fresh weights, see `init_std`.
+        group: the ranks that share the tokens of the same images (see `ulysses`). Each gets whole images of n_ctx tokens and
+            returns logits and residuals of its own t = T/sp tokens; without a group t = T.
     """
 
     def __init__(
@@ -207,8 +207,8 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> h^0 [B, t, C].
 
-        "ar": sos, then the pixels but the last, each with its position. "bert": every pixel with its position; where mask
-        [B, T] is True, the position alone (paper 2.2).
+        "ar": sos, then all pixels except the last, each with its position. "bert": every pixel with its position; only the
+        position where mask [B, T] is True (paper 2.2).
         """
         assert self.group is None or tokens.size(1) == self.config.n_ctx, "a sequence group divides whole images"
         here = part(self.group, tokens.size(1))
@@ -222,11 +222,11 @@ class Transformer(nn.Module):
         return content + self.wpe[here]
 
     def _shifted(self, tokens: Tensor, here: slice) -> Tensor:
-        """What stands before each of these pixels: [B, T] -> [B, t, C]."""
+        """The input before each of these pixels: [B, T] -> [B, t, C]."""
         sos = self.sos.expand(tokens.size(0), 1, -1)
         if self.group is None:
             return torch.cat([sos, self.wte(tokens[:, :-1])], dim=1)
-        # The first rank alone has a sos, but ZeRO waits for its gradient on all of them: it is zero on the others.
+        # Only the first rank has a sos, but ZeRO waits for its gradient on all ranks: it is zero on the others.
         before = self.wte(tokens.roll(1, dims=1)[:, here])
         first = torch.full((), here.start == 0, device=tokens.device)
         return torch.cat([torch.where(first, sos, before[:, :1]), before[:, 1:]], dim=1)
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens [B, T] int64, and for "bert" mask [B, T] bool (True: hidden and to be predicted) -> logits [B, t, V].
 
-        Without a group t = T. "ar": the logits of a pixel are a function of the pixels before it alone. "bert": of those that
+        Without a group t = T. "ar": the logits of a pixel depend only on the pixels before it. "bert": only on the pixels that
         are not masked.
         """
         assert (mask is None) == (self.objective == "ar"), "the bert objective alone takes a mask, and needs one"
@@ -247,7 +247,7 @@ class Transformer(nn.Module):
         """Yields (h^l, n^l), each [B, t, C], for l = 0..L, one layer at a time.
 
         h^l is the residual stream that block l reads; n^l = layer norm of h^l as that block applies it (paper 2.2, 2.4).
-        For l = L there is no such block and n^L is ln_f's. A bert model reads the whole image here, with nothing masked.
+        n^L is the output of ln_f. A bert model reads the whole image here, without a mask.
         """
         h = self.embed(tokens)
         for block in self.blocks:
@@ -258,6 +258,6 @@ class Transformer(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         """The features in h^l or n^l, [B, t, C] -> [B, C] float32: the mean over all T tokens, on every rank of the group.
 
-        In a group the images must be whole ones, as in training.
+        In a group every rank passes whole images, as in training.
         """
         return mean_over_tokens(x, self.config.n_ctx if self.group else x.size(1), self.group)

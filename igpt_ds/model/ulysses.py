@@ -1,12 +1,12 @@
 """Sequence parallelism, as in DeepSpeed-Ulysses (arXiv 2309.14509): several ranks share the tokens of the same images.
 
-Rank k of a sequence group of sp holds the k-th t = T/sp consecutive tokens of each image. All but attention acts on a token by
-itself. Around attention, which needs all tokens but treats heads apart, an all-to-all turns each rank's share of the tokens
-into a share of the heads, and another turns it back. Tensors and the process group enter, tensors leave;
-`model/transformer.py` and `model/objectives.py` call. A group of None is one rank that holds everything.
+Rank k of a sequence group of sp ranks holds the k-th t = T/sp consecutive tokens of each image. All layers except attention act
+on single tokens. Attention needs all tokens but treats heads separately. So before it an all-to-all turns each rank's share of
+the tokens into a share of the heads, and after it another reverses this. Tensors and the process group enter, tensors leave;
+`model/transformer.py` and `model/objectives.py` call it. A group of None is one rank that holds everything.
 
-DeepSpeed's own `DistributedAttention` does the same with four messages a block, and would bring DeepSpeed into the model.
-Here queries, keys and values travel as one message, and arrive as attention reads them.
+DeepSpeed's `DistributedAttention` does the same with four messages per block, and the model would depend on DeepSpeed. Here one
+message carries queries, keys and values in the layout that attention reads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 
 class _Exchange(Function):
-    """x [sp, ...] -> [sp, ...]: part k goes to rank k of the group, and what came from rank k stands at k. Its own adjoint."""
+    """x [sp, ...] -> [sp, ...]: sends part k to rank k of the group and puts what rank k sent at k. It is its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -37,7 +37,7 @@ class _Exchange(Function):
 
 
 class _Mean(Function):
-    """The mean over the ranks of a group, on each of them. Its own adjoint, since each rank has a loss of its own."""
+    """The mean over the ranks of a group, on each of them. It is its own adjoint, since each rank has its own loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -52,7 +52,7 @@ class _Mean(Function):
 
 
 def part(group: ProcessGroup | None, T: int) -> slice:
-    """The tokens among T that this rank holds: T/sp, rounded up, and fewer on the last rank where sp does not divide T."""
+    """The tokens of T that this rank holds: T/sp, rounded up; the last rank has fewer if sp does not divide T."""
     if group is None:
         return slice(0, T)
     t = -(-T // group.size())
@@ -64,10 +64,10 @@ def to_heads(qkv: Tensor, T: int, group: ProcessGroup) -> Tensor:
     """A share of the T tokens, [B, t, 3, H, D] -> a share of the heads, [3, B, H/sp, T, D]."""
     B, t, _, H, D = qkv.shape
     sp, most = group.size(), -(-T // group.size())
-    if t < most:  # messages are of one length; what the last rank adds stands behind all tokens and is cut off
+    if t < most:  # all messages have one length; the padding of the last rank follows all tokens and is cut off
         qkv = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, most - t))
     sent = qkv.view(B, most, 3, sp, H // sp, D).permute(3, 0, 1, 2, 4, 5)
-    received = _Exchange.apply(sent, group)  # [sp, B, t, 3, h, D]; the first counts shares of the tokens now
+    received = _Exchange.apply(sent, group)  # [sp, B, t, 3, h, D]; dimension 0 is now the share of the tokens
     return received.permute(3, 1, 4, 0, 2, 5).reshape(3, B, H // sp, sp * most, D)[:, :, :, :T]
 
 
@@ -79,14 +79,14 @@ def to_tokens(y: Tensor, group: ProcessGroup) -> Tensor:
     if sp * most > T:
         y = F.pad(y, (0, 0, 0, sp * most - T))
     sent = y.view(B, h, sp, most, D).permute(2, 0, 3, 1, 4)
-    received = _Exchange.apply(sent, group)  # [sp, B, t, h, D]; the first counts shares of the heads now
+    received = _Exchange.apply(sent, group)  # [sp, B, t, h, D]; dimension 0 is now the share of the heads
     return received.permute(1, 2, 0, 3, 4).reshape(B, most, sp * h, D)[:, : here.stop - here.start]
 
 
 def mean_over_tokens(x: Tensor, T: int, group: ProcessGroup | None) -> Tensor:
     """[B, t, C] -> [B, C] float32, the mean over all T tokens of each image, the same on every rank of the group.
 
-    Where a loss is made of it on every rank, the mean of the ranks' gradients, as ZeRO takes it, is that loss's gradient.
+    If every rank computes a loss from it, the mean of the ranks' gradients, which ZeRO takes, is the gradient of that loss.
     """
     if group is None:
         return x.mean(1, dtype=torch.float32)

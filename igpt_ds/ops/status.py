@@ -10,9 +10,9 @@ import json
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.records import from_json
 from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
 from igpt_ds.train.heartbeat import BEGINNING, Heartbeat, read_heartbeats
 from igpt_ds.train.run_dir import read_run
@@ -45,7 +45,7 @@ class RankStatus:
         """The error that ended the rank, or ""."""
         return "" if self.beat is None else self.beat.error
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-ready: the heartbeat with "rank", "age" and "silent"; "phase" is None without a heartbeat."""
         if self.beat is None:
             return {"rank": self.rank, "phase": None, "step": 0, "age": None, "silent": True, "host": None, "pid": None}
@@ -80,6 +80,21 @@ class DivergedRun:
 
 
 @dataclass(frozen=True)
+class CurveRow:
+    """What the status needs of a row of train.jsonl: a training step or a validation. What a row does not have is None."""
+
+    step: int
+    loss: float | None  # nats per token
+    images_per_s: float | None
+    mfu: float | None
+    data_wait: float | None
+    skipped_steps: int | None
+    slowest_rank: int | None
+    slowest_ratio: float | None
+    val_loss: float | None
+
+
+@dataclass(frozen=True)
 class Status:
     """A run at one time. A value is None while the run has not measured it."""
 
@@ -111,7 +126,7 @@ class Status:
         """The machines of the ranks with a heartbeat, each once, by rank."""
         return list(dict.fromkeys(rank.beat.host for rank in self.ranks if rank.beat))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-ready."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         return plain | {
@@ -132,13 +147,14 @@ def read_status(run_dir: Path, now: float) -> Status:
         raise ValueError(f"{run_dir} {what}; name the --run_dir of a train.py that has started training")
     run = read_run(run_dir)
     recipe, rows = run["recipe"], tail_rows(run_dir / "train.jsonl")
-    training = [row for row in rows if "loss" in row]
-    validation: dict[str, Any] = next((row for row in reversed(rows) if "val_loss" in row), {})
-    last: dict[str, Any] = training[-1] if training else {}
+    training = [row for row in rows if row.loss is not None]
+    validation = next((row for row in reversed(rows) if row.val_loss is not None), None)
+    last = training[-1] if training else CurveRow(0, *[None] * 8)
     beats = read_heartbeats(run_dir, run["world_size"])
     ranks = tuple(RankStatus(rank, beat, now) for rank, beat in enumerate(beats))
-    speed = statistics.median(row["images_per_s"] for row in training[-SPEED_ROWS:]) if training else None
-    step = max((row["step"] for row in rows), default=0)
+    speeds = [row.images_per_s for row in training[-SPEED_ROWS:] if row.images_per_s is not None]
+    speed = statistics.median(speeds) if speeds else None
+    step = max((row.step for row in rows), default=0)
     left = (recipe["steps"] - step) * recipe["batch_images"] / speed if speed else None
     state = state_of(run_dir, ranks)
     failed = state in ("lost", "failed")
@@ -150,13 +166,13 @@ def read_status(run_dir: Path, now: float) -> Status:
         step=step,
         steps=recipe["steps"],
         images_seen=step * recipe["batch_images"],
-        loss=last.get("loss"),
-        val_loss=validation.get("val_loss"),
-        val_step=validation.get("step"),
+        loss=last.loss,
+        val_loss=None if validation is None else validation.val_loss,
+        val_step=None if validation is None else validation.step,
         images_per_s=speed,
-        mfu=last.get("mfu"),
-        data_wait=last.get("data_wait"),
-        skipped_steps=last.get("skipped_steps"),
+        mfu=last.mfu,
+        data_wait=last.data_wait,
+        skipped_steps=last.skipped_steps,
         seconds_left=None if failed else left,
         checkpoint=_newest_checkpoint(run_dir / "checkpoints", now),
         restarts=_count_restarts(run_dir),
@@ -168,22 +184,23 @@ def read_status(run_dir: Path, now: float) -> Status:
     )
 
 
-def tail_rows(path: Path, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
-    """The last rows of a .jsonl file, without a partial line at either end."""
+def tail_rows(path: Path, size: int = TAIL_BYTES) -> list[CurveRow]:
+    """The last rows of a train.jsonl, without a partial line at either end and without lines that are no rows."""
     if not path.exists():
         return []
     with open(path, "rb") as file:
         length = file.seek(0, 2)
         file.seek(max(0, length - size))
         lines = file.read().split(b"\n")
-    rows = []
+    rows, names = [], [field.name for field in fields(CurveRow)]
     for line in lines[1:-1] if length > size else lines[:-1]:
         try:
-            row = json.loads(line)
-        except ValueError:
+            values = json.loads(line)
+            rows.append(
+                from_json(CurveRow, {name: values[name] for name in names if name in values}, str(path), "remove the line")
+            )
+        except (ValueError, TypeError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
     return rows
 
 
@@ -269,13 +286,14 @@ def _count_rollbacks(path: Path) -> int:
         found = read_json(path, "rollbacks")
     except ValueError:
         return 0
-    return len(found.get("rollbacks", ())) if isinstance(found, dict) else 0
+    rollbacks = found.get("rollbacks") if isinstance(found, dict) else None
+    return len(rollbacks) if isinstance(rollbacks, list) else 0
 
 
-def _slowest(row: dict[str, Any], ranks: tuple[RankStatus, ...]) -> SlowestRank | None:
+def _slowest(row: CurveRow, ranks: tuple[RankStatus, ...]) -> SlowestRank | None:
     """The rank with the most work of its own in the last row; without that, the rank with the longest last step."""
-    if "slowest_rank" in row:
-        return SlowestRank(row["slowest_rank"], row["slowest_ratio"])
+    if row.slowest_rank is not None and row.slowest_ratio is not None:
+        return SlowestRank(row.slowest_rank, row.slowest_ratio)
     timed = {rank.rank: rank.beat.step_seconds for rank in ranks if rank.beat and rank.beat.step_seconds}
     if not timed:
         return None

@@ -16,7 +16,7 @@ from igpt_ds.evaluate.classification import check_classes, judge, predict, resul
 from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.objectives import draw_masks
-from igpt_ds.model.store import ModelInfo
+from igpt_ds.model.store import ClassHead, ModelInfo
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def test_the_modal_class_counts() -> None:
     assert confusion.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
-def head_of(shards: ShardSet) -> dict[str, object]:
+def head_of(shards: ShardSet) -> ClassHead:
     trained = {"lr": 0.1, "batch_images": 4, "seed": 0, "augment_pad": 0, "augment_flip": False, "precision": "fp32"}
     about = {"classes": shards.classes, "layer": 2, "start": "", "start_step": 0, "loss": "clf", "gen_scale": "mean"}
-    return trained | about | {"train_split": "train", "dataset_hash": "x", "n_train": 36}
+    return ClassHead(**trained, **about, hash="h", train_split="train", dataset_hash="x", n_train=36)
 
 
 def test_a_row_is_one_that_results_take(tiny_config: ModelConfig, shards: ShardSet, tmp_path: Path) -> None:
@@ -79,17 +79,17 @@ def test_a_row_is_one_that_results_take(tiny_config: ModelConfig, shards: ShardS
 
 
 def test_other_classes_or_colours_are_refused(tiny_config: ModelConfig, shards: ShardSet) -> None:
-    info = ModelInfo(tiny_config, "ar", shards.palette_hash, 1, 1, "h", class_head={"classes": ["cat", "dog"], "layer": 2})
+    info = ModelInfo(tiny_config, "ar", shards.palette_hash, 1, 1, "h", class_head=ClassHead(["cat", "dog"], 2, "h"))
     with pytest.raises(ValueError, match="has other classes than the model was fine-tuned on; name shards of that dataset"):
         check_classes(info, shards)
-    same = dataclasses.replace(info, class_head={"classes": shards.classes, "layer": 2})
+    same = dataclasses.replace(info, class_head=ClassHead(shards.classes, 2, "h"))
     check_classes(same, shards)
     with pytest.raises(ValueError, match=r"has another palette than the model; make the shards again with the model's palette"):
         check_classes(dataclasses.replace(same, palette_hash="other"), shards)
     with pytest.raises(
         ValueError, match="fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf"
     ):
-        check_classes(dataclasses.replace(same, class_head=same.class_head | {"loss": "gen"}), shards)
+        check_classes(dataclasses.replace(same, class_head=dataclasses.replace(same.class_head, loss="gen")), shards)
 
 
 def test_what_the_tool_refuses(launch: Any, tiny_dataset: Path, tmp_path: Path) -> None:

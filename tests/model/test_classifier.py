@@ -114,7 +114,7 @@ def test_a_model_dir_keeps_the_head_in_a_file_of_its_own(model_dir: Path, tiny_c
     for one, other in zip(loaded(images), model(images), strict=True):
         assert torch.equal(one, other)
     assert info.class_head is not None
-    assert (info.class_head["classes"], loaded.layer) == (["a", "b", "c"], 1)
+    assert (info.class_head.classes, loaded.layer) == (["a", "b", "c"], 1)
     plain, _ = load_model(model_dir)  # a reader of transformers sees none of it
     assert CLASS_HEAD not in plain.state_dict()
     assert torch.equal(plain(images), model(images)[0])

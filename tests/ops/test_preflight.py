@@ -111,8 +111,8 @@ def test_a_rank_without_a_gpu(reports):
         ({"palette": 1}, "palette"),
         ({"clock": "late"}, "clock='late'"),
         ({"rank": None}, "rank=None"),
-        ({"disk": {"bytes": 1}}, "files"),
-        ({"gpus": [{"name": "H100"}]}, "free"),
+        ({"disk": {"files": 1}}, r"disk\.bytes"),
+        ({"gpus": [{"name": "H100"}]}, r"gpus\[0\]\.bytes"),
     ],
 )
 def test_a_report_of_other_code_is_refused(reports, changes, words):

@@ -97,7 +97,7 @@ def test_a_line_that_is_being_written_and_a_long_file(run_dir: Path):
         file.write('{"step": 21, "loss": 2.7, "images_per_s": 4')
     assert status.read_status(run_dir, NOW).step == 20
     rows = status.tail_rows(run_dir / "train.jsonl", size=500)
-    assert [found["step"] for found in rows] == [19, 20]
+    assert [found.step for found in rows] == [19, 20]
     assert status.tail_rows(run_dir / "none.jsonl") == []
 
 

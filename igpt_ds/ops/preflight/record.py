@@ -1,4 +1,4 @@
-"""The report of one rank about its node: the record, its JSON, and the one check of that JSON.
+"""The report of one rank about its node: the record and its JSON.
 
 node.py and ranks.py fill a report. It travels to rank 0 as JSON over board.py, where
 verdict.py compares the reports of all ranks. `tools/preflight.py --json` writes them to a file.
@@ -7,8 +7,9 @@ verdict.py compares the reports of all ranks. `tools/preflight.py --json` writes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+
+from igpt_ds.records import from_json
 
 
 @dataclass(frozen=True)
@@ -75,37 +76,15 @@ class NodeReport:
     links: Mapping[str, float] | None = None  # GB/s "inside" the node and "across" nodes
     step: StepLosses | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-ready, without the values that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-_PARTS = {"shm": Space, "disk": Space, "needed": Space, "step": StepLosses}
-_LISTS = {"gpus": Gpu, "shards": ShardsReport}
-_TEXTS = ("node", "code", "recipe", "ds_config", "commit", "device")
-_NUMBERS = ("rank", "local_rank", "clock", "all_reduce")
-_MAPPINGS = ("errors", "packages", "speed", "links")
-
-
-def report_from_dict(values: Any) -> NodeReport:
+def report_from_dict(values: object) -> NodeReport:
     """The inverse of `NodeReport.to_dict`.
 
     Raises:
         ValueError: a field is unknown, missing or of a wrong type, as when another version of the code made the report.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"a preflight report is a JSON object, not {type(values).__name__}")
-    unknown = sorted(set(values) - {known.name for known in fields(NodeReport)})
-    if unknown:
-        raise ValueError(f"a preflight report has the unknown field {unknown[0]!r}")
-    for names, kind in ((_TEXTS, str), (_NUMBERS, (int, float)), (_MAPPINGS, dict)):
-        for name in names:
-            if name in values and not isinstance(values[name], kind):
-                raise ValueError(f"a preflight report has {name}={values[name]!r}, which has the wrong type")
-    found = dict(values)
-    try:
-        found |= {name: kind(**values[name]) for name, kind in _PARTS.items() if name in values}
-        found |= {name: tuple(kind(**part) for part in values[name]) for name, kind in _LISTS.items() if name in values}
-        return NodeReport(**found)
-    except TypeError as error:  # a field is missing or unknown
-        raise ValueError(f"a preflight report does not have the fields of this code: {error}") from None
+    return from_json(NodeReport, values, "a preflight report", "install the same code on every node")

@@ -87,7 +87,7 @@ class PreflightResult:
             return BAD_INPUT
         return BAD_NODES if self.findings else FINE
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-ready."""
         findings = [asdict(finding) | {"fix": FIXES[finding.check]} for finding in self.findings]
         about = {"format": FORMAT, "version": VERSION, "status": self.status, "bad_nodes": self.bad_nodes}

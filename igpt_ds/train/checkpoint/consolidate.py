@@ -1,6 +1,6 @@
-"""A sharded checkpoint becomes a model dir: RUN_DIR/checkpoints and its palette.npy enter, the files of `model/store.py` leave.
+"""Makes a model dir from a sharded checkpoint: RUN_DIR/checkpoints and palette.npy enter, the files of `model/store.py` leave.
 
-Needs no GPU, no DeepSpeed and no process group, and no more memory for a large model than for a small one. Called by
+It needs no GPU, no DeepSpeed and no process group. Its memory does not depend on the size of the model. Called by
 tools/consolidate.py and, for the best step of a fine-tuning, by finetune.py.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,20 +23,20 @@ from igpt_ds.train.checkpoint.directory import choose_checkpoint, newest_checkpo
 from igpt_ds.train.checkpoint.manifest import Manifest
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 
-_LATER = ("warmup_steps", "clip")  # of a class head's training, which older code did not write down
+_LATER = ("warmup_steps", "clip")  # of a class head's training; older code did not record them
 
 
 def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int, int]:
     """Gathers a checkpoint into a model dir.
 
     Args:
-        step: which checkpoint; None for the best of a fine-tuning as far as it came, else the newest complete one.
+        step: the step of the checkpoint; None: the best so far of a fine-tuning, otherwise the newest complete one.
 
     Returns:
-        Its step, and how many parameters it has.
+        Its step and number of parameters.
 
     Raises:
-        ValueError: no such checkpoint, a damaged one, another palette, or tensors that are not its recipe's.
+        ValueError: the checkpoint is missing or damaged, the palette differs, or the tensors do not match the recipe.
     """
     checkpoint = choose_checkpoint(run_dir, best_step(run_dir) if step is None else step)
     manifest, palette = checkpoint.manifest, run_dir / "palette.npy"
@@ -51,7 +50,7 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int,
 
 
 def best_step(run_dir: Path) -> int | None:
-    """The step whose validation was the best, as the newest checkpoint knows it; None where nobody looked for it."""
+    """The step with the best validation, as the newest checkpoint records it; None without early stopping."""
     newest = newest_checkpoint(run_dir / "checkpoints")
     return None if newest is None else _best_step(newest.manifest)
 
@@ -62,15 +61,14 @@ def _best_step(manifest: Manifest) -> int | None:
 
 
 def check_own(out: Path, run_dir: Path, ended: bool) -> None:
-    """Refuses a model dir that is not of the run.
+    """Refuses a model dir of another run.
 
     Args:
-        ended: the run has come to its end, so that the model must be that of its best step; while it goes on, another step may
-            become the best.
+        ended: whether the run has ended. Then the model must be that of the best step; before, another step may become the best.
 
     Raises:
-        ValueError: it is no model dir, or there is nothing yet that it could be made of, or it has another shape, start, rate
-            ...: the first difference is named; or it is of an earlier step.
+        ValueError: it is no model dir, the run has no checkpoint yet, the shape, start, learning rate or another value differs
+            (the first difference is named), or the model is of an earlier step.
     """
     read_info(out)
     other, fix = f"--out {out} holds the model of another run", "choose another, or remove it"
@@ -92,7 +90,7 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
         )
 
 
-def _info(manifest: Manifest) -> dict[str, Any]:
+def _info(manifest: Manifest) -> dict[str, object]:
     """The config.json of the model dir, without its hashes."""
     recipe = manifest.recipe
     info = {
@@ -119,7 +117,7 @@ def _shapes(recipe: Recipe) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _class_head(manifest: Manifest) -> dict[str, Any]:
+def _class_head(manifest: Manifest) -> dict[str, object]:
     """What a reader of the head must know, and how it was trained: what a results row says about a fine-tuning."""
     recipe, finetune = manifest.recipe, manifest.recipe.finetune
     assert finetune is not None

@@ -1,9 +1,9 @@
-"""A checkpoint for another number of ranks: the files of N ranks are read in pieces, those of M ranks written piece by piece.
+"""Reshards a checkpoint: the files of N ranks enter, those of M ranks leave.
 
-Nothing is gathered: each new vector is written in order from the old ones' bytes, so that memory holds one block whatever the
-size of the model, and each new rank's files can be made by themselves. Works on the files of stages 1, 2 and 3, with any
-parameter groups and sub-groups, and is exact: N -> M -> N gives every number back bit for bit. Called by save_load.py
-when a run goes on with another number of ranks, and by tools/reshard.py.
+Nothing is gathered. Each new vector is written in order from the bytes of the old ones, so memory holds one block whatever the
+size of the model, and each new rank's files are made independently. It handles stages 1, 2 and 3, any parameter groups and
+sub-groups, and is exact: N -> M -> N gives bit-identical numbers. Called by save_load.py when a run continues on another number
+of ranks, and by tools/reshard.py.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 
 from igpt_ds.train.checkpoint.torch_files import BLOCK, NewTensor, StoredTensor, foreign_class, read_torch_file, write_torch_file
-from igpt_ds.train.checkpoint.zero_layout import Layout, ZeroCheckpoint, layout_of_sequences, layout_of_sub_groups, sub_groups
+from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint, ZeroLayout, layout_of_sequences, layout_of_sub_groups, sub_groups
 
 SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default
 
 
 def saved_sub_group_size(source: ZeroCheckpoint) -> int:
-    """What zero_optimization.sub_group_size was when the checkpoint was saved."""
+    """The zero_optimization.sub_group_size of the run that saved the checkpoint."""
     return int(source.contents[0]["ds_config"].get("zero_optimization", {}).get("sub_group_size", SUB_GROUP_SIZE))
 
 
-def target_layout(source: ZeroCheckpoint, ranks: int, sub_group_size: int) -> Layout:
-    """How `ranks` ranks hold the same parameters at the same stage, divided as DeepSpeed would divide them."""
+def target_layout(source: ZeroCheckpoint, ranks: int, sub_group_size: int) -> ZeroLayout:
+    """The layout of the same parameters on `ranks` ranks at the same stage, as DeepSpeed would divide them."""
     old = source.layout
     numels = [[(name, old.places[name].numel) for name in names] for names in old.names]
     if source.stage < 3:
@@ -45,10 +45,10 @@ def target_layout(source: ZeroCheckpoint, ranks: int, sub_group_size: int) -> La
     return layout_of_sub_groups(flats, groups, ranks)
 
 
-def write_rank(source: ZeroCheckpoint, target: Layout, rank: int, out: Path) -> list[Path]:
-    """Writes the files that `rank` of the new ranks would have saved into `out`; returns their paths.
+def write_rank(source: ZeroCheckpoint, target: ZeroLayout, rank: int, out: Path) -> list[Path]:
+    """Writes the files of the new rank `rank` into `out`; returns their paths.
 
-    The state of its generators is that of old rank (rank modulo old ranks).
+    The random generators' states are those of the old rank (rank modulo old ranks).
     """
     like = rank % source.ranks
     name = source.files[like].name.replace(f"zero_pp_rank_{like}_", f"zero_pp_rank_{rank}_")
@@ -63,7 +63,7 @@ def write_rank(source: ZeroCheckpoint, target: Layout, rank: int, out: Path) -> 
     return written
 
 
-def _optimizer(source: ZeroCheckpoint, target: Layout, rank: int, like: int) -> dict[str, Any]:
+def _optimizer(source: ZeroCheckpoint, target: ZeroLayout, rank: int, like: int) -> dict[str, object]:
     vectors = [_vector(source, target, rank, flat, "fp32") for flat in range(len(target.sizes))]
     groups = [
         group | {"params": [flat for flat, owner in enumerate(target.groups) if owner == number]}
@@ -73,13 +73,13 @@ def _optimizer(source: ZeroCheckpoint, target: Layout, rank: int, like: int) -> 
         "state": {flat: _state(source, target, rank, flat) for flat in range(len(target.sizes))},
         "param_groups": groups,
     }
-    old = source.optimizer(like)
+    old = {**source.optimizer(like)}
     if source.stage == 3:
         changes = {"partition_count": target.ranks, "optimizer_state_dict": inner, "fp32_flat_groups": vectors}
         return old | changes
     ends = [_end_of_sequence(source, target, flat) for flat in range(len(target.sizes))]
     paddings = [min(size, max(0, (rank + 1) * size - end)) for size, end in zip(target.sizes, ends, strict=True)]
-    if "zero_stage" in old:  # DeepSpeed's optimizer of stages 1 and 2 leaves out the padding, its BF16_Optimizer does not
+    if "zero_stage" in old:  # DeepSpeed's optimizer of stages 1 and 2 omits the padding, its BF16_Optimizer does not
         vectors = [
             NewTensor(vector.dtype, (size - padding,), partial(_cut, vector.blocks, 4 * (size - padding)))
             for vector, size, padding in zip(vectors, target.sizes, paddings, strict=True)
@@ -93,13 +93,13 @@ def _optimizer(source: ZeroCheckpoint, target: Layout, rank: int, like: int) -> 
     }
 
 
-def _end_of_sequence(source: ZeroCheckpoint, target: Layout, flat: int) -> int:
+def _end_of_sequence(source: ZeroCheckpoint, target: ZeroLayout, flat: int) -> int:
     last = target.places[target.names[flat][-1]]
     return last.shift + last.numel
 
 
-def _mapping(target: Layout, rank: int, flat: int) -> OrderedDict[str, Any]:
-    """DeepSpeed's table of what is where in a rank's part of a sequence."""
+def _mapping(target: ZeroLayout, rank: int, flat: int) -> OrderedDict[str, Any]:
+    """DeepSpeed's table of the parameters in a rank's part of a sequence."""
     table = OrderedDict()
     for name in target.names[flat]:
         _, count, offset = target.places[name].on_rank(rank)
@@ -108,18 +108,18 @@ def _mapping(target: Layout, rank: int, flat: int) -> OrderedDict[str, Any]:
     return table
 
 
-def _state(source: ZeroCheckpoint, target: Layout, rank: int, flat: int) -> dict[str, Any]:
-    """The optimizer's states of a new vector: vectors are divided anew, the step count is that of its whole group."""
+def _state(source: ZeroCheckpoint, target: ZeroLayout, rank: int, flat: int) -> dict[str, object]:
+    """The optimizer's states of a new vector: vectors are resharded, the step count is that of the whole group."""
     states = [source.torch_optimizer(0)["state"].get(old) for old in _old_flats(source, target, flat)]
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in (states[0] or {}).items():
         if isinstance(value, StoredTensor) and value.shape:
             found[key] = _vector(source, target, rank, flat, key)
             continue
         for other in states[1:]:
-            if _plain(other[key]) != _plain(value):
-                raise ValueError(f"{source.checkpoint} has parts of a group with different {key!r}; it cannot be divided anew")
-        # A tensor of its own for each vector: torch advances a shared step count once for each that shares it.
+            if _plain((other or {}).get(key)) != _plain(value):
+                raise ValueError(f"{source.checkpoint} has parts of a group with different {key!r}; it cannot be resharded")
+        # Each vector gets its own tensor: torch would advance a shared step count once for every vector.
         found[key] = replace(value) if isinstance(value, StoredTensor) else value
     return found
 
@@ -128,17 +128,17 @@ def _plain(value: Any) -> Any:
     return value.read().item() if isinstance(value, StoredTensor) else value
 
 
-def _old_flats(source: ZeroCheckpoint, target: Layout, flat: int) -> list[int]:
+def _old_flats(source: ZeroCheckpoint, target: ZeroLayout, flat: int) -> list[int]:
     return [old for old, group in enumerate(source.layout.groups) if group == target.groups[flat]]
 
 
-def _vector(source: ZeroCheckpoint, target: Layout, rank: int, flat: int, key: str) -> NewTensor:
+def _vector(source: ZeroCheckpoint, target: ZeroLayout, rank: int, flat: int, key: str) -> NewTensor:
     dtype = source.vector(key, 0, _old_flats(source, target, flat)[0]).dtype
     return NewTensor(dtype, (target.sizes[flat],), partial(_vector_blocks, source, target, rank, flat, key, dtype))
 
 
 def _vector_blocks(
-    source: ZeroCheckpoint, target: Layout, rank: int, flat: int, key: str, dtype: torch.dtype
+    source: ZeroCheckpoint, target: ZeroLayout, rank: int, flat: int, key: str, dtype: torch.dtype
 ) -> Iterator[memoryview | bytes]:
     at = 0
     for name in target.names[flat]:

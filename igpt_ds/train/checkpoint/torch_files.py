@@ -1,9 +1,9 @@
-"""Files of torch.save without torch.load: read without running anything that they name, written one block at a time.
+"""Reads and writes files of torch.save without torch.load: no code that a file names is run, and memory holds one block.
 
-Such a file is an uncompressed zip archive: a pickle of everything but the tensors' bytes, and one record for each storage. A
-tensor read here is the place of its bytes on disk; objects of foreign classes (DeepSpeed's loss scaler, a NumPy generator's
-state) are kept as the words of the pickle that name them, and go back into a new file as the same words. Memory holds one
-block of BLOCK bytes, whatever the size of the tensors. Called by train/checkpoint/zero_layout.py and train/checkpoint/reshard.py.
+Such a file is an uncompressed zip archive with a pickle of everything except the tensors' bytes, and one record per storage. A
+tensor that is read here is only the position of its bytes on disk. Objects of foreign classes (DeepSpeed's loss scaler, a NumPy
+generator's state) are kept as the names in the pickle and written back unchanged. A block has at most BLOCK bytes, whatever the
+size of the tensors. Called by train/checkpoint/zero_layout.py and train/checkpoint/reshard.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 24  # bytes read or written at once
-_ALIGNMENT = 64  # of each record, as torch does, so that the file can be mapped
+_ALIGNMENT = 64  # of each record, as in torch, so that the file can be memory-mapped
 _STORAGES = {
     "FloatStorage": torch.float32,
     "BFloat16Storage": torch.bfloat16,
@@ -35,13 +35,13 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
-# The only names of a pickle that are looked up; to build with them does nothing but build.
+# The only names of a pickle that are looked up. Their constructors have no side effects.
 _PLAIN = {("collections", "OrderedDict"), ("torch", "Size"), ("_codecs", "encode")}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A contiguous tensor's place in a file."""
+    """The position of a contiguous tensor in a file."""
 
     path: Path
     position: int  # of its first byte
@@ -96,15 +96,15 @@ class NewTensor:
 
 
 class Foreign:
-    """An object of a class, or a call of a function, that is named in a file and never looked up here."""
+    """An object of a class, or a call of a function, that a file names and that is never looked up."""
 
     reference = ("", "")
     arguments: tuple[Any, ...]
-    called: bool  # as a function or class, instead of being made bare
+    called: bool  # whether the file calls it; otherwise it is made by __new__ alone
     state: Any
 
     def __new__(cls, *arguments: Any) -> Foreign:
-        """What both a call and a bare construction begin with."""
+        """The first step of a call and of a bare construction."""
         made = super().__new__(cls)
         made.arguments, made.called, made.state = arguments, False, None
         return made
@@ -128,7 +128,7 @@ def foreign_class(module: str, name: str) -> type[Foreign]:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What torch.save was given, with a StoredTensor for each tensor.
+    """The object that torch.save wrote, with a StoredTensor for each tensor.
 
     Raises:
         ValueError: it is no such file, or uses something of the format that DeepSpeed's files do not.
@@ -142,7 +142,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds plain containers, places of tensors, and stand-ins for everything else."""
+    """Builds plain containers, StoredTensors, and stand-ins for everything else."""
 
     def __init__(self, path: Path, records: dict[str, zipfile.ZipInfo], file: io.BufferedReader, words: bytes) -> None:
         super().__init__(io.BytesIO(words), encoding="utf-8")
@@ -153,7 +153,7 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self._tensor
-        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):  # a tensor on which DeepSpeed hung attributes
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):  # a tensor with attributes that DeepSpeed added
             return lambda rebuild, kind, arguments, attributes: rebuild(*arguments)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda data, requires_grad, hooks: data
@@ -178,7 +178,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def write_torch_file(path: Path, content: Any) -> None:
-    """Writes what torch.load reads: a StoredTensor is copied from its file, a NewTensor written as its blocks come."""
+    """Writes a file for torch.load: a StoredTensor is copied from its file, a NewTensor is written block by block."""
     words = io.BytesIO()
     pickler = _Pickler(words)
     pickler.dump(content)
@@ -207,8 +207,8 @@ class _Storage:
         self.key, self.tensor = key, tensor
 
 
-class _Pickler(pickle._Pickler):  # the one in Python: that in C looks up every name that it writes
-    """Writes stand-ins as the words that they stand for, and tensors as references to records."""
+class _Pickler(pickle._Pickler):  # the pickler written in Python: the one in C looks up every name that it writes
+    """Writes stand-ins as the names that they stand for, and tensors as references to records."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)

@@ -1,8 +1,8 @@
-"""Rollbacks: a lost run enters, the last good state leaves, and a range of images that this run will never see.
+"""Rollbacks: a lost run enters; the last good checkpoint leaves, and a range of images that the run skips from then on.
 
-The order of images stays what it is; a rollback cuts a range out of it. RUN_DIR/rollbacks.json tells of every one, is written
-before the state is loaded, and is obeyed by every later start: an interruption at any moment changes nothing. The ranges stand
-in each checkpoint's manifest too. Called by train/loop.py and train.py.
+The order of the images does not change; a rollback only cuts a range out of it. RUN_DIR/rollbacks.json lists all rollbacks. It is
+written before the checkpoint is loaded, and every later start applies it, so an interruption at any moment changes nothing. Each
+checkpoint's manifest has the ranges too. Called by train/loop.py and train/session.py.
 """
 
 from __future__ import annotations
@@ -96,10 +96,11 @@ def good_checkpoint(checkpoints: Path, since: int, rollbacks: Sequence[Rollback]
 
 
 def range_to_skip(step: int, back_to: int, images: int | None, batch_images: int, skipped: Sequence[Range]) -> Range:
-    """The range that a rollback from `step` to `back_to` completed steps leaves out.
+    """The range that a rollback from `step` to `back_to` completed steps skips.
 
-    images: how many of the last ones seen, in whole batches, rounded up; None: all since the checkpoint. (PaLM, section 5.1, went
-        back about 100 steps and left out 200 to 500 batches, "before and during the spike".)
+    Args:
+        images: number of the last images to skip, rounded up to whole batches; None: all since the checkpoint. PaLM
+            (section 5.1) went back about 100 steps and skipped 200 to 500 batches, "before and during the spike".
     """
     first = back_to if images is None else max(back_to, step - -(-images // batch_images))
     return position(first, batch_images, skipped), position(step - 1, batch_images, skipped) + batch_images

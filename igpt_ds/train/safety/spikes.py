@@ -1,9 +1,9 @@
-"""Guards of the loss: each step's loss enters, whether to go on leaves. Called by train/loop.py on every rank alike.
+"""The spike guard: each step's loss enters, a verdict leaves. train/loop.py calls it on every rank.
 
-The loss of a calm run stays near its running mean. One that stays far above it has met what the paper calls an irrecoverable
-spike (A.1: too high a learning rate). The recipe says what far is: `spike_sigmas` deviations of the last `spike_window` calm
-losses, for `spike_patience` steps in a row. A single bad batch passes. A step whose loss or gradient was not finite was not
-taken (DeepSpeed leaves its update out on all ranks): a few are bad luck, MAX_SKIPS in a row are a lost run.
+The loss of a calm run stays near its running mean. A loss that stays far above the mean is what the paper calls an irrecoverable
+spike (A.1: too high a learning rate). The recipe defines far: `spike_sigmas` standard deviations of the last `spike_window` calm
+losses, for `spike_patience` steps in a row. A single bad batch is ignored. DeepSpeed skips the update of a step whose loss or
+gradient is not finite, on all ranks. A few skipped steps are harmless; after MAX_SKIPS in a row the run is lost.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from igpt_ds.config import Recipe
 
 MAX_SKIPS = 10  # in a row
 MAX_SKIPS_FP16 = 40  # the loss scale begins at 2^16 and is halved by skipping
-LEAST_DEVIATION = 0.01  # of the mean: a run that has learnt its images by heart hardly deviates at all
-WORSE_THAN_NOTHING = 0.5  # nats above the loss of a model that knows nothing: far whatever the window says
-LEAST_WINDOW = 16  # calm losses before mean and deviation mean something
+LEAST_DEVIATION = 0.01  # of the mean: the loss of a run that memorized its images hardly varies
+WORSE_THAN_CHANCE = 0.5  # nats above the loss of chance: an outlier whatever the window is
+LEAST_WINDOW = 16  # calm losses that mean and deviation need
 
-LOWER = "start anew with a lower --lr in another --run_dir (paper A.1: too high a rate gives an irrecoverable spike)"
+LOWER = "start again with a lower --lr in another --run_dir (paper A.1: too high a rate gives an irrecoverable spike)"
 
 
 def advice(rollbacks: int, most: int, good: bool) -> str:
-    """What to do about a lost run that was not, or not again, gone back from.
+    """What the user can do about a lost run that is not rolled back.
 
     Args:
-        rollbacks: those so far.
-        most: so many were allowed; 0: none were asked for.
-        good: whether there is a checkpoint to go back to. Without one --resume auto would be lost in the same way.
+        rollbacks: their number so far.
+        most: the allowed number; 0: rollbacks are off.
+        good: whether there is a checkpoint from before the spike. Without one --resume auto would be lost again.
     """
     if not good:
         return f"{LOWER}, with a --save_every that leaves a checkpoint before that step"
     if not most:
-        return f"{LOWER}, or go on with --resume auto --on_spike rollback"
+        return f"{LOWER}, or continue with --resume auto --on_spike rollback"
     if rollbacks >= most:
-        return f"{LOWER}, or go on with --resume auto and more --max_rollbacks than {most}"
+        return f"{LOWER}, or continue with --resume auto and more --max_rollbacks than {most}"
     return LOWER
 
 
@@ -67,24 +67,24 @@ class SpikeState:
 
 
 class Verdict(enum.Enum):
-    """What a guard says of a step."""
+    """The guard's judgement of a step."""
 
     CALM = "calm"
-    DOUBTFUL = "doubtful"  # not a state to save: a checkpoint of it would push out a good one
+    DOUBTFUL = "doubtful"  # not saved, because its checkpoint would replace a good one
     LOST = "lost"
 
 
 class Guard:
-    """Watches the losses of one run. The same losses give the same verdicts, on every rank and after any interruption.
+    """Judges the losses of one run. The same losses give the same verdicts, on every rank and after any interruption.
 
     Args:
         recipe: spike_window, spike_sigmas (0: watch for skipped steps only), spike_patience.
         state: what `state` returned when the checkpoint was saved; None for a new run.
 
     Attributes:
-        skipped: steps that were not taken since step 0.
-        since: the first step of the doubt, or None when all is calm.
-        why: what is wrong, in words, when a run is lost.
+        skipped: steps skipped since step 0.
+        since: the first step in doubt, or None if the run is calm.
+        why: why the run is lost, as text.
     """
 
     def __init__(self, recipe: Recipe, precision: str, state: SpikeState | None = None) -> None:
@@ -109,15 +109,15 @@ class Guard:
         )
 
     def limit(self) -> float:
-        """The loss above which a step is an outlier, in nats per token; infinite when there is no way to know."""
+        """The loss above which a step is an outlier, in nats per token; infinite if spike_sigmas is 0."""
         if not self.recipe.spike_sigmas:
             return math.inf
-        hopeless = self.chance_loss + WORSE_THAN_NOTHING
+        above_chance = self.chance_loss + WORSE_THAN_CHANCE
         if len(self.window) < min(LEAST_WINDOW, self.recipe.spike_window):
-            return hopeless
+            return above_chance
         mean = statistics.fmean(self.window)
         deviation = max(statistics.pstdev(self.window, mean), LEAST_DEVIATION * mean)
-        return min(hopeless, mean + self.recipe.spike_sigmas * deviation)
+        return min(above_chance, mean + self.recipe.spike_sigmas * deviation)
 
     def see(self, step: int, loss: float, skipped: bool) -> Verdict:
         """Judges a step.
@@ -125,7 +125,7 @@ class Guard:
         Args:
             step: its number, 1 for the first.
             loss: its mean over all ranks, in nats per token, finite or not.
-            skipped: whether its update was left out.
+            skipped: whether DeepSpeed skipped its update.
         """
         if skipped or not math.isfinite(loss):
             self.skipped += skipped

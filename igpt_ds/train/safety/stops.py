@@ -1,14 +1,14 @@
-"""Stops that lose nothing: a signal, a file or a time limit enters, one decision of all ranks leaves. train/loop.py asks.
+"""Stops without loss: a signal, a file or a time limit enters, one decision of all ranks leaves. train/loop.py calls it.
 
-USR1 (what SLURM's --signal sends), TERM, a file STOP in the run directory and --max_minutes all mean the same: finish the step,
-save, leave with status 85 (`cli.STOPPED`), and go on with --resume auto. Validation is broken off and made up for at the next
-start; a save that is under way is finished first. A second signal changes nothing. A stop before the first step leaves at once:
-there is nothing to save that is not saved.
+USR1 (sent by SLURM's --signal), TERM, a file STOP in the run directory and --max_minutes have the same effect: the run finishes
+the step, saves, and exits with status 85 (`cli.STOPPED`); --resume auto continues it. An interrupted validation is rerun on
+resume. A save in progress is finished first. A second signal changes nothing. A stop before the first step exits at once, because
+everything is saved already.
 
-Send USR1 to the ranks, not to their launcher: the `deepspeed` launcher dies of USR1 and leaves its ranks behind, unless it was
-started with the signal ignored (`trap '' USR1`), which the ranks undo for themselves. TERM it hands on to its ranks one after
-the other, and kills each that has not ended after 30 seconds: less than a large model takes to save. `torchrun` passes TERM on
-with the same limit, and itself exits with 1 whatever its ranks exit with.
+Send USR1 to the ranks, not to their launcher: USR1 kills the `deepspeed` launcher and its ranks stay behind, unless the launcher
+was started with the signal ignored (`trap '' USR1`); the ranks handle it in any case. The launcher forwards TERM to its ranks one
+by one, and kills each that still runs after 30 seconds, which is too short to save a large model. `torchrun` forwards TERM with
+the same limit, and always exits with 1.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from igpt_ds import dist
 from igpt_ds.train.run_dir import refuse_file, this_start
 
 REASONS = ("signal USR1", "signal TERM", "a file STOP in the run directory", "--max_minutes")
-_LOOK_EVERY = 1.0  # seconds between two looks at the file: a shared disk is asked for nothing more often
+_LOOK_EVERY = 1.0  # seconds between two looks at the file, to spare a shared disk
 
 
 class Stop:
-    """Whether this run shall end now.
+    """Whether this run should stop now.
 
     Args:
-        run_dir: where rank 0 looks for a file STOP. One that lies there already was meant for the run before: it is removed,
-            under SLURM by the batch script, else when the ranks first ask. By then the run directory is surely ours: a start
-            that is refused leaves the file to the run that is at work there.
-        max_minutes: of this process's life; None: no limit.
+        run_dir: where rank 0 looks for a file STOP. An existing file was meant for the previous run and is removed: under SLURM
+            by the batch script, otherwise when the ranks first ask. By then the run directory belongs to this start. A start that
+            is refused leaves the file to the run that is active there.
+        max_minutes: limit of this process's run time; None: no limit.
 
     Raises:
         ValueError: run_dir is a file; on every rank.
@@ -54,7 +54,7 @@ class Stop:
         self._old = None if this_start() else _stamp(self._file)  # slurm/restarts.sh has looked; one of since then is for us
 
     def listen(self) -> None:
-        """From now on USR1 and TERM are heard, also where whoever started us had them ignored or blocked."""
+        """Starts to handle USR1 and TERM, even if the parent process ignored or blocked them."""
         signal.signal(signal.SIGUSR1, self._hear)
         signal.signal(signal.SIGTERM, self._hear)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1, signal.SIGTERM])  # slurm/one_node.sh blocks TERM
@@ -63,7 +63,7 @@ class Stop:
         self._heard[number == signal.SIGTERM] = True
 
     def asked(self) -> list[bool]:
-        """For each of REASONS, whether this rank has it."""
+        """For each of REASONS, whether it applies to this rank."""
         now = time.monotonic()
         if dist.rank() == 0 and not self._found and now >= self._next_look:
             self._found, self._next_look = self._look(), now + _LOOK_EVERY
@@ -77,10 +77,10 @@ class Stop:
         return found is not None
 
     def agree(self, loss: Tensor | None = None, device: torch.device | str = "cpu") -> float:
-        """All ranks meet here: `reason` is set on all of them when any has one.
+        """A collective: `reason` is set on all ranks if any rank has one.
 
-        A step brings its loss, a scalar, and gets the sum over the ranks: what the log needs anyway, so that asking costs no
-        message of its own.
+        A step passes its loss, a scalar, and gets the sum over the ranks, which the log needs anyway. So the question costs no
+        extra message.
         """
         mine = torch.tensor(self.asked(), dtype=torch.float64, device=device if loss is None else loss.device)
         values = torch.cat([mine, mine.new_zeros(1) if loss is None else loss.detach().double().reshape(1)])
@@ -96,7 +96,7 @@ class Stop:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """By what a file is known again, also after another `touch`; None where there is none."""
+    """What identifies a file and its last `touch`; None if there is no file."""
     try:
         found = path.stat()
     except FileNotFoundError:

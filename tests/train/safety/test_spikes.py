@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig, Recipe, override
 from igpt_ds.records import from_json, to_json
-from igpt_ds.train.safety.spikes import MAX_SKIPS, MAX_SKIPS_FP16, WORSE_THAN_NOTHING, Guard, SpikeState, Verdict, advice
+from igpt_ds.train.safety.spikes import MAX_SKIPS, MAX_SKIPS_FP16, WORSE_THAN_CHANCE, Guard, SpikeState, Verdict, advice
 
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 10_000, 0.01, 3)
 
@@ -55,7 +55,7 @@ def test_a_spike_that_stays_is_lost() -> None:
 
 def test_a_rate_too_high_from_the_beginning_is_noticed_before_any_window_is_full() -> None:
     guard = Guard(RECIPE, "fp32")
-    limit = math.log(512) + WORSE_THAN_NOTHING
+    limit = math.log(512) + WORSE_THAN_CHANCE
     assert guard.limit() == limit
     assert verdicts(guard, [limit + 0.01] * RECIPE.spike_patience)[-1] is Verdict.LOST
     assert guard.since == 1
@@ -97,10 +97,10 @@ def test_an_interruption_changes_no_verdict(losses: list[float], where: int, win
 
 
 def test_advice_names_nothing_that_was_done_already_or_cannot_help() -> None:
-    anew = "start anew with a lower --lr in another --run_dir"
+    anew = "start again with a lower --lr in another --run_dir"
     assert all(advice(*case).startswith(anew) for case in ((0, 0, True), (3, 3, True), (0, 3, False), (0, 0, False)))
-    assert advice(0, 0, True).endswith(", or go on with --resume auto --on_spike rollback")
-    assert advice(3, 3, True).endswith(", or go on with --resume auto and more --max_rollbacks than 3")
+    assert advice(0, 0, True).endswith(", or continue with --resume auto --on_spike rollback")
+    assert advice(3, 3, True).endswith(", or continue with --resume auto and more --max_rollbacks than 3")
     for rollbacks, most in ((0, 0), (0, 3), (3, 3)):  # resumed or rolled back, it would come to the same place again
         assert advice(rollbacks, most, False).endswith(", with a --save_every that leaves a checkpoint before that step")
 

@@ -48,8 +48,8 @@ def test_too_high_a_rate_stops_with_advice_and_keeps_the_good_state(launch: Any,
     assert "the loss diverged at step" in error
     assert "was above" in error
     assert "the last good checkpoint is" in error
-    assert "start anew with a lower --lr in another --run_dir (paper A.1" in error
-    assert error.endswith("or go on with --resume auto --on_spike rollback")
+    assert "start again with a lower --lr in another --run_dir (paper A.1" in error
+    assert error.endswith("or continue with --resume auto --on_spike rollback")
     lost = read_json(tmp_path / "run" / "LOST.json", "report")
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     assert int(kept.name.removeprefix("step-")) == lost["since"] - 1  # none was saved while the loss was in doubt
