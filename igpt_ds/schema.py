@@ -1,6 +1,7 @@
 """The check of a JSON file's fields: a record, or one error that names the file, the field, its value and the fix.
 
-In: what `json.load` returns, and a dataclass that describes it. Out: the dataclass. The one reader of each format calls.
+In: what `json.load` returns, and a dataclass that describes it. Out: the dataclass. The one reader of each format calls it, and
+its one writer calls `to_json`.
 """
 
 from __future__ import annotations
@@ -8,66 +9,147 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+_WORDS = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+_JSON_TYPES: dict[Any, type] = {tuple: list, Mapping: dict}
 _hints = lru_cache(maxsize=None)(typing.get_type_hints)
 
 
-def record_from(kind: type[T], values: object, where: str, fix: str) -> T:
-    """A dataclass made of a JSON object. Unknown keys are ignored; a field with a default may be missing.
+class UnknownFieldError(ValueError):
+    """A field that this code does not know. Newer code may have written it, so the file may be undamaged."""
 
-    Fields are str, int, float, bool, object (anything), dataclasses, lists and dicts of these, or one of these or None.
+
+class OtherVersionError(ValueError):
+    """A file of another format, or of a version that this code does not read. It may be undamaged."""
+
+
+def without_header(values: object, name: str, version: int, where: str, fix: str) -> dict[str, object]:
+    """The fields of a file beside "format" and "version", which are checked here; `where` and `fix` as in `record_from`.
+
+    Raises:
+        OtherVersionError: another format or version.
+        ValueError: no object, or a field is missing.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} has content {_short(values)}, which is not {_WORDS[dict]}; {fix}")
+    for field in ("format", "version"):
+        if field not in values:
+            raise ValueError(f"{where} has no {field!r}; {fix}")
+    if (values["format"], values["version"]) != (name, version):
+        raise OtherVersionError(f"{where} is not version {version} of {name}; read it with the code that wrote it")
+    return {field: value for field, value in values.items() if field not in ("format", "version")}
+
+
+def record_from(kind: type[T], values: object, where: str, fix: str, strict: bool = False) -> T:
+    """A dataclass made of a JSON object; a field with a default may be missing.
+
+    Fields are str, int, float, bool, object (anything), None, dataclasses, unions, and tuples, lists and dicts of these. A float
+    may be a whole number in the file.
 
     Args:
         where: what the file is and where it lies, for the error.
         fix: what the user can do about it.
+        strict: whether unknown fields are errors; otherwise they are ignored.
 
     Raises:
-        ValueError: a field is missing or has another type.
+        UnknownFieldError: a field is unknown.
+        ValueError: a field is missing or has another type, or the dataclass refuses its values.
     """
     try:
-        return typing.cast(T, _value(kind, values, ""))
+        return typing.cast(T, _value(kind, values, "", strict))
     except _WrongFieldError as error:
         raise ValueError(f"{where} {error}; {fix}") from None
+    except UnknownFieldError as error:
+        raise UnknownFieldError(f"{where} {error}; read it with the code that wrote it") from None
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """The JSON object of a dataclass. Fields that are None are left out."""
+    return dataclasses.asdict(record, dict_factory=lambda pairs: {name: value for name, value in pairs if value is not None})
 
 
 class _WrongFieldError(Exception):
     pass
 
 
-def _value(kind: Any, value: Any, place: str) -> Any:
+def _value(kind: Any, value: Any, place: str, strict: bool) -> Any:
     """`value` as `kind`; `place` is the field's name from the top of the file."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(next(one for one in arguments if one is not type(None)), value, place)
-    if kind is object:
-        return value
+        fitting = [one for one in arguments if _fits(one, value)]
+        if not fitting:
+            raise _wrong(value, place, " or ".join(map(_words, arguments)))
+        return _value(fitting[0], value, place, strict)
+    if not _fits(kind, value):
+        raise _wrong(value, place, _words(kind))
     if dataclasses.is_dataclass(kind):
-        return _record(kind, value, place)
-    expected = origin or kind
-    if type(value) is not expected and not (expected is float and type(value) is int):  # bool is an int to Python
-        raise _WrongFieldError(f"has {place or 'content'} {_short(value)}, which is not {_WORDS[expected]}")
-    if origin is list:
-        return [_value(arguments[0], one, f"{place}[{number}]") for number, one in enumerate(value)]
-    if origin is dict:
-        return {key: _value(arguments[1], one, f"{place}.{key}") for key, one in value.items()}
+        return _record(kind, value, place, strict)
+    if kind is float:
+        try:
+            return float(value)
+        except OverflowError:
+            raise _wrong(value, place, "a number of 64 bits") from None
+    if origin in (list, tuple):
+        kinds = arguments if origin is tuple and arguments[-1] is not Ellipsis else arguments[:1] * len(value)
+        if len(kinds) != len(value):
+            raise _wrong(value, place, f"a list of {len(kinds)}")
+        return origin(
+            _value(one, each, f"{place}[{number}]", strict) for number, (one, each) in enumerate(zip(kinds, value, strict=True))
+        )
+    if origin in (dict, Mapping):
+        return {key: _value(arguments[1], one, f"{place}.{key}", strict) for key, one in value.items()}
     return value
 
 
-def _record(kind: Any, value: Any, place: str) -> Any:
-    if type(value) is not dict:
-        raise _WrongFieldError(f"has {place or 'content'} {_short(value)}, which is not {_WORDS[dict]}")
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value has the JSON type of `kind`, whatever it contains. True is not a number."""
+    if kind is object:
+        return True
+    expected = _outer(kind)
+    return type(value) is expected or (expected is float and type(value) is int)
+
+
+def _outer(kind: Any) -> type:
+    if dataclasses.is_dataclass(kind):
+        return dict
+    kind = typing.get_origin(kind) or kind
+    return _JSON_TYPES.get(kind, kind)
+
+
+def _words(kind: Any) -> str:
+    return _WORDS[_outer(kind)]
+
+
+def _record(kind: Any, value: Any, place: str, strict: bool) -> Any:
     hints, found = _hints(kind), {}
+    prefix = f"{place}." if place else ""
     for field in dataclasses.fields(kind):
-        name = f"{place}.{field.name}" if place else field.name
         if field.name in value:
-            found[field.name] = _value(hints[field.name], value[field.name], name)
+            found[field.name] = _value(hints[field.name], value[field.name], prefix + field.name, strict)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise _WrongFieldError(f"has no {name!r}")
-    return kind(**found)
+            raise _WrongFieldError(f"has no {prefix + field.name!r}")
+    if strict and (unknown := [key for key in value if key not in hints]):
+        raise UnknownFieldError(f"has an unknown field {prefix}{unknown[0]} {_short(value[unknown[0]])}")
+    try:
+        return kind(**found)
+    except ValueError as error:
+        raise _WrongFieldError(f"has {prefix}{error}") from None
+
+
+def _wrong(value: object, place: str, words: str) -> _WrongFieldError:
+    return _WrongFieldError(f"has {place or 'content'} {_short(value)}, which is not {words}")
 
 
 def _short(value: object) -> str:

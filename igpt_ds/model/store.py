@@ -28,7 +28,7 @@ from igpt_ds.config import OBJECTIVES, ModelConfig
 from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.records import from_json
+from igpt_ds.schema import record_from
 
 FORMAT, VERSION = "igpt_ds.model", 1
 HEAD_FILE = "class_head.safetensors"
@@ -161,8 +161,7 @@ def read_info(model_dir: Path, objective: str | None = None) -> ModelInfo:
         raise ValueError(f"{path} is not the config of a model dir; make one with tools/consolidate.py")
     if values.get("version") != VERSION:
         raise ValueError(f"{path} has version {values.get('version')}; this code reads version {VERSION}")
-    known = {field.name: values[field.name] for field in dataclasses.fields(ModelInfo) if field.name in values}
-    info = from_json(ModelInfo, known, str(path), "consolidate the checkpoint again")
+    info = record_from(ModelInfo, values, str(path), "consolidate the checkpoint again")
     if info.objective not in OBJECTIVES:
         raise ValueError(
             f"{path} has objective {info.objective!r}; known: {', '.join(OBJECTIVES)}; read it with the code that wrote it"

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from igpt_ds.files import read_json, read_json_lines
-from igpt_ds.records import from_json
+from igpt_ds.schema import record_from
 from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
 from igpt_ds.train.heartbeat import BEGINNING, Heartbeat, read_heartbeats
 from igpt_ds.train.run_dir import read_run
@@ -84,14 +84,14 @@ class CurveRow:
     """What the status needs of a row of train.jsonl: a training step or a validation. What a row does not have is None."""
 
     step: int
-    loss: float | None  # nats per token
-    images_per_s: float | None
-    mfu: float | None
-    data_wait: float | None
-    skipped_steps: int | None
-    slowest_rank: int | None
-    slowest_ratio: float | None
-    val_loss: float | None
+    loss: float | None = None  # nats per token
+    images_per_s: float | None = None
+    mfu: float | None = None
+    data_wait: float | None = None
+    skipped_steps: int | None = None
+    slowest_rank: int | None = None
+    slowest_ratio: float | None = None
+    val_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def read_status(run_dir: Path, now: float) -> Status:
     recipe, rows = run["recipe"], tail_rows(run_dir / "train.jsonl")
     training = [row for row in rows if row.loss is not None]
     validation = next((row for row in reversed(rows) if row.val_loss is not None), None)
-    last = training[-1] if training else CurveRow(0, *[None] * 8)
+    last = training[-1] if training else CurveRow(0)
     beats = read_heartbeats(run_dir, run["world_size"])
     ranks = tuple(RankStatus(rank, beat, now) for rank, beat in enumerate(beats))
     speeds = [row.images_per_s for row in training[-SPEED_ROWS:] if row.images_per_s is not None]
@@ -192,14 +192,11 @@ def tail_rows(path: Path, size: int = TAIL_BYTES) -> list[CurveRow]:
         length = file.seek(0, 2)
         file.seek(max(0, length - size))
         lines = file.read().split(b"\n")
-    rows, names = [], [field.name for field in fields(CurveRow)]
+    rows = []
     for line in lines[1:-1] if length > size else lines[:-1]:
         try:
-            values = json.loads(line)
-            rows.append(
-                from_json(CurveRow, {name: values[name] for name in names if name in values}, str(path), "remove the line")
-            )
-        except (ValueError, TypeError):
+            rows.append(record_from(CurveRow, json.loads(line), str(path), "remove the line"))
+        except ValueError:
             continue
     return rows
 

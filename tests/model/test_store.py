@@ -97,19 +97,19 @@ def test_a_config_without_a_field_is_refused(model_dir: Path) -> None:
     values = json.loads(path.read_text())
     del values["palette_hash"]
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="has no palette_hash"):
+    with pytest.raises(ValueError, match="has no 'palette_hash'"):
         read_info(model_dir)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_prob": "x"}, r"config.json has mask_prob='x' instead of a number or null"),
-        ({"palette_hash": None}, r"config.json has palette_hash=None"),
-        ({"step": "abc"}, r"config.json has step='abc'"),
+        ({"mask_prob": "x"}, r"config.json has mask_prob 'x', which is not a number or null"),
+        ({"palette_hash": None}, r"config.json has palette_hash None"),
+        ({"step": "abc"}, r"config.json has step 'abc'"),
         (
             {"config": {"n_layer": "6", "n_head": 1, "n_embd": 4}},
-            r"config.json has config.n_layer='6' instead of a whole number",
+            r"config.json has config.n_layer '6', which is not a whole number",
         ),
     ],
 )

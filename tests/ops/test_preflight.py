@@ -109,9 +109,9 @@ def test_a_rank_without_a_gpu(reports):
     ("changes", "words"),
     [
         ({"palette": 1}, "palette"),
-        ({"clock": "late"}, "clock='late'"),
-        ({"rank": None}, "rank=None"),
-        ({"disk": {"files": 1}}, r"disk\.bytes"),
+        ({"clock": "late"}, "clock 'late'"),
+        ({"rank": None}, "rank None"),
+        ({"disk": {"bytes": 1}}, r"disk\.files"),
         ({"gpus": [{"name": "H100"}]}, r"gpus\[0\]\.bytes"),
     ],
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from igpt_ds.records import from_json
+from igpt_ds.schema import record_from
 
 
 @dataclass(frozen=True)
@@ -87,4 +87,4 @@ def report_from_dict(values: object) -> NodeReport:
     Raises:
         ValueError: a field is unknown, missing or of a wrong type, as when another version of the code made the report.
     """
-    return from_json(NodeReport, values, "a preflight report", "install the same code on every node")
+    return record_from(NodeReport, values, "a preflight report", "install the same code on every node", strict=True)

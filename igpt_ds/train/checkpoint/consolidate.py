@@ -18,7 +18,7 @@ from igpt_ds.files import read_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import WeightStream, read_info, save_model
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.records import to_json
+from igpt_ds.schema import to_json
 from igpt_ds.train.checkpoint.directory import choose_checkpoint, newest_checkpoint
 from igpt_ds.train.checkpoint.manifest import Manifest
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint

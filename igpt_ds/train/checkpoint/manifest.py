@@ -13,7 +13,7 @@ from pathlib import Path
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import STAGES
 from igpt_ds.files import fsync_path, parse_json, sha256_file, write_json
-from igpt_ds.records import OtherVersionError, UnknownFieldError, from_json, to_json, without_header
+from igpt_ds.schema import OtherVersionError, UnknownFieldError, record_from, to_json, without_header
 from igpt_ds.train.early import EarlyState
 from igpt_ds.train.safety.spikes import SpikeState
 
@@ -30,7 +30,7 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
-            raise ValueError(f"name={self.name!r}, which is not the name of a file in the checkpoint")
+            raise ValueError(f"name {self.name!r}, which is not the name of a file in the checkpoint")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Progress:
     def __post_init__(self) -> None:
         for name in ("step", "images_seen"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}, which must not be negative")
+                raise ValueError(f"{name} {getattr(self, name)}, which is negative")
         for first, end in self.skipped_ranges:
             if not 0 <= first < end:
                 raise ValueError(f"skipped_ranges with [{first}, {end}], which is not a range of positions")
@@ -116,9 +116,9 @@ class Manifest(RunFacts, Progress):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.world_size < 1:
-            raise ValueError(f"world_size={self.world_size}, which must be at least 1")
+            raise ValueError(f"world_size {self.world_size}, which is less than 1")
         if self.stage not in STAGES:
-            raise ValueError(f"stage={self.stage}, which is none of {', '.join(map(str, STAGES))}")
+            raise ValueError(f"stage {self.stage}, which is not {' or '.join(map(str, STAGES))}")
 
     @property
     def bytes(self) -> int:
@@ -172,7 +172,7 @@ def _read_manifest(path: Path) -> Manifest:
     except ValueError as error:
         raise DamagedError(f"{error}; {fix}") from None
     try:
-        return from_json(Manifest, without_header(values, FORMAT, VERSION, str(path), fix), str(path), fix)
+        return record_from(Manifest, without_header(values, FORMAT, VERSION, str(path), fix), str(path), fix, strict=True)
     except (UnknownFieldError, OtherVersionError):
         raise
     except ValueError as error:

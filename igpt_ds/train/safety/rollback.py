@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.files import read_json, write_json
-from igpt_ds.records import from_json, to_json, without_header
+from igpt_ds.schema import record_from, to_json, without_header
 from igpt_ds.train.checkpoint.directory import list_checkpoints
 from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, read_checkpoint
 from igpt_ds.train.stream import Range, leave_out, position
@@ -33,7 +33,7 @@ class Rollback:
     def __post_init__(self) -> None:
         first, end = self.skipped
         if not 0 <= first < end:
-            raise ValueError(f"skipped={[first, end]}, which is not a range of positions")
+            raise ValueError(f"skipped {[first, end]}, which is not a range of positions")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
     if not path.exists():
         return []
     values = without_header(read_json(path, "rollbacks"), FORMAT, VERSION, str(path), fix)
-    return list(from_json(_Rollbacks, values, str(path), fix).rollbacks)
+    return list(record_from(_Rollbacks, values, str(path), fix, strict=True).rollbacks)
 
 
 def write_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback]) -> None:

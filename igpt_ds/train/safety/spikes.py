@@ -63,7 +63,7 @@ class SpikeState:
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, self.losses)):
-            raise ValueError(f"losses={self.losses}, which must be finite")
+            raise ValueError("losses that are not finite")
 
 
 class Verdict(enum.Enum):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
-from igpt_ds.records import OtherVersionError, UnknownFieldError
+from igpt_ds.schema import OtherVersionError, UnknownFieldError
 from igpt_ds.train.checkpoint.manifest import DamagedError, Manifest, read_checkpoint, write_manifest
 from igpt_ds.train.early import EarlyState
 from igpt_ds.train.safety.rollback import read_rollbacks
@@ -124,7 +124,7 @@ def test_a_deleted_field_is_named_or_optional(tmp_path: Path, read: Callable[[Pa
         if place[-1] in OPTIONAL and whole is MANIFEST:
             read(tmp_path, values)
         else:
-            with pytest.raises(ValueError, match=rf"\.json has no .*{place[-1]}; "):
+            with pytest.raises(ValueError, match=rf"\.json has no '.*{place[-1]}'; "):
                 read(tmp_path, values)
 
 
@@ -145,7 +145,7 @@ def test_a_field_of_another_type_is_one_clear_error(tmp_path: Path, read: Callab
 @BOTH
 def test_an_unknown_field_or_version_is_no_damage(tmp_path: Path, read: Callable[[Path, object], object], whole: Any) -> None:
     """Newer code may have written the file: nothing may be thrown away for that."""
-    with pytest.raises(UnknownFieldError, match=r"\.json has an unknown field news=5; read it with the code that wrote it"):
+    with pytest.raises(UnknownFieldError, match=r"\.json has an unknown field news 5; read it with the code that wrote it"):
         read(tmp_path, whole | {"news": 5})
     for changes in ({"version": 9}, {"format": "x"}):
         with pytest.raises(
@@ -164,5 +164,5 @@ def test_a_text_that_is_no_manifest_is_damage(tmp_path: Path, text: str) -> None
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc/passwd", "a/b", "a\0b"])
 def test_a_file_outside_the_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DamagedError, match=r"files\[0\]\.name="):
+    with pytest.raises(DamagedError, match=r"files\[0\]\.name "):
         read_manifest(tmp_path, MANIFEST | {"files": [{"name": name, "bytes": 0, "sha256": "x"}]})

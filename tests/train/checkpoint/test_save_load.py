@@ -74,10 +74,10 @@ def test_nothing_there(tmp_path: Path) -> None:
         (lambda path: next(path.glob("*rank_0*")).unlink(), "is missing"),
         (lambda path: (path / "manifest.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
-        (lambda path: (path / "manifest.json").write_text("[]"), r"manifest.json holds \[\] instead of an object"),
-        (lambda path: change(path, step=None), "manifest.json has step=None instead of a whole number"),
-        (lambda path: change(path, files=None), "manifest.json has files=None instead of a list"),
-        (lambda path: change(path, files=[{"name": "x"}]), r"manifest.json has no files\[0\].bytes"),
+        (lambda path: (path / "manifest.json").write_text("[]"), r"manifest.json has content \[\], which is not an object"),
+        (lambda path: change(path, step=None), "manifest.json has step None, which is not a whole number"),
+        (lambda path: change(path, files=None), "manifest.json has files None, which is not a list"),
+        (lambda path: change(path, files=[{"name": "x"}]), r"manifest.json has no 'files\[0\].bytes'"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_one_before_is_used(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig, Recipe, override
-from igpt_ds.records import from_json, to_json
+from igpt_ds.schema import record_from, to_json
 from igpt_ds.train.safety.spikes import MAX_SKIPS, MAX_SKIPS_FP16, WORSE_THAN_CHANCE, Guard, SpikeState, Verdict, advice
 
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 10_000, 0.01, 3)
@@ -89,7 +89,7 @@ def test_an_interruption_changes_no_verdict(losses: list[float], where: int, win
     expected = [whole.see(step, loss, not math.isfinite(loss)) for step, loss in enumerate(losses)]
     found = [before.see(step, loss, not math.isfinite(loss)) for step, loss in enumerate(losses[:where])]
     after = Guard(
-        recipe, "fp32", from_json(SpikeState, json.loads(json.dumps(to_json(before.state()))), "a manifest", "restore it")
+        recipe, "fp32", record_from(SpikeState, json.loads(json.dumps(to_json(before.state()))), "a manifest", "restore it")
     )
     found += [after.see(step, loss, not math.isfinite(loss)) for step, loss in enumerate(losses[where:], len(losses[:where]))]
     assert found == expected
