@@ -1,17 +1,27 @@
 # shellcheck shell=bash
-# What pretrain.sbatch, finetune.sbatch and sweep_lr.sbatch share: ranks that are started, stopped, restarted and given up with care.
+# Shared by pretrain.sbatch, finetune.sbatch and sweep_lr.sbatch: starts the ranks, stops them, and starts them again.
 #
 #     launch train.py --run_dir runs/xl ...         as the last command of a batch script
 #     sweep --out runs/sweep -- --recipe NAME ...   the same for one task of the learning rates' array
 #
-# What the program promises: status 85 after USR1, TERM, a file RUN_DIR/STOP or --max_minutes, with a complete checkpoint; 86 when
-# it hung; RUN_DIR/FINISHED, and not status 0, says that all is done. `--resume auto` goes on from the newest complete checkpoint.
-# This file starts and stops ranks, and leaves RUN_DIR/hostfile, the nodes; what a start and an end mean stands in restarts.sh.
+# The program exits with 85 and a complete checkpoint after USR1, TERM, a file RUN_DIR/STOP or --max_minutes, and with 86 if it hung.
+# RUN_DIR/FINISHED, not status 0, means that the run is done. `--resume auto` continues from the newest complete checkpoint.
+# This file starts and stops ranks. igpt_ds/ops/restarts.py decides what a start and an end mean. RUN_DIR/hostfile has the nodes.
 set -uo pipefail
 shopt -s nullglob
 source slurm/env.sh
-source slurm/restarts.sh
-readonly STOPPED=85 HUNG=86 BAD_INPUT=2 BAD_NODES=3
+readonly STOPPED=85 BAD_INPUT=2 BAD_NODES=3
+
+say() { echo "== $(date +%FT%T) job $SLURM_JOB_ID, restart $restart: $*"; }
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+restarts() { # ACTION FLAG...: USR1 and TERM, which SLURM may send to all processes of the job, must not end it
+  (trap '' USR1 TERM && exec python -m igpt_ds.ops.restarts "$@" --max_fruitless "${MAX_FRUITLESS:-3}")
+}
 
 launch() { # PROGRAM WORD...: the program on all ranks of all nodes
   local program=$1 words=("${@:2}")
@@ -31,7 +41,7 @@ on_nodes() { # PROGRAM WORD...: the program on all ranks of `nodes`, after a loo
     --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' "$@"
 }
 
-fewer_nodes() { # PROGRAM WORD...: leaves the fewest nodes idle whose ranks the batch does not divide into; fails where that is not what is wrong
+fewer_nodes() { # PROGRAM WORD...: uses as many nodes as the batch divides into; fails if the batch is not the problem
   local n said why=''
   for ((n = ${#nodes[@]}; n > 0; n--)); do
     if said=$(alone env RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((n * ranks)) python "$@" --dry_run 2>&1); then
@@ -41,7 +51,7 @@ fewer_nodes() { # PROGRAM WORD...: leaves the fewest nodes idle whose ranks the 
       status=0
       return
     fi
-    why=${why:-$(cause <<<"$said")}
+    why=${why:-$(restarts cause <<<"$said")}
     [[ $why == *divide* ]] || return 1
   done
   say "no number of nodes up to ${#nodes[@]} works: $why"
@@ -78,16 +88,25 @@ sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itsel
 set_up() { # RUN_DIR: everything before the ranks start
   run_dir=$1 restart=${SLURM_RESTART_COUNT:-0}
   [[ -n $run_dir ]] || fail "--run_dir is missing; name the run's directory, on a disk that all nodes share"
-  early=0 usr1=0 hopeless='' step='' again='' bad='' status=0 errors=$(mktemp)
+  early=0 usr1=0 step='' bad='' status=0 errors=$(mktemp)
   trap 'rm -f "$errors"' EXIT
-  trap 'usr1=1; say "USR1: every rank is told to save and stop"; look_at_limit; pass_on' USR1
+  trap 'usr1=1; say "USR1: every rank is told to save and stop"; pass_on' USR1
   trap : TERM # the nodes' tasks have it too, see one_node.sh; SLURM gives them KillWait seconds
   if [[ -e $run_dir/FINISHED ]]; then
     say "$run_dir is finished"
     exit 0
   fi
   prepare
-  begin
+  restarts begin --run_dir "$run_dir" --nodes "$node_list" --ranks "$ranks" || exit
+}
+
+finish() { # queues the job again, or says why not
+  local options=()
+  ((usr1 == 0)) || options=(--usr1 "$0")
+  trap '' USR1 TERM # SLURM ends the processes of a job that it queues again
+  restarts finish --run_dir "$run_dir" --nodes "$node_list" --least_nodes "${LEAST_NODES:-$SLURM_JOB_NUM_NODES}" \
+    --status "$status" --bad "$bad" --errors "$errors" --early "$early" "${options[@]}"
+  exit
 }
 
 prepare() { # what the ranks need to find each other
@@ -124,7 +143,7 @@ check_nodes() { # PROGRAM WORD...: looks at every node before a rank is started;
   said=$("${srun[@]}" --ntasks=$((${#nodes[@]} * ranks)) --ntasks-per-node="$ranks" --overcommit \
     --kill-on-bad-exit=0 python tools/preflight.py "$@" 2> >(tee "$errors" >&2) | tee -a /dev/stderr)
   status=$?
-  bad=$(sed -n 's/^bad_nodes: //p' <<<"$said" | tr ',' '\n')
+  bad=$(sed -n 's/^bad_nodes: //p' <<<"$said")
   [[ -z $bad ]] || status=$BAD_NODES
 }
 
@@ -134,7 +153,7 @@ pass_on() { # USR1 to all ranks, again and again until they end: the first may f
 }
 
 follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `status`, and `bad` to the nodes where a rank was killed
-  local script=$1
+  local script=$1 said
   shift
   if ((usr1)); then # it came during the preflight
     status=$STOPPED
@@ -151,13 +170,5 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
   done
   step=''
   sleep 1 # tee
-  # The first node to fail makes srun end the others, and of all statuses srun takes the highest, which is that of being ended.
-  local one codes
-  codes=$(sed -nE 's/^srun: error: .*exit code ([0-9]+)$/\1/p' "$errors")
-  ((status == 0)) || status=$(head -n 1 <<<"${codes:-$status}")
-  for one in $HUNG $STOPPED; do
-    ! grep -qx "$one" <<<"$codes" || status=$one
-  done
-  # A launcher whose rank was killed (by the system, when memory ran out or a GPU fell off) has a status above 128.
-  bad=$(sed -nE 's/^srun: error: ([^: ]+): tasks? [0-9,-]+: (Exited with exit code (129|1[3-9][0-9]|2[0-9][0-9])|Killed|Bus error|Segmentation fault|Aborted).*/\1/p' "$errors")
+  said=$(restarts outcome --status "$status" --errors "$errors") && read -r status bad <<<"$said"
 }

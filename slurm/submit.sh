@@ -54,7 +54,7 @@ put() { # [--sbatch_option ...] -- WORD...: one job, which waits for the one put
   shift
   [[ $name != sweep_lr && " ${options[*]} ${asked[*]}" != *' --array='* ]] || log=$LOGS/%x-%A_%a.out
   [[ -z $job ]] || options+=(--dependency="$after:$job" --kill-on-invalid-dep=yes)
-  # restarts.sh wants to know whether the job can spare a bad node, and how long before its end it gets USR1: SLURM does not tell a job.
+  # ops/restarts.py needs the fewest nodes of the job and its --signal; SLURM tells neither to a job.
   LEAST_NODES=$(flag --nodes "${ours[@]}" "${asked[@]}" | grep -oE '^[0-9]+') || true # none: a job of one node
   ! signal=$(flag --signal "${ours[@]}" "${asked[@]}") || export SBATCH_SIGNAL=$signal
   export LEAST_NODES

@@ -51,7 +51,7 @@ class Stop:
         self._heard = [False, False]
         self._until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._next_look, self._found = 0.0, False
-        self._old = None if this_start() else _stamp(self._file)  # slurm/restarts.sh has looked; one of since then is for us
+        self._old = None if this_start() else _stamp(self._file)  # ops/restarts.py has looked; a later file is for us
 
     def listen(self) -> None:
         """Starts to handle USR1 and TERM, even if the parent process ignored or blocked them."""

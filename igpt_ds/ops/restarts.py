@@ -1,0 +1,291 @@
+"""Begins and ends each start of a batch job: whose the run is, what is written down, and whether SLURM queues the job again.
+
+slurm/launch.sh runs it in the job, at the repository root, with TERM and USR1 ignored. The standard library is enough.
+
+    python -m igpt_ds.ops.restarts begin --run_dir RUN_DIR --nodes 'node[1-2]' --ranks 8
+    python -m igpt_ds.ops.restarts outcome --status 1 --errors FILE
+    python -m igpt_ds.ops.restarts finish --run_dir RUN_DIR --nodes 'node[1-2]' --status 85 --errors FILE
+    python -m igpt_ds.ops.restarts cause < LOG
+
+`begin` and `finish` exit with the status of the job; after a 0 of `begin` the ranks may start. `outcome` prints the status of the
+ranks and the bad nodes, `cause` the first error of a log. RUN_DIR/owner names the start that may write checkpoints; IGPT_DS_OWNER
+is a rank's own start. Both are JOB.RESTART. RUN_DIR/restarts.jsonl has a row for each start and each end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from igpt_ds import cli
+from igpt_ds.ops import requeue
+from igpt_ds.ops.requeue import End, Start
+from igpt_ds.train.checkpoint.manifest import list_checkpoints
+
+OWNER_TRIES, OWNER_SECONDS = 60, 5.0  # how often, and after how long, SLURM is asked whether another job has ended
+LOCK_TRIES, LOCK_SECONDS = 60, 1.0
+LOCK_BROKEN = 30  # after this try the lock is that of a killed process
+LOCK_MISSING = 5  # so many failures without a lock mean that the disk cannot be written
+
+
+def say(start: Start, words: str) -> None:
+    """A line of the job's log."""
+    print(f"== {datetime.now():%Y-%m-%dT%H:%M:%S} job {start.job}, restart {start.restart}: {words}", flush=True)
+
+
+def ask(*command: str) -> tuple[bool, str]:
+    """Whether a command of SLURM succeeds, and what it prints; its errors go to the job's log."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    except OSError as error:
+        print(f"error: {cli.error_text(error)}", file=sys.stderr, flush=True)
+        return False, ""
+    return done.returncode == 0, done.stdout
+
+
+def facts_of(job: str) -> dict[str, str]:
+    """What SLURM knows of a job; empty if it does not answer."""
+    return requeue.find_facts(ask("scontrol", "show", "job", "-o", job)[1], job)
+
+
+def state_of(job: str) -> str:
+    """PENDING, RUNNING ... of a job; "UNKNOWN" if SLURM does not answer, "" if the job has ended."""
+    try:  # %A: squeue lists all tasks of an array under the number of one of them
+        done = subprocess.run(("squeue", "-h", "-o", "%A %T", "-j", job), capture_output=True, text=True)
+    except OSError:
+        return "UNKNOWN"
+    if done.returncode:
+        return "" if "Invalid job id" in done.stderr else "UNKNOWN"
+    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines()).get(job, "")
+
+
+def read_text(path: Path) -> str:
+    """A file's text; "" if it cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def take(start: Start) -> None:
+    """Makes a start the owner of its run directory. Of two jobs that start at the same time one waits.
+
+    Raises:
+        ValueError: another job owns it.
+        OSError: the disk cannot be written.
+    """
+    start.run_dir.mkdir(parents=True, exist_ok=True)
+    path, guard = start.run_dir / "owner", start.run_dir / "owner.lock"
+    for tries in range(1, OWNER_TRIES + 1):
+        lock(guard)
+        try:
+            owner = path.read_text().strip().rpartition(".")[0] if path.exists() else ""
+            state = state_of(owner) if owner not in ("", start.job) else ""
+            if not state:
+                partial = path.with_name("owner.partial")
+                partial.write_text(f"{start.job}.{start.restart}\n")
+                os.replace(partial, path)
+                return
+        finally:
+            with contextlib.suppress(OSError):
+                guard.rmdir()
+        # The other job's last ranks may still be saving, or the controller does not answer.
+        if state not in ("COMPLETING", "UNKNOWN") or tries == OWNER_TRIES:
+            raise ValueError(f"job {owner} ({state}) still uses {start.run_dir}; cancel it, or choose another --run_dir")
+        time.sleep(OWNER_SECONDS)
+
+
+def lock(path: Path) -> None:
+    """Makes the directory `path`, which only one job can.
+
+    Raises:
+        OSError: the disk cannot be written, or another job keeps the lock.
+    """
+    missing = 0
+    for tries in range(1, LOCK_TRIES + 1):
+        try:
+            path.mkdir()
+            return
+        except OSError:
+            missing += not path.is_dir()  # a lock may have been removed at this moment
+            if missing == LOCK_MISSING or tries == LOCK_TRIES:
+                raise
+        if tries == LOCK_BROKEN:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        time.sleep(LOCK_SECONDS)
+
+
+def newest_images(run_dir: Path) -> int:
+    """`images_seen` of the newest complete checkpoint; 0 without one, or if its manifest cannot be read."""
+    try:
+        complete = [path for path in list_checkpoints(run_dir / "checkpoints") if (path / "COMPLETE").exists()]
+        return int(json.loads((complete[-1] / "manifest.json").read_text())["images_seen"])
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def record(start: Start, event: str, **more: object) -> None:
+    """Adds a row to restarts.jsonl.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    row = {"event": event, "job": start.job, "restart": start.restart, "time": now, "nodes": start.nodes}
+    with open(start.run_dir / "restarts.jsonl", "a") as file:
+        file.write(json.dumps(row | {"images_seen": newest_images(start.run_dir)} | more) + "\n")
+
+
+def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) -> None:
+    """Adds the last row of a start. If the disk is full, the job goes on without it."""
+    try:
+        record(start, "end", status=status, reason=reason, bad_nodes=",".join(bad))
+    except OSError as error:
+        print(f"error: {cli.error_text(error)}", file=sys.stderr, flush=True)
+
+
+def images_at_starts(start: Start) -> list[int]:
+    """The images that each start of the job began with; empty if this start could not be written down."""
+    images: list[int] = []
+    last = -1
+    for line in read_text(start.run_dir / "restarts.jsonl").splitlines():
+        try:
+            row = json.loads(line[max(0, line.rfind('{"event"')) :])  # a row may follow one that a full disk tore
+            if row["event"] == "start" and row["job"] == start.job:
+                images, last = [*images, int(row["images_seen"])], row["restart"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return images if last == start.restart else []
+
+
+def stop_requested(start: Start) -> bool:
+    """Whether RUN_DIR/STOP is for this start. A file from before the job's submission was for another job, and is removed."""
+    stop, rows = start.run_dir / "STOP", start.run_dir / "restarts.jsonl"
+    if not stop.exists():
+        return False
+    submitted = requeue.timestamp(facts_of(start.job).get("SubmitTime", ""))
+    since = rows.stat().st_mtime if start.restart and rows.exists() else submitted
+    if since is None or stop.stat().st_mtime > since:
+        return True
+    say(start, f"removed {stop}, which is older than this job")
+    stop.unlink(missing_ok=True)
+    return False
+
+
+def begin(start: Start, ranks: int, hostfile: Path) -> int:
+    """Makes the run the job's own and writes down the start; 0, or the status of the job.
+
+    Raises:
+        ValueError: another job owns the run.
+    """
+    try:
+        take(start)
+        if stop_requested(start):
+            record_end(start, cli.STOPPED, reason := "it was asked to stop before it started")
+            say(start, f"{reason}; not queued again: {start.run_dir}/STOP exists; submit again to continue")
+            return cli.STOPPED
+        nodes = ask("scontrol", "show", "hostnames", start.nodes)[1].split()
+        hostfile.write_text("".join(f"{node} slots={ranks}\n" for node in nodes))
+        record(start, "start")
+        images = images_at_starts(start) or [newest_images(start.run_dir)]
+    except OSError as error:
+        print(f"error: {cli.error_text(error)}", file=sys.stderr, flush=True)
+        return finish(start, End(1, fruitless=start.restart + 1, reason=f"{start.run_dir} cannot be written"))
+    if (fruitless := requeue.count_fruitless(images)) > start.max_fruitless:
+        record_end(start, 1, reason := f"{fruitless - 1} starts in a row brought no new checkpoint; SLURM ended the last one")
+        say(start, f"{reason}; not queued again")
+        return 1
+    say(start, f"start on {start.nodes}, {ranks} ranks a node, after {images[-1]} images")
+    return 0
+
+
+def finish(start: Start, end: End, signal_option: str | None = None, least_nodes: int = 1) -> int:
+    """Writes down how a start ended, and queues the job again or says why not; the status of the job.
+
+    `signal_option` is the value of sbatch's --signal, if the job got USR1.
+    """
+    reason, status = requeue.explain(end, start.run_dir), end.status or int(not end.finished)
+    record_end(start, status, reason, end.bad)
+    if status == 0:
+        say(start, reason)
+        return 0
+    facts = facts_of(start.job)
+    too_late = "" if signal_option is None else requeue.always_too_late(facts, signal_option)
+    decision = requeue.decide(start, end, facts.get("JobState", ""), (start.run_dir / "STOP").exists(), too_late)
+    if not (decision.requeue and end.bad):
+        say(start, f"{reason}; {decision.words}")
+    if not decision.requeue:
+        return status
+    if not ask("scontrol", "requeue", start.job)[0]:  # then SLURM ends this process
+        return 1
+    if end.bad:  # only a waiting job takes another list of nodes
+        say(start, f"{reason}; {decision.words}{exclude(start, end.bad, facts.get('ExcNodeList', ''), least_nodes)}")
+    return status
+
+
+def exclude(start: Start, bad: Sequence[str], old: str, least: int) -> str:
+    """Keeps a waiting job from its bad nodes as well as from its `old` list, if enough others are left; the result in words."""
+    nodes = ",".join([*bad, *([old] if old not in ("", "(null)") else [])])
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    working = ask("sinfo", "-h", "-N", "-p", partition, "-t", "idle,alloc,mix,comp", "-o", "%N")[1].split()
+    left = len({*working} - {*ask("scontrol", "show", "hostnames", nodes)[1].split()})
+    if left < least:
+        return f"; {','.join(bad)} stays: without it there are {left} nodes for {least}"
+    ask("scontrol", "update", f"JobId={start.job}", f"ExcNodeList={nodes}")
+    return f" without {nodes}"
+
+
+def signal_option(script: Path) -> str:
+    """The value of sbatch's --signal. SLURM does not tell it to a job: it is unknown if only the command line had it."""
+    found = re.search(r"^#SBATCH --signal=(.*)", read_text(script), re.M)
+    return os.environ.get("SBATCH_SIGNAL") or (found[1] if found else "")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One action of the docstring."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("action", choices=("begin", "outcome", "finish", "cause"))
+    parser.add_argument("--run_dir", type=Path, help="the run directory")
+    parser.add_argument("--nodes", help="nodes of the ranks, as SLURM lists them")
+    parser.add_argument("--ranks", type=int, help="ranks of a node")
+    parser.add_argument("--max_fruitless", type=int, default=3, help="starts in a row that may end without a new checkpoint")
+    parser.add_argument("--least_nodes", type=int, default=1, help="fewest nodes that the job can use")
+    parser.add_argument("--status", type=int, default=0, help="exit status of srun, or of the ranks")
+    parser.add_argument("--errors", type=Path, help="file with the error output of srun")
+    parser.add_argument("--bad", default="", help="bad nodes, with commas between them")
+    parser.add_argument("--early", type=int, default=0, help="1: status 0 means finished, also without RUN_DIR/FINISHED")
+    parser.add_argument("--usr1", type=Path, help="the batch script, if the job got USR1")
+    args = parser.parse_args(argv)
+    errors = read_text(args.errors) if args.errors else ""
+    if args.action == "cause":
+        return print(requeue.find_cause(sys.stdin.read()))
+    if args.action == "outcome":
+        status, killed = requeue.find_outcome(args.status, errors)
+        return print(status, ",".join(killed))
+    job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    start = Start(args.run_dir, job, restart, args.nodes, args.max_fruitless)
+    if args.action == "begin":
+        sys.exit(begin(start, args.ranks, Path(os.environ["HOSTFILE"])))
+    images = images_at_starts(start)
+    end = End(
+        args.status,
+        finished=bool(args.early) or (start.run_dir / "FINISHED").exists(),
+        gained=newest_images(start.run_dir) > images[-1] if images else False,
+        fruitless=requeue.count_fruitless(images) if images else restart + 1,
+        bad=tuple(node for node in args.bad.split(",") if node),
+        cause=requeue.find_cause(errors),
+    )
+    sys.exit(finish(start, end, signal_option(args.usr1) if args.usr1 else None, args.least_nodes))
+
+
+if __name__ == "__main__":
+    cli.run(main)
