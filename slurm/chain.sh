@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2154 # `out` is set by whoever sources this
-# What story_xl.sh and story_paper.sh share: jobs that wait for one another, all submitted at once. Sourced at the repository root,
-# with `out` set to the story's directory. OUT/jobs.txt holds the jobs of the last submission, a name and a number a line.
+# Shared by story_xl.sh and story_paper.sh, which submit many jobs at once that wait for one another. They source it at the repository
+# root, with `out` set to the story's directory. OUT/jobs.txt has a name and a number for each job of the last submission.
 
-nothing_waits() { # fails where jobs of the last submission are still queued
+nothing_waits() { # fails if jobs of the last submission are still queued
   local waiting
   if [[ -s $out/jobs.txt ]] && waiting=$(squeue -h -u "$(id -un)" -o '%A' | grep -xFf <(awk '{print $NF}' "$out/jobs.txt") | sort -un | paste -sd ' '); then
     echo "${0##*/}: error: jobs of $out are still queued: $waiting; wait for them, or scancel $waiting" >&2
@@ -10,8 +10,8 @@ nothing_waits() { # fails where jobs of the last submission are still queued
   fi
 }
 
-last='' # the job that the next one waits for, or several with colons between them
-submit() { # RESULT WORD...: the jobs of one stage, unless its result is there
+last='' # the job that the next job waits for; several have colons between them
+submit() { # RESULT WORD...: submits the jobs of one stage, unless its result exists
   local result=$1 options=()
   shift
   if [[ -e $result ]]; then
@@ -23,6 +23,6 @@ submit() { # RESULT WORD...: the jobs of one stage, unless its result is there
   last=$(tail -n 1 "$out/jobs.txt" | awk '{print $NF}')
 }
 
-tool() { # RESULT NAME FLAG...: one tool, with its name as that of the job
+tool() { # RESULT NAME FLAG...: submits one tool as a job of the same name
   submit "$1" --job-name="$2" tool "tools/$2.py" "${@:3}"
 }

@@ -23,7 +23,7 @@ restarts() { # ACTION FLAG...: USR1 and TERM, which SLURM may send to all proces
   (trap '' USR1 TERM && exec python -m igpt_ds.ops.restarts "$@" --max_fruitless "${MAX_FRUITLESS:-3}")
 }
 
-launch() { # PROGRAM WORD...: the program on all ranks of all nodes
+launch() { # PROGRAM WORD...: runs the program on all ranks of all nodes
   local program=$1 words=("${@:2}")
   set_up "$(flag --run_dir "${words[@]}")"
   if flag --stop_at_step "${words[@]}" >/dev/null; then early=1; fi
@@ -34,9 +34,9 @@ launch() { # PROGRAM WORD...: the program on all ranks of all nodes
   finish
 }
 
-on_nodes() { # PROGRAM WORD...: the program on all ranks of `nodes`, after a look at them
+on_nodes() { # PROGRAM WORD...: checks `nodes`, then runs the program on all their ranks
   check_nodes "$@"
-  # shellcheck disable=SC2016 # the node's own SLURM_NODEID, expanded there
+  # shellcheck disable=SC2016 # each node expands its own SLURM_NODEID
   ((status != 0)) || follow 'exec bash slurm/one_node.sh deepspeed --no_ssh --log_level warning --hostfile "$HOSTFILE" \
     --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' "$@"
 }
@@ -58,21 +58,21 @@ fewer_nodes() { # PROGRAM WORD...: uses as many nodes as the batch divides into;
   return 1
 }
 
-alone() { # WORD...: a command as one process
+alone() { # WORD...: runs a command as one process
   srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpu-bind=none "$@"
 }
 
-sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itself, on the job's one node; the flags of train.py after --
+sweep() { # WORD...: runs one rate of tools/sweep_lr.py, which starts its ranks itself, on the job's one node; flags of train.py follow --
   local own=() out name
   while (($#)) && [[ $1 != -- ]]; do
     own+=("$1")
     shift
   done
-  (($#)) || fail "no flags of train.py; write them after --"
+  (($#)) || fail "the flags of train.py are missing; write them after --"
   out=$(flag --out "${own[@]}") || fail "--out is missing; name the directory of the search"
   name=$(alone python -c 'import sys; from igpt_ds.train.sweep import rate, run_name; print(run_name(rate(int(sys.argv[1]))))' "$SLURM_ARRAY_TASK_ID") || exit 2
   set_up "$out/$name"
-  early=1 # a rate that is lost has ended as well, and the tool says so by status 0
+  early=1 # the tool exits with 0 for a rate that diverged, which leaves no FINISHED
   shift # the --
   local program=train.py
   if [[ ${1:-} == *.py ]]; then
@@ -80,7 +80,7 @@ sweep() { # WORD...: one rate of tools/sweep_lr.py, which starts its ranks itsel
     shift
   fi
   local training=(deepspeed --num_gpus "$ranks" --master_port "$MASTER_PORT" "$program" "$@")
-  # shellcheck disable=SC2016 # the words are expanded there
+  # shellcheck disable=SC2016 # the node expands the words
   follow 'exec bash slurm/one_node.sh python tools/sweep_lr.py "$@"' "${own[@]}" --array_index "$SLURM_ARRAY_TASK_ID" -- "${training[@]}"
   finish
 }
@@ -91,7 +91,7 @@ set_up() { # RUN_DIR: everything before the ranks start
   early=0 usr1=0 step='' bad='' status=0 errors=$(mktemp)
   trap 'rm -f "$errors"' EXIT
   trap 'usr1=1; say "USR1: every rank is told to save and stop"; pass_on' USR1
-  trap : TERM # the nodes' tasks have it too, see one_node.sh; SLURM gives them KillWait seconds
+  trap : TERM # the tasks of the nodes get TERM too, see one_node.sh; SLURM gives them KillWait seconds
   if [[ -e $run_dir/FINISHED ]]; then
     say "$run_dir is finished"
     exit 0
@@ -109,12 +109,12 @@ finish() { # queues the job again, or says why not
   exit
 }
 
-prepare() { # what the ranks need to find each other
-  ranks=${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-}} # with --exclusive SLURM_GPUS_ON_NODE counts all that the node has
+prepare() { # sets what the ranks need to find each other
+  ranks=${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-}} # SLURM_GPUS_ON_NODE counts all GPUs of the node with --exclusive
   ranks=${ranks##*:}                                # "8" or "h100:8"
-  [[ -n $ranks ]] || fail "how many ranks has a node? give sbatch --gpus-per-node, or set RANKS_PER_NODE in slurm/cluster.sh"
+  [[ -n $ranks ]] || fail "the number of ranks of a node is unknown; give sbatch --gpus-per-node, or set RANKS_PER_NODE in slurm/cluster.sh"
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  # Below the ports that systems hand out by themselves; another for each start, lest a rank of the last one answers.
+  # Systems hand out higher ports by themselves. Each start has another port, so that no rank of the previous start answers.
   MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * restart) % 10000))
   HOSTFILE=$run_dir/hostfile IGPT_DS_OWNER=$SLURM_JOB_ID.$restart
   TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$run_dir/flight_recorder/rank_}
@@ -123,23 +123,23 @@ prepare() { # what the ranks need to find each other
   use_nodes "${nodes[@]}"
 }
 
-use_nodes() { # NODE...: those on which the ranks shall run
+use_nodes() { # NODE...: the nodes for the ranks
   nodes=("$@") node_list=$(hosts "$@")
-  # --ntasks            or srun repeats the job's number of tasks
-  # --cpu-bind=none     or the single task, with all its ranks, is bound to one core
-  # --kill-on-bad-exit  one dead node ends the step at once, and not after the collectives' time limit
+  # --ntasks            otherwise srun repeats the job's number of tasks
+  # --cpu-bind=none     otherwise the single task with all its ranks is bound to one core
+  # --kill-on-bad-exit  one dead node ends the step at once, not after the time limit of the collectives
   srun=(srun --nodes="$#" --nodelist="$node_list" --ntasks="$#" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60)
   [[ ! -e $HOSTFILE ]] || printf "%s slots=$ranks\n" "$@" >"$HOSTFILE"
 }
 
 hosts() { scontrol show hostlist "$(IFS=,; echo "$*")"; } # NODE...: node[1-2]
 
-check_nodes() { # PROGRAM WORD...: looks at every node before a rank is started; sets `bad` to those that are not fit
-  [[ $1 == train.py && ${PREFLIGHT:-1} != 0 ]] || return 0 # it takes the flags of train.py alone
+check_nodes() { # PROGRAM WORD...: checks every node before the ranks start; sets `status`, and `bad` to the nodes that fail
+  [[ $1 == train.py && ${PREFLIGHT:-1} != 0 ]] || return 0 # the preflight knows only the flags of train.py
   shift
   local said
-  # One task a rank: each looks at its own GPU. --overcommit, for the job was given one task a node.
-  # tee -a, or it would empty the log.
+  # One task a rank, since each checks its own GPU. --overcommit, since the job has one task a node.
+  # tee -a, since tee would empty the log.
   said=$("${srun[@]}" --ntasks=$((${#nodes[@]} * ranks)) --ntasks-per-node="$ranks" --overcommit \
     --kill-on-bad-exit=0 python tools/preflight.py "$@" 2> >(tee "$errors" >&2) | tee -a /dev/stderr)
   status=$?
@@ -147,7 +147,7 @@ check_nodes() { # PROGRAM WORD...: looks at every node before a rank is started;
   [[ -z $bad ]] || status=$BAD_NODES
 }
 
-pass_on() { # USR1 to all ranks, again and again until they end: the first may find them before they listen
+pass_on() { # sends USR1 to all ranks every 5 s until they end, since a rank may not listen yet
   [[ -n $step ]] || return 0
   (while kill -USR1 "$step" 2>/dev/null; do sleep 5; done) &
 }
@@ -155,20 +155,20 @@ pass_on() { # USR1 to all ranks, again and again until they end: the first may f
 follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `status`, and `bad` to the nodes where a rank was killed
   local script=$1 said
   shift
-  if ((usr1)); then # it came during the preflight
+  if ((usr1)); then # USR1 came during the preflight
     status=$STOPPED
     return
   fi
-  # USR1 is for the ranks; srun hands it on. A TERM it would make a KILL of all ranks: a session of its own keeps it from srun.
+  # srun passes USR1 to the ranks. At TERM it would kill all ranks, so it runs in its own session, which TERM does not reach.
   (trap '' USR1 && exec setsid "${srun[@]}" bash -c "trap '' USR1; $script" bash "$@") 2> >(tee "$errors" >&2) &
   step=$!
   ((usr1 == 0)) || pass_on
-  while :; do # a signal ends `wait`, and not the step
+  while :; do # a signal ends `wait`, not the step
     wait "$step"
     status=$?
     kill -0 "$step" 2>/dev/null || break
   done
   step=''
-  sleep 1 # tee
+  sleep 1 # until tee has written
   said=$(restarts outcome --status "$status" --errors "$errors") && read -r status bad <<<"$said"
 }

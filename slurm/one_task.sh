@@ -1,10 +1,10 @@
 # shellcheck shell=bash disable=SC2034 # batch scripts read what it sets
-# What the batch scripts share that run one Python program as one process: `one_task tools/NAME.py FLAG...` as the last command.
+# Shared by the batch scripts that run one Python program as one process: `one_task tools/NAME.py FLAG...` is their last command.
 set -uo pipefail
 source slurm/env.sh
-export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-$OMP_NUM_THREADS} # one process, not one a GPU: all cores of the job are its own
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-$OMP_NUM_THREADS} # the one process has all cores of the job
 
-part() { # sets `part` to the flag for this task of an array, which makes one of PARTS parts; empty outside an array
+part() { # sets `part` to the flag with which this task of an array makes one of PARTS parts; empty outside an array
   part=()
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || part=(--part "$SLURM_ARRAY_TASK_ID/${PARTS:?is not set; slurm/cluster.sh says how many parts there are}")
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole paper on a cluster: every stage of a scale a job that waits for those whose results it needs.
+# The whole paper on a cluster. Every stage of a scale is a job that waits for the jobs whose results it needs.
 #
 #     bash slurm/story_paper.sh SCALE OUT DATA [more flags of tools/paper_plan.py]
 #     bash slurm/story_paper.sh full runs/paper /data
 #     SUBMIT=1 bash slurm/story_paper.sh full runs/paper /data --gpu h200-141g
 #
-# Prints the plan: stages, and at full scale GPU-hours and disk, on the GPUs of slurm/cluster.sh. Submits only with SUBMIT=1, all jobs
-# at once. When one fails, those that need its result are cancelled; the same command again submits what has no result yet. DATA of
-# scale full is the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10; scale tiny takes '' for it.
+# Prints the plan: stages, and at full scale GPU-hours and disk, on the GPUs of slurm/cluster.sh. SUBMIT=1 submits all jobs at once. If
+# a job fails, the jobs that need its result are cancelled. The same command again submits the stages without a result. DATA of scale
+# full is the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10. Scale tiny has no DATA: give ''.
 set -euo pipefail
 if (($# < 3)); then
   echo "usage: bash slurm/story_paper.sh SCALE OUT DATA [more flags of tools/paper_plan.py]" >&2
@@ -43,13 +43,13 @@ fi
 : >"$out/jobs.txt"
 declare -A job_of # stage -> number of its last job
 while IFS='|' read -r name job needs printed words <&3; do
-  eval "words=($words)" # quoted by paper_plan.py
+  eval "words=($words)" # paper_plan.py has quoted the words
   last='' options=(--job-name="$name")
   for need in ${needs//,/ }; do
     last+=${last:+:}${job_of[$need]}
   done
   [[ -z $printed ]] || options+=(--output="$printed")
-  if [[ $job == gpu_tool ]]; then # after those of submit.sh for a tool, so that these hold
+  if [[ $job == gpu_tool ]]; then # these options override those of submit.sh for a tool
     options+=(--partition="$PARTITION" "${GPU_OPTIONS[@]}")
     [[ ${GPUS_PER_NODE:-0} == 0 ]] || options+=(--gpus-per-node=1)
   fi

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# From images to tables: palette -> shards -> training -> model dir -> features -> probes -> tables and figures, each a job that
-# waits for the one before.
+# From images to tables: palette -> shards -> training -> model dir -> features -> probes -> tables and figures. Each stage is a job
+# that waits for the previous one.
 #
 #     bash slurm/story_xl.sh RECIPE SOURCE OUT [more flags of train.py]
 #     bash slurm/story_xl.sh igpt_xl_ar_64 imagenet:/data/ILSVRC2012 runs/xl --ds_config ds_configs/zero3_bf16.json
 #
-# Submits all jobs at once, with the values of slurm/cluster.sh, and prints their numbers. When one fails, those that need its
-# result are cancelled; the same command again submits what has no result yet. A palette of your own: OUT/palette.npy; shards: OUT/shards.
+# Submits all jobs at once, with the values of slurm/cluster.sh, and prints their numbers. If a job fails, the jobs that need its
+# result are cancelled. The same command again submits the stages without a result. OUT/palette.npy may be your own palette, OUT/shards your
+# own shards.
 set -euo pipefail
 if (($# < 3)); then
   echo "usage: bash slurm/story_xl.sh RECIPE SOURCE OUT [more flags of train.py]" >&2
@@ -28,8 +29,8 @@ read -r n_px n_colors < <(python -c 'import sys
 from igpt_ds.config import get_recipe
 model = get_recipe(sys.argv[1]).model
 print(model.n_px, model.n_vocab)' "$recipe")
-[[ -n ${n_colors:-} ]] || exit 2 # python said why
-name=${recipe%%_*} # what the tables call the images
+[[ -n ${n_colors:-} ]] || exit 2 # python has printed the error
+name=${recipe%%_*} # the name of the images in the tables
 [[ $name != igpt ]] || name=${source%%:*}
 printf '%s\n' "$asked" >"$out/story.txt"
 : >"$out/jobs.txt"
@@ -41,7 +42,7 @@ tool "$out/model" consolidate --run_dir "$out" --out "$out/model"
 submit "$out/features/trained" extract_features --model "$out/model" --data "$out/shards" --out "$out/features/trained"
 submit "$out/features/untrained" extract_features --model "$out/model" --untrained 0 --data "$out/shards" --out "$out/features/untrained"
 submit "$out/features/pixels" extract_features --pixels --data "$out/shards" --out "$out/features/pixels"
-# From here on all is quick to make again, and made of rows that may have changed: it has no result that would stand for it.
+# The stages below always run: they are fast, and their rows may have changed.
 submit '' probe --features "$out/features/trained" "$out/features/untrained" "$out/features/pixels" --out "$out/results.jsonl"
 submit '' --output="$out/tables.md" --job-name=tables tool tools/tables.py --run_dir "$out" --results "$out/results.jsonl"
 tool '' figures layers --results "$out/results.jsonl" --out "$out/layers.png"

@@ -4,8 +4,8 @@
 #     bash slurm/submit.sh [--sbatch_option=value ...] NAME [FLAG ...]
 #     bash slurm/submit.sh pretrain --recipe igpt_xl_ar_64 --data shards/imagenet_64 --run_dir runs/xl
 #
-# NAME: pretrain, finetune, sweep_lr, make_shards, extract_features, probe, tool. What follows goes to the program. Logs are in
-# LOGS. Prints each job's name and number; where one job needs another's result it waits for it, and is cancelled when that fails.
+# NAME: pretrain, finetune, sweep_lr, make_shards, extract_features, probe, tool. The FLAGs go to the program. Logs are in LOGS.
+# Prints the name and number of each job. A job that needs the result of another waits for it, and is cancelled if that job fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/env.sh
@@ -18,7 +18,7 @@ usage() { # [WHY]
 asked=()
 while (($#)) && [[ $1 == -* ]]; do
   case $1 in
-    -N?*) asked+=(--nodes="${1#-N}") ;; # so that all below finds it under one name
+    -N?*) asked+=(--nodes="${1#-N}") ;; # the rest of the script looks for --nodes
     *) asked+=("$1") ;;
   esac
   shift
@@ -44,7 +44,7 @@ resources() { # NAME: sets `ours` to the sbatch options of NAME.sbatch
 }
 
 job='' after=afterok
-put() { # [--sbatch_option ...] -- WORD...: one job, which waits for the one put before
+put() { # [--sbatch_option ...] -- WORD...: submits one job, which waits for the previous one
   local options=() log=$LOGS/%x-%j.out ours signal
   resources "$name"
   while [[ $1 != -- ]]; do
@@ -55,14 +55,14 @@ put() { # [--sbatch_option ...] -- WORD...: one job, which waits for the one put
   [[ $name != sweep_lr && " ${options[*]} ${asked[*]}" != *' --array='* ]] || log=$LOGS/%x-%A_%a.out
   [[ -z $job ]] || options+=(--dependency="$after:$job" --kill-on-invalid-dep=yes)
   # ops/restarts.py needs the fewest nodes of the job and its --signal; SLURM tells neither to a job.
-  LEAST_NODES=$(flag --nodes "${ours[@]}" "${asked[@]}" | grep -oE '^[0-9]+') || true # none: a job of one node
+  LEAST_NODES=$(flag --nodes "${ours[@]}" "${asked[@]}" | grep -oE '^[0-9]+') || true # without --nodes the job has one node
   ! signal=$(flag --signal "${ours[@]}" "${asked[@]}") || export SBATCH_SIGNAL=$signal
   export LEAST_NODES
   job=$(sbatch --parsable --output="$log" "${ours[@]}" "${asked[@]}" "${options[@]}" "slurm/$name.sbatch" "$@")
-  job=${job%%;*} # on a cluster of clusters its name follows
+  job=${job%%;*} # with several clusters the name of the cluster follows
   echo "$(flag --job-name "${asked[@]}" || echo "$name") $job"
 }
-wants() { # FLAG...: whether one of the flags, or of sbatch's options, is among what was asked for
+wants() { # FLAG...: whether the command line has one of these flags or sbatch options
   local one
   for one in "$@"; do
     ! flag "$one" "${asked[@]}" "${words[@]}" >/dev/null || return 0
@@ -82,7 +82,7 @@ case $name in
     fi
     ;;
   extract_features)
-    if wants --pixels --part --merge --array; then # pixels are quick, and have no parts
+    if wants --pixels --part --merge --array; then # pixels need no parts, they are fast
       put -- "$@"
     else
       put --array=0-$((PARTS - 1)) -- "$@"
@@ -91,7 +91,7 @@ case $name in
     ;;
   sweep_lr)
     put -- "$@"
-    name=tool after=afterany asked=(--job-name=sweep_table) # the table is of those that ended well
+    name=tool after=afterany asked=(--job-name=sweep_table) # the table shows the rates that finished
     put -- tools/sweep_lr.py --collect --out "$(flag --out "$@")"
     ;;
   *) put -- "$@" ;;
