@@ -22,7 +22,7 @@ import numpy as np
 
 from igpt_ds import cli
 from igpt_ds.data.duplicates import METHODS, Found, find_duplicates
-from igpt_ds.data.exclusion import write_exclusion
+from igpt_ds.data.exclusion import ExclusionReason, write_exclusion
 from igpt_ds.data.images import save_grid, square
 from igpt_ds.data.shards.dataset import ShardSet
 
@@ -81,20 +81,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def about(found: Found, train: ShardSet, evaluated: ShardSet, args: argparse.Namespace) -> dict[str, object]:
+def about(found: Found, train: ShardSet, evaluated: ShardSet, args: argparse.Namespace) -> ExclusionReason:
     """What the list says of how it was made."""
-    return {
-        "reason": f"near an image of {evaluated.name} split {evaluated.split}",
-        "method": args.method,
-        "max_distance": args.max_distance,
-        "train": train.name,
-        "eval": evaluated.name,
-        "eval_split": evaluated.split,
-        "eval_dataset_hash": evaluated.dataset_hash,
-        "eval_images_found": len(set(found.eval_ids)),
-        "flat_train": found.flat_train,
-        "flat_eval": found.flat_eval,
-    }
+    return ExclusionReason(
+        reason=f"near an image of {evaluated.name} split {evaluated.split}",
+        method=args.method,
+        max_distance=args.max_distance,
+        train=train.name,
+        eval=evaluated.name,
+        eval_split=evaluated.split,
+        eval_dataset_hash=evaluated.dataset_hash,
+        eval_images_found=len(set(found.eval_ids)),
+        flat_train=found.flat_train,
+        flat_eval=found.flat_eval,
+    )
 
 
 def warn(found: Found, n_train: int) -> None:

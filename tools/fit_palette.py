@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counted = time.perf_counter()
     palette, report = fit_colors(*counts.weighted(args.max_pixels, args.seed), args.n_colors, args.seed)
     made = {"seed": args.seed, "source": source.name, "n_px": args.n_px, "crop": args.crop, "filter": args.filter}
-    save_palette(args.out, palette, report | made | {"n_images": n_images})
+    save_palette(args.out, palette, replace(report, **made, n_images=n_images))
     palette = load_palette(args.out)
     fitted = time.perf_counter()
     if args.swatch:
@@ -68,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _preview(args, source.name, palette)
 
     print(f"images      {n_images} at {n_images / (counted - start):.0f}/s, {n_bad} unreadable")
-    print(f"pixels      {report['n_pixels']} of {counts.n_pixels} clustered, {report['n_unique']} different colours")
+    print(f"pixels      {report.n_pixels} of {counts.n_pixels} clustered, {report.n_unique} different colours")
     print(f"palette     {len(palette)} colours in {fitted - counted:.1f} s: {args.out}, {report_path(args.out).name}")
-    print(f"inertia     {report['inertia']:.6g} (model space)   PSNR {report['psnr']:.2f} dB")
+    print(f"inertia     {report.inertia:.6g} (model space)   PSNR {report.psnr:.2f} dB")
     print(f"hash        {palette.hash}")
 
 

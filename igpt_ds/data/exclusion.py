@@ -7,31 +7,63 @@ without any exclusion, since leaving images out gives another hash.
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json, write_json
+from igpt_ds.schema import record_from
 
 FORMAT, VERSION = "igpt_ds.exclusion", 1
 _AGAIN = "make the list again with tools/dedup_shards.py"
 
 
-def write_exclusion(path: Path, shards: ShardSet, ids: np.ndarray, about: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class ExclusionReason:
+    """Why the images of a list are left out. Fields are None where they do not apply.
+
+    train, eval: names of the two datasets; flat_train, flat_eval: their images that were too flat to be compared.
+    """
+
+    reason: str
+    method: str | None = None
+    max_distance: int | None = None
+    train: str | None = None
+    eval: str | None = None
+    eval_split: str | None = None
+    eval_dataset_hash: str | None = None
+    eval_images_found: int | None = None
+    flat_train: int | None = None
+    flat_eval: int | None = None
+
+
+@dataclass(frozen=True)
+class _ExclusionFile:
+    """The content of a list, as readers check it; n_images counts the images of the split, about is for people."""
+
+    dataset_hash: str
+    split: str
+    ids: list[int]
+    n_images: int | None = None
+    about: dict[str, object] | None = None
+
+
+def write_exclusion(path: Path, shards: ShardSet, ids: np.ndarray, about: ExclusionReason) -> None:
     """Writes the list, atomically.
 
     Args:
         shards: the split that the ids count in, opened without exclusions.
         ids: int64 [N], rising and different; none is a list too.
-        about: how the images were found, plain JSON; it is kept for the reader's eyes.
+        about: how the images were found, for people who read the list.
     """
     assert ids.ndim == 1
     assert (np.diff(ids) > 0).all()
     assert not len(ids) or 0 <= ids[0] <= ids[-1] < shards.n_images
-    head = {"format": FORMAT, "version": VERSION, "dataset_hash": shards.dataset_hash, "split": shards.split}
-    write_json(path, head | {"n_images": shards.n_images, "about": about, "ids": [int(number) for number in ids]})
+    reason = {name: value for name, value in asdict(about).items() if value is not None}
+    content = _ExclusionFile(shards.dataset_hash, shards.split, ids.tolist(), shards.n_images, reason)
+    write_json(path, {"format": FORMAT, "version": VERSION, **asdict(content)})
 
 
 def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
@@ -47,18 +79,13 @@ def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
     content = read_json(path, "exclusion list")
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"exclusion list {path} is not {FORMAT} version {VERSION}; {_AGAIN}")
-    missing = [name for name in ("dataset_hash", "split", "ids") if name not in content]
-    if missing:
-        raise ValueError(f"exclusion list {path} has no {missing[0]!r}; {_AGAIN}")
-    if content["split"] != shards.split:
-        raise ValueError(f"exclusion list {path} is about split {content['split']!r}, not {shards.split!r}; {_AGAIN}")
-    if content["dataset_hash"] != shards.dataset_hash:
-        hashes = f"images {str(content['dataset_hash'])[:12]}, {shards.path} holds {shards.dataset_hash[:12]}"
+    found = record_from(_ExclusionFile, content, f"exclusion list {path}", _AGAIN)
+    if found.split != shards.split:
+        raise ValueError(f"exclusion list {path} is about split {found.split!r}, not {shards.split!r}; {_AGAIN}")
+    if found.dataset_hash != shards.dataset_hash:
+        hashes = f"images {found.dataset_hash[:12]}, {shards.path} holds {shards.dataset_hash[:12]}"
         raise ValueError(f"exclusion list {path} is about {hashes}; {_AGAIN}")
-    listed = content["ids"]
-    # bool is an int to Python; and a float id would be cut without a word
-    if not isinstance(listed, list) or not all(type(number) is int for number in listed):
-        raise ValueError(f"exclusion list {path} is damaged: its ids are not a list of whole numbers; {_AGAIN}")
+    listed = found.ids
     if listed and not 0 <= min(listed) <= max(listed) < shards.n_images:
         wrong = min(listed) if min(listed) < 0 else max(listed)
         raise ValueError(f"exclusion list {path} names image {wrong}; {shards.path} has 0..{shards.n_images - 1}; {_AGAIN}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +21,31 @@ from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
 ON_BAD = ("stop", "skip")
 MAX_BAD = 0.001
 _CHUNK = 1024  # images checked at a time
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset of a mixture; share: its images in a block of order.BLOCK positions."""
+
+    path: str
+    dataset_hash: str
+    n_images: int
+    share: int
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What identifies the training data in run.json and checkpoints.
+
+    order: the version of the order of images, or "stream". datasets: None for a stream. stream: the URL of a stream.
+    """
+
+    path: str
+    dataset_hash: str
+    palette_hash: str
+    order: int | str | None = None
+    datasets: tuple[DatasetFacts, ...] | None = None
+    stream: str | None = None
 
 
 class Mixture:
@@ -74,14 +99,13 @@ class Mixture:
         self._bad = [none for _ in self.shard_sets]  # damaged images, sorted
         self._good = [none for _ in self.shard_sets]  # which to take instead
 
-    def facts(self) -> dict[str, Any]:
-        """What identifies the training data, for run.json and checkpoints."""
-        parts = [
-            {"path": str(shards.path), "dataset_hash": shards.dataset_hash, "n_images": shards.n_images, "share": share}
+    def facts(self) -> DataFacts:
+        """What identifies the training data."""
+        parts = tuple(
+            DatasetFacts(str(shards.path), shards.dataset_hash, shards.n_images, share)
             for shards, share in zip(self.shard_sets, self.shares, strict=True)
-        ]
-        hashes = {"dataset_hash": self.dataset_hash, "palette_hash": self.palette_hash}
-        return {"path": self.path, **hashes, "order": ORDER_VERSION, "datasets": parts}
+        )
+        return DataFacts(self.path, self.dataset_hash, self.palette_hash, ORDER_VERSION, datasets=parts)
 
     def images_at(self, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The images at some positions of the stream: int64 [B] -> which dataset [B], image ids in it [B]."""

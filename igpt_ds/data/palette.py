@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,12 +27,22 @@ from igpt_ds.data.palette_table import (
     table_path,
 )
 from igpt_ds.files import atomic_file, read_json, write_json
+from igpt_ds.schema import record_from
 
 MAX_COLORS = 65536  # tokens are stored in 16 bits
 # Of the 512 colours in kmeans_centers.npy of OpenAI's image-gpt release (the file's own sha256 is c614a3d2..., header included).
 OPENAI_PALETTE_HASH = "017426d148bc9650db9174810c0bd1c7a0d8a8d5b8ae6200465f4d34ebfb02f0"
 # What an object compares directly, in pixels x colours, before it looks for a cached table, and before it builds one.
 _WORK_BEFORE_LOADING, _WORK_BEFORE_BUILDING = 1 << 22, 1 << 27  # 8,192 and 262,144 pixels with 512 colours: 0.01 s and 0.4 s
+
+
+@dataclass
+class _TableState:
+    """What one `Palette` knows of its table of all colours."""
+
+    work: int = 0  # pixels x colours compared so far
+    table: np.ndarray | None = None
+    looked: bool = False  # for a cached table
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +54,7 @@ class Palette:
 
     colors: np.ndarray
     file: Path | None = None
-    _state: dict[str, Any] = field(default_factory=lambda: {"work": 0, "table": None, "looked": False}, repr=False)
+    _state: _TableState = field(default_factory=_TableState, repr=False)
 
     def __post_init__(self) -> None:
         assert self.colors.dtype == np.float32
@@ -55,7 +64,7 @@ class Palette:
         colors.setflags(write=False)
         object.__setattr__(self, "colors", colors)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Palette], tuple[np.ndarray, Path | None]]:
         return Palette, (self.colors, self.file)  # without the table, which another process maps for itself
 
     def __len__(self) -> int:
@@ -79,7 +88,7 @@ class Palette:
         """
         assert (image.dtype, image.shape[-1]) == (np.uint8, 3)
         codes = color_codes(image)
-        table = self._state["table"]
+        table = self._state.table
         if table is None:
             table = self._table_for(codes.size)
         if table is not None:
@@ -90,13 +99,13 @@ class Palette:
     def _table_for(self, n_pixels: int) -> np.ndarray | None:
         """The table once it is worth its making, else None."""
         state = self._state
-        state["work"] += n_pixels * len(self)
-        if state["work"] > _WORK_BEFORE_LOADING and not state["looked"] and self.file is not None:
-            state["looked"] = True
-            state["table"] = load_table(table_path(self.file), self.hash, _say_not_used)
-        if state["work"] > _WORK_BEFORE_BUILDING and state["table"] is None:
-            state["table"] = build_table(self.colors)
-        return state["table"]
+        state.work += n_pixels * len(self)
+        if state.work > _WORK_BEFORE_LOADING and not state.looked and self.file is not None:
+            state.looked = True
+            state.table = load_table(table_path(self.file), self.hash, _say_not_used)
+        if state.work > _WORK_BEFORE_BUILDING and state.table is None:
+            state.table = build_table(self.colors)
+        return state.table
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """The colour of each token: integers [...] -> uint8 [..., 3]."""
@@ -154,22 +163,45 @@ def prepare_table(path: Path, threads: int = 1) -> Palette:
             print(f"the palette's table cannot be cached as {cache}: {error.strerror}", file=sys.stderr, flush=True)
         else:
             table = load_table(cache, palette.hash, _say_not_used)  # the mapped file, so that this process shares it too
-    palette._state.update(table=table, looked=True)
+    palette._state.table, palette._state.looked = table, True
     return palette
 
 
-def save_palette(path: Path, palette: Palette, report: dict[str, Any] | None = None) -> None:
-    """Writes a palette as .npy, and beside it its report with hash and n_colors, each atomically.
+def save_palette(path: Path, palette: Palette, report: PaletteReport | None = None) -> None:
+    """Writes a palette as .npy, and its report beside it, each atomically.
 
-    The report is written when one is given, and for a palette without negative values, which could not be loaded without.
-    An infinite psnr stands there as null.
+    The report is written if it is given, and for a palette without negative values, which cannot be loaded without one. JSON has
+    no infinite psnr; the file has null.
     """
     _check_colors(palette.colors, f"palette for {path}")
     if report is not None or palette.colors.min() >= 0:
-        whole = {"hash": palette.hash, "n_colors": len(palette)} | (report or {})
-        write_json(report_path(path), {key: None if value == math.inf else value for key, value in whole.items()})
+        values = asdict(report or PaletteReport(palette.hash, len(palette)))
+        assert values["hash"] == palette.hash
+        write_json(report_path(path), {key: None if value == math.inf else value for key, value in values.items()})
     with atomic_file(path) as file:
         np.lib.format.write_array(file, palette.colors.astype("<f4"), version=(1, 0))
+
+
+@dataclass(frozen=True)
+class PaletteReport:
+    """The content of palette.json. Fields after n_colors are None where they are unknown.
+
+    inertia: sum over pixels of the squared distance in model space. psnr: in dB, of 8-bit pixels. n_pixels, n_unique: pixels that
+    were clustered, and different colours among them. The other fields say which images those are of, and how they were made.
+    """
+
+    hash: str
+    n_colors: int
+    inertia: float | None = None
+    psnr: float | None = None
+    n_pixels: int | None = None
+    n_unique: int | None = None
+    seed: int | None = None
+    source: str | None = None
+    n_px: int | None = None
+    crop: str | None = None
+    filter: str | None = None
+    n_images: int | None = None
 
 
 def report_path(palette_path: Path) -> Path:
@@ -178,12 +210,13 @@ def report_path(palette_path: Path) -> Path:
 
 
 def _vouched(palette: Palette) -> bool:
+    """Whether the report beside the palette is the palette's own."""
     assert palette.file is not None
-    try:
-        report = read_json(report_path(palette.file), "palette report")
-    except ValueError:
+    path = report_path(palette.file)
+    if not path.exists():
         return False
-    return isinstance(report, dict) and report.get("hash") == palette.hash
+    fix = "write palette and report again with tools/fit_palette.py"
+    return record_from(PaletteReport, read_json(path, "palette report"), f"palette report {path}", fix).hash == palette.hash
 
 
 def _check_colors(colors: np.ndarray, where: str) -> None:
@@ -226,18 +259,18 @@ class ColorCounts:
         return code_pixels(codes), counts
 
 
-def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palette, dict[str, Any]]:
+def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palette, PaletteReport]:
     """k-means over pixels, uint8 [N, 3] (paper 3.2); see `fit_colors` for what comes back."""
     counts = ColorCounts()
     counts.add(pixels)
     return fit_colors(*counts.weighted(), n_colors, seed)
 
 
-def fit_colors(colors: np.ndarray, counts: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palette, dict[str, Any]]:
+def fit_colors(colors: np.ndarray, counts: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palette, PaletteReport]:
     """k-means over U different colours, uint8 [U, 3], that occur counts [U] times.
 
-    Returns the palette, its colours ordered by luminance, and a report: inertia (the sum over pixels of the squared distance
-    in model space), psnr (dB, of 8-bit pixels), n_pixels, n_unique. The paper does not say how its palette was fitted.
+    Returns the palette, its colours ordered by luminance, and a report of the fit. The paper does not say how its palette was
+    fitted.
 
     Raises:
         ValueError: n_colors does not lie between 1 and the number of different colours.
@@ -253,10 +286,10 @@ def fit_colors(colors: np.ndarray, counts: np.ndarray, n_colors: int, seed: int 
     return palette, _report(palette, colors, counts)
 
 
-def _report(palette: Palette, colors: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+def _report(palette: Palette, colors: np.ndarray, counts: np.ndarray) -> PaletteReport:
     nearest_colors = palette.colors[palette.encode(colors)].astype(np.float64)
     squares = ((colors / 127.5 - 1 - nearest_colors) ** 2).sum(axis=1)
     inertia, n_pixels = float((squares * counts).sum()), int(counts.sum())
     squared_error = inertia * 127.5**2 / (3 * n_pixels)  # per 8-bit value
     psnr = 10 * math.log10(255**2 / squared_error) if squared_error > 0 else math.inf
-    return {"inertia": inertia, "psnr": psnr, "n_pixels": n_pixels, "n_unique": len(colors)}
+    return PaletteReport(palette.hash, len(palette), inertia, psnr, n_pixels, len(colors))

@@ -11,12 +11,12 @@ import tarfile
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.loader import NO_AUGMENT, Augment, Batch, BatchLayout, augment, made_ahead, to_batches
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.shards.index import ShardEntry, read_index
 
@@ -59,10 +59,9 @@ class ShardStream:
         self.n_px, self.n_vocab = index.n_px, index.n_vocab
         self.palette_hash, self.dataset_hash = index.load_palette(path, "copy theirs").hash, about.dataset_hash
 
-    def facts(self) -> dict[str, Any]:
-        """What identifies the training data, for run.json and checkpoints."""
-        hashes = {"dataset_hash": self.dataset_hash, "palette_hash": self.palette_hash}
-        return {"path": str(self.path), **hashes, "order": "stream", "stream": self.url}
+    def facts(self) -> DataFacts:
+        """What identifies the training data."""
+        return DataFacts(str(self.path), self.dataset_hash, self.palette_hash, "stream", stream=self.url)
 
     def read(self, number: int) -> Generator[Image, None, None]:
         """The images of one shard, in its order.
@@ -79,10 +78,10 @@ class ShardStream:
         try:
             stream = gopen(url)
             for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                name = self._name(sample, name)
+                name = self._name(sample["__key__"], {"npy", "cls"} <= set(sample), name)
                 found += 1
                 if found <= expected:
-                    yield self._decode(sample)
+                    yield self._decode(name, sample["npy"], sample["cls"])
             while stream.read(1 << 20):  # a command that still writes would die of a closed pipe
                 pass
             stream.close()
@@ -98,18 +97,17 @@ class ShardStream:
             fix = "the transfer was cut or the shard is damaged: check it with tools/verify_shards.py"
             raise ValueError(f"stream {url} gave {found} images where the index says {expected}; {fix}")
 
-    def _name(self, sample: dict[str, Any], before: int) -> int:
+    def _name(self, key: str, whole: bool, before: int) -> int:
         """The number that names an image; webdataset passes over what it does not understand, but names must rise."""
-        key = sample["__key__"]
-        if not key.isdecimal() or int(key) <= before or not {"npy", "cls"} <= set(sample):
+        if not key.isdecimal() or int(key) <= before or not whole:
             raise ValueError(f"image {key} should not come after {before}, or is not whole")
         return int(key)
 
-    def _decode(self, sample: dict[str, Any]) -> Image:
-        grid = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+    def _decode(self, name: int, npy: bytes, label: bytes) -> Image:
+        grid = np.load(io.BytesIO(npy), allow_pickle=False)
         if grid.dtype != np.uint16 or grid.shape != (self.n_px, self.n_px) or grid.max() >= self.n_vocab:
-            raise ValueError(f"image {sample['__key__']} is not {self.n_px}x{self.n_px} tokens below {self.n_vocab}")
-        return grid, int(sample["cls"])
+            raise ValueError(f"image {name:09d} is not {self.n_px}x{self.n_px} tokens below {self.n_vocab}")
+        return grid, int(label)
 
 
 class StreamLoader:

@@ -28,7 +28,7 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.ops import requeue
 from igpt_ds.ops.requeue import End, Start
-from igpt_ds.train.checkpoint.manifest import list_checkpoints
+from igpt_ds.train.checkpoint.directory import list_checkpoints
 
 OWNER_TRIES, OWNER_SECONDS = 60, 5.0  # how often, and after how long, SLURM is asked whether another job has ended
 LOCK_TRIES, LOCK_SECONDS = 60, 1.0

@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, read_json, write_json
 from igpt_ds.provenance import git_commit
+from igpt_ds.schema import record_from, to_json
 from igpt_ds.train.run_lock import take
 
 FORMAT, VERSION = "igpt_ds.run", 1
 
 
-def check(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, resume: bool) -> None:
+def check(run_dir: Path, run: Run, data: DataFacts, palette: Path, resume: bool) -> None:
     """Reserves the run directory, which must be new or hold this run. Writes nothing but the directory and its lock.
 
     Args:
-        data: the facts of the training data: dataset_hash, palette_hash, order, path.
+        data: what identifies the training data.
         resume: whether the user asked to continue.
 
     Raises:
@@ -62,12 +64,12 @@ def refuse_file(run_dir: Path) -> None:
         raise ValueError(f"--run_dir {run_dir} is a file; choose a directory or a new name")
 
 
-def record(run_dir: Path, run: Run, data: dict[str, Any], palette: Path, cpu_product: str) -> None:
+def record(run_dir: Path, run: Run, data: DataFacts, palette: Path, cpu_product: str) -> None:
     """Writes run.json and the palette, and removes what a killed save left. Called when nothing can refuse the run any more."""
     if not (run_dir / "palette.npy").exists():
         with atomic_file(run_dir / "palette.npy") as file:
             file.write(palette.read_bytes())
-    header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": data, "cpu_product": cpu_product}
+    header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": to_json(data), "cpu_product": cpu_product}
     write_json(run_dir / "run.json", header | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(torn)
@@ -95,13 +97,14 @@ def _owner(run_dir: Path) -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def _check_same(old: dict[str, Any], run: Run, data: dict[str, Any], path: Path) -> None:
+def _check_same(old: dict[str, Any], run: Run, data: DataFacts, path: Path) -> None:
     new = recipe_to_dict(run.recipe)
     differences = recipe_differences(old["recipe"], new)
-    pairs = [(name, old["data"].get(name), data.get(name)) for name in ("dataset_hash", "palette_hash", "order")]
-    for name, before, now in [*differences, *pairs]:
-        if before != now:
-            raise ValueError(f"{path} belongs to another run: {name} is {before} there and {now} here; choose another --run_dir")
+    before = record_from(DataFacts, old.get("data"), f"{path} field 'data'", "choose another --run_dir")
+    pairs = [(name, getattr(before, name), getattr(data, name)) for name in ("dataset_hash", "palette_hash", "order")]
+    for name, there, here in [*differences, *pairs]:
+        if there != here:
+            raise ValueError(f"{path} belongs to another run: {name} is {there} there and {here} here; choose another --run_dir")
 
 
 def recipe_differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[tuple[str, object, object]]:

@@ -24,9 +24,8 @@ from igpt_ds.model import cpu_kernels
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.plan import costs
-from igpt_ds.schema import record_from
 from igpt_ds.train import run_dir
-from igpt_ds.train.checkpoint.manifest import DataFacts, FinetuneFacts, GuardStates, Manifest, RunFacts
+from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, RunFacts
 from igpt_ds.train.checkpoint.save_load import check_space, load_checkpoint, verified_checkpoint
 from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.early import EarlyState, EarlyStop
@@ -205,7 +204,7 @@ def manifest_facts(run: Run, images: Mixture | ShardStream, finetune: FinetuneFa
     """What every manifest says about its run."""
     return RunFacts(
         recipe=run.recipe,
-        data=record_from(DataFacts, images.facts(), "the training images", "make the shards again"),
+        data=images.facts(),
         precision=run.precision,
         sequence_parallel=run.sequence_parallel,
         finetune=finetune,

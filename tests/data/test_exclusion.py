@@ -10,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from igpt_ds.data.exclusion import read_exclusion, write_exclusion
+from igpt_ds.data.exclusion import ExclusionReason, read_exclusion, write_exclusion
 from igpt_ds.data.shards.dataset import ShardSet
+
+REASON = ExclusionReason("for a test", method="phash")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def shards(tiny_dataset):
 @pytest.fixture
 def file(shards, tmp_path):
     path = tmp_path / "lists" / "exclude.json"
-    write_exclusion(path, shards, np.array([1, 4, 5]), {"method": "phash"})
+    write_exclusion(path, shards, np.array([1, 4, 5]), REASON)
     return path
 
 
@@ -30,7 +32,7 @@ def file(shards, tmp_path):
 @given(data=st.data())
 def test_comes_back(shards, tmp_path, data):
     ids = np.array(sorted(data.draw(st.sets(st.integers(0, shards.n_images - 1), max_size=shards.n_images - 1))), dtype=np.int64)
-    write_exclusion(tmp_path / "a.json", shards, ids, {})
+    write_exclusion(tmp_path / "a.json", shards, ids, REASON)
     found = read_exclusion(tmp_path / "a.json", shards)
     assert found.dtype == np.int64
     np.testing.assert_array_equal(found, ids)
@@ -44,7 +46,7 @@ def test_says_what_it_is_about(file, shards):
         "dataset_hash": shards.dataset_hash,
         "split": "train",
         "n_images": shards.n_images,
-        "about": {"method": "phash"},
+        "about": {"reason": "for a test", "method": "phash"},
         "ids": [1, 4, 5],
     }
     assert [path.name for path in file.parent.iterdir()] == ["exclude.json"]
@@ -58,9 +60,15 @@ def test_says_what_it_is_about(file, shards):
         ({"ids": None}, "has no 'ids'; make the list again"),
         ({"split": "val"}, "is about split 'val', not 'train'; make the list again"),
         ({"dataset_hash": "0" * 64}, "is about images 000000000000, "),
-        ({"ids": "1 2"}, "its ids are not a list of whole numbers; make the list again"),
-        ({"ids": [1, 2.5]}, "its ids are not a list of whole numbers"),
-        ({"ids": [0, True]}, "its ids are not a list of whole numbers"),
+        ({"split": None}, "exclude.json has no 'split'; make the list again"),
+        ({"dataset_hash": None}, "exclude.json has no 'dataset_hash'; make the list again"),
+        ({"split": 1}, "exclude.json has split 1, which is not a string; make the list again"),
+        ({"dataset_hash": []}, "exclude.json has dataset_hash [], which is not a string; make the list again"),
+        ({"n_images": "12"}, "exclude.json has n_images '12', which is not a whole number; make the list again"),
+        ({"about": "a test"}, "exclude.json has about 'a test', which is not an object; make the list again"),
+        ({"ids": "1 2"}, "exclude.json has ids '1 2', which is not a list; make the list again"),
+        ({"ids": [1, 2.5]}, "exclude.json has ids[1] 2.5, which is not a whole number"),
+        ({"ids": [0, True]}, "exclude.json has ids[1] True, which is not a whole number"),
         ({"ids": [-3, 2]}, "names image -3; "),
         ({"ids": [2, 10**30]}, f"names image {10**30}; "),
         ({"ids": [4, 1]}, "its ids must rise, 4 stands before 1; make the list again"),
@@ -75,7 +83,7 @@ def test_what_does_not_fit_is_refused(file, shards, change, complaint):
 
 
 def test_a_list_of_everything_is_refused(tmp_path, shards):
-    write_exclusion(tmp_path / "all.json", shards, np.arange(shards.n_images), {})
+    write_exclusion(tmp_path / "all.json", shards, np.arange(shards.n_images), REASON)
     with pytest.raises(ValueError, match=f"names all {shards.n_images} images of .*; nothing would be left"):
         read_exclusion(tmp_path / "all.json", shards)
 

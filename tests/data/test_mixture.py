@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpt_ds.data.exclusion import write_exclusion
+from igpt_ds.data.exclusion import ExclusionReason, write_exclusion
 from igpt_ds.data.loader import BatchLayout, Loader
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.order import BLOCK, ORDER_VERSION
@@ -124,8 +124,8 @@ def test_the_hash_covers_datasets_order_and_shares(tiny_of):
     assert len({mixture.dataset_hash for mixture in mixtures}) == 4
     assert Mixture([one, other], [2, 6]).dataset_hash == mixtures[0].dataset_hash
     facts = mixtures[0].facts()
-    assert (facts["order"], facts["path"]) == (ORDER_VERSION, f"{one.path} + {other.path}")
-    assert [part["share"] for part in facts["datasets"]] == [BLOCK // 4, 3 * BLOCK // 4]
+    assert (facts.order, facts.path) == (ORDER_VERSION, f"{one.path} + {other.path}")
+    assert [part.share for part in facts.datasets] == [BLOCK // 4, 3 * BLOCK // 4]
 
 
 def test_datasets_that_do_not_fit_together(dataset, palette8):
@@ -162,7 +162,7 @@ def test_excluded_images_never_come(dataset, tmp_path):
     paths = [dataset("a", 20, seed=1), dataset("b", 30, seed=2)]
     lists = [tmp_path / "b.json", tmp_path / "a.json"]
     for file, path, ids in zip(lists, paths[::-1], ([3, 29], [0, 7]), strict=True):
-        write_exclusion(file, ShardSet(path, "train"), np.array(ids), {})
+        write_exclusion(file, ShardSet(path, "train"), np.array(ids), ExclusionReason("for a test"))
     mixture, whole = open_mixture(paths, exclusions=lists), open_mixture(paths)
     assert [shards.n_images for shards in mixture.shard_sets] == [18, 28]
     assert mixture.dataset_hash != whole.dataset_hash
@@ -176,7 +176,7 @@ def test_excluded_images_never_come(dataset, tmp_path):
 def test_lists_that_fit_no_dataset_or_one_twice(dataset, tmp_path):
     a, b, c = (dataset(name, 10, seed=seed) for seed, name in enumerate("abc"))
     for name, path in (("one", a), ("two", a), ("of_c", c)):
-        write_exclusion(tmp_path / f"{name}.json", ShardSet(path, "train"), np.array([1]), {})
+        write_exclusion(tmp_path / f"{name}.json", ShardSet(path, "train"), np.array([1]), ExclusionReason("for a test"))
     with pytest.raises(ValueError, match=r"exclusion list \S+of_c\.json is about images"):
         open_mixture([a, b], exclusions=[tmp_path / "of_c.json"])
     with pytest.raises(ValueError, match=r"one\.json and \S+two\.json are both about \S+/a; join them into one"):

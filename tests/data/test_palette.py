@@ -1,10 +1,13 @@
 """The palette is exact, stable, and refuses what is no palette."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from igpt_ds.data.palette import (
     OPENAI_PALETTE_HASH,
     ColorCounts,
     Palette,
+    PaletteReport,
     fit_colors,
     fit_palette,
     load_palette,
@@ -162,21 +166,44 @@ def test_save_refuses_what_load_would(tmp_path):
 def test_a_palette_without_dark_colours_is_vouched_for_by_its_own_report(tmp_path):
     path = tmp_path / "p.npy"
     bright, report = fit_palette(np.random.default_rng(0).integers(128, 256, (500, 3), dtype=np.uint8), 8)
-    save_palette(path, bright, report | {"seed": 3})
+    report = dataclasses.replace(report, seed=3)
+    save_palette(path, bright, report)
     assert load_palette(path).hash == bright.hash
     written = json.loads(report_path(path).read_text())
-    assert written == {"hash": bright.hash, "n_colors": 8, "seed": 3} | report
+    assert written == dataclasses.asdict(report)
+    assert (written["hash"], written["n_colors"], written["seed"]) == (bright.hash, 8, 3)
     save_palette(tmp_path / "copy.npy", load_palette(path))  # a copy can be loaded too
     assert load_palette(tmp_path / "copy.npy").hash == bright.hash
-    for foreign in (json.dumps(written | {"hash": "0" * 64}), "[]", "{"):
-        report_path(path).write_text(foreign)
-        with pytest.raises(ValueError, match=r"or keep the report p.json of tools/fit_palette.py beside it"):
+    report_path(path).write_text(json.dumps(written | {"hash": "0" * 64}))
+    with pytest.raises(ValueError, match=r"or keep the report p.json of tools/fit_palette.py beside it"):
+        load_palette(path)
+    fields = {name: value for name, value in written.items() if value is not None}
+    report_path(path).write_text(json.dumps({"hash": fields.pop("hash"), "n_colors": fields.pop("n_colors")}))
+    assert load_palette(path).hash == bright.hash, "older reports lack the other fields"
+    for name, value in written.items():
+        wrong = 0.5 if isinstance(value, str) else "other"
+        report_path(path).write_text(json.dumps(written | {name: wrong}))
+        if wrong == "other" and name in ("source", "crop", "filter"):
+            continue
+        with pytest.raises(ValueError, match=f"palette report {report_path(path)} has {name} {wrong!r}, which is not a"):
             load_palette(path)
+    for broken, told in (
+        ("[]", "has content [], which is not an object; write"),
+        ("{", "is not valid JSON"),
+        ("{}", "has no 'hash'"),
+    ):
+        report_path(path).write_text(broken)
+        with pytest.raises(ValueError, match=re.escape(f"palette report {report_path(path)} {told}")):
+            load_palette(path)
+    report_path(path).write_text(json.dumps({"hash": bright.hash}))
+    with pytest.raises(ValueError, match="has no 'n_colors'"):
+        load_palette(path)
 
 
 def test_a_perfect_fit_has_a_report_that_is_json(tmp_path):
     colors = np.array([[-1, 0, 1], [0.5, 0.25, 0]], dtype=np.float32)
-    save_palette(tmp_path / "p.npy", Palette(colors), {"psnr": float("inf")})
+    palette = Palette(colors)
+    save_palette(tmp_path / "p.npy", palette, PaletteReport(palette.hash, 2, psnr=math.inf))
     assert json.loads((tmp_path / "p.json").read_text(), parse_constant=pytest.fail)["psnr"] is None
 
 
@@ -299,7 +326,7 @@ def test_a_prepared_table_is_cached_mapped_and_used_by_others(saved, builds, cap
     expected = brute_force(pixels, prepared.colors)
     for palette in (prepared, prepare_table(saved), load_palette(saved), pickle.loads(pickle.dumps(prepared))):
         np.testing.assert_array_equal(palette.encode(many)[:3000], expected)
-        mapped = palette._state["table"]
+        mapped = palette._state.table
         assert isinstance(mapped.base, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
             mapped[0] = 1
@@ -357,18 +384,18 @@ def grey(values):
 def test_centres_are_weighted_means():
     palette, report = fit_palette(grey([0] * 9 + [10] + [200] * 5), 2)
     np.testing.assert_allclose(127.5 * (palette.colors[:, 0] + 1), [1, 200], atol=1e-4)
-    assert report["n_pixels"] == 15
-    assert report["n_unique"] == 3
+    assert report.n_pixels == 15
+    assert report.n_unique == 3
     squared_error = (9 * 1**2 + 9**2) * 3 / 45  # of 8-bit values
-    assert report["inertia"] == pytest.approx((9 * 1**2 + 9**2) * 3 / 127.5**2, rel=1e-4)
-    assert report["psnr"] == pytest.approx(10 * np.log10(255**2 / squared_error), rel=1e-5)
+    assert report.inertia == pytest.approx((9 * 1**2 + 9**2) * 3 / 127.5**2, rel=1e-4)
+    assert report.psnr == pytest.approx(10 * np.log10(255**2 / squared_error), rel=1e-5)
 
 
 def test_as_many_colours_as_there_are_is_exact():
     pixels = grey([0, 0, 16, 255])
     palette, report = fit_palette(pixels, 3)
     np.testing.assert_array_equal(palette.decode(palette.encode(pixels)), pixels)
-    assert report["psnr"] > 100
+    assert report.psnr > 100
 
 
 @pytest.mark.parametrize("n_colors", [0, 18, 512])
@@ -386,7 +413,7 @@ def test_fit_is_seeded_ordered_by_luminance_and_better_than_chance(pixels):
     assert (np.diff(palette.colors @ [0.299, 0.587, 0.114]) > 0).all()
     x = pixels / 127.5 - 1
     inertia = ((x - palette.colors[palette.encode(pixels)]) ** 2).sum()
-    assert report["inertia"] == pytest.approx(inertia, rel=1e-9)
+    assert report.inertia == pytest.approx(inertia, rel=1e-9)
     assert inertia < 0.8 * ((x - pixels[:16][brute_force(pixels, pixels[:16] / 127.5 - 1)] / 127.5 + 1) ** 2).sum()
 
 
@@ -414,7 +441,7 @@ def test_drawn_fit_is_near_the_full_fit(pixels):
     counts = ColorCounts()
     counts.add(pixels)
     palette, report = fit_colors(*counts.weighted(1000), 8)
-    assert report["n_pixels"] == 1000
+    assert report.n_pixels == 1000
     _, full = fit_palette(pixels, 8)
     error = ((pixels / 127.5 - 1 - palette.colors[palette.encode(pixels)]) ** 2).sum()
-    assert error < 1.2 * full["inertia"]
+    assert error < 1.2 * full.inertia

@@ -11,10 +11,11 @@ import torch
 
 from igpt_ds import cli, dist
 from igpt_ds.data.loader import BatchLayout, Loader
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.cpu_kernels import used
-from igpt_ds.train.checkpoint.manifest import DataFacts, Progress, RunFacts
+from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.save_load import save_checkpoint
 from igpt_ds.train.engine import build_engine, start_ranks, take_step
 from igpt_ds.train.loop import pretraining_loss

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from igpt_ds.config import Finetune, ModelConfig, Recipe, recipe_from_dict, recipe_to_dict
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.files import write_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import fresh_model, save_model
 from igpt_ds.train.checkpoint.consolidate import _info, check_own
 from igpt_ds.train.checkpoint.directory import prune
-from igpt_ds.train.checkpoint.manifest import DataFacts, FinetuneFacts, GuardStates, Manifest, write_manifest
+from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, write_manifest
 from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.run_dir import recipe_differences
 from igpt_ds.train.safety.spikes import Guard, chance_loss

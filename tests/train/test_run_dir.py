@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.ds_config import Run, join
 from igpt_ds.model import cpu_kernels
 from igpt_ds.train import run_dir, session
 
-DATA = {"path": "shards", "dataset_hash": "d", "palette_hash": "p", "order": 2}
+DATA = DataFacts("shards", "d", "p", 2)
 ZERO = {"zero_optimization": {"stage": 3}}
 
 
@@ -24,7 +25,7 @@ def palette(tmp_path: Path) -> Path:
     return tmp_path / "palette.npy"
 
 
-def start(where: Path, run: Run, palette: Path, resume: bool = False, data: dict[str, str] = DATA) -> None:
+def start(where: Path, run: Run, palette: Path, resume: bool = False, data: DataFacts = DATA) -> None:
     run_dir.check(where, run, data, palette, resume)
     run_dir.record(where, run, data, palette, cpu_kernels.used())
 
@@ -59,7 +60,7 @@ def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, 
     ):
         start(where, masked, palette, resume=True)
     with pytest.raises(ValueError, match=r"dataset_hash is d there and e here"):
-        start(where, join(recipe, ZERO, 2), palette, True, DATA | {"dataset_hash": "e"})
+        start(where, join(recipe, ZERO, 2), palette, True, dataclasses.replace(DATA, dataset_hash="e"))
     with pytest.raises(ValueError, match=r"order is 2 there and stream here"):
         start(where, join(recipe, ZERO, 2), palette, True, DATA | {"order": "stream"})
 

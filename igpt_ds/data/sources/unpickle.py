@@ -104,7 +104,7 @@ class _Unpickler(pickle._Unpickler):
         raise _ForbiddenError("it refers to objects outside")
 
 
-def load_pickle(data: bytes, name: str) -> dict[str, Any]:
+def load_pickle(data: bytes, name: str) -> dict[str, object]:
     """The dict in a pickle, its keys as str; values are read-only arrays, lists, dicts, bytes, str or numbers.
 
     `name` is what errors call the file. Strings that Python 2 wrote come as bytes.

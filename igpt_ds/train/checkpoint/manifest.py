@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from igpt_ds.config import Recipe
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.ds_config import STAGES
 from igpt_ds.files import fsync_path, parse_json, sha256_file, write_json
 from igpt_ds.schema import OtherVersionError, UnknownFieldError, record_from, to_json, without_header
@@ -31,28 +32,6 @@ class FileEntry:
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
             raise ValueError(f"name {self.name!r}, which is not the name of a file in the checkpoint")
-
-
-@dataclass(frozen=True)
-class DatasetFacts:
-    """One dataset of a mixture; `share` is how many of order.BLOCK images come from it."""
-
-    path: str
-    dataset_hash: str
-    n_images: int
-    share: int
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """The training images: what `Mixture.facts` or `ShardStream.facts` says."""
-
-    path: str
-    dataset_hash: str
-    palette_hash: str
-    order: int | str | None = None  # the version of the shuffle, or "stream"
-    datasets: tuple[DatasetFacts, ...] | None = None  # of a mixture
-    stream: str | None = None  # the URL of streamed shards
 
 
 @dataclass(frozen=True)

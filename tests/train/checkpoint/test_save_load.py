@@ -12,6 +12,7 @@ import torch
 
 from igpt_ds.cli import SharedError
 from igpt_ds.config import ModelConfig, Recipe
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.files import sha256_file
 from igpt_ds.train.checkpoint.directory import (
     checkpoint_name,
@@ -26,7 +27,6 @@ from igpt_ds.train.checkpoint.directory import (
 from igpt_ds.train.checkpoint.disk import CheckpointWriter, require_space
 from igpt_ds.train.checkpoint.manifest import (
     Checkpoint,
-    DataFacts,
     FileEntry,
     Manifest,
     RunFacts,

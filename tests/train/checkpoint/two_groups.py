@@ -13,10 +13,11 @@ import deepspeed
 import torch
 
 from igpt_ds import cli, dist
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.checkpoint.manifest import DataFacts, Progress, RunFacts
+from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint, verified_checkpoint
 from igpt_ds.train.engine import seed_everything, start_ranks
 from igpt_ds.train.run_dir import read_recipe

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
+from igpt_ds.data.mixture import DataFacts
 from igpt_ds.train.checkpoint.directory import list_checkpoints, prune
-from igpt_ds.train.checkpoint.manifest import DataFacts, GuardStates, Manifest, write_manifest
+from igpt_ds.train.checkpoint.manifest import GuardStates, Manifest, write_manifest
 from igpt_ds.train.safety.rollback import (
     Rollback,
     good_checkpoint,
