@@ -9,43 +9,18 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from igpt_ds.data.exclusion import read_exclusion
+from igpt_ds.data.facts import DataFacts, DatasetFacts
 from igpt_ds.data.order import MAX_IMAGES, ORDER_VERSION, mixed, shares_of
 from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
 
 ON_BAD = ("stop", "skip")
 MAX_BAD = 0.001
 _CHUNK = 1024  # images checked at a time
-
-
-@dataclass(frozen=True)
-class DatasetFacts:
-    """One dataset of a mixture; share: its images in a block of order.BLOCK positions."""
-
-    path: str
-    dataset_hash: str
-    n_images: int
-    share: int
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What identifies the training data in run.json and checkpoints.
-
-    order: the version of the order of images, or "stream". datasets: None for a stream. stream: the URL of a stream.
-    """
-
-    path: str
-    dataset_hash: str
-    palette_hash: str
-    order: int | str | None = None
-    datasets: tuple[DatasetFacts, ...] | None = None
-    stream: str | None = None
 
 
 class Mixture:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from igpt_ds.counter_random import random_words
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.loader import NO_AUGMENT, Augment, Batch, BatchLayout, augment, made_ahead, to_batches
-from igpt_ds.data.mixture import DataFacts
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.shards.index import ShardEntry, read_index
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
-from igpt_ds.data.mixture import DataFacts
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, read_json, write_json
 from igpt_ds.provenance import git_commit

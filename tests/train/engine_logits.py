@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from igpt_ds import cli, dist
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.loader import BatchLayout, Loader
-from igpt_ds.data.mixture import DataFacts
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.cpu_kernels import used

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.config import Finetune, ModelConfig, Recipe, recipe_from_dict, recipe_to_dict
-from igpt_ds.data.mixture import DataFacts
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.files import write_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import fresh_model, save_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from igpt_ds.config import Recipe, recipe_to_dict
-from igpt_ds.data.mixture import DataFacts
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import Run, join
 from igpt_ds.model import cpu_kernels
 from igpt_ds.train import run_dir, session

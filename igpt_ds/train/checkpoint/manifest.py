@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from igpt_ds.config import Recipe
-from igpt_ds.data.mixture import DataFacts
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import STAGES
 from igpt_ds.files import fsync_path, parse_json, sha256_file, write_json
 from igpt_ds.schema import OtherVersionError, UnknownFieldError, record_from, to_json, without_header

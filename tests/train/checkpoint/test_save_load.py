@@ -12,7 +12,7 @@ import torch
 
 from igpt_ds.cli import SharedError
 from igpt_ds.config import ModelConfig, Recipe
-from igpt_ds.data.mixture import DataFacts
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.files import sha256_file
 from igpt_ds.train.checkpoint.directory import (
     checkpoint_name,

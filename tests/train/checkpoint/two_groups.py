@@ -13,7 +13,7 @@ import deepspeed
 import torch
 
 from igpt_ds import cli, dist
-from igpt_ds.data.mixture import DataFacts
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.config import ModelConfig, Recipe
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.loader import Batch
-from igpt_ds.data.mixture import DataFacts
 from igpt_ds.train.checkpoint.directory import list_checkpoints, prune
 from igpt_ds.train.checkpoint.manifest import GuardStates, Manifest, write_manifest
 from igpt_ds.train.safety.rollback import (
