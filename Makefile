@@ -16,12 +16,12 @@ help: ## this list
 
 install: $(INSTALLED) ## set up .venv with the pinned packages of requirements.txt
 
-demo: $(INSTALLED) ## the whole thread on small images: shards, training, features, probes, pictures in runs/demo
-	@$(IN_VENV) bash tools/story.sh digits_nano_ar_8 digits: runs/demo
+demo: $(INSTALLED) ## from images to tables on small images: shards, training, features, probes, pictures in runs/demo
+	@$(IN_VENV) bash tools/paper.sh own runs/demo digits: -- --recipe digits_nano_ar_8 && cat runs/demo/tables.md
 
 SCALE ?= tiny
 OUT ?= runs/paper_$(SCALE)
-paper: $(INSTALLED) ## all tables and figures: SCALE=tiny (minutes), SCALE=cifar DATA=cifar10:PATH (a night), SCALE=full DATA=DIR (its plan; SUBMIT=1 submits)
+paper: $(INSTALLED) ## all tables and figures: SCALE=own DATA=imagefolder:DIR ARGS="-- --recipe NAME", SCALE=tiny (minutes), SCALE=cifar DATA=cifar10:PATH (a night), SCALE=full DATA=DIR (its plan; SUBMIT=1 submits)
 	@$(IN_VENV) if [ "$(SCALE)" = full ]; then SUBMIT="$(SUBMIT)" bash slurm/story_paper.sh full "$(OUT)" "$(DATA)" $(ARGS); \
 	else bash tools/paper.sh "$(SCALE)" "$(OUT)" "$(DATA)" $(ARGS); fi
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The paper on this machine: every stage of a scale, one after another, on every GPU or on two CPU processes.
+# From images to tables on this machine: every stage of a scale, one after another, on every GPU or on two CPU processes.
 #
 #     bash tools/paper.sh SCALE OUT [DATA] [more flags of tools/paper_plan.py]
+#     bash tools/paper.sh own runs/photos imagefolder:photos -- --recipe cifar10_nano_ar_16 --lr 0.001
 #     bash tools/paper.sh tiny runs/paper_tiny
 #     bash tools/paper.sh cifar runs/paper_cifar cifar10:cifar-10-batches-bin
 #
-# What is there is not done again, and an interrupted training goes on from its newest checkpoint: the same command finishes what
-# was begun. Paths are taken from the repository root.
+# Scale own trains one model on your images; flags of train.py follow "--". Finished stages are skipped, and an interrupted training
+# continues from its newest checkpoint: the same command finishes the work. Paths are relative to the repository root.
 set -euo pipefail
 if (($# < 2)); then
   echo "usage: bash tools/paper.sh SCALE OUT [DATA] [more flags of tools/paper_plan.py]" >&2
@@ -20,16 +21,29 @@ if (($#)) && [[ $1 != -* ]]; then
   shift
 fi
 cd "$(dirname "$0")/.."
-repo=.
 [[ -d .venv/bin ]] && PATH=$PWD/.venv/bin:$PATH
-source tools/ranks.sh
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus > 0)); then
+  ranks=$gpus ds_config=ds_configs/zero3_bf16.json
+else
+  ranks=2 ds_config=ds_configs/zero3_fp32.json
+  export DS_ACCELERATOR=cpu
+  threads=1 # of each rank: two ranks use two cores
+fi
+
+on_ranks() { # PROGRAM FLAG...: the program on all ranks
+  local port
+  port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+  OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$@"
+}
+
 plan=$(python tools/paper_plan.py --scale "$scale" "${data[@]}" --out "$out" --gpus "$ranks" --ds_config "$ds_config" --commands "$@")
 mkdir -p "$out/log"
 number=0 total=$(grep -c . <<<"$plan" || true)
 ((total)) || echo "everything is there already"
 while IFS='|' read -r name job _ printed words <&3; do
   [[ -n $name ]] || continue # the only line of an empty plan
-  say "$((++number)) of $total: $name"
+  printf '\n== %s (%d s)\n' "$((++number)) of $total: $name" "$SECONDS"
   eval "words=($words)" # quoted by paper_plan.py
   log=$out/log/$name.log status=0
   case $job in
@@ -38,7 +52,7 @@ while IFS='|' read -r name job _ printed words <&3; do
   esac
   if ((status)); then
     tail -n 20 "$log" >&2
-    echo "paper.sh: error: $name ended with status $status; its output is in $log. The same command goes on from there" >&2
+    echo "paper.sh: error: $name ended with status $status; its output is in $log. The same command continues from there" >&2
     exit "$status"
   fi
   tail -n 1 "$log"

@@ -1,12 +1,14 @@
 """Prints the stages of the paper at a scale and which of them are done; at full scale also GPU-hours and disk.
 
     python tools/paper_plan.py --scale tiny
+    python tools/paper_plan.py --scale own --data imagefolder:photos --out runs/photos -- --recipe cifar10_nano_ar_16 --lr 0.001
     python tools/paper_plan.py --scale full --data /data --gpus 64 --gpu h100-80g
     python tools/paper_plan.py --scale tiny --out runs/paper_tiny --gpus 2 --ds_config ds_configs/zero3_fp32.json --commands
 
 With --commands (for tools/paper.sh and slurm/story_paper.sh) it writes changed recipes into OUT/recipes and prints one line per
 unfinished stage. The fields, separated by "|": name, batch script, needed stages, file for the printed output, and the command,
-quoted for a shell. OUT belongs to one scale, data, size and number of steps; the flags of the machines may change.
+quoted for a shell. OUT belongs to one scale, data, size and number of steps; the flags of the machines may change. Scale own
+trains one model on any images; flags of train.py follow "--" and name its recipe.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.ds_config import load_ds_config
 from igpt_ds.files import read_json, write_json
 from igpt_ds.paper import budget
-from igpt_ds.paper.scales import SCALES, Scale, get_scale
-from igpt_ds.paper.stages import Flags, Stage, chosen, command, stages
+from igpt_ds.paper.scales import SCALES, Scale, Training, get_scale
+from igpt_ds.paper.stage import Flags, Stage, command
+from igpt_ds.paper.stages import chosen, stages
 from igpt_ds.plan.options import network
 from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.train import flags as train_flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the plan, or the commands."""
     args = parse(argv)
     cluster = Cluster(GPUS[args.gpu], args.node_gpus, network(args.nodes_nic))
-    scale = get_scale(args.scale, args.data, args.n_px, args.steps, cluster.gpu.memory)
+    scale = get_scale(args.scale, args.data, args.n_px, args.steps, cluster.gpu.memory, args.training)
     out = args.out or Path("runs") / f"paper_{scale.name}"
     if scale.name == "full" and not Path(args.data).is_dir():  # it may exist on the machine that runs the stages
         print(
@@ -61,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--scale", required=True, choices=SCALES, help="tiny: digits; cifar: small models; full: the paper")
-    data = "cifar: KIND:WHERE of CIFAR-10; full: the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10"
+    scale = "own: one model on your images; tiny: digits; cifar: small models; full: the paper"
+    parser.add_argument("--scale", required=True, choices=SCALES, help=scale)
+    data = "own: KIND:WHERE; cifar: KIND:WHERE of CIFAR-10; full: the directory with ILSVRC2012, CIFAR-10, CIFAR-100, STL-10"
     parser.add_argument("--data", help=data)
     parser.add_argument("--out", type=Path, help="directory for all results; runs/paper_SCALE if not given")
     parser.add_argument("--n_px", type=int, help="cifar: image size in pixels, 16 or 32; 16 if not given")
@@ -76,7 +81,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     best = "ds_config of every training; the plan's choice for each recipe if not given"
     parser.add_argument("--ds_config", type=Path, help=best)
     parser.add_argument("--commands", action="store_true", help="print the unfinished stages as commands, for a script")
-    args = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    cut = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:cut])
+    args.training = asked_training(given[cut + 1 :]) if cut < len(given) else None
     for name in ("gpus", "node_gpus"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -85,9 +93,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def asked_training(words: Sequence[str]) -> Training:
+    """The training that flags of train.py ask for.
+
+    Raises:
+        ValueError: what train.py refuses, or a flag that the stages give.
+    """
+    for name in ("--data", "--run_dir", "--resume"):
+        if any(word.split("=")[0] == name for word in words):
+            raise ValueError(f"{name} after -- is given by the stages themselves; leave it out")
+    args = train_flags.parse("flags of train.py, after --", [*words, "--dry_run"])
+    return Training(train_flags.choose_recipe(args), tuple(words))
+
+
 def asked(args: argparse.Namespace) -> dict[str, object]:
     """The flags that must stay the same in one directory."""
-    return {name: getattr(args, name) or None for name in ("scale", "data", "n_px", "steps")}
+    flags: dict[str, object] = {name: getattr(args, name) or None for name in ("scale", "data", "n_px", "steps")}
+    return flags | ({"training": " ".join(args.training.words)} if args.training else {})
 
 
 def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
@@ -102,7 +124,7 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
         if found != wanted:
             words = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
             raise ValueError(f"{out} holds the paper of {words}; choose another directory, or remove this one")
-    for system in scale.systems:
+    for system in scale.systems if scale.name != "own" else ():
         if target := chosen(system.recipe, out).get("config"):
             Path(str(target)).parent.mkdir(parents=True, exist_ok=True)
             write_json(Path(str(target)), recipe_to_dict(system.recipe))

@@ -24,7 +24,7 @@ from igpt_ds.evaluate.report.tables import TITLES
 from igpt_ds.files import atomic_file, read_json_lines
 from igpt_ds.train.run_dir import read_run
 
-DRAWN = ("layers.png", "training.png")  # by tools/story.sh, and here again
+DRAWN = ("layers.png", "training.png")  # figures of these names are drawn again here
 
 
 def main(argv: Sequence[str] | None = None) -> None:

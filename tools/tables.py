@@ -1,6 +1,6 @@
 """Prints result rows as Markdown: what one run reached at every layer, or the paper's tables with ours beside them.
 
-    python tools/tables.py --results runs/demo/results.jsonl --run_dir runs/demo
+    python tools/tables.py --results runs/demo/results/*.jsonl --run_dir runs/demo/runs/digits_nano_ar_8
     python tools/tables.py --results runs/s/results.jsonl runs/m/results.jsonl --paper 1 2 3 4 5
 
 Without --paper: the validation loss of --run_dir, the best layers, and the accuracy of every layer. With it: those tables of the

@@ -1,9 +1,9 @@
-"""The experiments behind the paper's tables and figures at three scales: images, models, and the measurements of each model.
+"""The experiments behind the paper's tables and figures at four scales: images, models, and the measurements of each model.
 
-In: the location of the images. Out: a `Scale`, plain data; stages.py turns it into commands, budget.py into GPU-hours
-and bytes. `tiny` trains on scikit-learn's digits, minutes on two cores. `cifar` trains small models on CIFAR-10, a night on a CPU
-or one GPU. `full` is the paper itself: the models of Table 5, the measurements of sections 3 and 4. Called by
-tools/paper_plan.py.
+In: the location of the images. Out: a `Scale`, plain data; stages.py turns it into commands, budget.py into GPU-hours and
+bytes. `own` trains one model on any images. `tiny` trains on scikit-learn's digits, minutes on two cores. `cifar` trains small
+models on CIFAR-10, a night on a CPU or one GPU. `full` is the paper itself: the models of Table 5, the measurements of sections
+3 and 4. Called by tools/paper_plan.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from igpt_ds.config import Recipe, get_recipe
 
-SCALES = ("tiny", "cifar", "full")
+SCALES = ("own", "tiny", "cifar", "full")
 VARIANTS = ("untrained", "concat", "low_data")
 _CONCATENATED, _HEADROOM = 5, 1.5  # concatenated layers (paper 4.4); memory of a probe relative to its features
 # Published numbers of images per split; val is split off train (docs/data.md).
@@ -63,6 +63,7 @@ class System:
     finetuned: tuple[str, ...] = ()
     from_scratch: tuple[str, ...] = ()
     finetune_lr: float = 0.0
+    train_words: tuple[str, ...] = ()  # flags of train.py that name the recipe; empty: the recipe's own name
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -90,6 +91,7 @@ class Scale:
     finetune_steps: int | None = None  # instead of epochs
     bf16: bool = False  # compute features and likelihoods in bf16, store features in fp16
     palette_images: int | None = None
+    kinds: tuple[str, ...] = ("normed",)  # of the features that are probed
 
     def of(self, id: str) -> Images:
         """The data set with that id."""
@@ -100,27 +102,49 @@ class Scale:
         return next(system for system in self.systems if system.recipe.name == name)
 
 
-def get_scale(name: str, data: str | None, n_px: int | None = None, steps: int | None = None, gpu_bytes: float = 80e9) -> Scale:
+@dataclass(frozen=True)
+class Training:
+    """A training that the user asks for: its recipe, and the flags of train.py that name and change it."""
+
+    recipe: Recipe
+    words: tuple[str, ...]
+
+
+def get_scale(
+    name: str,
+    data: str | None,
+    n_px: int | None = None,
+    steps: int | None = None,
+    gpu_bytes: float = 80e9,
+    training: Training | None = None,
+) -> Scale:
     """A scale by its name.
 
     Args:
-        data: cifar: KIND:WHERE; full: the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10.
+        data: own, cifar: KIND:WHERE; full: the directory that holds ILSVRC2012, CIFAR-10, CIFAR-100 and STL-10.
         n_px: cifar: 16 or 32.
         steps: of each training and fine-tuning, instead of the scale's own; for a rehearsal.
         gpu_bytes: full: memory of one GPU.
+        training: own: what is trained.
 
     Raises:
-        ValueError: the scale is unknown, data is missing or superfluous, or n_px or steps is invalid.
+        ValueError: the scale is unknown, data or training is missing or superfluous, or n_px or steps is invalid.
     """
     if name not in SCALES:
         raise ValueError(f"scale {name!r} is unknown; known: {', '.join(SCALES)}")
     if name != "tiny" and not data:
-        where = "cifar10:DIR or imagefolder:DIR" if name == "cifar" else "the directory that holds ILSVRC2012, CIFAR and STL-10"
+        where = "the directory that holds ILSVRC2012, CIFAR and STL-10" if name == "full" else "cifar10:DIR or imagefolder:DIR"
         raise ValueError(f"scale {name} needs --data (make: DATA=...): {where}")
     if name == "tiny" and data not in (None, "", "digits:"):
         raise ValueError(f"scale tiny uses scikit-learn's digits, not {data}; leave out --data, or choose scale cifar")
     if n_px is not None and (name != "cifar" or n_px not in (16, 32)):
         raise ValueError(f"--n_px {n_px} must be 16 or 32, and only scale cifar takes it")
+    if (name == "own") != (training is not None):
+        raise ValueError(f"flags of train.py after -- belong to scale own, which needs them; scale {name} was given")
+    if training is not None:
+        if steps is not None:
+            raise ValueError(f"--steps {steps} of scale own is a flag of train.py; write it after --")
+        return _own(training, str(data))
     if name == "tiny":
         scale = _tiny()
     elif name == "cifar":
@@ -167,6 +191,15 @@ def _small(images: Images, recipes: tuple[Recipe, Recipe, Recipe], stages: int, 
         System(bert, images.id, here, finetuned=here, finetune_lr=lr),
     )
     return Scale(palette=images, n_colors=main.model.n_vocab, images=(images,), systems=systems, main=main.name, **more)
+
+
+def _own(training: Training, data: str) -> Scale:
+    """One model on any images; every layer is probed, beside an untrained network and raw pixels."""
+    recipe = training.recipe
+    name = recipe.name.split("_")[0]
+    images = Images(data.split(":")[0] if name == "igpt" else name, data, recipe.model.n_px, {})
+    system = System(recipe, images.id, (images.id,), variants=("untrained",), train_words=training.words)
+    return Scale("own", images, recipe.model.n_vocab, (images,), (system,), recipe.name, kinds=("normed", "raw"))
 
 
 def _tiny() -> Scale:

@@ -8,68 +8,16 @@ slurm/story_paper.sh submits them; both get them from tools/paper_plan.py.
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.config import RECIPES, Recipe
 from igpt_ds.paper.scales import Images, Scale, System
+from igpt_ds.paper.stage import Flags, Stage, Value, words
 
-Value = object  # True: a flag without a value; None or False: the flag is left out; a sequence: several values
-Flags = dict[str, Value]
-# The batch script in slurm/ of each program; all other programs run as tools.
-JOBS = {
-    "train.py": "pretrain",
-    "finetune.py": "finetune",
-    "tools/make_shards.py": "make_shards",
-    "tools/extract_features.py": "extract_features",
-    "tools/linear_probe.py": "probe",
-}
-GPU_TOOLS = ("tools/evaluate.py", "tools/sgd_probe.py", "tools/sample.py")  # one process each, on a GPU
 SAVE_EVERY = 5000  # upper limit on steps between checkpoints
 SGD_LAYERS = 5  # per job: some hours on a GPU
 MASKS = (1, 5)  # draws per training image and per evaluation image (paper 4.6)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command. Paths are relative to the repository root, where commands run."""
-
-    name: str
-    words: tuple[str, ...]  # the program, then its flags
-    leaves: Path  # a file or a directory
-    rows: int = 0  # rows that a complete results file has
-    printed: bool = False  # the output file holds what the command prints
-    needs: tuple[str, ...] = ()  # names of stages
-
-    @property
-    def job(self) -> str:
-        """The batch script's name, "tool", or "gpu_tool"."""
-        return JOBS.get(self.words[0], "gpu_tool" if self.words[0] in GPU_TOOLS else "tool")
-
-    @property
-    def done(self) -> bool:
-        """Whether its output exists and is complete."""
-        if self.job in ("pretrain", "finetune"):
-            return (self.leaves / "FINISHED").exists()
-        return self.leaves.exists() and (not self.rows or self.leaves.read_bytes().count(b"\n") >= self.rows)
-
-
-def command(stage: Stage) -> str:
-    """The stage's words, quoted for a shell."""
-    return shlex.join(stage.words)
-
-
-def words(program: str, flags: Flags, *first: object) -> tuple[str, ...]:
-    """The words of a command; those in `first` precede the flags."""
-    found = [program, *map(str, first)]
-    for name, value in flags.items():
-        if value is None or value is False:
-            continue
-        values = () if value is True else value if isinstance(value, (tuple, list)) else (value,)
-        found += [f"--{name}", *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
-    return tuple(found)
 
 
 def stages(scale: Scale, out: Path, machine: Callable[[Recipe], Flags]) -> list[Stage]:
@@ -133,11 +81,14 @@ class _StageMaker:
     def results(self, name: str) -> Path:
         return self.out / "results" / f"{name}.jsonl"
 
+    def rows_of(self, system: System, images: Images) -> int:
+        return len(images.probed(system.recipe)) * len(self.scale.kinds)
+
     def data(self) -> Iterator[Stage]:
         """The palette, the shards of each data set, and a probe of raw pixels on each."""
         scale, palette = self.scale, self.out / "palette.npy"
-        common: Flags = {"source": scale.palette.source, "n_px": scale.palette.n_px, "crop": scale.palette.crop}
-        flags = common | {"n_colors": scale.n_colors, "max_images": scale.palette_images, "out": palette}
+        flags: Flags = {"source": scale.palette.source, "n_px": scale.palette.n_px, "crop": scale.palette.crop}
+        flags |= {"n_colors": scale.n_colors, "max_images": scale.palette_images, "out": palette}
         yield self.stage("palette", "tools/fit_palette.py", flags, palette)
         for images in scale.images:
             flags = {"source": images.source, "n_px": images.n_px, "crop": images.crop, "palette": palette}
@@ -155,11 +106,13 @@ class _StageMaker:
         """Pre-training; model dir, probes and likelihood at `system.steps`; variants and fine-tuning of the last model."""
         recipe, name = system.recipe, system.recipe.name
         run_dir, data = self.run_dir(name), self.shards(self.scale.of(system.data))
-        save_every = max(steps for steps in range(1, SAVE_EVERY + 1) if system.every % steps == 0)
+        longest = SAVE_EVERY if system.stages > 1 else min(SAVE_EVERY, max(1, recipe.steps // 4))
+        save_every = max(steps for steps in range(1, longest + 1) if system.every % steps == 0)
         kept = {"save_every": save_every, "keep_every": system.every if system.stages > 1 else None}
         seldom = {"val_every": min(SAVE_EVERY, max(1, recipe.steps // 10)), "val_images": 5000}
-        flags = chosen(recipe, self.out) | {"data": data, "run_dir": run_dir, "resume": "auto"} | seldom | kept
-        yield self.stage(f"train-{name}", "train.py", flags | self.machine(recipe), run_dir)
+        flags = {} if system.train_words else chosen(recipe, self.out)
+        flags |= {"data": data, "run_dir": run_dir, "resume": "auto"} | seldom | kept | self.machine(recipe)
+        yield Stage(f"train-{name}", (*words("train.py", flags), *system.train_words), run_dir)
         for step in system.steps:
             model, last = self.model(system, step), step == recipe.steps
             flags = {"run_dir": run_dir, "step": step, "out": model}
@@ -180,7 +133,7 @@ class _StageMaker:
         """Features of the probed layers on these images."""
         features, layers = self.features(name, images), images.probed(system.recipe)
         flags: Flags = {"model": model, "data": self.shards(images), "splits": (images.train_split, images.eval_split)}
-        flags |= {"kinds": "normed", "layers": layers if images.sgd else None}
+        flags |= {"kinds": self.scale.kinds, "layers": layers if images.sgd else None}
         flags |= {"mask_draws": MASKS if system.recipe.objective == "bert" else None}
         flags |= {"precision": "bf16", "dtype": "fp16"} if self.scale.bf16 else {}
         return self.stage(f"features-{name}-{images.id}", "tools/extract_features.py", flags | more | {"out": features}, features)
@@ -198,7 +151,7 @@ class _StageMaker:
                 flags |= {"eval_split": images.eval_split, "out": file}
                 yield self.stage(f"probe-{file.stem}", "tools/sgd_probe.py", flags, file, len(some))
         else:
-            yield self.probe(name, images, features, len(layers))
+            yield self.probe(name, images, features, self.rows_of(system, images))
         if system.recipe.objective == "bert":
             yield self.probe(name, images, features, 1, "mask_vote")
 
@@ -217,7 +170,7 @@ class _StageMaker:
             if variant == "untrained":
                 name = f"{system.recipe.name}-untrained"
                 yield self.extract(system, model, images, name, {"untrained": 0})
-                yield self.probe(name, images, self.features(name, images), len(images.probed(system.recipe)))
+                yield self.probe(name, images, self.features(name, images), self.rows_of(system, images))
             elif variant == "concat":
                 yield self.probe(model.name, images, features, 1, "concat")
             else:
@@ -249,20 +202,15 @@ class _StageMaker:
         return Stage(f"figure-{name}", words("tools/figures.py", flags | {"out": file}, kind, *runs), file)
 
     def pictures(self) -> Iterator[Stage]:
-        """Figures 2, 3 and 4, and more figures of the main model on its first probed data set."""
+        """Figures of the main model on its first probed data set, and Figures 2, 3 and 4 if there are other models."""
         scale, main = self.scale, self.scale.of_recipe(self.scale.main)
         images, model = scale.of(main.probed[0]), self.model(main, main.recipe.steps)
-        features, name = self.features(model.name, images), images.name
+        features = self.features(model.name, images)
         own = [self.results(f"{one}-{images.id}") for one in (model.name, f"{main.recipe.name}-untrained", "pixels")]
         yield self.figure("layers", "layers", {"results": own})
         readers = [system for system in scale.systems if system.recipe.objective == "ar"]
-        shown = [main] if len(main.probed) > 1 else readers
-        last = [f"{self.model(system, system.recipe.steps).name}-{id}" for system in shown for id in system.probed]
-        yield self.figure("datasets", "datasets", {"results": [file for file in self.rows if file.stem in last]})
-        points = [self.model(system, step).name for system in readers if system.stages > 1 for step in system.steps]
-        both = [self.results(f"{point}-{what}") for point in points for what in ("likelihood", images.id)]
-        yield self.figure("loss", "loss", {"results": both, "dataset": name})
-        yield self.figure("objectives", "objectives", {"results": tuple(self.rows)})
+        if len(scale.systems) > 1:
+            yield from self.comparisons(main, readers)
         look: Flags = {"results": own[:1], "features": features}
         yield self.figure("confusion", "confusion", look)
         yield self.figure("neighbours", "neighbours", look | {"data": self.shards(images)})
@@ -270,26 +218,41 @@ class _StageMaker:
             counts = self.run_dir(f"{main.recipe.name}-{id}-finetuned") / "confusion.json"
             title = f"{main.recipe.name} fine-tuned on {scale.of(id).name}, {scale.of(id).eval_split}"
             yield self.figure("confusion_finetuned", "confusion", {"counts": counts, "title": title})
-        runs = [self.run_dir(system.recipe.name) for system in readers if system.recipe.model.n_px == main.recipe.model.n_px]
+        like = [system for system in readers or scale.systems if system.recipe.model.n_px == main.recipe.model.n_px]
+        runs = [self.run_dir(system.recipe.name) for system in like]
         yield self.figure("training", "training", {}, *runs)
+        if main not in readers:
+            return
         samples = self.out / "figures" / "samples.png"
         self.figures.append(samples)
         flags: Flags = {"model": model, "data": self.shards(scale.of(main.data)), "out": samples}
         yield self.stage("samples", "tools/sample.py", flags, samples)
 
+    def comparisons(self, main: System, readers: list[System]) -> Iterator[Stage]:
+        """Figures 2, 3 and 4."""
+        images = self.scale.of(main.probed[0])
+        shown = [main] if len(main.probed) > 1 else readers
+        last = [f"{self.model(system, system.recipe.steps).name}-{id}" for system in shown for id in system.probed]
+        yield self.figure("datasets", "datasets", {"results": [file for file in self.rows if file.stem in last]})
+        points = [self.model(system, step).name for system in readers if system.stages > 1 for step in system.steps]
+        both = [self.results(f"{point}-{what}") for point in points for what in ("likelihood", images.id)]
+        yield self.figure("loss", "loss", {"results": both, "dataset": images.name})
+        yield self.figure("objectives", "objectives", {"results": tuple(self.rows)})
+
     def pages(self) -> Iterator[Stage]:
-        """The paper's tables with all models at their last step, and the report of the main run."""
+        """Tables with all models at their last step (the paper's if there are several), and the report of the main run."""
         main, tables = self.scale.of_recipe(self.scale.main), self.out / "tables.md"
         name, last = main.recipe.name, f"{self.model(main, main.recipe.steps).name}-"
         early = tuple(f"{self.model(system, step).name}-" for system in self.scale.systems for step in system.steps[:-1])
         rows = [file for file in self.rows if not file.stem.startswith(early)]
         runs = [self.run_dir(system.recipe.name) for system in self.scale.systems]
-        flags: Flags = {"results": rows, "paper": (1, 2, 3, 4, 5), "run_dir": runs}
+        paper = (1, 2, 3, 4, 5) if len(runs) > 1 else None
+        flags: Flags = {"results": rows, "paper": paper, "run_dir": runs}
         yield self.stage("tables", "tools/tables.py", flags, tables, printed=True)
         own = (last, f"{name}-untrained-", "pixels-")
         flags["results"] = [file for file in rows if file.stem.startswith(own) or file.parent.name.startswith(f"{name}-")]
         flags["run_dir"] = self.run_dir(name)
         pictures = tuple(path for path in self.figures if path.stem != "layers")  # the report draws that one itself
-        flags |= {"pictures": pictures, "title": f"The paper at scale {self.scale.name}"}
+        flags |= {"pictures": pictures, "title": f"The paper at scale {self.scale.name}" if paper else name}
         report = self.out / "report.html"
         yield self.stage("report", "tools/report.py", flags | {"out": report}, report)

@@ -32,17 +32,13 @@ def program(name: str, words: list[str]) -> tuple[str, list[str]]:
 
 
 def submissions() -> list[tuple[str, str, list[str]]]:
-    """(where, script's name, words for it) of each command in a text, a comment or story_xl.sh."""
+    """(where, script's name, words for it) of each command in a text or a comment."""
     found = []
     for path in [*SCRIPTS, SLURM / "README.md"]:
         for line in path.read_text().replace("\\\n", " ").splitlines():
             command = re.search(
                 r"bash slurm/submit\.sh ((?:--\S+ )*)([a-z_]+) (.*)|sbatch (?:--\S+ )*slurm/()([a-z_]+)\.sbatch (.*)", line
             )
-            if path.name == "story_xl.sh":
-                command = command or re.match(r"submit \S+ ((?:--\S+ )*)([a-z_]+) (.*)", line)
-                line = re.sub(r"^tool (\S+) (\w+)", r"submit \1 tool tools/\2.py", line)
-                command = command or re.match(r"submit \S+ ((?:--\S+ )*)([a-z_]+) (.*)", line)
             if command and "..." not in line and "[" not in line and "$(" not in line:
                 name, rest = [group for group in command.groups() if group is not None][1:3]
                 found.append((path.name, name, shlex.split(rest.split("`")[0].split("; ")[0], comments=True)))

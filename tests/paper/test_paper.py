@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
 import shutil
@@ -16,19 +17,22 @@ from igpt_ds.config import RECIPES, get_recipe
 from igpt_ds.evaluate.report.results import read_all
 from igpt_ds.files import read_json, write_json_lines
 from igpt_ds.paper import budget
-from igpt_ds.paper.scales import SCALES, Images, get_scale
-from igpt_ds.paper.stages import Stage, command, stages
+from igpt_ds.paper.scales import SCALES, Images, Training, get_scale
+from igpt_ds.paper.stage import Stage, command
+from igpt_ds.paper.stages import stages
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
 from igpt_ds.plan.options import DIRECTORY
 from igpt_ds.plan.step_time import GPUS, Cluster
 
 H100S = Cluster(GPUS["h100-80g"])
-DATA = {"tiny": None, "cifar": "cifar10:batches", "full": "data"}
+DATA = {"own": "imagefolder:photos", "tiny": None, "cifar": "cifar10:batches", "full": "data"}
+OWN = Training(get_recipe("cifar10_nano_ar_16"), ("--recipe", "cifar10_nano_ar_16"))
 each_scale = pytest.mark.parametrize("name", SCALES)
 
 
 def planned(name: str, out: Path = Path("out")) -> list[Stage]:
-    return stages(get_scale(name, DATA[name]), out, lambda recipe: {"ds_config": "ds_configs/zero3_bf16.json"})
+    scale = get_scale(name, DATA[name], training=OWN if name == "own" else None)
+    return stages(scale, out, lambda recipe: {"ds_config": "ds_configs/zero3_bf16.json"})
 
 
 @each_scale
@@ -51,8 +55,8 @@ def test_each_stage_needs_what_was_made_before(name: str) -> None:
 
 def test_what_each_scale_is_made_of() -> None:
     kinds = {name: Counter(stage.job for stage in planned(name)) for name in SCALES}
-    assert {name: kinds[name]["pretrain"] for name in SCALES} == {"tiny": 3, "cifar": 3, "full": 8}
-    assert {name: kinds[name]["finetune"] for name in SCALES} == {"tiny": 3, "cifar": 3, "full": 7}
+    assert {name: kinds[name]["pretrain"] for name in SCALES} == {"own": 1, "tiny": 3, "cifar": 3, "full": 8}
+    assert {name: kinds[name]["finetune"] for name in SCALES} == {"own": 0, "tiny": 3, "cifar": 3, "full": 7}
     full = get_scale("full", "data")
     assert {system.recipe.name for system in full.systems} == {name for name in RECIPES if name.startswith("igpt_")}
     assert full.of_recipe("igpt_l_ar_32").steps == (125_000, 250_000, 500_000, 1_000_000)
@@ -127,13 +131,18 @@ def test_shards_are_as_large_as_counted(tiny_dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("huge", None), "scale 'huge' is unknown; known: tiny, cifar, full"),
+        (("huge", None), "scale 'huge' is unknown; known: own, tiny, cifar, full"),
         (("cifar", None), r"scale cifar needs --data \(make: DATA=...\): cifar10:DIR or imagefolder:DIR"),
         (("full", ""), "scale full needs --data .*the directory that holds ILSVRC2012"),
         (("tiny", "cifar10:x"), "scale tiny uses scikit-learn's digits, not cifar10:x; leave out --data"),
         (("cifar", "x:", 24), "--n_px 24 must be 16 or 32"),
         (("tiny", None, 16), "--n_px 16 must be .*only scale cifar takes it"),
         (("tiny", None, None, 7), "--steps 7 must be even and at least 2"),
+        (("own", None, None, None, 0, OWN), r"scale own needs --data \(make: DATA=...\): cifar10:DIR or imagefolder:DIR"),
+        (("own", "x:"), "flags of train.py after -- belong to scale own, which needs them; scale own was given"),
+        (("cifar", "x:", None, None, 0, OWN), "flags of train.py after -- belong to scale own, .*; scale cifar was given"),
+        (("own", "x:", None, 8, 0, OWN), "--steps 8 of scale own is a flag of train.py; write it after --"),
+        (("own", "x:", 16, None, 0, OWN), "--n_px 16 must be .*only scale cifar takes it"),
     ],
 )
 def test_what_no_scale_is(arguments: tuple[Any, ...], message: str) -> None:
@@ -225,6 +234,28 @@ def test_the_commands_for_a_script(tool: Any, tmp_path: Path) -> None:
     assert again[1:] == lines[2:]
     status, _, said = tool("paper_plan", *asked, "--steps", 8)
     assert (status, f"{out} holds the paper of scale tiny; choose another directory, or remove this one" in said) == (2, True)
+
+
+def test_own_images_with_one_recipe_go_all_the_way_to_tables(tool: Any, tmp_path: Path) -> None:
+    out, flags = tmp_path / "out", ["--recipe", "igpt_xl_ar_64", "--lr", "0.001", "--wandb_is_no_flag"]
+    asked = ["--scale", "own", "--data", "imagenet:/data", "--out", out, "--gpus", 64, "--commands", "--"]
+    assert "unrecognized arguments: --wandb_is_no_flag" in tool("paper_plan", *asked, *flags)[2]
+    flags = flags[:-1]
+    lines = {line.split("|")[0]: line.split("|")[1:] for line in tool("paper_plan", *asked, *flags)[1].splitlines()}
+    train = shlex.split(lines["train-igpt_xl_ar_64"][3])
+    assert train[-4:] == flags
+    assert ("--save_every", "5000") in itertools.pairwise(train)
+    assert lines["train-igpt_xl_ar_64"][1] == "shards-imagenet_64"
+    assert "--kinds normed raw" in lines["features-igpt_xl_ar_64-2000000-imagenet_64"][3]
+    assert list(lines)[-2:] == ["tables", "report"]
+    assert "--paper" not in lines["tables"][3]
+    assert not {"figure-loss", "figure-datasets", "figure-objectives"} & set(lines)
+    assert f"{out} holds the paper of scale own" in tool("paper_plan", *asked, *flags, "--clip", 1)[2]
+    assert "--data after -- is given by the stages themselves" in tool("paper_plan", *asked, *flags, "--data", "x")[2]
+    bert = get_scale("own", "x:", training=Training(get_recipe("igpt_s_bert_32"), ("--recipe", "igpt_s_bert_32")))
+    drawn = [stage.name for stage in stages(bert, out, lambda recipe: {})]
+    assert "figure-training" in drawn
+    assert "samples" not in drawn, "a BERT model makes none"
 
 
 @pytest.fixture

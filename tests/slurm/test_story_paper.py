@@ -48,3 +48,30 @@ def test_every_stage_is_a_job_behind_those_that_it_needs(slurm: Any, settings: P
     assert not {"palette", "shards-digits_8", "features-pixels-digits_8", "probe-pixels-digits_8"} & set(again)
     assert "report" in again
     slurm.run("scancel", "--user=root")
+
+
+TOY = ["--steps=8", "--warmup_steps=2", "--batch_images=16", "--n_layer=2", "--n_embd=16", "--val_images=32", "--val_every=4"]
+
+
+def test_own_images_from_shards_to_tables_in_one_submission(slurm: Any, settings: Path, tmp_path: Path) -> None:
+    out, name = tmp_path / "story", "digits_nano_ar_8"
+    command = ["bash", "slurm/story_paper.sh", "own", out, "digits:", "--ds_config=ds_configs/zero3_fp32.json", "--"]
+    command += ["--recipe", name, *TOY]
+    slurm.run(*command, IGPT_DS_CLUSTER=str(settings), SUBMIT="1", timeout=400)
+    jobs = dict(line.split() for line in (out / "jobs.txt").read_text().splitlines())
+    assert {"palette", "shards-digits_8", f"train-{name}", f"model-{name}-8", "tables", "report"} <= set(jobs)
+
+    def story() -> str:
+        return "\n".join(str(slurm.facts(number)) for number in jobs.values())
+
+    last = jobs["report"]
+    slurm.until(lambda: slurm.facts(last)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 900, story)
+    assert slurm.facts(last)["JobState"] == "COMPLETED", story()
+    slurm.until(lambda: slurm.facts(jobs["tables"])["JobState"] == "COMPLETED", 60, story)
+    assert "validation: " in (out / "tables.md").read_text()
+    for picture in ("layers", "training"):
+        assert (out / "figures" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    rows = read_results(out / "results" / f"{name}-8-digits_8.jsonl")
+    assert {row["weights"] for row in rows} == {"trained"}
+    other = slurm.run(*command, "--lr=0.1", IGPT_DS_CLUSTER=str(settings), SUBMIT="1", status=2)
+    assert f"{out} holds the paper of scale own" in other
