@@ -1,17 +1,17 @@
-"""Near-duplicates: which images of a training set show the same as an image of an evaluation set, straight or mirrored.
+"""Near-duplicates: training images that show the same as an evaluation image or its mirror image.
 
-In: two splits of shards. Out: `Found`, the training images with the nearest evaluation image of each. `tools/dedup_shards.py`
+In: two splits of shards. Out: `Found`, the training images and the nearest evaluation image of each. `tools/dedup_shards.py`
 writes the exclusion list from it.
 
-Methods: "phash" (the signs of an image's lowest frequencies, by the library imagehash) and "dhash" (where it grows brighter from
-left to right) give 64 bits an image, compared by the number of bits that differ, and hold against another size, JPEG, palette or
-brightness; "tokens" finds grids that are equal in every token. The mirror image of each evaluation image is looked for as well,
-since training flips images.
+Methods: "phash" (the signs of the lowest frequencies, by the library imagehash) and "dhash" (whether brightness rises from left
+to right) give 64 bits per image. The distance of two images is the number of different bits; it changes little with size, JPEG
+quality, palette or brightness. "tokens" finds token grids that are equal. Each evaluation image is also mirrored, because
+training flips images.
 
-Flat images are left out on both sides and counted. All images of one colour have the same hash, so that a single blank one in
-the evaluation set would exclude every blank one, and they tell a model nothing that a probe could profit from. Flat is: grey
-levels that span less than 8 of 256, or a hash with less than 8 bits of one kind (phash sets half of them in any image with some
-structure); for "tokens", one single token.
+Flat images of both sets are counted and not compared. All images of one colour have the same hash, so one blank evaluation image
+would exclude every blank training image, and blank images do not help a probe. An image is flat if its grey levels span less than
+8 of 256, or if its hash has fewer than 8 ones or fewer than 8 zeros (phash sets half of the bits in any image with some
+structure). For "tokens", an image is flat if all its tokens are equal.
 """
 
 from __future__ import annotations
@@ -33,25 +33,27 @@ METHODS = ("phash", "dhash", "tokens")
 BITS = 64
 FARTHEST = 16  # bits; unlike images differ in 32 of the 64 on average
 _FLAT_LEVELS, _FLAT_BITS = 8, 8
-_BLOCK = 2048  # images read and compared at a time
-_TASK = 8 * _BLOCK  # images that a worker is given at a time
-_PAIRS = 1 << 16  # distances computed at a time: half a MiB, which stays in a core's cache
+_BLOCK = 2048  # images read and compared at once
+_TASK = 8 * _BLOCK  # images per task of a worker
+_PAIRS = 1 << 16  # distances computed at once: half a MiB, which fits the cache of a core
 _NONE = np.iinfo(np.int64).max
 
-_Part = tuple[np.ndarray, np.ndarray, int]  # of a run of training images: ids found, their codes (see `nearest`), flat ones
+_Matches = tuple[
+    np.ndarray, np.ndarray, int
+]  # of some training images: ids found, their codes (see `nearest_query`), flat images
 
 
 @dataclass(frozen=True)
 class Found:
-    """The P training images that are near an evaluation image, rising by id, each with the nearest one."""
+    """The P training images that are near an evaluation image, sorted by id, and the nearest evaluation image of each."""
 
     train_ids: np.ndarray  # int64 [P]
-    eval_ids: np.ndarray  # int64 [P]; of equally near ones the unmirrored first, then the smallest id
-    distances: np.ndarray  # int64 [P], bits that differ
-    mirrored: np.ndarray  # bool [P]: near is the mirror image of the evaluation image
-    flat_train: int  # images that were not compared
+    eval_ids: np.ndarray  # int64 [P]; among equal distances the unmirrored image first, then the smallest id
+    distances: np.ndarray  # int64 [P], different bits
+    mirrored: np.ndarray  # bool [P]: the evaluation image was mirrored
+    flat_train: int  # flat images, which were not compared
     flat_eval: int
-    n_pairs: int  # comparisons made
+    n_pairs: int  # comparisons
 
 
 @dataclass
@@ -62,8 +64,8 @@ class _Queries:
     max_distance: int
     hashes: np.ndarray  # uint64 [Q]; none for "tokens"
     ids: np.ndarray  # int64 [Q]
-    n_straight: int  # the first so many are unmirrored
-    digests: dict[bytes, int] = field(default_factory=dict)  # for "tokens": the query with that digest
+    n_straight: int  # the first n_straight queries are unmirrored
+    digests: dict[bytes, int] = field(default_factory=dict)  # for "tokens": digest -> number of the query
 
 
 def find_duplicates(
@@ -71,21 +73,21 @@ def find_duplicates(
 ) -> Found:
     """Compares every image of `train` with every image of `evaluated` and its mirror image.
 
-    Memory does not grow with the training set, except for what is found. The result does not depend on `workers`.
+    Memory grows with the number of duplicates, not with the training set. The result does not depend on `workers`.
 
     Args:
-        max_distance: bits that may differ, 0..16; "tokens" finds distance 0 alone.
+        max_distance: bits that may differ, 0..16; "tokens" finds distance 0 only.
         workers: processes that read, hash and compare.
 
     Raises:
-        ValueError: the two splits share images, "tokens" of unlike size or palette, a distance or workers without sense, images
-            that are damaged.
+        ValueError: the two splits share images, "tokens" is used with different sizes or palettes, max_distance or workers is
+            out of range, or images are damaged.
     """
     assert method in METHODS
     _check(train, evaluated, method, max_distance, workers)
     queries, flat_eval = _queries(evaluated, method, max_distance)
     spans = [(start, min(start + _TASK, train.n_images)) for start in range(0, train.n_images, _TASK)]
-    parts: Iterator[_Part | str]
+    parts: Iterator[_Matches | str]
     with ExitStack() as stack:
         if workers > 1 and len(spans) > 1:
             pool = stack.enter_context(process_pool(min(workers, len(spans)), "spawn"))
@@ -132,7 +134,7 @@ def _check(train: ShardSet, evaluated: ShardSet, method: str, max_distance: int,
 
 
 def fingerprints(images: np.ndarray, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """Perceptual hashes by imagehash: uint8 [N, h, w, 3] -> uint64 [N], and which of the images are flat, bool [N]."""
+    """Perceptual hashes by imagehash: uint8 [N, h, w, 3] -> uint64 [N], and whether each image is flat, bool [N]."""
     import imagehash
     from PIL import Image
 
@@ -149,7 +151,7 @@ def fingerprints(images: np.ndarray, method: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _digests(grids: np.ndarray) -> list[bytes | None]:
-    """A digest of 192 bits for each token grid of [N, n_px, n_px], so that equal ones mean equal grids; None for a flat one."""
+    """A digest of 192 bits for each token grid of [N, n_px, n_px]; equal digests mean equal grids. None for a flat grid."""
     grids = np.ascontiguousarray(grids)
     flat = (grids == grids[:, :1, :1]).all(axis=(1, 2))
     return [
@@ -158,7 +160,7 @@ def _digests(grids: np.ndarray) -> list[bytes | None]:
 
 
 def _queries(evaluated: ShardSet, method: str, max_distance: int) -> tuple[_Queries, int]:
-    """The evaluation set as queries, and how many of its images are flat."""
+    """The evaluation set as queries, and the number of its flat images."""
     queries = _Queries(method, max_distance, np.empty(0, np.uint64), np.empty(0, np.int64), 0)
     hashes: list[np.ndarray] = []
     ids: list[np.ndarray] = []
@@ -193,7 +195,7 @@ def _blocks(start: int, stop: int) -> Iterator[np.ndarray]:
 # --------------------------------------------------------------------------------------------------- comparison
 
 
-def _search(train: ShardSet, queries: _Queries, span: tuple[int, int]) -> _Part:
+def _search(train: ShardSet, queries: _Queries, span: tuple[int, int]) -> _Matches:
     """Compares the training images start..stop - 1 with the queries."""
     ids: list[np.ndarray] = []
     codes: list[np.ndarray] = []
@@ -207,7 +209,7 @@ def _search(train: ShardSet, queries: _Queries, span: tuple[int, int]) -> _Part:
         else:
             hashes, flat = fingerprints(train.palette.decode(grids), queries.method)
             code = np.full(len(block), _NONE)
-            code[~flat] = nearest(hashes[~flat], queries.hashes, queries.max_distance)
+            code[~flat] = nearest_query(hashes[~flat], queries.hashes, queries.max_distance)
         near = code != _NONE
         ids.append(block[near])
         codes.append(code[near])
@@ -215,8 +217,8 @@ def _search(train: ShardSet, queries: _Queries, span: tuple[int, int]) -> _Part:
     return np.concatenate(ids), np.concatenate(codes), n_flat
 
 
-def _search_there(path: Path, split: str, queries: _Queries, span: tuple[int, int]) -> _Part | str:
-    """`_search` in a worker process, which opens the shards once; of bad shards the message, since not every error can travel."""
+def _search_there(path: Path, split: str, queries: _Queries, span: tuple[int, int]) -> _Matches | str:
+    """`_search` in a worker process, which opens the shards once. Returns an error as its message, which can be pickled."""
     try:
         return _search(_opened(path, split), queries, span)
     except ValueError as error:
@@ -228,27 +230,27 @@ def _opened(path: Path, split: str) -> ShardSet:
     return ShardSet(path, split)
 
 
-def nearest(hashes: np.ndarray, queries: np.ndarray, max_distance: int) -> np.ndarray:
-    """The nearest query of each hash, by comparing all with all: uint64 [N], uint64 [Q] -> int64 [N].
+def nearest_query(hashes: np.ndarray, queries: np.ndarray, max_distance: int) -> np.ndarray:
+    """The nearest query of each hash, by comparing all pairs: uint64 [N], uint64 [Q] -> int64 [N].
 
-    An entry is distance * 2^32 + the query's number (the smallest of equally near ones), or the largest int64 where no query
-    lies within max_distance bits.
+    An entry is distance * 2^32 + the number of the query (the smallest among equal distances), or the largest int64 if no query
+    is within max_distance bits.
     """
     best = np.full(len(hashes), _NONE)
     rows = max(1, _PAIRS // max(1, len(hashes)))
     for start in range(0, len(queries) if len(hashes) else 0, rows):
         distance = bit_count(queries[start : start + rows, None] ^ hashes)
-        if distance.min() <= max_distance:  # seldom, and far cheaper to ask than to look for the places
+        if distance.min() <= max_distance:  # rarely true, and much cheaper than finding the places
             query, place = np.nonzero(distance <= max_distance)
             np.minimum.at(best, place, (distance[query, place].astype(np.int64) << 32) | (start + query))
     return best
 
 
 def bit_count(values: np.ndarray) -> np.ndarray:
-    """The ones among each number's 64 bits: uint64 [..., N] -> uint8 [..., N]."""
+    """The number of ones among 64 bits: uint64 [..., N] -> uint8 [..., N]."""
     if hasattr(np, "bitwise_count"):
         return np.bitwise_count(values)
-    words = np.ascontiguousarray(values).view(np.uint16)  # numpy 1: four look-ups a number
+    words = np.ascontiguousarray(values).view(np.uint16)  # numpy 1: four look-ups per number
     table = _ones()
     counts = table.take(words[..., 0::4])
     for part in range(1, 4):

@@ -1,8 +1,8 @@
-"""Exclusion lists: which images of one split are to be left out, in one JSON file that names the dataset it is about.
+"""Exclusion lists: the images of one split that training leaves out, in a JSON file that identifies the split.
 
-In: image ids and why. Out: a file, and the ids back from it. `tools/dedup_shards.py` writes; training reads and gives the ids to
-`ShardSet(path, split, exclude=ids)`. A list is about the split as it lies on disk: `dataset_hash` is that of the split opened
-without any exclusion, since leaving images out gives another hash.
+In: image ids and the reason. Out: a file, and the ids read from it. `tools/dedup_shards.py` writes; training reads and passes the
+ids to `ShardSet(path, split, exclude=ids)`. `dataset_hash` in a list is the hash of the split without exclusions, because
+excluding images changes the hash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AGAIN = "make the list again with tools/dedup_shards.py"
 
 @dataclass(frozen=True)
 class ExclusionReason:
-    """Why the images of a list are left out. Fields are None where they do not apply.
+    """Why the images of a list are left out. Fields are None if they do not apply.
 
     train, eval: names of the two datasets; flat_train, flat_eval: their images that were too flat to be compared.
     """
@@ -54,8 +54,8 @@ def write_exclusion(path: Path, shards: ShardSet, ids: np.ndarray, about: Exclus
     """Writes the list, atomically.
 
     Args:
-        shards: the split that the ids count in, opened without exclusions.
-        ids: int64 [N], rising and different; none is a list too.
+        shards: the split that the ids belong to, opened without exclusions.
+        ids: int64 [N], strictly increasing; may be empty.
         about: how the images were found, for people who read the list.
     """
     assert ids.ndim == 1
@@ -67,14 +67,14 @@ def write_exclusion(path: Path, shards: ShardSet, ids: np.ndarray, about: Exclus
 
 
 def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
-    """The ids of a list: int64 [N], rising.
+    """The ids of a list: int64 [N], strictly increasing.
 
     Args:
-        shards: the split to leave them out of, opened without exclusions.
+        shards: the split that training reads, opened without exclusions.
 
     Raises:
-        ValueError: no such file, damaged JSON, another format or version, a list about another split or other images, ids that
-            do not rise or that the split does not have, or a list that leaves no image.
+        ValueError: the file is missing or is not JSON; it has another format, version, split or dataset; a field is missing or
+            has another type; ids do not increase or do not exist in the split; or no image would be left.
     """
     content = read_json(path, "exclusion list")
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
@@ -92,8 +92,8 @@ def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
     ids = np.array(listed, dtype=np.int64)
     unsorted = np.flatnonzero(np.diff(ids) <= 0)
     if len(unsorted):
-        pair = f"{ids[unsorted[0]]} stands before {ids[unsorted[0] + 1]}"
-        raise ValueError(f"exclusion list {path} is damaged: its ids must rise, {pair}; {_AGAIN}")
+        pair = f"{ids[unsorted[0]]} comes before {ids[unsorted[0] + 1]}"
+        raise ValueError(f"exclusion list {path} is damaged: its ids must increase, {pair}; {_AGAIN}")
     if len(ids) == shards.n_images:
         raise ValueError(f"exclusion list {path} names all {len(ids)} images of {shards.path}; nothing would be left")
     return ids

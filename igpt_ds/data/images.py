@@ -1,7 +1,7 @@
 """Pixels in and out: an image file's bytes become uint8 [h, w, 3], then squares of n_px; grids of images become one PNG or GIF.
 
-The only module that knows PIL and simplejpeg. `tools/fit_palette.py` and the shard writer decode and square with it, sampling
-and contact sheets save grids with it. The same bytes give the same pixels on every machine, at any number of threads.
+Only this module uses PIL and simplejpeg to read images. `tools/fit_palette.py` and the shard writer decode and crop with it;
+sampling and contact sheets save grids with it. The same bytes give the same pixels on every machine and any number of threads.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from igpt_ds.data.png import without_notes
 from igpt_ds.files import atomic_file
 
-# How a resized pixel is made of its neighbours; each filter widens with the reduction (antialias). The paper names none.
+# Resizing filters; each one widens with the reduction (antialias). The paper names none.
 # Bicubic is the default: it keeps edges sharper than bilinear, and lanczos rings at 32 px.
 FILTERS = ("bicubic", "bilinear", "box", "lanczos")
 DEFAULT_FILTER = "bicubic"
 _TORCH_FILTERS = ("bicubic", "bilinear")  # several times PIL's speed, and within one grey level of it
 
-# none: web images and ready-made small ones; center: the paper's evaluation; random: its training augmentation (3.1).
+# none: web images and small images; center: the paper's evaluation; random: its training augmentation (3.1).
 CROPS = ("none", "center", "random")
 CROP_PX = 224  # side of the paper's crops
 SHORT_SIDES = (256, 384)  # the short side before a random crop, both ends included
-_MAX_ASPECT = 16  # a strip is cut to this many times its width before a resize would make it longer still
+_MAX_ASPECT = 16  # a longer image is cut to this ratio before it is resized
 
 # What PIL may read. Not EPS, for which PIL runs Ghostscript, nor formats that no camera, scanner or web page writes.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "ICNS", "QOI", "TGA",
@@ -54,13 +54,14 @@ _CAPTION_PX = 14  # height of a line of PIL's built-in font
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Decodes an image file's bytes to uint8 [h, w, 3], turned upright as its EXIF says.
+    """Decodes an image file's bytes to uint8 [h, w, 3], in the orientation of its EXIF.
 
-    Grey, CMYK and palette images become RGB, 16-bit grey keeps its upper 8 bits, transparency is laid over white. JPEGs in
-    RGB or grey go through simplejpeg, with PIL's pixels to the bit; what it does not like at once is PIL's to judge.
+    Grey, CMYK and palette images become RGB, 16-bit grey keeps its upper 8 bits, transparent pixels are blended with white.
+    simplejpeg decodes JPEGs in RGB or grey to the same bits as PIL. PIL decodes all other images, and those that simplejpeg
+    refuses.
 
     Raises:
-        ValueError: the bytes are no image, or a torn one, or so large an image that it looks like a decompression bomb.
+        ValueError: the bytes are not an image, the image is truncated, or it is as large as a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
@@ -71,7 +72,7 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
                 return np.array(_rgb(_upright(image))) if pixels is None else pixels
     except UnidentifiedImageError:
         reason = "its bytes are of no known format" if data else "it is empty"
-    except Exception as error:  # decoders meet hostile bytes and raise nearly anything
+    except Exception as error:  # decoders raise nearly anything on hostile bytes
         reason = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(f"{name} cannot be read as an image: {reason}")
 
@@ -84,24 +85,24 @@ def _formats() -> list[str]:
 
 def _refuse_bomb(size: tuple[int, int]) -> None:
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and size[0] * size[1] > limit:  # PIL itself only warns up to twice this limit
+    if limit is not None and size[0] * size[1] > limit:  # PIL only warns up to twice this limit
         raise ValueError(f"its {size[0]} x {size[1]} pixels are more than {limit}, like a decompression bomb's")
 
 
 def _jpeg_pixels(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """The pixels by simplejpeg, or None where PIL must decode: `image` is the same bytes opened, not yet loaded."""
+    """The pixels by simplejpeg, or None if PIL must decode. `image` is opened from the same bytes and not loaded yet."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
     if "exif" in image.info and _turn(image) is not None:  # parsing the EXIF costs a third of a small decode
         return None
     try:
         height, width = simplejpeg.decode_jpeg_header(data)[:2]
-        if (width, height) != image.size:  # the size that passed the check is the size that is decoded
+        if (width, height) != image.size:  # decode only the size that passed the check
             return None
         if image.mode == "RGB":
             return np.asarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
         return np.repeat(simplejpeg.decode_jpeg(data, "GRAY", strict=True), 3, axis=2)
-    except ValueError:  # strict stops at blemishes, such as bytes between markers, that PIL reads over; PIL refuses torn files
+    except ValueError:  # strict refuses e.g. bytes between markers, which PIL ignores; PIL refuses truncated files
         return None
 
 
@@ -143,15 +144,15 @@ def square(
     key: str = "",
     view: int = 0,
 ) -> np.ndarray:
-    """Cuts and resizes as in the paper (3.1): uint8 [h, w, 3] -> [n_px, n_px, 3].
+    """Crops and resizes as in the paper (3.1): uint8 [h, w, 3] -> [n_px, n_px, 3].
 
     crop "none": the short side to n_px, then the central square; an image of n_px x n_px passes unchanged.
     crop "center": the short side to 224, the central 224 x 224, then to n_px.
-    crop "random": the short side to a uniform draw of 256..384, a uniform 224 x 224 window, then to n_px. The draws are a
-    function of (seed, key, view) alone, so that neither order nor worker changes a view. The flip of other recipes is not here.
+    crop "random": the short side to a uniform draw of 256..384, a uniform 224 x 224 window, then to n_px. The draws depend
+    on (seed, key, view) alone, so neither the order nor the worker changes a view. Images are not mirrored here.
 
-    Sides round half to even, an odd remainder of a central cut falls right and below, and a side of more than 16 times the
-    other loses its ends first.
+    Sides round half to even. If a central crop has an odd remainder, the extra pixel is cut at the right or the bottom. If one
+    side is more than 16 times the other, its ends are cut off first.
 
     Raises:
         ValueError: the crop or the filter is unknown, or n_px is not positive.
@@ -205,23 +206,23 @@ def _random_window(image: np.ndarray, resize_filter: str, draws: tuple[int, int,
 
 
 def _draws(seed: int, key: str, view: int) -> tuple[int, int, int]:
-    """Three numbers of 64 bits; JSON keeps (1, "2") and (12, "") apart and holds any string."""
+    """Three 64-bit numbers. JSON distinguishes (1, "2") from (12, "") and can hold any string."""
     digest = hashlib.blake2b(json.dumps([seed, key, view]).encode(), digest_size=24).digest()
     first, second, third = (int.from_bytes(digest[start : start + 8], "little") for start in (0, 8, 16))
     return first, second, third
 
 
 def _below(draw: int, n: int) -> int:
-    """A draw of 64 bits as one of 0..n-1, uniform but for 1 in 2^64 / n."""
+    """A 64-bit draw mapped to 0..n-1, uniform up to 1 in 2^64 / n."""
     return draw * n >> 64
 
 
 def _resize(image: np.ndarray, height: int, width: int, resize_filter: str) -> np.ndarray:
     if resize_filter not in _TORCH_FILTERS:
         return np.array(Image.fromarray(image).resize((width, height), Image.Resampling[resize_filter.upper()]))
-    import torch  # lazily: grids and decoding do without
+    import torch  # lazily: grids and decoding do not need it
 
-    if not image.flags.writeable:  # torch shares memory and warns of arrays that it may not change, though it only reads
+    if not image.flags.writeable:  # torch shares memory and warns about read-only arrays, although it only reads
         image = image.copy()
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(pixels, (height, width), mode=resize_filter, antialias=True)
@@ -229,9 +230,9 @@ def _resize(image: np.ndarray, height: int, width: int, resize_filter: str) -> n
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> None:
-    """Writes images, uint8 [N, h, w, 3], row by row into one PNG: each pixel as scale x scale, grey bars between images.
+    """Writes images, uint8 [N, h, w, 3], row by row into one PNG; each pixel becomes scale x scale, grey bars separate images.
 
-    captions: a short text for each image, drawn below it in one line and cut to its width.
+    captions: a short text per image, drawn below it in one line and truncated to its width.
     """
     assert captions is None or len(captions) == len(images)
     if path.suffix.lower() != ".png":
@@ -253,9 +254,9 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, capt
 def save_gif(
     path: Path, frames: Iterable[np.ndarray], columns: int, scale: int = 1, frame_ms: int = 60, last_ms: int = 3000
 ) -> None:
-    """Writes an endless GIF of grids as `save_grid` lays them out: frames of uint8 [N, h, w, 3], the last one shown for longer.
+    """Writes a looping GIF of grids laid out as by `save_grid`: frames of uint8 [N, h, w, 3]; the last one is shown longer.
 
-    A GIF has 256 colours; those that suit the last frame best serve all frames, so that nothing flickers.
+    All frames use the 256 colours that fit the last frame best, so nothing flickers.
     """
     pictures = [Image.fromarray(_grid(images, columns, scale, 0)[0]) for images in frames]
     colors = pictures[-1].quantize(256)
@@ -266,7 +267,7 @@ def save_gif(
 
 
 def _grid(images: np.ndarray, columns: int, scale: int, caption_px: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The canvas, uint8 [H, W, 3], and the top left corner of each image, with room for a caption below each."""
+    """The canvas, uint8 [H, W, 3], and the top left corner of each image; there is room for a caption below each image."""
     n, height, width, _ = images.shape
     assert min(n, columns, scale) > 0
     columns = min(columns, n)

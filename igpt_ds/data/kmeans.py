@@ -1,32 +1,32 @@
 """k-means over weighted points in three dimensions, fast where the points are the colours of many images.
 
-In: different points, float64 [U, 3], and how often each occurs. Out: k centres. `data/palette.py` fits palettes with it.
+In: distinct points, float64 [U, 3], and how often each occurs. Out: k centres. `data/palette.py` fits palettes with it.
 
-Lloyd's iterations, with longer strides than his, run first on a grid: the points of one cell are one point at their mean, with
-their weights' sum. They are some ten times fewer than the colours of a million pixels, and their centres are near the end
-already; a few iterations over the points themselves follow, the last one Lloyd's own. Distances are exact float64
-from a k-d tree, sums are in the order of the points, and draws come from one seeded generator: the same input gives the same
-bits.
+Lloyd iterations with longer steps run first on a grid, where all points of a cell become one point: their mean, with the sum of
+their weights. The cells are about ten times fewer than the colours of a million pixels, and their centres are already close to
+the result. A few iterations over the points themselves follow; the last one takes a plain Lloyd step. Distances are exact
+float64 from a k-d tree, sums run in the order of the points, and draws come from one seeded generator: the same input gives the
+same bits.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-MAX_PLUS_PLUS = 4096  # more centres than this are drawn at once: k-means++ costs k passes over the points
+MAX_PLUS_PLUS = 4096  # above this, all centres are drawn at once: k-means++ costs k passes over the points
 _GRID_SIDE = 64  # four grey levels a cell
-_CELLS_PER_CENTRE, _MUCH_FEWER = 8, 0.7  # a grid is of use when it has cells enough for k, and far fewer than points
+_CELLS_PER_CENTRE, _MUCH_FEWER = 8, 0.7  # a grid helps if it has enough cells for k, and far fewer cells than points
 _GRID_STEPS, _STEPS = 60, 20
-_GRID_ENOUGH, _ENOUGH = 2e-5, 5e-5  # an iteration that lowers the inertia by less than this part of it is the last
-_STRIDE = 1.8  # of the way to its points' mean that a centre goes, until the last step: Lloyd's own 1 needs twice the steps
+_GRID_ENOUGH, _ENOUGH = 2e-5, 5e-5  # iterations stop when the inertia falls by less than this fraction
+_STRIDE = 1.8  # a centre moves this multiple of the way to its points' mean; plain Lloyd, 1, needs twice the steps
 
 
 def kmeans(points: np.ndarray, weights: np.ndarray, k: int, seed: int = 0, init: np.ndarray | None = None) -> np.ndarray:
-    """Centres, float64 [k, 3], of points, float64 [U, 3] in [-1, 1], all different, with weights, float64 [U] > 0.
+    """Centres, float64 [k, 3], of distinct points, float64 [U, 3] in [-1, 1], with weights, float64 [U] > 0.
 
-    init: the first centres, float64 [k, 3]. Without it: k-means++ (Arthur and Vassilvitskii 2007) on the grid; for k beyond
-    4,096, k different points drawn with probability proportional to weight^(3/5), near the density of an optimal quantiser's
-    centres in three dimensions (Zador). A centre that no point is nearest to moves to where the error is greatest.
+    init: the first centres, float64 [k, 3]. The default is k-means++ (Arthur and Vassilvitskii 2007) on the grid. For k above
+    4,096 it is k distinct points drawn with probability proportional to weight^(3/5), close to the density of the centres of an
+    optimal quantiser in three dimensions (Zador). A centre without points moves to the point with the largest error.
     """
     assert 1 <= k <= len(points)
     grid, mass = _grid(points, weights, k)
@@ -41,7 +41,7 @@ def kmeans(points: np.ndarray, weights: np.ndarray, k: int, seed: int = 0, init:
 
 
 def _grid(points: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means and weights of the occupied cells of the grid; the points themselves where they are few or k is large."""
+    """Means and weights of the occupied cells of the grid; the points themselves if they are few or k is large."""
     cell = np.minimum((points + 1) * (_GRID_SIDE / 2), _GRID_SIDE - 1).astype(np.int64)
     _, member = np.unique((cell[:, 0] * _GRID_SIDE + cell[:, 1]) * _GRID_SIDE + cell[:, 2], return_inverse=True)
     n_cells = int(member.max()) + 1
@@ -78,7 +78,7 @@ def _lloyd(
 
 
 def _plus_plus(points: np.ndarray, weights: np.ndarray, k: int, random: np.random.Generator) -> np.ndarray:
-    """Each next centre is a point drawn with probability proportional to its weighted squared distance to those before."""
+    """Each centre is a point drawn with probability proportional to its weighted squared distance to the centres before it."""
     chosen = [_draw(weights, random)]
     nearest = np.full(len(points), np.inf)
     for _ in range(k - 1):
@@ -95,5 +95,5 @@ def _draw(weights: np.ndarray, random: np.random.Generator) -> int:
 
 
 def _drawn(points: np.ndarray, weights: np.ndarray, k: int, random: np.random.Generator) -> np.ndarray:
-    times = random.exponential(size=len(points)) / weights**0.6  # the k first of racing clocks are such a draw
+    times = random.exponential(size=len(points)) / weights**0.6  # the k smallest exponential times are such a draw
     return points[np.sort(np.argpartition(times, k - 1)[:k])]

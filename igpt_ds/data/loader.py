@@ -1,8 +1,8 @@
-"""Batches: from a number of images seen to tokens and labels, on any rank, without any state of its own.
+"""Batches: tokens and labels for any number of images seen, on any rank. The loader keeps no state.
 
 In: ShardSets or a Mixture of them. Out: uint16 tokens [B, T], int64 labels [B] and int64 positions [B] in the endless stream.
-`train/loop.py` and the evaluation call. What a batch holds is a pure function of (seed, images seen, rank, micro_step), so that
-a resumed run, or one on other ranks, sees the same images.
+`train/loop.py` and the evaluation call. A batch is a pure function of (seed, images seen, rank, micro_step), so a resumed run,
+or a run on another number of ranks, sees the same images.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import batch_layout
 
-_ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; the others belong to the order
-_ORDER_CHUNK = 16384  # positions whose images are computed at once: numpy's price is a call's, not a number's
-_READ_BYTES, _READ_IMAGES = 1 << 22, 1024  # at most so much is read at once and handed over between the threads
-_AHEAD = 1  # such handfuls made in advance, beside the one in the making; more of them leave the core's cache
-_AUGMENT_CHUNK = 128  # images augmented at once: what fits the cache
+_ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; order.py has the others
+_ORDER_CHUNK = 16384  # positions whose images are computed at once, because each numpy call has a fixed cost
+_READ_BYTES, _READ_IMAGES = 1 << 22, 1024  # limits of one read, which one thread hands to the other
+_AHEAD = 1  # reads made in advance, besides the current one; more do not fit the cache of a core
+_AUGMENT_CHUNK = 128  # images augmented at once, to fit the cache
 
 
 class Batch(NamedTuple):
     """One micro batch."""
 
     tokens: torch.Tensor  # uint16 [B, T]; int64 after `to`
-    labels: torch.Tensor  # int64 [B]; [0] where they were not asked for
-    first: int  # the position of its first image in the endless stream; the others follow it
+    labels: torch.Tensor  # int64 [B]; [0] without with_labels
+    first: int  # stream position of its first image; the other images follow it
 
     @property
     def positions(self) -> torch.Tensor:
-        """int64 [B], on the CPU: where in the endless stream each image stands. What is drawn for an image is drawn by this."""
+        """int64 [B], on the CPU: the stream position of each image, which seeds all random draws for the image."""
         return torch.arange(self.first, self.first + len(self.tokens))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch as a network takes it; uint16 crosses to the device, a quarter of what int64 would be."""
+        """The batch as a network takes it. Tokens move to the device as uint16, a quarter of the bytes of int64."""
         tokens = self.tokens.to(device, non_blocking=True).long()
         return Batch(tokens, self.labels.to(device, non_blocking=True), self.first)
 
 
 class Images(Protocol):
-    """What ShardSet, Mixture and ShardStream have in common."""
+    """The members that ShardSet, Mixture and ShardStream share."""
 
     n_px: int
     n_vocab: int
 
     @property
     def path(self) -> object:
-        """Where they lie."""
+        """The location of the images."""
 
 
 class Batches(Protocol):
-    """Where training batches come from: a Loader, or a StreamLoader where there is no random access."""
+    """A source of training batches: a Loader, or a StreamLoader if shards allow no random access."""
 
     def stream(self, images_seen: int) -> Iterator[Batch]:
-        """Every further micro batch of this rank, without end."""
+        """All micro batches of this rank after images_seen images, without end."""
 
 
 def check_shards(shards: Images, model: ModelConfig) -> None:
@@ -82,7 +82,7 @@ def check_shards(shards: Images, model: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a batch is divided: [accumulation, world_size, micro_batch] images; this rank makes the column `rank`.
+    """How a batch is divided: [accumulation, world_size, micro_batch] images; this rank reads column `rank`.
 
     Ranks that share images under sequence parallelism form one group and count as one rank here.
 
@@ -101,13 +101,13 @@ class BatchLayout:
 
     @property
     def accumulation(self) -> int:
-        """Micro batches of one rank in a step."""
+        """Micro batches per rank and step."""
         return self.batch_images // (self.micro_batch * self.world_size)
 
     def positions(self, images_seen: int, first: int, count: int) -> np.ndarray:
         """Stream positions of this rank's micro batches first .. first + count - 1 after images_seen: [count * micro_batch].
 
-        `first` counts micro batches across micro_steps and steps, since a step is accumulation * world_size of them.
+        `first` counts the micro batches of this rank across micro_steps and steps.
         """
         starts = images_seen + (np.arange(first, first + count) * self.world_size + self.rank) * self.micro_batch
         return (starts[:, None] + np.arange(self.micro_batch)).ravel()
@@ -127,11 +127,11 @@ NO_AUGMENT = Augment()
 class Loader:
     """Training batches of one rank.
 
-    The stream of images is endless and the same for every layout: see `Mixture`. A step takes the next batch_images positions,
-    laid out as [accumulation, world_size, micro_batch].
+    The stream of images is endless and the same for every layout: see `Mixture`. A step uses the next batch_images positions,
+    divided as [accumulation, world_size, micro_batch].
 
     Args:
-        with_labels: read labels too; without, a batch has none, and they cost nothing.
+        with_labels: read labels too; otherwise batches have no labels.
 
     Raises:
         ValueError: labels of datasets with different classes.
@@ -152,20 +152,20 @@ class Loader:
             raise ValueError(f"{self.mixture.path} have different classes, so their labels cannot be mixed; name one dataset")
 
     def batch(self, images_seen: int, micro_step: int) -> Batch:
-        """This rank's share of one micro_step of the step that begins after images_seen images: B = micro_batch."""
+        """This rank's images of one micro_step of the step after images_seen images: B = micro_batch."""
         assert 0 <= micro_step < self.layout.accumulation
         positions = self.layout.positions(images_seen, micro_step, 1)
         return self._read(positions, *self.mixture.images_at(positions, self.seed))[0]
 
     def stream(self, images_seen: int) -> Iterator[Batch]:
-        """Every further micro batch, without end, made ahead of time by one thread.
+        """All micro batches after images_seen images, without end. One thread prepares them in advance.
 
-        An error in the thread is raised here, at the batch that it belongs to. Closing the iterator ends the thread.
+        An error in the thread is raised here, at the batch that caused it. Closing the iterator ends the thread.
         """
         return made_ahead(self._chunks(images_seen))
 
     def _chunks(self, images_seen: int) -> Generator[list[Batch], None, None]:
-        """The micro batches in handfuls: each step costs a call, whatever the number of images."""
+        """The micro batches in lists, because each numpy call has a fixed cost."""
         many = max(1, _ORDER_CHUNK // self.layout.micro_batch)
         images = min(_READ_IMAGES, _READ_BYTES // (2 * self.mixture.n_px**2))
         few = max(1, images // self.layout.micro_batch) * self.layout.micro_batch
@@ -177,7 +177,7 @@ class Loader:
                 part = slice(start, start + few)
                 try:
                     batches = self._read(positions[part], which[part], ids[part])
-                except ValueError:  # once more, one by one, so that the batches before the damaged one still come
+                except ValueError:  # read one by one, so that batches before the damaged one still arrive
                     for first in range(start, min(start + few, len(ids)), self.layout.micro_batch):
                         part = slice(first, first + self.layout.micro_batch)
                         yield self._read(positions[part], which[part], ids[part])
@@ -192,9 +192,10 @@ class Loader:
 
 
 def made_ahead(chunks: Generator[list[Batch], None, None]) -> Iterator[Batch]:
-    """The batches of an endless generator of lists, which runs in one thread a few lists ahead.
+    """The batches of an endless generator of lists. The generator runs in one thread, a few lists ahead.
 
-    An error in the thread is raised here in its turn. Closing this iterator ends the thread and closes the generator.
+    An error in the thread is raised here, at its place in the order. Closing this iterator ends the thread and closes the
+    generator.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
         ahead: deque[Future[list[Batch]]] = deque()
@@ -221,11 +222,11 @@ def to_batches(grids: np.ndarray, labels: np.ndarray, positions: np.ndarray, mic
 def one_pass(
     n_images: int, batch: int, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """The numbers of a split's images in one pass over it: int64 [B] and their weight, float32 [B], B = batch.
+    """One pass over a split: image ids, int64 [B], and their weights, float32 [B], B = batch.
 
-    Every rank makes the same number of batches. Where images run out the last one is repeated with weight 0 (else 1), so that
-    sum(weight * loss) / sum(weight) over all ranks is the exact mean. `limit` takes that many images, evenly spread over the
-    split, since sources come class by class.
+    Every rank gets the same number of batches. Weights are 1. When images run out, the last image is repeated with weight 0, so
+    sum(weight * loss) / sum(weight) over all ranks is the exact mean. `limit` selects that many images, evenly spread over the
+    split, because sources list one class after another.
     """
     n = n_images if limit is None else min(limit, n_images)
     assert n > 0
@@ -237,7 +238,7 @@ def one_pass(
 def sequential(
     shards: ShardSet, batch: int, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`one_pass` over a split with what stands there, without augmentation: (tokens uint16 [B, T], labels int64 [B], weight)."""
+    """`one_pass` over a split, without augmentation: (tokens uint16 [B, T], labels int64 [B], weight)."""
     for ids, weight in one_pass(shards.n_images, batch, rank, world_size, limit):
         tokens, labels = shards.read(ids)
         yield torch.from_numpy(tokens.reshape(batch, -1)), torch.from_numpy(labels), weight
@@ -246,8 +247,8 @@ def sequential(
 def augment(grids: np.ndarray, positions: np.ndarray, seed: int, pad: int, flip: bool) -> np.ndarray:
     """A fresh variant of each image, uint16 [B, n_px, n_px] -> the same shape, drawn by stream position alone (paper 3.1).
 
-    Reflect-padded by `pad` on each side, then a random window, then mirrored for half of the images. The palette maps each pixel
-    by itself, so that doing this to tokens equals doing it to pixels.
+    Each image is reflect-padded by `pad` on each side, cropped at a random place, and mirrored with probability one half. The
+    palette maps each pixel separately, so augmenting tokens equals augmenting pixels.
     """
     if not (pad or flip):
         return grids
@@ -263,14 +264,14 @@ def augment(grids: np.ndarray, positions: np.ndarray, seed: int, pad: int, flip:
             variants[:] = windows[np.arange(len(windows)), top[part], left[part]]
         else:
             variants[:] = grids[part]
-        if flip:  # by torch, which turns rows several times faster than numpy
+        if flip:  # torch mirrors rows several times faster than numpy
             turned = torch.from_numpy(variants.view(np.int16)[mirrored[part]]).flip(2)
             variants[mirrored[part]] = turned.numpy().view(np.uint16)
     return result
 
 
 def _reflect_padded(grids: np.ndarray, pad: int) -> np.ndarray:
-    """Mirrors at the border pixel, which is not repeated: [B, n, n] -> [B, n + 2 pad, n + 2 pad], 0 < pad < n."""
+    """Reflection that does not repeat the border pixel: [B, n, n] -> [B, n + 2 pad, n + 2 pad], 0 < pad < n."""
     B, n_px, _ = grids.shape
     padded = np.empty((B, n_px + 2 * pad, n_px + 2 * pad), dtype=grids.dtype)
     inner = padded[:, pad:-pad]

@@ -1,7 +1,7 @@
-"""The training images: one dataset, or several mixed by weight, as one endless stream; and what happens to damaged ones.
+"""The training images as one endless stream: one dataset, or several mixed by weight. Damaged images stop it or are skipped.
 
 In: ShardSets, weights, exclusion lists. Out: tokens and labels of stream positions. `data/loader.py` and train.py call. The
-stream is a function of (seed, position) alone; nothing grows with the number of images.
+stream depends on (seed, position) alone; memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ _CHUNK = 1024  # images checked at a time
 
 
 class Mixture:
-    """Datasets that are trained on together, each in its own shuffled order, in constant proportions.
+    """Datasets for one training, each in its own shuffled order, in constant proportions.
 
-    Attributes: shard_sets; shares, of each dataset in a block of order.BLOCK positions; n_images of all; path, all of them in
-    words; n_px, n_vocab, classes, palette_hash; dataset_hash: with one dataset its own, else of their hashes and shares in order.
+    Attributes: shard_sets; shares, the positions of each dataset in a block of order.BLOCK; n_images, the sum over datasets;
+    path, all paths joined; n_px, n_vocab, classes, palette_hash; dataset_hash: that of the only dataset, or a hash of all dataset
+    hashes and shares in order.
 
     Args:
-        weights: one number above 0 for each dataset; in proportion to the numbers of images when left out.
-        on_bad: "stop" raises DamagedImagesError; "skip" takes the next image that is whole instead, the last one's next being the
-            first: a function of the image id, so the same on every rank. Each damaged image is named on stderr when first met.
+        weights: one number above 0 per dataset; the default is in proportion to the numbers of images.
+        on_bad: "stop" raises DamagedImagesError; "skip" uses the next intact image instead (after the last image, the first). The
+            replacement depends on the image id alone, so it is the same on every rank. Each damaged image is named once on
+            stderr.
         max_bad: the fraction of a dataset's images that may be skipped.
 
     Raises:
-        ValueError: the datasets differ in n_px or palette, weights that do not fit, a dataset of more than order.MAX_IMAGES.
+        ValueError: the datasets differ in n_px or palette, the weights do not match the datasets, or a dataset has more than
+            order.MAX_IMAGES images.
     """
 
     def __init__(
@@ -71,8 +74,8 @@ class Mixture:
             lines = [f"{shards.dataset_hash} {share}" for shards, share in zip(self.shard_sets, self.shares, strict=True)]
             self.dataset_hash = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         none: np.ndarray = np.empty(0, dtype=np.int64)
-        self._bad = [none for _ in self.shard_sets]  # damaged images, sorted
-        self._good = [none for _ in self.shard_sets]  # which to take instead
+        self._bad = [none for _ in self.shard_sets]  # sorted ids of damaged images
+        self._good = [none for _ in self.shard_sets]  # ids of their replacements
 
     def facts(self) -> DataFacts:
         """What identifies the training data."""
@@ -83,11 +86,12 @@ class Mixture:
         return DataFacts(self.path, self.dataset_hash, self.palette_hash, ORDER_VERSION, datasets=parts)
 
     def images_at(self, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The images at some positions of the stream: int64 [B] -> which dataset [B], image ids in it [B]."""
+        """The images at some positions of the stream: int64 [B] -> number of the dataset [B], image ids in it [B]."""
         return mixed(positions, self.shares, self._sizes, seed)
 
     def read(self, which: np.ndarray, ids: np.ndarray, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens uint16 [B, n_px, n_px] and labels int64 [B] of images as `images_at` names them; labels [0] if not wanted.
+        """Tokens uint16 [B, n_px, n_px] and labels int64 [B] of images as `images_at` gives them. Labels are [0] without
+        with_labels.
 
         Raises:
             DamagedImagesError: with on_bad "stop".
@@ -118,7 +122,7 @@ class Mixture:
                 self._note(k, error.ids)
 
     def _note(self, k: int, damaged: np.ndarray, aloud: bool = True) -> None:
-        """Takes note of damaged images, names the new ones, and refuses too many."""
+        """Records damaged images, names the new ones, and refuses too many."""
         shards = self.shard_sets[k]
         new = np.setdiff1d(damaged, self._bad[k])
         bad = np.union1d(damaged, self._bad[k])
@@ -133,16 +137,16 @@ class Mixture:
         good[good == shards.n_images] = good[0] if bad[0] == 0 else 0
         self._bad[k], self._good[k] = bad, good
         for place in bad.searchsorted(new) if aloud else ():
-            line = f"image {bad[place]} of {shards.path} ({shards.split}) is damaged; image {good[place]} is taken instead"
+            line = f"image {bad[place]} of {shards.path} ({shards.split}) is damaged; image {good[place]} is used instead"
             print(line, file=sys.stderr, flush=True)
 
     @property
     def n_skipped(self) -> int:
-        """How many damaged images are known by now."""
+        """The number of damaged images found so far."""
         return sum(len(bad) for bad in self._bad)
 
     def damaged(self, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
-        """Reads this rank's share of all images; for each dataset the sorted ids, int64, of the damaged ones."""
+        """Reads this rank's share of all images. Returns the sorted ids, int64, of the damaged images of each dataset."""
         found = []
         for shards in self.shard_sets:
             bad = [np.empty(0, dtype=np.int64)]
@@ -155,12 +159,12 @@ class Mixture:
         return found
 
     def skip(self, damaged: Sequence[np.ndarray], aloud: bool = True) -> None:
-        """Takes note of damaged images before they are met: sorted ids for each dataset, as `damaged` finds them.
+        """Records damaged images before training reads them: sorted ids for each dataset, from `damaged`.
 
-        With `aloud` they are named on stderr.
+        `aloud` names them on stderr.
 
         Raises:
-            ValueError: they are more than max_bad of a dataset's images.
+            ValueError: more than max_bad of a dataset's images are damaged.
         """
         for k, ids in enumerate(damaged):
             if len(ids):
@@ -178,8 +182,8 @@ def open_mixture(
     """Opens a split of dataset directories, without the images that exclusion lists name.
 
     Raises:
-        ValueError: as ShardSet and Mixture do; an exclusion list that is about none of the datasets, or two about one; a dataset
-            twice.
+        ValueError: the reasons of ShardSet and Mixture; an exclusion list matches none of the datasets, two lists match one
+            dataset, or a dataset is named twice.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"--data {' '.join(map(str, paths))} names a dataset twice; give it a larger weight instead")
@@ -195,7 +199,7 @@ def open_mixture(
 
 
 def _matching(file: Path, shard_sets: list[ShardSet]) -> tuple[int, np.ndarray]:
-    """Which dataset an exclusion list is about, and the ids."""
+    """The number of the dataset that an exclusion list belongs to, and the ids."""
     refusals = []
     for k, shards in enumerate(shard_sets):
         try:

@@ -1,8 +1,8 @@
 """The order of the training images: a pure function from a position in the endless stream to an image.
 
 In: stream positions, the number of images, a seed. Out: image ids. `data/mixture.py` and `data/streaming.py` call. Nothing is
-stored: epoch e is the permutation that (seed, e) select, computed for just the positions asked, so that resuming at any
-position costs nothing.
+stored. (seed, epoch) selects a permutation, which is computed for the requested positions only, so resuming at any position
+costs nothing.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 
 from igpt_ds.counter_random import random_words
 
-ORDER_VERSION = 2  # a change of any number below is another order: raise this
+ORDER_VERSION = 2  # raise this if any number below changes, because the order changes too
 
 MAX_IMAGES = 2**32 - 1
 BLOCK = 4096  # positions in which several datasets have exactly their shares
 
-_ROUNDS = 6  # four make a Feistel network hard to tell from random
-_SMALL, _SMALL_ROUNDS = 1024, 16  # halves of only a few bits need more of them
+_ROUNDS = 6  # four rounds make a Feistel network hard to distinguish from random
+_SMALL, _SMALL_ROUNDS = 1024, 16  # halves of only a few bits need more rounds
 _ORDER, _SLOTS, _DATASET = 0, 4, 5  # purposes of random words
 
 
 def shuffled(positions: np.ndarray, n_images: int, seed: int) -> np.ndarray:
     """The image at each position of the stream: int64 [B] -> int64 [B] in 0 .. n_images - 1; n_images at most MAX_IMAGES.
 
-    Position p is place p % n_images of epoch p // n_images; in each epoch every image comes exactly once, in another order.
+    Position p is place p % n_images of epoch p // n_images. Each epoch has every image exactly once, in a different order.
     """
     return _permuted(positions, n_images, seed, _ORDER)
 
@@ -34,9 +34,9 @@ def shuffled(positions: np.ndarray, n_images: int, seed: int) -> np.ndarray:
 def mixed(positions: np.ndarray, shares: list[int], sizes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The images at some positions of a stream of several datasets: int64 [B] -> which dataset [B], image ids in it [B].
 
-    The stream is divided into blocks of sum(shares) positions. A block holds dataset k in exactly shares[k] of its places, which
-    a permutation of its own chooses, and goes on in that dataset's own stream of `shuffled` images where the block before it
-    ended: each dataset's images come exactly once in each of its epochs. A dataset alone has the order of `shuffled`.
+    The stream is divided into blocks of sum(shares) positions. Each block has dataset k in exactly shares[k] of its places,
+    chosen by a permutation per block. The images at these places continue that dataset's own stream of `shuffled` images, so each
+    dataset's images come exactly once in each of its epochs. A single dataset has the order of `shuffled`.
     """
     if len(shares) == 1:
         return np.zeros(len(positions), dtype=np.int64), shuffled(positions, sizes[0], seed)
@@ -55,7 +55,7 @@ def mixed(positions: np.ndarray, shares: list[int], sizes: list[int], seed: int)
 
 
 def shares_of(weights: list[float]) -> list[int]:
-    """How many of each BLOCK positions every dataset has, in proportion to the weights: largest remainders, at least one.
+    """How many positions of each BLOCK every dataset gets, in proportion to the weights: largest remainders, at least one.
 
     Raises:
         ValueError: a weight is not a positive number, or too small for one position of a block.
@@ -91,16 +91,16 @@ def _permuted(positions: np.ndarray, n: int, seed: int, purpose: int) -> np.ndar
     else:
         epoch = positions // n
         places = (positions - epoch * n).astype(np.uint32)
-        if epochs[1] - epochs[0] < len(positions):  # draw the keys once an epoch, not once a position
+        if epochs[1] - epochs[0] < len(positions):  # draw keys once per epoch instead of once per position
             words = random_words(seed, purpose, np.arange(epochs[0], epochs[1] + 1))[epoch - epochs[0]]
         else:
             words = random_words(seed, purpose, epoch)
         keys = _round_keys(words, n)
     columns = math.isqrt(n - 1) + 1
-    rows = -(-n // columns)  # a grid of rows x columns, no larger than needed: at most a row holds no images
+    rows = -(-n // columns)  # a grid of rows x columns with less than one row more than needed
     ids = _feistel(places, rows, columns, keys)
     outside = np.flatnonzero(ids >= n)
-    while len(outside):  # cycle walking: permute the grid again until inside
+    while len(outside):  # cycle walking: permute again until the id is below n
         again = _feistel(ids[outside], rows, columns, [key if len(key) == 1 else key[outside] for key in keys])
         ids[outside] = again
         outside = outside[again >= n]
@@ -108,7 +108,7 @@ def _permuted(positions: np.ndarray, n: int, seed: int, purpose: int) -> np.ndar
 
 
 def _round_keys(words: np.ndarray, n: int) -> list[np.ndarray]:
-    """Two 32-bit keys for each round from a 64-bit word for each position, or one for all: uint64 [N] -> uint32 [N] each."""
+    """Two 32-bit keys per round from one 64-bit word per position, or one word for all: uint64 [N] -> uint32 [N] each."""
     low, high = words.astype(np.uint32), (words >> np.uint64(32)).astype(np.uint32)
     keys = []
     for number in range(_SMALL_ROUNDS if n <= _SMALL else _ROUNDS):
@@ -117,10 +117,10 @@ def _round_keys(words: np.ndarray, n: int) -> list[np.ndarray]:
 
 
 def _feistel(places: np.ndarray, rows: int, columns: int, keys: list[np.ndarray]) -> np.ndarray:
-    """A keyed permutation of the cells of a grid, uint32 [N] in 0 .. rows * columns - 1, two keys a round.
+    """A keyed permutation of the cells of a grid, uint32 [N] in 0 .. rows * columns - 1, two keys per round.
 
-    In turn the row is moved by a hash of the column, and the column by a hash of the row; each move can be undone. 32-bit words
-    and in-place operations, since this runs once for every image that is read.
+    Rounds alternate: a hash of the column moves the row, a hash of the row moves the column. Each move is invertible. Words have
+    32 bits and operations work in place, because this runs for every image that is read.
     """
     row = places // np.uint32(columns)
     column = places - row * np.uint32(columns)
@@ -137,7 +137,7 @@ def _feistel(places: np.ndarray, rows: int, columns: int, keys: list[np.ndarray]
         np.multiply(hashed, np.uint32(n_moved), out=hashed)  # below 2^16 * 2^16
         np.right_shift(hashed, np.uint32(16), out=hashed)  # 0 .. n_moved - 1
         np.add(moved, hashed, out=moved)
-        np.subtract(moved, np.uint32(n_moved), out=scratch)  # wraps round below 0, so that the smaller one is the remainder
+        np.subtract(moved, np.uint32(n_moved), out=scratch)  # wraps around below 0, so the smaller value is the remainder
         np.minimum(moved, scratch, out=moved)
         moved, other, n_moved, n_other = other, moved, n_other, n_moved
     return row * np.uint32(columns) + column

@@ -1,7 +1,7 @@
-"""The palette: V colours that stand for every pixel (paper 3.2), so that an image is a grid of 9-bit tokens instead of RGB bytes.
+"""The palette: V colours that replace the colours of all pixels (paper 3.2). An image becomes a grid of 9-bit tokens.
 
 In: uint8 pixels. Out: uint16 tokens, and back. The shard writer encodes with it, sampling decodes with it, and
-`tools/fit_palette.py` makes one by k-means. Colours live in model space, x / 127.5 - 1, as in OpenAI's release.
+`tools/fit_palette.py` fits one by k-means. Colours are in model space, x / 127.5 - 1, as in OpenAI's release.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from igpt_ds.schema import record_from
 MAX_COLORS = 65536  # tokens are stored in 16 bits
 # Of the 512 colours in kmeans_centers.npy of OpenAI's image-gpt release (the file's own sha256 is c614a3d2..., header included).
 OPENAI_PALETTE_HASH = "017426d148bc9650db9174810c0bd1c7a0d8a8d5b8ae6200465f4d34ebfb02f0"
-# What an object compares directly, in pixels x colours, before it looks for a cached table, and before it builds one.
+# Work done by direct comparison, in pixels x colours, before a palette looks for a cached table, and before it builds one.
 _WORK_BEFORE_LOADING, _WORK_BEFORE_BUILDING = 1 << 22, 1 << 27  # 8,192 and 262,144 pixels with 512 colours: 0.01 s and 0.4 s
 
 
@@ -49,7 +49,7 @@ class _TableState:
 class Palette:
     """V colours, float32 [V, 3] in [-1, 1]. Compare two palettes by their `hash`.
 
-    file: where it was loaded from; the table of `prepare_table` is looked for beside it.
+    file: the file that it was loaded from; the table of `prepare_table` lies beside it.
     """
 
     colors: np.ndarray
@@ -60,12 +60,12 @@ class Palette:
         assert self.colors.dtype == np.float32
         assert self.colors.shape == (len(self.colors), 3)
         assert 1 <= len(self.colors) <= MAX_COLORS
-        colors = np.array(self.colors, order="C")  # a copy that nobody can change under the hash
+        colors = np.array(self.colors, order="C")  # a read-only copy, because the hash is cached
         colors.setflags(write=False)
         object.__setattr__(self, "colors", colors)
 
     def __reduce__(self) -> tuple[type[Palette], tuple[np.ndarray, Path | None]]:
-        return Palette, (self.colors, self.file)  # without the table, which another process maps for itself
+        return Palette, (self.colors, self.file)  # without the table: another process maps it itself
 
     def __len__(self) -> int:
         return len(self.colors)
@@ -77,14 +77,14 @@ class Palette:
 
     @property
     def name(self) -> str:
-        """What to call it in print."""
+        """Its name in printed text."""
         return "OpenAI's palette" if self.hash == OPENAI_PALETTE_HASH else f"palette {self.hash[:16]}"
 
     def encode(self, image: np.ndarray) -> np.ndarray:
         """The nearest colour of each pixel: uint8 [..., 3] -> uint16 [...].
 
-        Exact: the smallest sum over R, G, B of squared differences in float64 model space; the first index wins a tie.
-        The first pixels are compared directly, later ones are looked up in a table of all colours.
+        Exact: the smallest sum over R, G, B of squared differences in float64 model space; the lowest index wins a tie. The first
+        pixels are compared directly; later ones are looked up in a table of all colours.
         """
         assert (image.dtype, image.shape[-1]) == (np.uint8, 3)
         codes = color_codes(image)
@@ -97,7 +97,7 @@ class Palette:
         return nearest(code_pixels(different), self.colors)[0].astype(np.uint16)[inverse].reshape(codes.shape)
 
     def _table_for(self, n_pixels: int) -> np.ndarray | None:
-        """The table once it is worth its making, else None."""
+        """The table, or None while a table would cost more than it saves."""
         state = self._state
         state.work += n_pixels * len(self)
         if state.work > _WORK_BEFORE_LOADING and not state.looked and self.file is not None:
@@ -123,11 +123,12 @@ def _say_not_used(reason: str) -> None:
 def load_palette(path: Path) -> Palette:
     """Reads a palette from a .npy file, float32 [V, 3] in [-1, 1].
 
-    A file cannot say whether it means [-1, 1] or [0, 1]. Without any negative value it is taken only where the report beside
-    it (palette.json for palette.npy), which `save_palette` writes, names its hash.
+    A file does not say whether its range is [-1, 1] or [0, 1]. A palette without negative values is accepted only if the report
+    beside it (palette.json for palette.npy), which `save_palette` writes, has its hash.
 
     Raises:
-        ValueError: no such file, not a .npy file, another dtype or shape, or values that are not in model space.
+        ValueError: the file is missing or is not a .npy file, the dtype or the shape is wrong, values are not in model space, or
+            a field of the report is missing or has another type.
     """
     try:
         with open(path, "rb") as file:
@@ -147,10 +148,10 @@ def load_palette(path: Path) -> Palette:
 
 
 def prepare_table(path: Path, threads: int = 1) -> Palette:
-    """`load_palette` with the table of all 256^3 colours at hand, built in about a second where it is not cached yet.
+    """`load_palette`, and the table of all 256^3 colours. The table is built in about a second if it is not cached.
 
-    The table goes into `path`.table, 32 MiB, for processes that load the palette later and share its pages. Where it cannot
-    be written this is said on stderr, and the palette works without.
+    The table is cached as `path`.table, 32 MiB; processes that load the palette later share its memory. If the cache cannot be
+    written, a line on stderr says so, and the table stays in this process.
     """
     palette = load_palette(path)
     cache = table_path(path)
@@ -162,7 +163,7 @@ def prepare_table(path: Path, threads: int = 1) -> Palette:
         except OSError as error:
             print(f"the palette's table cannot be cached as {cache}: {error.strerror}", file=sys.stderr, flush=True)
         else:
-            table = load_table(cache, palette.hash, _say_not_used)  # the mapped file, so that this process shares it too
+            table = load_table(cache, palette.hash, _say_not_used)  # the mapped file, which processes share
     palette._state.table, palette._state.looked = table, True
     return palette
 
@@ -184,7 +185,7 @@ def save_palette(path: Path, palette: Palette, report: PaletteReport | None = No
 
 @dataclass(frozen=True)
 class PaletteReport:
-    """The content of palette.json. Fields after n_colors are None where they are unknown.
+    """The content of palette.json. Fields after n_colors are None if unknown.
 
     inertia: sum over pixels of the squared distance in model space. psnr: in dB, of 8-bit pixels. n_pixels, n_unique: pixels that
     were clustered, and different colours among them. The other fields say which images those are of, and how they were made.
@@ -205,7 +206,7 @@ class PaletteReport:
 
 
 def report_path(palette_path: Path) -> Path:
-    """Where the report of a palette file stands."""
+    """The report file of a palette file."""
     return palette_path.with_suffix(".json")
 
 
@@ -233,7 +234,7 @@ def _check_colors(colors: np.ndarray, where: str) -> None:
 
 
 class ColorCounts:
-    """How often each RGB colour occurs: pixels go in image by image, and memory stays bounded however many there are."""
+    """Counts each RGB colour, image by image. Memory does not grow with the number of images."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(N_RGB, dtype=np.int64)
@@ -244,12 +245,12 @@ class ColorCounts:
         self.add_codes(*np.unique(color_codes(pixels), return_counts=True))
 
     def add_codes(self, codes: np.ndarray, counts: np.ndarray) -> None:
-        """Counts different colours, codes int [U], that occur counts [U] times each."""
+        """Adds distinct colours, codes int [U], that occur counts [U] times each."""
         self._counts[codes] += counts
         self.n_pixels += int(counts.sum())
 
     def weighted(self, max_pixels: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """(colours uint8 [U, 3], counts int64 [U]) of all pixels, or of max_pixels drawn from them with replacement."""
+        """(colours uint8 [U, 3], counts int64 [U]) of all pixels, or of max_pixels pixels drawn with replacement."""
         codes = np.flatnonzero(self._counts)
         counts = self._counts[codes]
         if max_pixels is not None and self.n_pixels > max_pixels:
@@ -260,20 +261,20 @@ class ColorCounts:
 
 
 def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palette, PaletteReport]:
-    """k-means over pixels, uint8 [N, 3] (paper 3.2); see `fit_colors` for what comes back."""
+    """k-means over pixels, uint8 [N, 3] (paper 3.2); returns what `fit_colors` returns."""
     counts = ColorCounts()
     counts.add(pixels)
     return fit_colors(*counts.weighted(), n_colors, seed)
 
 
 def fit_colors(colors: np.ndarray, counts: np.ndarray, n_colors: int, seed: int = 0) -> tuple[Palette, PaletteReport]:
-    """k-means over U different colours, uint8 [U, 3], that occur counts [U] times.
+    """k-means over U distinct colours, uint8 [U, 3], that occur counts [U] times.
 
     Returns the palette, its colours ordered by luminance, and a report of the fit. The paper does not say how its palette was
     fitted.
 
     Raises:
-        ValueError: n_colors does not lie between 1 and the number of different colours.
+        ValueError: n_colors is not between 1 and the number of distinct colours.
     """
     if not 1 <= n_colors <= min(len(colors), MAX_COLORS):
         most = min(len(colors), MAX_COLORS)
@@ -290,6 +291,6 @@ def _report(palette: Palette, colors: np.ndarray, counts: np.ndarray) -> Palette
     nearest_colors = palette.colors[palette.encode(colors)].astype(np.float64)
     squares = ((colors / 127.5 - 1 - nearest_colors) ** 2).sum(axis=1)
     inertia, n_pixels = float((squares * counts).sum()), int(counts.sum())
-    squared_error = inertia * 127.5**2 / (3 * n_pixels)  # per 8-bit value
+    squared_error = inertia * 127.5**2 / (3 * n_pixels)  # of one 8-bit value
     psnr = 10 * math.log10(255**2 / squared_error) if squared_error > 0 else math.inf
     return PaletteReport(palette.hash, len(palette), inertia, psnr, n_pixels, len(colors))

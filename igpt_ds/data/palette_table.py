@@ -2,10 +2,10 @@
 
 In: uint8 pixels and a palette's colours, float32 [V, 3] in model space. Out: tokens. `data/palette.py` encodes with it.
 
-The table holds uint16 [256^3], the token of colour R * 65536 + G * 256 + B. It is built by halving the colour cube: a cell
-keeps the colours that can be nearest to one of its points, with a margin far above rounding, and hands them to its eight parts.
-What is left in cells of 4^3 is compared as `nearest` compares, operation by operation, so that the table equals brute force to
-the bit, ties included.
+The table is uint16 [256^3]: the token of colour R * 65536 + G * 256 + B. It is built by subdividing the colour cube. Each cell
+keeps the palette colours that can be nearest to one of its points, with a margin far above rounding errors, and passes them to
+its eight parts. Cells of 4^3 compare the remaining colours with the same operations as `nearest`, so the table equals brute
+force to the bit, including ties.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import numpy as np
 
 from igpt_ds.files import atomic_file
 
-N_RGB = 1 << 24  # every colour that three bytes can hold
-_BLOCK = 1 << 19  # distances computed at a time by brute force: 1024 pixels x 512 colours fit a core's cache
+N_RGB = 1 << 24  # the number of colours of three bytes
+_BLOCK = 1 << 19  # distances computed at once by brute force: 1024 pixels x 512 colours fit the cache of a core
 _LEVELS = np.arange(256) / 127.5 - 1  # the 256 values of a byte in model space, as `nearest` computes them
-_ROOT_SIDE, _LEAF_SIDE = 64, 4  # of the first and the last cells, in colours
+_ROOT_SIDE, _LEAF_SIDE = 64, 4  # side of the first and the last cells, in colours
 _MARGIN = 1e-9  # squared distances below 12 are rounded by some 1e-15
-_MAX_PAIRS = 1 << 19  # (cell, colour) pairs in hand at a time: some 100 MB
-_LEAF_CELLS = 256  # compared together: 16,384 float64 fit a core's cache
-_MAGIC, _HEADER = b"igpt_ds palette table, version 1\n", 4096  # the header fills a page, so that the table starts on one
+_MAX_PAIRS = 1 << 19  # (cell, colour) pairs processed at once: about 100 MB
+_LEAF_CELLS = 256  # cells compared at once: 16,384 float64 fit the cache of a core
+_MAGIC, _HEADER = b"igpt_ds palette table, version 1\n", 4096  # the header fills a page, so the table is page-aligned
 
 
 def color_codes(pixels: np.ndarray) -> np.ndarray:
-    """One number R * 65536 + G * 256 + B a pixel: uint8 [..., 3] -> intp [...]."""
+    """One number per pixel, R * 65536 + G * 256 + B: uint8 [..., 3] -> intp [...]."""
     padded = np.empty(pixels.size + 1, dtype=np.uint8)
     padded[1:] = pixels.reshape(-1)
-    # Each pixel and the byte before it, as one big-endian number at every third byte: three times the speed of three shifts.
+    # Reads each pixel and the byte before it as one big-endian number: three times as fast as three shifts.
     windows: np.ndarray = np.ndarray(pixels.size // 3, dtype=">u4", buffer=padded, strides=(3,))
     codes = windows.astype(np.intp)
     codes &= 0xFFFFFF
@@ -48,7 +48,7 @@ def code_pixels(codes: np.ndarray) -> np.ndarray:
 def nearest(pixels: np.ndarray, colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Nearest colour and its squared distance: uint8 [N, 3], float32 [V, 3] -> int64 [N], float64 [N], by brute force.
 
-    Direct differences: the expansion |a|^2 - 2ab + |b|^2 cancels and can pick another colour where two are almost tied.
+    Differences are computed directly: the expansion |a|^2 - 2ab + |b|^2 cancels and can pick the wrong one of two close colours.
     """
     index, squared = np.empty(len(pixels), dtype=np.int64), np.empty(len(pixels))
     step = max(1, _BLOCK // len(colors))
@@ -70,7 +70,7 @@ def nearest(pixels: np.ndarray, colors: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def build_table(colors: np.ndarray, threads: int = 1) -> np.ndarray:
-    """The token of every colour: float32 [V, 3] -> uint16 [256^3]; the same bits for any number of threads."""
+    """The token of every colour: float32 [V, 3] -> uint16 [256^3]. The bits do not depend on the number of threads."""
     assert 1 <= len(colors) <= 1 << 16
     _, first = np.unique(colors, axis=0, return_index=True)  # of equal colours the lowest index wins
     tokens = np.sort(first)
@@ -92,7 +92,7 @@ def build_table(colors: np.ndarray, threads: int = 1) -> np.ndarray:
 
 
 def _fill(table: np.ndarray, root: np.ndarray, colors: np.ndarray, tokens: np.ndarray) -> None:
-    """Writes the part of the table under one root cell. A set of cells: corners [n, 3], and the colours of each in a row."""
+    """Fills the table in one root cell. A set of cells is corners [n, 3] and the concatenated colours of the cells."""
     work: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]
     work = [(_ROOT_SIDE, root, np.array([len(colors)]), np.arange(len(colors)))]
     while work:
@@ -113,7 +113,7 @@ def _fill(table: np.ndarray, root: np.ndarray, colors: np.ndarray, tokens: np.nd
 def _halve(
     side: int, corners: np.ndarray, counts: np.ndarray, candidates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The eight parts of each cell, one eighth after the other, each with all its cell's candidates."""
+    """The eight parts of all cells, one eighth after the other. Each part has all candidates of its cell."""
     offsets = side * np.array([[r, g, b] for r in (0, 1) for g in (0, 1) for b in (0, 1)])
     parts = (corners[None] + offsets[:, None]).reshape(-1, 3)
     return parts, np.tile(counts, 8), np.tile(candidates, 8)
@@ -122,10 +122,10 @@ def _halve(
 def _prune(
     side: int, corners: np.ndarray, counts: np.ndarray, candidates: np.ndarray, colors: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Drops from each cell the colours that are farther from all of it than the colour nearest to its middle.
+    """Drops from each cell the colours that are farther from every point of it than the colour nearest to its middle.
 
-    The difference of two squared distances is linear in the place, so over a box it is least by |slope| x half a side on each
-    axis below its value in the middle.
+    The difference of two squared distances is linear in the position. Its minimum over a box is its value in the middle minus
+    |slope| x half a side for each axis.
     """
     first, last = _LEVELS[corners], _LEVELS[corners + side - 1]
     middle, half = (first + last) / 2, float(side - 1) / 255
@@ -146,7 +146,7 @@ def _prune(
 def _compare(
     table: np.ndarray, corners: np.ndarray, counts: np.ndarray, candidates: np.ndarray, colors: np.ndarray, tokens: np.ndarray
 ) -> None:
-    """Writes the nearest candidate of every colour of the leaf cells, those with the most candidates first."""
+    """Writes the nearest candidate of every colour of the leaf cells, in descending order of candidates."""
     starts = np.cumsum(counts) - counts
     order = np.argsort(-counts, kind="stable")
     n = 256 // _LEAF_SIDE
@@ -159,11 +159,11 @@ def _compare(
         best = np.full((len(chosen),) + (_LEAF_SIDE,) * 3, np.inf)
         winner = np.zeros(best.shape, dtype=np.uint8 if number[0] <= 256 else np.uint16)
         for rank in range(number[0]):
-            m = int(np.searchsorted(-number, -rank))  # the cells that have a candidate of this rank: a leading part
+            m = int(np.searchsorted(-number, -rank))  # the first m cells have a candidate of this rank
             squares = levels[:m] - colors[candidates[first[:m] + rank]][:, :, None]
             squares *= squares
             distance = (squares[:, 0, :, None] + squares[:, 1, None, :])[..., None] + squares[:, 2, None, None, :]
-            closer = distance < best[:m]  # not <=: candidates come in the palette's order, and the first wins a tie
+            closer = distance < best[:m]  # not <=: candidates are in palette order, and the first one wins a tie
             np.minimum(best[:m], distance, out=best[:m])
             np.maximum(winner[:m], closer * winner.dtype.type(rank), out=winner[:m])
         r, g, b = (corner // _LEAF_SIDE).T
@@ -174,7 +174,7 @@ def _compare(
 
 
 def table_path(palette_path: Path) -> Path:
-    """Where the table of a palette file is cached: beside it."""
+    """The cache file of a palette file's table, in the same directory."""
     return palette_path.with_name(f"{palette_path.name}.table")
 
 
@@ -188,15 +188,15 @@ def save_table(path: Path, table: np.ndarray, palette_hash: str) -> None:
 
 
 def load_table(path: Path, palette_hash: str, say: Callable[[str], None]) -> np.ndarray | None:
-    """Maps a cached table into memory, which processes share; None where there is none, or none that is whole and ours.
+    """Maps a cached table into memory, which processes share. None if there is no intact table of this palette.
 
-    say: is told why a file that is there cannot be used.
+    say: gets the reason if the file exists and cannot be used.
     """
     try:
         with open(path, "rb") as file:
             header = file.read(_HEADER).rstrip(b"\0")
         if not header.startswith(_MAGIC):
-            say(f"{path} is no table of this version")
+            say(f"{path} is not a table of this version")
             return None
         found, digest = [*header[len(_MAGIC) :].decode("ascii", "replace").split("\n"), "", ""][:2]
         if found != palette_hash:

@@ -1,7 +1,7 @@
-"""The fallback where shards cannot be mapped: training batches from shards that are read in sequence by webdataset.
+"""The fallback if shards cannot be mapped into memory: webdataset reads them in sequence.
 
-In: a dataset directory's index.json, and a URL to read each shard from: a path, https://..., or pipe:COMMAND. Out: batches as a
-Loader makes them. train.py calls when `--stream` is given. It cannot keep all that a Loader promises: see LIMITS.
+In: a dataset directory's index.json, and a URL for each shard: a path, https://..., or pipe:COMMAND. Out: batches like those of a
+Loader. train.py calls if `--stream` is given. LIMITS lists what a Loader guarantees and a stream does not.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from igpt_ds.data.order import shuffled
 from igpt_ds.data.shards.index import ShardEntry, read_index
 
 LIMITS = (
-    "--stream reads shards in sequence. What it cannot promise: images are drawn from a buffer, not from the whole set; with an "
-    "uneven number of images a rank, the epochs of the ranks drift apart; --resume goes on at the beginning of a shard, not at "
-    "the exact image; another number of ranks sees another order; a damaged image is noticed only where a shard's count, its "
-    "names or its colours are wrong."
+    "--stream reads shards in sequence. Limits: images are drawn from a buffer, not from the whole set; if ranks have unequal "
+    "numbers of images, their epochs drift apart; --resume continues at the beginning of a shard, not at the exact image; order "
+    "depends on the number of ranks; a damaged image is noticed only if a shard's count, its names or its colours are wrong."
 )
-BUFFER_IMAGES = 8192  # that the next image is drawn from
+BUFFER_IMAGES = 8192  # the next image is drawn from a buffer of this size
 _BUFFER = 6  # purpose of random words
 _HANDFUL = 1024  # images drawn at once
 
@@ -34,21 +33,21 @@ Image = tuple[np.ndarray, int]  # uint16 [n_px, n_px], label
 
 
 class ShardStream:
-    """The train split of a dataset directory whose training shards lie elsewhere.
+    """The train split of a dataset directory whose training shards are stored elsewhere.
 
     Args:
         path: directory of index.json and palette.npy.
-        url: where webdataset reads a shard from; its name stands in for {shard}.
+        url: where webdataset reads a shard; {shard} is replaced by the shard's name.
 
     Attributes: path, url, shards, n_images, n_px, n_vocab, palette_hash, dataset_hash.
 
     Raises:
-        ValueError: a URL without {shard}, no index, no train split, or a palette of another hash.
+        ValueError: the URL has no {shard}, the index or the train split is missing, or the palette has another hash.
     """
 
     def __init__(self, path: Path, url: str) -> None:
         if "{shard}" not in url:
-            raise ValueError(f"--stream {url} does not say where the name of a shard goes; write {{shard}} there")
+            raise ValueError(f"--stream {url} has no place for the name of a shard; write {{shard}} there")
         index = read_index(path)
         if "train" not in index.splits:
             raise ValueError(f"{path} has no split 'train' to stream; it has {', '.join(index.splits)}")
@@ -67,7 +66,7 @@ class ShardStream:
         """The images of one shard, in its order.
 
         Raises:
-            ValueError: the stream breaks, or gives other images or fewer than the index says.
+            ValueError: the stream breaks, or its images do not match the index.
         """
         from webdataset.gopen import gopen
         from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -82,7 +81,7 @@ class ShardStream:
                 found += 1
                 if found <= expected:
                     yield self._decode(name, sample["npy"], sample["cls"])
-            while stream.read(1 << 20):  # a command that still writes would die of a closed pipe
+            while stream.read(1 << 20):  # a command that still writes would fail on a closed pipe
                 pass
             stream.close()
         except (OSError, EOFError, tarfile.TarError, ValueError) as error:
@@ -98,7 +97,7 @@ class ShardStream:
             raise ValueError(f"stream {url} gave {found} images where the index says {expected}; {fix}")
 
     def _name(self, key: str, whole: bool, before: int) -> int:
-        """The number that names an image; webdataset passes over what it does not understand, but names must rise."""
+        """The number that names an image. webdataset skips members that it does not understand, so names must increase."""
         if not key.isdecimal() or int(key) <= before or not whole:
             raise ValueError(f"image {key} should not come after {before}, or is not whole")
         return int(key)
@@ -113,8 +112,8 @@ class ShardStream:
 class StreamLoader:
     """Training batches of one rank from a stream of shards.
 
-    Each epoch the shards are permuted by (seed, epoch) and dealt to the ranks in turn; a seeded buffer shuffles their images. The
-    batches are a function of (seed, images_seen, rank, world_size).
+    In each epoch (seed, epoch) permutes the shards, and ranks take them in turn. A seeded buffer shuffles their images. Batches
+    are a function of (seed, images_seen, rank, world_size).
 
     Raises:
         ValueError: fewer shards than ranks.
@@ -136,10 +135,10 @@ class StreamLoader:
             raise ValueError(f"{has}; start fewer ranks, or make the shards again with a smaller --images_per_shard")
 
     def stream(self, images_seen: int) -> Iterator[Batch]:
-        """Every further micro batch, without end, made ahead of time by one thread; from the beginning of a shard.
+        """All further micro batches, without end, from the beginning of a shard. One thread prepares them in advance.
 
         Raises:
-            ValueError: a shard is not what the index says; the URL and both counts are named.
+            ValueError: a shard does not match the index; the URL and both counts are named.
         """
         return made_ahead(self._chunks(images_seen))
 
@@ -159,7 +158,7 @@ class StreamLoader:
             images.close()
 
     def _shuffled(self, images_seen: int) -> Generator[Image, None, None]:
-        """Images in a random order: each is drawn from the next buffer_images of the shards, and the next one takes its place."""
+        """Images in random order: each is drawn from a buffer of buffer_images, and the next image of the shards replaces it."""
         images = self._images(images_seen)
         try:
             buffer = [next(images) for _ in range(self.buffer_images)]
@@ -175,7 +174,7 @@ class StreamLoader:
             images.close()
 
     def _images(self, images_seen: int) -> Generator[Image, None, None]:
-        """The images of this rank's shards, epoch after epoch, from the shard that images_seen images of all ranks lead to."""
+        """The images of this rank's shards, epoch after epoch, from the shard reached after images_seen images of all ranks."""
         left, epoch = images_seen // self.layout.world_size, 0
         while True:
             for number in self.shards_of(epoch):

@@ -1,6 +1,6 @@
-"""Worker processes whose end is certain, also where one of them was killed.
+"""Worker processes that always end, even if one of them is killed.
 
-In: a number. Out: a pool. Called by shards/encode.py, duplicates.py and tools/fit_palette.py.
+In: the number of processes. Out: a pool. Called by shards/encode.py, duplicates.py and tools/fit_palette.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 def process_pool(
     workers: int, method: str = "forkserver", begin: Callable[..., None] | None = None, words: tuple[Any, ...] = ()
 ) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `workers` processes, each of which calls begin(*words) first; on leaving, what has not begun is dropped.
+    """A pool of `workers` processes, each of which calls begin(*words) first. On exit, tasks that have not begun are cancelled.
 
     Raises:
         ValueError: a process died.
@@ -28,17 +28,17 @@ def process_pool(
     except (BrokenProcessPool, OSError) as error:
         if isinstance(error, OSError) and not _is_broken(pool):
             raise
-        # One that started while the pool broke is not among those that Python's pool ends, and it would wait for it for ever.
+        # Python's pool does not end a process that started while the pool broke, and would wait for it forever.
         for child in multiprocessing.active_children():
             child.terminate()
-        fix = "run the same command again; if memory was short, with fewer --workers"
+        fix = "run the same command again; if memory was short, use fewer --workers"
         raise ValueError(f"one of {workers} worker processes died; {fix}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _is_broken(pool: ProcessPoolExecutor) -> bool:
-    # To start a worker while the pool breaks is "OSError: handle is closed".
+    # Starting a worker while the pool breaks raises "OSError: handle is closed".
     try:
         pool.submit(int)
     except BrokenProcessPool:

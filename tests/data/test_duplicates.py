@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_ds.data import duplicates
-from igpt_ds.data.duplicates import METHODS, bit_count, find_duplicates, fingerprints, nearest
+from igpt_ds.data.duplicates import METHODS, bit_count, find_duplicates, fingerprints, nearest_query
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
@@ -192,7 +192,7 @@ words = st.lists(st.integers(0, 2**64 - 1), min_size=0, max_size=20)
 @given(hashes=words, queries=words, farthest=st.integers(0, 64), flips=st.lists(st.integers(0, 63), max_size=5))
 def test_nearest_equals_brute_force(hashes, queries, farthest, flips):
     queries = queries + [one ^ sum(1 << bit for bit in set(flips)) for one in hashes[:3]]
-    got = nearest(np.array(hashes, dtype=np.uint64), np.array(queries, dtype=np.uint64), farthest)
+    got = nearest_query(np.array(hashes, dtype=np.uint64), np.array(queries, dtype=np.uint64), farthest)
     for one, code in zip(hashes, got, strict=True):
         pairs = [(bin(one ^ query).count("1"), number) for number, query in enumerate(queries)]
         within = [pair for pair in pairs if pair[0] <= farthest]

@@ -71,8 +71,8 @@ def test_says_what_it_is_about(file, shards):
         ({"ids": [0, True]}, "exclude.json has ids[1] True, which is not a whole number"),
         ({"ids": [-3, 2]}, "names image -3; "),
         ({"ids": [2, 10**30]}, f"names image {10**30}; "),
-        ({"ids": [4, 1]}, "its ids must rise, 4 stands before 1; make the list again"),
-        ({"ids": [1, 1]}, "its ids must rise, 1 stands before 1"),
+        ({"ids": [4, 1]}, "its ids must increase, 4 comes before 1; make the list again"),
+        ({"ids": [1, 1]}, "its ids must increase, 1 comes before 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(file, shards, change, complaint):

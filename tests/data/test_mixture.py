@@ -210,7 +210,7 @@ def test_skipped_images_are_replaced_by_the_next_whole_one(dataset, capsys):
     everything(mixture, 40)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"image {bad} of {path} (train) is damaged; image {good} is taken instead"
+        f"image {bad} of {path} (train) is damaged; image {good} is used instead"
         for bad, good in ((0, 1), (17, 19), (18, 19), (39, 1))
     ]
     assert mixture.n_skipped == 4

@@ -342,7 +342,7 @@ def test_a_prepared_table_is_cached_mapped_and_used_by_others(saved, builds, cap
         (lambda data: data[:-1], "is damaged: it has 33558527 bytes instead of 33558528"),
         (lambda data: data[:50], "belongs to another palette"),
         (lambda data: data[:33] + b"\xff\n", "belongs to another palette"),
-        (lambda data: b"", "is no table of this version"),
+        (lambda data: b"", "is not a table of this version"),
         (lambda data: data.replace(random_palette(64, 8).hash.encode(), b"0" * 64, 1), "belongs to another palette"),
     ],
 )

@@ -172,9 +172,7 @@ def test_closing_the_stream_ends_its_command(away):
 
 def test_what_cannot_be_streamed(away):
     index = away[0]
-    with pytest.raises(
-        ValueError, match=r"--stream https://host/x\.tar does not say where the name of a shard goes; write {shard}"
-    ):
+    with pytest.raises(ValueError, match=r"--stream https://host/x\.tar has no place for the name of a shard; write {shard}"):
         ShardStream(index, "https://host/x.tar")
     with pytest.raises(ValueError, match="is no shard directory"):
         ShardStream(index / "nothing", "{shard}")

@@ -84,7 +84,7 @@ def test_torn_shard(main: Any, command: Command, tiny_dataset: Path, tmp_path: P
         (["--max_bad", "1"], "--max_bad 1 must be at least 0 and below 1"),
         (["--data_weights", "1", "2"], "--data_weights has 2 numbers for 1 datasets; give one for each"),
         (["--exclude", "nothing.json"], r"exclusion list nothing\.json does not exist"),
-        (["--stream", "https://host/x"], r"--stream https://host/x does not say where the name of a shard goes"),
+        (["--stream", "https://host/x"], r"--stream https://host/x has no place for the name of a shard"),
         (["--stream", "{shard}", "--on_bad", "skip"], "--stream takes one --data as it is, without"),
         (["--stream", "{shard}", "--exclude", "a.json"], "--stream takes one --data as it is, without"),
         (["--stream", "{shard}", "--data", "a", "b"], "--stream takes one --data as it is, without"),

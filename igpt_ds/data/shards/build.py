@@ -1,13 +1,13 @@
-"""Writes a dataset directory from a source: lists the images, turns them into shards on all cores, merges.
+"""Writes a dataset directory from a source: lists the images, writes shards on all cores, merges.
 
 In: a source, a palette, n_px. Out: what `data/shards/dataset.py` reads. `tools/make_shards.py` calls.
 
-    list    goes once through the source's names and decides which image goes into which shard
-    write   makes those shards, each under its final name only when whole; of many jobs each makes a part
-    merge   writes index.json over all of them
+    list    reads the source's names once and assigns images to shards
+    write   writes the shards; each gets its final name when it is complete; each of several jobs writes a part
+    merge   writes index.json over all shards
 
-All happens in OUT.making, which becomes OUT at the end. The bytes depend neither on how many processes or jobs work nor on how
-often they were killed: the same command goes on with the shards that are missing.
+All files are in OUT.making, which is renamed to OUT at the end. The bytes do not depend on the number of processes or jobs, nor
+on interruptions: the same command continues with the missing shards.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from igpt_ds.data.sources import Source
 from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
 from igpt_ds.schema import record_from
 
-DEFAULT_MAX_BAD = 0.001  # one unreadable image in a thousand is a blemish, more is a broken copy
-IMAGES_PER_PROCESS = 2048  # for fewer it is not worth while to start another process
-_RECORDED = ("val_fraction", "images_per_shard", "seed", "filter", "crop", "views")  # settings, as they stand in the index
-_PACKAGES = ("numpy", "pillow", "simplejpeg", "torch")  # what decodes and resizes
+DEFAULT_MAX_BAD = 0.001  # more than one unreadable image in a thousand means a broken copy
+IMAGES_PER_PROCESS = 2048  # for fewer images another process costs more than it saves
+_RECORDED = ("val_fraction", "images_per_shard", "seed", "filter", "crop", "views")  # settings that the index records
+_PACKAGES = ("numpy", "pillow", "simplejpeg", "torch")  # packages that decode and resize
 
 
 def write_dataset(
@@ -62,13 +62,13 @@ def write_dataset(
     workers: int = 1,
     max_bad: float = DEFAULT_MAX_BAD,
 ) -> ShardIndex:
-    """Writes every image of the source into a dataset directory, which appears when it is complete; returns its index.
+    """Writes every image of the source into a dataset directory, which appears when it is complete. Returns its index.
 
-    `name` is what tables and figures call the images (default: the directory's name). Up to the fraction max_bad of the images
-    may be unreadable. Memory does not grow with the source.
+    `name` is the name of the images in tables and figures (default: the directory's name). At most the fraction max_bad of the
+    images may be unreadable. Memory does not grow with the source.
 
     Raises:
-        ValueError: `path` exists already, a number is out of range, a split would be empty, too many images are unreadable.
+        ValueError: `path` exists, a number is out of range, a split would be empty, or too many images are unreadable.
     """
     list_images(path, source, palette, options.settings(source, palette))
     write_shards(path, source, workers=workers, max_bad=max_bad)
@@ -76,15 +76,15 @@ def write_dataset(
 
 
 def making(path: Path) -> Path:
-    """Where the dataset directory `path` is while it is made."""
+    """The directory that holds the dataset directory `path` until it is complete."""
     return path.with_name(f"{path.name}.making")
 
 
 def list_images(path: Path, source: Source, palette: Palette, settings: ShardSettings) -> ShardPlan:
-    """Decides which image goes into which shard of the dataset directory `path`; keeps a decision that is there already.
+    """Assigns images to the shards of the dataset directory `path`, or reads the plan if it exists.
 
     Raises:
-        ValueError: `path` exists already, or is being made with other settings; see `make_plan`.
+        ValueError: `path` exists, or was begun with other settings; the reasons of `make_plan`.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already; choose another name or remove it")
@@ -95,7 +95,7 @@ def list_images(path: Path, source: Source, palette: Palette, settings: ShardSet
         try:
             make_plan(work / "plan", source, settings)
         except (ValueError, OSError):
-            if not (work / "plan" / "plan.json").exists():  # else another job of an array was quicker
+            if not (work / "plan" / "plan.json").exists():  # otherwise another job of an array was faster
                 (work / "palette.npy").unlink(missing_ok=True)
                 work.rmdir()
                 raise
@@ -103,12 +103,12 @@ def list_images(path: Path, source: Source, palette: Palette, settings: ShardSet
     if load_palette(work / "palette.npy").hash != plan.settings.palette_hash:
         raise ValueError(f"{work / 'palette.npy'} is not the palette of {work / 'plan'}; remove {work} and begin again")
     if different := plan.differences(settings):
-        raise ValueError(f"{work} was begun with other settings ({'; '.join(different)}); go on with those, or remove it")
+        raise ValueError(f"{work} was begun with other settings ({'; '.join(different)}); continue with those, or remove it")
     return plan
 
 
 def check_work(part: Part, workers: int, max_bad: float) -> None:
-    """Refuses impossible numbers before anything is done.
+    """Checks numbers before any work.
 
     Raises:
         ValueError: one of them is out of range.
@@ -121,12 +121,12 @@ def check_work(part: Part, workers: int, max_bad: float) -> None:
 
 
 def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int = 1, max_bad: float = DEFAULT_MAX_BAD) -> int:
-    """Makes the listed shards that do not exist yet. Part(i, n) makes every n-th shard, starting at the i-th.
+    """Writes the planned shards that do not exist yet. Part(i, n) writes every n-th shard, starting at the i-th.
 
-    Returns how many images of the source are in them.
+    Returns the number of source images in them.
 
     Raises:
-        ValueError: nothing was listed, `part` or a number is out of range, too many images are unreadable.
+        ValueError: there is no plan, `part` or a number is out of range, or too many images are unreadable.
     """
     check_work(part, workers, max_bad)
     work = making(path)
@@ -143,7 +143,7 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
     total = sum(shard.n_entries for shard in missing)
     processes = min(workers, -(-total // IMAGES_PER_PROCESS))
     if processes > 1:
-        prepare_table(palette_file)  # which they share
+        prepare_table(palette_file)  # the processes share it
     try:
         with tqdm(total=total, desc="shards", unit=" images", leave=False, disable=None) as bar:
             results = prepared(_tasks(missing, plan), source, palette_file, processes)
@@ -152,8 +152,8 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
     except (FileNotFoundError, ValueError):
         if (work / "plan").exists():
             raise
-        shutil.rmtree(work, ignore_errors=True)  # the shard at hand may have made it again
-        raise ValueError(f"{work} went away: another process has finished or removed it; look at {path}") from None
+        shutil.rmtree(work, ignore_errors=True)  # the current shard may have created it again
+        raise ValueError(f"{work} disappeared: another process has finished or removed it; look at {path}") from None
     return total - (unreadable.count - before)
 
 
@@ -166,7 +166,7 @@ def _tasks(shards: list[Planned], plan: ShardPlan) -> Iterator[Task]:
 
 
 def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable: Unreadable, bar: Any) -> None:
-    """Writes one shard, then its entry of the index, which says that the shard is there."""
+    """Writes one shard, then its entry for the index, which marks the shard as finished."""
     mine: list[list[str]] = []
     with shard_file(work / name) as shard:
         for result in results:
@@ -181,10 +181,10 @@ def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable:
 
 
 def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> ShardIndex:
-    """Writes the index over all listed shards and lets the dataset directory appear; returns the index.
+    """Writes the index over all planned shards and renames the dataset directory. Returns the index.
 
     Raises:
-        ValueError: nothing was listed, shards are missing, or too many images were unreadable.
+        ValueError: there is no plan, shards are missing, or too many images were unreadable.
     """
     work = making(path)
     plan = ShardPlan(work / "plan")
@@ -219,7 +219,7 @@ def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_M
             path.rmdir()
         os.replace(work, path)
     except OSError:
-        raise ValueError(f"{path} was finished by another process meanwhile, or cannot be made; look there") from None
+        raise ValueError(f"{path} was finished by another process, or cannot be created; look there") from None
     fsync_path(path.parent)
     for file in [*path.glob("*.tar.json"), *path.glob("palette.npy.*"), *path.glob(".*.partial")]:
         file.unlink()
@@ -241,7 +241,7 @@ def _entry_file(work: Path, shard: Planned) -> Path:
 
 def _read_made(work: Path, shard: Planned) -> _Made:
     file = _entry_file(work, shard)
-    about, fix = read_json(file, "entry of a shard"), f"remove it and run the same command again, which makes {shard.name} anew"
+    about, fix = read_json(file, "entry of a shard"), f"remove it and run the same command again, which makes {shard.name} again"
     if not isinstance(about, dict) or about != signed(about):
         raise ValueError(f"{file} is damaged; {fix}")
     return record_from(_Made, about, f"entry of a shard {file}", fix)
@@ -250,10 +250,10 @@ def _read_made(work: Path, shard: Planned) -> _Made:
 def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | None = None, note: dict[str, object]) -> ShardIndex:
     """Writes a dataset directory whose split "train" holds some images of `shards`, int64 ids, in this order.
 
-    `note` says how they were chosen and stands in the index as "derived". Returns the index.
+    `note` says how they were chosen; the index has it as "derived". Returns the index.
 
     Raises:
-        ValueError: `out` exists already, no images, or a damaged one.
+        ValueError: `out` exists, there are no images, or an image is damaged.
     """
     if not len(ids):
         raise ValueError(f"no images of {shards.path} are left to write to {out}")

@@ -1,9 +1,9 @@
-"""Token shards: the one format in which images reach the model, read by number from memory maps.
+"""Token shards: the only format in which images reach the model, read by number from memory maps.
 
 A dataset directory holds palette.npy, index.json and the shards of its splits, train-000000.tar, ..., val-000000.tar, ...
-A shard is a plain USTAR file that webdataset reads. All images take the same number of bytes (`record.py`), so that image
-i of a shard lies at i times that number and no index of members is needed. `build.py` writes; the loader, feature
-extraction and sampling read.
+A shard is a plain USTAR file that webdataset can read. All images have the same number of bytes (`record.py`), so image i of a
+shard begins at i times that number, and no index of members is needed. `build.py` writes; the loader, feature extraction and
+sampling read.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from igpt_ds.data.shards.mapped import MappedRecords
 from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
 from igpt_ds.data.shards.verify import all_damage
 
-_CHUNK = 1024  # images checked at a time
+_CHUNK = 1024  # images checked at once
 
 
 class DamagedImagesError(ValueError):
-    """Images whose bytes are not those that were written; `ids` names them as they were asked for, int64."""
+    """Images whose bytes differ from those that were written. `ids`, int64, are the damaged ones among the requested ids."""
 
     def __init__(self, message: str, ids: np.ndarray) -> None:
         super().__init__(message)
         self.ids = ids
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DamagedImagesError, (str(self), self.ids)  # an exception that crosses processes is built again from this
+        return DamagedImagesError, (str(self), self.ids)  # pickling needs it: an exception is rebuilt from its arguments
 
 
 def _check_size(file: Path, entry: ShardEntry, stride: int) -> None:
@@ -47,11 +47,12 @@ def _check_size(file: Path, entry: ShardEntry, stride: int) -> None:
 class ShardSet:
     """One split of a dataset directory ("train", "val", "test", or "train+val"), read by image id 0 .. n_images - 1.
 
-    `exclude`, sorted ids, leaves images out: those behind move up. Each image is checked when it is read for the first time.
+    `exclude`, sorted ids, leaves images out; later images get smaller ids. Each image is checked when it is read for the first
+    time.
     Attributes: name, path, split, n_images, n_px, n_vocab, classes, palette, palette_hash, dataset_hash.
 
     Raises:
-        ValueError: no dataset directory, another format version, no such split, a torn shard, a palette of another hash.
+        ValueError: the reasons of `read_index`; the split does not exist, a shard is truncated, or the palette has another hash.
     """
 
     def __init__(self, path: Path, split: str, exclude: np.ndarray | None = None) -> None:
@@ -82,7 +83,7 @@ class ShardSet:
         assert 0 <= ids[0] <= ids[-1] < self.n_images
         if len(ids) == self.n_images:
             raise ValueError(f"all {self.n_images} images of {self.split} in {self.path} are excluded")
-        self._excluded = ids - np.arange(len(ids))  # of the images that stay, how many come before each excluded one
+        self._excluded = ids - np.arange(len(ids))  # the number of kept images before each excluded one
         self.n_images -= len(ids)
         digest = hashlib.sha256(self.dataset_hash.encode() + ids.astype("<i8").tobytes())
         self.dataset_hash = digest.hexdigest()
@@ -91,7 +92,7 @@ class ShardSet:
         """The token grids of some images: int64 [B] -> uint16 [B, n_px, n_px].
 
         Raises:
-            DamagedImagesError: bytes of an image are not those that were written.
+            DamagedImagesError: bytes of an image differ from those that were written.
         """
         stored = self._stored(ids)
         tokens = self._records.field("tokens", stored)
@@ -108,7 +109,7 @@ class ShardSet:
         return self.read(ids)[1]
 
     def _stored(self, ids: np.ndarray) -> np.ndarray:
-        """Ids among all images of the split, excluded ones counted in."""
+        """Ids among all images of the split, including excluded ones."""
         return ids + self._excluded.searchsorted(ids, side="right") if len(self._excluded) else ids
 
     def _labels(self, stored: np.ndarray) -> np.ndarray:
@@ -126,7 +127,7 @@ class ShardSet:
         """Reads every shard of the split once and compares it with the index.
 
         Raises:
-            ValueError: a shard holds other bytes than were written; the first damaged ones are named.
+            ValueError: a shard is damaged; the first damaged bytes are named.
         """
         checks = all_damage(self.path, self._entries, self.n_px)
         with closing(checks):
@@ -136,7 +137,7 @@ class ShardSet:
         self._checked[:] = True
 
     def damaged_ids(self) -> np.ndarray:
-        """Reads all images; the sorted ids, int64, of those whose tokens or label are not what was written."""
+        """Reads all images. Returns the sorted ids, int64, of those whose tokens or label are damaged."""
         bad = []
         for start in range(0, self.n_images, _CHUNK):
             try:

@@ -1,7 +1,7 @@
-"""From listed images to tokens, on as many processes as are asked for, in order.
+"""Encodes listed images as tokens, on several processes, in order.
 
-In: chunks of a source's entries. Out: token grids, labels, and what could not be read. `data/shards/build.py` calls. A worker
-process gets entries and sends tokens back: 2 KiB for an image of 32x32, while the image file itself is read where it is decoded.
+In: chunks of a source's entries. Out: token grids, labels, and the images that cannot be read. `data/shards/build.py` calls. A
+worker process gets entries, reads and decodes the images, and returns tokens: 2 KiB for an image of 32x32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,14 +27,14 @@ from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.sources import Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
 
-CHUNK = 256  # images of one task: a fraction of a second of work
-_NAMED = 5  # unreadable images that are named
-_AHEAD = 3  # tasks that wait or run for each process
+CHUNK = 256  # images per task: a fraction of a second of work
+_NAMED = 5  # unreadable images that are named in messages
+_AHEAD = 3  # tasks waiting or running per process
 
 
 @dataclass(frozen=True)
 class CropSpec:
-    """What an image looks like in the shards: see `data/images.square`."""
+    """How an image is cropped and resized: see `data/images.square`."""
 
     n_px: int
     crop: str
@@ -44,7 +44,7 @@ class CropSpec:
 
 
 class Task(NamedTuple):
-    """Consecutive images of one shard; `first` is the place of the first one in its split."""
+    """Consecutive images of one shard; `first` is the number of the first image in its split."""
 
     shard: str
     first: int
@@ -53,33 +53,33 @@ class Task(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What became of a task. An image that cannot be read leaves no gap in the arrays, only in the names."""
+    """The result of a task. An image that cannot be read leaves a gap in the names, not in the arrays."""
 
     shard: str
     n_entries: int
-    names: np.ndarray  # int64 [N]: place in the split x views + view
+    names: np.ndarray  # int64 [N]: number in the split x views + view
     tokens: np.ndarray  # uint16 [N, n_px, n_px]
     labels: np.ndarray  # int64 [N]
     unreadable: list[tuple[str, str]]  # key, reason
 
 
 class Unreadable:
-    """Counts images that cannot be read and stops when they are too many."""
+    """Counts images that cannot be read, and stops if there are too many."""
 
     def __init__(self, source: str, n_entries: int, max_bad: float) -> None:
         self.count = 0
         self._source, self._n_entries, self._max_bad = source, n_entries, max_bad
         self._named: list[str] = []
 
-    def add(self, images: list[Any], say: bool = False) -> None:
-        """Images as (key, reason)."""
+    def add(self, images: Sequence[Sequence[str]], say: bool = False) -> None:
+        """Adds images as (key, reason); `say` prints them on stderr."""
         named = [reason for _, reason in images[: _NAMED - len(self._named)]]
         for reason in named if say else []:
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
         self._named += named
         self.count += len(images)
         if self.count > self._max_bad * self._n_entries:
-            allowed = f"more than the {self._max_bad:g} of {self._n_entries} images that may be"
+            allowed = f"more than the {self._max_bad:g} of {self._n_entries} images that --max_bad allows"
             fix = "repair the files or raise --max_bad"
             raise ValueError(f"{self._source}: {self.count} unreadable, {allowed}: {'; '.join(self._named)}; {fix}")
 
@@ -116,20 +116,18 @@ def _views(entry: Entry, raw: bytes | np.ndarray | ValueError, spec: CropSpec) -
 
 
 def prepared(tasks: Iterable[Task], source: Source, palette_file: Path, workers: int) -> Iterator[Prepared]:
-    """Every task's result, in their order; `workers` processes beside this one, or none when it is 1.
+    """The result of every task, in order. Uses `workers` more processes, or this one alone if it is 1.
 
     Raises:
-        ValueError: a process died; an error of the source.
+        ValueError: a process died, or an error of the source.
     """
     if workers == 1:
         palette = load_palette(palette_file)
         yield from (prepare(source, palette, task) for task in tasks)
         return
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    context = multiprocessing.get_context("forkserver")  # a fork would copy the locks of this process's threads
     context.set_forkserver_preload([__name__])
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # which all workers inherit: Ctrl-C is for this process to tell them
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: only this process reacts to Ctrl-C
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     ahead: deque[Future[Prepared]] = deque()
@@ -142,11 +140,11 @@ def prepared(tasks: Iterable[Task], source: Source, palette_file: Path, workers:
             yield ahead.popleft().result()
 
 
-_worker: dict[str, tuple[Source, Palette]] = {}  # of a worker process: what it opened when it began
+_worker: dict[str, tuple[Source, Palette]] = {}  # in a worker process: what it opened at its start
 
 
 def _begin(source_name: str, palette_file: Path) -> None:
-    import torch  # its threads would fight with the other processes
+    import torch  # its threads would compete with the other processes
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -156,7 +154,7 @@ def _begin(source_name: str, palette_file: Path) -> None:
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()  # killed, it could not tell its workers
+    parent.join()  # a killed parent cannot end its workers
     os._exit(1)
 
 

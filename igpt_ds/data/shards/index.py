@@ -106,7 +106,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
 
 
 def signed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with the sha256 of all of them except itself, so that a reader sees every change."""
+    """The values with the sha256 of all of them except itself, so a reader detects every change."""
     content = {key: value for key, value in values.items() if key != "sha256"}
     return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 

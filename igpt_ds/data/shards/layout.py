@@ -1,7 +1,7 @@
-"""Which image goes into which shard: decided from the source's list of names, before any image is read.
+"""Assigns images to shards from the source's list of names, before any image is read.
 
-In: a source and the settings. Out: a directory {plan.json, train-000000.jsonl, ...}, one file of entries a shard.
-`data/shards/build.py` calls. Memory does not grow with the source, whose names go by one at a time.
+In: a source and the settings. Out: a directory {plan.json, train-000000.jsonl, ...} with one file of entries per shard.
+`data/shards/build.py` calls. Names are read one at a time, so memory does not grow with the source.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
 from igpt_ds.schema import record_from
 
 IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
-MAX_PX = 1024  # a million tokens an image; the paper's largest has 4,096
+MAX_PX = 1024  # a million tokens per image; the paper's largest images have 4,096
 
 
 @dataclass(frozen=True)
 class Part:
-    """One job's share of the shards: part i of n, 0 <= i < n."""
+    """The share of one job: part i of n, 0 <= i < n."""
 
     i: int = 0
     n: int = 1
@@ -58,10 +58,10 @@ class ShardOptions:
     """How a source becomes shards.
 
     n_px: side of the square images.
-    val_fraction: share of the training images, chosen by a hash of the key, that become the split "val"; 0 makes no such split.
-        None takes the source's own fraction: 10 % for CIFAR and STL-10, 4 % for ImageNet (paper 3.1).
-    seed: decides the split and the random crops.
-    filter, crop, views: the resizing filter, how an image becomes a square, random crops of each training image.
+    val_fraction: fraction of the training images, chosen by a hash of the key, that becomes the split "val"; 0 makes no such
+        split. None means the source's own fraction: 10 % for CIFAR and STL-10, 4 % for ImageNet (paper 3.1).
+    seed: of the split and the random crops.
+    filter, crop, views: the resizing filter, how an image becomes a square, random crops per training image.
     """
 
     n_px: int
@@ -90,26 +90,26 @@ class ShardOptions:
             raise ValueError(f"views={self.views} do not fit images_per_shard={self.images_per_shard}")
 
     def settings(self, source: Source, palette: Palette) -> ShardSettings:
-        """The options together with the source and the palette that they are used with."""
+        """The options together with the source and the palette."""
         options = asdict(self) | ({"val_fraction": source.val_fraction} if self.val_fraction is None else {})
         return ShardSettings(**options, source=source.name, palette_hash=palette.hash)
 
     def crop_spec(self, split: str) -> CropSpec:
-        """How the images of a split are cropped. Validation and test images get one central crop (paper 3.1)."""
+        """The crop of the images of a split. Validation and test images get one central crop (paper 3.1)."""
         if split == "train" or self.crop != "random":
             return CropSpec(self.n_px, self.crop, self.filter, self.seed, self.views)
         return CropSpec(self.n_px, "center", self.filter, self.seed, 1)
 
     def entries_per_shard(self, split: str) -> int:
-        """Images of the source that go into one shard, all their views with them."""
+        """Images of the source per shard; all views of an image are in the same shard."""
         return self.images_per_shard // self.crop_spec(split).views
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSettings(ShardOptions):
-    """What decides the bytes of the shards, except for the images themselves: the options, the source and the palette."""
+    """All settings that determine the bytes of the shards: the options, the source and the palette."""
 
-    val_fraction: float = field()  # without the default of the options
+    val_fraction: float = field()  # no default here
     source: str
     palette_hash: str
 
@@ -120,16 +120,16 @@ class Planned:
 
     name: str
     split: str
-    first: int  # the place in the split of its first image
+    first: int  # the number of its first image in the split
     n_entries: int
     file: Path
-    sha256: str  # of that file
+    sha256: str  # of `file`
 
     def entries(self) -> Iterator[Entry]:
         """Its images, from the plan's file.
 
         Raises:
-            ValueError: the file is not what was written.
+            ValueError: the file was changed.
         """
         content = self.file.read_bytes() if self.file.is_file() else b""
         if hashlib.sha256(content).hexdigest() != self.sha256:
@@ -138,13 +138,13 @@ class Planned:
 
 
 def split_of(key: str, seed: int, val_fraction: float) -> str:
-    """The split of a training image by a hash of its key: it never changes when other images come or go (paper 3.1)."""
+    """The split of a training image, by a hash of its key: it does not depend on other images (paper 3.1)."""
     digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
 def make_plan(path: Path, source: Source, settings: ShardSettings) -> None:
-    """Lists the source into the plan directory, which appears when it is complete.
+    """Writes the plan directory, which appears when it is complete.
 
     Raises:
         ValueError: the source is empty, a split would be empty, or a split has more images than nine digits can number.
@@ -198,10 +198,10 @@ class _PlanFile:
 
 
 class ShardPlan:
-    """A plan on disk: which image goes into which shard.
+    """A plan on disk: the images of each shard.
 
     Raises:
-        ValueError: no plan there, or a damaged one.
+        ValueError: the plan is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -230,7 +230,7 @@ class ShardPlan:
         ]
 
     def differences(self, settings: ShardSettings) -> list[str]:
-        """The settings in which this plan is not what is asked for now, each in words."""
+        """The settings that differ from those of this plan, each in words."""
         old, new = asdict(self.settings), asdict(settings)
         return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if old[name] != new[name]]
 

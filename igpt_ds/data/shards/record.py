@@ -1,15 +1,15 @@
-"""The bytes of one image in a shard, and how many images are turned into them and back at once.
+"""The bytes of one image in a shard: conversion of many images to records and back.
 
-In: image names, uint16 grids, labels. Out: records of constant size, each two members of a plain USTAR file. `dataset.py`
+In: image names, uint16 grids, labels. Out: records of constant size, each of two members of a plain USTAR file. `dataset.py`
 reads with it, `build.py` writes with it.
 
     offset  bytes
     0       tar header of `000000012.cls`
-    512     the class index in nine ASCII digits; the last 8 bytes of the block hold the checksum
+    512     the class index in nine ASCII digits; the last 8 bytes of the block are the checksum
     1024    tar header of `000000012.npy`
-    1536    the .npy file, uint16 [n_px, n_px], filled up with zeros to a multiple of 512
+    1536    the .npy file, uint16 [n_px, n_px], padded with zeros to a multiple of 512
 
-The checksum lies in what tar calls padding, which readers of tar files skip: they see two ordinary members.
+The checksum is in tar padding, which readers of tar files skip: they see two ordinary members.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import tarfile
 
 import numpy as np
 
-END = bytes(1024)  # two empty blocks close a tar file
-MAX_IMAGES = 10**9  # what nine digits can name
-_BLOCK = 512  # tar files are made of blocks
+END = bytes(1024)  # two empty blocks end a tar file
+MAX_IMAGES = 10**9  # nine digits
+_BLOCK = 512  # bytes of a tar block
 _DIGITS = 9
 _POWERS = 10 ** np.arange(_DIGITS - 1, -1, -1)
 _OCTAL = 3 * np.arange(5, -1, -1)  # shifts of the six octal digits of a tar header's own checksum
-_LABEL_WEIGHT = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two labels weigh the same
+_LABEL_WEIGHT = np.uint64(0x9E3779B97F4A7C15)  # odd, so no two labels have the same weight
 
 
 def record_dtype(n_px: int) -> np.dtype:
@@ -46,11 +46,11 @@ def record_dtype(n_px: int) -> np.dtype:
 
 
 def pack(names: np.ndarray, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Records of N images: numbers int64 [N] to name them by, uint16 [N, n_px, n_px], labels int64 [N] -> record_dtype [N]."""
+    """Records of N images: names int64 [N], tokens uint16 [N, n_px, n_px], labels int64 [N] -> record_dtype [N]."""
     assert tokens.dtype == np.uint16
     assert not len(names) or (names.min() >= 0 and names.max() < MAX_IMAGES and labels.min() >= 0)
     blank = _blank(tokens.shape[-1])
-    # As bytes: numpy copies of a structured array only what its fields name.
+    # Tiled as bytes: numpy copies only the named fields of a structured array.
     records = np.tile(blank.view(np.uint8), len(names)).view(blank.dtype)
     digits = _ascii(names)
     for member in ("cls", "npy"):
@@ -64,7 +64,7 @@ def pack(names: np.ndarray, tokens: np.ndarray, labels: np.ndarray) -> np.ndarra
 
 
 def names_of(records: np.ndarray) -> np.ndarray:
-    """The numbers that name the images of some records: int64 [N]; nonsense where a name is damaged."""
+    """The numbers that name the images of some records: int64 [N]; any number if a name is damaged."""
     return numbers(records["cls_name"])
 
 
@@ -74,9 +74,9 @@ def numbers(digits: np.ndarray) -> np.ndarray:
 
 
 def checksum(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What reveals a damaged image: uint16 [N, n_px, n_px], int64 [N] -> uint64 [N], a sum of its 64-bit words and its label.
+    """The checksum of images: uint16 [N, n_px, n_px], int64 [N] -> uint64 [N], a sum of the 64-bit words and the label.
 
-    Any change within one word is seen, and any other with a chance of 1 - 2^-64. It costs as much as copying the tokens.
+    It detects any change within one word, and other changes with probability 1 - 2^-64. It costs as much as copying the tokens.
     """
     flat = np.ascontiguousarray(tokens).reshape(len(tokens), tokens.shape[1] * tokens.shape[2])
     words = flat.view("<u8") if flat.shape[1] % 4 == 0 else flat
@@ -98,7 +98,7 @@ def _npy(n_px: int) -> bytes:
 
 
 def _blank(n_px: int) -> np.ndarray:
-    """The record of image 0 with label 0 and all tokens 0, made by the standard library's tar: record_dtype [1]."""
+    """The record of image 0 with label 0 and all tokens 0, written by the standard library's tarfile: record_dtype [1]."""
     content = b""
     for suffix, member in (("cls", b"0" * _DIGITS), ("npy", _npy(n_px))):
         info = tarfile.TarInfo(f"{0:0{_DIGITS}d}.{suffix}")

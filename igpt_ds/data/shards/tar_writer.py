@@ -1,6 +1,6 @@
-"""One shard on its way to disk: records go in, a whole tar file and its description come out.
+"""Writes one shard.
 
-`data/shards/build.py` calls. What is described here is what `data/shards/verify.py` and `data/shards/dataset.py` check.
+In: records. Out: a tar file, and its entry for the index, which `data/shards/verify.py` checks. `data/shards/build.py` calls.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from igpt_ds.files import atomic_file
 
 
 class ShardFile:
-    """Counts and sums what it writes; made by `shard_file`."""
+    """A shard that is being written, with its counts and its sha256. `shard_file` makes it."""
 
     def __init__(self, name: str, file: IO[bytes]) -> None:
         self.n_images = 0
         self._name, self._file, self._bytes, self._digest = name, file, 0, hashlib.sha256()
 
     def add(self, records: np.ndarray) -> None:
-        """Appends images: records of `data/shards/record.py`, in one piece of memory."""
+        """Appends images: contiguous records of `data/shards/record.py`."""
         self._write(records.view(np.uint8).data)
         self.n_images += len(records)
 
@@ -36,13 +36,13 @@ class ShardFile:
         self._bytes += len(content)
 
     def close(self) -> ShardEntry:
-        """Ends the tar file; the shard's entry in the index."""
+        """Ends the tar file. Returns the shard's entry for the index."""
         self._write(END)
         return ShardEntry(self._name, self.n_images, self._bytes, self._digest.hexdigest())
 
 
 @contextmanager
 def shard_file(path: Path) -> Iterator[ShardFile]:
-    """Opens a shard that appears as `path` when the block ends without an error; end the block with `close()`."""
+    """Opens a shard that appears as `path` if the `with` block ends without an error; call `close()` at the end of the block."""
     with atomic_file(path) as file:
         yield ShardFile(path.name, file)

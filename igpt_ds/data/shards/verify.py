@@ -1,6 +1,6 @@
-"""Which bytes of a shard are not those that were written.
+"""Finds the bytes of a shard that differ from those that were written.
 
-In: a shard file and what the index says of it. Out: the damaged byte ranges, an image each where one can be told.
+In: a shard file and its entry in the index. Out: the damaged byte ranges, one per image if the images can be told apart.
 `ShardSet.verify` and `tools/verify_shards.py` call.
 """
 
@@ -22,7 +22,7 @@ _CHUNK = 1024  # images of a damaged shard compared at a time
 
 @dataclass(frozen=True)
 class Damage:
-    """Bytes first .. last of a shard, both included, that are not what was written."""
+    """Bytes first .. last of a shard, both included, that differ from what was written."""
 
     file: Path
     first: int
@@ -36,7 +36,7 @@ class Damage:
 def all_damage(
     path: Path, shards: Iterable[ShardEntry], n_px: int, workers: int | None = None
 ) -> Generator[tuple[str, list[Damage]], None, None]:
-    """Reads every shard once, several at a time: (shard name, what is damaged in it), in their order."""
+    """Reads every shard once, several at a time. Yields (shard name, its damage) in the order of the shards."""
     threads = ThreadPoolExecutor(workers)  # sha256 releases the interpreter lock, so threads use every core
     try:
         tasks = [(entry.name, threads.submit(shard_damage, path / entry.name, entry, n_px)) for entry in shards]
@@ -52,7 +52,7 @@ def shard_damage(file: Path, entry: ShardEntry, n_px: int) -> list[Damage]:
     if size < expected:
         return [Damage(file, size, expected - 1, f"the file ends after {size} of {expected} bytes")]
     if size > expected:
-        return [Damage(file, expected, size - 1, f"the file goes on after its {expected} bytes")]
+        return [Damage(file, expected, size - 1, f"the file continues after its {expected} bytes")]
     if sha256_file(file) == entry.sha256:
         return []
     records = np.memmap(file, dtype, mode="r", shape=entry.n_images).view(np.ndarray)

@@ -1,7 +1,7 @@
-"""Where raw images come from: a source named by one word lists its images and reads them, in a fixed order.
+"""Sources of raw images: a source lists its images and reads them, in a fixed order.
 
-In: a spec such as `cifar10:DIR`. Out: a `Source`. `tools/fit_palette.py` and `data/shards/build.py` read sources; a further
-kind is a class in a file of this package and a line in `KINDS`.
+In: a spec such as `cifar10:DIR`. Out: a `Source`. `tools/fit_palette.py` and `data/shards/build.py` read sources. A new kind is a
+class in a file of this package and a line in `KINDS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from igpt_ds.data.sources.webtars import WebTars
 
 __all__ = ["KINDS", "Entry", "ImageFolder", "Result", "Source", "open_source"]
 
-# What stands before the colon -> what stands after it, and who opens that.
+# The word before the colon -> the word for what follows, and the function that opens it.
 KINDS: dict[str, tuple[str, Callable[[str], Source]]] = {
     "imagenet": ("DIR", lambda rest: ImageNet(Path(rest))),
     "cifar10": ("PATH", lambda rest: Cifar("cifar10", Path(rest))),
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[str, Callable[[str], Source]]] = {
 
 
 def open_source(spec: str) -> Source:
-    """Opens `KIND:WHERE`, for example `imagefolder:photos`; cheap, no image is read.
+    """Opens `KIND:WHERE`, for example `imagefolder:photos`. Reads no image.
 
     Raises:
         ValueError: the kind is unknown, or its files are missing or contradict each other.

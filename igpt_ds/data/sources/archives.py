@@ -1,7 +1,7 @@
-"""The files of a published dataset, whether its archive was unpacked or not.
+"""The files of a published dataset, in a folder or in its archive.
 
 In: a path, and the file names of each format. Out: the bytes of those files. `sources/cifar.py`, `sources/stl10.py` and
-`sources/imagenet_truth.py` read through it. An archive is unpacked anew, up to the file that is asked for, each time.
+`sources/imagenet_truth.py` use it. Each read decompresses an archive from its start up to the requested file.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
 class Files:
-    """The files of one format of a dataset, in a folder or an archive. Files of other names are passed over."""
+    """The files of one format of a dataset, in a folder or an archive. Files of other names are ignored."""
 
     def __init__(self, path: Path, form: str, members: Mapping[str, Member] | None) -> None:
         self.path, self.form = path, form
-        self.folder = path if members is None else None  # the unpacked folder, if it is one
+        self.folder = path if members is None else None  # the folder, or None for an archive
         self._members = members
-        self._held: dict[str, bytes] = {}  # of an archive: what was read, for going back in it takes seconds
+        self._held: dict[str, bytes] = {}  # files read from an archive, because reading them again takes seconds
 
     def has(self, name: str) -> bool:
-        """Whether this file is there."""
+        """Whether this file exists."""
         return (self.path / name).is_file() if self._members is None else name in self._members
 
     def full_name(self, name: str) -> str:
-        """What errors call the file."""
+        """The file's name in errors."""
         return f"{self.path}/{name}"
 
     def read(self, name: str) -> bytes:
         """The whole file.
 
         Raises:
-            ValueError: it does not exist, or the archive is cut or damaged.
+            ValueError: the file does not exist, or the archive is truncated or damaged.
         """
         if not self.has(name):
             raise ValueError(f"{self.full_name(name)} does not exist; unpack or download the dataset again")
@@ -60,9 +60,9 @@ class Files:
 
 
 def find_files(path: Path, formats: Mapping[str, Sequence[str]]) -> Files:
-    """The first format of which a file lies in `path`, in its folder below `path`, or in the archive `path`.
+    """The first format with a file in `path`, in the format's folder below `path`, or in the archive `path`.
 
-    `formats` gives for each format the folder that its archive unpacks to and the names of its files.
+    `formats` has for each format the folder in its archive and the names of its files.
 
     Raises:
         ValueError: `path` does not exist, or holds no file of any format.
@@ -84,7 +84,7 @@ def find_files(path: Path, formats: Mapping[str, Sequence[str]]) -> Files:
 
 
 def _members(path: Path, names: set[str]) -> dict[str, Member]:
-    """The members with these last names, whatever folder they are in; stops when all are found."""
+    """The members with these file names, in any folder. Stops when all are found."""
     found: dict[str, Member] = {}
     with _unpacked(path) as window:
         for member in walk(window, str(path)):

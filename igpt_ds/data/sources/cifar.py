@@ -1,8 +1,8 @@
-"""`cifar10:PATH` and `cifar100:PATH`: the files of Krizhevsky's page, in their python version or their binary version.
+"""`cifar10:PATH` and `cifar100:PATH`: the files of Krizhevsky's page, in the python version or the binary version.
 
 In: PATH is the folder `cifar-10-batches-py`, `cifar-10-batches-bin`, `cifar-100-python` or `cifar-100-binary`, a folder that
-contains it, or the archive as it was downloaded. Out: a source that gives the same keys, labels and pixels for both versions. The
-python version is read by `sources/unpickle.py`, so that a forged pickle can do nothing.
+contains it, or the downloaded archive. Out: a source with the same keys, labels and pixels for both versions.
+`sources/unpickle.py` reads the python version, so a malicious pickle cannot run code.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from igpt_ds.data.sources.unpickle import load_pickle
 _PIXELS = 3 * 32 * 32
 
 
-class _Layout(NamedTuple):
-    """Where things stand in the two versions of one dataset."""
+class _Versions(NamedTuple):
+    """The names of folders, files and fields in the two versions of one dataset."""
 
     python: str  # folder
     binary: str  # folder
     train: list[str]  # batches
     test: str
-    meta: str  # pickle with the classes' names
+    meta: str  # pickle with the names of the classes
     meta_key: str
     meta_text: str  # the same as text
     labels_key: str
-    head: int  # bytes before the pixels of a binary record; the last of them is the label
+    head: int  # bytes before the pixels of a binary record; the last one is the label
     n_classes: int
 
 
-_LAYOUTS = {
-    "cifar10": _Layout(
+_VERSIONS = {
+    "cifar10": _Versions(
         python="cifar-10-batches-py",
         binary="cifar-10-batches-bin",
         train=[f"data_batch_{number}" for number in range(1, 6)],
@@ -48,7 +48,7 @@ _LAYOUTS = {
         head=1,
         n_classes=10,
     ),
-    "cifar100": _Layout(
+    "cifar100": _Versions(
         python="cifar-100-python",
         binary="cifar-100-binary",
         train=["train"],
@@ -66,18 +66,18 @@ _LAYOUTS = {
 class Cifar:
     """Keys are `train/00000` and `test/00000`, numbers in the order of the official files. CIFAR-100 has its 100 fine classes.
 
-    The test batch may be absent. Holds one batch at a time (at most 160 MB).
+    The test batch is optional. Memory holds one batch (at most 160 MB).
 
     Raises:
-        ValueError: a file is absent, cut or no plain data; later, from the listing: shapes, lengths or labels of a batch are not
-            those of the dataset.
+        ValueError: a file is missing, truncated or not plain data. Listing raises it if shapes, lengths or labels of a batch are
+            not those of the dataset.
     """
 
     val_fraction = VAL_FRACTION
 
     def __init__(self, kind: str, path: Path) -> None:
         """`kind` is "cifar10" or "cifar100"."""
-        layout = self._layout = _LAYOUTS[kind]
+        layout = self._layout = _VERSIONS[kind]
         self.name = f"{kind}:{path}"
         batches = [*layout.train, layout.test]
         self._files = find_files(
@@ -93,7 +93,7 @@ class Cifar:
                 missing = self._files.full_name(batch + self._ending)
                 raise ValueError(f"{missing} does not exist; unpack or download the dataset again")
         self.classes = self._read_classes()
-        self._held: tuple[str, np.ndarray, list[int]] | None = None  # the batch read last: name, uint8 [n, 3072], labels
+        self._held: tuple[str, np.ndarray, list[int]] | None = None  # the last batch read: name, uint8 [n, 3072], labels
 
     def entries(self) -> Iterator[Entry]:
         """The batches in their official order."""
@@ -112,7 +112,7 @@ class Cifar:
                 yield Entry("test", f"test/{row:05d}", label, [self._layout.test, row])
 
     def read(self, entries: Sequence[Entry]) -> Iterator[np.ndarray]:
-        """uint8 [32, 32, 3] for each entry."""
+        """uint8 [32, 32, 3] per entry."""
         for entry in entries:
             batch, row = entry.place
             images, _ = self._batch(batch)
@@ -123,7 +123,7 @@ class Cifar:
 
     def _batch(self, batch: str) -> tuple[np.ndarray, list[int]]:
         if self._held is None or self._held[0] != batch:
-            self._held = None  # never two at once
+            self._held = None  # never hold two at once
             self._held = (batch, *self._read_batch(batch + self._ending))
         return self._held[1], self._held[2]
 
@@ -163,7 +163,7 @@ class Cifar:
 
 
 def _checked(batch: dict[str, object], labels_key: str, name: str) -> tuple[np.ndarray, list[int]]:
-    """Pixels and labels of an unpickled batch, which may hold anything."""
+    """Pixels and labels of an unpickled batch, after checks."""
     images, labels = batch.get("data"), batch.get(labels_key)
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (_PIXELS,) or not len(images):
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__

@@ -1,6 +1,6 @@
 """`digits:`, the 1,797 handwritten digits that come with scikit-learn: 8x8, 17 grey levels, ten classes.
 
-In: nothing. Out: a source that needs no files, for the demonstration and for tests.
+In: nothing. Out: a source that needs no files, for the demo and for tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Digits:
             yield Entry("train", f"{label}/{index:04d}", int(label), [index])
 
     def read(self, entries: Sequence[Entry]) -> Iterator[np.ndarray]:
-        """uint8 [8, 8, 3] for each entry: the 17 levels spread over 0..255."""
+        """uint8 [8, 8, 3] per entry: the 17 levels scaled to 0..255."""
         for entry in entries:
             yield np.repeat(self._data[0][entry.place[0]][..., None], 3, axis=-1)
 

@@ -1,8 +1,8 @@
-"""`imagefolder:DIR`: images in one folder a class.
+"""`imagefolder:DIR`: images in one folder per class.
 
-In: `DIR/<class>/<image>`, all of it "train", or `DIR/train/<class>/<image>` with or without `DIR/test/<class>/<image>`.
-Out: a source. DIR is read in the second way when its only folders are `train` and perhaps `test` and they hold class folders
-instead of images; a class may therefore well be called "train".
+In: `DIR/<class>/<image>`, where all images are "train", or `DIR/train/<class>/<image>` with or without
+`DIR/test/<class>/<image>`. Out: a source. DIR has the second layout if its only folders are `train` and optionally `test`, and
+these hold class folders instead of images. A class may be called "train".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from igpt_ds.data.sources.places import read_places
 
 
 class ImageFolder:
-    """Classes and images are ordered by name; hidden ones, and folders without images, are left out.
+    """Classes and images are sorted by name. Hidden files and folders without images are ignored.
 
     Keys are the paths below DIR: `<class>/<image>` or `train/<class>/<image>`.
 
@@ -39,7 +39,7 @@ class ImageFolder:
             raise ValueError(f"{directory}/test has the class {min(extra)!r}, which {directory}/train lacks; remove or rename it")
 
     def entries(self) -> Iterator[Entry]:
-        """Class by class; holds the names of one class folder at a time."""
+        """Images class by class. Memory holds the names of one class folder."""
         if not self._divided:
             yield from self._entries("train", "")
             return
@@ -67,7 +67,7 @@ class ImageFolder:
         return self._divided and (self._directory / "test").is_dir()
 
     def _is_divided(self) -> bool:
-        """Whether DIR holds train and test, and not classes; refuses what could be either."""
+        """Whether DIR holds train and test instead of classes. Refuses ambiguous folders."""
         directory, folders = self._directory, visible_folders(self._directory)
         if "train" not in folders or not self._classes("train"):
             return False

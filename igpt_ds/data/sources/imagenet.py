@@ -1,9 +1,9 @@
-"""`imagenet:DIR`: ILSVRC2012 as it was published, or as it is commonly unpacked.
+"""`imagenet:DIR`: ILSVRC2012 as published, or as usually unpacked.
 
-In, of the training set: `DIR/train/<wnid>/*.JPEG` or `DIR/ILSVRC2012_img_train.tar`, a tar of one tar a class, read where it
-lies. Of the validation set, which may be absent: `DIR/val/<wnid>/*.JPEG`; or `DIR/val/*.JPEG` or `DIR/ILSVRC2012_img_val.tar`
-with their ground truth (`sources/imagenet_truth.py`). DIR may be the root of Kaggle's download. Out: a source whose "test" is the
-validation set, as in paper 3.1; the unlabelled test set is passed over.
+In, training set: `DIR/train/<wnid>/*.JPEG` or `DIR/ILSVRC2012_img_train.tar`, a tar with one tar per class, which is read without
+unpacking. In, validation set (optional): `DIR/val/<wnid>/*.JPEG`; or `DIR/val/*.JPEG` or `DIR/ILSVRC2012_img_val.tar` with ground
+truth (`sources/imagenet_truth.py`). DIR may be the root of Kaggle's download. Out: a source whose "test" is the validation set,
+as in paper 3.1. The unlabelled test set is ignored.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _VAL_TAR = "ILSVRC2012_img_val.tar"
 
 
 class ImageNet:
-    """Classes are the wnids, ordered by name as torchvision orders them; keys `train/<wnid>/<file>` and `val/<file>`.
+    """Classes are the wnids, sorted by name as in torchvision; keys are `train/<wnid>/<file>` and `val/<file>`.
 
     Raises:
-        ValueError: there are no images, or validation images without ground truth; later, from the listing: a tar is cut, a class
-            is empty, or a validation image has no ground truth or a class that the training set lacks.
+        ValueError: there are no images, or validation images have no ground truth. Listing raises it if a tar is truncated, a
+            class is empty, or a validation image has no ground truth or a class that the training set lacks.
     """
 
     val_fraction = 0.04  # paper 3.1: "we use 4% as our experimental validation set"
@@ -51,7 +51,7 @@ class ImageNet:
 
     @cached_property
     def classes(self) -> list[str]:
-        """The wnids of the training set; without it, those of the validation set."""
+        """The wnids of the training set, or of the validation set if there is no training set."""
         if self._train_folder:
             return visible_folders(self._root / "train")
         if self._train_tar:
@@ -59,7 +59,7 @@ class ImageNet:
         return visible_folders(self._root / "val") if self._truth is None else sorted(set(self._truth.wnids.values()))
 
     def entries(self) -> Iterator[Entry]:
-        """The training set class by class, then the validation set; images by name. Holds the names of one folder or tar."""
+        """The training set class by class, then the validation set; images by name. Memory holds one folder or tar of names."""
         labels = {wnid: label for label, wnid in enumerate(self.classes)}
         if self._train_folder:
             yield from self._folders("train", "train", labels)

@@ -1,7 +1,7 @@
-"""Which class each validation image of ILSVRC2012 belongs to; the images themselves do not say.
+"""The classes of the validation images of ILSVRC2012, which the images do not contain.
 
 In: `LOC_val_solution.csv` (Kaggle), or the development kit `ILSVRC2012_devkit_t12` as folder or .tar.gz. Out: file name -> wnid.
-`sources/imagenet.py` asks.
+`sources/imagenet.py` calls.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from igpt_ds.data.sources.archives import find_files
 
 _CSV = "LOC_val_solution.csv"
 _KIT = "ILSVRC2012_devkit_t12"
-_NUMBERS = "ILSVRC2012_validation_ground_truth.txt"  # of line n: the ILSVRC2012_ID of ILSVRC2012_val_<n>.JPEG
+_NUMBERS = "ILSVRC2012_validation_ground_truth.txt"  # line n is the ILSVRC2012_ID of ILSVRC2012_val_<n>.JPEG
 _META = "meta.mat"  # ILSVRC2012_ID -> wnid
 
 
 class Truth:
-    """The ground truth in one file or folder, read when it is first asked."""
+    """The ground truth in one file or folder, read on first use."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     @classmethod
     def find(cls, directories: Sequence[Path], images: Path) -> Truth:
-        """The ground truth in any of these directories, for the images at `images`.
+        """The first ground truth in these directories, for the images at `images`.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no ground truth.
         """
         for directory in directories:
             for path in (directory / _CSV, directory / _KIT, directory / f"{_KIT}.tar.gz"):
@@ -45,19 +45,19 @@ class Truth:
         """The class of an image by its file name.
 
         Raises:
-            ValueError: the ground truth does not mention it.
+            ValueError: the ground truth does not have the image.
         """
         stem = file.rpartition(".")[0]
         if stem not in self.wnids:
-            raise ValueError(f"{self._path} says nothing of the image {file}; remove the image or complete the ground truth")
+            raise ValueError(f"{self._path} has no class for the image {file}; remove the image or complete the ground truth")
         return self.wnids[stem]
 
     @cached_property
     def wnids(self) -> dict[str, str]:
-        """File name without its ending -> wnid, for every image.
+        """File name without extension -> wnid, for every image.
 
         Raises:
-            ValueError: the file cannot be read as what its name says.
+            ValueError: the file has another format than its name says.
         """
         if self._path.name == _CSV:
             return self._from_csv()
@@ -81,13 +81,13 @@ class Truth:
 
 
 def _wnids_by_number(data: bytes, name: str) -> dict[bytes, str]:
-    """ILSVRC2012_ID, as decimal digits, -> wnid."""
+    """ILSVRC2012_ID (decimal digits) -> wnid."""
     from scipy.io import loadmat  # lazily: only the development kit needs it
 
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"].reshape(-1)
         return {b"%d" % int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # loadmat raises nearly anything on a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{name} cannot be read as the development kit's table of classes: {reason}; download it again"

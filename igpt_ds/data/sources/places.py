@@ -1,6 +1,6 @@
-"""Images that lie in files of their own or in a slice of a larger file: from their places to their bytes.
+"""Reads images that are files, or slices of larger files.
 
-In: entries with a place `[path]` or `[path, offset, size]`. Out: the bytes. Folders, ImageNet and local tars read through it.
+In: entries with a place `[path]` or `[path, offset, size]`. Out: the bytes. Folders, ImageNet and local tars use it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from igpt_ds.data.sources.base import Entry
 
 
 def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueError]:
-    """The bytes of each entry in order; paths are relative to `root`. A tar stays open while entries come from it.
+    """The bytes of each entry, in order; paths are relative to `root`. A tar stays open while consecutive entries are in it.
 
-    A single file that cannot be read is one bad image and comes back as a ValueError.
+    A single file that cannot be read is one bad image; its result is a ValueError.
 
     Raises:
-        ValueError: a file that holds many images cannot be opened, or ends before a slice that was listed.
+        ValueError: a file of many images cannot be opened, or ends before a listed slice.
     """
     with ExitStack() as stack:
         name, file = "", None
@@ -45,7 +45,7 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
 def _whole(path: Path) -> bytes | ValueError:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            return ValueError(f"{path} cannot be read: it is no file")  # a fifo or a device would never end
+            return ValueError(f"{path} cannot be read: it is not a file")  # a fifo or a device may never end
         return path.read_bytes()
     except OSError as error:
         return ValueError(f"{path} cannot be read: {error.strerror}")
@@ -55,7 +55,7 @@ def open_binary(path: Path) -> IO[bytes]:
     """Opens a file for reading.
 
     Raises:
-        ValueError: it does not exist or may not be read.
+        ValueError: the file does not exist or cannot be read.
     """
     try:
         return open(path, "rb")

@@ -1,8 +1,8 @@
-"""`stl10:PATH`: the labelled images of STL-10 in their binary files.
+"""`stl10:PATH`: the labelled images of STL-10 from its binary files.
 
 In: PATH is the folder `stl10_binary`, a folder that contains it, or the archive. Out: a source of 96x96 images. The 100,000
-images of `unlabeled_X.bin` are left aside, as in paper 3.1. Better unpack the archive (2.6 GB): each process that reads from it
-would decompress it anew.
+images of `unlabeled_X.bin` are not read, as in paper 3.1. Unpack the archive (2.6 GB) first: otherwise each process decompresses
+it again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _PIXELS = 3 * _SIDE * _SIDE
 
 
 class STL10:
-    """Keys are `train/0000` and `test/0000`, numbers in the order of the official files. The test files may be absent.
+    """Keys are `train/0000` and `test/0000`, numbers in the order of the official files. The test files are optional.
 
     Raises:
-        ValueError: a file is absent; later, from the listing: lengths do not agree, or a label has no class.
+        ValueError: a file is missing. Listing raises it if lengths do not match, or a label has no class.
     """
 
     val_fraction = VAL_FRACTION
@@ -40,7 +40,7 @@ class STL10:
         for name in (f"{split}_{part}.bin" for split in self._splits for part in "Xy"):
             if not self._files.has(name):
                 raise ValueError(f"{self._files.full_name(name)} does not exist; unpack or download the dataset again")
-        self._held: tuple[str, np.ndarray] | None = None  # the split read last and its images
+        self._held: tuple[str, np.ndarray] | None = None  # the last split read, and its images
 
     def entries(self) -> Iterator[Entry]:
         """The images of train_X.bin, then those of test_X.bin."""
@@ -56,7 +56,7 @@ class STL10:
                 yield Entry(split, f"{split}/{index:04d}", label - 1, [split, index])
 
     def read(self, entries: Sequence[Entry]) -> Iterator[np.ndarray]:
-        """uint8 [96, 96, 3] for each entry; the files hold planes of columns."""
+        """uint8 [96, 96, 3] per entry; the files store planes of columns."""
         for entry in entries:
             split, index = entry.place
             if index >= len(self._images(split)):
@@ -65,12 +65,12 @@ class STL10:
             yield np.ascontiguousarray(self._images(split)[index].transpose(2, 1, 0))
 
     def _images(self, split: str) -> np.ndarray:
-        """uint8 [n, 3, 96 columns, 96 rows]; mapped into memory where it is a file of its own."""
+        """uint8 [n, 3, 96 columns, 96 rows]; mapped into memory if the file is in a folder."""
         if self._held is None or self._held[0] != split:
             name = f"{split}_X.bin"
             folder = self._files.folder
-            self._held = None  # never two at once
-            empty = folder is not None and not (folder / name).stat().st_size  # which cannot be mapped
+            self._held = None  # never hold two at once
+            empty = folder is not None and not (folder / name).stat().st_size  # an empty file cannot be mapped
             data = (
                 np.memmap(folder / name, np.uint8, "r")
                 if folder and not empty

@@ -1,7 +1,7 @@
-"""Walks a plain tar from its first member to its last, in a file, inside another tar, or coming out of a command.
+"""Lists the members of a plain tar that is a file, a part of another tar, or the output of a command.
 
 In: bytes. Out: name, offset and size of each file in it. `sources/imagenet.py`, `sources/webtars.py` and `sources/archives.py`
-list with it. Memory stays flat, and a tar that was cut is an error: Python's tarfile takes a damaged header for the end.
+use it. Memory stays constant. A truncated tar is an error, while Python's tarfile treats a damaged header as the end.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from igpt_ds.data.sources.places import open_binary
 
 _BLOCK = 512
 _PIECE = 1 << 20
-# What tarfile and the decompressors raise on bytes that were cut or damaged.
+# Exceptions of tarfile and the decompressors on truncated or damaged bytes.
 BROKEN = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, OverflowError, ValueError)
 
 
 class Member(NamedTuple):
-    """A file in a tar: its data are `size` bytes from `offset` of the outermost file or stream."""
+    """A file in a tar: `size` bytes at `offset` of the outermost file or stream."""
 
     name: str
     offset: int
@@ -31,24 +31,24 @@ class Member(NamedTuple):
 
 
 class Window:
-    """A part of a file that can be sought, or a stream that can only be read forwards; as much of a file as tarfile asks for."""
+    """A seekable part of a file, or a stream that is read forwards, with the file methods that tarfile needs."""
 
     def __init__(self, file: IO[bytes], start: int = 0, size: int | None = None) -> None:
-        """`size` None says that `file` is a stream of unknown length."""
+        """`size` None means that `file` is a stream of unknown length."""
         self.start, self.size = start, size
-        self.last = b""  # what the latest read gave
-        self.ended = False  # whether a read found the end of a stream
+        self.last = b""  # the bytes of the last read
+        self.ended = False  # whether a read reached the end of a stream
         self._file = file
         self._at = 0
         if size is not None:
             file.seek(start)
 
     def tell(self) -> int:
-        """How many bytes lie before the place of the next read."""
+        """The position of the next read."""
         return self._at
 
     def seek(self, to: int) -> None:
-        """Moves the place of the next read; in a stream forwards only."""
+        """Moves the position of the next read; in a stream only forwards."""
         if self.size is not None:
             self._file.seek(self.start + to)
             self._at = to
@@ -58,7 +58,7 @@ class Window:
             pass
 
     def read(self, n: int) -> bytes:
-        """At most n bytes; fewer where the window or the stream ends."""
+        """At most n bytes; fewer at the end of the window or the stream."""
         if self.size is not None:
             n = max(0, min(n, self.size - self._at))
         self.last = self._file.read(n)
@@ -67,7 +67,7 @@ class Window:
         return self.last
 
     def data(self, member: Member) -> bytes:
-        """A member's bytes; fewer than its size where the file or stream ends. On a stream, before the walk goes on."""
+        """A member's bytes; fewer than its size at the end of the file. In a stream, call it before the walk continues."""
         self.seek(member.offset - self.start)
         return self.read(member.size)
 
@@ -80,10 +80,10 @@ def tar_window(path: Path) -> Iterator[Window]:
 
 
 def walk(window: Window, name: str) -> Iterator[Member]:
-    """The regular files of a tar in the order in which they lie there; `name` is what errors call the tar.
+    """The regular files of a tar, in its order; `name` is the tar's name in errors.
 
     Raises:
-        ValueError: it is no plain tar, it ends before its end mark, a header is damaged, or something follows the mark.
+        ValueError: it is not a plain tar, it ends before its end mark, a header is damaged, or data follows the end mark.
     """
     try:
         tar = tarfile.TarFile(fileobj=cast(Any, window))
@@ -96,7 +96,7 @@ def walk(window: Window, name: str) -> Iterator[Member]:
             raise _cut(name, window.start + tar.offset, str(error)) from None
         if member is None:
             break
-        cast(Any, tar).members.clear()  # tarfile would keep every header that it has read
+        cast(Any, tar).members.clear()  # otherwise tarfile keeps every header
         if member.issym() or member.islnk() or member.issparse():
             raise ValueError(f"{name} holds the link or sparse file {member.name}; pack the tar again with plain files (tar -h)")
         if member.isreg():
@@ -112,7 +112,7 @@ def walk(window: Window, name: str) -> Iterator[Member]:
         raise _cut(name, end, str(error)) from None
     if rest:
         fix = "tars joined by cat cannot be read, keep them apart"
-        raise ValueError(f"{name} goes on after the end of its archive at byte {end}; {fix}")
+        raise ValueError(f"{name} continues after the end of its archive at byte {end}; {fix}")
 
 
 def _cut(name: str, offset: int, reason: str) -> ValueError:

@@ -1,8 +1,8 @@
-"""Reads the pickles of CIFAR, which Python 2 wrote, without doing what else a pickle can ask for.
+"""Reads the pickles of CIFAR, written by Python 2, without running code from them.
 
-In: the bytes of a pickle. Out: a dict of arrays, lists, dicts, strings and numbers. `sources/cifar.py` reads with it. A pickle is
-a program: it names functions and calls them. Here the few names that an array needs lead to stand-ins that check what they are
-given; every other name is refused, and no function of numpy itself is within reach.
+In: the bytes of a pickle. Out: a dict of arrays, lists, dicts, strings and numbers. `sources/cifar.py` uses it. A pickle is a
+program: it names functions and calls them. Here the few names that an array needs map to replacements that check their arguments.
+All other names are refused, and the pickle cannot reach any function of numpy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 
 class _ForbiddenError(Exception):
-    """A pickle asks for something that data do not need."""
+    """A pickle uses something that plain data does not need."""
 
 
 class _Name:
-    """A class that may be named in a pickle but not called."""
+    """A name that a pickle may contain but not call."""
 
     __slots__ = ()
 
@@ -28,7 +28,7 @@ class _Name:
 
 
 class _Encode(_Name):
-    """`_codecs.encode`, by which Python 3 writes bytes for Python 2: text whose characters are the bytes."""
+    """`_codecs.encode`: Python 3 writes bytes for Python 2 as text whose characters are the bytes."""
 
     __slots__ = ()
 
@@ -48,7 +48,7 @@ class _MakeDtype(_Name):
 
 
 class _Reconstruct(_Name):
-    """`numpy.core.multiarray._reconstruct(numpy.ndarray, (0,), b"b")`, an array that is yet to be filled."""
+    """`numpy.core.multiarray._reconstruct(numpy.ndarray, (0,), b"b")`, an empty array that is filled later."""
 
     __slots__ = ()
 
@@ -73,7 +73,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array to be: what numpy's own would hold after its state is set."""
+    """Replaces numpy's array: `array` is set with its state."""
 
     array: np.ndarray | None = None
 
@@ -93,7 +93,7 @@ _ALLOWED: dict[tuple[str, str], type[_Name]] = {
 }
 
 
-# Python's own, not the one in C, which allots as much memory as a forged pickle's numbers ask for.
+# Python's own unpickler: the one in C allocates any amount of memory that a malicious pickle names.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -105,18 +105,18 @@ class _Unpickler(pickle._Unpickler):
 
 
 def load_pickle(data: bytes, name: str) -> dict[str, object]:
-    """The dict in a pickle, its keys as str; values are read-only arrays, lists, dicts, bytes, str or numbers.
+    """The dict in a pickle. Keys are str; values are read-only arrays, lists, dicts, bytes, str or numbers.
 
-    `name` is what errors call the file. Strings that Python 2 wrote come as bytes.
+    `name` is the file's name in errors. Strings of Python 2 become bytes.
 
     Raises:
-        ValueError: the pickle is cut or holds no dict, or it asks for anything else than plain arrays.
+        ValueError: the pickle is truncated, holds no dict, or needs more than plain arrays.
     """
     try:
         value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except _ForbiddenError as error:
         raise ValueError(f"{name} is not plain data: {error}; nothing of it was run. Download the file again") from None
-    except Exception as error:  # hostile or cut bytes raise nearly anything
+    except Exception as error:  # malicious or truncated bytes raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name} cannot be read as a pickle: {reason}; download it again") from None
     if not isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""`webdataset:SPEC`: tars of JPEG, PNG or WebP files as img2dataset writes them, on disk or out of a command.
+"""`webdataset:SPEC`: tars of JPEG, PNG or WebP files as written by img2dataset, on disk or from a command.
 
 In: SPEC is a tar, a folder of tars, brace notation such as `web/{00000..00099}.tar`, or `pipe:COMMAND`, also with braces. Out: a
-source, all "train". A tar on disk is read by seeks. A command is run again to read what it listed, from its start up to the last
-image that is asked for, so anything but a single pass over it is slow; copy the tars if you can.
+source whose images are all "train". A tar on disk is read by seeking. A command runs again to read its images, from its start to
+the last requested image, so only a single pass is fast; copy the tars if possible.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from igpt_ds.data.sources.places import read_places
 from igpt_ds.data.sources.tars import Member, Window, tar_window, walk
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_MOST_CLASSES = 1_000_000  # a larger class number is a mistake, and would fill the memory with names of classes
+_MOST_CLASSES = 1_000_000  # a larger class number is an error, and its class names would fill the memory
 
 
 class _Image(NamedTuple):
@@ -37,15 +37,15 @@ class _Image(NamedTuple):
 
 
 class WebTars:
-    """Keys are `<tar>/<member key>`, where the member key is the name up to its first dot, as webdataset has it.
+    """Keys are `<tar>/<member key>`; as in webdataset, the member key is the name up to its first dot.
 
-    Labels come from `.cls` members, decimal numbers. Their classes are the lines of `classes.txt` beside the first tar, else "0"
-    to the highest label, for which all tars are listed once. Without `.cls` members every label is 0, the class "unlabelled".
-    Other members, and what img2dataset leaves beside the tars, are passed over.
+    Labels are the decimal numbers in `.cls` members. The classes are the lines of `classes.txt` beside the first tar, or "0" to
+    the highest label, for which all tars are listed once. Without `.cls` members every label is 0, the class "unlabelled". Other
+    members, and other files of img2dataset beside the tars, are ignored.
 
     Raises:
-        ValueError: SPEC names no tar, or two of one name; later, from the listing: a tar is cut, a command fails, a key comes
-            twice, some images are labelled and others are not, or a label has no class.
+        ValueError: SPEC names no tar, or two tars of one name. Listing raises it if a tar is truncated, a command fails, a key
+            occurs twice, only some images are labelled, or a label has no class.
     """
 
     val_fraction = VAL_FRACTION
@@ -55,11 +55,11 @@ class WebTars:
         self._pipe = spec.startswith("pipe:")
         self._urls = _expand(spec.removeprefix("pipe:")) if self._pipe else _find(spec)
         self._stems = _stems(self._urls, self._pipe)
-        self._highest: int | None = None  # label, known after one whole listing
+        self._highest: int | None = None  # the highest label, known after a complete listing
 
     @cached_property
     def classes(self) -> list[str]:
-        """The classes' names; may list all tars, see the class."""
+        """The names of the classes. May list all tars."""
         if not self._labelled:
             return ["unlabelled"]
         if self._class_file:
@@ -70,7 +70,7 @@ class WebTars:
         return [str(label) for label in range((self._highest or 0) + 1)]
 
     def entries(self) -> Iterator[Entry]:
-        """Tar by tar in the order of SPEC, a folder's tars by name; images in the order in which they lie there."""
+        """Images tar by tar, in the order of SPEC; tars of a folder are sorted by name."""
         highest, known = 0, len(self.classes) if self._class_file or not self._labelled else None
         for url, stem in zip(self._urls, self._stems, strict=True):
             for image in self._images(url):
@@ -87,7 +87,7 @@ class WebTars:
         self._highest = highest
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Result]:
-        """The members' bytes. One pass over a command for entries of it in ascending order."""
+        """The members' bytes. Entries of a command in ascending order need one run of it."""
         if not self._pipe:
             yield from read_places(Path(), entries)
             return
@@ -105,7 +105,7 @@ class WebTars:
 
     @cached_property
     def _labelled(self) -> bool:
-        """Whether the first image of all has a .cls member; all others must be like it."""
+        """Whether the first image has a .cls member; all other images must match it."""
         first = next((image for url in self._urls for image in self._images(url)), None)
         if first is None:
             raise ValueError(f"{self.name} holds no images; expected members that end in .{', .'.join(_IMAGES)}")
@@ -122,7 +122,7 @@ def _has(label: int | None) -> str:
 
 
 def _images(window: Window, name: str) -> Iterator[_Image]:
-    """The images of one tar. Members that share the name up to the first dot belong together and lie side by side."""
+    """The images of one tar. Members of one image have the same name up to the first dot, and are adjacent."""
     seen: set[str] = set()
     members = ((number, member, *_key(member.name)) for number, member in enumerate(walk(window, name)))
     for key, group in groupby(members, key=lambda found: found[2]):
@@ -146,7 +146,7 @@ def _images(window: Window, name: str) -> Iterator[_Image]:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """`folder/12.jpg` -> (`folder/12`, `jpg`). Hidden files have a key that ends in a slash, or none."""
+    """`folder/12.jpg` -> (`folder/12`, `jpg`). The key of a hidden file ends in a slash, or is empty."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem, extension if stem else ""
@@ -190,7 +190,7 @@ def _find(spec: str) -> list[str]:
 
 
 def _stems(urls: list[str], pipe: bool) -> list[str]:
-    """What the keys of each tar begin with. A command is called after the last tar in it, or by its number."""
+    """The first part of the keys of each tar. For a command it is the last tar named in it, or its number."""
     if not pipe:
         stems = [Path(url).stem for url in urls]
         twice = sorted(stem for stem, same in groupby(sorted(stems)) if len(list(same)) > 1)
@@ -204,7 +204,7 @@ def _stems(urls: list[str], pipe: bool) -> list[str]:
 
 @contextmanager
 def _piped(command: str) -> Iterator[Window]:
-    """What a shell command writes. If it was read to its end the command must have succeeded; else it is ended."""
+    """The output of a shell command. If it is read to its end, the command must succeed; otherwise the command is killed."""
     process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     window = Window(process.stdout)
@@ -212,13 +212,13 @@ def _piped(command: str) -> Iterator[Window]:
         try:
             yield window
         except ValueError:
-            _check(window, process)  # a cut tar is the lesser news where the command failed
+            _check(window, process)  # if the command failed, that is the better error
             raise
         _check(window, process)
     finally:
         process.stdout.close()
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
+            os.killpg(process.pid, signal.SIGKILL)  # the shell and its children
             process.wait()
 
 

@@ -322,7 +322,7 @@ def test_existing_directory_is_refused(tiny, memory, palette8):
 
 def test_other_settings_than_begun_with(tmp_path, memory, palette8):
     list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash)))
-    with pytest.raises(ValueError, match=r"out.making was begun with other settings \(seed 0, now 1\); go on with those, or"):
+    with pytest.raises(ValueError, match=r"out.making was begun with other settings \(seed 0, now 1\); continue with those, or"):
         list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash, seed=1)))
 
 
@@ -331,7 +331,7 @@ def test_too_many_unreadable_images_stop_and_can_be_repaired(tmp_path, folder, p
     whole = (raw / "cat" / "7.png").read_bytes()
     (raw / "cat" / "7.png").write_bytes(b"broken")
     source = open_source(f"imagefolder:{raw}")
-    message = r"imagefolder:.*: 1 unreadable, more than the 0.001 of 8 images that may be: cat/7.png .*; repair the files"
+    message = r"imagefolder:.*: 1 unreadable, more than the 0.001 of 8 images that --max_bad allows: cat/7.png .*; repair"
     with pytest.raises(ValueError, match=message):
         write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, images_per_shard=2))
     assert not (tmp_path / "out").exists()
@@ -409,7 +409,7 @@ def test_a_directory_that_another_process_finished(begun, memory, palette8):
                 merge_shards(begun.with_suffix(""))
             return super().read(entries)
 
-    with pytest.raises(ValueError, match=r"out.making went away: another process has finished or removed it; look at .*out"):
+    with pytest.raises(ValueError, match=r"out.making disappeared: another process has finished or removed it; look at .*out"):
         write_shards(begun.with_suffix(""), Finishing(memory(40).images))
     assert not begun.exists()
     ShardSet(begun.with_suffix(""), "train").verify()
@@ -419,7 +419,7 @@ def test_a_merged_directory_that_cannot_be_put_in_place(begun, memory):
     write_shards(begun.with_suffix(""), memory(40))
     begun.with_suffix("").mkdir()
     (begun.with_suffix("") / "something").write_text("else")
-    with pytest.raises(ValueError, match=r"out was finished by another process meanwhile, or cannot be made; look there"):
+    with pytest.raises(ValueError, match=r"out was finished by another process, or cannot be created; look there"):
         merge_shards(begun.with_suffix(""))
 
 

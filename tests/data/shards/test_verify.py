@@ -58,7 +58,7 @@ def test_a_file_that_is_gone_or_goes_on(tiny, tmp_path, entry):
     file.write_bytes((tiny / entry.name).read_bytes() + b"more")
     (damage,) = shard_damage(file, entry, 4)
     assert (damage.first, damage.last) == (entry.bytes, entry.bytes + 3)
-    assert "the file goes on after its" in str(damage)
+    assert "the file continues after its" in str(damage)
 
 
 def test_two_images_that_changed_places(tiny, tmp_path, entry):

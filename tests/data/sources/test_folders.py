@@ -79,4 +79,4 @@ def test_what_only_looks_like_an_image_is_counted(tmp_path):
     assert [entry.key for entry in entries] == ["cat/gone.jpg", "cat/good.jpg", "cat/pipe.jpg"]
     assert good == b"x"
     assert "gone.jpg cannot be read: No such file" in str(gone)
-    assert "pipe.jpg cannot be read: it is no file" in str(pipe)
+    assert "pipe.jpg cannot be read: it is not a file" in str(pipe)

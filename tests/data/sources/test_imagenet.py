@@ -124,7 +124,7 @@ def test_classes_must_agree(tree):
     said = problem(tree("folders", in_folders() | {"val/n09999999/0.JPEG": b"-"}))
     assert "the folder val/n09999999 is of the class n09999999, which the training set lacks; add or remove the class" in said
     said = problem(tree("short", in_folders() | flat() | {"LOC_val_solution.csv": CSV[: CSV.rindex("ILSVRC")].encode()}))
-    assert "LOC_val_solution.csv says nothing of the image ILSVRC2012_val_00000001.JPEG; remove the image or" in said
+    assert "LOC_val_solution.csv has no class for the image ILSVRC2012_val_00000001.JPEG; remove the image or" in said
 
 
 def test_an_empty_class_is_named(tree, write_tar):

@@ -119,7 +119,7 @@ def test_every_cut_and_every_damaged_header_is_named(tmp_path, write_tar, pipe):
     ):
         list(open_source(spec).entries())
     path.write_bytes(whole + whole)
-    with pytest.raises(ValueError, match=rf"^{name} goes on after the end of its archive at byte {end}; tars joined by cat"):
+    with pytest.raises(ValueError, match=rf"^{name} continues after the end of its archive at byte {end}; tars joined by cat"):
         list(open_source(spec).entries())
 
 
