@@ -18,7 +18,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """What importing each module, and asking each program for --help, did in a process of its own (see fresh.py)."""
     here = tmp_path_factory.mktemp("fresh")
     command = [sys.executable, str(ROOT / "tests" / "house" / "fresh.py")]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert not list(here.iterdir()), "importing the package wrote files"
     return json.loads(done.stdout)

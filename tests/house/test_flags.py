@@ -39,7 +39,10 @@ def check_command(command: str, flags: dict[str, set[str]]) -> None:
             words.pop(0)
         if not words or words[0] in FOREIGN:
             continue
-        if words[0] == "make":
+        if words[0].startswith("--"):  # flags of train.py after the " -- " of tools/paper_plan.py and its scripts
+            unknown = {word.split("=")[0] for word in words if word.startswith("--")} - flags["train.py"]
+            assert not unknown, f"train.py has no {', '.join(unknown)}: {command}"
+        elif words[0] == "make":
             targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
             unknown = [word for word in words[1:] if "=" not in word and word not in targets]
             assert not unknown, f"make has no target {unknown}: {command}"
