@@ -56,7 +56,7 @@ def record_from(kind: type[T], values: object, where: str, fix: str, strict: boo
     """A dataclass made of a JSON object; a field with a default may be missing.
 
     Fields are str, int, float, bool, object (anything), None, dataclasses, unions, and tuples, lists and dicts of these. A float
-    may be a whole number in the file.
+    may be a whole number in the file. Any other class, such as a tensor in a torch file, must be the class of the value.
 
     Args:
         where: what the file is and where it lies, for the error.
@@ -129,7 +129,7 @@ def _outer(kind: Any) -> type:
 
 
 def _words(kind: Any) -> str:
-    return _WORDS[_outer(kind)]
+    return _WORDS.get(_outer(kind), _outer(kind).__name__)
 
 
 def _record(kind: Any, value: Any, place: str, strict: bool) -> Any:

@@ -29,8 +29,10 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.features.extract import extract, extract_pixels
-from igpt_ds.evaluate.features.files import DTYPES, merge
+from igpt_ds.data.shards.layout import WHOLE, Part
+from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
+from igpt_ds.evaluate.features.files import merge_parts
+from igpt_ds.evaluate.features.manifest import DTYPES
 from igpt_ds.evaluate.features.network import KINDS, PRECISIONS, Network, open_model, pick_device
 
 say = partial(print, flush=True)
@@ -40,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Merges parts, or opens the shards and writes their features."""
     args = parse(argv)
     if args.merge:
-        manifest = merge(args.out, args.merge)
-        images = sum(about["n_images"] for about in manifest["splits"].values())
+        images = sum(about.n_images for about in merge_parts(args.out, args.merge).splits.values())
         say(f"{args.out}: {images} images of {args.merge} parts")
         return
     shard_sets = [ShardSet(args.data, split) for split in args.splits]
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         from_model(args, shard_sets)
     seconds, images = time.perf_counter() - start, sum(shards.n_images for shards in shard_sets)
-    say(f"{args.out}: {images} images in {seconds:.1f} s" if args.part == (0, 1) else f"part {args.part[0]}: {seconds:.1f} s")
+    say(f"{args.out}: {images} images in {seconds:.1f} s" if args.part == WHOLE else f"part {args.part.i}: {seconds:.1f} s")
 
 
 def from_model(args: argparse.Namespace, shard_sets: Sequence[ShardSet]) -> None:
@@ -64,13 +65,7 @@ def from_model(args: argparse.Namespace, shard_sets: Sequence[ShardSet]) -> None
         shard_sets,
         Network(model, device, args.precision, blocks, args.batch),
         origin,
-        layers=args.layers,
-        kinds=args.kinds,
-        dtype=args.dtype,
-        mask_draws=args.mask_draws,
-        mask_seed=args.mask_seed,
-        at_once=args.stream_layers,
-        part=args.part,
+        Extraction(args.layers, args.kinds, args.dtype, args.mask_draws, args.mask_seed, args.stream_layers, args.part),
         report=say,
     )
 
@@ -99,19 +94,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stream_layers", type=int, metavar="IMAGES", help="hold one block at a time, read anew for so many images together"
     )
-    parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="this part of the images, for --merge N")
+    parser.add_argument("--part", type=part, default=WHOLE, metavar="I/N", help="this part of the images, for --merge N")
     parser.add_argument("--merge", type=int, metavar="N", help="make --out of its N parts and remove them; needs no other flag")
     args = parser.parse_args(argv)
     check(args)
     return args
 
 
-def part(text: str) -> tuple[int, int]:
-    """I/N as two numbers."""
+def part(text: str) -> Part:
+    """`0/4` -> Part(0, 4)."""
     first, slash, count = text.partition("/")
     if not (slash and first.isdigit() and count.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, as in 0/4")
-    return int(first), int(count)
+    return Part(int(first), int(count))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -125,7 +120,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("splits", "kinds"):
         if twice := [value for value in getattr(args, name) if getattr(args, name).count(value) > 1]:
             raise ValueError(f"--{name} {' '.join(getattr(args, name))} names {twice[0]!r} twice; name each once")
-    if args.pixels and (args.model is not None or args.untrained is not None or args.layers is not None or args.part != (0, 1)):
+    if args.pixels and (args.model is not None or args.untrained is not None or args.layers is not None or args.part != WHOLE):
         raise ValueError("--pixels needs no model; leave out --model, --untrained, --layers and --part")
     if not args.pixels and args.model is None:
         raise ValueError("--model is missing; name a model dir, or give --pixels")

@@ -136,7 +136,7 @@ def objectives(args: argparse.Namespace) -> None:
 def best_probe(args: argparse.Namespace) -> ProbeRow:
     """The best probe, by the held-out images, of the features' model."""
     rows = by_layer(read_all(args.results), ["every_layer"])
-    model_hash = open_features(args.features, rows[0].train_split if rows else "train").manifest["model_hash"]
+    model_hash = open_features(args.features, rows[0].train_split if rows else "train").manifest.origin.model_hash
     rows = [row for row in rows if row.model_hash == model_hash and args.kind in (None, row.features)]
     if not rows:
         kind = f" of kind {args.kind}" if args.kind else ""

@@ -25,7 +25,7 @@ from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.build import copy_images
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.domain import Domain, Reader, fit_domain, keep_best, n_to_keep
-from igpt_ds.evaluate.features.files import Origin
+from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.evaluate.features.network import PRECISIONS, check_layers, open_model, pick_device
 from igpt_ds.evaluate.report.figures import score_histogram
 from igpt_ds.files import atomic_dir, write_json

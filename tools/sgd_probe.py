@@ -20,7 +20,8 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.network import KINDS, pick_device
-from igpt_ds.evaluate.probes.sgd_search import HELD_OUT, RATES, Settings, SgdProbe, sgd_probe
+from igpt_ds.evaluate.probes.sgd_search import HELD_OUT, RATES, RateSearch, SgdProbe, SgdSettings, sgd_probe
+from igpt_ds.evaluate.probes.sgd_state import StateFile
 from igpt_ds.evaluate.report.results import add_results, make_row, read_results
 from igpt_ds.evaluate.report.tables import markdown_table
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Opens everything, probes layer by layer, prints the table of best layers."""
     args = parse(argv)
     read_results(args.out)  # a damaged file is found now and not after the first probe
-    settings = Settings(
+    search = RateSearch(args.rates, args.together, args.held_out)
+    settings = SgdSettings(
         steps=args.steps,
         batch_images=args.batch_images,
         seed=args.seed,
@@ -48,11 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             layer,
             kind,
             settings,
-            rates=args.rates,
-            together=args.together,
-            held_out=args.held_out,
-            state=args.out.with_name(f"{args.out.name}.{layer:02d}_{kind}.state"),
-            save_every=args.save_every,
+            search,
+            StateFile(args.out.with_name(f"{args.out.name}.{layer:02d}_{kind}.state"), args.save_every),
         )
         rows.append(make_row(probe, train, evaluated, "sgd", held_out=args.held_out))
         add_results(args.out, rows[-1:])
@@ -73,8 +72,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates, tried from large to small")
     parser.add_argument("--together", type=int, default=4, help="rates fitted at once; the search ends when the best is inside")
     parser.add_argument("--held_out", type=float, default=HELD_OUT, help="part of the training images that chooses the rate")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="of each fit, under one cosine")
-    parser.add_argument("--batch_images", type=int, default=Settings.batch_images, help="images of a step")
+    parser.add_argument("--steps", type=int, default=SgdSettings.steps, help="of each fit, under one cosine")
+    parser.add_argument("--batch_images", type=int, default=SgdSettings.batch_images, help="images of a step")
     parser.add_argument("--standardise", action="store_true", help="features of mean 0 and deviation 1; wants smaller rates")
     parser.add_argument(
         "--views", type=int, default=1, help="neighbouring rows of one image, as make_shards.py --views writes them"

@@ -43,7 +43,7 @@ def confusion(train: FeatureSet, evaluated: FeatureSet, row: ProbeRow, settings:
         ValueError: labels missing; features of another model or of other images than the row's.
     """
     hashes = {train.split: train.dataset_hash, evaluated.split: evaluated.dataset_hash}
-    if (row.model_hash, row.dataset_hash) != (train.manifest["model_hash"], hashes):
+    if (row.model_hash, row.dataset_hash) != (train.manifest.origin.model_hash, hashes):
         raise ValueError(f"{train.path} holds features of another model, or of other images, than the results' best probe")
     check_labels(evaluated)
     ids = training_images(train, None, settings.seed)

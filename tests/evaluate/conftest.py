@@ -12,7 +12,7 @@ import torch
 
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.features.extract import extract, extract_pixels
-from igpt_ds.evaluate.features.files import FORMAT, VERSION
+from igpt_ds.evaluate.features.manifest import FORMAT, VERSION
 from igpt_ds.evaluate.features.network import Network, open_model
 from igpt_ds.model.store import fresh_model, save_model
 

@@ -29,7 +29,7 @@ def test_the_way_from_shards_to_figures(launch, tool, model_dir, tiny_dataset, t
         assert f"{out}: 48 images, layers" in said
         assert "MiB" in said
         assert "images/s" in said
-    assert open_features(directories[1], "val").manifest["seed"] == 3
+    assert open_features(directories[1], "val").manifest.origin.seed == 3
 
     results = tmp_path / "results.jsonl"
     done = launch(["tools/linear_probe.py", "--features", *directories, "--out", results, "--C_grid", "0.001", "0.1", "10"])
@@ -73,8 +73,8 @@ def test_flags_reach_their_place(tool, model_dir, tiny_dataset, tmp_path):
     assert status == 0
     assert "layers 0, 2, raw, 16 features" in said
     features = open_features(tmp_path / "f", "val")
-    assert (features.layers, features.kinds, features.manifest["precision"]) == ([0, 2], ["raw"], "bf16")
-    assert list(features.manifest["splits"]) == ["val"]
+    assert (features.layers, features.kinds, features.manifest.origin.precision) == ([0, 2], ["raw"], "bf16")
+    assert list(features.manifest.splits) == ["val"]
 
 
 def test_parts_and_streams_through_the_tool(tool, model_dir, tiny_dataset, tmp_path):

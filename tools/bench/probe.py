@@ -27,7 +27,8 @@ import torch
 from harness import Row
 
 from igpt_ds import cli
-from igpt_ds.evaluate.features.files import FORMAT, VERSION, FeatureSet, Writer, open_features
+from igpt_ds.evaluate.features.files import FeatureSet, FeatureWriter, open_features
+from igpt_ds.evaluate.features.manifest import FeatureManifest, FeatureSplit, Origin
 from igpt_ds.evaluate.probes.linear import Settings, linear_probe, stratified_order
 from igpt_ds.evaluate.probes.logistic import fit
 
@@ -94,18 +95,16 @@ def draw_features(path: Path, quick: bool, toy: bool) -> Path:
     """A feature directory of 45,000 x 512 x 10 classes: columns mixed of directions whose variances fall as a power."""
     sizes, width = ({"train": 400, "val": 50}, 16) if toy else ({"train": 45_000, "val": 5_000}, 512)
     depth = 2 if toy else 1 if quick else 3
-    about = {
-        "format": FORMAT,
-        "version": VERSION,
-        "dataset": "drawn",
-        "weights": "trained",
-        "palette_hash": "",
-        "pooling": "mean",
-    }
-    about |= dict.fromkeys(("model_hash", "objective", "step", "seed", "model", "mask_prob", "mask_seed"))
-    about |= {"precision": "fp32", "dtype": "fp32", "layers": list(range(depth)), "kinds": ["normed"], "n_features": width}
-    splits = {split: {"n_images": N, "dataset_hash": split, "mask_draws": 0} for split, N in sizes.items()}
-    writer, labels = Writer(path, about | {"splits": splits, "classes": [str(k) for k in range(10)]}), {}
+    manifest = FeatureManifest(
+        dataset="drawn",
+        origin=Origin("trained", palette_hash=""),
+        layers=list(range(depth)),
+        kinds=["normed"],
+        n_features=width,
+        splits={split: FeatureSplit(N, split, mask_draws=0) for split, N in sizes.items()},
+        classes=[str(k) for k in range(10)],
+    )
+    writer, labels = FeatureWriter(path, manifest), {}
     for number, (split, N) in enumerate(sizes.items()):
         random = np.random.default_rng(number)
         labels[split] = random.permutation(np.arange(N) % 10)
@@ -234,7 +233,7 @@ def peer_layer(world: World, train: FeatureSet, val: FeatureSet, layer: int) -> 
 def memory(world: World) -> list[Row]:
     """The most memory that the probe of one layer takes, beside the size of its features in float32."""
     train = world.open("train")
-    size = len(train.labels) * int(train.manifest["n_features"]) * 4 / 2**20
+    size = len(train.labels) * train.manifest.n_features * 4 / 2**20
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         most = pool.apply(probe_memory, (world.features, world.kind, world.grid)) / 2**20
     return [Row("memory of a probe", "MiB", most, size, "the features of one layer", 1.5, at_most=True)]

@@ -1,30 +1,45 @@
-"""Extraction: the features of every image of some shards go into a feature directory, by one process or by parts, restartably.
+"""Extraction: writes the features of every image of some shards into a feature directory, in one process or in parts.
 
-Batches are the same whoever computes them, so parts merged, or a run killed and continued, give the bytes of one run.
+Batches do not depend on the process that computes them. Merged parts, and a killed run that continues, have the bytes of one run.
 
-In: a network and shards. Out: a feature directory, see files.py. Called by `tools/extract_features.py`.
+In: a network and shards. Out: a feature directory, see `files.py`. Called by `tools/extract_features.py`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.features.files import FORMAT, PART_FORMAT, VERSION, Origin, Writer, array_bytes, part_dir, places, span
-from igpt_ds.evaluate.features.network import KINDS, Network, Values, check_layers
+from igpt_ds.data.shards.layout import WHOLE, Part
+from igpt_ds.evaluate.features.files import FeatureWriter, part_dir
+from igpt_ds.evaluate.features.manifest import FeatureManifest, FeatureSplit, Origin, PartOf, span
+from igpt_ds.evaluate.features.network import KINDS, LayerMeans, Network, check_layers
 from igpt_ds.model.objectives import draw_masks
 
 _SAVE_SECONDS = 30.0
 _FP16_MAX = float(np.finfo(np.float16).max)
 
-Read = Callable[[ShardSet, np.ndarray, "int | None"], Values]  # shards, ids, number of the mask -> values
+ReadMeans = Callable[[ShardSet, np.ndarray, "int | None"], LayerMeans]  # shards, ids, number of the mask -> features
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is extracted of each image, and by which part of the work."""
+
+    layers: Sequence[int] | None = None  # None: all
+    kinds: Sequence[str] = KINDS
+    dtype: str = "fp32"  # of the files
+    mask_draws: Sequence[int] = (0,)  # masks of each image, one number or one for each shard set; 0: whole images; bert only
+    mask_seed: int = 0
+    at_once: int | None = None  # images for which a block is read once; None: the network's batch
+    part: Part = WHOLE  # the share of the images that this call writes, for `files.merge_parts`
 
 
 def extract(
@@ -32,48 +47,41 @@ def extract(
     shard_sets: Sequence[ShardSet],
     network: Network,
     origin: Origin,
-    *,
-    layers: Sequence[int] | None = None,
-    kinds: Sequence[str] = KINDS,
-    dtype: str = "fp32",
-    mask_draws: Sequence[int] = (0,),
-    mask_seed: int = 0,
-    at_once: int | None = None,
-    part: tuple[int, int] = (0, 1),
+    wanted: Extraction | None = None,
     report: Callable[[str], None] | None = None,
 ) -> None:
-    """Writes the features of every image of the shard sets, at every layer asked for (all for None).
+    """Writes the features of every image of the shard sets.
 
-    What a killed call left behind is continued by a call with the same arguments. Activations are averaged in float32; the batch
-    size changes nothing but the rounding.
+    A call with the same arguments continues a killed call. Activations are averaged in float32. The batch size changes nothing
+    but the rounding.
 
     Args:
-        mask_draws: for each shard set, or for all, through how many masks each image is seen; 0: whole. Bert models alone.
-        at_once: images for which a block is read once; the network's batch when None.
-        part: (i, n) writes the i-th of n shares of the images, for `files.merge`.
-        report: is told what will be written and how fast, before anything is.
+        wanted: None extracts every layer and kind of whole images.
+        report: is called with the size and the expected duration before the first image is written.
 
     Raises:
-        ValueError: an argument without sense, activations that are not finite or too large for fp16, `out` exists.
+        ValueError: an argument is out of range, activations are not finite or too large for fp16, or `out` exists.
     """
-    draws = list(mask_draws) * (len(shard_sets) if len(mask_draws) == 1 else 1)
+    wanted = wanted or Extraction()
+    draws = list(wanted.mask_draws) * (len(shard_sets) if len(wanted.mask_draws) == 1 else 1)
     if len(draws) != len(shard_sets) or min(draws) < 0:
-        raise ValueError(f"--mask_draws {' '.join(map(str, mask_draws))} must be one number, or one for each split, from 0 on")
+        given = " ".join(map(str, wanted.mask_draws))
+        raise ValueError(f"--mask_draws {given} must be one number, or one for each split, and at least 0")
     if any(draws) and origin.objective != "bert":
         raise ValueError(f"--mask_draws {max(draws)}: this model is {origin.objective!r}; only bert models see masked images")
-    wanted, step = check_layers(layers, network.model.config.n_layer), at_once or network.batch
-    masked = {"mask_prob": origin.mask_prob, "mask_seed": mask_seed} if any(draws) else {"mask_prob": None, "mask_seed": None}
-    about = replace(origin, precision=network.precision, dtype=dtype, **masked)
+    layers, step = check_layers(wanted.layers, network.model.config.n_layer), wanted.at_once or network.batch
+    origin = replace(origin, precision=network.precision, dtype=wanted.dtype)
+    origin = replace(origin, mask_seed=wanted.mask_seed) if any(draws) else replace(origin, mask_prob=None, mask_seed=None)
 
-    def values(shards: ShardSet, ids: np.ndarray, draw: int | None) -> Values:
+    def read(shards: ShardSet, ids: np.ndarray, draw: int | None) -> LayerMeans:
         mask = None
         if draw is not None:
-            numbers = ids + (draw << 40)  # each draw is of its own images, as it were
-            mask = draw_masks(mask_seed, numbers, shards.n_px**2, cast(float, origin.mask_prob))
-        return network.pooled(shards.tokens(ids), wanted, kinds, mask)
+            numbers = ids + (draw << 40)  # the masks of different draws are independent
+            mask = draw_masks(wanted.mask_seed, numbers, shards.n_px**2, cast(float, origin.mask_prob))
+        return network.pooled(shards.tokens(ids), layers, wanted.kinds, mask)
 
-    shape = {"layers": wanted, "kinds": list(kinds), "n_features": network.model.config.n_embd}
-    _write(out, asdict(about) | shape, dict(zip(shard_sets, draws, strict=True)), values, step, part, report)
+    manifest = _manifest(shard_sets, draws, origin, layers, wanted.kinds, network.model.config.n_embd)
+    _write(out, manifest, shard_sets, read, step, wanted.part, report)
 
 
 def extract_pixels(
@@ -83,37 +91,57 @@ def extract_pixels(
     dtype: str = "fp32",
     report: Callable[[str], None] | None = None,
 ) -> None:
-    """Writes the palette colours of every image, [N, 3 T] in [-1, 1]: what a probe sees without any model."""
+    """Writes the palette colours of every image, [N, 3 T] in [-1, 1]: the input of a probe without a model."""
     colors = shard_sets[0].palette.colors
 
-    def values(shards: ShardSet, ids: np.ndarray, draw: int | None) -> Values:
+    def read(shards: ShardSet, ids: np.ndarray, draw: int | None) -> LayerMeans:
         return {(0, "pixels"): colors[shards.tokens(ids)].reshape(len(ids), -1)}
 
-    about = asdict(Origin("pixels", shard_sets[0].palette_hash, "none", dtype=dtype))
-    shape = {"layers": [0], "kinds": ["pixels"], "n_features": 3 * shard_sets[0].n_px ** 2}
-    _write(out, about | shape, dict.fromkeys(shard_sets, 0), values, batch, report=report)
+    origin = Origin("pixels", shard_sets[0].palette_hash, "none", dtype=dtype)
+    manifest = _manifest(shard_sets, [0] * len(shard_sets), origin, [0], ["pixels"], 3 * shard_sets[0].n_px ** 2)
+    _write(out, manifest, shard_sets, read, batch, WHOLE, report)
+
+
+def _manifest(
+    shard_sets: Sequence[ShardSet], draws: Sequence[int], origin: Origin, layers: list[int], kinds: Sequence[str], n_features: int
+) -> FeatureManifest:
+    """The manifest of the whole."""
+    splits = {
+        shards.split: FeatureSplit(shards.n_images, shards.dataset_hash, count)
+        for shards, count in zip(shard_sets, draws, strict=True)
+    }
+    first = shard_sets[0]
+    return FeatureManifest(
+        origin=origin,
+        dataset=first.name,
+        layers=layers,
+        kinds=list(kinds),
+        n_features=n_features,
+        splits=splits,
+        classes=list(first.classes),
+    )
 
 
 @dataclass
 class _Job:
-    """The share of one process: which images of which shards, where they go, and how their features are computed."""
+    """The share of one process: the images of each shard set, the writer, and the function that computes their features."""
 
-    writer: Writer
+    writer: FeatureWriter
     shares: dict[ShardSet, range]
-    read: Read
+    read: ReadMeans
     step: int
 
     def announce(self, report: Callable[[str], None]) -> None:
-        """Says how much will be written, and how fast by a trial of one step."""
+        """Reports the size, and the speed of a trial of one step."""
         manifest, images = self.writer.manifest, sum(len(share) for share in self.shares.values())
-        kinds, layers, width = " and ".join(manifest["kinds"]), span(manifest["layers"]), manifest["n_features"]
-        draws = max(about["mask_draws"] for about in manifest["splits"].values())
+        draws = max(about.mask_draws for about in manifest.splits.values())
         masks = f", {draws} mask draws" if draws else ""
-        what = f"{images} images, layers {layers}, {kinds}, {width} features{masks}"
-        report(f"{self.writer.target}: {what}, {array_bytes(manifest) / 2**20:.1f} MiB in {manifest['dtype']}")
+        features = f"layers {span(manifest.layers)}, {' and '.join(manifest.kinds)}, {manifest.n_features} features{masks}"
+        size = f"{manifest.array_bytes / 2**20:.1f} MiB in {manifest.origin.dtype}"
+        report(f"{self.writer.target}: {images} images, {features}, {size}")
         done = sum(self.writer.done.values())
         if done:
-            report(f"{self.writer.target}: {done} images are there already")
+            report(f"{self.writer.target}: {done} images are finished already")
         shards, share = next(iter(self.shares.items()))
         ids, seconds = np.asarray(share)[: self.step], 0.0
         for _ in range(2):  # the first call warms up
@@ -125,10 +153,10 @@ class _Job:
         report(f"{self.writer.target}: about {rate:.1f} images/s, {passes / rate / 60:.1f} minutes")
 
     def _masks(self, shards: ShardSet) -> list[int | None]:
-        return list(dict.fromkeys(mask for _, _, mask in places(self.writer.manifest, shards.split)))
+        return list(dict.fromkeys(mask for _, _, mask in self.writer.manifest.places(shards.split)))
 
     def run(self) -> None:
-        """Writes what is not there yet."""
+        """Writes the features of the unfinished images."""
         done = self.writer.done
         total = sum(len(share) for share in self.shares.values())
         with tqdm(total=total, initial=sum(done.values()), unit=" images", desc="features", leave=False, disable=None) as bar:
@@ -144,9 +172,9 @@ class _Job:
                         saved = time.monotonic()
         self.writer.finish({shards.split: shards.labels(np.asarray(share)) for shards, share in self.shares.items()})
 
-    def _write(self, shards: ShardSet, first: int, mask: int | None, values: Values) -> None:
-        half = self.writer.manifest["dtype"] == "fp16"
-        for (layer, kind), array in values.items():
+    def _write(self, shards: ShardSet, first: int, mask: int | None, means: LayerMeans) -> None:
+        half = self.writer.manifest.origin.dtype == "fp16"
+        for (layer, kind), array in means.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"layer {layer} is not finite for images of {shards.path}; check the model, or use fp32")
             if half and (most := float(np.abs(array).max())) > _FP16_MAX:
@@ -156,17 +184,18 @@ class _Job:
 
 def _write(
     out: Path,
-    about: dict[str, Any],
-    draws: dict[ShardSet, int],
-    read: Read,
+    whole: FeatureManifest,
+    shard_sets: Sequence[ShardSet],
+    read: ReadMeans,
     step: int,
-    part: tuple[int, int] = (0, 1),
-    report: Callable[[str], None] | None = None,
+    part: Part,
+    report: Callable[[str], None] | None,
 ) -> None:
     if step < 1:
         raise ValueError(f"--batch {step} must be at least 1")
-    shares = {shards: _share(shards, step, part) for shards in draws}
-    job = _Job(Writer(part_dir(out, part), _manifest(about, draws, shares, part)), shares, read, step)
+    shares = {shards: _share(shards, step, part) for shards in shard_sets}
+    manifest = whole if part == WHOLE else _of_part(whole, {shards.split: share for shards, share in shares.items()})
+    job = _Job(FeatureWriter(part_dir(out, part), manifest), shares, read, step)
     try:
         if report:
             job.announce(report)
@@ -176,35 +205,16 @@ def _write(
         raise
 
 
-def _share(shards: ShardSet, step: int, part: tuple[int, int]) -> range:
-    """The i-th of n runs of whole steps of images, as equal as they can be."""
-    i, n = part
-    if not 0 <= i < n:
-        raise ValueError(f"part {i}/{n} does not exist; the first of n is 0/n, the last n-1/n")
+def _share(shards: ShardSet, step: int, part: Part) -> range:
+    """The images of part i of n: whole steps, as equal as possible."""
+    part.check()
     steps = -(-shards.n_images // step)
-    if n > steps:
-        raise ValueError(f"{shards.n_images} images of {shards.split} are {steps} steps of {step}, not {n}; use fewer parts")
-    return range(i * steps // n * step, min((i + 1) * steps // n * step, shards.n_images))
+    if part.n > steps:
+        raise ValueError(f"{shards.n_images} images of {shards.split} are {steps} steps of {step}, not {part.n}; use fewer parts")
+    return range(part.i * steps // part.n * step, min((part.i + 1) * steps // part.n * step, shards.n_images))
 
 
-def _manifest(
-    about: dict[str, Any], draws: dict[ShardSet, int], shares: dict[ShardSet, range], part: tuple[int, int]
-) -> dict[str, Any]:
-    first = next(iter(draws))
-    splits = {
-        shards.split: {"n_images": shards.n_images, "dataset_hash": shards.dataset_hash, "mask_draws": count}
-        for shards, count in draws.items()
-    }
-    whole = {
-        "format": FORMAT,
-        "version": VERSION,
-        "dataset": first.name,
-        **about,
-        "splits": splits,
-        "classes": list(first.classes),
-    }
-    if part == (0, 1):
-        return whole
-    own = {shards.split: splits[shards.split] | {"n_images": len(share)} for shards, share in shares.items()}
-    before = {shards.split: share.start for shards, share in shares.items()}
-    return whole | {"format": PART_FORMAT, "splits": own, "part": {"of": splits, "rows_before": before}}
+def _of_part(whole: FeatureManifest, shares: dict[str, range]) -> FeatureManifest:
+    """The manifest of a part that holds these images of each split."""
+    own = {split: replace(whole.splits[split], n_images=len(share)) for split, share in shares.items()}
+    return replace(whole, splits=own, part=PartOf(whole.splits, {split: share.start for split, share in shares.items()}))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.features.files import Origin
+from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.model.store import fresh_model, load_model, load_without_blocks, read_info, read_tensors
 from igpt_ds.model.transformer import Block, Projection, Transformer
 
@@ -33,7 +33,7 @@ KINDS = ("normed", "raw")
 PRECISIONS = ("fp32", "bf16")
 MASK_PROB = 0.15  # paper 2.1, where a model does not say what it was trained with
 
-Values = dict[tuple[int, str], np.ndarray]  # (layer, kind) -> float32 [B, C]
+LayerMeans = dict[tuple[int, str], np.ndarray]  # (layer, kind) -> float32 [B, C]
 
 
 def pick_device(name: str) -> str:
@@ -134,11 +134,11 @@ class Network:
         block.to("meta")
 
     @torch.inference_mode()
-    def pooled(self, grids: np.ndarray, layers: Sequence[int], kinds: Sequence[str], mask: Tensor | None = None) -> Values:
+    def pooled(self, grids: np.ndarray, layers: Sequence[int], kinds: Sequence[str], mask: Tensor | None = None) -> LayerMeans:
         """The features of some images: uint16 [B, n_px, n_px], mask bool [B, T] or None, rising layers -> float32 [B, C] each."""
         tokens = torch.from_numpy(grids.reshape(len(grids), -1).astype(np.int64)).to(self.device)
         hidden = [None] * -(-len(tokens) // self.batch) if mask is None else mask.to(self.device).split(self.batch)
-        found: Values = {}
+        found: LayerMeans = {}
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
             states = [self.model.embed(*pair) for pair in zip(tokens.split(self.batch), hidden, strict=True)]
             for layer in range(layers[-1] + 1):
@@ -153,7 +153,7 @@ class Network:
                             states[i] = block(h)
         return found
 
-    def _pool(self, layer: int, states: list[Tensor], norm: nn.Module, kinds: Sequence[str], found: Values) -> None:
+    def _pool(self, layer: int, states: list[Tensor], norm: nn.Module, kinds: Sequence[str], found: LayerMeans) -> None:
         for kind in kinds:
             means = [self.model.pooled(norm(h) if kind == "normed" else h) for h in states]
             found[layer, kind] = torch.cat(means).cpu().numpy()

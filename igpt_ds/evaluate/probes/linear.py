@@ -55,7 +55,7 @@ class View:
     @property
     def width(self) -> int:
         """Features of an image."""
-        return len(self.layers) * int(self.features.manifest["n_features"])
+        return len(self.layers) * self.features.manifest.n_features
 
     def chunks(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """The rows of some images, in turn: float64 [n, width].

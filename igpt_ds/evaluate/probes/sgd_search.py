@@ -2,20 +2,18 @@
 
 In: a feature set, however much larger than memory. Out: an `SgdProbe`. Called by `tools/sgd_probe.py` and `tools/bench/probe.py`.
 
-All rates see the same images in the same order, so one product serves the logits of all of them and one their gradients. Rates
-are tried from large to small, as the paper does, a group at a time: the search ends with the group whose best rate is not its
-smallest. A part of the training images, by default 4 % as the paper holds out of ImageNet (3.1), chooses the rate; then a fit on
-all of them with that rate; only then the split that is reported. Whatever is drawn at random follows from its place alone
-(`evaluate/probes/rows.py`), so that a probe that was interrupted goes on from its last checkpoint to the same weights.
+All rates see the same images in the same order, so one product gives the logits of all rates and another their gradients. Rates
+are tried from large to small, as in the paper, one group at a time. The search ends with the group whose best rate is not its
+smallest. A share of the training images chooses the rate, by default 4 %, as the paper holds out of ImageNet (3.1). Then the best
+rate is fitted on all training images, and then the reported split is read. Random numbers depend only on their place in the
+stream (`evaluate/probes/rows.py`), so an interrupted probe continues from its state file to the same weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,25 +21,25 @@ import torch
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.linear import check_labels, stratified_order, training_images
 from igpt_ds.evaluate.probes.rows import BLOCK_BYTES, Blocks, FiniteRows, moments
-from igpt_ds.evaluate.probes.sgd import MOMENTUM, Rows, Sgd, cosine, count
-from igpt_ds.files import atomic_file
+from igpt_ds.evaluate.probes.sgd import MOMENTUM, RowSource, RowSubset, Sgd, cosine, count
+from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, StateFile, UnfinishedGroup, read_state, write_state
 
 FORMAT, VERSION = "igpt_ds.sgd_probe", 2
 RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # paper 3.4: 30, 10, 3, ...
 HELD_OUT = 0.04  # of the training images: paper 3.1, for ImageNet
-_MADE_WITH = ("model_hash", "precision", "dtype", "mask_prob", "mask_seed")  # what decides features of the same images
+_MADE_WITH = ("model_hash", "precision", "dtype", "mask_prob", "mask_seed")  # they decide the features of the same images
 
 
 @dataclass(frozen=True)
-class Settings:
+class SgdSettings:
     """How a probe is fitted. The paper gives no batch for probes; 1,000,000 steps of 128 are a hundred epochs of ImageNet."""
 
     steps: int = 1_000_000  # paper 3.4
     batch_images: int = 128
     seed: int = 0
-    standardise: bool = False  # mean 0 and deviation 1 by the training images; the paper's rates suit features as they are
-    views: int = 1  # neighbouring rows that show one image, as random crops do: they are held out together
-    window_bytes: int = 1 << 30  # of features in memory; twice that while the next ones are read
+    standardise: bool = False  # mean 0 and deviation 1 over the training images; the paper's rates are for features without it
+    views: int = 1  # neighbouring rows of one image, such as its crops; they are held out together
+    window_bytes: int = 1 << 30  # of features in memory; twice that while the next window is read
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -54,7 +52,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SgdProbe:
-    """What one probe found. Accuracies lie in 0..1; those of `held_out_accuracies` belong to `rates`, and 0 means diverged."""
+    """The result of one probe. Accuracies lie in 0..1. `held_out_accuracies` has one for each of `rates`; 0 if it diverged."""
 
     layer: int
     kind: str
@@ -65,8 +63,8 @@ class SgdProbe:
     n_features: int
     n_classes: int
     rate: float  # the chosen one
-    rates: list[float]  # those that were tried
-    grid_edge: str | None  # "low" or "high" when the best rate may lie outside of what was tried
+    rates: list[float]  # all that were tried
+    grid_edge: str | None  # "low" or "high" if the best rate may lie outside of `rates`
     diverged: list[float]
     held_out_accuracies: list[float]
     held_out_accuracy: float
@@ -82,9 +80,9 @@ class SgdProbe:
 
 
 class _Fitting:
-    """The fits of one probe, one after another, and the file that lets them go on.
+    """The fits of one probe, one after another, and the file from which an interrupted probe continues.
 
-    The file holds the accuracies of the groups that are done, and the weights of the one that is not.
+    The file holds the accuracies of the finished groups of rates, and the weights of the unfinished one.
     """
 
     def __init__(
@@ -93,86 +91,82 @@ class _Fitting:
         evaluated: FeatureSet,
         layer: int,
         kind: str,
-        settings: Settings,
+        settings: SgdSettings,
         held_out: float,
-        state: Path | None,
-        save_every: int,
+        file: StateFile | None,
     ) -> None:
-        self.values, self.settings, self.file, self.save_every = FiniteRows(train, layer, kind), settings, state, save_every
+        self.values, self.settings, self.file = FiniteRows(train, layer, kind), settings, file
         self.n_classes = len(train.classes)
         self.labels = torch.from_numpy(np.array(train.labels)).to(settings.device)
         where = {"labels": train.dataset_hash, "n_classes": self.n_classes, "layer": layer, "kind": kind, "held_out": held_out}
-        where |= {f"features' {name}": train.manifest[name] for name in _MADE_WITH} | {"eval_split": evaluated.split}
-        where |= {"eval_split's hash": evaluated.dataset_hash, "mask_draws": [train.mask_draws, evaluated.mask_draws]}
+        where |= {f"features' {name}": getattr(train.manifest.origin, name) for name in _MADE_WITH}
+        where |= {"eval_split": evaluated.split, "eval_split's hash": evaluated.dataset_hash}
+        where |= {"mask_draws": [train.mask_draws, evaluated.mask_draws]}
         self.identity = {"format": FORMAT, "version": VERSION, **where, **asdict(settings)}
-        self.saved: dict[str, Any] = self._open() if state is not None and state.exists() else {"done": {}}
+        self.state = read_state(file.path, self.identity, settings.device) if file and file.path.exists() else SgdState()
 
-    def _open(self) -> dict[str, Any]:
-        assert self.file is not None
-        try:
-            saved = torch.load(self.file, map_location=self.settings.device, weights_only=True)
-            theirs = saved["identity"]
-        except Exception as error:  # torch.load raises whatever the damage leads to
-            raise ValueError(f"{self.file} is torn or not the state of a probe ({type(error).__name__}); remove it") from None
-        changed = [name for name in self.identity if theirs.get(name) != self.identity[name]]
-        if changed:
-            name = changed[0]
-            what = f"{name} {theirs.get(name)!r}, now it is {self.identity[name]!r}"
-            raise ValueError(f"{self.file} was begun with {what}; remove it, or name another --out")
-        return dict(saved)
-
-    def accuracies(self, name: str, rates: Sequence[float], keep: np.ndarray | None, counted: dict[str, Any]) -> dict[str, Any]:
-        """Fits some rates on the rows kept, then counts on each named set of rows; a group that is done is not fitted again.
+    def accuracies(
+        self, name: str, rates: Sequence[float], keep: np.ndarray | None, counted: Mapping[str, tuple[RowSource, np.ndarray]]
+    ) -> RateResults:
+        """Fits a group of rates on the kept rows and counts on each named set of rows. A finished group is not fitted again.
 
         Args:
-            counted: arrays to measure on by name: values [n, C] and labels [n], or a mask of the training rows.
-
-        Returns:
-            "finite" bool for each rate, and for each name the accuracies, 0 where a rate diverged.
+            keep: bool [N], the rows to fit on; None: all.
+            counted: values [n, C] and labels [n] by name.
         """
         name = f"{name} {list(rates)}"
-        if name in self.saved["done"]:
-            return dict(self.saved["done"][name])
+        if (known := self.state.done.get(name)) is not None:
+            if {what: len(shares) for what, shares in known.accuracies.items()} != dict.fromkeys(counted, len(known.finite)):
+                raise ValueError(f"{self.file and self.file.path} is damaged: accuracies are missing in {name!r}; remove it")
+            return known
         settings, rows = self.settings, max(1, BLOCK_BYTES // (4 * self.values.shape[1]))
         standard = moments(self.values, keep, rows) if settings.standardise else None
         blocks = Blocks(self.values, keep, settings.seed, settings.window_bytes, standard)
         sgd = Sgd(self.values.shape[1], self.n_classes, rates, settings.device)
-        step, begun = 0, self.saved.get("begun")
-        if begun is not None and begun["name"] == name:
-            step = begun["step"]
-            sgd.load(begun["weights"])
+        step = self._resume(sgd, name)
         saved_at = step
         for x, ids in blocks.batches(step, settings.steps, settings.batch_images, settings.device):
             sgd.step(x, self.labels[ids], cosine(step, settings.steps))
             step += 1
-            if step - saved_at >= self.save_every and step < settings.steps:
-                self._save({"done": self.saved["done"], "begun": {"name": name, "step": step, "weights": sgd.state()}})
+            if self.file and step - saved_at >= self.file.save_every and step < settings.steps:
+                self._save(SgdState(self.state.done, UnfinishedGroup(name, step, sgd.state())))
                 saved_at = step
-        finite = sgd.finite().tolist()
-        found: dict[str, Any] = {"finite": finite}
+        finite, found = sgd.finite().tolist(), {}
         for what, (values, labels) in counted.items():
             right = count(sgd, values, labels, standard, settings.device)
             found[what] = [float(share) if good else 0.0 for share, good in zip(right, finite, strict=True)]
-        self._save({"done": self.saved["done"] | {name: found}})
-        return found
+        results = RateResults(finite, found)
+        self._save(SgdState(self.state.done | {name: results}))
+        return results
+
+    def _resume(self, sgd: Sgd, name: str) -> int:
+        """Loads the weights of an unfinished group, if it is this one; returns the number of steps that they had."""
+        begun = self.state.begun
+        if begun is None or begun.name != name:
+            return 0
+        shapes, found = ({k: list(v.shape) for k, v in weights.items()} for weights in (sgd.state(), begun.weights))
+        if found != shapes or not 0 < begun.step < self.settings.steps:
+            what = f"step {begun.step} with weights {found}, not weights {shapes}"
+            raise ValueError(f"{self.file and self.file.path} is damaged: it has {what}; remove it")
+        sgd.load(begun.weights)
+        return begun.step
 
     def forget(self) -> None:
-        """Removes the file: a probe that ended has no use for it, and one that failed must not lead the next to the same end."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+        """Removes the file, at the end of a probe and after an error that would come again."""
+        if self.file:
+            self.file.path.unlink(missing_ok=True)
 
-    def _save(self, saved: dict[str, Any]) -> None:
-        self.saved = saved
-        if self.file is not None:
-            with atomic_file(self.file) as file:
-                torch.save(saved | {"identity": self.identity}, file)
+    def _save(self, state: SgdState) -> None:
+        self.state = state
+        if self.file:
+            write_state(self.file.path, self.identity, state)
 
 
 def held_out_rows(labels: np.ndarray, share: float, views: int, seed: int) -> np.ndarray:
     """The rows of the images that choose the rate, bool [N]: classes in proportion, all views of an image together.
 
     Raises:
-        ValueError: a share without sense, or rows that are no whole number of images.
+        ValueError: the share is out of range, or the rows are not a whole number of images.
     """
     if not 0 < share < 1:
         raise ValueError(f"--held_out {share:g} must lie between 0 and 1")
@@ -187,45 +181,54 @@ def held_out_rows(labels: np.ndarray, share: float, views: int, seed: int) -> np
     return np.repeat(mask, views)
 
 
+@dataclass(frozen=True)
+class RateSearch:
+    """How the learning rate is chosen.
+
+    Raises:
+        ValueError: rates that are not positive numbers, or no rate at a time.
+    """
+
+    rates: Sequence[float] = RATES  # from large to small, until the best is not the smallest of those tried
+    together: int = 4  # rates that are fitted at once
+    held_out: float = HELD_OUT  # share of the training images that chooses the rate
+
+    def __post_init__(self) -> None:
+        if not self.rates or not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
+            raise ValueError(f"--rates {' '.join(f'{rate:g}' for rate in self.rates)} must be positive numbers")
+        if self.together < 1:
+            raise ValueError(f"--together {self.together} must be at least 1")
+
+
 def sgd_probe(
     train: FeatureSet,
     evaluated: FeatureSet,
     layer: int,
     kind: str,
-    settings: Settings,
-    *,
-    rates: Sequence[float] = RATES,
-    together: int = 4,
-    held_out: float = HELD_OUT,
-    state: Path | None = None,
-    save_every: int = 10_000,
+    settings: SgdSettings,
+    search: RateSearch | None = None,
+    file: StateFile | None = None,
 ) -> SgdProbe:
     """Probes one layer.
 
     Args:
-        rates: tried from large to small, `together` at once, until the best is not the smallest that was tried.
-        held_out: the part of the training images that chooses the rate.
-        state: a file that an interrupted probe goes on from; removed at the end, and where every rate diverged.
-        save_every: steps between two writings of it.
+        search: None takes the paper's rates.
+        file: where an interrupted probe continues; removed at the end, and if every rate diverges.
 
     Raises:
-        ValueError: labels missing or all the same, features not finite, bad rates or shares, divergence, another probe's state.
+        ValueError: labels missing or all the same, features not finite, divergence, a share out of range, another probe's file.
     """
-    if not rates or not all(rate > 0 and math.isfinite(rate) for rate in rates):
-        raise ValueError(f"--rates {' '.join(f'{rate:g}' for rate in rates)} must be positive numbers")
-    if together < 1:
-        raise ValueError(f"--together {together} must be at least 1")
-    training_images(train, None, settings.seed)  # all of them, once their labels are seen to be of use
+    search = search or RateSearch()
+    training_images(train, None, settings.seed)  # checks the labels; all images are used
     check_labels(evaluated)
-    fitting = _Fitting(train, evaluated, layer, kind, settings, held_out, state, save_every)
-    mask = held_out_rows(train.labels, held_out, settings.views, settings.seed)
-    chosen_by = {"held_out": (Rows(fitting.values, np.flatnonzero(mask)), train.labels[mask])}
-    tried, shares, finite, best = _search(fitting, rates, together, ~mask, chosen_by)
+    fitting = _Fitting(train, evaluated, layer, kind, settings, search.held_out, file)
+    mask = held_out_rows(train.labels, search.held_out, settings.views, settings.seed)
+    tried = _search(fitting, search, ~mask, (RowSubset(fitting.values, np.flatnonzero(mask)), train.labels[mask]))
     everything = {"train": (fitting.values, train.labels), "evaluated": (FiniteRows(evaluated, layer, kind), evaluated.labels)}
-    last = fitting.accuracies("all", [tried[best]], None, everything)
+    last = fitting.accuracies("all", [tried.rate], None, everything)
     fitting.forget()
-    if not last["finite"][0]:
-        raise ValueError(f"rate {tried[best]:g} was the best and diverged on all images; leave it out of --rates")
+    if not last.finite[0]:
+        raise ValueError(f"rate {tried.rate:g} was the best and diverged on all images; leave it out of --rates")
     return SgdProbe(
         layer=layer,
         kind=kind,
@@ -235,42 +238,53 @@ def sgd_probe(
         n_eval=len(evaluated.labels),
         n_features=fitting.values.shape[1],
         n_classes=fitting.n_classes,
-        rate=tried[best],
-        rates=tried,
-        grid_edge=_edge(best, len(tried)),
-        diverged=[rate for rate, good in zip(tried, finite, strict=True) if not good],
-        held_out_accuracies=shares,
-        held_out_accuracy=shares[best],
-        train_accuracy=last["train"][0],
-        accuracy=last["evaluated"][0],
+        rate=tried.rate,
+        rates=tried.rates,
+        grid_edge=tried.edge,
+        diverged=[rate for rate, good in zip(tried.rates, tried.finite, strict=True) if not good],
+        held_out_accuracies=tried.accuracies,
+        held_out_accuracy=tried.accuracies[tried.best],
+        train_accuracy=last.accuracies["train"][0],
+        accuracy=last.accuracies["evaluated"][0],
         momentum=MOMENTUM,
         standardised=settings.standardise,
         **{name: getattr(settings, name) for name in ("steps", "batch_images", "views", "seed")},
     )
 
 
-def _search(
-    fitting: _Fitting, rates: Sequence[float], together: int, keep: np.ndarray, counted: dict[str, Any]
-) -> tuple[list[float], list[float], list[bool], int]:
-    """The rates that were tried, their accuracies, whether they are numbers, and which is the best."""
-    falling, best = sorted(set(rates), reverse=True), 0
-    tried: list[float] = []
-    shares: list[float] = []
-    finite: list[bool] = []
-    for first in range(0, len(falling), together):
-        group = falling[first : first + together]
-        found = fitting.accuracies("search", group, keep, counted)
-        tried, shares, finite = tried + group, shares + found["held_out"], finite + found["finite"]
-        best = int(np.argmax(shares))  # the first: of equals, the larger rate
-        if best < len(tried) - 1 and finite[best]:
+@dataclass(frozen=True)
+class _Tried:
+    """The rates that were tried, from large to small, and what each reached."""
+
+    rates: list[float]
+    accuracies: list[float]  # on the held-out images
+    finite: list[bool]
+
+    @property
+    def best(self) -> int:
+        """The place of the best rate; of equal ones, the largest."""
+        return int(np.argmax(self.accuracies))
+
+    @property
+    def edge(self) -> str | None:
+        """The end of the rates at which the best one stands; None if it is inside or the only one."""
+        return None if len(self.rates) == 1 else {0: "high", len(self.rates) - 1: "low"}.get(self.best)
+
+    @property
+    def rate(self) -> float:
+        """The best rate."""
+        return self.rates[self.best]
+
+
+def _search(fitting: _Fitting, search: RateSearch, keep: np.ndarray, held_out: tuple[RowSource, np.ndarray]) -> _Tried:
+    falling, tried = sorted(set(search.rates), reverse=True), _Tried([], [], [])
+    for first in range(0, len(falling), search.together):
+        group = falling[first : first + search.together]
+        found = fitting.accuracies("search", group, keep, {"held_out": held_out})
+        tried = _Tried(tried.rates + group, tried.accuracies + found.accuracies["held_out"], tried.finite + found.finite)
+        if tried.best < len(tried.rates) - 1 and tried.finite[tried.best]:
             break
-    if not any(finite):
+    if not any(tried.finite):
         fitting.forget()
-        raise ValueError(f"every rate diverged, down to {tried[-1]:g}; give smaller --rates, or --standardise")
-    return tried, shares, finite, best
-
-
-def _edge(best: int, tried: int) -> str | None:
-    if tried == 1:
-        return None
-    return {0: "high", tried - 1: "low"}.get(best)
+        raise ValueError(f"every rate diverged, down to {tried.rates[-1]:g}; give smaller --rates, or --standardise")
+    return tried

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_ds.evaluate.features.files import FeatureSet, span
+from igpt_ds.evaluate.features.files import FeatureSet
+from igpt_ds.evaluate.features.manifest import span
 from igpt_ds.evaluate.probes.linear import (
     PRECISIONS,
     Probe,
@@ -223,7 +224,7 @@ def mask_vote(
     voted = vote(np.stack(predictions), len(evaluated.classes), settings.seed)
     single = [float((predicted == evaluated.labels).mean()) for predicted in predictions]
     accuracy = float((voted == evaluated.labels).mean())
-    about = {"n_masks": n_masks, "mask_seed": evaluated.manifest["mask_seed"], "single_accuracy": float(np.mean(single))}
+    about = {"n_masks": n_masks, "mask_seed": evaluated.manifest.origin.mask_seed, "single_accuracy": float(np.mean(single))}
     return probe, about | {"accuracy": accuracy, "single_accuracies": single}
 
 

@@ -76,7 +76,7 @@ def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str
 
     What the features are of comes first, then what was found, then whatever else the protocol wants to say.
     """
-    manifest = train.manifest
+    origin = train.manifest.origin
     found = dataclasses.asdict(probe)
     kind, layer = found.pop("kind"), found.pop("layer")
     values = {
@@ -86,19 +86,19 @@ def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str
         "protocol": protocol,
         "features": kind,
         "layer": layer,
-        "weights": manifest["weights"],
-        "weights_seed": manifest["seed"],
-        "model_hash": manifest["model_hash"],
-        "model_objective": manifest["objective"],
-        "model": manifest["model"],
-        "step": manifest["step"],
-        "feature_precision": manifest["precision"],
-        "feature_dtype": manifest["dtype"],
+        "weights": origin.weights,
+        "weights_seed": origin.seed,
+        "model_hash": origin.model_hash,
+        "model_objective": origin.objective,
+        "model": origin.model,
+        "step": origin.step,
+        "feature_precision": origin.precision,
+        "feature_dtype": origin.dtype,
         "mask_draws": evaluated.mask_draws,
-        "mask_prob": manifest["mask_prob"],
-        "mask_seed": manifest["mask_seed"],
-        "palette_hash": manifest["palette_hash"],
-        "dataset": manifest["dataset"],
+        "mask_prob": origin.mask_prob,
+        "mask_seed": origin.mask_seed,
+        "palette_hash": origin.palette_hash,
+        "dataset": train.manifest.dataset,
         "dataset_hash": {probe.train_split: train.dataset_hash, probe.eval_split: evaluated.dataset_hash},
         **found,
         **more,

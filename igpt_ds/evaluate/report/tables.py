@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from igpt_ds.config import Recipe, get_recipe
-from igpt_ds.evaluate.features.files import span
+from igpt_ds.evaluate.features.manifest import span
 from igpt_ds.evaluate.report.results import SERIES, best_row, by_layer, key, label, model_name, model_parameters, series, settings
 from igpt_ds.evaluate.report.row_types import FinetuneRow, ProbeRow, Row
 from igpt_ds.paper.published import FIGURE_4, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.layout import Part
 from igpt_ds.evaluate.features import files
-from igpt_ds.evaluate.features.extract import extract
-from igpt_ds.evaluate.features.files import merge, open_features, part_dir
+from igpt_ds.evaluate.features.extract import Extraction, extract
+from igpt_ds.evaluate.features.files import merge_parts, open_features, part_dir
 from igpt_ds.evaluate.features.network import Network, open_model
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import load_model
@@ -38,12 +39,12 @@ def test_parts_merge_to_the_bytes_of_one_process(model_dir, both_splits, feature
     out = tmp_path / "features"
     for i in (2, 0, 1):  # in any order; 37 and 11 images in steps of 4
         model, origin = open_model(model_dir, both_splits[0])
-        extract(out, both_splits, Network(model, batch=4), origin, part=(i, 3))
+        extract(out, both_splits, Network(model, batch=4), origin, Extraction(part=Part(i, 3)))
     assert not out.exists()
-    with pytest.raises(ValueError, match=r"part-0-of-3 is a part of features; merge the parts with .*--merge first"):
-        open_features(part_dir(out, (0, 3)), "train")
-    manifest = merge(out, 3)
-    assert manifest["splits"]["train"]["n_images"] == 37
+    with pytest.raises(ValueError, match=r"part-0-of-3 is a part of features; merge the parts with .*--merge"):
+        open_features(part_dir(out, Part(0, 3)), "train")
+    manifest = merge_parts(out, 3)
+    assert manifest.splits["train"].n_images == 37
     model, origin = open_model(model_dir, both_splits[0])
     extract(tmp_path / "whole", both_splits, Network(model, batch=4), origin)
     same_bytes(out, tmp_path / "whole")
@@ -56,28 +57,28 @@ def test_parts_merge_to_the_bytes_of_one_process(model_dir, both_splits, feature
 def test_parts_that_do_not_make_a_whole(model_dir, both_splits, tmp_path):
     model, origin = open_model(model_dir, both_splits[0])
     out = tmp_path / "f"
-    extract(out, both_splits, Network(model, batch=4), origin, part=(0, 2))
-    with pytest.raises(ValueError, match=r"part .*f\.part-1-of-2 does not exist; extract it with --part, and merge then"):
-        merge(out, 2)
-    part_dir(out, (1, 2)).with_name("f.part-1-of-2.partial").mkdir()
+    extract(out, both_splits, Network(model, batch=4), origin, Extraction(part=Part(0, 2)))
+    with pytest.raises(ValueError, match=r"part .*f\.part-1-of-2 does not exist; extract it with --part"):
+        merge_parts(out, 2)
+    part_dir(out, Part(1, 2)).with_name("f.part-1-of-2.partial").mkdir()
     with pytest.raises(ValueError, match=r"part .*f\.part-1-of-2 is not finished"):
-        merge(out, 2)
-    extract(out, both_splits, Network(model, batch=4), origin, part=(1, 2), kinds=["raw"])
+        merge_parts(out, 2)
+    extract(out, both_splits, Network(model, batch=4), origin, Extraction(part=Part(1, 2), kinds=["raw"]))
     with pytest.raises(ValueError, match=r"f\.part-1-of-2 does not go with .*f\.part-0-of-2: kinds differs"):
-        merge(out, 2)
+        merge_parts(out, 2)
     manifest = json.loads((out.with_name("f.part-1-of-2") / "manifest.json").read_text())
     (out.with_name("f.part-1-of-2") / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
     with pytest.raises(ValueError, match=r"manifest\.json is not igpt_ds\.features\.part version 2"):
-        merge(out, 2)
+        merge_parts(out, 2)
     other = tmp_path / "g"
-    extract(other, both_splits, Network(model, batch=4), origin, part=(0, 2))
-    extract(other, both_splits, Network(model, batch=3), origin, part=(1, 2))
+    extract(other, both_splits, Network(model, batch=4), origin, Extraction(part=Part(0, 2)))
+    extract(other, both_splits, Network(model, batch=3), origin, Extraction(part=Part(1, 2)))
     with pytest.raises(ValueError, match=r"the share of images differs"):
-        merge(other, 2)
+        merge_parts(other, 2)
     with pytest.raises(ValueError, match=r"part 2/2 does not exist; the first of n is 0/n"):
-        extract(other, both_splits, Network(model, batch=4), origin, part=(2, 2))
+        extract(other, both_splits, Network(model, batch=4), origin, Extraction(part=Part(2, 2)))
     with pytest.raises(ValueError, match=r"11 images of val are 3 steps of 4, not 4; use fewer parts"):
-        extract(other, both_splits, Network(model, batch=4), origin, part=(0, 4))
+        extract(other, both_splits, Network(model, batch=4), origin, Extraction(part=Part(0, 4)))
 
 
 KILLED = """
@@ -113,14 +114,14 @@ def test_a_killed_run_goes_on_where_it_was(model_dir, tiny_dataset, both_splits,
     torn[28:31] = np.nan  # rows that were on their way when it died, and are not among those done
     torn.flush()
     model, origin = open_model(model_dir, both_splits[0])
-    with pytest.raises(ValueError, match=r"features\.partial holds the beginning of other features: kinds is .*; remove it"):
-        extract(out, both_splits, Network(model, batch=4), origin, kinds=["raw"])
+    with pytest.raises(ValueError, match=r"features\.partial holds the beginning of other features: kinds is .*; remove .*"):
+        extract(out, both_splits, Network(model, batch=4), origin, Extraction(kinds=["raw"]))
     seen = []
     model.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     said = []
     extract(out, both_splits, Network(model, batch=4), origin, report=said.append)
     assert sum(seen) == 9 + 11 + 2 * 4, "9 images of train were left, 11 of val; the trial of one step came twice"
-    assert said[1].endswith("28 images are there already")
+    assert said[1].endswith("28 images are finished already")
     extract(tmp_path / "whole", both_splits, Network(load_model(model_dir)[0], batch=4), origin)
     same_bytes(out, tmp_path / "whole")
     assert not partial.exists()
@@ -160,11 +161,11 @@ def test_layers_from_the_file_equal_those_of_the_model(precision, model_dir, ber
     for path, layers in ((model_dir, None), (model_dir, [1]), (bert_dir, [0, 2])):
         names = [tmp_path / f"{path.name}-{how}-{layers}" for how in ("whole", "streamed")]
         whole, origin = open_model(path, both_splits[0])
-        extract(names[0], both_splits, Network(whole, "cpu", precision, batch=4), origin, layers=layers)
+        extract(names[0], both_splits, Network(whole, "cpu", precision, batch=4), origin, Extraction(layers=layers))
         hollow, origin = open_model(path, both_splits[0], blocks_elsewhere=True)
         assert all(parameter.is_meta for parameter in hollow.blocks.parameters())
         network = Network(hollow, "cpu", precision, path / "model.safetensors", batch=4)
-        extract(names[1], both_splits, network, origin, layers=layers, at_once=12)
+        extract(names[1], both_splits, network, origin, Extraction(layers=layers, at_once=12))
         same_bytes(*names)
         assert all(parameter.is_meta for parameter in hollow.blocks.parameters())
 
@@ -197,23 +198,23 @@ def test_memory_of_layers_from_the_file_does_not_grow_with_them(make_model_dir, 
 
 def test_half_precision_on_disk(features_dir, model_dir, both_splits, tmp_path):
     model, origin = open_model(model_dir, both_splits[0])
-    extract(tmp_path / "half", both_splits, Network(model, batch=7), origin, dtype="fp16")
+    extract(tmp_path / "half", both_splits, Network(model, batch=7), origin, Extraction(dtype="fp16"))
     half, whole = open_features(tmp_path / "half", "train"), open_features(features_dir, "train")
     assert half.layer(1, "raw").dtype == np.float16
     assert np.array_equal(half.layer(1, "raw"), np.asarray(whole.layer(1, "raw")).astype(np.float16))
     with torch.no_grad():
         model.ln_f.weight.fill_(1e7)
     with pytest.raises(ValueError, match=r"layer 2 normed reaches .*e\+\d+, more than float16 holds; use --dtype fp32"):
-        extract(tmp_path / "large", both_splits, Network(model), origin, dtype="fp16")
+        extract(tmp_path / "large", both_splits, Network(model), origin, Extraction(dtype="fp16"))
     assert not (tmp_path / "large.partial").exists()
 
 
 def test_masks_of_a_bert_model(bert_dir, both_splits, tmp_path):
     model, origin = open_model(bert_dir, both_splits[0])
-    extract(tmp_path / "f", both_splits, Network(model, batch=7), origin, mask_draws=[1, 3], mask_seed=5)
+    extract(tmp_path / "f", both_splits, Network(model, batch=7), origin, Extraction(mask_draws=[1, 3], mask_seed=5))
     train, val = (open_features(tmp_path / "f", split) for split in ("train", "val"))
     assert (train.mask_draws, val.mask_draws) == (1, 3)
-    assert (val.manifest["mask_prob"], val.manifest["mask_seed"]) == (0.3, 5)
+    assert (val.manifest.origin.mask_prob, val.manifest.origin.mask_seed) == (0.3, 5)
     shards = both_splits[1]
     ids = np.arange(shards.n_images)
     tokens = torch.from_numpy(shards.tokens(ids).reshape(len(ids), -1).astype(np.int64))
@@ -235,11 +236,11 @@ def test_masks_of_a_bert_model(bert_dir, both_splits, tmp_path):
 def test_masks_that_make_no_sense(model_dir, bert_dir, both_splits, tmp_path):
     model, origin = open_model(model_dir, both_splits[0])
     with pytest.raises(ValueError, match=r"--mask_draws 2: this model is 'ar'; only bert models see masked images"):
-        extract(tmp_path / "f", both_splits, Network(model), origin, mask_draws=[2])
+        extract(tmp_path / "f", both_splits, Network(model), origin, Extraction(mask_draws=[2]))
     bert, origin = open_model(bert_dir, both_splits[0])
     for wrong in ([1, 2, 3], [-1]):
         with pytest.raises(ValueError, match=rf"--mask_draws {wrong[0]}.* must be one number, or one for each split"):
-            extract(tmp_path / "f", both_splits, Network(bert), origin, mask_draws=wrong)
+            extract(tmp_path / "f", both_splits, Network(bert), origin, Extraction(mask_draws=wrong))
 
 
 def test_a_changed_file_is_not_streamed(make_model_dir, both_splits, tmp_path):
@@ -255,7 +256,7 @@ def test_what_is_said_before_anything_is_written(model_dir, tiny_dataset, tmp_pa
     shard_sets = [ShardSet(tiny_dataset, "train")]
     model, origin = open_model(model_dir, shard_sets[0])
     said = []
-    extract(tmp_path / "f", shard_sets, Network(model, batch=5), origin, layers=[0, 2], kinds=["raw"], report=said.append)
+    extract(tmp_path / "f", shard_sets, Network(model, batch=5), origin, Extraction([0, 2], ["raw"]), said.append)
     assert said[0] == f"{tmp_path}/f: 37 images, layers 0, 2, raw, 16 features, 0.0 MiB in fp32"
     assert f"{tmp_path}/f: about " in said[1]
     assert "images/s, 0.0 minutes" in said[1]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_ds.evaluate.features.extract import extract, extract_pixels
-from igpt_ds.evaluate.features.files import array_bytes, open_features, span
+from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
+from igpt_ds.evaluate.features.files import open_features
+from igpt_ds.evaluate.features.manifest import span
 from igpt_ds.evaluate.features.network import Network, check_layers, open_model, pick_device
 from igpt_ds.model.store import load_model
 
 
 def made(path, shard_sets, model, origin, batch=32, precision="fp32", **more):
     """Extracts and returns the path."""
-    extract(path, shard_sets, Network(model, precision=precision, batch=batch), origin, **more)
+    extract(path, shard_sets, Network(model, precision=precision, batch=batch), origin, Extraction(**more))
     return path
 
 
@@ -109,10 +110,10 @@ def test_what_is_written_says_what_it_is(features_dir, model_dir, both_splits, t
         },
         "classes": train.classes,
     }
-    assert json.loads((features_dir / "manifest.json").read_text()) == expected
+    assert (features_dir / "manifest.json").read_text() == json.dumps(expected, indent=1) + "\n"
     files = sum(file.stat().st_size for file in features_dir.rglob("layer_*.npy"))
     headers = 128 * len(list(features_dir.rglob("layer_*.npy")))
-    assert files - headers == array_bytes(expected) == (train.n_images + val.n_images) * 16 * 4 * 3 * 2
+    assert files - headers == features.manifest.array_bytes == (train.n_images + val.n_images) * 16 * 4 * 3 * 2
 
 
 @pytest.mark.parametrize("batch", [1, 16, 1000])
@@ -149,18 +150,18 @@ def test_untrained_is_the_shape_with_other_weights(features_dir, model_dir, both
     for name, seed in (("a", 5), ("again", 5), ("b", 6)):
         made(tmp_path / name, both_splits, *open_model(model_dir, both_splits[0], untrained=seed))
         found[name] = open_features(tmp_path / name, "train")
-    a, again, b = found["a"].manifest, found["again"].manifest, found["b"].manifest
-    assert (a["weights"], a["seed"], a["step"]) == ("untrained", 5, 0)
+    a, again, b = (found[name].manifest.origin for name in ("a", "again", "b"))
+    assert (a.weights, a.seed, a.step) == ("untrained", 5, 0)
     assert a == again
-    assert len({a["model_hash"], b["model_hash"], open_features(features_dir, "train").manifest["model_hash"]}) == 3
+    assert len({a.model_hash, b.model_hash, open_features(features_dir, "train").manifest.origin.model_hash}) == 3
     assert np.array_equal(found["a"].layer(2, "normed"), found["again"].layer(2, "normed"))
     assert not np.allclose(found["a"].layer(2, "normed"), found["b"].layer(2, "normed"))
 
 
 def test_pixels_are_the_palette_colours(pixels_dir, both_splits):
     features = open_features(pixels_dir, "train")
-    assert (features.layers, features.kinds, features.manifest["n_features"]) == ([0], ["pixels"], 48)
-    assert (features.manifest["weights"], features.manifest["model_hash"], features.manifest["pooling"]) == (
+    assert (features.layers, features.kinds, features.manifest.n_features) == ([0], ["pixels"], 48)
+    assert (features.manifest.origin.weights, features.manifest.origin.model_hash, features.manifest.origin.pooling) == (
         "pixels",
         None,
         "none",
@@ -176,7 +177,7 @@ def test_pixels_are_the_palette_colours(pixels_dir, both_splits):
 def test_bf16_stays_close(features_dir, model_dir, both_splits, tmp_path):
     made(tmp_path / "out", both_splits, *open_model(model_dir, both_splits[0]), precision="bf16")
     rough = open_features(tmp_path / "out", "train")
-    assert rough.manifest["precision"] == "bf16"
+    assert rough.manifest.origin.precision == "bf16"
     exact = open_features(features_dir, "train")
     np.testing.assert_allclose(rough.layer(0, "raw"), exact.layer(0, "raw"), atol=1e-6)  # the residual stream is not rounded
     np.testing.assert_allclose(rough.layer(2, "normed"), exact.layer(2, "normed"), atol=0.05)
@@ -224,8 +225,9 @@ def damaged(features_dir, tmp_path):
 
 
 def change_manifest(path, **changes):
-    manifest = json.loads((path / "manifest.json").read_text()) | changes
-    (path / "manifest.json").write_text(json.dumps({name: value for name, value in manifest.items() if value is not None}))
+    manifest = json.loads((path / "manifest.json").read_text())
+    kept = {name: value for name, value in (manifest | changes).items() if value is not None or manifest[name] is None}
+    (path / "manifest.json").write_text(json.dumps(kept))
 
 
 def test_no_feature_directory(tmp_path):
@@ -253,7 +255,7 @@ def test_torn_files(damaged):
     content = file.read_bytes()
     for broken in (content[:-4], content[:50], b"", b"not numpy"):
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match=rf"{file} is missing or torn .*make them again"):
+        with pytest.raises(ValueError, match=rf"{file} is missing or torn .*make the features again"):
             open_features(damaged, "train").layer(1, "raw")
     file.unlink()
     with pytest.raises(ValueError, match=rf"{file} is missing or torn"):

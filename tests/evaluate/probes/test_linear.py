@@ -216,7 +216,7 @@ def test_features_that_are_not_finite(sets, split, image, value):
     np.save(train.path / "val" / "layer_01_normed.npy", np.load(train.path / "val" / "layer_00_normed.npy"))
     x[image, 5] = value
     np.save(train.path / split / "layer_01_normed.npy", x)
-    train, val = (replace(one, manifest=one.manifest | {"layers": [0, 1]}) for one in (train, val))
+    train, val = (replace(one, manifest=replace(one.manifest, layers=[0, 1])) for one in (train, val))
     assert linear_probe(train, val, 0, "normed").accuracy > 0.8
     name = rf"{train.path} split '{split}': layer 1 normed is not finite for image {image}; extract the features again with"
     with pytest.raises(ValueError, match=name):

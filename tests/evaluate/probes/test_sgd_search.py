@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from igpt_ds.evaluate.features import files
+from igpt_ds.evaluate.features import manifest
 from igpt_ds.evaluate.features.files import open_features
-from igpt_ds.evaluate.probes import rows, sgd_search
+from igpt_ds.evaluate.features.manifest import FeatureSplit
+from igpt_ds.evaluate.probes import rows, sgd_search, sgd_state
 from igpt_ds.evaluate.probes.rows import Blocks, FiniteRows, moments, standardised
-from igpt_ds.evaluate.probes.sgd import MOMENTUM, Rows, Sgd, cosine, count
-from igpt_ds.evaluate.probes.sgd_search import Settings, held_out_rows
+from igpt_ds.evaluate.probes.sgd import MOMENTUM, RowSubset, Sgd, cosine, count
+from igpt_ds.evaluate.probes.sgd_search import RateSearch, SgdSettings, held_out_rows
+from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, StateFile
 
 
 @pytest.fixture
@@ -117,11 +120,21 @@ def sets(made_features):
     return [open_features(path, split) for split in ("train", "val")]
 
 
-QUICK = Settings(steps=200, batch_images=16)
+def described(features, **changes):
+    """The features with other values in their manifest."""
+    return dataclasses.replace(features, manifest=dataclasses.replace(features.manifest, **changes))
+
+
+def of_origin(features, **changes):
+    """The features with another origin."""
+    return described(features, origin=dataclasses.replace(features.manifest.origin, **changes))
+
+
+QUICK = SgdSettings(steps=200, batch_images=16)
 
 
 def test_a_probe_finds_what_is_there(sets):
-    probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, rates=(0.01, 1.0, 0.1, 0.001, 1e-5), together=2, held_out=0.25)
+    probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch((0.01, 1.0, 0.1, 0.001, 1e-5), 2, 0.25))
     assert probe.rates == [1.0, 0.1] or probe.rates == [1.0, 0.1, 0.01, 0.001], "from large to small, two at a time"
     assert probe.rate == probe.rates[int(np.argmax(probe.held_out_accuracies))]
     assert min(probe.accuracy, probe.held_out_accuracy, probe.train_accuracy) > 0.85
@@ -132,16 +145,16 @@ def test_the_search_ends_when_the_best_rate_is_inside(sets, monkeypatch):
     shares = {1.0: 0.5, 0.1: 0.8, 0.01: 0.7, 0.001: 0.9}
 
     def found(self, name, rates, keep, counted):
-        return {what: [shares[rate] for rate in rates] for what in counted} | {"finite": [True] * len(rates)}
+        return RateResults([True] * len(rates), {what: [shares[rate] for rate in rates] for what in counted})
 
     monkeypatch.setattr(sgd_search._Fitting, "accuracies", found)
-    probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, rates=list(shares), together=2)
+    probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch(list(shares), 2))
     assert (probe.rate, probe.rates, probe.grid_edge) == (0.001, [1.0, 0.1, 0.01, 0.001], "low")
     shares[0.01] = 0.81
-    probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, rates=list(shares), together=3)
+    probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch(list(shares), 3))
     assert (probe.rate, probe.rates) == (0.001, [1.0, 0.1, 0.01, 0.001]), "0.01 was the smallest of the first three"
     shares[0.1] = 0.95
-    probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, rates=list(shares), together=3)
+    probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch(list(shares), 3))
     assert (probe.rate, probe.rates, probe.grid_edge) == (0.1, [1.0, 0.1, 0.01], None)
 
 
@@ -151,8 +164,8 @@ class StoppedError(Exception):
 
 def test_an_interrupted_probe_goes_on_to_the_bit(sets, tmp_path, monkeypatch):
     arguments = (*sets, 0, "normed", dataclasses.replace(QUICK, window_bytes=20 * 60, standardise=True))
-    more = {"rates": (0.5, 0.05), "together": 1, "held_out": 0.25, "save_every": 30}
-    whole = sgd_search.sgd_probe(*arguments, **more)
+    search = RateSearch((0.5, 0.05), together=1, held_out=0.25)
+    whole = sgd_search.sgd_probe(*arguments, search)
     state, step = tmp_path / "deep" / "state", Sgd.step
     for stop_at in (35, 170, 95):  # inside the first group, after its end, in the last fit
         left = [stop_at]
@@ -165,40 +178,40 @@ def test_an_interrupted_probe_goes_on_to_the_bit(sets, tmp_path, monkeypatch):
 
         monkeypatch.setattr(Sgd, "step", until)
         with pytest.raises(StoppedError):
-            sgd_search.sgd_probe(*arguments, **more, state=state)
+            sgd_search.sgd_probe(*arguments, search, StateFile(state, save_every=30))
         assert state.exists()
     monkeypatch.setattr(Sgd, "step", step)
-    assert sgd_search.sgd_probe(*arguments, **more, state=state) == whole
+    assert sgd_search.sgd_probe(*arguments, search, StateFile(state, save_every=30)) == whole
     assert not list(state.parent.iterdir()), "the state has done its work"
 
 
 def test_a_state_of_another_probe(sets, tmp_path, monkeypatch):
     state = tmp_path / "state"
-    monkeypatch.setattr(sgd_search.Path, "unlink", lambda self, missing_ok: None)
-    sgd_search.sgd_probe(*sets, 0, "normed", QUICK, rates=[0.1], state=state)
+    monkeypatch.setattr(sgd_state.Path, "unlink", lambda self, missing_ok: None)
+    sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch([0.1]), StateFile(state))
     with pytest.raises(ValueError, match=r"state was begun with steps 200, now it is 100; remove it, or name another --out"):
-        sgd_search.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, steps=100), rates=[0.1], state=state)
+        sgd_search.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, steps=100), RateSearch([0.1]), StateFile(state))
     with pytest.raises(ValueError, match=r"state was begun with held_out 0\.04, now it is 0\.1; remove it"):
-        sgd_search.sgd_probe(*sets, 0, "normed", QUICK, rates=[0.1], held_out=0.1, state=state)
+        sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch([0.1], held_out=0.1), StateFile(state))
     train, val = sets
     for changed in ({"dtype": "fp16"}, {"precision": "bf16"}, {"mask_prob": 0.3}, {"mask_seed": 1}, {"model_hash": "other"}):
-        (name, value), other = *changed.items(), dataclasses.replace(train, manifest=train.manifest | changed)
-        monkeypatch.setitem(files.DTYPES, "fp16", "<f4")  # so that the same files will do
+        (name, value), other = *changed.items(), of_origin(train, **changed)
+        monkeypatch.setitem(manifest.DTYPES, "fp16", "<f4")  # so that the same files will do
         with pytest.raises(ValueError, match=rf"begun with features' {name} .*, now it is {value!r}; remove it"):
-            sgd_search.sgd_probe(other, val, 0, "normed", QUICK, rates=[0.1], state=state)
-    splits = val.manifest["splits"] | {"val": {**val.manifest["splits"]["val"], "dataset_hash": "h"}}
+            sgd_search.sgd_probe(other, val, 0, "normed", QUICK, RateSearch([0.1]), StateFile(state))
+    splits = {"val": dataclasses.replace(val.manifest.splits["val"], dataset_hash="h")}
     for evaluated, named in (
         (train, "eval_split 'val', now it is 'train'"),
-        (dataclasses.replace(val, manifest=val.manifest | {"splits": splits}), "eval_split's hash 'val', now it is 'h'"),
+        (described(val, splits=splits), "eval_split's hash 'val', now it is 'h'"),
     ):
         with pytest.raises(ValueError, match=f"state was begun with {named}; remove it"):
-            sgd_search.sgd_probe(train, evaluated, 0, "normed", QUICK, rates=[0.1], state=state)
-    more = dataclasses.replace(train, manifest=train.manifest | {"classes": [*train.classes, "class3"]})
+            sgd_search.sgd_probe(train, evaluated, 0, "normed", QUICK, RateSearch([0.1]), StateFile(state))
+    more = described(train, classes=[*train.classes, "class3"])
     with pytest.raises(ValueError, match="state was begun with n_classes 3, now it is 4; remove it"):
-        sgd_search.sgd_probe(more, val, 0, "normed", QUICK, rates=[0.1], state=state)
+        sgd_search.sgd_probe(more, val, 0, "normed", QUICK, RateSearch([0.1]), StateFile(state))
     state.write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"state is torn or not the state of a probe .*; remove it"):
-        sgd_search.sgd_probe(*sets, 0, "normed", QUICK, rates=[0.1], state=state)
+        sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch([0.1]), StateFile(state))
 
 
 @pytest.mark.parametrize(("split", "image"), [("train", 100), ("train", 3), ("val", 41)])
@@ -206,8 +219,8 @@ def test_a_state_of_another_probe(sets, tmp_path, monkeypatch):
 def test_features_that_are_not_finite_are_named_and_leave_nothing_behind(sets, tmp_path, split, image, standardise):
     """Whichever image it is, of the fit or held out; and good features after them give what they give without a state."""
     arguments = (*sets, 0, "normed", dataclasses.replace(QUICK, standardise=standardise))
-    more = {"rates": (0.5, 0.05), "together": 1, "held_out": 0.25}
-    whole, state = sgd_search.sgd_probe(*arguments, **more), tmp_path / "state"
+    search = RateSearch((0.5, 0.05), together=1, held_out=0.25)
+    whole, state = sgd_search.sgd_probe(*arguments, search), tmp_path / "state"
     file = sets[0].path / split / "layer_00_normed.npy"
     good = np.load(file)
     bad = good.copy()
@@ -215,9 +228,9 @@ def test_features_that_are_not_finite_are_named_and_leave_nothing_behind(sets, t
     np.save(file, bad)
     name = rf"{sets[0].path} split '{split}': layer 0 normed is not finite for image {image}; extract the features again with"
     with pytest.raises(ValueError, match=name):
-        sgd_search.sgd_probe(*arguments, **more, state=state)
+        sgd_search.sgd_probe(*arguments, search, StateFile(state))
     np.save(file, good)
-    assert sgd_search.sgd_probe(*arguments, **more, state=state) == whole
+    assert sgd_search.sgd_probe(*arguments, search, StateFile(state)) == whole
     assert not state.exists()
 
 
@@ -244,14 +257,13 @@ def many_masks(made_features):
     for mask in range(2):
         np.save(path / "val" / f"layer_00_normed_mask{mask}.npy", numbered(6).astype(np.float16) + mask)
     features = open_features(path, "val")
-    about = {"dtype": "fp16", "n_features": 4, "splits": {"val": {"n_images": 6, "dataset_hash": "val", "mask_draws": 2}}}
-    return dataclasses.replace(features, manifest=features.manifest | about)
+    return described(of_origin(features, dtype="fp16"), n_features=4, splits={"val": FeatureSplit(6, "val", mask_draws=2)})
 
 
 def test_a_search_that_failed_is_not_gone_on_from(sets, tmp_path):
     state, few = tmp_path / "state", dataclasses.replace(QUICK, steps=5)
     with pytest.raises(ValueError, match=r"every rate diverged, down to 1e\+38; give smaller --rates, or --standardise"):
-        sgd_search.sgd_probe(*sets, 0, "normed", few, rates=(3e38, 1e38), together=1, state=state)
+        sgd_search.sgd_probe(*sets, 0, "normed", few, RateSearch((3e38, 1e38), together=1), StateFile(state))
     assert not state.exists()
 
 
@@ -261,7 +273,7 @@ def test_all_views_of_an_image_are_held_out_together():
     assert mask.sum() == 30
     assert all(len(set(image)) == 1 for image in mask.reshape(40, 3))
     assert np.bincount(labels[mask], minlength=4).min() >= 6, "classes in proportion"
-    assert list(Rows(numbered(9), np.array([4, 2]))[slice(0, 2)][:, 0]) == [4, 2]
+    assert list(RowSubset(numbered(9), np.array([4, 2]))[slice(0, 2)][:, 0]) == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +290,7 @@ def test_all_views_of_an_image_are_held_out_together():
 )
 def test_bad_input(sets, changes, more, complaint):
     with pytest.raises(ValueError, match=complaint):
-        sgd_search.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, **changes), **more)
+        sgd_search.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, **changes), RateSearch(**more))
 
 
 def test_labels_of_one_class(sets):
@@ -293,18 +305,71 @@ def test_the_last_fit_must_not_diverge(sets, monkeypatch, tmp_path):
     state = tmp_path / "state"
 
     def found(self, name, rates, keep, counted):
-        self._save({"done": {}})
-        return {what: [0.5] * len(rates) for what in counted} | {"finite": [name == "search"] * len(rates)}
+        self._save(SgdState())
+        return RateResults([name == "search"] * len(rates), {what: [0.5] * len(rates) for what in counted})
 
     monkeypatch.setattr(sgd_search._Fitting, "accuracies", found)
     with pytest.raises(ValueError, match=r"rate 1 was the best and diverged on all images; leave it out of --rates"):
-        sgd_search.sgd_probe(*sets, 0, "normed", QUICK, rates=[1.0], state=state)
+        sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch([1.0]), StateFile(state))
     assert not state.exists()
 
 
 @pytest.mark.parametrize(("name", "value"), [("steps", 0), ("batch_images", 0), ("window_bytes", 0), ("views", 0)])
 def test_settings(name, value):
     with pytest.raises(ValueError, match=f"{name}={value} must be at least 1"):
-        Settings(**{name: value})
+        SgdSettings(**{name: value})
     with pytest.raises(ValueError, match="seed=-1 must be at least 0"):
-        Settings(seed=-1)
+        SgdSettings(seed=-1)
+
+
+@pytest.fixture
+def stopped_state(sets, tmp_path, monkeypatch):
+    """The state of a probe that was interrupted in its last fit, as the file holds it, and the call that continues it."""
+    search, file, step, left = RateSearch((0.5, 0.05), 1, 0.25), StateFile(tmp_path / "state", 30), Sgd.step, [640]
+
+    def until(self, *given):
+        left[0] -= 1
+        if not left[0]:
+            raise StoppedError
+        return step(self, *given)
+
+    monkeypatch.setattr(Sgd, "step", until)
+    with pytest.raises(StoppedError):
+        sgd_search.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, steps=250), search, file)
+    monkeypatch.setattr(Sgd, "step", step)
+    saved = torch.load(file.path, weights_only=True)
+
+    def resume():
+        return sgd_search.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, steps=250), search, file)
+
+    return file.path, saved, resume
+
+
+def test_every_field_of_a_state(stopped_state):
+    file, saved, resume = stopped_state
+    groups = list(saved["done"])
+    places = [("identity",), ("done",), *(("begun", name) for name in ("name", "step", "weights"))]
+    places += [("done", groups[0], name) for name in ("finite", "held_out")] + [("identity", name) for name in saved["identity"]]
+    places += [("begun", "weights", name) for name in saved["begun"]["weights"]]
+    assert len(groups) >= 1
+    for place in places:
+        for change in (None, "text", torch.zeros(1), 7):
+            wrong = copy.deepcopy(saved)
+            inner = wrong
+            for name in place[:-1]:
+                inner = inner[name]
+            if change is None:
+                del inner[place[-1]]
+            elif isinstance(inner[place[-1]], type(change)) and not isinstance(change, torch.Tensor):
+                continue
+            else:
+                inner[place[-1]] = change
+            torch.save(wrong, file)
+            with pytest.raises(ValueError, match=rf"{file}.*; remove it"):
+                resume()
+    for wrong in ([], {}, 3):
+        torch.save(wrong, file)
+        with pytest.raises(ValueError, match=rf"{file} .*; remove it"):
+            resume()
+    torch.save(saved, file)
+    resume()

@@ -1,0 +1,137 @@
+"""The manifest of a feature directory: what the features are of, and what a reader must check. It is read and written here alone.
+
+In: manifest.json. Out: a `FeatureManifest`. `files.py` keeps it beside the arrays; probes and result rows use its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igpt_ds.files import read_json
+from igpt_ds.schema import record_from
+
+FORMAT, VERSION = "igpt_ds.features", 2
+PART_FORMAT = "igpt_ds.features.part"
+DTYPES = {"fp32": "<f4", "fp16": "<f2"}
+AGAIN = "make the features again with tools/extract_features.py"
+
+FeaturePlace = tuple[int, str, int | None]  # layer, kind, and the number of the mask if images are masked
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the features are of: the model, its weights and the numerics."""
+
+    weights: str  # "trained", "untrained" or "pixels"
+    palette_hash: str
+    pooling: str = "mean"  # over positions; "none" for pixels
+    model_hash: str | None = None  # sha256 of model.safetensors, or of the drawn tensors if the weights are untrained
+    objective: str | None = None
+    step: int | None = None  # steps of pre-training
+    seed: int | None = None  # of untrained weights
+    precision: str = "fp32"  # of the matrix products
+    dtype: str = "fp32"  # of the files
+    model: dict[str, int] | None = None  # the shape of the model
+    mask_prob: float | None = None  # None: no image is masked
+    mask_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class FeatureSplit:
+    """What the manifest says of one split."""
+
+    n_images: int
+    dataset_hash: str
+    mask_draws: int  # masks that each image is seen through; 0: whole images
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """What the manifest of a part says of the whole."""
+
+    of: dict[str, FeatureSplit]  # the splits of the whole
+    rows_before: dict[str, int]  # rows of earlier parts, by split
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    dataset: str
+    layers: list[int]  # rising
+    kinds: list[str]
+    n_features: int
+    splits: dict[str, FeatureSplit]
+    classes: list[str]
+    part: PartOf | None = None  # None: the directory is the whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureManifest(_Contents):
+    """What a feature directory holds: origin, dataset, layers, kinds, n_features, splits, classes, part."""
+
+    origin: Origin
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of manifest.json."""
+        values = {"format": PART_FORMAT if self.part else FORMAT, "version": VERSION, **asdict(self)}
+        origin, part = values.pop("origin"), values.pop("part")
+        return {
+            **{name: values.pop(name) for name in ("format", "version", "dataset")},
+            **origin,
+            **values,
+            **({"part": part} if part else {}),
+        }
+
+    def places(self, split: str) -> list[FeaturePlace]:
+        """The arrays of a split."""
+        draws = self.splits[split].mask_draws
+        masks: list[int | None] = list(range(draws)) if draws else [None]
+        return [(layer, kind, mask) for layer in self.layers for kind in self.kinds for mask in masks]
+
+    @property
+    def array_dtype(self) -> np.dtype:
+        """The dtype of the arrays."""
+        return np.dtype(DTYPES[self.origin.dtype])
+
+    @property
+    def array_bytes(self) -> int:
+        """The size of all arrays in bytes, without their headers."""
+        rows = sum(about.n_images * len(self.places(split)) for split, about in self.splits.items())
+        return rows * self.n_features * self.array_dtype.itemsize
+
+
+def read_manifest(directory: Path, part: bool = False) -> FeatureManifest:
+    """The manifest of a feature directory, or of a part of one.
+
+    Raises:
+        ValueError: no manifest.json, another format or version, a field that is missing or has another type.
+    """
+    file, wanted = directory / "manifest.json", PART_FORMAT if part else FORMAT
+    if not file.is_file():
+        raise ValueError(f"{directory} is no feature directory: it has no manifest.json; make one with tools/extract_features.py")
+    values = read_json(file, "feature manifest")
+    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
+    if found and found[0] == PART_FORMAT and not part:
+        raise ValueError(f"{directory} is a part of features; merge the parts with tools/extract_features.py --merge first")
+    if found != (wanted, VERSION):
+        raise ValueError(f"feature manifest {file} is not {wanted} version {VERSION}; {AGAIN}")
+    what = f"feature manifest {file}"
+    if missing := [field.name for field in fields(Origin) if field.name not in values]:
+        raise ValueError(f"{what} has no {missing[0]!r}; {AGAIN}")
+    origin, contents = record_from(Origin, values, what, AGAIN), record_from(_Contents, values, what, AGAIN)
+    manifest = FeatureManifest(origin=origin, **vars(contents))
+    if manifest.origin.dtype not in DTYPES:
+        raise ValueError(f"{what} has dtype {manifest.origin.dtype!r}, not one of {', '.join(DTYPES)}; {AGAIN}")
+    if not manifest.layers or (part and manifest.part is None):
+        raise ValueError(f"{what} has {'no part' if manifest.layers else 'layers [], not at least one layer'}; {AGAIN}")
+    return manifest
+
+
+def span(layers: Sequence[int]) -> str:
+    """Layers in words: "0..8" if none is missing, else "0, 4, 8"."""
+    whole = len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}..{layers[-1]}" if whole else ", ".join(map(str, layers))
