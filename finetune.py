@@ -26,9 +26,8 @@ from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
-from igpt_ds.evaluate.classification import result
+from igpt_ds.evaluate.classification import result, write_confusion
 from igpt_ds.evaluate.report.results import add_results, read_results
-from igpt_ds.files import write_json
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.plan.options import dry_run
 from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
@@ -138,7 +137,7 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
     watch.watchdog.alive("evaluation", info.step)
     engine.eval()
     row, confusion = result(engine, info, held_out, evaluated, session.run.micro_batch, engine.device, args.mask_draws)
-    dist.from_rank_0(lambda: write_json(args.run_dir / "confusion.json", confusion))
+    dist.from_rank_0(lambda: write_confusion(args.run_dir / "confusion.json", confusion))
     dist.from_rank_0(lambda: add_results(args.results, [row]))
     words = f"held out {100 * row.held_out_accuracy:.2f} %, {args.eval_split} {100 * row.accuracy:.2f} %"
     dist.say(f"{words} ({evaluated.n_images} images); row added to {args.results}")

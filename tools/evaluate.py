@@ -15,7 +15,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from igpt_ds import cli, dist
 from igpt_ds.data.shards.dataset import ShardSet
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given := [f"--{name}" for name in BERT_FLAGS if getattr(args, name) is not None and info.objective != "bert"]:
         raise ValueError(f"{given[0]} is of masks, and {args.model} was trained with objective {info.objective!r}; leave it out")
     masks = {name: getattr(args, name) for name in ("mask_draws", "seed") if getattr(args, name) is not None}
-    settings = likelihood.Settings(args.batch, args.precision, mask_prob=mask_prob(args.mask_prob, info), **masks)
+    settings = likelihood.LikelihoodSettings(args.batch, args.precision, mask_prob=mask_prob(args.mask_prob, info), **masks)
     ids = likelihood.choose_ids(shards.n_images, args.limit)
     model, _ = open_model(args.model, shards)
     nats = likelihood.shard_nats(model.to(likelihood.join_ranks(device)), shards, ids, settings)
@@ -52,18 +51,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     size, failing = likelihood.compare_published(info.config, info.objective, shards, len(ids))
     if size:
         published = likelihood.PUBLISHED[size]
-        here = measured["nats_per_token"]["mean"] - published
+        here = measured.nats_per_token.mean - published
         print(f"published: {published} nats per token for iGPT-{size.upper()} after 1M steps (OpenAI's README); here {here:+.4f}")
     elif info.objective == "ar":
         known = " / ".join(map(str, likelihood.PUBLISHED.values()))
         more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
         print(f"published: {known} nats per token for S / M / L do not apply: {failing[0]}{more}")
-    beside = {"published": likelihood.PUBLISHED[size] if size else None, "published_does_not_apply": failing}
-    document = about(info, shards, settings, len(ids)) | measured | beside
+    drawn = likelihood.MaskSettings(settings.mask_draws, settings.mask_prob, settings.seed)
+    found = likelihood.Likelihood(
+        commit=git_commit(),
+        model_hash=info.model_hash,
+        objective=info.objective,
+        step=info.step,
+        dataset=shards.name,
+        dataset_hash=shards.dataset_hash,
+        palette_hash=shards.palette_hash,
+        split=shards.split,
+        n_px=shards.n_px,
+        n_images=len(ids),
+        precision=settings.precision,
+        batch=settings.batch,
+        masks=drawn if info.objective == "bert" else None,
+        summary=measured,
+        published=likelihood.PUBLISHED[size] if size else None,
+        published_does_not_apply=failing,
+    )
     if args.out:
-        write_json(args.out, document)
+        write_json(args.out, found.to_dict())
     if args.results:
-        add_results(args.results, [likelihood_row(document, info.config)])
+        add_results(args.results, [likelihood_row(found, info.config)])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def mask_prob(asked: float | None, info: ModelInfo) -> float:
     """What was asked for, else what the model was trained with, else the paper's."""
-    trained = likelihood.Settings.mask_prob if info.mask_prob is None else info.mask_prob
+    trained = likelihood.LikelihoodSettings.mask_prob if info.mask_prob is None else info.mask_prob
     return trained if asked is None else asked
 
 
@@ -97,39 +113,17 @@ def report(
     args: argparse.Namespace,
     info: ModelInfo,
     shards: ShardSet,
-    settings: likelihood.Settings,
-    measured: dict[str, Any],
+    settings: likelihood.LikelihoodSettings,
+    measured: likelihood.Summary,
     n_images: int,
 ) -> None:
     """Prints what was measured, and each unit on a line of its own."""
     masks = f", {settings.mask_draws} masks of {settings.mask_prob:g} each" if info.objective == "bert" else ""
     print(f"{args.model} (step {info.step}) on {args.data} split {args.split}: {n_images} images{masks}, {args.precision}")
     for unit, words in UNITS.items():
-        mean, error = measured[unit]["mean"], measured[unit]["standard_error"]
+        mean, error = getattr(measured, unit).mean, getattr(measured, unit).standard_error
         print(f"{words:<18} {mean:.4f}" + ("" if error is None else f" +- {error:.4f}"))
     print(f"knowing nothing    {math.log(shards.n_vocab):.4f} nats per token, ln {shards.n_vocab}")
-
-
-def about(info: ModelInfo, shards: ShardSet, settings: likelihood.Settings, n_images: int) -> dict[str, Any]:
-    """What was measured on what, for the file: nothing in it depends on the number of ranks."""
-    masks = {"mask_draws": settings.mask_draws, "mask_prob": settings.mask_prob, "seed": settings.seed}
-    return {
-        "format": likelihood.FORMAT,
-        "version": likelihood.VERSION,
-        "commit": git_commit(),
-        "model_hash": info.model_hash,
-        "objective": info.objective,
-        "step": info.step,
-        "dataset": shards.name,
-        "dataset_hash": shards.dataset_hash,
-        "palette_hash": shards.palette_hash,
-        "split": shards.split,
-        "n_px": shards.n_px,
-        "n_images": n_images,
-        "precision": settings.precision,
-        "batch": settings.batch,
-        "masks": masks if info.objective == "bert" else None,
-    }
 
 
 if __name__ == "__main__":

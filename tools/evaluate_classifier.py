@@ -18,9 +18,8 @@ import torch
 from igpt_ds import cli
 from igpt_ds.data.loader import check_shards
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.classification import check_classes, result
+from igpt_ds.evaluate.classification import check_classes, result, write_confusion
 from igpt_ds.evaluate.report.results import add_results, read_results
-from igpt_ds.files import write_json
 from igpt_ds.model.store import load_classifier
 
 
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     single = f", {100 * row.single_accuracy:.2f} % with one mask" if row.single_accuracy is not None else ""
     print(f"{args.eval_split}: {100 * row.accuracy:.2f} % of {evaluated.n_images} images{single}")
     if args.confusion:
-        write_json(args.confusion, confusion)
+        write_confusion(args.confusion, confusion)
     if args.results:
         add_results(args.results, [row])
         print(f"row added to {args.results}")

@@ -36,7 +36,7 @@ from igpt_ds.evaluate.report import figures_paper
 from igpt_ds.evaluate.report.figures import layer_curve, plan_curve, rate_curve, training_curve
 from igpt_ds.evaluate.report.results import best_row, by_layer, experiment, read_all
 from igpt_ds.evaluate.report.row_types import ProbeRow
-from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.evaluate.report.run_files import PlanRow, ReportedRun, read_curve, read_plan
 from igpt_ds.train.run_dir import read_run
 from igpt_ds.train.sweep import read_sweep
 
@@ -148,10 +148,10 @@ def confused(args: argparse.Namespace) -> None:
     """A confusion matrix, of the best probe or of a fine-tuned model."""
     if args.counts:
         counted = read_confusion(args.counts)
-        counts = np.array(counted["counts"])
-        name = args.title or f"{args.counts.stem}, {counted['split']}"
+        counts = np.array(counted.counts)
+        name = args.title or f"{args.counts.stem}, {counted.split}"
         title = f"{name}: {100 * np.trace(counts) / counts.sum():.1f} % right"
-        figures_paper.confusion_matrix(counts, counted["classes"], args.out, title)
+        figures_paper.confusion_matrix(counts, counted.classes, args.out, title)
         return
     row = best_probe(args)
     train, evaluated = (open_features(args.features, split) for split in (row.train_split, row.eval_split))
@@ -184,14 +184,16 @@ def neighbours(args: argparse.Namespace) -> None:
 
 def training(args: argparse.Namespace) -> None:
     """Loss by images seen."""
-    vocabularies = {run_dir: read_run(run_dir)["recipe"]["model"]["n_vocab"] for run_dir in args.runs}
+    vocabularies = {
+        run_dir: ReportedRun.of(read_run(run_dir), run_dir / "run.json").recipe.model.n_vocab for run_dir in args.runs
+    }
     if len(set(vocabularies.values())) > 1:
         sizes = ", ".join(f"{run_dir} {n_vocab}" for run_dir, n_vocab in vocabularies.items())
         raise ValueError(f"losses over palettes of different sizes do not compare ({sizes}); draw them apart")
     names = [run_dir.resolve().name for run_dir in args.runs]
     if len(set(names)) < len(names):
         names = [str(run_dir) for run_dir in args.runs]
-    runs = {name: read_json_lines(run_dir / "train.jsonl") for name, run_dir in zip(names, args.runs, strict=True)}
+    runs = {name: read_curve(run_dir) for name, run_dir in zip(names, args.runs, strict=True)}
     title = args.title or f"Pre-training: {', '.join(names) if len(names) <= 3 else f'{len(names)} runs'}"
     training_curve(runs, vocabularies[args.runs[0]], args.out, title, args.log)
 
@@ -213,11 +215,9 @@ def planned(args: argparse.Namespace) -> None:
     """Days by GPUs."""
     tables = {}
     for path in args.runs:
-        rows = read_json(path, "planned table")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and "gpus" in row for row in rows) or len(rows) < 2:
-            raise ValueError(f"{path} is no table of `python -m igpt_ds.plan --table --json`")
-        known = next((row for row in rows if "recipe" in row), {"recipe": path.stem, "gpu": ""})
-        tables[f"{known['recipe']}, {known['gpu']}"] = rows
+        rows = read_plan(path)
+        known = next((row for row in rows if row.recipe), PlanRow(0, recipe=path.stem))
+        tables[f"{known.recipe}, {known.gpu or ''}"] = rows
     plan_curve(tables, args.out, args.title or "Planned training: days, and MFU at each point")
 
 

@@ -14,8 +14,8 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -32,6 +32,39 @@ from igpt_ds.files import atomic_dir, write_json
 
 COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows each of kept and dropped ones, screen pixels of an image's side
 DRAWN = 10_000  # kept and dropped ones each, among which the sheet's images are spread evenly by score
+
+
+@dataclass(frozen=True)
+class FilteredSet:
+    """Images that the filter read."""
+
+    name: str
+    split: str
+    n_images: int
+    dataset_hash: str
+
+    @staticmethod
+    def of(shards: ShardSet) -> FilteredSet:
+        """Those of a split."""
+        return FilteredSet(shards.name, shards.split, shards.n_images, shards.dataset_hash)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What report.json, and "derived" in the index of the new shards, say of the classifiers."""
+
+    reference: FilteredSet
+    candidates: FilteredSet
+    model_hash: str | None
+    step: int | None
+    layer: int
+    precision: str
+    n_fit: int  # images of each set
+    C: float
+    auc: float
+    accuracy: float
+    converged: bool
+    seed: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         groups = {"candidates": scores, "reference": domain.reference_scores}
         score_histogram(groups, threshold, report / "histogram.png", title)
         sheet(report / "sheet.png", candidates, scores, kept, args.seed)
-        note = facts(reference, candidates, origin, domain, read) | {"keep": args.keep, "n_kept": n, "threshold": threshold}
+        fitted = asdict(fit_report(reference, candidates, origin, domain, read))
+        note = {"tool": "tools/filter_shards.py", **fitted, "keep": args.keep, "n_kept": n, "threshold": threshold}
         write_json(report / "report.json", note)
         copy_images(args.out, candidates, kept, note=note)
     print(f"{candidates.n_images} candidates scored in {seconds:.1f} s, {candidates.n_images / seconds:.1f} images/s")
@@ -120,16 +154,22 @@ def score_all(path: Path, read: Reader, domain: Domain, candidates: ShardSet) ->
     return scores
 
 
-def facts(reference: ShardSet, candidates: ShardSet, origin: Origin, domain: Domain, read: Reader) -> dict[str, Any]:
-    """What the report and the new index say of the choice."""
-    sides = {"reference": reference, "candidates": candidates}
-    about = {
-        name: {"name": s.name, "split": s.split, "n_images": s.n_images, "dataset_hash": s.dataset_hash}
-        for name, s in sides.items()
-    }
-    of_model = {"model_hash": origin.model_hash, "step": origin.step, "layer": read.layer, "precision": read.precision}
-    fit = {"n_fit": domain.n_fit, "C": domain.C, "auc": domain.auc, "accuracy": domain.accuracy, "converged": domain.converged}
-    return {"tool": "tools/filter_shards.py", **about, **of_model, **fit, "seed": domain.seed}
+def fit_report(reference: ShardSet, candidates: ShardSet, origin: Origin, domain: Domain, read: Reader) -> FitReport:
+    """What the classifiers are of, and how well they tell the two sets."""
+    return FitReport(
+        reference=FilteredSet.of(reference),
+        candidates=FilteredSet.of(candidates),
+        model_hash=origin.model_hash,
+        step=origin.step,
+        layer=read.layer,
+        precision=read.precision,
+        n_fit=domain.n_fit,
+        C=domain.C,
+        auc=domain.auc,
+        accuracy=domain.accuracy,
+        converged=domain.converged,
+        seed=domain.seed,
+    )
 
 
 def sheet(path: Path, candidates: ShardSet, scores: np.ndarray, kept: np.ndarray, seed: int) -> None:

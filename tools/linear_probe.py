@@ -19,20 +19,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.network import KINDS, pick_device
 from igpt_ds.evaluate.probes import variants
-from igpt_ds.evaluate.probes.linear import C_GRID, PRECISIONS, Settings, linear_probe
+from igpt_ds.evaluate.probes.linear import C_GRID, PRECISIONS, Probe, Settings, linear_probe
 from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.evaluate.report.tables import markdown_table
 
-Results = Iterator[tuple[Any, dict[str, Any]]]  # probes, and what else their rows say
+Results = Iterator[Probe | variants.LowDataProbe]
 say = partial(print, flush=True)
 
 
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }[args.protocol]
     rows = []
     for train, evaluated, kind, layers in work:
-        for probe, more in protocol(args, train, evaluated, kind, layers, settings):
-            rows.append(make_row(probe, train, evaluated, args.protocol, **more))
+        for probe in protocol(args, train, evaluated, kind, layers, settings):
+            rows.append(make_row(probe, train, evaluated, args.protocol))
             add_results(args.out, rows[-1:])
             report(rows[-1], train)
     if by_layer(rows):
@@ -106,7 +106,7 @@ def every_layer(
 ) -> Results:
     """A probe for each layer."""
     for layer in layers:
-        yield linear_probe(train, evaluated, layer, kind, settings, args.max_train), {}
+        yield linear_probe(train, evaluated, layer, kind, settings, args.max_train)
 
 
 def concat(
@@ -125,9 +125,10 @@ def low_data(
     for n_labels in args.n_labels:
         variants.balanced_subset(train, n_labels, settings.seed, 0)  # the same, for labels
     layer = variants.best_layer(train, layers, kind, settings, say)
-    chosen = {"layer_chosen_by": "name" if len(layers) == 1 else "held-out tenth of all labels"}
+    chosen_by = "name" if len(layers) == 1 else "held-out tenth of all labels"
     for n_labels in args.n_labels:
-        yield variants.low_data(train, evaluated, layer, kind, n_labels, settings, args.subsets), chosen
+        found = variants.low_data(train, evaluated, layer, kind, n_labels, settings, args.subsets)
+        yield replace(found, layer_chosen_by=chosen_by)
 
 
 def mask_vote(

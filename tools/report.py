@@ -13,15 +13,15 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.evaluate.report.figures import layer_curve, training_curve
 from igpt_ds.evaluate.report.page import page
 from igpt_ds.evaluate.report.results import by_layer, read_all
 from igpt_ds.evaluate.report.row_types import Row
+from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun, read_curve
 from igpt_ds.evaluate.report.tables import TITLES
-from igpt_ds.files import atomic_file, read_json_lines
+from igpt_ds.files import atomic_file
 from igpt_ds.train.run_dir import read_run
 
 DRAWN = ("layers.png", "training.png")  # figures of these names are drawn again here
@@ -30,7 +30,7 @@ DRAWN = ("layers.png", "training.png")  # figures of these names are drawn again
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the run, draws its curves, writes the page."""
     args = parse(argv)
-    run, training = read_run(args.run_dir), read_json_lines(args.run_dir / "train.jsonl")
+    run, training = ReportedRun.of(read_run(args.run_dir), args.run_dir / "run.json"), read_curve(args.run_dir)
     own = args.run_dir / "results.jsonl"
     results = read_all(args.results or ([own] if own.exists() else []))
     pictures = args.pictures
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pictures = [path for path in sorted(args.run_dir.glob("*.png")) if path.name not in DRAWN]
     name = args.title or args.run_dir.resolve().name
     with tempfile.TemporaryDirectory() as scratch:
-        figures = curves(Path(scratch), name, run["recipe"]["model"]["n_vocab"], training, results)
+        figures = curves(Path(scratch), name, run.recipe.model.n_vocab, training, results)
         text = page(name, run, training, results, figures, pictures, args.paper or ())
     with atomic_file(args.out, "w") as file:
         file.write(text)
@@ -63,10 +63,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def curves(scratch: Path, name: str, n_vocab: int, training: list[dict[str, Any]], results: list[Row]) -> list[tuple[str, Path]]:
+def curves(scratch: Path, name: str, n_vocab: int, training: list[CurveRow], results: list[Row]) -> list[tuple[str, Path]]:
     """The figures that there are rows for: captions and files."""
     found = []
-    if any(row.get("loss") is not None or row.get("val_loss") is not None for row in training):
+    if any(row.loss is not None or row.val_loss is not None for row in training):
         training_curve({name: training}, n_vocab, scratch / "training.png", "Loss")
         found.append(("Training and validation loss, nats per token", scratch / "training.png"))
     probes = by_layer(results)

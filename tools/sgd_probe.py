@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             search,
             StateFile(args.out.with_name(f"{args.out.name}.{layer:02d}_{kind}.state"), args.save_every),
         )
-        rows.append(make_row(probe, train, evaluated, "sgd", held_out=args.held_out))
+        rows.append(make_row(probe, train, evaluated, "sgd"))
         add_results(args.out, rows[-1:])
         report(probe, args.features, time.perf_counter() - start)
     print(markdown_table(rows))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.evaluate.report.results import experiment, read_all
+from igpt_ds.evaluate.report.run_files import ReportedRun, read_curve
 from igpt_ds.evaluate.report.tables import TITLES, layer_table, markdown_table, paper_table
-from igpt_ds.files import read_json_lines
 from igpt_ds.train.run_dir import read_recipe, read_run
 
 
@@ -51,12 +51,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def validation_line(run_dir: Path) -> str:
     """The last validation loss beside that of a model that knows nothing."""
-    rows = [row for row in read_json_lines(run_dir / "train.jsonl") if "val_loss" in row]
+    rows = [row for row in read_curve(run_dir) if row.val_loss is not None]
     if not rows:
         raise ValueError(f"{run_dir / 'train.jsonl'} holds no validation loss; train first")
-    n_vocab = read_run(run_dir)["recipe"]["model"]["n_vocab"]
+    n_vocab = ReportedRun.of(read_run(run_dir), run_dir / "run.json").recipe.model.n_vocab
     return (
-        f"validation: {rows[-1]['val_loss']:.4f} nats/token after {rows[-1]['step']} steps; "
+        f"validation: {rows[-1].val_loss:.4f} nats/token after {rows[-1].step} steps; "
         f"ln {n_vocab} = {math.log(n_vocab):.4f} before the first"
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.probes.variants import vote
 from igpt_ds.evaluate.report.results import finetune_row
 from igpt_ds.evaluate.report.row_types import FinetuneRow
-from igpt_ds.files import read_json
+from igpt_ds.files import read_json, write_json
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import ModelInfo
+from igpt_ds.schema import record_from
 
 CONFUSION_FORMAT, CONFUSION_VERSION = "igpt_ds.confusion", 1
 MASK_SEED = 0
-Network = Callable[..., tuple[Any, torch.Tensor]]  # of a model.classifier.Classifier
+ClassifyingNetwork = Callable[..., tuple[Any, torch.Tensor]]  # of a model.classifier.Classifier
 
 
 def check_classes(info: ModelInfo, shards: ShardSet) -> None:
@@ -45,7 +47,12 @@ def check_classes(info: ModelInfo, shards: ShardSet) -> None:
 
 
 def predict(
-    network: Network, shards: ShardSet, batch: int, device: torch.device | str, mask_prob: float | None, mask_draws: int
+    network: ClassifyingNetwork,
+    shards: ShardSet,
+    batch: int,
+    device: torch.device | str,
+    mask_prob: float | None,
+    mask_draws: int,
 ) -> np.ndarray:
     """The class that the network takes each image for, seen through each mask: int64 [M, N], M = 1 where nothing is masked.
 
@@ -72,7 +79,9 @@ def predict(
     return found
 
 
-def judge(predictions: np.ndarray, labels: np.ndarray, K: int, seed: int = MASK_SEED) -> tuple[float, float, np.ndarray]:
+def score_predictions(
+    predictions: np.ndarray, labels: np.ndarray, K: int, seed: int = MASK_SEED
+) -> tuple[float, float, np.ndarray]:
     """predictions [M, N], labels [N] -> accuracy of the vote, mean accuracy of one mask, confusion int64 [K, K].
 
     Rows of the confusion are true classes, columns those that the vote gives.
@@ -83,15 +92,15 @@ def judge(predictions: np.ndarray, labels: np.ndarray, K: int, seed: int = MASK_
 
 
 def result(
-    network: Network,
+    network: ClassifyingNetwork,
     info: ModelInfo,
     held_out: ShardSet,
     evaluated: ShardSet,
     batch: int,
     device: torch.device | str,
     mask_draws: int,
-) -> tuple[FinetuneRow, dict[str, Any]]:
-    """Reads both splits once: the row of a fine-tuning, and its confusion matrix as a JSON-ready dict.
+) -> tuple[FinetuneRow, Confusion]:
+    """Reads both splits once: the row of a fine-tuning, and its confusion matrix.
 
     Args:
         info: of the model dir whose weights the network has.
@@ -104,7 +113,7 @@ def result(
     for shards in (held_out, evaluated):
         predictions = predict(network, shards, batch, device, mask_prob, mask_draws)
         labels = shards.labels(np.arange(shards.n_images))
-        judged.append(judge(predictions, labels, K))
+        judged.append(score_predictions(predictions, labels, K))
     (held_out_accuracy, _, _), (accuracy, single, counts) = judged
     masks = {} if mask_prob is None else {"n_masks": mask_draws, "mask_seed": MASK_SEED, "single_accuracy": single}
     of_both = {held_out.split: held_out.dataset_hash, evaluated.split: evaluated.dataset_hash}
@@ -133,18 +142,35 @@ def result(
         palette_hash=info.palette_hash,
         **masks,
     )
-    about = {"format": CONFUSION_FORMAT, "version": CONFUSION_VERSION, "model_hash": info.model_hash, "split": evaluated.split}
-    return row, about | {"classes": head.classes, "counts": counts.tolist()}
+    return row, Confusion(info.model_hash, evaluated.split, list(head.classes), counts.tolist())
 
 
-def read_confusion(path: Path) -> dict[str, Any]:
-    """A confusion matrix as `tools/evaluate_classifier.py --confusion` writes it: classes, counts, split, model_hash.
+@dataclass(frozen=True)
+class Confusion:
+    """How often a fine-tuned model takes each class for each other."""
+
+    model_hash: str
+    split: str
+    classes: list[str]
+    counts: list[list[int]]  # [K][K], rows: true classes, columns: predicted ones
+
+
+def write_confusion(path: Path, confusion: Confusion) -> None:
+    """Writes the JSON file of `read_confusion`."""
+    write_json(path, {"format": CONFUSION_FORMAT, "version": CONFUSION_VERSION, **dataclasses.asdict(confusion)})
+
+
+def read_confusion(path: Path) -> Confusion:
+    """The confusion matrix in a file of `tools/evaluate_classifier.py --confusion` or `finetune.py`.
 
     Raises:
-        ValueError: no such file, or another format or version.
+        ValueError: no such file, another format or version, or a field that is missing or has another type.
     """
-    values = read_json(path, "confusion matrix")
+    values, fix = read_json(path, "confusion matrix"), "make it with tools/evaluate_classifier.py --confusion"
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (CONFUSION_FORMAT, CONFUSION_VERSION):
-        known = f"{CONFUSION_FORMAT} version {CONFUSION_VERSION}"
-        raise ValueError(f"{path} is not {known}; make it with tools/evaluate_classifier.py --confusion")
-    return values
+        raise ValueError(f"{path} is not {CONFUSION_FORMAT} version {CONFUSION_VERSION}; {fix}")
+    found = record_from(Confusion, values, f"confusion matrix {path}", fix)
+    K = len(found.classes)
+    if [len(row) for row in found.counts] != [K] * K:
+        raise ValueError(f"confusion matrix {path} has counts of another shape than {K} x {K}, for its {K} classes; {fix}")
+    return found

@@ -21,8 +21,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from igpt_ds.counter_random import random_words
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.index import read_index
+from igpt_ds.evaluate.report.row_types import MeanWithError
 from igpt_ds.model.objectives import image_loss, token_nats
 from igpt_ds.model.transformer import Transformer
 
@@ -46,7 +46,7 @@ _DRAWS = 9  # purpose of random words: the seeds of the mask draws
 
 
 @dataclass(frozen=True)
-class Settings:
+class LikelihoodSettings:
     """How a likelihood is computed. Masks are drawn for BERT models alone, mask_draws times for each image."""
 
     batch: int = 32
@@ -85,7 +85,7 @@ def choose_ids(n_images: int, limit: int | None) -> np.ndarray:
     return np.arange(n) * n_images // n
 
 
-def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: Settings) -> np.ndarray:
+def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: LikelihoodSettings) -> np.ndarray:
     """The nats per token of some images of a split, on every rank: ids int64 [N] -> float64 [N]. The model's device computes.
 
     For a BERT model, of an image's masked tokens, averaged over the mask draws; masks follow from (seed, draw, id, pixel) alone.
@@ -112,7 +112,7 @@ def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: 
 
 
 @torch.inference_mode()
-def _batch_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: Settings) -> np.ndarray:
+def _batch_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: LikelihoodSettings) -> np.ndarray:
     device = model.wpe.device
     tokens = torch.from_numpy(shards.tokens(ids).reshape(len(ids), -1)).to(device).long()
     total = torch.zeros(len(ids), dtype=torch.float64)
@@ -147,18 +147,60 @@ def pixel_nats(model: Transformer, tokens: torch.Tensor) -> np.ndarray:
     return nats
 
 
-def summarise(nats: np.ndarray) -> dict[str, dict[str, Any]]:
-    """float64 [N], nats per token of each image -> mean and standard error in each of the three units.
+@dataclass(frozen=True)
+class Summary:
+    """The likelihood in three units."""
 
-    The standard error is over images: their standard deviation / sqrt(N); None for one image.
-    """
+    nats_per_token: MeanWithError
+    bits_per_token: MeanWithError
+    bits_per_sub_pixel: MeanWithError
+
+
+def summarise(nats: np.ndarray) -> Summary:
+    """float64 [N], nats per token of each image -> mean and standard error in each unit."""
     N = len(nats)
     mean = math.fsum(nats) / N
     error = math.sqrt(math.fsum((nats - mean) ** 2) / (N - 1) / N) if N > 1 else None
-    scales = {"nats_per_token": 1.0, "bits_per_token": 1 / math.log(2), "bits_per_sub_pixel": 1 / (3 * math.log(2))}
-    return {
-        unit: {"mean": mean * scale, "standard_error": None if error is None else error * scale} for unit, scale in scales.items()
-    }
+    scales = (1.0, 1 / math.log(2), 1 / (3 * math.log(2)))
+    return Summary(*(MeanWithError(mean * scale, None if error is None else error * scale) for scale in scales))
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """The masks of a BERT model."""
+
+    mask_draws: int
+    mask_prob: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What was measured on what: the file of `tools/evaluate.py --out`. No value depends on the number of ranks."""
+
+    commit: str | None
+    model_hash: str
+    objective: str
+    step: int  # of training
+    dataset: str
+    dataset_hash: str
+    palette_hash: str
+    split: str
+    n_px: int
+    n_images: int
+    precision: str
+    batch: int
+    masks: MaskSettings | None  # None: no image is masked
+    summary: Summary
+    published: float | None  # nats per token of the published model that this one compares with
+    published_does_not_apply: list[str]  # why none compares
+
+    def to_dict(self) -> dict[str, object]:
+        """The JSON of the file."""
+        values: dict[str, object] = {}
+        for name, value in asdict(self).items():
+            values |= value if name == "summary" else {name: value}
+        return {"format": FORMAT, "version": VERSION, **values}
 
 
 def compare_published(config: ModelConfig, objective: str, shards: ShardSet, n_images: int) -> tuple[str | None, list[str]]:

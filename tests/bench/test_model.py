@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from device import Session, table
-from harness import Row, read_bench
+from device import DeviceSession
+from harness import BenchRow, read_bench
 
 DEVICES = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def session(seconds: float = 60, out: Path | None = None) -> Session:
-    return Session(True, out, torch.device("cpu"), time.monotonic() + seconds)
+def session(seconds: float = 60, out: Path | None = None) -> DeviceSession:
+    return DeviceSession(True, out, torch.device("cpu"), time.monotonic() + seconds)
 
 
 def test_what_finds_nothing_is_a_row_that_says_why(tmp_path, capsys):
@@ -30,7 +30,7 @@ def test_what_finds_nothing_is_a_row_that_says_why(tmp_path, capsys):
     assert here.attempt("b", 5, guest) is None
     assert here.attempt("c", 5, broken) is None
     assert here.attempt("d", 1, lambda: time.sleep(30) or []) is None
-    assert here.attempt("e", 5, lambda: [Row("e", "s", 2.0, 4.0, "peer")]) == 2.0
+    assert here.attempt("e", 5, lambda: [BenchRow("e", "s", 2.0, 4.0, "peer")]) == 2.0
     notes = [row.note for row in here.rows]
     assert notes == [
         "out of memory",
@@ -41,7 +41,7 @@ def test_what_finds_nothing_is_a_row_that_says_why(tmp_path, capsys):
     ]
     assert here.failed == ["c"]
     assert "RuntimeError: no kernel" in capsys.readouterr().err
-    assert [Row(**row) for row in read_bench(tmp_path / "bench.json")["rows"]] == here.rows
+    assert read_bench(tmp_path / "bench.json").rows == here.rows
 
 
 def test_no_time_is_left():
@@ -67,7 +67,7 @@ def test_mfu_is_of_the_printed_peak():
 def test_the_model_benchmark_runs(tmp_path, launch):
     done = launch(["tools/bench/model.py", "--toy", "--quick", "--out", tmp_path / "bench.json"])
     assert done.returncode == 0, done.stderr
-    rows = [Row(**row) for row in read_bench(tmp_path / "bench.json")["rows"]]
+    rows = read_bench(tmp_path / "bench.json").rows
     for start in (
         "training step",
         "memory of a training step",
@@ -88,7 +88,7 @@ def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch):
     done = launch(["tools/bench/gpu.py", "--toy", "--out", tmp_path / "bench.json"], env=DEVICES)
     assert done.returncode == 0, done.stderr
     about = read_bench(tmp_path / "bench.json")
-    rows = [Row(**row) for row in about["rows"]]
+    rows = about.rows
     assert not [row for row in rows if row.peer_name == "not measured"]
     for start in (
         "product",
@@ -104,7 +104,7 @@ def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch):
     for mode in ("none", "selective", "full"):
         assert sum(f"{mode} checkpointing" in row.what for row in rows if row.what.startswith("XL slice")) == 2
     assert sum(row.peer_name.startswith("HF") for row in rows) == 2
-    assert table(about) in done.stdout
-    assert launch(["tools/bench/gpu.py", "--show", tmp_path / "bench.json"]).stdout.strip() == table(about)
+    assert about.table(with_cores=False) in done.stdout
+    assert launch(["tools/bench/gpu.py", "--show", tmp_path / "bench.json"]).stdout.strip() == about.table(with_cores=False)
     refused = launch(["tools/bench/gpu.py", "--only", "ceilings"], env=DEVICES)
     assert refused.stderr == "gpu.py: error: torch sees no GPU here; --toy runs on a CPU\n"

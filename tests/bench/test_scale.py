@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Row, read_bench
+from harness import read_bench
 
 
 @pytest.mark.slow
@@ -14,7 +14,7 @@ def test_the_whole_benchmark_at_toy_sizes(launch: Any, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     done = launch(["tools/bench/scale.py", "--toy", "--work", tmp_path, "--out", out])
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [Row(**row) for row in read_bench(out)["rows"]]
+    rows = read_bench(out).rows
     assert len(rows) == 10 + 4 + 4 + 2 + 1
     assert all(row.ours > 0 and row.peer > 0 and row.bar is None for row in rows)
     shown = launch(["tools/bench/scale.py", "--show", out])

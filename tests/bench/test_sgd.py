@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from harness import Row, read_bench
+from harness import read_bench
 
 
 @pytest.mark.slow
 def test_the_sgd_benchmark_runs(tmp_path, launch):
     done = launch(["tools/bench/sgd.py", "--toy", "--out", tmp_path / "bench.json"])
     assert done.returncode == 0, done.stderr
-    rows = [Row(**row) for row in read_bench(tmp_path / "bench.json")["rows"]]
+    rows = read_bench(tmp_path / "bench.json").rows
     assert [row.what for row in rows] == ["SGD probe, 4 rates, 400 x 16 x 10"] * 2
     assert all(row.ours > 0 and row.peer > 0 and row.bar is None for row in rows)
     assert launch(["tools/bench/sgd.py", "--show", tmp_path / "bench.json"]).stdout.strip() in done.stdout

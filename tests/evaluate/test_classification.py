@@ -12,7 +12,7 @@ import torch
 
 from igpt_ds.config import ModelConfig
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.classification import check_classes, judge, predict, result
+from igpt_ds.evaluate.classification import check_classes, predict, result, score_predictions
 from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.objectives import draw_masks
@@ -57,7 +57,7 @@ def test_masks_are_those_of_extraction(tiny_config: ModelConfig, shards: ShardSe
 
 def test_the_modal_class_counts() -> None:
     predictions = np.array([[0, 1, 2], [0, 1, 1], [2, 2, 1]])
-    accuracy, single, confusion = judge(predictions, np.array([0, 1, 2]), 3)
+    accuracy, single, confusion = score_predictions(predictions, np.array([0, 1, 2]), 3)
     assert (accuracy, single) == (pytest.approx(2 / 3), pytest.approx(5 / 9))
     assert confusion.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
@@ -75,7 +75,7 @@ def test_a_row_is_one_that_results_take(tiny_config: ModelConfig, shards: ShardS
     assert read_results(tmp_path / "results.jsonl") == [row]
     assert (row["n_masks"], row["augmentation"], row["weights"], row["best_step"]) == (5, "none", "untrained", 8)
     assert row["held_out_accuracy"] == row["accuracy"]
-    assert np.sum(confusion["counts"]) == shards.n_images
+    assert np.sum(confusion.counts) == shards.n_images
 
 
 def test_other_classes_or_colours_are_refused(tiny_config: ModelConfig, shards: ShardSet) -> None:

@@ -19,7 +19,8 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate import likelihood
-from igpt_ds.evaluate.likelihood import Settings, choose_ids, compare_published, pixel_nats, shard_nats, summarise
+from igpt_ds.evaluate.likelihood import LikelihoodSettings, choose_ids, compare_published, pixel_nats, shard_nats, summarise
+from igpt_ds.evaluate.report.row_types import MeanWithError
 from igpt_ds.model.objectives import draw_masks, image_nats
 from igpt_ds.model.store import fresh_model, save_model
 
@@ -50,7 +51,7 @@ def test_nats_equal_float64_arithmetic(speaking, val):
     tokens = all_tokens(val)
     logits = speaking().double()(tokens)
     expected = -logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).mean(1)
-    found = shard_nats(speaking(), val, np.arange(val.n_images), Settings(batch=5))
+    found = shard_nats(speaking(), val, np.arange(val.n_images), LikelihoodSettings(batch=5))
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5)
 
@@ -59,14 +60,14 @@ def test_nats_equal_float64_arithmetic(speaking, val):
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_any_batch_gives_the_same(speaking, val, objective, batch):
     ids = choose_ids(val.n_images, 20)
-    one, other = (shard_nats(speaking(objective), val, ids, Settings(b, mask_draws=2)) for b in (4, batch))
+    one, other = (shard_nats(speaking(objective), val, ids, LikelihoodSettings(b, mask_draws=2)) for b in (4, batch))
     np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_an_image_has_its_masks_whatever_else_is_measured(speaking, val):
     """The masks of an image follow from (seed, draw, id, pixel), and its nats are those of the masked tokens alone."""
     model = speaking("bert")
-    settings = Settings(batch=6, mask_draws=3, seed=5, mask_prob=0.3)
+    settings = LikelihoodSettings(batch=6, mask_draws=3, seed=5, mask_prob=0.3)
     few, ids = np.array([4, 9]), np.arange(val.n_images)
     everyone = shard_nats(model, val, ids, settings)
     np.testing.assert_allclose(shard_nats(model, val, few, settings), everyone[few], rtol=1e-6)
@@ -77,7 +78,7 @@ def test_an_image_has_its_masks_whatever_else_is_measured(speaking, val):
             cost = -model(tokens, mask).double().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         total = total + (cost * mask).sum(1) / mask.sum(1)
     np.testing.assert_allclose(everyone, (total / 3).numpy(), rtol=1e-5)
-    assert not np.allclose(shard_nats(model, val, ids, Settings(seed=6, mask_prob=0.3, mask_draws=3)), everyone)
+    assert not np.allclose(shard_nats(model, val, ids, LikelihoodSettings(seed=6, mask_prob=0.3, mask_draws=3)), everyone)
 
 
 def test_draws_of_neighbouring_seeds_have_no_mask_in_common():
@@ -87,7 +88,7 @@ def test_draws_of_neighbouring_seeds_have_no_mask_in_common():
 
 def test_bfloat16_is_near(speaking, val):
     ids = np.arange(val.n_images)
-    exact, near = (shard_nats(speaking(), val, ids, Settings(precision=precision)) for precision in ("fp32", "bf16"))
+    exact, near = (shard_nats(speaking(), val, ids, LikelihoodSettings(precision=precision)) for precision in ("fp32", "bf16"))
     assert 0 < np.abs(exact - near).max() < 0.05
 
 
@@ -106,7 +107,7 @@ def test_a_broken_model_is_named(speaking, val):
     with torch.no_grad():
         model.wpe[3] = float("nan")
     with pytest.raises(ValueError, match=r"likelihood of image 7 of .*shards is not finite; check the model, or use fp32"):
-        shard_nats(model, val, np.array([7, 8]), Settings())
+        shard_nats(model, val, np.array([7, 8]), LikelihoodSettings())
 
 
 def test_summary():
@@ -114,8 +115,8 @@ def test_summary():
     found = summarise(nats)
     error = nats.std(ddof=1) / 2
     for unit, scale in {"nats_per_token": 1, "bits_per_token": 1 / math.log(2), "bits_per_sub_pixel": 1 / math.log(8)}.items():
-        assert found[unit] == {"mean": pytest.approx(3 * scale), "standard_error": pytest.approx(error * scale)}
-    assert summarise(nats[:1])["nats_per_token"] == {"mean": 1.0, "standard_error": None}
+        assert getattr(found, unit) == MeanWithError(pytest.approx(3 * scale), pytest.approx(error * scale))
+    assert summarise(nats[:1]).nats_per_token == MeanWithError(1.0, None)
 
 
 def test_limits_spread_over_the_split():
@@ -138,7 +139,7 @@ def test_limits_spread_over_the_split():
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        Settings(**settings)
+        LikelihoodSettings(**settings)
 
 
 # ------------------------------------------------------------------------------------------------ published numbers

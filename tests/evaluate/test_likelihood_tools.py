@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.likelihood import Settings, shard_nats, summarise
+from igpt_ds.evaluate.likelihood import LikelihoodSettings, shard_nats, summarise
 from igpt_ds.model.sampling import Filter, sample
 from igpt_ds.model.store import fresh_model, load_model, save_model
 
@@ -60,8 +61,9 @@ def test_evaluate_prints_and_writes(tool, speaking_dir, tiny_dataset, tmp_path):
     assert status == 0
     model, info = load_model(speaking_dir)
     val = ShardSet(tiny_dataset, "val")
-    expected = summarise(shard_nats(model, val, np.arange(6) * val.n_images // 6, Settings(batch=4)))
+    measured = summarise(shard_nats(model, val, np.arange(6) * val.n_images // 6, LikelihoodSettings(batch=4)))
     found = json.loads(out.read_text())
+    expected = dataclasses.asdict(measured)
     assert {unit: found[unit] for unit in expected} == expected
     assert (found["model_hash"], found["dataset_hash"], found["split"]) == (info.model_hash, val.dataset_hash, "val")
     assert (found["n_images"], found["masks"], found["published"]) == (6, None, None)
@@ -163,7 +165,7 @@ def test_heat_map_alone_says_the_likelihood(tool, speaking_dir, tiny_dataset, tm
     words = ["--model", speaking_dir, "--data", tiny_dataset, "--ids", 0, 4, 5, "--heat_map", tmp_path / "h.png"]
     status, said, _ = tool("sample", *words)
     model, _ = load_model(speaking_dir)
-    nats = shard_nats(model, ShardSet(tiny_dataset, "val"), np.array([0, 4, 5]), Settings())
+    nats = shard_nats(model, ShardSet(tiny_dataset, "val"), np.array([0, 4, 5]), LikelihoodSettings())
     assert (status, said) == (0, f"{tmp_path / 'h.png'}: 3 images, {nats.mean():.4f} nats per token\n")
 
 

@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pytest
 
+from igpt_ds.config import get_recipe, override, recipe_to_dict
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.report.results import read_results
 
@@ -138,7 +139,8 @@ def run_dir(tmp_path):
     def make(name, n_vocab=16):
         path = tmp_path / name
         path.mkdir()
-        run = {"format": "igpt_ds.run", "version": 1, "recipe": {"model": {"n_vocab": n_vocab}}}
+        recipe = recipe_to_dict(override(get_recipe("digits_nano_ar_8"), {"n_vocab": n_vocab}))
+        run = {"format": "igpt_ds.run", "version": 1, "recipe": recipe, "world_size": 1, "precision": "fp32"}
         (path / "run.json").write_text(json.dumps(run))
         (path / "train.jsonl").write_text(
             '{"step": 1, "images_seen": 8, "loss": 2.7}\n{"step": 1, "images_seen": 8, "val_loss": 2.6}\n{"step": 2, "lo'

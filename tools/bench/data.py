@@ -24,7 +24,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from harness import Row, medians
+from harness import BenchRow, medians
 
 from igpt_ds import cli
 from igpt_ds.data.images import DEFAULT_FILTER, decode_image, square
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     harness.add_flags(parser, "fewer turns", measures, toy=False)
     args = parser.parse_args(argv)
     if args.show:
-        print(harness.table(harness.read_bench(args.show)))
+        print(harness.read_bench(args.show).table())
         return
     if args.images is None:
         raise ValueError("--images is needed: a folder of JPEGs")
@@ -95,7 +95,7 @@ def open_world(directory: Path, quick: bool, work: Path) -> World:
 # --------------------------------------------------------------------------------------------------- measurements
 
 
-def quantise(world: World) -> list[Row]:
+def quantise(world: World) -> list[BenchRow]:
     """Tokens of 32x32 images, in one batch as HF's processor takes them, and one at a time; the same 512 colours for all."""
     files = world.files[: 16 if world.quick else 64]
     batch = np.stack([square(decode_image(data), 32) for data in files])
@@ -118,9 +118,10 @@ def quantise(world: World) -> list[Row]:
         rate = {name: len(batch) / value for name, value in medians(contenders, world.turns).items()}
         ours = rate.pop("ours")
         bars = {"HF formula": 200.0} if images[0] is batch else {}  # it takes images in batches
-        rows += [Row("quantise 32x32", "images/s", ours, value, name, bars.get(name), note=how) for name, value in rate.items()]
+        what = "quantise 32x32"
+        rows += [BenchRow(what, "images/s", ours, value, name, bars.get(name), note=how) for name, value in rate.items()]
     built = medians({"table": partial(build_table, world.palette.colors)}, world.turns)["table"]
-    return [*rows, Row("table of 256^3 colours", "s", built, 1.0, "a second", 1.0, at_most=True)]
+    return [*rows, BenchRow("table of 256^3 colours", "s", built, 1.0, "a second", 1.0, at_most=True)]
 
 
 def _quantisers(
@@ -145,7 +146,7 @@ def _quantisers(
     return contenders
 
 
-def palette(world: World) -> list[Row]:
+def palette(world: World) -> list[BenchRow]:
     """512 colours of 1,000,000 pixels: k-means from the same first centres, and how good it is."""
     from sklearn.cluster import KMeans, kmeans_plusplus
 
@@ -168,11 +169,12 @@ def palette(world: World) -> list[Row]:
 
     seconds = medians({"ours": ours, "sklearn": sklearn}, 1 if world.quick else 3, warm_up=False)
     inertia = {name: _inertia(points, pixels, centres) for name, centres in found.items()}
-    size = f"{len(pixels):,} pixels, k = {N_COLORS}"
+    N = len(pixels)
+    size = f"{N:,} pixels, k = {N_COLORS}"
     peer = "sklearn KMeans lloyd, same first centres"
     return [
-        Row("palette fit", "pixels/s", len(pixels) / seconds["ours"], len(pixels) / seconds["sklearn"], peer, 10.0, note=size),
-        Row("palette inertia", "", inertia["ours"], inertia["sklearn"], peer, 1.005, at_most=True),
+        BenchRow("palette fit", "pixels/s", N / seconds["ours"], N / seconds["sklearn"], peer, 10.0, note=size),
+        BenchRow("palette inertia", "", inertia["ours"], inertia["sklearn"], peer, 1.005, at_most=True),
     ]
 
 
@@ -181,7 +183,7 @@ def _inertia(points: np.ndarray, pixels: np.ndarray, centres: np.ndarray) -> flo
     return float(((points - fitted.colors[fitted.encode(pixels)]) ** 2).sum())
 
 
-def jpeg(world: World) -> list[Row]:
+def jpeg(world: World) -> list[BenchRow]:
     """JPEG bytes to 64x64 tokens: ours against PIL's decode and resize with the same filter, crop and quantiser."""
     from PIL import Image, ImageOps
 
@@ -204,10 +206,10 @@ def jpeg(world: World) -> list[Row]:
     seconds = medians(contenders, world.turns)
     mine, theirs = (len(files) / seconds[name] for name in ("ours", "PIL"))
     note = f"{DEFAULT_FILTER}; at most {max(differences)} grey level(s) apart"
-    return [Row("JPEG to 64x64 tokens", "images/s", mine, theirs, "PIL alone", 1.5, note=note)]
+    return [BenchRow("JPEG to 64x64 tokens", "images/s", mine, theirs, "PIL alone", 1.5, note=note)]
 
 
-def loader(world: World) -> list[Row]:
+def loader(world: World) -> list[BenchRow]:
     """Batches of 128 images of 1,024 and 4,096 tokens in random order, from shards that the page cache holds."""
     rows = []
     for n_px in (32, 64):
@@ -229,9 +231,9 @@ def loader(world: World) -> list[Row]:
         seconds = medians({name: run for name, (_, run) in contenders.items()}, world.turns, turn_seconds=0)
         rate = {name: BATCH * batches / seconds[name] for name, (batches, _) in contenders.items()}
         what, memmap, webdataset = f"loader, {n_px * n_px} tokens", "np.memmap gather", "webdataset .npy"
-        rows.append(Row(what, "images/s", rate["ours"], rate[webdataset], webdataset, 20.0))
-        rows.append(Row(what, "images/s", rate["ours"], rate[memmap], memmap, 0.7))
-        rows.append(Row(what, "images/s", rate["ours, unverified"], rate[memmap], memmap, note="first read, with checksums"))
+        rows.append(BenchRow(what, "images/s", rate["ours"], rate[webdataset], webdataset, 20.0))
+        rows.append(BenchRow(what, "images/s", rate["ours"], rate[memmap], memmap, 0.7))
+        rows.append(BenchRow(what, "images/s", rate["ours, unverified"], rate[memmap], memmap, note="first read, with checksums"))
     return rows
 
 
@@ -278,7 +280,7 @@ def read_webdataset(path: Path, n_batches: int) -> None:
         torch.from_numpy(np.stack([grid for grid, _ in batch]))
 
 
-def memory(world: World) -> list[Row]:
+def memory(world: World) -> list[BenchRow]:
     """The most memory that make_shards takes for 50,000 images (10,000 when quick), against that for 1,000."""
     peak, counts = {}, (1_000, 10_000 if world.quick else 50_000)
     for n_images in counts:
@@ -289,9 +291,8 @@ def memory(world: World) -> list[Row]:
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         peak[n_images] = int(printed.split()[-2]) / 1024
     few, many = counts
-    return [
-        Row("memory of make_shards", "MiB", peak[many], peak[few], f"itself for {few:,} images", 1.1, True, f"{many:,} images")
-    ]
+    peer, note = f"itself for {few:,} images", f"{many:,} images"
+    return [BenchRow("memory of make_shards", "MiB", peak[many], peak[few], peer, 1.1, True, note)]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measuring on one device against a clock: what does not fit the memory or the time becomes a row that says so.
+"""Measures on one device within a time limit. A measurement that does not fit the memory or the time becomes a row that says so.
 
-In: measurements as functions that return rows of `igpt_ds.bench`. Out: rows, written as JSON after each measurement, so that a
-run that is cut off has left what it found. tools/bench/gpu.py calls.
+In: measurements as functions that return rows. Out: rows, written as JSON after each measurement, so that an interrupted run
+keeps its results. Called by tools/bench/gpu.py.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
-from harness import Row
+from harness import Benchmark, BenchRow, MachineFacts
 
 from igpt_ds.config import SIZES, ModelConfig
-from igpt_ds.files import write_json
 from igpt_ds.plan import costs
 from igpt_ds.provenance import git_commit
 
@@ -32,36 +30,36 @@ BANDWIDTH = 4.8e12  # bytes a second that an H200 prints
 
 
 class _LateError(Exception):
-    """The time of a measurement is over."""
+    """A measurement exceeds its time limit."""
 
 
 @dataclass
-class Session:
-    """The device, the clock, and the rows so far."""
+class DeviceSession:
+    """The device, the time limit, and the rows so far."""
 
     toy: bool
     out: Path | None
     device: torch.device
     end: float  # of time.monotonic()
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     bandwidth: float = BANDWIDTH  # until the copy is measured
 
     @property
     def peak(self) -> float:
-        """FLOP/s in bf16 that the maker prints; an H100's where the device is not known."""
+        """The FLOP/s in bf16 of the data sheet; those of an H100 for an unknown device."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "H100"
         return costs.peak_flops(name) or costs.PEAK_FLOPS["H100"]
 
     def config(self, size: str, n_px: int, n_layer: int | None = None) -> ModelConfig:
-        """A size of the paper, maybe with fewer layers; a toy of two layers for --toy."""
+        """A size of the paper, with n_layer layers if given; a model of two layers for --toy."""
         if self.toy:
             return ModelConfig(n_layer=2, n_head=2, n_embd=32, n_px=4, n_vocab=16)
         shape = SIZES[size] | ({"n_layer": n_layer} if n_layer else {})
         return ModelConfig(**shape, n_px=n_px)
 
-    def attempt(self, what: str, seconds: float, measure: Callable[[], list[Row]]) -> float | None:
-        """Adds what `measure` finds, or a row that says why there is nothing. Returns the first row's `ours`."""
+    def attempt(self, what: str, seconds: float, measure: Callable[[], list[BenchRow]]) -> float | None:
+        """Adds the rows of `measure`, or a row with the reason of its failure. Returns `ours` of the first row."""
         left, why, found = min(seconds, self.end - time.monotonic()), "", []
         try:
             with _alarm(left):
@@ -72,7 +70,7 @@ class Session:
             why = "not done in its time"
         except ImportError as error:
             why = f"{error.name or error} is not installed"
-        except Exception as error:  # one measurement of many: the others go on, and the exit status tells
+        except Exception as error:  # the other measurements continue, and the exit status is 1
             traceback.print_exc()
             why = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
             self.failed.append(what)
@@ -80,19 +78,18 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.rows += found or [Row(what, "", 0.0, 1.0, "not measured", note=why)]
+        self.rows += found or [BenchRow(what, "", 0.0, 1.0, "not measured", note=why)]
         if self.out is not None:
-            write_json(self.out, self.about())
+            self.benchmark().write(self.out)
         return found[0].ours if found else None
 
-    def about(self) -> dict[str, Any]:
-        """Rows and facts, JSON-ready; `harness.read_bench` reads it."""
+    def benchmark(self) -> Benchmark:
+        """The rows so far and the facts of the device."""
         cuda = self.device.type == "cuda"
         versions: dict[str, str | None] = {"torch": torch.__version__, "CUDA": torch.version.cuda}
         versions["cuDNN"] = str(torch.backends.cudnn.version()) if cuda else None
         where = torch.cuda.get_device_name() if cuda else "a CPU at toy sizes"
-        facts = {"git_commit": git_commit(), "cpu": where, "python": platform.python_version(), "versions": versions}
-        return {"format": harness.FORMAT, "facts": facts, "rows": [asdict(row) for row in self.rows]}
+        return Benchmark(MachineFacts(git_commit(), where, platform.python_version(), versions), list(self.rows))
 
     def seconds(self, run: Callable[[], Any], warm_up: int = 3, times: int = 10) -> float:
         """The median seconds of a call, measured on the device."""
@@ -109,12 +106,12 @@ class Session:
             found.append(time.perf_counter() - start)
         return statistics.median(found)
 
-    def flops_row(self, what: str, flops: float, seconds: float, note: str = "") -> Row:
-        """Achieved FLOP/s against the printed peak: the ratio is the MFU."""
-        return Row(what, "TFLOP/s", flops / seconds / 1e12, self.peak / 1e12, PEAK, note=note)
+    def flops_row(self, what: str, flops: float, seconds: float, note: str = "") -> BenchRow:
+        """Achieved FLOP/s beside the peak of the data sheet: the ratio is the MFU."""
+        return BenchRow(what, "TFLOP/s", flops / seconds / 1e12, self.peak / 1e12, PEAK, note=note)
 
-    def step_row(self, what: str, config: ModelConfig, B: int, seconds: float) -> Row:
-        """A training step in PaLM's convention, with the causal one and the memory beside it."""
+    def step_row(self, what: str, config: ModelConfig, B: int, seconds: float) -> BenchRow:
+        """A training step; the MFU is in PaLM's convention, the note has the causal MFU and the memory."""
         tokens = B * config.n_ctx
         causal = costs.train_flops_per_token(config, causal=True) * tokens / seconds / self.peak
         gib = torch.cuda.max_memory_allocated() / costs.GIB if self.device.type == "cuda" else 0.0
@@ -136,10 +133,3 @@ def _alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def table(about: Mapping[str, Any]) -> str:
-    """The rows as a Markdown table, and one line on the device."""
-    facts = about["facts"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    return f"{harness.table(about).rpartition(chr(10))[0]}\n{facts['cpu']}; Python {facts['python']}, {versions}."

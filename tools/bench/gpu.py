@@ -21,18 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
 import torch.nn.functional as F
-from device import BANDWIDTH, PEAK, Session, table
-from harness import Row
+from device import BANDWIDTH, PEAK, DeviceSession
+from harness import BenchRow, read_bench
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from igpt_ds import cli
 from igpt_ds.config import CHECKPOINTING, ModelConfig, get_recipe, override
 from igpt_ds.ds_config import join, load_ds_config
-from igpt_ds.files import write_json
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.sampling import Decoder, choose
 from igpt_ds.model.transformer import Transformer
@@ -52,19 +50,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
     args = parser.parse_args(argv)
     if args.show:
-        print(table(harness.read_bench(args.show)))
+        print(read_bench(args.show).table(with_cores=False))
         return
     if not args.toy and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU here; --toy runs on a CPU")
-    session = Session(args.toy, args.out, torch.device("cpu" if args.toy else "cuda"), time.monotonic() + TOTAL - FULL)
+    session = DeviceSession(args.toy, args.out, torch.device("cpu" if args.toy else "cuda"), time.monotonic() + TOTAL - FULL)
     for name in args.only:
         with nullcontext() if name == "full" else session.device:  # DeepSpeed places its tensors itself
             parts[name](session)
     if args.toy:
         session.rows = [replace(row, bar=None) for row in session.rows]
     if args.out is not None:
-        write_json(args.out, session.about())
-    print(table(session.about()))
+        session.benchmark().write(args.out)
+    print(session.benchmark().table(with_cores=False))
     missed = [f"{row.what} ({row.peer_name})" for row in session.rows if not row.holds]
     if missed or session.failed:
         print(f"missed: {', '.join(missed) or 'none'}; failed: {', '.join(session.failed) or 'none'}", file=sys.stderr)
@@ -74,21 +72,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 # --------------------------------------------------------------------------------------------------- parts
 
 
-def ceilings(session: Session) -> None:
+def ceilings(session: DeviceSession) -> None:
     """What the device does at best: products on random numbers (zeros run faster), a copy, attention alone."""
 
-    def product(M: int, K: int, N: int) -> list[Row]:
+    def product(M: int, K: int, N: int) -> list[BenchRow]:
         a, b = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((M, K), (K, N)))
         return [session.flops_row(f"product {M} x {K} x {N}", 2.0 * M * K * N, session.seconds(lambda: a @ b))]
 
-    def copy() -> list[Row]:
+    def copy() -> list[BenchRow]:
         a = torch.ones(2**10 if session.toy else 2**31, dtype=torch.bfloat16)
         b = torch.empty_like(a)
         rate = 2 * a.nbytes / session.seconds(lambda: b.copy_(a))
         session.bandwidth = rate
-        return [Row("copy", "TB/s", rate / 1e12, BANDWIDTH / 1e12, "printed bandwidth of an H200")]
+        return [BenchRow("copy", "TB/s", rate / 1e12, BANDWIDTH / 1e12, "printed bandwidth of an H200")]
 
-    def attention(backend: SDPBackend, backward: bool) -> list[Row]:
+    def attention(backend: SDPBackend, backward: bool) -> list[BenchRow]:
         B, H, T, D = (1, 2, 16, 16) if session.toy else (4, 24, 4096, 128)
         q, k, v, dy = (torch.randn(B, H, T, D, dtype=torch.bfloat16, requires_grad=backward and i < 3) for i in range(4))
 
@@ -114,7 +112,7 @@ def ceilings(session: Session) -> None:
             session.attempt(f"attention {backend.name.lower()}", 5, partial(attention, backend, backward))
 
 
-def slices(session: Session) -> None:
+def slices(session: DeviceSession) -> None:
     """20 of XL's 60 layers in plain torch, what one GPU of many computes: each way to keep activations, eager and compiled."""
     best, config = 0.0, session.config("xl", 64, 20)
     for compiled in (False, True):
@@ -122,10 +120,10 @@ def slices(session: Session) -> None:
             what = f"XL slice, {config.n_layer} layers, {mode} checkpointing, {'compiled' if compiled else 'eager'}"
             rate = session.attempt(what, 35, partial(_train, session, what, config, 4, mode, compiled))
             best = max(best, rate or 0.0)
-    session.rows.append(Row("XL slice, the best of these", "TFLOP/s", best, session.peak / 1e12, PEAK, 0.55))
+    session.rows.append(BenchRow("XL slice, the best of these", "TFLOP/s", best, session.peak / 1e12, PEAK, 0.55))
 
 
-def _train(session: Session, what: str, config: ModelConfig, B: int, mode: str, compiled: bool) -> list[Row]:
+def _train(session: DeviceSession, what: str, config: ModelConfig, B: int, mode: str, compiled: bool) -> list[BenchRow]:
     model = Transformer(config, activation_checkpointing=mode)
     nn.init.normal_(model.head.weight, std=0.02)
     if compiled:
@@ -155,14 +153,14 @@ def _stepper(model: nn.Module, forward: Callable[[Tensor], Tensor], config: Mode
     return run
 
 
-def hf(session: Session) -> None:
+def hf(session: DeviceSession) -> None:
     """Hugging Face's ImageGPT beside ours at the slice's shape, one image a step."""
     from_peak = session.peak / 1e12
     for n_layer in (20, 4):
         config = session.config("xl", 64, n_layer)
         what = f"XL slice, {n_layer} layers, one image, against HF ImageGPT"
 
-        def both(config: ModelConfig = config, what: str = what) -> list[Row]:
+        def both(config: ModelConfig = config, what: str = what) -> list[BenchRow]:
             theirs = session.step_row(what, config, 1, session.seconds(_hf_stepper(config)))
             gc.collect()
             (ours,) = _train(session, what, config, 1, "none", False)
@@ -174,13 +172,16 @@ def hf(session: Session) -> None:
 def _hf_stepper(config: ModelConfig) -> Callable[[], None]:
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
-    sizes: dict[str, Any] = {
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_positions": config.n_ctx,
-    }
-    shape = ImageGPTConfig(vocab_size=config.n_vocab + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
+    shape = ImageGPTConfig(
+        vocab_size=config.n_vocab + 1,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        n_positions=config.n_ctx,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     model = ImageGPTForCausalImageModeling(shape).train()
 
     def logits(tokens: Tensor) -> Tensor:
@@ -190,14 +191,14 @@ def _hf_stepper(config: ModelConfig) -> Callable[[], None]:
     return _stepper(model, logits, config, 1)
 
 
-def small(session: Session) -> None:
+def small(session: DeviceSession) -> None:
     """iGPT-S on 32x32 images: training, and the features of all layers."""
     config, B = session.config("s", 32), 2 if session.toy else 64
     for compiled in (False, True):
         what = f"S training, {'compiled' if compiled else 'eager'}"
         session.attempt(what, 20, partial(_train, session, what, config, B, "none", compiled))
 
-    def features() -> list[Row]:
+    def features() -> list[BenchRow]:
         model, tokens = Transformer(config).eval(), torch.randint(config.n_vocab, (2 * B, config.n_ctx))
 
         @torch.inference_mode()
@@ -207,16 +208,16 @@ def small(session: Session) -> None:
 
         rate = 2 * B / session.seconds(run)
         half = session.peak / 2 / (costs.forward_flops_per_token(config, causal=True) * config.n_ctx)
-        return [Row("S features of all layers", "images/s", rate, half, "half of the printed peak, causal FLOPs")]
+        return [BenchRow("S features of all layers", "images/s", rate, half, "half of the printed peak, causal FLOPs")]
 
     session.attempt("S features of all layers", 15, features)
 
 
-def _autocast(session: Session) -> AbstractContextManager[Any]:
+def _autocast(session: DeviceSession) -> AbstractContextManager[Any]:
     return nullcontext() if session.toy else torch.autocast(session.device.type, torch.bfloat16)
 
 
-def sampling(session: Session) -> None:
+def sampling(session: DeviceSession) -> None:
     """Pixels a second near the end of an image, where keys and values are longest, against reading every byte once."""
     for size, n_px, B in (("xl", 64, 1), ("xl", 64, 16), ("s", 32, 512)):
         config = session.config(size, n_px)
@@ -225,7 +226,7 @@ def sampling(session: Session) -> None:
 
 
 @torch.inference_mode()
-def _draw(session: Session, what: str, config: ModelConfig, B: int) -> list[Row]:
+def _draw(session: DeviceSession, what: str, config: ModelConfig, B: int) -> list[BenchRow]:
     steps = 4 if session.toy else 64
     P = config.n_ctx - 2 * steps
     decoder, u = Decoder(Transformer(config).eval(), B, torch.bfloat16), torch.rand(B, dtype=torch.float64)
@@ -237,17 +238,17 @@ def _draw(session: Session, what: str, config: ModelConfig, B: int) -> list[Row]
 
     seconds = session.seconds(run, warm_up=10, times=steps)
     read = 2.0 * costs.parameters(config) + 4.0 * B * config.n_layer * config.n_embd * decoder.length
-    return [Row(what, "pixels/s", B / seconds, B * session.bandwidth / read, "the memory's bandwidth, copying")]
+    return [BenchRow(what, "pixels/s", B / seconds, B * session.bandwidth / read, "the memory's bandwidth, copying")]
 
 
-def full(session: Session) -> None:
+def full(session: DeviceSession) -> None:
     """The whole XL under ZeRO-3 at world size 1: MFU, and the memory that the plan predicts beside what was taken."""
     session.end += FULL
     rates = [session.attempt(f"XL under ZeRO-3, {B} images", FULL / 2, partial(_zero3, session, B)) or 0.0 for B in (4, 8)]
-    session.rows.append(Row("XL under ZeRO-3, the best of these", "TFLOP/s", max(rates), session.peak / 1e12, PEAK, 0.45))
+    session.rows.append(BenchRow("XL under ZeRO-3, the best of these", "TFLOP/s", max(rates), session.peak / 1e12, PEAK, 0.45))
 
 
-def _zero3(session: Session, B: int) -> list[Row]:
+def _zero3(session: DeviceSession, B: int) -> list[BenchRow]:
     from igpt_ds.data.loader import Batch
     from igpt_ds.train.engine import build_engine, start_ranks, take_step
 
@@ -270,7 +271,7 @@ def _zero3(session: Session, B: int) -> list[Row]:
     predicted = (expected.total - costs.CONTEXT) / costs.GIB  # torch does not count the context
     measured = torch.cuda.max_memory_allocated() / costs.GIB if session.device.type == "cuda" else 0.0
     engine.destroy()
-    return [row, Row(f"memory of XL under ZeRO-3, {B} images", "GiB", measured, predicted, "igpt_ds.plan.costs")]
+    return [row, BenchRow(f"memory of XL under ZeRO-3, {B} images", "GiB", measured, predicted, "igpt_ds.plan.costs")]
 
 
 if __name__ == "__main__":

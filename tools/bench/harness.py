@@ -1,6 +1,6 @@
-"""Measuring ours beside a peer: in turns, in one run, on one core, with medians; a table, a JSON file, and bars that fail.
+"""Measures our code beside a peer: in turns, in one process, on one core, with medians. Rows become a table and a JSON file.
 
-In: contenders as functions. Out: rows. The programs tools/bench/*.py call; nothing of the product does.
+In: contenders as functions. Out: rows, each of which can have a bar. Only the programs tools/bench/*.py call it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from tqdm import tqdm
 
 from igpt_ds.files import read_json, write_json
 from igpt_ds.provenance import git_commit
+from igpt_ds.schema import record_from
 
 FORMAT = "igpt_ds.bench"
-_TURN_SECONDS = 0.1  # a turn repeats a contender for this long, so that what the one before left in the caches counts little
+_TURN_SECONDS = 0.1  # a turn repeats a contender for this long, so that caches that the previous one filled count little
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison. Where more is better `bar` is the least ratio ours / peer; with `at_most` it is the most."""
+class BenchRow:
+    """One comparison. `bar` is the smallest allowed ratio ours / peer, or with `at_most` the largest."""
 
     what: str
     unit: str
@@ -47,13 +48,58 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether the bar is met; a row without a bar only informs."""
+        """Whether the bar is met; True without a bar."""
         return self.bar is None or (self.ratio <= self.bar if self.at_most else self.ratio >= self.bar)
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """Where and with which code the rows were measured."""
+
+    git_commit: str | None
+    cpu: str  # or the name of the GPU
+    python: str
+    versions: dict[str, str | None]  # of the packages; None if one is not installed
+    quick: bool = False
+    cores: int | None = None
+    load: float | None = None  # when the measurement ended
+    cores_used: int = 1
+
+    @property
+    def text(self) -> str:
+        """The device and the versions in words."""
+        known = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
+        return f"{self.cpu}; Python {self.python}, {known}."
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The content of a benchmark's JSON file."""
+
+    facts: MachineFacts
+    rows: list[BenchRow]
+
+    def table(self, with_cores: bool = True) -> str:
+        """The rows as a Markdown table, and one line on where they were measured."""
+        lines = ["| what | ours | peer | ratio | bar | peer is |", "|---|---|---|---|---|---|"]
+        for row in self.rows:
+            unit = f" {row.unit}" if row.unit else ""
+            limit = "at most" if row.at_most else "at least"
+            bar = "-" if row.bar is None else f"{limit} {row.bar:g}{'' if row.holds else ', missed'}"
+            what = f"{row.what} ({row.note})" if row.note else row.what
+            numbers = f"{_number(row.ours)}{unit} | {_number(row.peer)}{unit} | {row.ratio:.3g}"
+            lines.append(f"| {what} | {numbers} | {bar} | {row.peer_name} |")
+        cores = "One core of " if self.facts.cores_used == 1 else f"{self.facts.cores_used} cores of "
+        return "\n".join([*lines, "", (cores if with_cores else "") + self.facts.text])
+
+    def write(self, path: Path) -> None:
+        """Writes the file that `read_bench` reads."""
+        write_json(path, {"format": FORMAT, **asdict(self)})
 
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Runs a block on one core with one thread of each numeric library, and gives the cores back afterwards."""
+    """Runs a block on one core with one thread of each numeric library, and restores the cores at the end."""
     import torch
     from threadpoolctl import threadpool_limits
 
@@ -73,9 +119,9 @@ def one_core() -> Iterator[None]:
 def medians(
     contenders: Mapping[str, Callable[[], Any]], turns: int, turn_seconds: float = _TURN_SECONDS, warm_up: bool = True
 ) -> dict[str, float]:
-    """Seconds a call of each contender: they take turns, so that whatever else the machine does meets all of them.
+    """The median seconds of a call of each contender. They take turns, so that other work of the machine slows all of them.
 
-    A first turn warms up and does not count; without `warm_up` it counts, where a call takes minutes.
+    The first turn warms up and does not count. Without `warm_up` it counts, for calls that take minutes.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in tqdm(range(turns + warm_up), leave=False, disable=None):
@@ -89,78 +135,58 @@ def medians(
 
 
 def add_flags(parser: argparse.ArgumentParser, quick: str, measures: Iterable[str] = (), toy: bool = True) -> None:
-    """What the benchmarks' command lines share: --only (None: all that --quick leaves), --quick, --toy, --out, --show."""
+    """Adds the flags that all benchmarks have: --only (None: all measurements), --quick, --toy, --out, --show."""
     if names := list(measures):
-        parser.add_argument("--only", choices=names, nargs="+", help="these measurements alone; all when left out")
+        parser.add_argument("--only", choices=names, nargs="+", help="measurements to run (default: all)")
     parser.add_argument("--quick", action="store_true", help=quick)
     if toy:
-        parser.add_argument("--toy", action="store_true", help="tiny sizes and no bars")
-    parser.add_argument("--out", type=Path, help="also write the rows and the machine's facts as this JSON")
-    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
+        parser.add_argument("--toy", action="store_true", help="run at tiny sizes without bars, to test the program")
+    parser.add_argument("--out", type=Path, help="JSON file to write the rows and the facts of the machine to (default: none)")
+    parser.add_argument("--show", type=Path, help="JSON file of --out whose table is printed; nothing is measured")
 
 
 def own_memory(key: str = "VmRSS") -> float:
-    """Bytes that the kernel counts for this process now, or with VmHWM the most there ever was."""
+    """The memory of this process in bytes: now, or with VmHWM the most since its start."""
     return 1024.0 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
 
 
 def peak_beyond(run: Callable[[], Any]) -> float:
-    """The most bytes that a call takes beyond what this process held before it."""
+    """The most bytes that a call takes beyond the memory of this process before the call."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from VmRSS; else what came before might count
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS; without it an earlier peak may count
     before = own_memory()
     run()
     return own_memory("VmHWM") - before
 
 
-def finish(rows: Sequence[Row], out: Path | None, quick: bool, packages: Sequence[str], cores_used: int = 1) -> None:
-    """Prints the table, writes rows and the machine's facts as JSON, exits with 1 when a bar is missed."""
-    facts = _facts(quick, packages) | {"cores_used": cores_used}
-    about = {"format": FORMAT, "facts": facts, "rows": [asdict(row) for row in rows]}
-    print(table(about))
+def finish(rows: Sequence[BenchRow], out: Path | None, quick: bool, packages: Sequence[str], cores_used: int = 1) -> None:
+    """Prints the table, writes rows and machine facts as JSON, and exits with 1 if a bar is missed."""
+    found = Benchmark(_facts(quick, packages, cores_used), list(rows))
+    print(found.table())
     if out is not None:
-        write_json(out, about)
+        found.write(out)
     if missed := [row for row in rows if not row.holds]:
         print(f"missed: {', '.join(f'{row.what} ({row.peer_name})' for row in missed)}", file=sys.stderr)
         sys.exit(1)
 
 
-def read_bench(path: Path) -> dict[str, Any]:
-    """What `finish` wrote.
+def read_bench(path: Path) -> Benchmark:
+    """The benchmark in a file.
 
     Raises:
-        ValueError: no such file, or not one of these.
+        ValueError: no such file, another format, or a field that is missing or has another type.
     """
-    about = read_json(path, "benchmark")
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"benchmark {path} is not {FORMAT}; make it with a tools/bench/*.py --out")
-    return about
-
-
-def table(about: Mapping[str, Any]) -> str:
-    """The rows as a Markdown table, and one line on where they were measured."""
-    lines = ["| what | ours | peer | ratio | bar | peer is |", "|---|---|---|---|---|---|"]
-    for row in (Row(**row) for row in about["rows"]):
-        unit = f" {row.unit}" if row.unit else ""
-        bar = (
-            "-" if row.bar is None else f"{'at most' if row.at_most else 'at least'} {row.bar:g}{'' if row.holds else ', missed'}"
-        )
-        what = f"{row.what} ({row.note})" if row.note else row.what
-        lines.append(
-            f"| {what} | {_number(row.ours)}{unit} | {_number(row.peer)}{unit} | {row.ratio:.3g} | {bar} | {row.peer_name} |"
-        )
-    facts = about["facts"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    used = facts.get("cores_used", 1)
-    cores = "One core" if used == 1 else f"{used} cores"
-    return "\n".join([*lines, "", f"{cores} of {facts['cpu']}; Python {facts['python']}, {versions}."])
+    values, fix = read_json(path, "benchmark"), "make it with a tools/bench/*.py --out"
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"benchmark {path} is not {FORMAT}; {fix}")
+    return record_from(Benchmark, values, f"benchmark {path}", fix)
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _facts(quick: bool, packages: Sequence[str]) -> dict[str, Any]:
+def _facts(quick: bool, packages: Sequence[str], cores_used: int) -> MachineFacts:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -170,12 +196,13 @@ def _facts(quick: bool, packages: Sequence[str]) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {
-        "git_commit": git_commit(),
-        "quick": quick,
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+    return MachineFacts(
+        git_commit=git_commit(),
+        cpu=models[0] if models else platform.processor(),
+        python=platform.python_version(),
+        versions=versions,
+        quick=quick,
+        cores=os.cpu_count(),
+        load=os.getloadavg()[0],
+        cores_used=cores_used,
+    )

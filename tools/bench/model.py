@@ -21,7 +21,7 @@ import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import Row, medians
+from harness import BenchRow, medians
 from torch import Tensor, nn
 
 from igpt_ds import cli
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     harness.add_flags(parser, "fewer turns", measures)
     args = parser.parse_args(argv)
     if args.show:
-        print(harness.table(harness.read_bench(args.show)))
+        print(harness.read_bench(args.show).table())
         return
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes whose memory is measured: what is freed is gone at once
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it starts and stops
@@ -92,8 +92,9 @@ def hf_model(config: ModelConfig) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         colors = np.random.default_rng(0).uniform(-1, 1, (config.n_vocab, 3)).astype(np.float32)
         write_hf(Path(directory) / "hf", config, dict(our_model(config).state_dict()), colors)
-        no_dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        return ImageGPTForCausalImageModeling.from_pretrained(Path(directory) / "hf", **no_dropout)
+        return ImageGPTForCausalImageModeling.from_pretrained(
+            Path(directory) / "hf", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        )
 
 
 class _PlainBlock(nn.Module):  # nanoGPT's without biases; `ours` puts our norm and our activation into it, as plain operations
@@ -137,8 +138,10 @@ def _some_tokens(config: ModelConfig, B: int) -> Tensor:
 
 def train_step(kind: str, config: ModelConfig) -> Step:
     """One training step of a contender on one image: forward, loss, backward, Adam. It reads the first n pixels."""
-    makers: dict[str, Any] = {HF: hf_model, "nanoGPT": partial(_Plain, ours=False), "plain": partial(_Plain, ours=True)}
-    model = makers.get(kind, partial(our_model, mode=kind))(config).train()
+    if kind == HF:
+        model = hf_model(config).train()
+    else:
+        model = (_Plain(config, kind == "plain") if kind in ("nanoGPT", "plain") else our_model(config, kind)).train()
     adam = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
     tokens = _some_tokens(config, 1)
 
@@ -207,13 +210,13 @@ def kept_bytes(mode: str, config: ModelConfig) -> float:
 # --------------------------------------------------------------------------------------------------- measurements
 
 
-def step(world: World) -> list[Row]:
+def step(world: World) -> list[BenchRow]:
     """A training step at iGPT-S's width and length, with 4 of its 24 layers."""
     config = world.config(4, 32)
     seconds = medians(_equal_steps(config, "nanoGPT", "plain"), world.turns, turn_seconds=0)
     what = f"training step, L={config.n_layer} d={config.n_embd} T={config.n_ctx}"
     peers = ((HF, HF, 1.6), ("nanoGPT", "plain nanoGPT model", 1.05), ("plain", "plain torch, our norm and GELU", None))
-    return [Row(what, "steps/s", 1 / seconds["none"], 1 / seconds[kind], name, bar) for kind, name, bar in peers]
+    return [BenchRow(what, "steps/s", 1 / seconds["none"], 1 / seconds[kind], name, bar) for kind, name, bar in peers]
 
 
 def _equal_steps(config: ModelConfig, *others: str) -> dict[str, Step]:
@@ -222,32 +225,32 @@ def _equal_steps(config: ModelConfig, *others: str) -> dict[str, Step]:
     return steps
 
 
-def long_step(world: World) -> list[Row]:
+def long_step(world: World) -> list[BenchRow]:
     """A training step of one layer on a 64x64 image: time, and memory beyond weights, gradients and moments."""
     config = world.config(1, 64)
     seconds = medians(_equal_steps(config), max(1, world.turns // 2), turn_seconds=0)
     mib = {kind: peak_bytes(train_step, kind, config) / 2**20 for kind in ("none", HF)}
     what = f"L={config.n_layer} d={config.n_embd} T={config.n_ctx}"
     return [
-        Row(f"training step, {what}", "steps/s", 1 / seconds["none"], 1 / seconds[HF], HF, 2.5),
-        Row(f"memory of a training step, {what}", "MiB", mib["none"], mib[HF], HF, 0.4, at_most=True),
+        BenchRow(f"training step, {what}", "steps/s", 1 / seconds["none"], 1 / seconds[HF], HF, 2.5),
+        BenchRow(f"memory of a training step, {what}", "MiB", mib["none"], mib[HF], HF, 0.4, at_most=True),
     ]
 
 
-def checkpointing(world: World) -> list[Row]:
+def checkpointing(world: World) -> list[BenchRow]:
     """What recomputing activations costs, and what it saves."""
     config = world.config(4, 32)
     seconds = medians({mode: train_step(mode, config) for mode in CHECKPOINTING}, world.turns, turn_seconds=0)
     mib, rows = {mode: kept_bytes(mode, config) / 2**20 for mode in CHECKPOINTING}, []
     for mode, time_bar, byte_bar in (("selective", 1.12, 0.6), ("full", 1.34, None)):
         name = f"{mode} activation checkpointing"
-        rows.append(Row(f"{name}, time of a step", "s", seconds[mode], seconds["none"], "none", time_bar, at_most=True))
-        rows.append(Row(f"{name}, activations kept", "MiB", mib[mode], mib["none"], "none", byte_bar, at_most=True))
+        rows.append(BenchRow(f"{name}, time of a step", "s", seconds[mode], seconds["none"], "none", time_bar, at_most=True))
+        rows.append(BenchRow(f"{name}, activations kept", "MiB", mib[mode], mib["none"], "none", byte_bar, at_most=True))
     return rows
 
 
 @torch.inference_mode()
-def sampling(world: World) -> list[Row]:
+def sampling(world: World) -> list[BenchRow]:
     """Whole images drawn from nothing: with keys and values kept, without, and by HF's generate with its cache."""
     rows, sizes = [], (16, 16 if world.quick else 32)  # without a cache 32x32 takes minutes
     for B, n_px, peer, bar in ((1, sizes[0], "no cache", 6.0), (4, sizes[1], "HF generate", 1.3)):
@@ -258,7 +261,7 @@ def sampling(world: World) -> list[Row]:
         seconds = medians({"ours": ours, peer: theirs}, max(1, world.turns // 5), turn_seconds=0)
         note = f"L={shape.n_layer} d={shape.n_embd}, {B} images of {shape.n_px}x{shape.n_px}"
         rate = {name: B * shape.n_ctx / value for name, value in seconds.items()}
-        rows.append(Row("sampling", "pixels/s", rate["ours"], rate[peer], peer, bar, note=note))
+        rows.append(BenchRow("sampling", "pixels/s", rate["ours"], rate[peer], peer, bar, note=note))
     return rows
 
 
@@ -267,7 +270,7 @@ def _generate(model: Any, config: ModelConfig, B: int) -> None:
     assert model.generate(start, max_new_tokens=T, do_sample=True, top_k=0, use_cache=True).shape == (B, T + 1)
 
 
-def features(world: World) -> list[Row]:
+def features(world: World) -> list[BenchRow]:
     """The features of all layers: time against HF's hidden states, and memory at 2 and at 8 layers."""
     config, B = world.config(4 if world.quick else 8, 32), 2
     contenders = {kind: pooling(kind, config, B) for kind in ("ours", HF)}
@@ -277,8 +280,10 @@ def features(world: World) -> list[Row]:
     mib = {L: peak_bytes(pooling, "ours", world.config(L, 32), B) / 2**20 for L in (2, 8)}
     note = f"L={config.n_layer} d={config.n_embd} T={config.n_ctx}"
     return [
-        Row("features of all layers", "images/s", B / seconds["ours"], B / seconds[HF], f"{HF}, hidden states", 1.5, note=note),
-        Row("memory of features", "MiB", mib[8], mib[2], "itself with 2 layers", 1.1, at_most=True, note="8 layers"),
+        BenchRow(
+            "features of all layers", "images/s", B / seconds["ours"], B / seconds[HF], f"{HF}, hidden states", 1.5, note=note
+        ),
+        BenchRow("memory of features", "MiB", mib[8], mib[2], "itself with 2 layers", 1.1, at_most=True, note="8 layers"),
     ]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from harness import Row
+from harness import BenchRow
 
 from igpt_ds import cli
 from igpt_ds.evaluate.features.files import FeatureSet, FeatureWriter, open_features
@@ -71,13 +71,13 @@ class World:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen measurements, prints the table, writes the JSON."""
-    measures: dict[str, Callable[[World], list[Row]]] = {one.__name__: one for one in (grid, layers, memory)}
+    measures: dict[str, Callable[[World], list[BenchRow]]] = {one.__name__: one for one in (grid, layers, memory)}
     parser = cli.parser(__doc__ or "")
     harness.add_flags(parser, "fewer turns, values and layers", measures)
     parser.add_argument("--features", type=Path, help="real features to probe, with splits train and val")
     args = parser.parse_args(argv)
     if args.show:
-        print(harness.table(harness.read_bench(args.show)))
+        print(harness.read_bench(args.show).table())
         return
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes whose memory is measured: what is freed is gone at once
     with tempfile.TemporaryDirectory() as directory:
@@ -154,7 +154,7 @@ class Peer:
 # --------------------------------------------------------------------------------------------------- measurements
 
 
-def grid(world: World) -> list[Row]:
+def grid(world: World) -> list[BenchRow]:
     """A whole grid on one layer, features standardised beforehand, at equal objective."""
     train = world.open("train")
     layer = train.layers[len(train.layers) // 2]
@@ -171,7 +171,7 @@ def grid(world: World) -> list[Row]:
     N, width = x.shape
     what = f"grid of {len(world.grid)} values, {N:,} x {width} x {len(found.classes)}"
     note = f"scikit-learn timed on {len(seconds)} values; its objective at most {worst:.0e} above ours"
-    return [Row(what, "grids/min", 60 / ours, 60 / peer, SKLEARN, 5.0, note=note)]
+    return [BenchRow(what, "grids/min", 60 / ours, 60 / peer, SKLEARN, 5.0, note=note)]
 
 
 def shortest(run: Callable[[], Any], turns: int) -> tuple[float, Any]:
@@ -196,7 +196,7 @@ def loosest(x: np.ndarray, y: np.ndarray, C: float, target: float) -> tuple[floa
     return tol, seconds, above
 
 
-def layers(world: World) -> list[Row]:
+def layers(world: World) -> list[BenchRow]:
     """From feature files to accuracies: standardise, search, fit again, predict; the same steps by scikit-learn."""
     train, val = world.open("train"), world.open("val")
     some = train.layers[: 1 if world.quick else 3]
@@ -206,7 +206,7 @@ def layers(world: World) -> list[Row]:
     peer, timed = peer_layer(world, train, val, some[0])
     what = f"probes of {LAYERS} layers, from files to accuracies"
     note = f"timed on {len(some)} layers, scikit-learn on 1 and {timed} values; accuracy {100 * accuracies[0].accuracy:.1f} %"
-    return [Row(what, "min", LAYERS * ours / 60, LAYERS * peer / 60, SKLEARN, 1 / 8, at_most=True, note=note)]
+    return [BenchRow(what, "min", LAYERS * ours / 60, LAYERS * peer / 60, SKLEARN, 1 / 8, at_most=True, note=note)]
 
 
 def peer_layer(world: World, train: FeatureSet, val: FeatureSet, layer: int) -> tuple[float, int]:
@@ -230,13 +230,13 @@ def peer_layer(world: World, train: FeatureSet, val: FeatureSet, layer: int) -> 
     return sum(search) * len(world.grid) / len(search) + last, len(search)
 
 
-def memory(world: World) -> list[Row]:
+def memory(world: World) -> list[BenchRow]:
     """The most memory that the probe of one layer takes, beside the size of its features in float32."""
     train = world.open("train")
     size = len(train.labels) * train.manifest.n_features * 4 / 2**20
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         most = pool.apply(probe_memory, (world.features, world.kind, world.grid)) / 2**20
-    return [Row("memory of a probe", "MiB", most, size, "the features of one layer", 1.5, at_most=True)]
+    return [BenchRow("memory of a probe", "MiB", most, size, "the features of one layer", 1.5, at_most=True)]
 
 
 def probe_memory(features: Path, kind: str, values: Sequence[float]) -> float:

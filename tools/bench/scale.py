@@ -24,7 +24,7 @@ from typing import Any
 import harness
 import numpy as np
 import psutil
-from harness import Row
+from harness import BenchRow
 
 from igpt_ds import cli, dist
 from igpt_ds.config import Recipe, get_recipe, override, recipe_to_dict
@@ -32,7 +32,8 @@ from igpt_ds.data.palette import fit_palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
-from igpt_ds.files import read_json, read_json_lines, write_json
+from igpt_ds.evaluate.report.run_files import CurveRow, read_curve
+from igpt_ds.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="directory for shards and checkpoints; a temporary one when left out")
     args = parser.parse_args(argv)
     if args.show:
-        print(harness.table(harness.read_bench(args.show)))
+        print(harness.read_bench(args.show).table())
         return
     chosen = args.only or [name for name in measures if not (args.quick and name in ("offload", "xl"))]
     with tempfile.TemporaryDirectory(prefix="bench_scale.", dir=args.work) as work:
@@ -119,7 +120,7 @@ def shards(world: World, n_px: int) -> Path:
     return path
 
 
-def overhead(world: World) -> list[Row]:
+def overhead(world: World) -> list[BenchRow]:
     """What ZeRO-3 costs beside plain torch and FSDP2, and how long a step waits for images."""
     rows = []
     for name, recipe in (("tiny", world.recipe(6, 64, 8, 32)), ("d=512", world.recipe(4, 512, 32, 4))):
@@ -128,12 +129,14 @@ def overhead(world: World) -> list[Row]:
             seconds = on_ranks(world, ranks, "steps", recipe=recipe_to_dict(recipe), data=data)
             what = f"step, {name} L={recipe.model.n_layer} T={recipe.model.n_ctx}, {ranks} rank{'s' * (ranks > 1)}"
             peers = {"plain": "torch" if ranks == 1 else "torch DDP", "fsdp2": "torch FSDP2"}
-            rows += [Row(what, "steps/s", 1 / seconds["ours"], 1 / seconds[kind], peer) for kind, peer in peers.items()]
-        rows.append(Row(f"wait for images, {name}", "s", seconds["wait"], seconds["ours"], "the whole step", 0.01, at_most=True))
+            rows += [BenchRow(what, "steps/s", 1 / seconds["ours"], 1 / seconds[kind], peer) for kind, peer in peers.items()]
+        rows.append(
+            BenchRow(f"wait for images, {name}", "s", seconds["wait"], seconds["ours"], "the whole step", 0.01, at_most=True)
+        )
     return rows
 
 
-def checkpoints(world: World) -> list[Row]:
+def checkpoints(world: World) -> list[BenchRow]:
     """Seconds per GB to save and to load, checksums included, beside torch.save and torch.load of as many bytes."""
     recipe = world.recipe(8, 256 if world.quick else 1024, 8, 2)
     what = {"recipe": recipe_to_dict(recipe), "data": str(shards(world, 8)), "directory": str(world.work / "saves")}
@@ -143,19 +146,19 @@ def checkpoints(world: World) -> list[Row]:
         gb = seconds["bytes"] / GB
         note = f"{gb:.2g} GB, {ranks} rank{'s' * (ranks > 1)}"
         for verb in ("save", "load"):
-            rows.append(Row(verb, "s/GB", seconds[verb] / gb, seconds[f"plain_{verb}"] / gb, f"torch.{verb}", note=note))
+            rows.append(BenchRow(verb, "s/GB", seconds[verb] / gb, seconds[f"plain_{verb}"] / gb, f"torch.{verb}", note=note))
         shutil.rmtree(world.work / "saves")
     return rows
 
 
-def train(world: World, name: str, recipe: Recipe, ds_config: Path, steps: int) -> tuple[Path, float, list[dict[str, Any]]]:
+def train(world: World, name: str, recipe: Recipe, ds_config: Path, steps: int) -> tuple[Path, float, list[CurveRow]]:
     """One rank of train.py for some steps and a checkpoint: its run directory, most memory in bytes, and rows."""
     config, run_dir = world.work / f"{name}.json", world.work / name
     write_json(config, recipe_to_dict(recipe))
     words = ["--config", config, "--data", shards(world, recipe.model.n_px), "--run_dir", run_dir, "--ds_config", ds_config]
     more = ["--stop_at_step", steps, "--val_images", 1, "--log_every", 1, "--save_every", 0]
     peak, _ = watched([ROOT / "train.py", *words, *more])
-    return run_dir, peak, read_json_lines(run_dir / "train.jsonl")
+    return run_dir, peak, read_curve(run_dir)
 
 
 def watched(words: Sequence[object]) -> tuple[float, float]:
@@ -175,7 +178,7 @@ def watched(words: Sequence[object]) -> tuple[float, float]:
     return peak, time.perf_counter() - start
 
 
-def tools(world: World) -> list[Row]:
+def tools(world: World) -> list[BenchRow]:
     """Consolidation and resharding of a small and of a large checkpoint: memory must not grow, and MB/s beside a plain copy."""
     sizes = ((2, 256), (6, 512)) if world.quick else ((8, 1024), (12, 2048))
     found: dict[str, list[float]] = {"consolidate": [], "reshard": []}
@@ -200,35 +203,36 @@ def tools(world: World) -> list[Row]:
     note = f"{size / 12 / GB:.2g} billion weights"
     bigger = f"itself with {sizes[0][0] * 12 * sizes[0][1] ** 2 / GB:.2g}"
     memory = [
-        Row(f"memory of {name}", "MiB", big, small, bigger, 1.25, at_most=True, note=note) for name, (small, big) in found.items()
+        BenchRow(f"memory of {name}", "MiB", big, small, bigger, 1.25, at_most=True, note=note)
+        for name, (small, big) in found.items()
     ]
     speed = {name: size / 1e6 / seconds[name] for name in seconds}
-    return memory + [Row(name, "MB/s", speed[name], speed["copy"], "a copy", note=f"{note}, imports too") for name in found]
+    return memory + [BenchRow(name, "MB/s", speed[name], speed["copy"], "a copy", note=f"{note}, imports too") for name in found]
 
 
-def offload(world: World) -> list[Row]:
+def offload(world: World) -> list[BenchRow]:
     """A model of iGPT-L's width and 28 of its 48 layers trains, with its optimizer offloaded, in 24 GB; 36 do not."""
     recipe = override(world.recipe(28, 1536, 32, 1), lr=1e-4)  # the digits' 0.003 is lost at this width
     ds_config = DS_CONFIGS / "zero3_bf16_offload_optimizer.json"
     run_dir, peak, rows = train(world, "offload", recipe, ds_config, 8)
-    losses = [row["loss"] for row in rows if "loss" in row]
-    seconds = sorted(recipe.batch_images / row["images_per_s"] for row in rows if "loss" in row)[len(losses) // 2]
+    losses = [row.loss for row in rows if row.loss is not None]
+    seconds = sorted(recipe.batch_images / row.images_per_s for row in rows if row.images_per_s is not None)[len(losses) // 2]
     shutil.rmtree(run_dir)
     note = f"{12 * recipe.model.n_layer * recipe.model.n_embd**2 / GB:.3g} billion weights, {seconds:.0f} s a step"
     return [
-        Row("memory to train, optimizer offloaded", "GB", peak / GB, 24.0, "24 GB", 1.0, at_most=True, note=note),
-        Row("loss after 8 steps", "nats", losses[-1], losses[0], "its first", 1.0, at_most=True, note=note),
+        BenchRow("memory to train, optimizer offloaded", "GB", peak / GB, 24.0, "24 GB", 1.0, at_most=True, note=note),
+        BenchRow("loss after 8 steps", "nats", losses[-1], losses[0], "its first", 1.0, at_most=True, note=note),
     ]
 
 
-def xl(world: World) -> list[Row]:
+def xl(world: World) -> list[BenchRow]:
     """iGPT-XL built over four ranks: no rank ever holds the whole."""
     shape = get_recipe("igpt_xl_ar_64")
     recipe = world.recipe(4, 512, 8, 4) if world.toy else shape
     answer = on_ranks(world, 4, "build", recipe=recipe_to_dict(recipe))
     note = f"4 ranks, bf16, {answer['seconds']:.0f} s"
     return [
-        Row(
+        BenchRow(
             "building iGPT-XL, memory of a rank", "GB", answer["peak"] / GB, answer["whole"] / GB, "all weights", 0.35, True, note
         )
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from harness import medians
 
 from igpt_ds import cli, dist
 from igpt_ds.config import Recipe, recipe_from_dict
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.loader import Batch, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import read_json, write_json
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.checkpoint.manifest import DataFacts, Progress, RunFacts, read_checkpoint
+from igpt_ds.schema import record_from
+from igpt_ds.train.checkpoint.manifest import Progress, RunFacts, read_checkpoint
 from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
 from igpt_ds.train.engine import build_engine, build_model, start_ranks, take_step
 from igpt_ds.train.loop import pretraining_loss
@@ -31,31 +34,43 @@ from igpt_ds.train.loop import pretraining_loss
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
+@dataclass(frozen=True)
+class RankTask:
+    """What all ranks do together, as tools/bench/scale.py writes it."""
+
+    task: str  # "steps", "saves" or "build"
+    out: str  # file of rank 0's answer
+    turns: int
+    recipe: dict[str, object]
+    data: str = ""  # shards
+    directory: str = ""  # for checkpoints
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Joins the ranks, each on a core of its own where there are enough, and does the task."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--task", type=Path, required=True, help="the task, as tools/bench/scale.py wrote it")
-    what = read_json(parser.parse_args(argv).task, "task")
+    file = parser.parse_args(argv).task
+    values, fix = read_json(file, "task"), "run tools/bench/scale.py, which writes it"
+    what = record_from(RankTask, values, f"task {file}", fix)
     device = start_ranks()
     assert device.type == "cpu", device
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[dist.rank() % len(cores)]})
     torch.set_num_threads(1)
-    tasks: dict[str, Callable[[dict[str, Any], Recipe], Any]] = {"steps": steps, "saves": saves, "build": build}
-    answer = tasks[what["task"]](what, recipe_from_dict(what["recipe"], "task"))
+    task = {"steps": steps, "saves": saves, "build": build}[what.task]
+    answer = task(what, recipe_from_dict(what.recipe, f"task {file}"))
     if dist.rank() == 0:
-        write_json(Path(what["out"]), answer)
+        write_json(Path(what.out), answer)
     dist.barrier()
 
 
-def steps(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
+def steps(what: RankTask, recipe: Recipe) -> dict[str, float]:
     """Seconds a step of each contender, and of ours the seconds that it waited for images."""
     ranks = dist.world_size()
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_fp32.json"), ranks)
     engine = build_engine(run)
-    loader = Loader(
-        ShardSet(Path(what["data"]), "train"), BatchLayout(recipe.batch_images, run.micro_batch, dist.rank(), ranks), 0
-    )
+    loader = Loader(ShardSet(Path(what.data), "train"), BatchLayout(recipe.batch_images, run.micro_batch, dist.rank(), ranks), 0)
     stream, loss = loader.stream(0), pretraining_loss(recipe)
     waited: list[float] = []
 
@@ -67,7 +82,7 @@ def steps(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
 
     batch = next(loader.stream(0))
     contenders = {"ours": ours, "plain": _peer_step(recipe, batch, "plain"), "fsdp2": _peer_step(recipe, batch, "fsdp2")}
-    seconds = medians(contenders, what["turns"], turn_seconds=0)  # no turn of seconds: each rank must call as often
+    seconds = medians(contenders, what.turns, turn_seconds=0)  # no turn of seconds: each rank must call as often
     return seconds | {"wait": sorted(waited[1:])[len(waited[1:]) // 2]}
 
 
@@ -99,13 +114,13 @@ def _peer_step(recipe: Recipe, batch: Batch, kind: str) -> Callable[[], float]:
     return step
 
 
-def saves(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
+def saves(what: RankTask, recipe: Recipe) -> dict[str, float]:
     """Seconds to save and to load a checkpoint, to write and read the same bytes by torch alone, and how many bytes."""
-    directory = Path(what["directory"])
+    directory = Path(what.directory)
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_fp32.json"), dist.world_size())
     engine = build_engine(run)
     loader = Loader(
-        ShardSet(Path(what["data"]), "train"), BatchLayout(recipe.batch_images, run.micro_batch, dist.rank(), run.world_size), 0
+        ShardSet(Path(what.data), "train"), BatchLayout(recipe.batch_images, run.micro_batch, dist.rank(), run.world_size), 0
     )
     take_step(engine, [next(loader.stream(0)).to("cpu")], pretraining_loss(recipe), 1e-4)
     facts = RunFacts(recipe=recipe, data=DataFacts("", "", ""), precision="fp32")
@@ -132,7 +147,7 @@ def saves(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
     return seconds | {"bytes": mine * dist.world_size()}
 
 
-def build(what: dict[str, Any], recipe: Recipe) -> dict[str, float]:
+def build(what: RankTask, recipe: Recipe) -> dict[str, float]:
     """The most memory that any rank took to build a model sharded as it is drawn, and the bytes of all its weights."""
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_bf16.json"), dist.world_size())
     before, start = harness.own_memory(), time.perf_counter()

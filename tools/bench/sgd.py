@@ -19,7 +19,7 @@ from pathlib import Path
 import harness
 import numpy as np
 import torch
-from harness import Row
+from harness import BenchRow
 
 from igpt_ds import cli
 from igpt_ds.evaluate.probes.rows import Blocks
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     harness.add_flags(parser, "the first size alone, fewer turns and steps")
     args = parser.parse_args(argv)
     if args.show:
-        print(harness.table(harness.read_bench(args.show)))
+        print(harness.read_bench(args.show).table())
         return
     turns, steps = (1, 5) if args.toy else (1, 40) if args.quick else (3, 200)
     with tempfile.TemporaryDirectory() as directory:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     harness.finish(rows, args.out, args.quick or args.toy, PACKAGES, torch.get_num_threads())
 
 
-def measure(file: Path, N: int, width: int, K: int, turns: int, steps: int) -> list[Row]:
+def measure(file: Path, N: int, width: int, K: int, turns: int, steps: int) -> list[BenchRow]:
     """Two rows of one size; the features are drawn into the file."""
     random = np.random.default_rng(0)
     np.save(file, random.standard_normal((N, width), dtype=np.float32) * np.float32(0.1))
@@ -65,7 +65,7 @@ def measure(file: Path, N: int, width: int, K: int, turns: int, steps: int) -> l
     what = f"SGD probe, {len(RATES)} rates, {N:,} x {width} x {K}"
     bars = (3.0 if K == 10 else None, None)
     rows = zip(list(contenders)[1:], peers, bars, strict=True)
-    return [Row(what, "images/s", whole * BATCH / ours, steps * BATCH / peer, name, bar) for name, peer, bar in rows]
+    return [BenchRow(what, "images/s", whole * BATCH / ours, steps * BATCH / peer, name, bar) for name, peer, bar in rows]
 
 
 def sgd_together(x: np.ndarray, y: torch.Tensor, K: int, steps: int) -> None:

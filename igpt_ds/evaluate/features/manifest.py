@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -75,7 +74,7 @@ class FeatureManifest(_Contents):
 
     origin: Origin
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The JSON of manifest.json."""
         values = {"format": PART_FORMAT if self.part else FORMAT, "version": VERSION, **asdict(self)}
         origin, part = values.pop("origin"), values.pop("part")

@@ -77,6 +77,7 @@ class SgdProbe:
     views: int
     seed: int
     precision: str = "fp32"
+    held_out: float = HELD_OUT  # share of the training images that chose the rate
 
 
 class _Fitting:
@@ -248,6 +249,7 @@ def sgd_probe(
         accuracy=last.accuracies["evaluated"][0],
         momentum=MOMENTUM,
         standardised=settings.standardise,
+        held_out=search.held_out,
         **{name: getattr(settings, name) for name in ("steps", "batch_images", "views", "seed")},
     )
 

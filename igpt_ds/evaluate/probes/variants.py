@@ -9,8 +9,7 @@ In: feature sets. Out: what was found, with what a result row says beside it. Ca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,11 +36,8 @@ LABELS, SUBSETS = (40, 250, 4000), 5  # paper 4.7
 FOLDS = 5  # of a subset, or as many as it has labels of a class
 N_MASKS = 5  # paper 4.6
 
-Found = tuple[Probe, dict[str, Any]]  # a probe, and what else its row says
-Report = Callable[[str], None]
 
-
-def best_layer(train: FeatureSet, layers: Sequence[int], kind: str, settings: Settings, report: Report) -> int:
+def best_layer(train: FeatureSet, layers: Sequence[int], kind: str, settings: Settings, report: Callable[[str], None]) -> int:
     """The layer with the highest held-out accuracy, of equals the lowest; a single one is not searched for."""
     if len(layers) == 1:
         return layers[0]
@@ -65,8 +61,15 @@ def window(layers: Sequence[int], centre: int, count: int = CONCATENATED) -> tup
     return tuple(sorted(layers)[first : first + count])
 
 
-def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: Settings) -> Found:
-    """Five layers centred at one, their features side by side (paper 4.4): one probe, whose row names the layers.
+@dataclass(frozen=True)
+class ConcatProbe(Probe):
+    """A probe of several layers; `layer` is the one that was asked for."""
+
+    layers: list[int]
+
+
+def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: Settings) -> ConcatProbe:
+    """Probes the features of five layers around one layer, side by side (paper 4.4).
 
     Raises:
         ValueError: fewer than five layers; and as `linear.linear_probe` does.
@@ -75,11 +78,11 @@ def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, sett
     layers = window(train.layers, layer)
     ids = training_images(train, None, settings.seed)
     probe, _ = probe_view(View(train, layers, kind), [View(evaluated, layers, kind)], ids, settings)
-    return probe, {"layer": layer, "layers": list(layers)}
+    return ConcatProbe(**vars(replace(probe, layer=layer)), layers=list(layers))
 
 
 @dataclass(frozen=True)
-class LowData:
+class LowDataProbe:
     """Probes of a few labels each, on random balanced subsets of the training images."""
 
     layer: int
@@ -104,11 +107,12 @@ class LowData:
     seed: int
     tol: float
     precision: str
+    layer_chosen_by: str = "name"  # or "held-out tenth of all labels"
 
 
 def low_data(
     train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, n_labels: int, settings: Settings, subsets: int = SUBSETS
-) -> LowData:
+) -> LowDataProbe:
     """Fits on n_labels random images, as many of each class, and again on other subsets (paper 4.7).
 
     The paper does not say how it chose the penalty. Here each subset chooses its own by cross validation within itself, so that
@@ -133,7 +137,7 @@ def low_data(
         found.append((best, accuracy, converged and bool(final.converged[0]), right))
     chosen, inner, ended, accuracies = (list(column) for column in zip(*found, strict=True))
     usual = int(np.median(chosen))
-    return LowData(
+    return LowDataProbe(
         layer=layer,
         kind=kind,
         train_split=train.split,
@@ -205,13 +209,22 @@ def check_masks(train: FeatureSet, evaluated: FeatureSet, n_masks: int) -> None:
             raise ValueError(f"{has}, and a vote needs {need}; extract with --mask_draws 1 {n_masks}")
 
 
+@dataclass(frozen=True)
+class MaskVoteProbe(Probe):
+    """A probe of masked images whose predictions vote; `accuracy` is that of the vote."""
+
+    n_masks: int
+    mask_seed: int | None
+    single_accuracy: float  # the mean of single_accuracies
+    single_accuracies: list[float]  # one for each mask
+
+
 def mask_vote(
     train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: Settings, n_masks: int = N_MASKS
-) -> Found:
-    """The modal prediction over masks of each image, ties broken at random (paper 4.6), by a probe of images seen masked.
+) -> MaskVoteProbe:
+    """Predicts the most frequent class over the masks of each image, ties broken at random (paper 4.6).
 
-    The probe is fitted on the first mask of each training image. The row's accuracy is that of the vote; single_accuracy is the
-    mean over the masks, and single_accuracies are theirs.
+    The probe is fitted on the first mask of each training image.
 
     Raises:
         ValueError: features of whole images, or of fewer masks; and as `linear.linear_probe` does.
@@ -223,9 +236,14 @@ def mask_vote(
     probe, predictions = probe_view(View(train, (layer,), kind), masks, ids, settings)
     voted = vote(np.stack(predictions), len(evaluated.classes), settings.seed)
     single = [float((predicted == evaluated.labels).mean()) for predicted in predictions]
-    accuracy = float((voted == evaluated.labels).mean())
-    about = {"n_masks": n_masks, "mask_seed": evaluated.manifest.origin.mask_seed, "single_accuracy": float(np.mean(single))}
-    return probe, about | {"accuracy": accuracy, "single_accuracies": single}
+    probe = replace(probe, accuracy=float((voted == evaluated.labels).mean()))
+    return MaskVoteProbe(
+        **vars(probe),
+        n_masks=n_masks,
+        mask_seed=evaluated.manifest.origin.mask_seed,
+        single_accuracy=float(np.mean(single)),
+        single_accuracies=single,
+    )
 
 
 def vote(predictions: np.ndarray, K: int, seed: int) -> np.ndarray:

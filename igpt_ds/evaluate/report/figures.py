@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from igpt_ds.evaluate.report import canvas as canvas
 from igpt_ds.evaluate.report.canvas import BLACK, COLORS, GREY, LINES, MARKERS
 from igpt_ds.evaluate.report.results import SERIES, best_row, key, label, series
 from igpt_ds.evaluate.report.row_types import ProbeRow
+from igpt_ds.evaluate.report.run_files import CurveRow, PlanRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,16 +57,15 @@ def layer_curve(rows: Sequence[ProbeRow], path: Path, title: str) -> None:
     canvas.finish(figure, axes, path)
 
 
-def training_curve(runs: dict[str, list[dict[str, Any]]], n_vocab: int, path: Path, title: str, log: bool = False) -> None:
+def training_curve(runs: Mapping[str, Sequence[CurveRow]], n_vocab: int, path: Path, title: str, log: bool = False) -> None:
     """Training and validation loss against images seen as a PNG, with the loss of a model that knows nothing, ln V.
 
     Images and not steps, so that runs of different batches lie over one another.
 
     Args:
-        runs: for each run's name the rows of its train.jsonl; those with "loss" are training steps, those with "val_loss"
-            validations, both in nats per token.
+        runs: for the name of each run the rows of its train.jsonl.
         n_vocab: V, the colours of the palette.
-        log: both axes logarithmic, as scaling laws are drawn; leaves out what stands before the first image.
+        log: both axes logarithmic, as scaling laws are drawn; leaves out rows before the first image.
 
     Raises:
         ValueError: a run has no rows yet.
@@ -75,9 +75,9 @@ def training_curve(runs: dict[str, list[dict[str, Any]]], n_vocab: int, path: Pa
     for number, (name, rows) in enumerate(runs.items()):
         color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
         prefix = f"{name}: " if len(runs) > 1 else ""
-        shown = [row for row in rows if row["images_seen"] or not log]
-        training = [(row["images_seen"], row["loss"]) for row in shown if row.get("loss") is not None]
-        validation = [(row["images_seen"], row["val_loss"]) for row in shown if row.get("val_loss") is not None]
+        shown = [row for row in rows if row.images_seen or not log]
+        training = [(row.images_seen, row.loss) for row in shown if row.loss is not None]
+        validation = [(row.images_seen, row.val_loss) for row in shown if row.val_loss is not None]
         if not training and not validation:
             raise ValueError(f"run {name} has no rows in its train.jsonl; train first")
         if training:
@@ -119,8 +119,8 @@ def rate_curve(sweeps: Mapping[str, Sequence[tuple[float, float | None]]], measu
             axes.plot(*zip(*known, strict=True), color=color, marker="o", markersize=5, label=name)
             lr, least = min(known, key=lambda pair: pair[1])
             axes.plot([lr], [least], color=color, marker="*", markersize=15, markeredgecolor="white", zorder=4)
-            below: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, -18), "ha": "center"}
-            axes.annotate(f"{lr:g}: {least:.4f}", (lr, least), color=color, **below)
+            text = f"{lr:g}: {least:.4f}"
+            axes.annotate(text, (lr, least), textcoords="offset points", xytext=(0, -18), ha="center", color=color)
         spiked = [lr for lr, value in results if value is None]
         if spiked:
             over, text = axes.get_xaxis_transform(), f"{name}: ended by a spike"
@@ -132,11 +132,11 @@ def rate_curve(sweeps: Mapping[str, Sequence[tuple[float, float | None]]], measu
     canvas.finish(figure, axes, path)
 
 
-def plan_curve(tables: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+def plan_curve(tables: Mapping[str, Sequence[PlanRow]], path: Path, title: str) -> None:
     """Days against GPUs on logarithmic axes as a PNG, each point with its MFU; dotted, what each GPU more would be worth at best.
 
     Args:
-        tables: for each name the rows of `python -m igpt_ds.plan --table --json`; those without "days" are left out.
+        tables: for each name the rows of a plan; rows that do not fit are left out.
 
     Raises:
         ValueError: a table has no row that can be drawn.
@@ -146,17 +146,17 @@ def plan_curve(tables: dict[str, list[dict[str, Any]]], path: Path, title: str) 
     axes.set_yscale("log")
     ticks = set()
     for number, (name, rows) in enumerate(tables.items()):
-        shown = [row for row in rows if row.get("fits")]
+        shown = [(row.gpus, row.days, row.mfu) for row in rows if row.fits and row.days is not None and row.mfu is not None]
         if not shown:
             raise ValueError(f"{name} has no number of GPUs on which the run fits; plan it with --table --json on larger GPUs")
         color = COLORS[number % len(COLORS)]
-        gpus, days = [row["gpus"] for row in shown], [row["days"] for row in shown]
+        gpus, days, _ = zip(*shown, strict=True)
         axes.plot(gpus, days, color=color, marker="o", markersize=5, label=name)
         axes.plot(gpus, [days[0] * gpus[0] / N for N in gpus], color=color, linestyle=":", linewidth=1)
-        for row in shown:
-            text, place = f"{100 * row['mfu']:.0f} %", (row["gpus"], row["days"])
-            where: dict[str, Any] = {"xytext": (4, 6)} if number == 0 else {"xytext": (-4, -4 - 11 * number), "ha": "right"}
-            axes.annotate(text, place, textcoords="offset points", fontsize="small", color=color, **where)
+        offset, side = ((4, 6), "left") if number == 0 else ((-4, -4 - 11 * number), "right")
+        for x, y, mfu in shown:
+            text = f"{100 * mfu:.0f} %"
+            axes.annotate(text, (x, y), textcoords="offset points", xytext=offset, ha=side, fontsize="small", color=color)
         ticks |= set(gpus)
     axes.set_xticks(sorted(ticks), [str(N) for N in sorted(ticks)])
     canvas.finish(figure, axes, path)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, li
         raise ValueError(f"the likelihoods are of several sets of images ({', '.join(measured)}) and do not compare")
     found: dict[str, list[tuple[float, float, int]]] = {}
     for one, loss in sorted(zip(lines, used, strict=True), key=lambda pair: ((pair[1].model or {})["n_embd"], pair[1].step)):
-        point = (loss.nats_per_token["mean"], 100 * best_row(one).accuracy, loss.step)
+        point = (loss.nats_per_token.mean, 100 * best_row(one).accuracy, loss.step)
         found.setdefault(system_name(loss), []).append(point)
     return found
 
@@ -149,10 +150,10 @@ def objective_bars(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.bar(x, min(single, voted or single), 0.38, color=pale)
         if voted is not None:
             axes.bar(x, abs(voted - single), 0.38, bottom=min(single, voted), color=bold, hatch="" if voted > single else "//")
-        style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": "small"}
-        axes.annotate(f"{single:.1f}", (x, min(single, voted or single)), xytext=(0, -3), va="top", **style)
+        note = partial(axes.annotate, textcoords="offset points", ha="center", fontsize="small")
+        note(f"{single:.1f}", (x, min(single, voted or single)), xytext=(0, -3), va="top")
         if voted is not None:
-            axes.annotate(f"{voted:.1f}", (x, max(single, voted)), xytext=(0, 3), va="bottom", **style)
+            note(f"{voted:.1f}", (x, max(single, voted)), xytext=(0, 3), va="bottom")
     _paper_marks(axes, groups, [bar for bar in FIGURE_4 if (bar.dataset, bar.objective) in groups])
     for evaluation, words in (("probe", "linear probe"), ("finetune", "fine-tuning")):
         axes.bar(0, 0, color=_SHADES[evaluation][1], label=words)

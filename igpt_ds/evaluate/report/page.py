@@ -1,23 +1,22 @@
-"""One run as one HTML page: what was asked, how the loss fell, what the features are worth, and its pictures.
+"""One run as one HTML page: configuration, loss curves, linear probes and pictures.
 
-In: a run's config, its training rows, result rows, PNG files. Out: HTML that stands alone: pictures inside as data URIs, no
-script, no request to anywhere. Called by `tools/report.py`.
+In: a run's config, its training rows, result rows, PNG files. Out: one HTML file with pictures as data URIs, without scripts and
+without requests to the network. Called by `tools/report.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from igpt_ds.config import recipe_from_dict
+from igpt_ds.config import Recipe
 from igpt_ds.evaluate.report.results import best_row, by_layer, label, model_name, series
 from igpt_ds.evaluate.report.row_types import ProbeRow, Row
+from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun
 from igpt_ds.evaluate.report.tables import layer_table, markdown_table, paper_table
 from igpt_ds.plan.costs import parameters
 
@@ -34,13 +33,12 @@ img { max-width: 100%; border: 1px solid #eee } img.pixels { image-rendering: pi
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; line-height: 1.35 }
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-Rows = Sequence[dict[str, Any]]
 
 
 def page(
     name: str,
-    run: dict[str, Any],
-    training: Rows,
+    run: ReportedRun,
+    training: Sequence[CurveRow],
     results: Sequence[Row],
     figures: Sequence[tuple[str, Path]],
     pictures: Sequence[Path] = (),
@@ -49,35 +47,38 @@ def page(
     """The page.
 
     Args:
-        run: run.json's values.
-        training: the rows of train.jsonl.
-        results: rows of any kind; none where nothing was probed yet.
-        figures: captions, and the PNG files that they belong to.
+        training: training steps and validations.
+        results: rows of any kind; may be empty.
+        figures: captions and their PNG files.
         pictures: other PNG files, shown under their names.
-        tables: numbers of the paper's tables to show with ours.
+        tables: numbers of the paper's tables to show with our rows.
     """
-    probes, recipe = by_layer(results), recipe_from_dict(run["recipe"], name)
+    probes = by_layer(results)
     parts = [
         f"<h1>{_text(name)}</h1>",
         f'<p class="quiet">{_text(_headline(run))}</p>',
         "<h2>In short</h2>",
-        _short(run, training, probes),
+        _short(run.recipe, training, probes),
     ]
     if figures:
         parts += ["<h2>Curves</h2>", *(_figure(path, caption) for caption, path in figures)]
     if probes:
-        parts += ["<h2>Linear probes</h2>", "<h3>The best layer of each kind of features</h3>", table(markdown_table(probes))]
+        parts += [
+            "<h2>Linear probes</h2>",
+            "<h3>The best layer of each kind of features</h3>",
+            html_table(markdown_table(probes)),
+        ]
         if any(row.weights != "pixels" for row in probes):
-            parts += ["<h3>Every layer</h3>", table(layer_table(probes))]
+            parts += ["<h3>Every layer</h3>", html_table(layer_table(probes))]
     numbers = list(tables)
     if numbers:
         parts.append("<h2>Beside the paper</h2>")
         for number in numbers:
-            title, _, lines = paper_table(number, results, [recipe]).partition("\n\n")
-            parts += [f"<h3>{_text(title.lstrip('# '))}</h3>", table(lines)]
+            title, _, lines = paper_table(number, results, [run.recipe]).partition("\n\n")
+            parts += [f"<h3>{_text(title.lstrip('# '))}</h3>", html_table(lines)]
     if pictures:
         parts += ["<h2>Pictures</h2>", *(_figure(path, path.name, "pixels") for path in pictures)]
-    parts += ["<h2>Configuration</h2>", f"<pre>{_text(json.dumps(run, indent=1))}</pre>"]
+    parts += ["<h2>Configuration</h2>", f"<pre>{_text(run.text)}</pre>"]
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(name)}</title>'
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n'
@@ -96,7 +97,7 @@ def _figure(path: Path, caption: str, kind: str = "") -> str:
     return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
-def table(markdown: str) -> str:
+def html_table(markdown: str) -> str:
     """An HTML table from a Markdown one; rows with a cell in bold are marked as ours."""
     lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in markdown.splitlines()]
     header = "".join(f"<th>{_cell(cell)}</th>" for cell in lines[0])
@@ -112,32 +113,30 @@ def _cell(text: str) -> str:
     return _text(text.replace("**", "").replace("`", ""))
 
 
-def _headline(run: dict[str, Any]) -> str:
-    recipe, ranks = run["recipe"], run["world_size"]
-    commit = f", commit {run['git_commit'][:12]}" if run.get("git_commit") else ""
-    how = f"{ranks} rank{'s' if ranks > 1 else ''}, {run['precision']}"
-    asked = f"objective {recipe['objective']}, {recipe['steps']} steps of {recipe['batch_images']} images"
-    return f"recipe {recipe['name']}: {asked}; {how}{commit}"
+def _headline(run: ReportedRun) -> str:
+    recipe, ranks = run.recipe, run.world_size
+    commit = f", commit {run.git_commit[:12]}" if run.git_commit else ""
+    how = f"{ranks} rank{'s' if ranks > 1 else ''}, {run.precision}"
+    work = f"objective {recipe.objective}, {recipe.steps} steps of {recipe.batch_images} images"
+    return f"recipe {recipe.name}: {work}; {how}{commit}"
 
 
-def _short(run: dict[str, Any], training: Rows, probes: Sequence[ProbeRow]) -> str:
-    """What a reader wants to know first, as a table of two columns."""
-    recipe = recipe_from_dict(run["recipe"], "run.json")
+def _short(recipe: Recipe, training: Sequence[CurveRow], probes: Sequence[ProbeRow]) -> str:
+    """The summary as a table of two columns."""
     shape = {name: getattr(recipe.model, name) for name in ("n_layer", "n_head", "n_embd")}
     size = f"{model_name(shape)}, {parameters(recipe.model, recipe.objective):,} parameters, {recipe.model.n_layer} layers"
     facts = [("model", f"{size}, {recipe.model.n_px}x{recipe.model.n_px} pixels of {recipe.model.n_vocab} colours")]
-    steps = [row for row in training if row.get("loss") is not None]
-    validations = [row for row in training if row.get("val_loss") is not None]
+    steps = [row for row in training if row.loss is not None]
+    validations = [(row.val_loss, row.step) for row in training if row.val_loss is not None]
     if steps:
-        facts.append(("trained", f"{steps[-1]['step']} of {recipe.steps} steps, {steps[-1]['images_seen']:,} images"))
+        facts.append(("trained", f"{steps[-1].step} of {recipe.steps} steps, {steps[-1].images_seen:,} images"))
     if validations:
-        best = min(validations, key=lambda row: row["val_loss"])
-        nothing = math.log(recipe.model.n_vocab)
-        last = f"{validations[-1]['val_loss']:.4f} nats per token at step {validations[-1]['step']}"
-        facts.append(("validation loss", f"{last}; best {best['val_loss']:.4f}; knowing nothing {nothing:.4f}"))
-    speeds = [row["images_per_s"] for row in steps if row.get("images_per_s")]
+        uniform = math.log(recipe.model.n_vocab)
+        last = f"{validations[-1][0]:.4f} nats per token at step {validations[-1][1]}"
+        facts.append(("validation loss", f"{last}; best {min(validations)[0]:.4f}; uniform {uniform:.4f}"))
+    speeds = [row.images_per_s for row in steps if row.images_per_s]
     if speeds:
-        mfu = [row["mfu"] for row in steps if row.get("mfu")]
+        mfu = [row.mfu for row in steps if row.mfu]
         share = f", {100 * statistics.median(mfu):.1f} % of the peak (MFU)" if mfu else ""
         facts.append(("speed", f"{statistics.median(speeds):.1f} images/s in the median{share}"))
     for one in series(probes):
@@ -145,7 +144,7 @@ def _short(run: dict[str, Any], training: Rows, probes: Sequence[ProbeRow]) -> s
         what = f"{100 * row.accuracy:.1f} % on {row.dataset} {row.eval_split}"
         layer = "" if row.weights == "pixels" else f", layer {row.layer}"
         facts.append((label(row, probes), f"{what}{layer}"))
-    return table("\n".join(["| | |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in facts)]))
+    return html_table("\n".join(["| | |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in facts)]))
 
 
 def _plain(text: str) -> str:

@@ -20,14 +20,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.evaluate.features.files import FeatureSet
-from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row, as_row
+from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row, as_row, check_types
 from igpt_ds.files import read_json_lines, write_json_lines
 from igpt_ds.plan.costs import parameters
 from igpt_ds.provenance import git_commit
+
+if TYPE_CHECKING:
+    from igpt_ds.evaluate.likelihood import Likelihood
+    from igpt_ds.evaluate.probes.linear import Probe
+    from igpt_ds.evaluate.probes.sgd_search import SgdProbe
+    from igpt_ds.evaluate.probes.variants import LowDataProbe
 
 FORMAT, VERSION = "igpt_ds.result", 2
 
@@ -61,6 +67,7 @@ _REQUIRED = {
     "finetune": (*_MEASURED, "model", "model_objective", "loss", "lr", "eval_split"),
     "likelihood": (*_SAME_MODEL, "model", "model_objective", "step", "split", "n_images", "nats_per_token"),
 }
+_CAN_BE_NONE = ("model_hash", "model", "model_objective", "step")  # of raw pixels, and in older files
 # Rows with the same values of these differ in the layer alone.
 SERIES = tuple(name for name in IDENTITY["probe"] if name != "layer")
 # Rows with the same values of these are of the same features; how they were made and probed may still differ.
@@ -71,11 +78,10 @@ BY_LAYER = ("every_layer", "sgd")  # protocols with one row for each layer
 _ORDER = ("trained", "untrained", "pixels")
 
 
-def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str = "every_layer", **more: Any) -> ProbeRow:
-    """The row of a probe, a dataclass of what was found with at least layer, kind, train_split and eval_split.
-
-    What the features are of comes first, then what was found, then whatever else the protocol wants to say.
-    """
+def make_row(
+    probe: Probe | LowDataProbe | SgdProbe, train: FeatureSet, evaluated: FeatureSet, protocol: str = "every_layer"
+) -> ProbeRow:
+    """The row of a probe: the origin of the features, then the fields of the probe."""
     origin = train.manifest.origin
     found = dataclasses.asdict(probe)
     kind, layer = found.pop("kind"), found.pop("layer")
@@ -101,7 +107,6 @@ def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str
         "dataset": train.manifest.dataset,
         "dataset_hash": {probe.train_split: train.dataset_hash, probe.eval_split: evaluated.dataset_hash},
         **found,
-        **more,
         "git_commit": git_commit(),
     }
     row = as_row(values)
@@ -109,13 +114,13 @@ def make_row(probe: Any, train: FeatureSet, evaluated: FeatureSet, protocol: str
     return row
 
 
-def likelihood_row(measured: dict[str, Any], model: ModelConfig) -> LikelihoodRow:
-    """The row of a likelihood, from what `tools/evaluate.py` writes and the shape of the model."""
+def likelihood_row(measured: Likelihood, model: ModelConfig) -> LikelihoodRow:
+    """The row of a likelihood and the shape of its model."""
     left_out = ("format", "version", "commit", "objective", "published", "published_does_not_apply")
     about = {"format": FORMAT, "version": VERSION, "kind": "likelihood", "weights": "trained"}
-    facts = {name: value for name, value in measured.items() if name not in left_out}
-    shape = {"model_objective": measured["objective"], "model": dataclasses.asdict(model)}
-    row = as_row(about | shape | facts | {"git_commit": measured["commit"]})
+    facts = {name: value for name, value in measured.to_dict().items() if name not in left_out}
+    shape = {"model_objective": measured.objective, "model": dataclasses.asdict(model)}
+    row = as_row(about | shape | facts | {"git_commit": measured.commit})
     assert isinstance(row, LikelihoodRow)
     return row
 
@@ -143,11 +148,14 @@ def _checked(line: str, values: Any) -> Row:
     """The record of a line's JSON, after the one check of its schema."""
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{line} is not {FORMAT} version {VERSION}; remove the line, or name another file")
-    if values.get("kind") not in IDENTITY:
+    if not isinstance(values.get("kind"), str) or values["kind"] not in IDENTITY:
         raise ValueError(f"{line} is of kind {values.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")
-    missing = [name for name in _REQUIRED[values["kind"]] if name not in values]
-    if missing:
+    known = {name for name, value in values.items() if value is not None or name in _CAN_BE_NONE}
+    if missing := [name for name in _REQUIRED[values["kind"]] if name not in known]:
         raise ValueError(f"{line} has no {missing[0]!r}; remove the line and measure again")
+    check_types(values, line)
+    if values["weights"] not in _ORDER:
+        raise ValueError(f"{line} has weights {values['weights']!r}, not one of {', '.join(_ORDER)}; remove the line")
     return as_row(values)
 
 

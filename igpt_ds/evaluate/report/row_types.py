@@ -1,7 +1,7 @@
 """The records of results.jsonl: one frozen dataclass for each kind of row.
 
 In: the JSON of a line. Out: a `ProbeRow`, a `FinetuneRow` or a `LikelihoodRow`. `results.py` reads and writes them; tables and
-figures use their fields. Accuracies lie in 0..1. A field that a row does not have is None.
+figures use their fields. Accuracies lie in 0..1. A field is None if the row does not have it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+from igpt_ds.schema import record_from
 
 _OLD_PROTOCOLS = {"best_layer": "every_layer"}  # names in files of earlier versions
 _R = TypeVar("_R", bound="ResultRow")
+
+
+@dataclass(frozen=True)
+class MeanWithError:
+    """A mean over images and its standard error: the standard deviation of the images / sqrt(N); None for one image."""
+
+    mean: float
+    standard_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRow:
     """What every kind of row has. `json` is the line of the file, unchanged: a row that is written again keeps its bytes."""
 
-    json: dict[str, Any]
+    json: dict[str, object]
     kind: str  # "probe", "finetune" or "likelihood"
     weights: str  # "trained", "untrained" or "pixels"
     model_hash: str
@@ -102,7 +113,7 @@ class LikelihoodRow(ResultRow):
 
     dataset_hash: str
     split: str
-    nats_per_token: dict[str, float]  # "mean" and "standard_error"
+    nats_per_token: MeanWithError
 
 
 Row = ProbeRow | FinetuneRow | LikelihoodRow
@@ -113,12 +124,30 @@ KINDS: dict[str, type[ProbeRow] | type[FinetuneRow] | type[LikelihoodRow]] = {
 }
 
 
-def as_row(values: dict[str, Any]) -> Row:
-    """The record of a line's JSON, whose kind must be known; old names are replaced in the fields and stay in `json`."""
-    kind = KINDS[values["kind"]]
-    found: dict[str, Any] = {field.name: values.get(field.name) for field in dataclasses.fields(kind) if field.name != "json"}
+def as_row(values: Mapping[str, object]) -> Row:
+    """The record of a row's values, whose kind must be known. Old names are replaced in the fields and stay in `json`."""
+    kind = KINDS[str(values["kind"])]
+    found = {field.name: values.get(field.name) for field in dataclasses.fields(kind) if field.name != "json"}
     if kind is ProbeRow:
         found["protocol"] = _OLD_PROTOCOLS.get(str(found["protocol"]), found["protocol"])
-        if found["n_subsets"] is None and "subset_accuracies" in values:
-            found["n_subsets"] = len(values["subset_accuracies"])
-    return kind(json=values, **found)
+        if found["n_subsets"] is None and isinstance(accuracies := values.get("subset_accuracies"), list):
+            found["n_subsets"] = len(accuracies)
+    if isinstance(mean := found.get("nats_per_token"), dict):
+        found["nats_per_token"] = MeanWithError(mean["mean"], mean.get("standard_error"))
+    return kind(json=dict(values), **found)  # type: ignore[arg-type]  # `check_types` compares them with the fields
+
+
+def check_types(values: Mapping[str, object], line: str) -> None:
+    """Refuses a row of a file whose values have other types than the fields of its record. Any value can be None or missing.
+
+    Raises:
+        ValueError: it names the line, the field and the value.
+    """
+    record_from(_schema(str(values["kind"])), values, line, "remove the line and measure again")
+
+
+@cache
+def _schema(kind: str) -> type:
+    """A dataclass with the fields of a kind of row, each of which may be None."""
+    hints = get_type_hints(KINDS[kind])
+    return dataclasses.make_dataclass(kind, [(name, hint | None, None) for name, hint in hints.items() if name != "json"])

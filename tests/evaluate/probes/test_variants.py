@@ -65,9 +65,9 @@ def test_five_layers_around_one(centre, expected):
 
 def test_concat_is_a_probe_of_all_the_features(many, made_features):
     train, val = many()
-    probe, more = concat(train, val, 3, "normed", GRID)
-    assert more == {"layer": 3, "layers": [1, 2, 3, 4, 5]}
-    wide = {one.split: (np.hstack([one.layer(layer, "normed") for layer in more["layers"]]), one.labels) for one in (train, val)}
+    probe = concat(train, val, 3, "normed", GRID)
+    assert (probe.layer, probe.layers) == (3, [1, 2, 3, 4, 5])
+    wide = {one.split: (np.hstack([one.layer(layer, "normed") for layer in probe.layers]), one.labels) for one in (train, val)}
     path = made_features(wide, name="wide")
     by_hand = linear_probe(open_features(path, "train"), open_features(path, "val"), 0, "normed", GRID)
     assert probe.n_features == 40
@@ -138,13 +138,13 @@ def test_votes():
 
 def test_a_vote_over_masks(many):
     train, val = many(masks=5)
-    probe, more = mask_vote(train, val, 2, "normed", GRID)
-    assert (more["n_masks"], more["mask_seed"], len(more["single_accuracies"])) == (5, 7, 5)
-    assert probe.accuracy == more["single_accuracies"][0] == linear_probe(train, val, 2, "normed", GRID).accuracy
-    assert more["single_accuracy"] == pytest.approx(np.mean(more["single_accuracies"]))
-    assert more["accuracy"] > max(more["single_accuracies"]), "masks of independent noise are stronger together"
-    one = mask_vote(train, val, 2, "normed", GRID, n_masks=1)[1]
-    assert one["accuracy"] == one["single_accuracy"] == probe.accuracy
+    probe = mask_vote(train, val, 2, "normed", GRID)
+    assert (probe.n_masks, probe.mask_seed, len(probe.single_accuracies)) == (5, 7, 5)
+    assert probe.single_accuracies[0] == linear_probe(train, val, 2, "normed", GRID).accuracy
+    assert probe.single_accuracy == pytest.approx(np.mean(probe.single_accuracies))
+    assert probe.accuracy > max(probe.single_accuracies), "masks of independent noise are stronger together"
+    one = mask_vote(train, val, 2, "normed", GRID, n_masks=1)
+    assert one.accuracy == one.single_accuracy == probe.single_accuracies[0]
     with pytest.raises(
         ValueError, match=r"split 'val' of .* has 5 mask draws, and a vote needs 6; extract with --mask_draws 1 6"
     ):

@@ -10,6 +10,7 @@ import pytest
 from igpt_ds.evaluate.report import canvas
 from igpt_ds.evaluate.report.figures import heat_maps, layer_curve, plan_curve, rate_curve, score_histogram, training_curve
 from igpt_ds.evaluate.report.row_types import as_row
+from igpt_ds.evaluate.report.run_files import CurveRow, PlanRow
 
 
 def made_rows(layers=9):
@@ -94,8 +95,8 @@ def test_many_layers_and_several_models(tmp_path, drawn):
 
 
 def test_training_curve(tmp_path, drawn):
-    rows = [{"step": step, "images_seen": 64 * step, "loss": 3 - step / 10} for step in range(1, 11)]
-    rows = [{"step": 0, "images_seen": 0, "val_loss": 2.8}, *rows, {"step": 10, "images_seen": 640, "val_loss": 2.1}]
+    rows = [CurveRow(step, 64 * step, loss=3 - step / 10) for step in range(1, 11)]
+    rows = [CurveRow(0, 0, val_loss=2.8), *rows, CurveRow(10, 640, val_loss=2.1)]
     training_curve({"one": rows}, 16, tmp_path / "one.png", "losses")
     training_curve({"one": rows, "two": rows[-1:]}, 16, tmp_path / "two.png", "losses")
     assert png_size(tmp_path / "one.png") == (1200, 600)
@@ -131,7 +132,7 @@ def test_rate_curve(tmp_path, drawn):
 
 def test_a_run_without_rows(tmp_path):
     with pytest.raises(ValueError, match=r"run r has no rows in its train\.jsonl; train first"):
-        training_curve({"r": [{"step": 1, "images_seen": 64, "loss": None}]}, 16, tmp_path / "none.png", "losses")
+        training_curve({"r": [CurveRow(1, 64)]}, 16, tmp_path / "none.png", "losses")
     assert not list(tmp_path.iterdir())
 
 
@@ -176,7 +177,7 @@ def test_heat_maps(tmp_path, monkeypatch, n):
 
 
 def test_plan_curve_draws_what_fits_beside_the_ideal(drawn, tmp_path):
-    rows = [{"gpus": N, "fits": N > 8, "days": 80 / N, "mfu": 0.4} for N in (8, 16, 32)] + [{"gpus": 64, "reason": "no"}]
+    rows = [PlanRow(N, fits=N > 8, days=80 / N, mfu=0.4) for N in (8, 16, 32)] + [PlanRow(64)]
     plan_curve({"xl": rows}, tmp_path / "plan.png", "Plan")
     (axes,) = drawn
     days, ideal = (line.get_xydata().tolist() for line in axes.lines)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from igpt_ds.config import get_recipe, recipe_to_dict
 from igpt_ds.data.images import save_grid
-from igpt_ds.evaluate.report.page import page, table
+from igpt_ds.evaluate.report.page import html_table, page
 from igpt_ds.evaluate.report.row_types import as_row
+from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun
 
-RUN = {
+VALUES = {
     "recipe": recipe_to_dict(get_recipe("cifar10_nano_ar_16")),
     "world_size": 2,
     "precision": "bf16",
     "git_commit": "0123456789abcdef",
     "note": "<script>alert(1)</script>",
 }
+RUN = ReportedRun.of(VALUES, Path("run.json"))
 TRAINING = [
-    {"step": 0, "images_seen": 0, "val_loss": 6.2},
-    {"step": 10, "images_seen": 640, "loss": 3.0, "images_per_s": 50.0, "mfu": 0.25},
-    {"step": 20, "images_seen": 1280, "loss": 2.0, "images_per_s": 70.0, "mfu": 0.35},
-    {"step": 20, "images_seen": 1280, "val_loss": 2.25},
+    CurveRow(0, 0, val_loss=6.2),
+    CurveRow(10, 640, loss=3.0, images_per_s=50.0, mfu=0.25),
+    CurveRow(20, 1280, loss=2.0, images_per_s=70.0, mfu=0.35),
+    CurveRow(20, 1280, val_loss=2.25),
 ]
 PROBE = as_row(
     {
@@ -100,7 +104,7 @@ def test_a_page_stands_alone(picture):
         "a & b",
         "8 x 128, 1,739,008 parameters",
         "20 of 2400 steps, 1,280 images",
-        "2.2500 nats per token at step 20; best 2.2500; knowing nothing 6.2383",
+        "2.2500 nats per token at step 20; best 2.2500; uniform 6.2383",
         "60.0 images/s in the median, 30.0 % of the peak (MFU)",
         "50.0 % on cifar10 val, layer 3",
         "Table 1: linear probes on CIFAR and STL-10",
@@ -111,7 +115,7 @@ def test_a_page_stands_alone(picture):
 
 
 def test_a_page_of_a_run_that_has_just_begun():
-    reader = read(page("new", RUN | {"world_size": 1, "git_commit": None}, [], [], []))
+    reader = read(page("new", dataclasses.replace(RUN, world_size=1, git_commit=None), [], [], []))
     words = " ".join(reader.texts)
     assert "Configuration" in words
     assert "1 rank, bf16" in words
@@ -126,7 +130,7 @@ def test_pixels_have_no_table_of_layers():
 
 
 def test_tables():
-    reader = read(table("| a | `b` |\n|---|---|\n| **1** < 2 |  |\n| x | y |"))
+    reader = read(html_table("| a | `b` |\n|---|---|\n| **1** < 2 |  |\n| x | y |"))
     assert [text for text in reader.texts if text.strip()] == ["a", "b", "1 < 2", "x", "y"]
     assert [attributes for tag, attributes in reader.tags if tag == "tr"] == [{}, {"class": "ours"}, {}]
-    assert "<thead>" not in table("| | |\n|---|---|\n| a | b |")
+    assert "<thead>" not in html_table("| | |\n|---|---|\n| a | b |")

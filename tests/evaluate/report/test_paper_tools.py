@@ -96,7 +96,7 @@ def test_figures_2_to_4(tool, results, model_dir, tiny_dataset, tmp_path):
     likelihoods = [row for row in read_results(results) if row["kind"] == "likelihood"]
     assert len(likelihoods) == 1, "the same measurement, made again"
     written = json.loads((tmp_path / "likelihood.json").read_text())
-    assert likelihoods[0]["nats_per_token"] == written["nats_per_token"]
+    assert likelihoods[0].json["nats_per_token"] == written["nats_per_token"]
     for figure in ("datasets", "loss", "objectives"):
         out = tmp_path / f"{figure}.png"
         assert tool("figures", figure, "--results", results, "--out", out)[:2] == (0, f"{out}\n")
@@ -115,7 +115,14 @@ def test_a_look_into_the_best_probe(tool, results, features_dir, tiny_dataset, t
 
 
 def test_confusions_of_a_fine_tuned_model(tool, tmp_path, monkeypatch):
-    counted = {"format": "igpt_ds.confusion", "version": 1, "split": "val", "classes": ["a", "b"], "counts": [[3, 1], [0, 4]]}
+    counted = {
+        "format": "igpt_ds.confusion",
+        "version": 1,
+        "model_hash": "h",
+        "split": "val",
+        "classes": ["a", "b"],
+        "counts": [[3, 1], [0, 4]],
+    }
     (tmp_path / "c.json").write_text(json.dumps(counted))
     out = tmp_path / "a.png"
     assert tool("figures", "confusion", "--counts", tmp_path / "c.json", "--out", out)[:2] == (0, f"{out}\n")

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from igpt_ds.evaluate.features.files import open_features
+from igpt_ds.evaluate.likelihood import Likelihood, Summary
 from igpt_ds.evaluate.probes.linear import Settings, linear_probe
 from igpt_ds.evaluate.report import results
 from igpt_ds.evaluate.report.results import (
@@ -25,7 +26,7 @@ from igpt_ds.evaluate.report.results import (
     read_results,
     series,
 )
-from igpt_ds.evaluate.report.row_types import as_row
+from igpt_ds.evaluate.report.row_types import MeanWithError, as_row
 from igpt_ds.evaluate.report.tables import layer_table, markdown_table
 
 
@@ -211,24 +212,24 @@ def test_rows_are_made_of_what_protocols_and_features_say(row, features_dir):
             assert row[field.name] == getattr(probe, field.name)
 
 
-MEASURED = {
-    "format": "igpt_ds.likelihood",
-    "version": 1,
-    "commit": "abc",
-    "model_hash": "h",
-    "objective": "ar",
-    "step": 5,
-    "dataset": "cifar10",
-    "dataset_hash": "d",
-    "split": "val",
-    "n_images": 10,
-    "precision": "fp32",
-    "batch": 32,
-    "masks": None,
-    "nats_per_token": {"mean": 2.5, "standard_error": 0.01},
-    "published": None,
-    "published_does_not_apply": ["it is small"],
-}
+MEASURED = Likelihood(
+    commit="abc",
+    model_hash="h",
+    objective="ar",
+    step=5,
+    dataset="cifar10",
+    dataset_hash="d",
+    palette_hash="p",
+    split="val",
+    n_px=32,
+    n_images=10,
+    precision="fp32",
+    batch=32,
+    masks=None,
+    summary=Summary(MeanWithError(2.5, 0.01), MeanWithError(3.6, 0.02), MeanWithError(1.2, 0.01)),
+    published=None,
+    published_does_not_apply=["it is small"],
+)
 FINETUNED = {
     "weights": "trained",
     "model_hash": "h",
@@ -251,7 +252,7 @@ def test_rows_of_the_other_kinds(tmp_path, rows, tiny_config):
     likelihood, finetuned = likelihood_row(MEASURED, tiny_config), finetune_row(**FINETUNED)
     assert (likelihood["kind"], likelihood["version"], likelihood["model_objective"]) == ("likelihood", 2, "ar")
     assert likelihood["model"] == dataclasses.asdict(tiny_config)
-    assert (likelihood["nats_per_token"]["mean"], likelihood["git_commit"]) == (2.5, "abc")
+    assert (likelihood.nats_per_token.mean, likelihood["git_commit"]) == (2.5, "abc")
     path = tmp_path / "results.jsonl"
     add_results(path, [*rows, likelihood, finetuned])
     add_results(path, [likelihood, finetuned | {"accuracy": 0.95}, finetuned | {"loss": "clf"}, likelihood | {"split": "test"}])
@@ -300,3 +301,24 @@ def test_names_and_sizes_of_models(row):
     assert model_name({"n_layer": 8, "n_head": 4, "n_embd": 128}) == "8 x 128", "nano is none of the paper's"
     assert model_parameters(finetune_row(**FINETUNED)) == 76_571_648
     assert model_parameters(row | {"model": None}) is None
+
+
+@pytest.mark.parametrize("kind", ["probe", "finetune", "likelihood"])
+def test_every_field_of_a_line(tmp_path, row, tiny_config, kind):
+    """A required field that is missing, and a value of another type: an error that names the line and the field."""
+    made = {"probe": row, "finetune": finetune_row(**FINETUNED), "likelihood": likelihood_row(MEASURED, tiny_config)}[kind]
+    path = tmp_path / "results.jsonl"
+    for name in ("format", "version", "kind", *results._REQUIRED[kind]):
+        path.write_text(json.dumps({key: value for key, value in made.json.items() if key != name}) + "\n")
+        with pytest.raises(ValueError, match=rf"^{path} line 1 (is not|is of kind|has no '{name}')"):
+            read_results(path)
+    for name in {field.name for field in dataclasses.fields(made)} - {"json"}:
+        path.write_text(json.dumps(made.json | {name: [["x"]]}) + "\n")
+        with pytest.raises(ValueError, match=rf"^{path} line 1 (has|is of kind).*(remove|measure again)") as error:
+            read_results(path)
+        assert name in str(error.value)
+    path.write_text(json.dumps(made.json | {"weights": "other"}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1 has weights 'other', not one of trained, untrained, pixels; remove the line"):
+        read_results(path)
+    path.write_text(json.dumps(made.json) + "\n")
+    assert read_results(path) == [made]
