@@ -82,12 +82,12 @@ def _check(args: argparse.Namespace) -> None:
     check_numbers(args)
     if args.model is None and args.untrained is None:
         named = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config}"
-        raise ValueError(f"{named} has no weights; add --untrained SEED for fresh ones, or name a --model")
+        raise ValueError(f"{named} has no weights; add --untrained SEED for fresh weights, or choose a --model")
     if args.untrained is not None and args.untrained < 0:
         raise ValueError(f"--untrained {args.untrained} must be at least 0")
     if args.loss == "gen" and args.results:
         raise ValueError(
-            f"--results {args.results} takes an accuracy, and --loss gen trains no class head; leave out one of them"
+            f"--results {args.results} needs an accuracy, and --loss gen trains no class head; leave out one of them"
         )
     for name, least in (("patience", 0), ("mask_draws", 1), ("batch_images", 1)):
         if getattr(args, name) < least:

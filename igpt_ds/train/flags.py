@@ -160,7 +160,7 @@ def add_guard_flags(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     if not args.dry_run and (args.data is None or args.run_dir is None):
-        raise ValueError("--data and --run_dir are needed, except with --dry_run")
+        raise ValueError("--data and --run_dir are required, except with --dry_run")
     check_numbers(args)
     if args.warmup_epochs is not None and (args.warmup_steps is not None or args.data is None):
         raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} needs --data to count, and no --warmup_steps beside it")

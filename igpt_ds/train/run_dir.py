@@ -39,7 +39,7 @@ def check(run_dir: Path, run: Run, data: DataFacts, palette: Path, resume: bool)
     refuse_file(run_dir)
     path = run_dir / "run.json"
     if path.exists():
-        _check_same(read_run(run_dir), run, data, path)
+        _check_same(run_dir, run, data)
         if not resume:
             raise ValueError(f"{run_dir} already holds a run; continue it with --resume auto or choose another --run_dir")
     elif (run_dir / "checkpoints").exists():
@@ -97,9 +97,9 @@ def _owner(run_dir: Path) -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def _check_same(old: dict[str, Any], run: Run, data: DataFacts, path: Path) -> None:
-    new = recipe_to_dict(run.recipe)
-    differences = recipe_differences(old["recipe"], new)
+def _check_same(run_dir: Path, run: Run, data: DataFacts) -> None:
+    old, path = read_run(run_dir), run_dir / "run.json"
+    differences = recipe_differences(old["recipe"], recipe_to_dict(run.recipe))
     before = record_from(DataFacts, old.get("data"), f"{path} field 'data'", "choose another --run_dir")
     pairs = [(name, getattr(before, name), getattr(data, name)) for name in ("dataset_hash", "palette_hash", "order")]
     for name, there, here in [*differences, *pairs]:
@@ -119,7 +119,11 @@ def recipe_differences(theirs: Mapping[str, object], ours: Mapping[str, object])
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """run.json of a run directory."""
+    """The JSON of a run's run.json.
+
+    Raises:
+        ValueError: there is none, or it has another format or version.
+    """
     path = run_dir / "run.json"
     values = read_json(path, "run config")
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:

@@ -46,7 +46,7 @@ def test_the_mask_of_an_objective_that_hides_nothing(main: Any, capsys: pytest.C
 
 
 def test_missing_paths(main: Any, command: Command, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--data and --run_dir are needed"):
+    with pytest.raises(ValueError, match="--data and --run_dir are required"):
         main(["train.py", "--recipe", "igpt_s_ar_32"])
     with pytest.raises(ValueError, match=r"nowhere is no shard directory.*tools/make_shards.py"):
         main(command("run", "--data", str(tmp_path / "nowhere")))

@@ -184,7 +184,7 @@ def words(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> list[
         (["--epochs", "nan"], "--epochs nan must be a number of at least 0"),
         (["--layer", "3"], "layer=3 must lie between 0 and n_layer=2"),
         (["--results", "x.jsonl"], "has no split 'test'; it has train, val"),
-        (["--results", "x.jsonl", "--loss", "gen"], "--results x.jsonl takes an accuracy, and --loss gen trains no class head"),
+        (["--results", "x.jsonl", "--loss", "gen"], "--results x.jsonl needs an accuracy, and --loss gen trains no class head"),
         (["--results", __file__, "--eval_split", "val"], r"test_finetune\.py line 1 is not valid JSON; remove the line, or name"),
         (["--train_split", "trian"], "has no split 'trian'"),
         (["--lr", "-1"], "lr=-1.0 must be a positive number"),
@@ -197,7 +197,7 @@ def test_what_does_not_go(main: Any, words: list[str], more: list[str], message:
 
 
 def test_a_recipe_has_no_weights(main: Any, words: list[str]) -> None:
-    with pytest.raises(ValueError, match="--recipe igpt_s_ar_32 has no weights; add --untrained SEED for fresh ones, or name a"):
+    with pytest.raises(ValueError, match="--recipe igpt_s_ar_32 has no weights; add --untrained SEED for fresh weights, or"):
         main(["--recipe", "igpt_s_ar_32", *words[2:]])
     with pytest.raises(ValueError, match="n_px=4 but the model has n_px=32"):
         main(["--recipe", "igpt_s_ar_32", "--untrained", "0", *words[2:]])
@@ -207,7 +207,7 @@ def test_a_recipe_of_ones_own(
     main: Any, words: list[str], recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ["--config", str(tmp_path / "recipe.json")]
-    with pytest.raises(ValueError, match=r"--config .*recipe.json has no weights; add --untrained SEED for fresh ones"):
+    with pytest.raises(ValueError, match=r"--config .*recipe.json has no weights; add --untrained SEED for fresh weights"):
         main([*config, *words[2:]])
     write_json(tmp_path / "recipe.json", recipe_to_dict(recipe))
     main([*config, "--untrained", "0", "--dry_run", "--batch_images", "12", *words[2:]])
