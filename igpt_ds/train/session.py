@@ -66,7 +66,7 @@ class Watch:
     skipped: list[Range]  # ranges of the stream of images that rollbacks left out
     max_rollbacks: int  # 0: the run stops when its loss diverges
     skip_images: int | None  # images that a rollback leaves out; None: all since the checkpoint
-    unvalidated: bool  # the newest step has not been validated, because a stop interrupted its validation
+    unvalidated: bool  # the newest step still needs its validation
     early: EarlyStop | None = None  # ends the run by its validations, and keeps the best step's checkpoint
     stopped: str = ""  # why `fit` ended before the last step; everything is saved
 
