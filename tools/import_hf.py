@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from igpt_ds import cli
 from igpt_ds.data.palette import Palette, load_palette, save_palette
-from igpt_ds.model.interchange.hf import Foreign, read_hf, save_foreign
+from igpt_ds.model.interchange.hf import ImportedModel, read_hf, save_imported
 from igpt_ds.model.store import read_info
 
 
@@ -28,19 +28,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
-    foreign = read_hf(args.hf)
-    palette = choose_palette(foreign, args.hf, args.palette)
+    imported = read_hf(args.hf)
+    palette = choose_palette(imported, args.hf, args.palette)
     with TemporaryDirectory() as directory:
         file = Path(directory) / "palette.npy"
         save_palette(file, palette)
-        save_foreign(args.out, foreign, file, palette.hash)
-    size = sum(tensor.numel() for tensor in foreign.weights.values())
+        save_imported(args.out, imported, file, palette.hash)
+    size = sum(tensor.numel() for tensor in imported.weights.values())
     print(f"{args.out}: {size:,} parameters, {palette.name}, sha256 {read_info(args.out).model_hash[:16]}")
 
 
-def choose_palette(foreign: Foreign, directory: Path, path: Path | None) -> Palette:
+def choose_palette(imported: ImportedModel, directory: Path, path: Path | None) -> Palette:
     """The directory's own palette; the palette at `path` where the directory has none."""
-    own = None if foreign.colors is None else Palette(foreign.colors)
+    own = None if imported.colors is None else Palette(imported.colors)
     if path is None:
         if own is None:
             raise ValueError(f"{directory / 'preprocessor_config.json'} has no 'clusters'; give the palette with --palette")
@@ -48,8 +48,8 @@ def choose_palette(foreign: Foreign, directory: Path, path: Path | None) -> Pale
     given = load_palette(path)
     if own is not None and given.hash != own.hash:
         raise ValueError(f"--palette {path} differs from the palette in {directory / 'preprocessor_config.json'}; omit --palette")
-    if len(given) != foreign.config.n_vocab:
-        raise ValueError(f"--palette {path} has {len(given)} colours; the model in {directory} has {foreign.config.n_vocab}")
+    if len(given) != imported.config.n_vocab:
+        raise ValueError(f"--palette {path} has {len(given)} colours; the model in {directory} has {imported.config.n_vocab}")
     return given
 
 

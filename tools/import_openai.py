@@ -13,7 +13,7 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH, load_palette
-from igpt_ds.model.interchange.hf import save_foreign
+from igpt_ds.model.interchange.hf import save_imported
 from igpt_ds.model.interchange.openai import read_openai
 from igpt_ds.model.store import read_info
 
@@ -27,14 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     palette = load_palette(args.palette)
-    foreign = read_openai(args.checkpoint)
-    if len(palette) != foreign.config.n_vocab:
-        raise ValueError(f"--palette {args.palette} has {len(palette)} colours; {args.checkpoint} has {foreign.config.n_vocab}")
+    imported = read_openai(args.checkpoint)
+    if len(palette) != imported.config.n_vocab:
+        raise ValueError(f"--palette {args.palette} has {len(palette)} colours; {args.checkpoint} has {imported.config.n_vocab}")
     if len(palette) == 512 and palette.hash != OPENAI_PALETTE_HASH:
         raise ValueError(f"--palette {args.palette} is not OpenAI's; give kmeans_centers.npy of the image-gpt release")
-    save_foreign(args.out, foreign, args.palette, palette.hash)
-    size = sum(tensor.numel() for tensor in foreign.weights.values())
-    about = f"objective {foreign.objective}, step {foreign.step}, {size:,} parameters, {palette.name}"
+    save_imported(args.out, imported, args.palette, palette.hash)
+    size = sum(tensor.numel() for tensor in imported.weights.values())
+    about = f"objective {imported.objective}, step {imported.step}, {size:,} parameters, {palette.name}"
     print(f"{args.out}: {about}, sha256 {read_info(args.out).model_hash[:16]}")
 
 

@@ -112,7 +112,7 @@ def test_a_rank_without_a_gpu(reports):
         ({"clock": "late"}, "clock 'late'"),
         ({"rank": None}, "rank None"),
         ({"disk": {"bytes": 1}}, r"disk\.files"),
-        ({"gpus": [{"name": "H100"}]}, r"gpus\[0\]\.bytes"),
+        ({"gpus": [{"name": "H100"}]}, r"gpus\[0\]\.free"),
     ],
 )
 def test_a_report_of_other_code_is_refused(reports, changes, words):
@@ -165,17 +165,17 @@ def test_the_small_recipe_keeps_heads_and_divides_by_the_ranks_of_an_image(recip
 
 
 def test_damaged_shards_are_told(tiny_dataset: Path, tmp_path: Path):
-    assert node.check_shards(tiny_dataset).errors == ()
+    assert node.shards_report(tiny_dataset).errors == ()
     copied = tmp_path / "shards"
     shutil.copytree(tiny_dataset, copied)
     shards = sorted(copied.glob("*.tar"))
     shards[0].unlink()
     os.truncate(shards[1], 2048)
     shards[2].write_bytes(bytes(shards[2].stat().st_size))
-    found = node.check_shards(copied).errors
+    found = node.shards_report(copied).errors
     assert found[0] == f"{shards[0]}: No such file or directory"
     assert found[1].startswith(f"{shards[1]} has 2048 bytes instead of ")
-    assert node.check_shards(copied, ["val"]).shards < len(shards)
+    assert node.shards_report(copied, ["val"]).shards < len(shards)
     assert found[2] == f"{shards[2]} does not begin and end as a tar file does"
 
 

@@ -1,7 +1,7 @@
-"""Exchange of weights with HF transformers' ImageGPT, both ways; transformers itself is not needed.
+"""Reads and writes the weights of HF transformers' ImageGPT; transformers itself is not needed.
 
-In: an HF directory; out: a `Foreign`, whose weights are the state dict of our Transformer. `write_hf` goes the other way.
-Called by tools/import_hf.py and tools/export_hf.py; tools/import_openai.py gets its `Foreign` from openai.py.
+In: an HF directory; out: an `ImportedModel`, whose weights are the state dict of our Transformer. `write_hf` goes the other way.
+Called by tools/import_hf.py and tools/export_hf.py; tools/import_openai.py gets its `ImportedModel` from openai.py.
 
 | ours                      | HF (Conv1D weights are [in, out])          |
 |---------------------------|--------------------------------------------|
@@ -35,7 +35,7 @@ from igpt_ds.config import ModelConfig
 from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
 from igpt_ds.model.store import save_model, write_tensors
 
-# What ImageGPTConfig takes where config.json is silent, and the only values that our arithmetic has.
+# The defaults of ImageGPTConfig, and the only values that our arithmetic supports.
 _HF_ARITHMETIC = {
     "activation_function": "quick_gelu",
     "layer_norm_epsilon": 1e-5,
@@ -49,11 +49,11 @@ _CONV1D = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 4, "mlp.c_proj": 1}  
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A model that was made elsewhere.
+class ImportedModel:
+    """A model of another project.
 
-    weights: float32 state dict of a Transformer(config, objective=objective). colors: float32 [V, 3] in [-1, 1], where the
-    format carries them. step, images_seen: 0 where unknown. files: what the weights were read from. mask_prob: of BERT.
+    weights: float32 state dict of a Transformer(config, objective=objective). colors: float32 [V, 3] in [-1, 1], if the format
+    has them. step, images_seen: 0 if unknown. files: those that the weights were read from. mask_prob: of BERT.
     """
 
     config: ModelConfig
@@ -66,18 +66,18 @@ class Foreign:
     mask_prob: float | None = None
 
 
-def save_foreign(model_dir: Path, foreign: Foreign, palette: Path, palette_hash: str) -> None:
-    """Writes a model dir; its config.json names under "source" the files that the weights came from, with their sha256."""
+def save_imported(model_dir: Path, imported: ImportedModel, palette: Path, palette_hash: str) -> None:
+    """Writes a model dir. Its config.json lists the files of the weights under "source", with their sha256."""
     info = {
-        "config": foreign.config,
-        "objective": foreign.objective,
-        "mask_prob": foreign.mask_prob,
+        "config": imported.config,
+        "objective": imported.objective,
+        "mask_prob": imported.mask_prob,
         "palette_hash": palette_hash,
-        "step": foreign.step,
-        "images_seen": foreign.images_seen,
-        "source": {file.name: sha256_file(file) for file in foreign.files},
+        "step": imported.step,
+        "images_seen": imported.images_seen,
+        "source": {file.name: sha256_file(file) for file in imported.files},
     }
-    save_model(model_dir, foreign.weights, info, palette)
+    save_model(model_dir, imported.weights, info, palette)
 
 
 # --------------------------------------------------------------------------------------------------- HF, written
@@ -91,18 +91,18 @@ def write_hf(directory: Path, config: ModelConfig, weights: dict[str, Tensor], c
         colors: the palette, float32 [V, 3] in [-1, 1].
 
     Raises:
-        ValueError: the weights are a BERT model's (without sos), which HF does not have; or the directory exists.
+        ValueError: the weights are those of a BERT model (without sos), which HF does not have, or the directory exists.
     """
     if "sos" not in weights:
-        raise ValueError("a BERT model has no sos and sees all pixels: HF's ImageGPT, which is causal, cannot represent it")
+        raise ValueError("a BERT model has no sos and sees all pixels; HF's ImageGPT is causal and cannot represent it")
     V = config.n_vocab
     names = {"architectures": ["ImageGPTForCausalImageModeling"], "model_type": "imagegpt", "dtype": "float32"}
     shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": None}
-    # Dropout is not in the released code; HF's default of 0.1 would act as soon as somebody calls .train().
+    # The released code has no dropout. HF's default of 0.1 would take effect with .train().
     drops = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     sizes = {"n_positions": config.n_ctx, "vocab_size": V + 1}
-    # transformers 4.42 to 5.20 divides scores by int(sqrt(D)), 11 for M's 11.31 and 9 for L's 9.80, except in this mode, which in
-    # float32 is the same arithmetic and right in every version.
+    # transformers 4.42 to 5.20 divides scores by int(sqrt(D)), 11 for M's 11.31 and 9 for L's 9.80, except in this mode. It is
+    # correct in every version, and in float32 the arithmetic is the same.
     root = math.isqrt(config.n_embd // config.n_head)
     scale = {"reorder_and_upcast_attn": root * root * config.n_head != config.n_embd}
     processor = {
@@ -139,17 +139,17 @@ def _weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str,
 # --------------------------------------------------------------------------------------------------- HF, read
 
 
-def read_hf(directory: Path) -> Foreign:
+def read_hf(directory: Path) -> ImportedModel:
     """Reads an ImageGPT directory: config.json, preprocessor_config.json, model.safetensors or pytorch_model.bin, also in shards.
 
     Raises:
-        ValueError: a file is missing, damaged, or holds code; the config or a tensor asks for what our model does not have (a
-            bias other than zero, another activation, tied embeddings), by name; the colours are no palette.
+        ValueError: a file is missing, damaged, or holds code; the config or a tensor needs a feature that our model does not
+            have (a nonzero bias, another activation, tied embeddings), which is named; the colours are not a palette.
     """
     path = directory / "config.json"
     config = _hf_config(read_json(path, "HF config"), path)
     tensors, files = _hf_tensors(directory)
-    return Foreign(config, "ar", _weights_from_hf(tensors, config, directory), _hf_colors(directory, config), 0, 0, files)
+    return ImportedModel(config, "ar", _weights_from_hf(tensors, config, directory), _hf_colors(directory, config), 0, 0, files)
 
 
 def _hf_config(values: Any, path: Path) -> ModelConfig:
@@ -200,7 +200,7 @@ def _open_shards(index: Path) -> tuple[Tensors, list[Path]]:
         raise ValueError(f"{index} has no 'weight_map'; download it again")
     foreign = [name for name in places.values() if not isinstance(name, str) or Path(name).name != name]
     if foreign:
-        raise ValueError(f"{index} names {foreign[0]!r}, which is no file beside it")
+        raise ValueError(f"{index} names {foreign[0]!r}, which is not a file beside it")
     files = {name: _open_tensors(index.parent / name) for name in sorted(set(places.values()))}
     missing = [name for name, file in places.items() if name not in files[file]]
     if missing:
@@ -210,7 +210,7 @@ def _open_shards(index: Path) -> tuple[Tensors, list[Path]]:
 
 def _open_tensors(path: Path) -> Tensors:
     if not path.is_file():
-        raise ValueError(f"{path} is missing, or no file; download it again")
+        raise ValueError(f"{path} is missing or not a file; download it again")
     if path.suffix == ".safetensors":
         try:
             file = safe_open(path, "pt")
@@ -225,7 +225,7 @@ def _open_tensors(path: Path) -> Tensors:
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise ValueError(f"{path} is damaged or cut short: {reason}; download it again") from None
     if not isinstance(values, dict) or not all(type(name) is str and isinstance(values[name], Tensor) for name in values):
-        raise ValueError(f"{path} is no state dict of tensors")
+        raise ValueError(f"{path} is not a state dict of tensors")
     return {name: partial(values.__getitem__, name) for name in values}
 
 

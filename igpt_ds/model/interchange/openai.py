@@ -1,6 +1,6 @@
 """Reads the checkpoints of openai/image-gpt into the form of our model; TensorFlow is not needed.
 
-In: model.ckpt-N.index with its .data-* files; out: a `Foreign`. Called by tools/import_openai.py.
+In: model.ckpt-N.index with its .data-* files; out: an `ImportedModel`. Called by tools/import_openai.py.
 
 | ours                      | OpenAI, prefix model/                                                    |
 |---------------------------|--------------------------------------------------------------------------|
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from igpt_ds.config import ModelConfig
-from igpt_ds.model.interchange.hf import Foreign, shape_of
+from igpt_ds.model.interchange.hf import ImportedModel, shape_of
 from igpt_ds.model.interchange.tf_bundle import Bundle
 
 _SKIPPED = re.compile(r"(^|/)adam[^/]*(/|$)|step$|(^|/)w?clf(/|$)", re.IGNORECASE)
@@ -34,8 +34,8 @@ _BATCH = 128  # paper 3.3: images per step of S, M and L
 _MASK_PROB = 0.15  # of the released BERT models (paper 2.1)
 
 
-def read_openai(prefix: Path) -> Foreign:
-    """Reads a checkpoint of openai/image-gpt; its shape comes from the tensors, its objective from whether there is a sos.
+def read_openai(prefix: Path) -> ImportedModel:
+    """Reads a checkpoint of openai/image-gpt; the tensors give its shape, and sos its objective.
 
     Args:
         prefix: model.ckpt-N beside its .index and .data-* files; the step is N. images_seen is N times the paper's batch of 128.
@@ -71,7 +71,7 @@ def read_openai(prefix: Path) -> Foreign:
     files = [bundle.index, *sorted({bundle.data_file(bundle.entries[name].shard) for name in wanted})]
     weights = _weights_from_openai(bundle, config, objective)
     mask_prob = _MASK_PROB if objective == "bert" else None
-    return Foreign(config, objective, weights, None, step, step * _BATCH, files, mask_prob)
+    return ImportedModel(config, objective, weights, None, step, step * _BATCH, files, mask_prob)
 
 
 def _weights_from_openai(bundle: Bundle, config: ModelConfig, objective: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ _FLOAT32 = 1  # DT_FLOAT in tensorflow/core/framework/types.proto
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """The place of a tensor: bytes [offset, offset + size) of the shard's data file. crc32c is masked, see `masked_checksum`."""
 
     dtype: int
@@ -36,7 +36,7 @@ class Entry:
 
 
 class Bundle:
-    """An opened checkpoint. `entries` maps names to `Entry`; `read` gives the values.
+    """An opened checkpoint. `entries` maps names to `TensorEntry`; `read` gives the values.
 
     Args:
         prefix: the path without .index, as TensorFlow's own tools take it: models/igpt-s/model.ckpt-1000000.
@@ -181,10 +181,10 @@ def _number(fields: dict[int, list[int | bytes]], field: int) -> int:
     return value
 
 
-def _entry(message: bytes) -> Entry:
+def _entry(message: bytes) -> TensorEntry:
     """BundleEntryProto of tensorflow/core/protobuf/tensor_bundle.proto."""
     fields = _fields(message)
     shape = _fields(b"".join(value for value in fields.get(2, []) if isinstance(value, bytes)))
     sizes = tuple(_number(_fields(dim), 1) for dim in shape.get(2, []) if isinstance(dim, bytes))
     dtype, shard, offset, size, crc = (_number(fields, field) for field in (1, 3, 4, 5, 6))
-    return Entry(dtype, sizes, shard, offset, size, crc, sliced=7 in fields)
+    return TensorEntry(dtype, sizes, shard, offset, size, crc, sliced=7 in fields)

@@ -31,7 +31,7 @@ from igpt_ds.data.shards.index import read_index
 from igpt_ds.data.shards.record import END
 from igpt_ds.ds_config import join, load_ds_config, precision_of
 from igpt_ds.files import atomic_file, sha256_file
-from igpt_ds.ops.preflight.record import Gpu, NodeReport, ShardsReport, Space
+from igpt_ds.ops.preflight.record import GpuReport, NodeReport, ShardsReport, Space
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
 from igpt_ds.provenance import git_commit
 from igpt_ds.train.checkpoint.directory import list_checkpoints
@@ -128,7 +128,7 @@ def run_node_checks(plan: PlannedRun, mark: str, progress: Callable[[str], None]
             ("run_dir", lambda: write_and_read(plan.run_dir, mark)),
             ("disk", lambda: free_space(plan.run_dir)),
             ("needed", lambda: needed_space(plan)),
-            ("shards", lambda: tuple(check_shards(path, plan.splits) for path in plan.data)),
+            ("shards", lambda: tuple(shards_report(path, plan.splits) for path in plan.data)),
         ]
     for check, find_out in checks:
         if {"recipe", "ds_config"} & set(report.errors) and check in ("ds_config", "needed"):
@@ -174,7 +174,7 @@ def ds_config_hash(plan: PlannedRun) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def gpus() -> tuple[Gpu, ...]:
+def gpus() -> tuple[GpuReport, ...]:
     """The GPUs that this rank sees, with the free memory of its own ones; empty without GPUs."""
     if not torch.cuda.is_available():
         return ()
@@ -186,7 +186,7 @@ def gpus() -> tuple[Gpu, ...]:
         # The question takes half a GiB of that GPU, so each rank asks only about its own.
         free = torch.cuda.mem_get_info(number)[0] if number in own_gpus() else None
         driver = found.group(1) if found else "unknown"
-        known.append(Gpu(facts.name, free, facts.total_memory, driver))
+        known.append(GpuReport(facts.name, free, facts.total_memory, driver))
     return tuple(known)
 
 
@@ -196,7 +196,7 @@ def own_gpus() -> range:
     return range(count) if local_ranks() == 1 else range(mine, min(mine + 1, count))
 
 
-def matmul_speeds(found: tuple[Gpu, ...] | None) -> dict[str, float]:
+def matmul_speeds(found: tuple[GpuReport, ...] | None) -> dict[str, float]:
     """TFLOP/s of a matrix product, by the number of the GPU.
 
     bf16 on a GPU: the median over a second, so that the GPU reaches its steady clock. float32 on a CPU, under "cpu": the best of
@@ -264,7 +264,7 @@ def write_and_read(run_dir: Path, mark: str) -> bool:
     return True
 
 
-def check_shards(path: Path, splits: list[str] | None = None) -> ShardsReport:
+def shards_report(path: Path, splits: list[str] | None = None) -> ShardsReport:
     """Checks the index and the first and last bytes of every shard of a dataset directory, or of some of its splits.
 
     Raises:

@@ -13,7 +13,7 @@ from igpt_ds.schema import record_from
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuReport:
     """One GPU that a rank sees."""
 
     name: str
@@ -62,7 +62,7 @@ class NodeReport:
     packages: Mapping[str, str] | None = None  # versions
     recipe: str | None = None  # hash
     ds_config: str | None = None  # hash
-    gpus: tuple[Gpu, ...] | None = None
+    gpus: tuple[GpuReport, ...] | None = None
     speed: Mapping[str, float] | None = None  # TFLOP/s, by GPU
     commit: str | None = None
     shm: Space | None = None  # free in /dev/shm

@@ -1,8 +1,8 @@
 """Loads a checkpoint's files without running anything that they name.
 
-DeepSpeed reads its files with an unrestricted pickle, so a file that somebody else wrote could run code on resume. `Reader`
-takes the place of DeepSpeed's checkpoint engine during a load: torch's restricted reader builds plain containers, tensors, and
-the few classes below, and refuses every other name. Called by train/checkpoint/save_load.py.
+DeepSpeed reads its files with an unrestricted pickle, so a file from a stranger could run code on resume.
+`RestrictedReader` replaces DeepSpeed's checkpoint engine during a load: torch's restricted reader builds plain containers,
+tensors, and the few classes below, and refuses every other name. Called by train/checkpoint/save_load.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def refuse_foreign_names(paths: Iterable[Path]) -> None:
                                  "nothing was loaded; remove the checkpoint")  # fmt: skip
 
 
-class Reader:
+class RestrictedReader:
     """Stands in for DeepSpeed's checkpoint engine during a load."""
 
     def __init__(self, wrapped: Any) -> None:

@@ -34,7 +34,7 @@ from igpt_ds.train.checkpoint.directory import (
 from igpt_ds.train.checkpoint.disk import SLACK, CheckpointWriter, require_space
 from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, Progress, RunFacts, damaged_files, read_checkpoint
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
-from igpt_ds.train.checkpoint.restricted import Reader, refuse_foreign_names
+from igpt_ds.train.checkpoint.restricted import RestrictedReader, refuse_foreign_names
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 from igpt_ds.train.engine import restore_rng, rng_states
@@ -289,7 +289,7 @@ def _load(engine: Engine, checkpoint: Path) -> None:
         error = error_text(caught)
     if errors := [error for error in dist.gather_objects(error) if error]:
         raise SharedError(errors[0])
-    reader = engine.checkpoint_engine = Reader(engine.checkpoint_engine)
+    reader = engine.checkpoint_engine = RestrictedReader(engine.checkpoint_engine)
     try:
         _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     finally:

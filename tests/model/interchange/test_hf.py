@@ -18,7 +18,7 @@ from transformers.utils import torch_float
 
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.data.palette import Palette, save_palette
-from igpt_ds.model.interchange.hf import Foreign, read_hf, write_hf
+from igpt_ds.model.interchange.hf import ImportedModel, read_hf, write_hf
 from igpt_ds.model.store import load_model, read_info, save_model
 from igpt_ds.model.transformer import Transformer
 
@@ -73,7 +73,7 @@ def colors_of(config: ModelConfig) -> np.ndarray:
     return colors
 
 
-def rebuilt(foreign: Foreign) -> Transformer:
+def rebuilt(foreign: ImportedModel) -> Transformer:
     model = Transformer(foreign.config, objective=foreign.objective)
     model.load_state_dict(foreign.weights, strict=True)
     return model.eval()
@@ -241,7 +241,7 @@ def test_a_bert_model_cannot_be_exported(tool, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- files
 
 
-def same_weights(one: Foreign, other: Foreign) -> bool:
+def same_weights(one: ImportedModel, other: ImportedModel) -> bool:
     return one.weights.keys() == other.weights.keys() and all(torch.equal(one.weights[n], other.weights[n]) for n in one.weights)
 
 
@@ -329,7 +329,7 @@ def test_damaged_files_are_refused(hf_dir: Path) -> None:
             read_hf(hf_dir)
     for value in ([torch.zeros(1)], {"a": 1}, {1: torch.zeros(1)}):
         as_bin(hf_dir, value)
-        with pytest.raises(ValueError, match=r"pytorch_model.bin is no state dict of tensors"):
+        with pytest.raises(ValueError, match=r"pytorch_model.bin is not a state dict of tensors"):
             read_hf(hf_dir)
 
 
@@ -342,8 +342,8 @@ def test_missing_files_are_named(hf_dir: Path) -> None:
         read_hf(hf_dir)
     for content, message in (
         ({}, "index.json has no 'weight_map'"),
-        ({"weight_map": {name: "../one.safetensors"}}, r"index.json names '../one.safetensors', which is no file beside it"),
-        ({"weight_map": {name: "two.safetensors"}}, r"two.safetensors is missing, or no file; download it again"),
+        ({"weight_map": {name: "../one.safetensors"}}, r"index.json names '../one.safetensors', which is not a file beside it"),
+        ({"weight_map": {name: "two.safetensors"}}, r"two.safetensors is missing or not a file; download it again"),
         (
             {"weight_map": {"none": "one.safetensors"}},
             r"one.safetensors does not hold 'none', as model.safetensors.index.json says",
