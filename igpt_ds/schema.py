@@ -55,8 +55,8 @@ def without_header(values: object, name: str, version: int, where: str, fix: str
 def record_from(kind: type[T], values: object, where: str, fix: str, strict: bool = False) -> T:
     """A dataclass made of a JSON object; a field with a default may be missing.
 
-    Fields are str, int, float, bool, object (anything), None, dataclasses, unions, and tuples, lists and dicts of these. A float
-    may be a whole number in the file. Any other class, such as a tensor in a torch file, must be the class of the value.
+    Fields are str, int, float, bool, object (anything), None, dataclasses, unions, and tuples, lists and dicts of these. Any
+    other class, such as a tensor in a torch file, must be the class of the value. A float may be a whole number in the file.
 
     Args:
         where: what the file is and where it lies, for the error.
@@ -129,7 +129,8 @@ def _outer(kind: Any) -> type:
 
 
 def _words(kind: Any) -> str:
-    return _WORDS.get(_outer(kind), _outer(kind).__name__)
+    expected = _outer(kind)
+    return _WORDS.get(expected, expected.__name__)
 
 
 def _record(kind: Any, value: Any, place: str, strict: bool) -> Any:

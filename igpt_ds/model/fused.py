@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from igpt_ds.model.cpu_kernels import ONEDNN_PRODUCT
 
@@ -100,5 +100,5 @@ def run_block(block: nn.Module, h: Tensor, activation_checkpointing: str) -> Ten
     """
     if activation_checkpointing == "none" or not torch.is_grad_enabled():
         return cast(Tensor, block(h))
-    more: dict[str, Any] = {"context_fn": _selective_contexts} if activation_checkpointing == "selective" else {}
-    return cast(Tensor, checkpoint(block, h, use_reentrant=False, preserve_rng_state=False, **more))
+    contexts = _selective_contexts if activation_checkpointing == "selective" else noop_context_fn
+    return cast(Tensor, checkpoint(block, h, use_reentrant=False, preserve_rng_state=False, context_fn=contexts))
