@@ -24,7 +24,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         """Keeps the docstring's line breaks. Adds each flag's default, except None, False, [] and what the help text names."""
 
         def _get_help_string(self, action: argparse.Action) -> str | None:
-            named = "(default: " in (action.help or "") or action.default in (None, []) or action.default is False
+            named = "(default" in (action.help or "") or action.default in (None, []) or action.default is False
             return action.help if named else super()._get_help_string(action)
 
     return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)

@@ -2,8 +2,8 @@
 
     python tools/consolidate.py --run_dir runs/s --out models/s
 
-takes the newest complete checkpoint, or of a fine-tuning the best, with its class head; --step takes another. Needs no GPU, no
-DeepSpeed and no process group, and no more memory for a large model than for a small one.
+The tool takes the newest complete checkpoint. For a fine-tuned model it takes the best checkpoint, with its class head. It needs
+no GPU, no DeepSpeed and no process group. Its memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from igpt_ds.train.checkpoint.consolidate import consolidate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks the checkpoint's files, gathers the tensors, writes the model dir."""
+    """Checks the files of the checkpoint, gathers the tensors, writes the model dir."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--run_dir", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--out", type=Path, required=True, help="the model dir to make")
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest complete or best one when left out")
+    parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
+    parser.add_argument("--out", type=Path, required=True, help="model dir to write")
+    parser.add_argument(
+        "--step", type=int, help="step of the checkpoint (default: the newest complete one; after fine-tuning the best one)"
+    )
     args = parser.parse_args(argv)
 
     step, size = consolidate(args.run_dir, args.out, args.step)

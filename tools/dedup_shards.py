@@ -1,12 +1,12 @@
-"""Finds images of an evaluation set inside a training set, and writes the list of training images to leave out.
+"""Finds images of an evaluation set in a training set, and writes the list of training images to exclude.
 
     python tools/dedup_shards.py --train shards/imagenet32 --eval shards/cifar10_32 --eval_split test --out exclude.json
     python tools/dedup_shards.py --train shards/web --eval shards/cifar10_32 --out exclude.json --sheet pairs.png
 
-Give the list to train.py --exclude. Perceptual hashes (phash, dhash; 64 bits an image) find an image again after another resize,
-JPEG, palette or brightness, and its mirror image; --method tokens finds grids that are equal in every token. No method finds
-random crops, and flat images (next to no contrast, so that their hashes are all alike) are not compared. Look at --sheet before
-you trust a larger --max_distance.
+Give the list to train.py --exclude. Perceptual hashes (phash, dhash; 64 bits per image) find copies of an image with another
+resize, JPEG quality, palette or brightness, and mirrored copies. --method tokens finds images with equal tokens. No method finds
+random crops. Flat images are not compared, because images with little contrast have similar hashes. Look at --sheet before you
+trust a larger --max_distance.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from igpt_ds.data.images import save_grid, square
 from igpt_ds.data.shards.dataset import ShardSet
 
 MAX_DISTANCE = 4  # CIFAR-10 in 512 colours: finds 97 % of images made JPEGs of quality 40, and one wrong pair in 400 million
-SUSPICIOUS = 0.001  # of the training set, near one single evaluation image
+SUSPICIOUS = 0.001  # share of the training set near a single evaluation image
 PAIRS_A_ROW, CELL = 4, 96
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Opens both, compares, writes the list and the sheet, says what was found."""
+    """Compares both sets, writes the list and the sheet, prints a summary."""
     args = parse(argv)
     train, evaluated = ShardSet(args.train, args.train_split), ShardSet(args.eval, args.eval_split)
     start = time.perf_counter()
@@ -57,21 +57,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--train", type=Path, required=True, help="shards to leave images out of")
-    parser.add_argument("--eval", type=Path, required=True, help="shards whose images must not be trained on")
+    parser.add_argument("--train", type=Path, required=True, help="shard directory of the training set")
+    parser.add_argument("--eval", type=Path, required=True, help="shard directory of the evaluation set")
     parser.add_argument("--train_split", default="train", help="split of --train")
     parser.add_argument("--eval_split", default="test", help="split of --eval")
-    parser.add_argument("--out", type=Path, required=True, help="exclusion list to write")
-    parser.add_argument("--method", choices=METHODS, default="phash", help="how images are compared")
     parser.add_argument(
-        "--max_distance", type=int, help=f"hash bits that may differ; {MAX_DISTANCE}, or 0 for tokens, when left out"
+        "--out", type=Path, required=True, help="JSON list of the training images to exclude, for train.py --exclude"
     )
-    parser.add_argument("--sheet", type=Path, help="PNG of the pairs found, training image left of evaluation image")
-    parser.add_argument("--pairs", type=int, default=64, help="pairs on the sheet, spread over all distances")
-    parser.add_argument("--workers", type=int, help="processes; as many as cores when left out")
+    parser.add_argument(
+        "--method", choices=METHODS, default="phash", help="how images are compared: by a hash, or by equal tokens"
+    )
+    parser.add_argument(
+        "--max_distance",
+        type=int,
+        help=f"largest number of differing hash bits that counts as equal (default: {MAX_DISTANCE}; tokens: 0)",
+    )
+    parser.add_argument(
+        "--sheet", type=Path, help="PNG of the found pairs, the training image left of the evaluation image (default: none)"
+    )
+    parser.add_argument("--pairs", type=int, default=64, help="pairs on --sheet, spread over all distances")
+    parser.add_argument("--workers", type=int, help="processes (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.method == "tokens" and args.max_distance:
-        raise ValueError(f"--max_distance {args.max_distance} has no meaning for tokens, which are equal or not; leave it out")
+        raise ValueError(f"--max_distance {args.max_distance} has no meaning for --method tokens; omit it")
     if args.max_distance is None:
         args.max_distance = 0 if args.method == "tokens" else MAX_DISTANCE
     if args.workers is None:
@@ -98,15 +106,15 @@ def about(found: Found, train: ShardSet, evaluated: ShardSet, args: argparse.Nam
 
 
 def warn(found: Found, n_train: int) -> None:
-    """Says so when one evaluation image excludes suspiciously many: its hash may say too little."""
+    """Warns if one evaluation image excludes very many training images: its hash may be too common."""
     images, counts = np.unique(found.eval_ids, return_counts=True)
     if len(counts) and counts.max() > max(10, SUSPICIOUS * n_train):
         worst = f"evaluation image {images[counts.argmax()]} alone excludes {counts.max()} training images"
-        print(f"warning: {worst}; look at --sheet and take a smaller --max_distance if they are not alike", file=sys.stderr)
+        print(f"warning: {worst}; look at --sheet and use a smaller --max_distance if they differ", file=sys.stderr)
 
 
 def sheet(path: Path, found: Found, train: ShardSet, evaluated: ShardSet, pairs: int) -> int:
-    """Draws pairs, at most so many, evenly spread over all by distance; returns how many."""
+    """Draws at most `pairs` pairs, evenly spread by distance; returns their number."""
     order = np.argsort(found.distances, kind="stable")
     shown = order[np.arange(min(pairs, len(order))) * len(order) // min(pairs, len(order))]
     n_px = max(train.n_px, evaluated.n_px)

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 8 tools/evaluate.py --model models/s --data shards/imagenet_32 --split test
     python tools/evaluate.py --model models/bert --data shards/imagenet_32 --mask_draws 5
 
-Bits per sub-pixel are bits per token / 3: one token stands for three colour values. They are of palette colours, and do not
-compare with the bits per dimension of raw 8-bit images. The published likelihood is printed beside an auto-regressive
-model's where it is of the same kind. Under a launcher the ranks share the images; their number changes no bit of the result.
+Bits per sub-pixel are bits per token / 3, because one token stands for three colour values. They describe palette colours and do
+not compare with the bits per dimension of raw 8-bit images. For an auto-regressive model the published likelihood is printed too,
+if it compares. Under a launcher the ranks share the images; the result is bit-identical for any number of ranks.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ UNITS = {"nats_per_token": "nats per token", "bits_per_token": "bits per token",
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Opens model and shards, measures on all ranks, prints and writes on the first."""
+    """Measures on all ranks; rank 0 prints and writes."""
     args = parse(argv)
     device = pick_device(args.device)
     if args.results:
-        read_results(args.results)  # a damaged file is found now and not after the measurement
+        read_results(args.results)  # finds a damaged file before the measurement
     shards = ShardSet(args.data, args.split)
     info = read_info(args.model)
     if given := [f"--{name}" for name in BERT_FLAGS if getattr(args, name) is not None and info.objective != "bert"]:
-        raise ValueError(f"{given[0]} is of masks, and {args.model} was trained with objective {info.objective!r}; leave it out")
+        raise ValueError(
+            f"{given[0]} is for BERT models, and {args.model} was trained with objective {info.objective!r}; omit it"
+        )
     masks = {name: getattr(args, name) for name in ("mask_draws", "seed") if getattr(args, name) is not None}
     settings = likelihood.LikelihoodSettings(args.batch, args.precision, mask_prob=mask_prob(args.mask_prob, info), **masks)
     ids = likelihood.choose_ids(shards.n_images, args.limit)
@@ -86,25 +88,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--model", type=Path, required=True, help="model dir")
-    parser.add_argument("--data", type=Path, required=True, help="shards to read")
-    parser.add_argument("--split", default="val", help="train, val, test or train+val")
-    parser.add_argument("--limit", type=int, help="this many images, evenly spread over the split; all when left out")
-    parser.add_argument("--batch", type=int, default=32, help="images at a time")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products")
+    parser.add_argument("--data", type=Path, required=True, help="shard directory with the images")
+    parser.add_argument("--split", default="val", help="split of --data: train, val, test or train+val")
+    parser.add_argument("--limit", type=int, help="number of images to measure, evenly spread over the split (default: all)")
+    parser.add_argument("--batch", type=int, default=32, help="images per forward pass")
     parser.add_argument(
-        "--mask_draws", type=int, help="BERT: masks drawn for each image, whose nats are averaged; 1 when left out"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
     )
-    parser.add_argument("--mask_prob", type=float, help="BERT: the chance of each pixel to be hidden; the model's when left out")
-    parser.add_argument("--seed", type=int, help="BERT: of the masks; 0 when left out")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--results", type=Path, help="results.jsonl to add a row to, for Figure 3")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the matrix products")
+    parser.add_argument(
+        "--mask_draws", type=int, help="BERT: masks drawn for each image, over which the nats are averaged (default: 1)"
+    )
+    parser.add_argument(
+        "--mask_prob", type=float, help="BERT: probability that a pixel is masked (default: that of the model's training)"
+    )
+    parser.add_argument("--seed", type=int, help="BERT: random seed of the masks (default: 0)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: none)")
+    parser.add_argument("--results", type=Path, help="results.jsonl to add a row to, for Figure 3 (default: none)")
+    parser.add_argument(
+        "--local_rank", type=int, help="set by the deepspeed launcher and ignored; the environment has the same number"
+    )
     return parser.parse_args(argv)
 
 
 def mask_prob(asked: float | None, info: ModelInfo) -> float:
-    """What was asked for, else what the model was trained with, else the paper's."""
+    """The given value, else that of the model's training, else the paper's."""
     trained = likelihood.LikelihoodSettings.mask_prob if info.mask_prob is None else info.mask_prob
     return trained if asked is None else asked
 
@@ -117,13 +125,13 @@ def report(
     measured: likelihood.Summary,
     n_images: int,
 ) -> None:
-    """Prints what was measured, and each unit on a line of its own."""
+    """Prints the model, the images and one line for each unit."""
     masks = f", {settings.mask_draws} masks of {settings.mask_prob:g} each" if info.objective == "bert" else ""
     print(f"{args.model} (step {info.step}) on {args.data} split {args.split}: {n_images} images{masks}, {args.precision}")
     for unit, words in UNITS.items():
         mean, error = getattr(measured, unit).mean, getattr(measured, unit).standard_error
         print(f"{words:<18} {mean:.4f}" + ("" if error is None else f" +- {error:.4f}"))
-    print(f"knowing nothing    {math.log(shards.n_vocab):.4f} nats per token, ln {shards.n_vocab}")
+    print(f"uniform guess      {math.log(shards.n_vocab):.4f} nats per token, ln {shards.n_vocab}")
 
 
 if __name__ == "__main__":

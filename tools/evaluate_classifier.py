@@ -2,10 +2,10 @@
 
     python tools/evaluate_classifier.py --model runs/s_cifar10/model --data shards/cifar10_32 --results results.jsonl
 
-reads the test split once, and the validation split for the row's held-out accuracy. Of several fine-tunings, evaluate the one
-whose validation was the best, and no other: a test split that chooses tells nothing. `--confusion` writes how often each class
-was taken for each other, as JSON. A BERT model sees each image through --mask_draws masks, and the class that most of them give
-counts; the accuracy of a single mask stands beside it (paper 4.6).
+The tool reads the test split, and the validation split for the held-out accuracy of the row. Of several fine-tunings, evaluate
+only the one with the best validation accuracy: a test split that chooses a model does not measure it. `--confusion` writes
+as JSON how often each class is predicted for each other. A BERT model sees each image through --mask_draws masks and predicts the
+class of most masks; the accuracy of a single mask is printed too (paper 4.6).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from igpt_ds.model.store import load_classifier
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Loads, classifies both splits, prints and writes."""
+    """Classifies both splits, prints and writes."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--model", type=Path, required=True, help="model dir with a class head")
-    parser.add_argument("--data", type=Path, required=True, help="directory of token shards")
-    parser.add_argument("--val_split", default="val", help="split that chose the step")
-    parser.add_argument("--eval_split", default="test", help="split that the accuracy is measured on")
-    parser.add_argument("--results", type=Path, help="results.jsonl to add a row to")
-    parser.add_argument("--confusion", type=Path, help="JSON file to write the confusion matrix to")
-    parser.add_argument("--mask_draws", type=int, default=5, help="bert: masks that vote on each image")
-    parser.add_argument("--batch", type=int, default=64, help="images at once")
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16, as a large model needs")
+    parser.add_argument("--data", type=Path, required=True, help="shard directory with the images")
+    parser.add_argument("--val_split", default="val", help="split that chose the training step")
+    parser.add_argument("--eval_split", default="test", help="split whose accuracy is reported")
+    parser.add_argument("--results", type=Path, help="results.jsonl to add a row to (default: none)")
+    parser.add_argument("--confusion", type=Path, help="JSON file for the confusion matrix (default: none)")
+    parser.add_argument("--mask_draws", type=int, default=5, help="bert models: masks per image that vote")
+    parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
+    parser.add_argument("--bf16", action="store_true", help="compute weights and activations in bfloat16, to save memory")
     args = parser.parse_args(argv)
     for name in ("mask_draws", "batch"):
         if getattr(args, name) < 1:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_shards(evaluated, info.config)
     check_classes(info, evaluated)
     if args.results:
-        read_results(args.results)  # a damaged file is told before the images are classified
+        read_results(args.results)  # finds a damaged file before the images are classified
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device, torch.bfloat16 if args.bf16 else torch.float32)
     row, confusion = result(model, info, held_out, evaluated, args.batch, device, args.mask_draws)

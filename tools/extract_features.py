@@ -1,16 +1,17 @@
-"""Extracts features: each layer's activations of every image, averaged over positions, once for all probes.
+"""Extracts features: the activations of each layer for every image, averaged over positions. All probes read them.
 
     python tools/extract_features.py --model models/s --data shards/cifar32 --out features/s
     python tools/extract_features.py --model models/s --untrained 0 --data shards/cifar32 --out features/untrained
     python tools/extract_features.py --pixels --data shards/cifar32 --out features/pixels
 
-The first is of the trained model, the second of one of the same shape with fresh weights, the third of the colours alone. A
-bert model sees whole images, or through masks (paper 4.6); five masks of the images to evaluate on, and one of the others:
+The first command extracts from the trained model, the second from fresh weights in the same shape, the third takes the colours
+alone. A bert model sees whole images, or images through masks (paper 4.6). One mask for each training image and five for each
+evaluated image:
 
     python tools/extract_features.py --model models/b --data shards/cifar32 --mask_draws 1 5 --out features/b
 
-Killed, it goes on where it was when it is given the same command again. On many GPUs or nodes, each makes a part, which one of
-them merges in the end. A model that does not fit in memory has its blocks read one at a time for so many images together:
+The same command continues an interrupted extraction. On several GPUs or nodes, each process makes a part, and one process merges
+the parts. --stream_layers is for a model that does not fit into memory: it reads one block at a time for many images together.
 
     python tools/extract_features.py --model models/xl --data shards/imagenet64 --precision bf16 --part 0/8 --out features/xl
     python tools/extract_features.py --merge 8 --out features/xl
@@ -39,7 +40,7 @@ say = partial(print, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Merges parts, or opens the shards and writes their features."""
+    """Merges parts, or extracts the features of the shards."""
     args = parse(argv)
     if args.merge:
         images = sum(about.n_images for about in merge_parts(args.out, args.merge).splits.values())
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def from_model(args: argparse.Namespace, shard_sets: Sequence[ShardSet]) -> None:
-    """Opens the model and extracts."""
+    """Extracts from the model of the command line."""
     device = pick_device(args.device)
     model, origin = open_model(args.model, shard_sets[0], args.untrained, blocks_elsewhere=bool(args.stream_layers))
     blocks = args.model / "model.safetensors" if args.stream_layers else None
@@ -73,29 +74,59 @@ def from_model(args: argparse.Namespace, shard_sets: Sequence[ShardSet]) -> None
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--model", type=Path, help="model dir; needed unless --pixels")
-    parser.add_argument("--untrained", type=int, metavar="SEED", help="fresh weights of this seed in the model's shape")
-    parser.add_argument("--pixels", action="store_true", help="the palette colours themselves, without a model")
-    parser.add_argument("--data", type=Path, help="shards to read; needed unless --merge")
-    parser.add_argument("--splits", nargs="+", default=["train", "val"], help="splits of the shards")
+    parser.add_argument("--model", type=Path, help="model dir; required without --pixels and --merge")
+    parser.add_argument(
+        "--untrained", type=int, metavar="SEED", help="use fresh weights, drawn with this random seed, in the shape of --model"
+    )
+    parser.add_argument(
+        "--pixels", action="store_true", help="write the palette colours of the images as features, without a model"
+    )
+    parser.add_argument("--data", type=Path, help="shard directory with the images; required without --merge")
+    parser.add_argument("--splits", nargs="+", default=["train", "val"], help="splits of --data to extract")
     parser.add_argument("--out", type=Path, required=True, help="feature directory to make")
-    parser.add_argument("--layers", type=int, nargs="+", help="layers 0..L; all when left out")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="after the layer norm, or before")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to extract, 0..n_layer (default: all)")
     parser.add_argument(
-        "--batch", type=int, default=32, help="images at a time; more than 32 are slower on a CPU, whose caches they overflow"
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="features to extract: normed, after the layer norm; raw, before it",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products and their weights")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the files")
     parser.add_argument(
-        "--mask_draws", type=int, nargs="+", default=[0], help="masks of each image, one number or one a split; 0: whole images"
+        "--batch",
+        type=int,
+        default=32,
+        help="images per forward pass; on a CPU more than 32 are slower, because they exceed the caches",
     )
-    parser.add_argument("--mask_seed", type=int, default=0, help="of the masks")
     parser.add_argument(
-        "--stream_layers", type=int, metavar="IMAGES", help="hold one block at a time, read anew for so many images together"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
     )
-    parser.add_argument("--part", type=part, default=WHOLE, metavar="I/N", help="this part of the images, for --merge N")
-    parser.add_argument("--merge", type=int, metavar="N", help="make --out of its N parts and remove them; needs no other flag")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="precision of the matrix products and their weights"
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="precision of the feature files")
+    parser.add_argument(
+        "--mask_draws",
+        type=int,
+        nargs="+",
+        default=[0],
+        help=("masks that each image is seen through, one number or one for each split; 0: whole images; bert models only"),
+    )
+    parser.add_argument("--mask_seed", type=int, default=0, help="random seed of the masks")
+    parser.add_argument(
+        "--stream_layers",
+        type=int,
+        metavar="IMAGES",
+        help=(
+            "hold one block in memory at a time and read it from its file once per this many images (default: hold all blocks)"
+        ),
+    )
+    parser.add_argument(
+        "--part", type=part, default=WHOLE, metavar="I/N", help="extract only part I of N of the images, I from 0 to N-1"
+    )
+    parser.add_argument(
+        "--merge", type=int, metavar="N", help="make --out of its N parts and remove the parts; needs no other flag"
+    )
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -110,7 +141,7 @@ def part(text: str) -> Part:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses flags that do not go together."""
+    """Refuses combinations of flags that have no meaning."""
     if args.merge is not None:
         if args.merge < 1:
             raise ValueError(f"--merge {args.merge} must be at least 1")

@@ -1,4 +1,4 @@
-"""Draws figures: of probe results, of training runs, of planned ones.
+"""Draws figures of probe results, training runs and plans.
 
     python tools/figures.py --out layers.png layers --results results.jsonl
     python tools/figures.py --out figure2.png datasets --results cifar10.jsonl cifar100.jsonl stl10.jsonl
@@ -11,10 +11,10 @@
     python tools/figures.py --out rates.png rates runs/sweep_ar/sweep.json runs/sweep_bert/sweep.json
     python tools/figures.py --out plan.png plan h100.json h200.json
 
-`layers` draws every series of one data set; `datasets` the paper's Figure 2; `loss` its Figure 3, from models that have both a
-probe and a likelihood (tools/evaluate.py --results); `objectives` its Figure 4. `confusion` and `neighbours` look into the best
-probe of the features' model, or `confusion` at what tools/evaluate_classifier.py counted. `training` draws runs over one
-another, by images seen; `rates` what tools/sweep_lr.py found; `plan` reads what `python -m igpt_ds.plan --table --json` printed.
+`layers` draws every series of one data set. `datasets`, `loss` and `objectives` draw the paper's Figures 2, 3 and 4; `loss` needs
+models with a probe and a likelihood (tools/evaluate.py --results). `confusion` and `neighbours` show the best probe of the model
+of --features; `confusion` also draws the counts of tools/evaluate_classifier.py. `training` draws the losses of runs against
+images seen. `rates` draws the results of tools/sweep_lr.py. `plan` draws the output of `python -m igpt_ds.plan --table --json`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.classification import read_confusion
 from igpt_ds.evaluate.features.files import open_features
-from igpt_ds.evaluate.neighbours import confusion, nearest
-from igpt_ds.evaluate.probes.linear import Settings
+from igpt_ds.evaluate.neighbours import nearest_images, probe_confusion
+from igpt_ds.evaluate.probes.linear import ProbeSettings
 from igpt_ds.evaluate.report import figures_paper
 from igpt_ds.evaluate.report.figures import layer_curve, plan_curve, rate_curve, training_curve
 from igpt_ds.evaluate.report.results import best_row, by_layer, experiment, read_all
@@ -40,7 +40,7 @@ from igpt_ds.evaluate.report.run_files import PlanRow, ReportedRun, read_curve, 
 from igpt_ds.train.run_dir import read_run
 from igpt_ds.train.sweep import read_sweep
 
-# What each figure reads, in words and as flags: those it needs, then those it may have besides --title and --out.
+# What each figure reads: in words, the flags that it needs, and the flags that it allows besides --title and --out.
 READS: dict[str, tuple[str, set[str], set[str]]] = {
     "layers": ("--results FILE and no run directories", {"results"}, {"dataset"}),
     "datasets": ("--results FILES and nothing else", {"results"}, set()),
@@ -60,7 +60,7 @@ FLAGS = ("runs", "results", "dataset", "features", "counts", "data", "kind", "qu
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws the one that is asked for."""
+    """Draws the chosen figure."""
     args = parse(argv)
     draw = {
         "layers": layers,
@@ -80,32 +80,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("figure", choices=tuple(READS), help="which figure")
-    parser.add_argument("runs", type=Path, nargs="*", help="training: run directories; rates, plan: files")
-    parser.add_argument("--results", type=Path, nargs="+", help="results.jsonl of one run or of several")
-    parser.add_argument("--dataset", help="the data set, by the name in the results, where they are of several")
-    parser.add_argument("--features", type=Path, help="confusion, neighbours: feature directory")
-    parser.add_argument("--counts", type=Path, help="confusion: what tools/evaluate_classifier.py --confusion wrote")
-    parser.add_argument("--data", type=Path, help="neighbours: the shards that the features are of")
-    parser.add_argument("--kind", help="confusion, neighbours: kind of features; the best of all kinds when left out")
-    parser.add_argument("--queries", type=int, help="neighbours: images to look from, 8 when left out")
-    parser.add_argument("--neighbours", type=int, help="neighbours: how many of each, 8 when left out")
-    parser.add_argument("--log", action="store_true", help="training: both axes logarithmic")
-    parser.add_argument("--title", help="above the figure; made from what is drawn when left out")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("figure", choices=tuple(READS), help="the figure to draw, see above")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="*",
+        help="training: run directories; rates: files of tools/sweep_lr.py; plan: files of igpt_ds.plan",
+    )
+    parser.add_argument("--results", type=Path, nargs="+", help="results.jsonl files to draw")
+    parser.add_argument("--dataset", help="data set to draw, by its name in the results; required if they have several")
+    parser.add_argument("--features", type=Path, help="confusion, neighbours: feature directory of the model")
+    parser.add_argument("--counts", type=Path, help="confusion: file of tools/evaluate_classifier.py --confusion")
+    parser.add_argument("--data", type=Path, help="neighbours: shard directory that the features were extracted from")
+    parser.add_argument("--kind", help="confusion, neighbours: kind of features (default: that of the best probe)")
+    parser.add_argument("--queries", type=int, help="neighbours: number of images whose neighbours are shown (default: 8)")
+    parser.add_argument("--neighbours", type=int, help="neighbours: training images per query (default: 8)")
+    parser.add_argument("--log", action="store_true", help="training: draw both axes logarithmically")
+    parser.add_argument("--title", help="title of the figure (default: made from the data)")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args(argv)
     words, needed, allowed = READS[args.figure]
     given = {name for name in FLAGS if getattr(args, name)}
     if args.figure == "confusion" and args.counts:
         needed, allowed = {"counts"}, set()
     if args.log and args.figure != "training":
-        raise ValueError(f"--log is for training; {args.figure} is drawn on axes of its own")
+        raise ValueError(f"--log is only for the figure training; omit it for {args.figure}")
     if args.title and args.figure == "neighbours":
-        raise ValueError("--title is drawn over axes, and neighbours has captions instead; leave it out")
+        raise ValueError("the figure neighbours has captions and no --title; omit it")
     if needed - given or given - needed - allowed:
         raise ValueError(f"{args.figure} reads {words}")
     if args.out.suffix.lower() != ".png":
-        raise ValueError(f"--out {args.out} does not end in .png, and every figure is a PNG")
+        raise ValueError(f"--out {args.out} must end in .png")
     return args
 
 
@@ -155,8 +160,8 @@ def confused(args: argparse.Namespace) -> None:
         return
     row = best_probe(args)
     train, evaluated = (open_features(args.features, split) for split in (row.train_split, row.eval_split))
-    settings = Settings((row.C,), tol=row.tol, seed=row.seed, precision=row.precision)
-    counts = confusion(train, evaluated, row, settings)
+    settings = ProbeSettings((row.C,), tol=row.tol, seed=row.seed, precision=row.precision)
+    counts = probe_confusion(train, evaluated, row, settings)
     percent = 100 * np.trace(counts) / counts.sum()
     title = f"{row.dataset} {row.eval_split}, layer {row.layer} {row.features}: {percent:.1f} % right"
     figures_paper.confusion_matrix(counts, train.classes, args.out, args.title or title)
@@ -168,11 +173,13 @@ def neighbours(args: argparse.Namespace) -> None:
     sides = [(open_features(args.features, split), ShardSet(args.data, split)) for split in (row.train_split, row.eval_split)]
     for features, shards in sides:
         if features.dataset_hash != shards.dataset_hash:
-            raise ValueError(f"{args.features} is not of the images in {args.data}; name the shards it was extracted from")
+            raise ValueError(
+                f"{args.features} does not hold features of the images in {args.data}; give the shards that it was extracted from"
+            )
     (train, train_shards), (evaluated, shards) = sides
     Q = min(args.queries or 8, shards.n_images)
     queries = np.arange(Q) * shards.n_images // Q
-    found = nearest(train, evaluated, queries, row.layer, row.features, args.neighbours or 8)
+    found = nearest_images(train, evaluated, queries, row.layer, row.features, args.neighbours or 8)
     pictures, captions = [], []
     for query, ids in zip(queries, found, strict=True):
         grids = np.concatenate([shards.tokens(np.array([query])), train_shards.tokens(ids)])
@@ -189,7 +196,7 @@ def training(args: argparse.Namespace) -> None:
     }
     if len(set(vocabularies.values())) > 1:
         sizes = ", ".join(f"{run_dir} {n_vocab}" for run_dir, n_vocab in vocabularies.items())
-        raise ValueError(f"losses over palettes of different sizes do not compare ({sizes}); draw them apart")
+        raise ValueError(f"losses over palettes of different sizes do not compare ({sizes}); draw one figure for each")
     names = [run_dir.resolve().name for run_dir in args.runs]
     if len(set(names)) < len(names):
         names = [str(run_dir) for run_dir in args.runs]
@@ -199,11 +206,11 @@ def training(args: argparse.Namespace) -> None:
 
 
 def rates(args: argparse.Namespace) -> None:
-    """What each learning rate led to."""
+    """The results of each learning rate."""
     sweeps = {path: read_sweep(path) for path in args.runs}
     measured = sorted({words for _, words in sweeps.values()})
     if len(measured) > 1:
-        raise ValueError(f"sweeps that measured {' and '.join(measured)} share no axis; draw them apart")
+        raise ValueError(f"sweeps of {' and '.join(measured)} do not share an axis; draw one figure for each")
     names = [path.resolve().parent.name if path.stem == "sweep" else path.stem for path in sweeps]
     if len(set(names)) < len(names):
         names = [str(path) for path in sweeps]

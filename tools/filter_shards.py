@@ -1,11 +1,11 @@
-"""Keeps the candidate images that look most like a reference set to our own model, as new shards.
+"""Writes new shards with the candidate images that are most similar to a reference set, by the features of our own model.
 
     python tools/filter_shards.py --model models/s --reference shards/in32 --candidates shards/web --keep 0.1 --out shards/web_in
 
 The paper trains its largest model on web images "filtered to be similar to ImageNet" and does not say how. Here a logistic
-classifier on mean-pooled features of one layer tells reference from candidates; candidates with the highest log odds are kept,
-none scored by a classifier that was fitted on it. Beside OUT stands OUT_report: report.json, scores.npy (float32, one a
-candidate), histogram.png and sheet.png (above kept images, below dropped ones, each from high to low score).
+classifier on mean-pooled features of one layer separates reference images from candidates. The candidates with the highest log
+odds are kept; no image is scored by a classifier that was fitted on it. OUT_report beside OUT has report.json, scores.npy
+(float32, one per candidate), histogram.png and sheet.png (kept images above dropped images, each from high to low score).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from igpt_ds import cli
 from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.build import copy_images
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.domain import Domain, Reader, fit_domain, keep_best, n_to_keep
+from igpt_ds.evaluate.domain import Domain, FeatureReader, fit_domain, keep_best, n_to_keep
 from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.evaluate.features.network import PRECISIONS, check_layers, open_model, pick_device
 from igpt_ds.evaluate.report.figures import score_histogram
 from igpt_ds.files import atomic_dir, write_json
 
-COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows each of kept and dropped ones, screen pixels of an image's side
-DRAWN = 10_000  # kept and dropped ones each, among which the sheet's images are spread evenly by score
+COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows of kept and of dropped images, screen pixels of an image's side
+DRAWN = 10_000  # kept and dropped images each; the sheet shows some of them, evenly spread by score
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class FitReport:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Opens everything, fits, scores every candidate, writes report and shards."""
+    """Fits, scores every candidate, writes report and shards."""
     args = parse(argv)
     reference, candidates = ShardSet(args.reference, args.reference_split), ShardSet(args.candidates, args.candidates_split)
     check(reference, candidates, args.out)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, origin = open_model(args.model, reference)
         deepest = model.config.n_layer
         layer = deepest // 2 if args.layer is None else check_layers([args.layer], deepest)[0]
-        read = Reader(model, layer, args.batch, pick_device(args.device), args.precision)
+        read = FeatureReader(model, layer, args.batch, pick_device(args.device), args.precision)
         domain = fit_domain(read, reference, candidates, fit_images=args.fit_images, seed=args.seed)
         say_how_well(domain, layer, deepest)
         start = time.perf_counter()
@@ -101,19 +101,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--model", type=Path, required=True, help="model dir")
-    parser.add_argument("--reference", type=Path, required=True, help="shards of what the candidates should look like")
-    parser.add_argument("--candidates", type=Path, required=True, help="shards to choose from")
+    parser.add_argument(
+        "--reference", type=Path, required=True, help="shard directory of images that the candidates should resemble"
+    )
+    parser.add_argument("--candidates", type=Path, required=True, help="shard directory to choose from")
     parser.add_argument("--reference_split", default="train", help="split of --reference")
     parser.add_argument("--candidates_split", default="train", help="split of --candidates")
-    parser.add_argument("--keep", type=float, required=True, help="fraction of the candidates to keep")
+    parser.add_argument("--keep", type=float, required=True, help="share of the candidates to keep, above 0 and at most 1")
     parser.add_argument("--out", type=Path, required=True, help="shard directory to write")
-    parser.add_argument("--report", type=Path, help="directory for report, scores and pictures; OUT_report when left out")
-    parser.add_argument("--layer", type=int, help="layer whose features are read; the middle one when left out")
+    parser.add_argument("--report", type=Path, help="directory for report, scores and pictures (default: OUT_report)")
+    parser.add_argument("--layer", type=int, help="layer whose features are used (default: the middle layer)")
     parser.add_argument("--fit_images", type=int, default=10_000, help="images of each set that the classifier is fitted on")
-    parser.add_argument("--seed", type=int, default=0, help="draws the images of the fit, the folds, the sheet")
-    parser.add_argument("--batch", type=int, default=32, help="images in a forward pass")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the fitted images, the folds and the sheet")
+    parser.add_argument("--batch", type=int, default=32, help="images per forward pass")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the matrix products")
     args = parser.parse_args(argv)
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch} must be at least 1")
@@ -124,26 +128,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(reference: ShardSet, candidates: ShardSet, out: Path) -> None:
-    """Refuses what would fail, or mean nothing, after hours of scoring."""
+    """Refuses bad input before hours of scoring."""
     if out.exists():
         raise ValueError(f"{out} exists already; choose another name or remove it")
     if reference.dataset_hash == candidates.dataset_hash:
         raise ValueError(f"{reference.path} and {candidates.path} hold the same images; name two different sets")
     if (reference.n_px, reference.palette_hash) != (candidates.n_px, candidates.palette_hash):
         sides = " and ".join(f"{s.path} ({s.n_px}x{s.n_px}, palette {s.palette_hash[:8]})" for s in (reference, candidates))
-        raise ValueError(f"{sides} are not read by one model; make both with its n_px and palette.npy")
+        raise ValueError(f"{sides} do not fit one model; make both with the n_px and palette.npy of --model")
 
 
 def say_how_well(domain: Domain, layer: int, deepest: int) -> None:
-    """One line on the classifiers, before the long part begins."""
+    """Prints one line on the classifiers before the scoring."""
     fitted = f"{domain.n_fit} images of each set, layer {layer} of 0..{deepest}, C {domain.C:g}"
-    print(f"{fitted}: AUC {domain.auc:.4f}, accuracy {100 * domain.accuracy:.2f} % on images not fitted on", flush=True)
+    print(f"{fitted}: AUC {domain.auc:.4f}, accuracy {100 * domain.accuracy:.2f} % on images that were not fitted", flush=True)
     if not domain.converged:
         print("warning: a fit has not converged; its scores still order the candidates", file=sys.stderr)
 
 
-def score_all(path: Path, read: Reader, domain: Domain, candidates: ShardSet) -> np.ndarray:
-    """Writes one score a candidate as .npy, float32 [N], batch by batch; returns the memory map."""
+def score_all(path: Path, read: FeatureReader, domain: Domain, candidates: ShardSet) -> np.ndarray:
+    """Writes one score per candidate as .npy, float32 [N]; returns the memory map."""
     scores = np.lib.format.open_memmap(path, "w+", np.dtype("<f4"), (candidates.n_images,))
     with tqdm(total=candidates.n_images, unit=" images", desc="scores", leave=False, disable=None) as bar:
         for start in range(0, candidates.n_images, 1 << 16):
@@ -154,7 +158,7 @@ def score_all(path: Path, read: Reader, domain: Domain, candidates: ShardSet) ->
     return scores
 
 
-def fit_report(reference: ShardSet, candidates: ShardSet, origin: Origin, domain: Domain, read: Reader) -> FitReport:
+def fit_report(reference: ShardSet, candidates: ShardSet, origin: Origin, domain: Domain, read: FeatureReader) -> FitReport:
     """What the classifiers are of, and how well they tell the two sets."""
     return FitReport(
         reference=FilteredSet.of(reference),
@@ -173,7 +177,7 @@ def fit_report(reference: ShardSet, candidates: ShardSet, origin: Origin, domain
 
 
 def sheet(path: Path, candidates: ShardSet, scores: np.ndarray, kept: np.ndarray, seed: int) -> None:
-    """Draws kept images above dropped ones; where none is dropped, kept ones alone."""
+    """Draws kept images above dropped images."""
     random = np.random.default_rng(seed)
     is_kept = np.zeros(len(scores), dtype=bool)
     is_kept[kept] = True
@@ -183,7 +187,7 @@ def sheet(path: Path, candidates: ShardSet, scores: np.ndarray, kept: np.ndarray
             drawn = random.choice(group, min(DRAWN, len(group)), replace=False)
             ranked = drawn[np.lexsort((drawn, -scores[drawn]))]
             n = min(COLUMNS * ROWS, len(ranked))
-            n = n // COLUMNS * COLUMNS or n  # whole rows, so that the dropped ones begin a new one
+            n = n // COLUMNS * COLUMNS or n  # whole rows, so that the dropped images begin a new row
             shown.append(ranked[np.arange(n) * len(ranked) // n])
             words += [word] * n
     ids = np.concatenate(shown)

@@ -1,7 +1,7 @@
 """Fits a palette to the pixels of a source by k-means (paper 3.2) and writes it as .npy, float32 [n_colors, 3] in [-1, 1].
 
-Only the source's train images count, each cut and resized as the shards will be when --n_px is given. Beside the palette
-stands its report, palette.json for palette.npy: hash, inertia, PSNR and what it was fitted to.
+It reads only the train images of the source. With --n_px each image is cropped and resized as for the shards. A report beside the
+palette (palette.json for palette.npy) has the hash, the inertia, the PSNR and the fitted images.
 
     python tools/fit_palette.py --source cifar10:cifar-10-batches-py --n_px 32 --n_colors 512 --out palette.npy
 """
@@ -32,12 +32,12 @@ from igpt_ds.data.shards.build import DEFAULT_MAX_BAD
 from igpt_ds.data.sources import Entry, open_source
 from igpt_ds.data.workers import process_pool
 
-_BATCH = 64  # images a worker is given at a time
+_BATCH = 64  # images per job of a worker
 _SWATCH_COLUMNS, _N_PREVIEW, _PREVIEW_PX = 32, 12, 64
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Counts colours, clusters them, writes the palette and its pictures, prints what it is worth."""
+    """Counts and clusters colours, writes the palette and its pictures, prints its quality."""
     args = _arguments(argv)
     source = open_source(args.source)
     entries = _chosen(source.entries(), args.max_images, args.seed)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             bar.update(n + len(errors))
     if n_bad > args.max_bad * (n_images + n_bad):
         raise ValueError(
-            f"{n_bad} of {n_images + n_bad} images are unreadable, more than --max_bad {args.max_bad:g}; the first: {worst}"
+            f"{n_bad} of {n_images + n_bad} images are unreadable, more than --max_bad {args.max_bad:g}; first error: {worst}"
         )
     if not n_images:
         raise ValueError(f"source {args.source} lists no train images to fit a palette to")
@@ -77,21 +77,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--source", required=True, help="such as cifar10:PATH, imagenet:DIR, imagefolder:DIR or digits:")
-    parser.add_argument("--out", type=Path, required=True, help="the palette file, .npy")
-    parser.add_argument("--n_colors", type=int, default=512, help="colours of the palette, the model's n_vocab")
-    parser.add_argument("--n_px", type=int, help="make the images n_px x n_px first; as they are when left out")
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="images to fit, as KIND:WHERE: cifar10:PATH, imagenet:DIR, imagefolder:DIR, digits: and others",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="palette file to write, .npy")
+    parser.add_argument("--n_colors", type=int, default=512, help="number of colours, the model's n_vocab")
+    parser.add_argument("--n_px", type=int, help="resize images to n_px x n_px before fitting (default: original size)")
     parser.add_argument("--crop", choices=CROPS, default="none", help="how an image becomes a square (paper 3.1)")
     parser.add_argument("--filter", choices=FILTERS, default=DEFAULT_FILTER, help="resizing filter")
-    parser.add_argument("--max_images", type=int, help="read at most this many images, chosen by a hash of their keys; else all")
-    parser.add_argument("--max_pixels", type=int, default=1_000_000, help="cluster at most this many pixels, drawn from all")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the chosen images and pixels, of random crops, of the first centres"
+        "--max_images", type=int, help="largest number of images to read, chosen by a hash of their keys (default: all)"
     )
-    parser.add_argument("--max_bad", type=float, default=DEFAULT_MAX_BAD, help="fraction of images that may be unreadable")
+    parser.add_argument(
+        "--max_pixels", type=int, default=1_000_000, help="largest number of pixels to cluster, drawn from all images"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the chosen images and pixels, the random crops and the first centres"
+    )
+    parser.add_argument("--max_bad", type=float, default=DEFAULT_MAX_BAD, help="largest share of images that may be unreadable")
     parser.add_argument("--workers", type=int, default=1, help="processes that read images")
-    parser.add_argument("--swatch", type=Path, help="also write the colours in their order as this PNG")
-    parser.add_argument("--preview", type=Path, help="also write some images before and after as this PNG")
+    parser.add_argument("--swatch", type=Path, help="PNG of the colours in their order (default: none)")
+    parser.add_argument("--preview", type=Path, help="PNG of some images before and after (default: none)")
     args = parser.parse_args(argv)
     for taken in (args.out, report_path(args.out)):
         if taken.exists():
@@ -126,11 +134,11 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         yield batch
 
 
-_opened = lru_cache(maxsize=1)(open_source)  # once a process: archives are slow to open
+_opened = lru_cache(maxsize=1)(open_source)  # once per process: archives are slow to open
 
 
 def _read(name: str, entries: list[Entry], n_px: int | None, crop: str, resize_filter: str, seed: int) -> Iterator[Any]:
-    """Each image as uint8 [h, w, 3], or the ValueError that says why it cannot be read."""
+    """Each image as uint8 [h, w, 3], or the ValueError with the reason why it is unreadable."""
     for entry, result in zip(entries, _opened(name).read(entries), strict=True):
         try:
             if isinstance(result, ValueError):
@@ -145,7 +153,7 @@ def _read(name: str, entries: list[Entry], n_px: int | None, crop: str, resize_f
 
 
 def _count(job: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray, int, list[str]]:
-    """In a worker: the colour codes of a batch of images, how often each occurs, the number of images, what went wrong."""
+    """In a worker: the colour codes of a batch of images, their counts, the number of images, the errors."""
     images = list(_read(*job))
     errors = [str(image) for image in images if isinstance(image, ValueError)]
     codes = [color_codes(image).ravel() for image in images if not isinstance(image, ValueError)]
@@ -171,7 +179,7 @@ def _in_order(pool: Executor, function: Callable[[Any], Any], jobs: Iterator[Any
 
 
 def _preview(args: argparse.Namespace, name: str, palette: Palette) -> None:
-    """Pairs of an image and what the palette leaves of it."""
+    """Draws pairs: an image, and the same image in the colours of the palette."""
     n_px = args.n_px or _PREVIEW_PX
     entries = list(_chosen(_opened(name).entries(), _N_PREVIEW, args.seed))
     images, captions = [], []

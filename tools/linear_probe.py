@@ -1,17 +1,17 @@
-"""Linear probes: how much a linear classifier reads out of each layer's features.
+"""Fits linear probes: linear classifiers on the features of each layer.
 
     python tools/linear_probe.py --features features/s features/untrained features/pixels --out results.jsonl
     python tools/linear_probe.py --protocol low_data --features features/s --kinds normed --out results.jsonl
 
-Rows go to results.jsonl; one that was measured before is replaced. Penalty and layer are chosen on a tenth of the training
-images; the accuracy is that on --eval_split. The protocols:
+Rows are added to results.jsonl; a new row replaces an older row of the same measurement. A tenth of the training images chooses
+the penalty and the layer. The reported accuracy is that on --eval_split. The protocols:
 
-    every_layer every layer by itself, a row each; the best is chosen when rows are read (paper 4.1)
+    every_layer one probe and one row for each layer; tables and figures choose the best (paper 4.1)
     concat      the features of five layers around the best one, side by side (paper 4.4)
     low_data    the best layer with 40, 250 and 4000 labels, on five balanced subsets each: mean and deviation (paper 4.7)
-    mask_vote   the best layer of a bert model: the modal prediction over five masks of each image (paper 4.6)
+    mask_vote   the best layer of a bert model: the most frequent prediction over five masks of each image (paper 4.6)
 
-All but the first look for the best layer themselves, among --layers; a single one is taken as it is.
+All protocols except every_layer search the best layer among --layers. If --layers names one layer, they use it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from igpt_ds import cli
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.network import KINDS, pick_device
 from igpt_ds.evaluate.probes import variants
-from igpt_ds.evaluate.probes.linear import C_GRID, PRECISIONS, Probe, Settings, linear_probe
+from igpt_ds.evaluate.probes.linear import C_GRID, PROBE_DTYPES, Probe, ProbeSettings, linear_probe
 from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.evaluate.report.tables import markdown_table
@@ -37,10 +37,12 @@ say = partial(print, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Opens everything, probes, prints the table of best layers."""
+    """Probes and prints the table of best layers."""
     args = parse(argv)
-    read_results(args.out)  # a damaged file is found now and not after the first probe
-    settings = Settings.of(args.C_grid, tol=args.tol, seed=args.seed, device=pick_device(args.device), precision=args.precision)
+    read_results(args.out)  # finds a damaged file before the first probe
+    settings = ProbeSettings.of(
+        args.C_grid, tol=args.tol, seed=args.seed, device=pick_device(args.device), precision=args.precision
+    )
     sets = [(open_features(path, args.train_split), open_features(path, args.eval_split)) for path in args.features]
     work = [(train, evaluated, kind, layers) for train, evaluated in sets for kind, layers in asked(train, args)]
     protocol: Callable[..., Results] = {
@@ -63,24 +65,41 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--features", type=Path, nargs="+", required=True, help="feature directories")
-    parser.add_argument("--out", type=Path, required=True, help="results.jsonl to add to")
+    parser.add_argument("--features", type=Path, nargs="+", required=True, help="feature directories to probe")
+    parser.add_argument("--out", type=Path, required=True, help="results.jsonl to add rows to")
     parser.add_argument(
-        "--protocol", choices=("every_layer", "concat", "low_data", "mask_vote"), default="every_layer", help="see above"
+        "--protocol",
+        choices=("every_layer", "concat", "low_data", "mask_vote"),
+        default="every_layer",
+        help="what is probed, see above",
     )
-    parser.add_argument("--layers", type=int, nargs="+", help="layers to probe; all when left out")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds to probe; all when left out")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to probe (default: all)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of features to probe (default: all in --features)")
     parser.add_argument("--train_split", default="train", help="split to fit on")
     parser.add_argument("--eval_split", default="val", help="split whose accuracy is reported")
-    parser.add_argument("--C_grid", type=float, nargs="+", default=C_GRID, help="scikit-learn's C, inverse penalties to try")
-    parser.add_argument("--tol", type=float, default=1e-6, help="largest entry of the gradient of objective / (C N) at the end")
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out tenth, of subsets and of broken ties")
-    parser.add_argument("--max_train", type=int, help="every_layer: fit on that many images only, classes in proportion")
-    parser.add_argument("--n_labels", type=int, nargs="+", default=variants.LABELS, help="low_data: labels of a subset")
-    parser.add_argument("--subsets", type=int, default=variants.SUBSETS, help="low_data: random subsets; one has no deviation")
-    parser.add_argument("--n_masks", type=int, default=variants.N_MASKS, help="mask_vote: masks that vote")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the features in memory")
+    parser.add_argument(
+        "--C_grid",
+        type=float,
+        nargs="+",
+        default=C_GRID,
+        help="inverse penalties to try, as scikit-learn's C for standardised features",
+    )
+    parser.add_argument(
+        "--tol", type=float, default=1e-6, help="a fit ends when no entry of the gradient of objective / (C N) exceeds this"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the held-out tenth, the subsets and broken ties")
+    parser.add_argument(
+        "--max_train", type=int, help="every_layer: fit on this many training images, classes in proportion (default: all)"
+    )
+    parser.add_argument(
+        "--n_labels", type=int, nargs="+", default=variants.LABELS, help="low_data: labels per subset, one result for each number"
+    )
+    parser.add_argument("--subsets", type=int, default=variants.SUBSETS, help="low_data: random subsets per number of labels")
+    parser.add_argument("--n_masks", type=int, default=variants.N_MASKS, help="mask_vote: masks per image that vote")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
+    )
+    parser.add_argument("--precision", choices=list(PROBE_DTYPES), default="fp32", help="precision of the features in memory")
     args = parser.parse_args(argv)
     if args.max_train is not None and args.protocol != "every_layer":
         raise ValueError(f"--max_train belongs to --protocol every_layer, not {args.protocol}; leave it out")
@@ -91,18 +110,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[str, list[int]]]:
-    """The kinds and layers to probe. Pixels stand outside: they have one layer of one kind, which is always probed."""
+    """The kinds and layers to probe. Pixels have one layer of one kind, which is always probed."""
     if features.kinds == ["pixels"]:
         return [("pixels", features.layers)]
     pairs = [(kind, args.layers or features.layers) for kind in args.kinds or features.kinds]
     for kind, layers in pairs:
         for layer in layers:
-            features.layer(layer, kind)  # whatever is missing or torn is found before the first probe
+            features.layer(layer, kind)  # finds missing and torn files before the first probe
     return pairs
 
 
 def every_layer(
-    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: Settings
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: ProbeSettings
 ) -> Results:
     """A probe for each layer."""
     for layer in layers:
@@ -110,20 +129,20 @@ def every_layer(
 
 
 def concat(
-    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: Settings
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: ProbeSettings
 ) -> Results:
     """One probe of five layers."""
-    variants.window(train.layers, layers[0])  # too few layers are noticed before any is searched
+    variants.window(train.layers, layers[0])  # refuses too few layers before the search
     layer = variants.best_layer(train, layers, kind, settings, say)
     yield variants.concat(train, evaluated, layer, kind, settings)
 
 
 def low_data(
-    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: Settings
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: ProbeSettings
 ) -> Results:
-    """A result for each number of labels. The layer is the best for all labels, which the row says."""
+    """A result for each number of labels. The layer is the best one for all labels."""
     for n_labels in args.n_labels:
-        variants.balanced_subset(train, n_labels, settings.seed, 0)  # the same, for labels
+        variants.balanced_subset(train, n_labels, settings.seed, 0)  # refuses too few labels before the search
     layer = variants.best_layer(train, layers, kind, settings, say)
     chosen_by = "name" if len(layers) == 1 else "held-out tenth of all labels"
     for n_labels in args.n_labels:
@@ -132,7 +151,7 @@ def low_data(
 
 
 def mask_vote(
-    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: Settings
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: ProbeSettings
 ) -> Results:
     """One probe, and the vote over its masks."""
     variants.check_masks(train, evaluated, args.n_masks)
@@ -141,7 +160,7 @@ def mask_vote(
 
 
 def report(row: ProbeRow, train: FeatureSet) -> None:
-    """One line on a result, and a warning where it needs a second look."""
+    """Prints one line on a result, and a warning if the grid or the convergence is insufficient."""
     layers = "+".join(map(str, row.layers or [row.layer]))
     what = f"{train.path} layer {layers} {row.features}"
     accuracy = f"{row.eval_split} {100 * row.accuracy:.2f} %"

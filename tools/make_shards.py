@@ -1,11 +1,11 @@
-"""Makes token shards of a source: every image becomes n_px x n_px, every pixel the nearest colour of the palette.
+"""Makes token shards: every image becomes n_px x n_px pixels, every pixel becomes the nearest colour of the palette.
 
     python tools/make_shards.py --source cifar10:cifar-10-python.tar.gz --palette palette.npy --n_px 32 --out shards/cifar10_32
     python tools/make_shards.py --source imagenet:ILSVRC2012 --crop random --palette palette.npy --n_px 64 --out shards/in64
 
-Sources: digits:, imagefolder:DIR, imagenet:DIR, cifar10:PATH, cifar100:PATH, stl10:PATH, webdataset:TARS. Images are made in
-OUT.making and become OUT when all are there; the same command goes on after an interruption. Many machines share the work by
-`--stage list` once, then `--stage write --part 0/16` to `15/16`, then `--stage merge`, with the other flags the same.
+Sources: digits:, imagefolder:DIR, imagenet:DIR, cifar10:PATH, cifar100:PATH, stl10:PATH, webdataset:TARS. The tool writes
+OUT.making and renames it to OUT when all shards exist. The same command continues after an interruption. To share the work among
+machines, run `--stage list` once, then `--stage write --part 0/16` to `15/16`, then `--stage merge`, with the same other flags.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STAGES = ("all", "list", "write", "merge")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Lists, writes, merges, as far as asked; prints what is there."""
+    """Runs the stages of --stage and prints the result."""
     parser = cli.parser(__doc__ or "")
     add_flags(parser)
     args = parser.parse_args(argv)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_work(args.part, args.workers, args.max_bad)
     if args.stage in ("write", "merge") and not (making(args.out) / "plan").is_dir():
-        raise ValueError(f"nothing was listed for {args.out}; begin with --stage list")
+        raise ValueError(f"{args.out} has no list of images; run --stage list before {args.stage}")
     source, palette, start = open_source(args.source), load_palette(args.palette), time.perf_counter()
     options = ShardOptions(args.n_px, args.val_fraction, args.images_per_shard, args.seed, args.filter, args.crop, args.views)
     plan = list_images(args.out, source, palette, options.settings(source, palette))
@@ -57,22 +57,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this tool."""
-    parser.add_argument("--source", required=True, help="KIND:WHERE, see above")
-    parser.add_argument("--palette", type=Path, required=True, help="the palette file, .npy")
-    parser.add_argument("--n_px", type=int, required=True, help="side of the square images")
-    parser.add_argument("--out", type=Path, required=True, help="the dataset directory, new or empty")
-    parser.add_argument("--name", help="what tables and figures call these images; the name of --out when left out")
-    what = (
-        "of the training images, for validation; 0 makes no such split; when left out 0.04 of imagenet, 0.1 of others (paper 3.1)"
-    )
+    parser.add_argument("--source", required=True, help="images to read, as KIND:WHERE, see above")
+    parser.add_argument("--palette", type=Path, required=True, help="palette file, .npy")
+    parser.add_argument("--n_px", type=int, required=True, help="side of the square images in pixels")
+    parser.add_argument("--out", type=Path, required=True, help="dataset directory to make, new or empty")
+    parser.add_argument("--name", help="name of the images in tables and figures (default: the name of --out)")
+    what = "share of the training images for validation; 0: no validation split (default: imagenet 0.04, others 0.1; paper 3.1)"
     parser.add_argument("--val_fraction", type=float, help=what)
     parser.add_argument("--crop", choices=CROPS, default="none", help=CROP_HELP)
     parser.add_argument("--views", type=int, default=1, help="random crops of each training image")
     parser.add_argument("--filter", choices=list(FILTERS), default=DEFAULT_FILTER, help="resizing filter")
     parser.add_argument("--images_per_shard", type=int, default=IMAGES_PER_SHARD, help="images in one tar file")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and the random crops")
-    parser.add_argument("--max_bad", type=float, default=DEFAULT_MAX_BAD, help="fraction of images that may be unreadable")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the validation split and the random crops")
+    parser.add_argument("--max_bad", type=float, default=DEFAULT_MAX_BAD, help="largest share of images that may be unreadable")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes that make images")
     parser.add_argument("--stage", choices=STAGES, default="all", help="what to do now")
     parser.add_argument("--part", type=part, default=WHOLE, metavar="I/N", help="with --stage write: this part of the shards")
 

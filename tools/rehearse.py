@@ -1,11 +1,11 @@
-"""Rehearses interruptions: the same run twice, left alone and killed at random moments, must end in the same weights.
+"""Rehearses interruptions: an undisturbed run and a run that is killed at random moments must end with the same weights.
 
     python tools/rehearse.py --out runs/rehearsal -- deepspeed train.py --recipe digits_nano_ar_8 --data shards --save_every 50
 
-What stands behind `--` is a training command without --run_dir and --resume. Its run is interrupted by kill -9 of one rank,
-kill -9 of all, or USR1, in turn, at moments drawn from --seed, and started again each time. Exit 1 where losses or weights
-differ, or where a start found no checkpoint to go on from. On a CPU in fp32 they are the same to the bit; on GPUs some kernels
-are not, and --tolerance says how far a loss may lie.
+After `--` follows a training command without --run_dir and --resume. Its run is interrupted in turn by kill -9 of one rank, kill
+-9 of all ranks, and USR1, at moments drawn with --seed, and restarted each time. Exit status: 0 if losses and weights agree, 1 if
+they differ or if a start finds no checkpoint. On a CPU in fp32 they are bit-equal. Some GPU kernels are not deterministic, so
+--tolerance allows a difference of the losses.
 """
 
 from __future__ import annotations
@@ -71,9 +71,11 @@ def parse(words: list[str]) -> Any:
     ours, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--out", type=Path, required=True, help="directory for both runs")
-    parser.add_argument("--kills", type=int, default=5, help="how often to interrupt")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="nats by which a loss may differ; 0: not at all")
+    parser.add_argument("--kills", type=int, default=5, help="number of interruptions")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments and the ranks")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest difference of a loss in nats that counts as equal; 0: bit-equal"
+    )
     args = parser.parse_args(ours)
     if not command:
         raise ValueError("no training command: write it after ` -- `, as in `-- deepspeed --num_gpus 2 train.py ...`")

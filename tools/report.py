@@ -1,10 +1,9 @@
-"""Writes one HTML page about one run: configuration, curves, tables, pictures, all inside one file that needs no network.
+"""Writes one HTML page about one run: configuration, curves, tables and pictures in one file that needs no network.
 
     python tools/report.py --run_dir runs/s --out runs/s/report.html
     python tools/report.py --run_dir runs/s --results runs/s/results.jsonl --paper 1 4 5 --out report.html
 
-Results are those of RUN_DIR/results.jsonl where --results is left out, pictures the PNG files of RUN_DIR that this page does not
-draw itself.
+Without --results the page shows RUN_DIR/results.jsonl. Without --pictures it shows the PNG files of RUN_DIR, except its curves.
 """
 
 from __future__ import annotations
@@ -48,23 +47,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--run_dir", type=Path, required=True, help="the run")
-    parser.add_argument("--results", type=Path, nargs="+", help="result files; RUN_DIR/results.jsonl when left out")
-    parser.add_argument("--pictures", type=Path, nargs="*", help="PNG files to show; those of RUN_DIR when left out")
-    parser.add_argument("--paper", type=int, nargs="+", choices=sorted(TITLES), help="tables of the paper to show with ours")
-    parser.add_argument("--title", help="of the page; the run's name when left out")
+    parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
+    parser.add_argument("--results", type=Path, nargs="+", help="results.jsonl files (default: RUN_DIR/results.jsonl)")
+    parser.add_argument("--pictures", type=Path, nargs="*", help="PNG files to show (default: those in RUN_DIR)")
+    parser.add_argument(
+        "--paper",
+        type=int,
+        nargs="+",
+        choices=sorted(TITLES),
+        help="numbers of the paper's tables to show with our rows (default: none)",
+    )
+    parser.add_argument("--title", help="title of the page (default: the name of the run)")
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out {args.out} would hold HTML; give it a name that ends in .html")
+        raise ValueError(f"--out {args.out} must end in .html or .htm")
     for picture in args.pictures or []:
         if not picture.is_file():
-            raise ValueError(f"--pictures {picture} does not exist; make it first, or leave it out")
+            raise ValueError(f"--pictures {picture} does not exist; name an existing PNG file")
     return args
 
 
 def curves(scratch: Path, name: str, n_vocab: int, training: list[CurveRow], results: list[Row]) -> list[tuple[str, Path]]:
-    """The figures that there are rows for: captions and files."""
+    """Draws each figure that has rows: captions and files."""
     found = []
     if any(row.loss is not None or row.val_loss is not None for row in training):
         training_curve({name: training}, n_vocab, scratch / "training.png", "Loss")

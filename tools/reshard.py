@@ -1,10 +1,10 @@
-"""Divides a checkpoint for another number of ranks, bit for bit, one block in memory at a time.
+"""Writes a checkpoint again for another number of ranks, bit for bit, with one block in memory at a time.
 
     python tools/reshard.py --run_dir runs/s --ranks 16
     python tools/reshard.py --checkpoint runs/s/checkpoints/step-00100000 --ranks 16 --out elsewhere/step-00100000
 
-A resumed run does this by itself. This tool is for doing it beforehand, on a machine without GPUs: without --out the result
-takes the old checkpoint's place, once it is whole. Needs no DeepSpeed and no process group.
+A resumed run does this itself; the tool does it in advance on a machine without GPUs. Without --out the new checkpoint replaces
+the old one when it is complete. It needs no DeepSpeed and no process group.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Checks the checkpoint's files, writes those of the new ranks, marks them as complete."""
     parser = cli.parser(__doc__ or "")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run_dir", type=Path, help="directory of the run, whose newest complete checkpoint is taken")
-    what.add_argument("--checkpoint", type=Path, help="the checkpoint")
-    parser.add_argument("--step", type=int, help="with --run_dir: which checkpoint")
-    parser.add_argument("--ranks", type=int, required=True, help="how many ranks it is for")
+    what.add_argument("--run_dir", type=Path, help="run directory, whose newest complete checkpoint is resharded")
+    what.add_argument("--checkpoint", type=Path, help="checkpoint directory to reshard")
+    parser.add_argument("--step", type=int, help="with --run_dir: step of the checkpoint (default: the newest)")
+    parser.add_argument("--ranks", type=int, required=True, help="number of ranks of the new checkpoint")
     parser.add_argument(
-        "--sub_group_size", type=int, help="zero_optimization.sub_group_size of the new run; the same when left out"
+        "--sub_group_size", type=int, help="zero_optimization.sub_group_size of the new run (default: that of the checkpoint)"
     )
-    parser.add_argument("--out", type=Path, help="the checkpoint to make; the old one's place when left out")
+    parser.add_argument("--out", type=Path, help="checkpoint directory to write (default: replace the old checkpoint)")
     args = parser.parse_args(argv)
     for name in ("ranks", "sub_group_size"):
         value = getattr(args, name)

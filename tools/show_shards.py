@@ -1,9 +1,9 @@
-"""Draws images of a shard directory as one PNG, each with its id and its class below: what the model really sees.
+"""Draws images of a shard directory as one PNG, each with its id and class: the images that the model sees.
 
     python tools/show_shards.py --data shards/cifar10_32 --split val --out sheet.png
 
-Images are decoded through the palette. They are spread evenly over the split; --seed draws them at random instead, --first takes
-them from the beginning.
+Tokens become the colours of the palette. The images are evenly spread over the split. --seed chooses random images, --first the
+first images.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--data", type=Path, required=True, help="shard directory")
-    parser.add_argument("--split", default="val", help="train, val, test or train+val")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--images", type=int, default=64, help="images to show; all where the split has fewer")
+    parser.add_argument("--split", default="val", help="split of --data: train, val, test or train+val")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--images", type=int, default=64, help="largest number of images to show")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--seed", type=int, help="draw the images at random with this seed; evenly spread when left out")
-    which.add_argument("--first", action="store_true", help="show the first images")
-    parser.add_argument("--columns", type=int, default=8, help="images in a row")
-    parser.add_argument("--scale", type=int, help=f"screen pixels for each image pixel; as many as make {CELL} when left out")
+    which.add_argument("--seed", type=int, help="random seed that chooses the images (default: evenly spread over the split)")
+    which.add_argument("--first", action="store_true", help="show the first images of the split")
+    parser.add_argument("--columns", type=int, default=8, help="images per row")
+    parser.add_argument(
+        "--scale", type=int, help=f"screen pixels per image pixel (default: images of about {CELL} screen pixels)"
+    )
     args = parser.parse_args(argv)
     for name in ("images", "columns", "scale"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) <= MOST_IMAGES:

@@ -2,14 +2,13 @@
 
     python tools/sweep_lr.py --out runs/sweep -- deepspeed train.py --recipe cifar10_nano_ar_16 --data shards/cifar10
 
-trains one rate after the other with the command after `--`, to which it adds --lr, --run_dir and --resume auto. The same line
-again goes on where it was interrupted: rates that have ended are not trained again. A run that its guards give up as lost
-(exit status 2 and LOST.json) counts as worse than every other. OUT/sweep.md is the table, sweep.json the same for programs,
-sweep.png the loss against the rate. The command may be one of finetune.py as well, whose best validation accuracy counts, or
-with --loss gen the lowest validation loss.
+It trains one rate after the other with the command after `--`, and adds --lr, --run_dir and --resume auto to it. The same command
+continues an interrupted search; finished rates are not trained again. A diverged run (exit status 2 and LOST.json) counts as the
+worst. OUT/sweep.md is the table, sweep.json the same values as JSON, sweep.png the loss against the rate. The command
+can also be one of finetune.py: its best validation accuracy counts, or with --loss gen its lowest validation loss.
 
-Rates at once instead of one after the other, as tasks of a SLURM array: `--array_index $SLURM_ARRAY_TASK_ID` trains one rate
-alone (0 is 0.01, 1 is 0.003), and `--collect` afterwards makes the table of what there is, without training.
+To train all rates at once as tasks of a SLURM array, `--array_index $SLURM_ARRAY_TASK_ID` trains a single rate (0 is 0.01, 1 is
+0.003). Then `--collect` writes the table without training.
 """
 
 from __future__ import annotations
@@ -60,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the runs, the table and the figure go")
-    parser.add_argument("--array_index", type=int, help="train this rate alone, 0-based")
-    parser.add_argument("--collect", action="store_true", help="train nothing: table and figure of the runs that have ended")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the runs, the table and the figure")
+    parser.add_argument(
+        "--array_index", type=int, help="train only the rate with this number; 0 is 0.01, 1 is 0.003 (default: all rates)"
+    )
+    parser.add_argument("--collect", action="store_true", help="write table and figure of the finished runs and train nothing")
     parser.add_argument("command", nargs="*", help="after --: the training command, without --lr, --run_dir and --resume")
     args = parser.parse_args(argv)
     if args.collect and (args.array_index is not None or args.command):

@@ -39,10 +39,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--results", type=Path, nargs="+", required=True, help="results.jsonl of one run or of several")
-    parser.add_argument("--paper", type=int, nargs="+", choices=sorted(TITLES), help="tables of the paper to print instead")
-    parser.add_argument("--run_dir", type=Path, nargs="+", default=[], help="runs whose validation losses, or rates, are printed")
-    parser.add_argument("--dataset", help="the data set, where the results are of several")
+    parser.add_argument("--results", type=Path, nargs="+", required=True, help="results.jsonl files")
+    parser.add_argument(
+        "--paper",
+        type=int,
+        nargs="+",
+        choices=sorted(TITLES),
+        help="numbers of the paper's tables to print instead of the best layers",
+    )
+    parser.add_argument(
+        "--run_dir",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="run directories whose validation losses (or with --paper 5 whose learning rates) are printed",
+    )
+    parser.add_argument("--dataset", help="data set to print, by its name in the results; required if they have several")
     args = parser.parse_args(argv)
     if args.paper and args.dataset:
         raise ValueError(f"--dataset {args.dataset} goes without --paper, whose tables name their own data sets; leave it out")

@@ -1,8 +1,8 @@
-"""Reads all shards of a dataset directory and compares them with its index; names the damaged bytes.
+"""Reads all shards of a dataset directory, compares them with the index and prints the damaged images.
 
     python tools/verify_shards.py --data shards/imagenet_32
 
-Exits with 1 when anything is damaged. Several shards are read at a time (--workers).
+Exit status: 0 if nothing is damaged, else 1.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from igpt_ds import cli
 from igpt_ds.data.shards.index import SPLITS, read_index
 from igpt_ds.data.shards.verify import all_damage
 
-NAMED = 20  # damages that are printed one by one
+NAMED = 20  # largest number of damages that are printed one by one
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks palette and shards, prints what is damaged and how fast that was."""
+    """Checks palette and shards, prints the damages and the speed."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--data", type=Path, required=True, help="the dataset directory")
-    parser.add_argument("--split", nargs="+", choices=SPLITS, help="only these splits; all when left out")
-    parser.add_argument("--workers", type=int, help="shards read at a time; when left out as many as there are cores, and a few")
+    parser.add_argument("--data", type=Path, required=True, help="shard directory")
+    parser.add_argument("--split", nargs="+", choices=SPLITS, help="splits to check (default: all)")
+    parser.add_argument("--workers", type=int, help="shards that are read at once (default: the number of cores and a few more)")
     args = parser.parse_args(argv)
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers {args.workers} must be at least 1")

@@ -1,1 +1,1 @@
-"""Everything that judges the weights: features, probes, results, figures."""
+"""Measures trained weights: features, probes, results, figures."""

@@ -1,7 +1,9 @@
-"""What a fine-tuned network takes images for: a network with a class head and shards enter, predictions and a row leave.
+"""Classifies images with a fine-tuned network.
 
-"bert" is shown each image through several masks, for its inputs were masked in training, and takes the class that most of them
-give (paper 4.6). All ranks work together, or one process alone. Called by finetune.py and `tools/evaluate_classifier.py`.
+In: a network with a class head, shards. Out: predictions, a row, a confusion matrix.
+
+A bert network sees each image through several masks, because its inputs were masked in training, and predicts the class of most
+masks (paper 4.6). It runs on all ranks or in one process. Called by finetune.py and `tools/evaluate_classifier.py`.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ ClassifyingNetwork = Callable[..., tuple[Any, torch.Tensor]]  # of a model.class
 
 
 def check_classes(info: ModelInfo, shards: ShardSet) -> None:
-    """Refuses shards with other classes or colours than a model was fine-tuned on, and a class head that learned nothing.
+    """Refuses shards with other classes or colours than those of the fine-tuning, and a class head that was not trained.
 
     Raises:
-        ValueError: they differ, or the model was fine-tuned by gen_loss alone.
+        ValueError: they differ, or the model was fine-tuned with gen_loss only.
     """
     assert info.class_head is not None
     if info.class_head.loss == "gen":
@@ -54,12 +56,12 @@ def predict(
     mask_prob: float | None,
     mask_draws: int,
 ) -> np.ndarray:
-    """The class that the network takes each image for, seen through each mask: int64 [M, N], M = 1 where nothing is masked.
+    """The predicted class of each image through each mask: int64 [M, N]; M = 1 without masks.
 
     Args:
         network: in eval mode.
-        batch: images of a rank at once.
-        mask_prob: None hides nothing; then mask_draws does not count.
+        batch: images per forward pass of a rank.
+        mask_prob: None masks nothing and ignores mask_draws.
     """
     draws = 1 if mask_prob is None else mask_draws
     found = np.zeros((draws, shards.n_images), dtype=np.int64)
@@ -84,7 +86,7 @@ def score_predictions(
 ) -> tuple[float, float, np.ndarray]:
     """predictions [M, N], labels [N] -> accuracy of the vote, mean accuracy of one mask, confusion int64 [K, K].
 
-    Rows of the confusion are true classes, columns those that the vote gives.
+    Rows of the confusion are true classes, columns the classes of the vote.
     """
     voted = vote(predictions, K, seed)
     counts = np.bincount(labels * K + voted, minlength=K * K).reshape(K, K)
@@ -100,11 +102,12 @@ def result(
     device: torch.device | str,
     mask_draws: int,
 ) -> tuple[FinetuneRow, Confusion]:
-    """Reads both splits once: the row of a fine-tuning, and its confusion matrix.
+    """Classifies both splits: the row of a fine-tuning, and its confusion matrix.
 
     Args:
-        info: of the model dir whose weights the network has.
-        held_out: the images that chose the step; evaluated: those that nobody looked at.
+        info: that of the network's model dir.
+        held_out: the images that chose the step.
+        evaluated: the images whose accuracy is reported.
     """
     head = info.class_head
     assert head is not None

@@ -1,14 +1,14 @@
-"""The web filter: which candidates look most like a reference set to our own model.
+"""The web filter: finds the candidates that are most similar to a reference set, by the features of our own model.
 
-The paper's web images were "filtered to be similar to ImageNet" (section 3); OpenAI never said how. We take the mean-pooled
-features of one layer (the middle one by default: there the paper finds them best), fit a logistic classifier that tells reference
-images from candidates, and keep the candidates that it finds likest to the reference.
+The paper's web images were "filtered to be similar to ImageNet" (section 3), without details. We take the mean-pooled features of
+one layer (by default the middle one, where the paper finds the best features), fit a logistic classifier that separates reference
+images from candidates, and keep the candidates with the highest score.
 
-It is cross-fitted: images fall into two folds by a hash of their id, a classifier is fitted on each fold, and each image is
-scored by that of the other fold, so that no image is scored by what was fitted on it. One penalty for both, so that their scores
-compare, is chosen by the cross entropy on a tenth held out of each fold.
+The classifier is cross-fitted. A hash of the id puts each image into one of two folds. A classifier is fitted on each fold and
+scores the images of the other fold, so no image is scored by a classifier that was fitted on it. Both have the same penalty, so
+that their scores compare; the cross entropy on a held-out tenth of each fold chooses it.
 
-In: a model, two splits of shards. Out: a `Domain` (two classifiers and how well they tell), one score a candidate, ids to keep.
+In: a model, two splits of shards. Out: a `Domain` (two classifiers and their quality), one score per candidate, ids to keep.
 Called by `tools/filter_shards.py`.
 """
 
@@ -23,16 +23,16 @@ import torch
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.features.network import Network
 from igpt_ds.evaluate.probes.linear import stratified_order
-from igpt_ds.evaluate.probes.logistic import Fit, fit
+from igpt_ds.evaluate.probes.logistic import Fit, fit_logistic
 from igpt_ds.model.transformer import Transformer
 
-C_GRID = tuple(10.0**power for power in range(-5, 3))  # scikit-learn's C, for standardised features
-FEWEST = 40  # images of each set: 20 a fold, 2 of them held out
+DOMAIN_C_GRID = tuple(10.0**power for power in range(-5, 3))  # scikit-learn's C, for standardised features
+FEWEST = 40  # images of each set: 20 per fold, of which 2 are held out
 _HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
-class Reader:
+class FeatureReader:
     """Features of one layer: mean over positions of n^l (paper 2.4), streamed in batches."""
 
     model: Transformer
@@ -62,18 +62,18 @@ class Reader:
 
 @dataclass(frozen=True)
 class Domain:
-    """Two classifiers, and how well they tell images that they were not fitted on.
+    """Two classifiers, and their quality on images that they were not fitted on.
 
     A score is the log odds of "reference" against "candidate", at equal numbers of both.
     """
 
-    weights: np.ndarray  # float64 [2, C]: row f scores the images of fold f, and was fitted on the other
+    weights: np.ndarray  # float64 [2, C]: row f scores the images of fold f and was fitted on the other fold
     intercepts: np.ndarray  # float64 [2]
     C: float  # scikit-learn's, the chosen inverse penalty
     converged: bool
     seed: int
     n_fit: int  # images of each set
-    auc: float  # of the scores of all images of the fit, each by the other fold's classifier
+    auc: float  # over all images of the fit, each scored by the classifier of the other fold
     accuracy: float  # the same, at score 0
     reference_scores: np.ndarray  # float32 [n_fit]
     candidate_scores: np.ndarray  # float32 [n_fit]
@@ -93,18 +93,18 @@ def fold_of(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def fit_domain(
-    read: Reader,
+    read: FeatureReader,
     reference: ShardSet,
     candidates: ShardSet,
     *,
     fit_images: int = 10_000,
     seed: int = 0,
-    C_grid: Sequence[float] = C_GRID,
+    C_grid: Sequence[float] = DOMAIN_C_GRID,
 ) -> Domain:
     """Fits the two classifiers on equal numbers of images of both sets.
 
     Args:
-        fit_images: of each set; as many as the smaller one has, if that is fewer.
+        fit_images: images of each set; at most the size of the smaller set.
         seed: draws the images, the folds and the held-out tenths.
 
     Raises:
@@ -113,7 +113,7 @@ def fit_domain(
     n = min(fit_images, reference.n_images, candidates.n_images)
     if n < FEWEST:
         have = f"--fit_images {fit_images}, {reference.n_images} reference images and {candidates.n_images} candidates"
-        raise ValueError(f"{have} make {n} images to fit on; at least {FEWEST} of each are needed")
+        raise ValueError(f"{have} give {n} images to fit on; at least {FEWEST} of each set are needed")
     random = np.random.default_rng(seed)
     sides = [np.sort(random.choice(shards.n_images, n, replace=False)) for shards in (candidates, reference)]
     features = np.concatenate([read.all(shards, ids) for shards, ids in zip((candidates, reference), sides, strict=True)])
@@ -140,7 +140,7 @@ def fit_domain(
 
 @dataclass(frozen=True)
 class _FoldFit:
-    """The images of one fold, standardised by themselves, and the fits on nine tenths of them."""
+    """The images of one fold, standardised, and the fits on nine tenths of them."""
 
     features: torch.Tensor  # float64 [N, C]
     labels: np.ndarray
@@ -153,20 +153,20 @@ class _FoldFit:
     def of(features: np.ndarray, labels: np.ndarray, seed: int, C_grid: Sequence[float]) -> _FoldFit:
         assert np.bincount(labels, minlength=2).min() > 3, "that a hash puts 37 of FEWEST images into one fold: below 1e-7"
         mean, deviation = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-        constant = deviation <= np.finfo(np.float32).eps * np.abs(mean)  # a feature that never changes becomes 0
+        constant = deviation <= np.finfo(np.float32).eps * np.abs(mean)  # a constant feature becomes 0
         scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=~constant)
         x = torch.from_numpy((features - mean) * scale)
         order = stratified_order(labels, seed)
         n_held_out = max(2, round(_HELD_OUT * len(labels)))
         held_out, rest = order[:n_held_out], np.sort(order[n_held_out:])
-        searched = fit(x[torch.from_numpy(rest)], labels[rest], list(C_grid))
+        searched = fit_logistic(x[torch.from_numpy(rest)], labels[rest], list(C_grid))
         unseen = x[torch.from_numpy(held_out)].numpy()
         losses = [_cross_entropy(*_line(searched, g), unseen, labels[held_out]) for g in range(len(C_grid))]
         return _FoldFit(x, labels, mean, scale, searched, np.array(losses))
 
     def again(self, C: float, g: int) -> tuple[np.ndarray, float, bool]:
-        """The fit on the whole fold: weights and intercept for features as they are, and whether it converged."""
-        final = fit(self.features, self.labels, [C], start=self.searched.only(g))
+        """The fit on the whole fold: weights and intercept for raw features, and whether it converged."""
+        final = fit_logistic(self.features, self.labels, [C], start=self.searched.only(g))
         weights, intercept = _line(final, 0)
         return weights * self.scale, intercept - float(weights * self.scale @ self.mean), bool(final.converged[0])
 
@@ -186,22 +186,22 @@ def _score(weights: np.ndarray, intercepts: np.ndarray, folds: np.ndarray, featu
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The chance that a positive score lies above a negative one, ties counted half: the area under the ROC curve."""
+    """The area under the ROC curve: the probability that a positive score exceeds a negative one; ties count half."""
     ordered = np.sort(negative)
     below, upto = np.searchsorted(ordered, positive, "left"), np.searchsorted(ordered, positive, "right")
     return float((below + upto).sum() / 2 / (len(positive) * len(negative)))
 
 
 def n_to_keep(n_images: int, keep: float) -> int:
-    """round(keep * n_images), by Python's rule: a half goes to the even neighbour.
+    """round(keep * n_images); a half is rounded to the even number.
 
     Raises:
-        ValueError: a fraction outside 0..1, or so small that no image is left.
+        ValueError: a share outside 0..1, or a share of less than one image.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"--keep {keep} must be above 0 and at most 1")
     if (n := round(keep * n_images)) < 1:
-        raise ValueError(f"--keep {keep} of {n_images} candidates is no image; keep more")
+        raise ValueError(f"--keep {keep} of {n_images} candidates is less than one image; use a larger share")
     return n
 
 

@@ -1,19 +1,19 @@
-"""Likelihood: a model and shards enter, nats per token of each image leave, and their mean with its standard error.
+"""Likelihood. In: a model and shards. Out: nats per token of each image, and their mean with its standard error.
 
-Three scales of one number (facts of the unit, not of the model):
+One number in three units:
 
-    nats per token      the mean negative log-likelihood of a pixel's palette colour, as OpenAI prints it
+    nats per token      the mean negative log-likelihood of a pixel's palette colour, as OpenAI reports it
     bits per token      nats / ln 2
-    bits per sub-pixel  bits per token / 3, for one token stands for three colour values
+    bits per sub-pixel  bits per token / 3, because one token stands for three colour values
 
-It compares with results on the same palette, n_px and images alone. It does not compare with the bits per dimension of models
-of raw 8-bit images: the palette has thrown most of those bits away before the model sees them. A BERT model's masked nats (paper
-2.1) are given what lies on all sides of a pixel, and compare with no auto-regressive model's.
+It compares only with results on the same palette, n_px and images. It does not compare with the bits per dimension of models of
+raw 8-bit images, because the palette discards most of those bits. The masked nats of a BERT model (paper 2.1) use pixels on all
+sides, so they do not compare with those of auto-regressive models.
 
-Images go in batches that are the same for any number of ranks, dealt out in turn; their values come back in float64 and are
-summed in the order of the images. So the result is the same to the bit for any number of ranks on equal devices. Another batch
-size may change what kernels round: measured on a CPU, with batches of 1 to 13 at widths of 16 to 512 in fp32 and bf16, it changed
-no bit. Called by `tools/evaluate.py` and `tools/sample.py`.
+Batches do not depend on the number of ranks, which take them in turn. Values are float64 and summed in the order of the images.
+The result is therefore bit-equal for any number of ranks on equal devices. Another batch size can change the rounding of kernels.
+On a CPU, batches of 1 to 13 at widths of 16 to 512 in fp32 and bf16 changed no bit. Called by `tools/evaluate.py` and
+`tools/sample.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _DRAWS = 9  # purpose of random words: the seeds of the mask draws
 
 @dataclass(frozen=True)
 class LikelihoodSettings:
-    """How a likelihood is computed. Masks are drawn for BERT models alone, mask_draws times for each image."""
+    """How a likelihood is computed. Masks are drawn only for BERT models, mask_draws times for each image."""
 
     batch: int = 32
     precision: str = "fp32"  # of the matrix products; the residual stream stays float32
@@ -66,15 +66,15 @@ class LikelihoodSettings:
 
 
 def join_ranks(device: str) -> str:
-    """Joins the other processes of this launch, if there are others; "cuda" becomes this rank's own GPU. Needs no DeepSpeed."""
+    """Joins the other processes of this launch, if any; returns the device, for "cuda" this rank's GPU. Needs no DeepSpeed."""
     dist.map_environment(os.environ)
     if dist.world_size() > 1:
-        td.init_process_group("gloo")  # what the ranks say to each other is a few numbers at the end
+        td.init_process_group("gloo")  # the ranks exchange a few numbers at the end
     return f"cuda:{dist.local_rank()}" if device == "cuda" else device
 
 
 def choose_ids(n_images: int, limit: int | None) -> np.ndarray:
-    """`limit` images (None: all), evenly spread over the split, since sources come class by class: int64, rising.
+    """`limit` images (None: all), evenly spread over the split, because sources are sorted by class: int64, rising.
 
     Raises:
         ValueError: limit is below 1.
@@ -86,12 +86,12 @@ def choose_ids(n_images: int, limit: int | None) -> np.ndarray:
 
 
 def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: LikelihoodSettings) -> np.ndarray:
-    """The nats per token of some images of a split, on every rank: ids int64 [N] -> float64 [N]. The model's device computes.
+    """The nats per token of some images of a split, on every rank: ids int64 [N] -> float64 [N]. Computed on the model's device.
 
-    For a BERT model, of an image's masked tokens, averaged over the mask draws; masks follow from (seed, draw, id, pixel) alone.
+    For a BERT model: of the masked tokens, averaged over the mask draws. Masks depend only on (seed, draw, id, pixel).
 
     Raises:
-        SharedError: a likelihood is not finite, or bytes of an image are not those that were written; on every rank.
+        SharedError: on every rank, if a likelihood is not finite or an image is damaged.
     """
     starts = range(0, len(ids), settings.batch)
     bar = tqdm(starts, "likelihood", unit=" batches", leave=False, disable=True if dist.rank() else None)
@@ -101,7 +101,7 @@ def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: 
         for number, start in enumerate(bar):
             if number % dist.world_size() == dist.rank():
                 mine[start] = _batch_nats(model, shards, ids[start : start + settings.batch], settings)
-    except (ValueError, OSError) as error:  # told to all, or the others would wait for this one
+    except (ValueError, OSError) as error:  # every rank must know it, or the others wait for this one
         problem = str(error)
     together: dict[int, np.ndarray] = {}
     for part, complaint in dist.gather_objects((mine, problem)):
@@ -128,7 +128,7 @@ def _batch_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings:
 
 
 def _seeds(seed: int, draws: int) -> Iterator[int]:
-    """A seed for each draw: seed + draw would give the draws of neighbouring seeds masks in common."""
+    """A seed for each draw. With seed + draw, neighbouring seeds would share masks."""
     return map(int, random_words(seed, _DRAWS, np.arange(draws)))
 
 
@@ -137,7 +137,7 @@ def pixel_nats(model: Transformer, tokens: torch.Tensor) -> np.ndarray:
     """The nats of each pixel given those before it: tokens int64 [B, T] -> float32 [B, T], whose mean is `image_nats`.
 
     Raises:
-        ValueError: the model is not an auto-regressive one, or a likelihood is not finite.
+        ValueError: the model is not auto-regressive, or a likelihood is not finite.
     """
     if model.objective != "ar":
         raise ValueError(f"a model of objective {model.objective!r} gives an image no likelihood pixel by pixel")
@@ -204,10 +204,10 @@ class Likelihood:
 
 
 def compare_published(config: ModelConfig, objective: str, shards: ShardSet, n_images: int) -> tuple[str | None, list[str]]:
-    """The size whose published likelihood this one stands beside, or None and each condition that fails, in words.
+    """The size of the published model that this one compares with, or None and each failing condition in words.
 
     Args:
-        n_images: how many of the split were evaluated.
+        n_images: number of evaluated images.
     """
     shape = (config.n_layer, config.n_head, config.n_embd)
     size = next((name for name in PUBLISHED if tuple(SIZES[name][key] for key in ("n_layer", "n_head", "n_embd")) == shape), None)

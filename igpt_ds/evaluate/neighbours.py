@@ -1,4 +1,4 @@
-"""Which training images lie nearest to others in feature space, and which classes a probe takes for which.
+"""Nearest training images in feature space, and the confusion matrix of a probe.
 
 In: feature sets. Out: row numbers, counts. Called by `tools/figures.py`, which draws them.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import numpy as np
 
 from igpt_ds.evaluate.features.files import FeatureSet
-from igpt_ds.evaluate.probes.linear import Settings, View, check_labels, probe_view, training_images
+from igpt_ds.evaluate.probes.linear import ProbeSettings, View, check_labels, probe_view, training_images
 from igpt_ds.evaluate.report.row_types import ProbeRow
 
 
-def nearest(train: FeatureSet, evaluated: FeatureSet, queries: np.ndarray, layer: int, kind: str, k: int) -> np.ndarray:
-    """The k training images most alike each query, the most alike first: queries int64 [Q] -> int64 [Q, k].
+def nearest_images(train: FeatureSet, evaluated: FeatureSet, queries: np.ndarray, layer: int, kind: str, k: int) -> np.ndarray:
+    """The k most similar training images of each query, the most similar first: queries int64 [Q] -> int64 [Q, k].
 
-    Alike by the cosine between features from which the training images' mean is taken away: all of them share most of it.
+    The similarity is the cosine between features minus the mean of the training images, because all images share most of it.
 
     Raises:
-        ValueError: k below 1 or above the training images; a layer or kind that is not there.
+        ValueError: k is out of range; the layer or kind does not exist.
     """
     n = len(train.labels)
     if not 1 <= k <= n:
@@ -34,13 +34,13 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def confusion(train: FeatureSet, evaluated: FeatureSet, row: ProbeRow, settings: Settings) -> np.ndarray:
-    """How often the probe of a row takes each class for each other: int64 [K, K], rows the true classes.
+def probe_confusion(train: FeatureSet, evaluated: FeatureSet, row: ProbeRow, settings: ProbeSettings) -> np.ndarray:
+    """The confusion matrix of a row's probe: int64 [K, K]; rows are true classes, columns predictions.
 
-    The probe is fitted again with the penalty that the row says.
+    The probe is fitted again with the penalty of the row.
 
     Raises:
-        ValueError: labels missing; features of another model or of other images than the row's.
+        ValueError: labels are missing; the features are of another model or of other images than the row.
     """
     hashes = {train.split: train.dataset_hash, evaluated.split: evaluated.dataset_hash}
     if (row.model_hash, row.dataset_hash) != (train.manifest.origin.model_hash, hashes):

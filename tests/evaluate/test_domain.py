@@ -23,7 +23,7 @@ from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
-from igpt_ds.evaluate.domain import Reader, auc, fit_domain, fold_of, keep_best, n_to_keep
+from igpt_ds.evaluate.domain import FeatureReader, auc, fit_domain, fold_of, keep_best, n_to_keep
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.features.network import open_model
 
@@ -72,7 +72,7 @@ def candidates(planted):
 
 @pytest.fixture
 def read(model_dir, both_splits):
-    return Reader(open_model(model_dir, both_splits[0])[0], layer=1, batch=7)
+    return FeatureReader(open_model(model_dir, both_splits[0])[0], layer=1, batch=7)
 
 
 # --------------------------------------------------------------------------------------------------- features
@@ -82,17 +82,17 @@ def read(model_dir, both_splits):
 def test_features_are_those_that_are_extracted(read, features_dir, both_splits, layer):
     train = both_splits[0]
     expected = open_features(features_dir, "train").layer(layer, "normed")
-    got = Reader(read.model, layer, batch=5).all(train, np.arange(train.n_images))
+    got = FeatureReader(read.model, layer, batch=5).all(train, np.arange(train.n_images))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     some = np.array([9, 2, 5])
-    batches = list(Reader(read.model, layer, batch=2)(train, some))
+    batches = list(FeatureReader(read.model, layer, batch=2)(train, some))
     assert [ids.tolist() for ids, _ in batches] == [[9, 2], [5]]
     np.testing.assert_allclose(np.concatenate([values for _, values in batches]), expected[some], rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_is_near(read, both_splits):
     ids = np.arange(8)
-    half = Reader(read.model, 1, precision="bf16").all(both_splits[0], ids)
+    half = FeatureReader(read.model, 1, precision="bf16").all(both_splits[0], ids)
     full = read.all(both_splits[0], ids)
     np.testing.assert_allclose(half, full, rtol=0.05, atol=0.05)
     assert (half != full).any()
@@ -148,7 +148,7 @@ def test_the_order_of_domains_is_found(read, reference, candidates):
 
 @pytest.mark.parametrize("fit_images", [39, 10])
 def test_too_few_images_are_refused(read, reference, candidates, fit_images):
-    text = f"--fit_images {fit_images}, 60 reference images and 60 candidates make {fit_images} images to fit on; at least 40 of"
+    text = f"--fit_images {fit_images}, 60 reference images and 60 candidates give {fit_images} images to fit on; at least 40 of"
     with pytest.raises(ValueError, match=text):
         fit_domain(read, ShardSet(reference, "train"), ShardSet(candidates, "train"), fit_images=fit_images)
 
@@ -187,7 +187,7 @@ def test_how_many_are_kept():
     for keep in (0.0, -0.1, 1.01, float("nan")):
         with pytest.raises(ValueError, match=re.escape(f"--keep {keep} must be above 0 and at most 1")):
             n_to_keep(10, keep)
-    with pytest.raises(ValueError, match=r"--keep 0.01 of 10 candidates is no image; keep more"):
+    with pytest.raises(ValueError, match=r"--keep 0.01 of 10 candidates is less than one image; use a larger share"):
         n_to_keep(10, 0.01)
 
 
@@ -252,15 +252,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tool, model_dir, reference, ca
         ({"--keep": 0.001}, "--keep 0.001 of 60 candidates is no image"),
         ({"--batch": 0}, "--batch 0 must be at least 1"),
         ({"--seed": -1}, "--seed -1 must be at least 0"),
-        ({"--layer": 3}, "--layers 3 is not there; the model has layers 0..2"),
+        ({"--layer": 3}, "--layers 3 does not exist; the model has layers 0..2"),
         ({"--out": tmp_path / "there"}, f"{tmp_path / 'there'} exists already; choose another name or remove it"),
         ({"--report": tmp_path / "there_report"}, f"{tmp_path / 'there_report'} exists already"),
         ({"--candidates": reference}, "hold the same images; name two different sets"),
-        ({"--candidates": recolored}, "are not read by one model; make both with its n_px and palette.npy"),
+        ({"--candidates": recolored}, "do not fit one model; make both with the n_px and palette.npy of --model"),
         ({"--reference": recolored, "--candidates": planted([RED] * 4, 4, black)}, "was trained with palette"),
         ({"--candidates_split": "test"}, "has no split 'test'"),
         ({"--reference_split": "test"}, "has no split 'test'"),
-        ({"--fit_images": 5}, "make 5 images to fit on"),
+        ({"--fit_images": 5}, "give 5 images to fit on"),
     ]:
         status, said, errors = tool(*(word for pair in (usual | change).items() for word in pair))
         assert (status, said, errors.count("\n")) == (2, "", 1), errors

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from igpt_ds.evaluate.features.files import open_features
-from igpt_ds.evaluate.neighbours import confusion, nearest
-from igpt_ds.evaluate.probes.linear import Settings, linear_probe
+from igpt_ds.evaluate.neighbours import nearest_images, probe_confusion
+from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe
 from igpt_ds.evaluate.report.results import make_row
 
-SETTINGS = Settings.of([0.01, 1.0])
+SETTINGS = ProbeSettings.of([0.01, 1.0])
 
 
 @pytest.fixture
@@ -28,26 +28,28 @@ def sets(made_features):
 
 def test_neighbours_are_those_of_a_plain_search(sets):
     train, val = sets
-    found = nearest(train, val, np.array([4, 0, 29]), 0, "normed", 6)
+    found = nearest_images(train, val, np.array([4, 0, 29]), 0, "normed", 6)
     x, y = (np.asarray(one.layer(0, "normed"), dtype=np.float64) for one in sets)
     mean = x.mean(0)
     for query, ids in zip((4, 0, 29), found, strict=True):
         a, b = y[query] - mean, x - mean
         cosines = b @ a / np.linalg.norm(a) / np.linalg.norm(b, axis=1)
         assert list(ids) == list(np.argsort(-cosines)[:6])
-    assert nearest(train, train, np.arange(90), 0, "normed", 1)[:, 0].tolist() == list(range(90)), "nothing is nearer than itself"
+    assert nearest_images(train, train, np.arange(90), 0, "normed", 1)[:, 0].tolist() == list(range(90)), (
+        "nothing is nearer than itself"
+    )
     for k in (0, 91):
         with pytest.raises(ValueError, match=f"--neighbours {k} must lie between 1 and the 90 training images"):
-            nearest(train, val, np.array([0]), 0, "normed", k)
+            nearest_images(train, val, np.array([0]), 0, "normed", k)
 
 
 def test_confusions_are_those_of_the_reported_probe(sets):
     train, val = sets
     probe = linear_probe(train, val, 0, "normed", SETTINGS)
     row = make_row(probe, train, val)
-    counts = confusion(train, val, row, dataclasses.replace(SETTINGS, C_grid=(row["C"],)))
+    counts = probe_confusion(train, val, row, dataclasses.replace(SETTINGS, C_grid=(row["C"],)))
     assert counts.shape == (3, 3)
     assert counts.sum(1).tolist() == np.bincount(val.labels).tolist()
     assert np.trace(counts) / counts.sum() == pytest.approx(probe.accuracy)
     with pytest.raises(ValueError, match="features of another model, or of other images, than the results' best probe"):
-        confusion(train, val, row | {"model_hash": "other"}, SETTINGS)
+        probe_confusion(train, val, row | {"model_hash": "other"}, SETTINGS)

@@ -173,7 +173,11 @@ def test_training_figure(tool, run_dir, tmp_path):
         ),
         ("extract_features", ["--model", "MODEL", "--data", "none", "--out", "OUT"], "none is no shard directory"),
         ("extract_features", ["--model", "MODEL", "--data", "SHARDS", "--splits", "test", "--out", "OUT"], "has no split 'test'"),
-        ("extract_features", ["--model", "MODEL", "--data", "SHARDS", "--layers", 3, "--out", "OUT"], "--layers 3 is not there"),
+        (
+            "extract_features",
+            ["--model", "MODEL", "--data", "SHARDS", "--layers", 3, "--out", "OUT"],
+            "--layers 3 does not exist",
+        ),
         ("extract_features", ["--model", "MODEL", "--data", "SHARDS", "--out", "FEATURES"], "exists already"),
         ("extract_features", ["--out", "OUT"], "--data is missing; name the shards, or give --merge"),
         ("extract_features", ["--merge", 0, "--out", "OUT"], "--merge 0 must be at least 1"),
@@ -244,7 +248,7 @@ def test_training_figure(tool, run_dir, tmp_path):
         (
             "figures",
             ["plan", "none.json", "--log", "--out", "OUT.png"],
-            "--log is for training; plan is drawn on axes of its own",
+            "--log is only for the figure training; omit it for plan",
         ),
         ("figures", ["plan", "ds_configs/zero3_bf16.json", "--out", "OUT.png"], "ds_configs/zero3_bf16.json is no table of"),
         ("figures", ["training", "none", "--out", "OUT.png"], "run config none/run.json does not exist"),

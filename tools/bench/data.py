@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen measurements, prints the table, writes the JSON."""
     measures = {function.__name__: function for function in (quantise, palette, jpeg, loader, memory)}
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--images", type=Path, help="a folder of JPEGs, searched through all its folders")
+    parser.add_argument("--images", type=Path, help="directory of JPEG files, searched recursively")
     harness.add_flags(parser, "fewer turns", measures, toy=False)
     args = parser.parse_args(argv)
     if args.show:

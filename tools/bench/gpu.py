@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen parts, prints the table, writes the JSON."""
     parts = {function.__name__: function for function in (ceilings, slices, hf, small, sampling, full)}
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--only", choices=list(parts), nargs="+", default=list(parts), help="these parts alone")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, on a CPU, no bars")
-    parser.add_argument("--out", type=Path, help="also write the rows and the device's facts as this JSON")
-    parser.add_argument("--show", type=Path, help="print the table of such a JSON, measure nothing")
+    parser.add_argument("--only", choices=list(parts), nargs="+", default=list(parts), help="parts to run")
+    parser.add_argument("--toy", action="store_true", help="run at tiny sizes on a CPU without bars, to test the program")
+    parser.add_argument("--out", type=Path, help="JSON file to write the rows and the facts of the device to (default: none)")
+    parser.add_argument("--show", type=Path, help="JSON file of --out whose table is printed; nothing is measured")
     args = parser.parse_args(argv)
     if args.show:
         print(read_bench(args.show).table(with_cores=False))

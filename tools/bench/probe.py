@@ -29,8 +29,8 @@ from harness import BenchRow
 from igpt_ds import cli
 from igpt_ds.evaluate.features.files import FeatureSet, FeatureWriter, open_features
 from igpt_ds.evaluate.features.manifest import FeatureManifest, FeatureSplit, Origin
-from igpt_ds.evaluate.probes.linear import Settings, linear_probe, stratified_order
-from igpt_ds.evaluate.probes.logistic import fit
+from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe, stratified_order
+from igpt_ds.evaluate.probes.logistic import fit_logistic
 
 PACKAGES = ("torch", "scikit-learn", "numpy")
 SKLEARN = "scikit-learn LogisticRegression, one value after another"
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     measures: dict[str, Callable[[World], list[BenchRow]]] = {one.__name__: one for one in (grid, layers, memory)}
     parser = cli.parser(__doc__ or "")
     harness.add_flags(parser, "fewer turns, values and layers", measures)
-    parser.add_argument("--features", type=Path, help="real features to probe, with splits train and val")
+    parser.add_argument(
+        "--features", type=Path, help="feature directory to probe, with splits train and val (default: random features)"
+    )
     args = parser.parse_args(argv)
     if args.show:
         print(harness.read_bench(args.show).table())
@@ -121,7 +123,7 @@ def draw_features(path: Path, quick: bool, toy: bool) -> Path:
     return path
 
 
-def standardised(features: FeatureSet, layer: int, kind: str) -> np.ndarray:
+def standardised_layer(features: FeatureSet, layer: int, kind: str) -> np.ndarray:
     """A whole layer in memory, float32 [N, C]."""
     x = np.array(features.layer(layer, kind), dtype=np.float32)
     x -= x.mean(0, dtype=np.float64)
@@ -158,8 +160,8 @@ def grid(world: World) -> list[BenchRow]:
     """A whole grid on one layer, features standardised beforehand, at equal objective."""
     train = world.open("train")
     layer = train.layers[len(train.layers) // 2]
-    x, y = standardised(train, layer, world.kind), train.labels
-    ours, found = shortest(lambda: fit(torch.from_numpy(x), y, world.grid), 1 if world.toy else 2)
+    x, y = standardised_layer(train, layer, world.kind), train.labels
+    ours, found = shortest(lambda: fit_logistic(torch.from_numpy(x), y, world.grid), 1 if world.toy else 2)
     assert found.converged.all()
     seconds, worst = [], 0.0
     for C, target in zip(world.grid, found.objective, strict=True):
@@ -201,7 +203,7 @@ def layers(world: World) -> list[BenchRow]:
     train, val = world.open("train"), world.open("val")
     some = train.layers[: 1 if world.quick else 3]
     start = time.perf_counter()
-    accuracies = [linear_probe(train, val, layer, world.kind, Settings.of(world.grid)) for layer in some]
+    accuracies = [linear_probe(train, val, layer, world.kind, ProbeSettings.of(world.grid)) for layer in some]
     ours = (time.perf_counter() - start) / len(some)
     peer, timed = peer_layer(world, train, val, some[0])
     what = f"probes of {LAYERS} layers, from files to accuracies"
@@ -242,8 +244,8 @@ def memory(world: World) -> list[BenchRow]:
 def probe_memory(features: Path, kind: str, values: Sequence[float]) -> float:
     """The bytes that a probe of a layer takes at most beyond what a small one left there."""
     train, val = open_features(features, "train"), open_features(features, "val")
-    linear_probe(train, val, train.layers[0], kind, Settings.of(values[:3]), max_train=max(100, len(train.labels) // 50))
-    return harness.peak_beyond(lambda: linear_probe(train, val, train.layers[0], kind, Settings.of(values)))
+    linear_probe(train, val, train.layers[0], kind, ProbeSettings.of(values[:3]), max_train=max(100, len(train.labels) // 50))
+    return harness.peak_beyond(lambda: linear_probe(train, val, train.layers[0], kind, ProbeSettings.of(values)))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measures = {function.__name__: function for function in (overhead, checkpoints, tools, offload, xl)}
     parser = cli.parser(__doc__ or "")
     harness.add_flags(parser, "fewer turns, and no model of more than 0.1 billion weights", measures)
-    parser.add_argument("--work", type=Path, help="directory for shards and checkpoints; a temporary one when left out")
+    parser.add_argument("--work", type=Path, help="directory for shards and checkpoints (default: a temporary directory)")
     args = parser.parse_args(argv)
     if args.show:
         print(harness.read_bench(args.show).table())

@@ -49,7 +49,7 @@ class RankTask:
 def main(argv: Sequence[str] | None = None) -> None:
     """Joins the ranks, each on a core of its own where there are enough, and does the task."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--task", type=Path, required=True, help="the task, as tools/bench/scale.py wrote it")
+    parser.add_argument("--task", type=Path, required=True, help="task file that tools/bench/scale.py wrote")
     file = parser.parse_args(argv).task
     values, fix = read_json(file, "task"), "run tools/bench/scale.py, which writes it"
     what = record_from(RankTask, values, f"task {file}", fix)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt_ds.data.shards.layout import WHOLE, Part
-from igpt_ds.evaluate.features.manifest import AGAIN, FeatureManifest, FeaturePlace, PartOf, read_manifest, span
+from igpt_ds.evaluate.features.manifest import EXTRACT_AGAIN, FeatureManifest, FeaturePlace, PartOf, read_feature_manifest, span
 from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
 from igpt_ds.schema import record_from
 
@@ -66,7 +66,10 @@ class FeatureWriter:
         else:
             shutil.rmtree(self.path, ignore_errors=True)  # a writer was killed before its first row
             self._create()
-        self._split, self._files = "", dict[FeaturePlace, np.ndarray]()  # of one split at a time: each map holds a file open
+        self._split, self._files = (
+            "",
+            dict[FeaturePlace, np.ndarray](),
+        )  # of one split at a time, because each map holds a file open
 
     def _create(self) -> None:
         for split, about in self.manifest.splits.items():
@@ -144,7 +147,9 @@ def merge_parts(out: Path, n: int) -> FeatureManifest:
         different = [name for name, value in whole.to_dict().items() if same[name] != value]
         if different or part.part != PartOf(whole.splits, rows):
             what = different[0] if different else "the share of images"
-            raise ValueError(f"{directory} does not go with {directories[0]}: {what} differs; {AGAIN}")
+            raise ValueError(
+                f"{directory} and {directories[0]} are not parts of the same features: {what} differs; {EXTRACT_AGAIN}"
+            )
         rows = {split: rows[split] + about.n_images for split, about in part.splits.items()}
     with atomic_dir(out) as partial:
         for split in whole.splits:
@@ -161,7 +166,7 @@ def _part_manifest(directory: Path) -> FeatureManifest:
     if not (directory / "manifest.json").is_file():
         state = "is not finished" if directory.with_name(f"{directory.name}.partial").exists() else "does not exist"
         raise ValueError(f"part {directory} {state}; extract it with --part before you merge")
-    return read_manifest(directory, part=True)
+    return read_feature_manifest(directory, part=True)
 
 
 def _concatenate(sources: Sequence[Path], target: Path) -> None:
@@ -222,11 +227,11 @@ class FeatureSet:
             ValueError: the layer, the kind or the mask does not exist, or the file is torn.
         """
         if kind not in self.kinds:
-            raise ValueError(f"kind {kind!r} is not there; the features hold {', '.join(self.kinds)}, from {self.path}")
+            raise ValueError(f"kind {kind!r} does not exist; the features hold {', '.join(self.kinds)}, in {self.path}")
         if layer not in self.layers:
-            raise ValueError(f"layer {layer} is not there; the features hold layers {span(self.layers)}, from {self.path}")
+            raise ValueError(f"layer {layer} does not exist; the features hold layers {span(self.layers)}, in {self.path}")
         if not 0 <= mask < max(1, self.mask_draws):
-            raise ValueError(f"mask {mask} is not there; split {self.split!r} of {self.path} has {self.mask_draws} mask draws")
+            raise ValueError(f"mask {mask} does not exist; split {self.split!r} of {self.path} has {self.mask_draws} mask draws")
         file = self.path / _file(self.split, (layer, kind, mask if self.mask_draws else None))
         return _open_array(file, self.manifest.array_dtype, (len(self.labels), self.manifest.n_features))
 
@@ -237,7 +242,7 @@ def open_features(path: Path, split: str) -> FeatureSet:
     Raises:
         ValueError: no feature directory, another version, a damaged manifest, no such split, torn labels.
     """
-    manifest = read_manifest(path)
+    manifest = read_feature_manifest(path)
     if split not in manifest.splits:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(manifest.splits)}")
     labels = _open_array(path / split / "labels.npy", np.dtype("<i8"), (manifest.splits[split].n_images,))
@@ -248,7 +253,9 @@ def _open_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarr
     try:
         array = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} is missing or torn ({str(error).splitlines()[0]}); {AGAIN}") from None
+        raise ValueError(f"{file} is missing or torn ({str(error).splitlines()[0]}); {EXTRACT_AGAIN}") from None
     if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{file} holds {array.dtype} {list(array.shape)}, the manifest says {dtype} {list(shape)}; {AGAIN}")
+        raise ValueError(
+            f"{file} holds {array.dtype} {list(array.shape)}, the manifest says {dtype} {list(shape)}; {EXTRACT_AGAIN}"
+        )
     return array

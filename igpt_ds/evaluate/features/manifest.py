@@ -17,7 +17,7 @@ from igpt_ds.schema import record_from
 FORMAT, VERSION = "igpt_ds.features", 2
 PART_FORMAT = "igpt_ds.features.part"
 DTYPES = {"fp32": "<f4", "fp16": "<f2"}
-AGAIN = "make the features again with tools/extract_features.py"
+EXTRACT_AGAIN = "make the features again with tools/extract_features.py"
 
 FeaturePlace = tuple[int, str, int | None]  # layer, kind, and the number of the mask if images are masked
 
@@ -103,7 +103,7 @@ class FeatureManifest(_Contents):
         return rows * self.n_features * self.array_dtype.itemsize
 
 
-def read_manifest(directory: Path, part: bool = False) -> FeatureManifest:
+def read_feature_manifest(directory: Path, part: bool = False) -> FeatureManifest:
     """The manifest of a feature directory, or of a part of one.
 
     Raises:
@@ -117,16 +117,16 @@ def read_manifest(directory: Path, part: bool = False) -> FeatureManifest:
     if found and found[0] == PART_FORMAT and not part:
         raise ValueError(f"{directory} is a part of features; merge the parts with tools/extract_features.py --merge first")
     if found != (wanted, VERSION):
-        raise ValueError(f"feature manifest {file} is not {wanted} version {VERSION}; {AGAIN}")
+        raise ValueError(f"feature manifest {file} is not {wanted} version {VERSION}; {EXTRACT_AGAIN}")
     what = f"feature manifest {file}"
     if missing := [field.name for field in fields(Origin) if field.name not in values]:
-        raise ValueError(f"{what} has no {missing[0]!r}; {AGAIN}")
-    origin, contents = record_from(Origin, values, what, AGAIN), record_from(_Contents, values, what, AGAIN)
+        raise ValueError(f"{what} has no {missing[0]!r}; {EXTRACT_AGAIN}")
+    origin, contents = record_from(Origin, values, what, EXTRACT_AGAIN), record_from(_Contents, values, what, EXTRACT_AGAIN)
     manifest = FeatureManifest(origin=origin, **vars(contents))
     if manifest.origin.dtype not in DTYPES:
-        raise ValueError(f"{what} has dtype {manifest.origin.dtype!r}, not one of {', '.join(DTYPES)}; {AGAIN}")
+        raise ValueError(f"{what} has dtype {manifest.origin.dtype!r}, not one of {', '.join(DTYPES)}; {EXTRACT_AGAIN}")
     if not manifest.layers or (part and manifest.part is None):
-        raise ValueError(f"{what} has {'no part' if manifest.layers else 'layers [], not at least one layer'}; {AGAIN}")
+        raise ValueError(f"{what} has {'no part' if manifest.layers else 'layers [], not at least one layer'}; {EXTRACT_AGAIN}")
     return manifest
 
 

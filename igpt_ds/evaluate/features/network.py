@@ -1,13 +1,13 @@
-"""Features: each layer's activations, averaged over the positions of an image (paper 2.4).
+"""Features: the activations of each layer, averaged over the positions of an image (paper 2.4).
 
-Kinds: "normed", f^l = mean over i of n^l_i, as the paper writes; "raw", the mean of the residual stream h^l itself; "pixels",
-the colours of the image, [N, 3 T] in [-1, 1], which stand as layer 0 and need no model. A bert model sees whole images, or each
-image through masks as in training (paper 4.6).
+Kinds: "normed", f^l = mean over i of n^l_i, as in the paper; "raw", the mean of the residual stream h^l; "pixels", the colours of
+the image, [N, 3 T] in [-1, 1], which are layer 0 and need no model. A bert model sees whole images, or images through masks as in
+training (paper 4.6).
 
-One block is applied to some images, their layer is averaged, then comes the next block: nothing above the last layer asked for is
-computed, and a model that does not fit has its blocks read from its file one at a time.
+The network applies one block to some images and averages the layer before the next block. Layers above the last requested one are
+not computed. A model that does not fit into memory reads its blocks from the file one at a time.
 
-In: a model dir and token grids. Out: arrays. Called by extraction, which writes them to disk, and by domain, which does not.
+In: a model dir and token grids. Out: arrays. Called by `extract.py`, which writes them to disk, and by `domain.py`.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ from igpt_ds.model.transformer import Block, Projection, Transformer
 
 KINDS = ("normed", "raw")
 PRECISIONS = ("fp32", "bf16")
-MASK_PROB = 0.15  # paper 2.1, where a model does not say what it was trained with
+MASK_PROB = 0.15  # paper 2.1, for models without a recorded value
 
 LayerMeans = dict[tuple[int, str], np.ndarray]  # (layer, kind) -> float32 [B, C]
 
 
 def pick_device(name: str) -> str:
-    """The device for a flag: auto takes a GPU if there is one; a GPU that is asked for and not there is a ValueError."""
+    """The device of a flag: auto takes a GPU if one exists. A ValueError if cuda is given without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def check_layers(layers: Sequence[int] | None, n_layer: int) -> list[int]:
-    """The layers asked for in rising order, all 0..L for None."""
+    """The requested layers in rising order; all layers 0..L for None."""
     if layers is None:
         return list(range(n_layer + 1))
     wrong = [layer for layer in layers if not 0 <= layer <= n_layer]
     if wrong or not layers:
-        raise ValueError(f"--layers {' '.join(map(str, wrong))} is not there; the model has layers 0..{n_layer}")
+        raise ValueError(f"--layers {' '.join(map(str, wrong))} does not exist; the model has layers 0..{n_layer}")
     return sorted(set(layers))
 
 
 def open_model(
     model_dir: Path, shards: ShardSet, untrained: int | None = None, blocks_elsewhere: bool = False
 ) -> tuple[Transformer, Origin]:
-    """The model of a model dir, or an untrained one of the same shape, if the shards are made for it.
+    """The model of a model dir, or an untrained model of the same shape. The shards must have its n_px and palette.
 
     Args:
-        untrained: the seed to draw fresh weights with; None takes the trained ones.
-        blocks_elsewhere: leave the blocks' weights in the file, for `Network` to read one at a time.
+        untrained: seed of fresh weights; None takes the trained weights.
+        blocks_elsewhere: leave the weights of the blocks in the file; `Network` reads one block at a time.
 
     Raises:
-        ValueError: the shards have another n_px or palette; the weights are not those that were written.
+        ValueError: the shards have another n_px or palette; the weights are damaged.
     """
     info = read_info(model_dir)
     if info.config.n_px != shards.n_px:
@@ -92,17 +92,17 @@ def _hash(model: Transformer) -> str:
 
 @dataclass
 class Network:
-    """A model on its device; its blocks are in it, or in the file `blocks`, from which each is read when its turn comes.
+    """A model on its device. Its blocks are in memory, or in the file `blocks`, from which each is read when it is needed.
 
-    With precision "bf16" the matrix products run in bfloat16 and the residual stream stays float32; on a GPU, and where blocks
-    are read from the file, their weights are held in bfloat16 too, which changes no bit. The model is moved and cast in place.
+    With precision "bf16" the matrix products run in bfloat16 and the residual stream stays float32. On a GPU, and if blocks are
+    read from the file, their weights are bfloat16 too; the results are bit-equal. The model is moved and cast in place.
     """
 
     model: Transformer
     device: str = "cpu"
     precision: str = "fp32"
     blocks: Path | None = None
-    batch: int = 32  # images that go through a block together; more that are given at once wait for each other
+    batch: int = 32  # images that go through a block together
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -148,7 +148,7 @@ class Network:
                 with self._block(layer, norm_alone=layer == layers[-1]) as block:
                     if layer in layers:
                         self._pool(layer, states, block.ln_1, kinds, found)
-                    if layer < layers[-1]:  # what lies above is never computed
+                    if layer < layers[-1]:  # higher layers are not computed
                         for i, h in enumerate(states):
                             states[i] = block(h)
         return found

@@ -1,8 +1,8 @@
-"""L-BFGS for many problems at once: G starting points enter, G minima leave, one evaluation serves all that still run.
+"""L-BFGS for many problems at once. In: G starting points. Out: G minima. One evaluation serves all unfinished problems.
 
-Each problem has its own history, its own line search and its own end; in every evaluation it either accepts its step or
-narrows its search, and nobody waits. The first guess of the inverse Hessian is the problem's own (`precondition`), which is
-what makes the iterations few. Called by logistic.
+Each problem has its own history, line search and end. In every evaluation it either accepts its step or narrows its line search,
+so no problem waits for another. The problem provides the first guess of the inverse Hessian (`precondition`), which keeps the
+number of iterations small. Called by `logistic.py`.
 """
 
 from __future__ import annotations
@@ -20,65 +20,65 @@ _MAX_TRIALS = 30  # evaluations of one line search; halving 30 times is past flo
 
 
 class Problem(Protocol):
-    """G smooth functions of P variables each; `which` [g] says of which of them the first dimension holds the values.
+    """G smooth functions of P variables each; `which` [g] has the numbers of the functions in the first dimension.
 
     Attributes:
         resolution: relative rounding error of the values.
-        promise: the part of a value that the next step may still promise at a minimum.
+        promise: largest relative decrease that the next step predicts at a minimum.
     """
 
     resolution: float
     promise: float
 
     def evaluate(self, theta: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """theta [g, P] -> values [g], gradients [g, P], and the curvature [g] there, as `precondition` wants it."""
+        """theta [g, P] -> values [g], gradients [g, P], and the curvature [g] for `precondition`."""
 
     def precondition(self, vector: Tensor, which: Tensor, curvature: Tensor) -> Tensor:
-        """[g, P] -> [g, P], roughly multiplied by the inverse Hessian."""
+        """[g, P] -> [g, P], multiplied by an approximate inverse Hessian."""
 
     def grad_norm(self, gradient: Tensor) -> Tensor:
-        """[g, P] -> [g], what `tol` bounds."""
+        """[g, P] -> [g], the norm that `tol` bounds."""
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where the G problems ended. A problem that ran out of iterations, or of steps that help, has not converged."""
+    """The ends of the G problems. A problem without iterations or decreasing steps left has not converged."""
 
     theta: Tensor  # [G, P]
     value: Tensor  # [G]
     grad_norm: Tensor  # [G]
     iterations: Tensor  # int64 [G]
     converged: Tensor  # bool [G]
-    evaluations: int  # each of all the problems that were running
+    evaluations: int  # of all unfinished problems at once
 
 
 @dataclass
 class _State:
-    """The problems that still run, in step with each other."""
+    """The unfinished problems."""
 
     which: Tensor  # int64 [g]
-    theta: Tensor  # [g, P], the last accepted point, and what is known of it:
+    theta: Tensor  # [g, P], the last accepted point; the next four are its values:
     value: Tensor  # [g]
     gradient: Tensor  # [g, P]
     curvature: Tensor  # [g]
     grad_norm: Tensor  # [g]
-    direction: Tensor  # [g, P], where to go from it
+    direction: Tensor  # [g, P], of the next step
     slope: Tensor  # [g], gradient . direction
-    t: Tensor  # [g], the step length to try next, and the interval known to hold a good one:
+    t: Tensor  # [g], the next step length, between:
     low: Tensor  # [g]
     high: Tensor  # [g]
     trials: Tensor  # int64 [g], of this line search
     iterations: Tensor  # int64 [g]
     steps: Tensor  # [g, _HISTORY, P], rings of differences of points, and of gradients:
     changes: Tensor
-    rho: Tensor  # [g, _HISTORY], 1 / (step . change); 0 where the ring is empty, which leaves the recursion as it is
+    rho: Tensor  # [g, _HISTORY], 1 / (step . change); 0 for an empty slot, which the recursion ignores
 
     def converged(self, problem: Problem, tol: float) -> Tensor:
-        """bool [g]: the gradient is small, and so is the decrease that the next step promises."""
+        """bool [g]: the gradient and the predicted decrease of the next step are small."""
         return (self.grad_norm <= tol) & (-self.slope / 2 <= problem.promise * self.value.abs())
 
     def keep(self, mask: Tensor) -> _State:
-        """The problems where the mask holds."""
+        """The problems for which the mask is true."""
         return _State(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
@@ -132,13 +132,13 @@ def _begin(problem: Problem, theta: Tensor) -> _State:
 
 
 def _advance(problem: Problem, state: _State) -> None:
-    """One evaluation: each problem either accepts its step and turns, or narrows its line search by bisection."""
+    """One evaluation: each problem accepts its step and gets a new direction, or bisects its line search."""
     trial = state.theta + state.t[:, None] * state.direction
     value, gradient, curvature = problem.evaluate(trial, state.which)
     slope = (gradient * state.direction).sum(1)
-    # Close to the minimum the decrease drowns in rounding; then only the slope can tell.
+    # Near the minimum the decrease is below the rounding error, and only the slope decides.
     enough = state.value + _DECREASE * state.t * state.slope + problem.resolution * state.value.abs()
-    too_long = ~(value <= enough)  # so written for a value that is not a number
+    too_long = ~(value <= enough)  # true for NaN
     too_short = ~too_long & (slope < _CURVATURE * state.slope)
     state.high = torch.where(too_long, state.t, state.high)
     state.low = torch.where(too_short, state.t, state.low)
@@ -151,7 +151,7 @@ def _advance(problem: Problem, state: _State) -> None:
 
 
 def _turn(problem: Problem, state: _State, i: Tensor, theta: Tensor, value: Tensor, gradient: Tensor) -> None:
-    """Moves problems i to their new points, remembers how the gradient changed, and sets out in new directions."""
+    """Moves problems i to their new points, stores the change of the gradient, and sets new directions."""
     step, change = theta - state.theta[i], gradient - state.gradient[i]
     slot = state.iterations[i] % _HISTORY
     state.steps[i, slot], state.changes[i, slot] = step, change
@@ -165,7 +165,7 @@ def _turn(problem: Problem, state: _State, i: Tensor, theta: Tensor, value: Tens
 
 
 def _direction(problem: Problem, state: _State, i: Tensor) -> Tensor:
-    """The two-loop recursion: minus the gradient times the inverse Hessian that the last steps have shown, [len(i), P]."""
+    """The two-loop recursion: minus the gradient times the inverse Hessian of the last steps, [len(i), P]."""
     which, curvature = state.which[i], state.curvature[i]
     q = state.gradient[i]
     newest = state.iterations[i] - 1

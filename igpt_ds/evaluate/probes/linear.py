@@ -1,9 +1,10 @@
-"""The linear probe (paper 2.4, 3.4): how good a linear classifier is on one layer's features, and how that is measured.
+"""The linear probe (paper 2.4, 3.4): the accuracy of a linear classifier on the features of one layer.
 
-Hold out a tenth of the training images (paper 3.1); standardise by the others, and choose the penalty by the accuracy on the
-tenth; standardise and fit again on all training images; only then look at the split that is reported. The layer, too, is chosen
-by the held-out tenth (`results.best_row`), never by the reported split. One copy of the training features is in memory, whatever
-the grid. In: feature sets. Out: a `Probe` for each layer and kind. Called by variants and `tools/linear_probe.py`.
+A tenth of the training images is held out (paper 3.1). The features are standardised by the other images, and the accuracy on the
+tenth chooses the penalty. Then all training images are standardised and fitted, and the reported split is read. The held-out
+tenth also chooses the layer (`results.best_row`), never the reported split. One copy of the training features is in memory for
+any grid.
+In: feature sets. Out: a `Probe` for each layer and kind. Called by `variants.py` and `tools/linear_probe.py`.
 """
 
 from __future__ import annotations
@@ -16,54 +17,54 @@ import torch
 from torch import Tensor
 
 from igpt_ds.evaluate.features.files import FeatureSet
-from igpt_ds.evaluate.probes.logistic import Fit, Spectrum, fit
+from igpt_ds.evaluate.probes.logistic import Fit, Spectrum, fit_logistic
 from igpt_ds.evaluate.probes.rows import FiniteRows
 
-# scikit-learn's C, for standardised features. For 10,000 images raw pixels do best at 1e-2, narrow features at 1 to 100, and
-# the best C falls as images grow in number.
+# scikit-learn's C, for standardised features. With 10,000 images the best C is 1e-2 for raw pixels and 1 to 100 for narrow
+# features. It falls as the number of images grows.
 C_GRID = tuple(10.0**power for power in range(-5, 4))
 HELD_OUT = 0.1  # of the training images: paper 3.1
-PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32}
-_CHUNK_BYTES = 1 << 21  # of features read at once
+PROBE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+_CHUNK_BYTES = 1 << 21  # features that are read at once
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProbeSettings:
     """How probes are fitted."""
 
     C_grid: tuple[float, ...] = C_GRID
-    tol: float = 1e-6  # the largest entry of the gradient of objective / (C N) at the end
+    tol: float = 1e-6  # largest entry of the gradient of objective / (C N) at the end
     seed: int = 0
     device: str = "cpu"
-    precision: str = "fp32"  # of the features in memory and of most products; what is reported is exact to float64
+    precision: str = "fp32"  # of the features in memory and most products; results are exact to float64
 
     @staticmethod
-    def of(C_grid: Sequence[float], **others: object) -> Settings:
-        """With the grid's values sorted, each once."""
-        return replace(Settings(tuple(sorted({float(value) for value in C_grid}))), **others)  # type: ignore[arg-type]
+    def of(C_grid: Sequence[float], **others: object) -> ProbeSettings:
+        """Settings with a sorted grid without duplicates."""
+        return replace(ProbeSettings(tuple(sorted({float(value) for value in C_grid}))), **others)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class View:
-    """What a probe sees of a feature set: one layer of a kind, or several side by side, [N, width]."""
+    """The features that a probe reads: one layer of a kind, or several layers side by side, [N, width]."""
 
     features: FeatureSet
     layers: tuple[int, ...]
     kind: str
-    mask: int = 0  # the number of the mask, where images are masked
+    mask: int = 0  # the number of the mask, if images are masked
 
     @property
     def width(self) -> int:
-        """Features of an image."""
+        """Number of features of an image."""
         return len(self.layers) * self.features.manifest.n_features
 
     def chunks(self, ids: np.ndarray) -> Iterator[np.ndarray]:
-        """The rows of some images, in turn: float64 [n, width].
+        """The rows of some images, in pieces: float64 [n, width].
 
-        The files are mapped anew for each piece, so that what was read does not stay in the process's memory.
+        The files are mapped again for each piece, so that the rows do not stay in the memory of the process.
 
         Raises:
-            ValueError: a value that is read is not finite.
+            ValueError: a value is not finite.
         """
         rows = max(1, _CHUNK_BYTES // (8 * self.width))
         for start in range(0, len(ids), rows):
@@ -74,7 +75,7 @@ class View:
 
 @dataclass(frozen=True)
 class Standard:
-    """Takes features to mean 0 and deviation 1 over the images that it was made of; one that never changes becomes 0."""
+    """Scales features to mean 0 and deviation 1 over the images of `of`; a constant feature becomes 0."""
 
     mean: np.ndarray  # float64 [width]
     scale: np.ndarray
@@ -85,7 +86,7 @@ class Standard:
         mean = np.sum([chunk.sum(0) for chunk in view.chunks(ids)], axis=0) / len(ids)
         variance = np.sum([np.square(chunk - mean).sum(0) for chunk in view.chunks(ids)], axis=0) / len(ids)
         deviation = np.sqrt(variance)
-        constant = deviation <= np.finfo(np.float32).eps * np.abs(mean)  # they are stored as float32
+        constant = deviation <= np.finfo(np.float32).eps * np.abs(mean)  # relative to float32, in which they are stored
         return Standard(mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=~constant))
 
     def fill(self, target: Tensor, view: View, ids: np.ndarray) -> None:
@@ -98,7 +99,7 @@ class Standard:
             start += len(chunk)
 
     def predict(self, found: Fit, view: View) -> np.ndarray:
-        """The labels that a fit of one value gives every image of a view, int64 [N], in float64."""
+        """The predictions of a fit with one grid value for every image of a view: int64 [N], computed in float64."""
         labels = []
         for chunk in view.chunks(np.arange(len(view.features.labels))):
             labels.append(found.predict(torch.from_numpy((chunk - self.mean) * self.scale))[0])
@@ -107,7 +108,7 @@ class Standard:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one probe found. Accuracies lie in 0..1; objective, grad_norm and iterations are those of the last fit."""
+    """The result of one probe. Accuracies lie in 0..1; objective, grad_norm and iterations are those of the last fit."""
 
     layer: int
     kind: str
@@ -119,7 +120,7 @@ class Probe:
     n_classes: int
     C: float  # the chosen one
     C_grid: list[float]
-    grid_edge: str | None  # "low" or "high" when the best C may lie outside the grid
+    grid_edge: str | None  # "low" or "high" if the best C may lie outside the grid
     held_out_accuracies: list[float]  # for each value of the grid
     held_out_accuracy: float
     train_accuracy: float
@@ -138,46 +139,46 @@ class Search:
     """The fits on nine tenths of the training images, for the whole grid, and their accuracy on the tenth."""
 
     view: View
-    settings: Settings
-    order: np.ndarray  # the images: those of the fit, then the held-out ones
+    settings: ProbeSettings
+    order: np.ndarray  # the images: first those of the fit, then the held-out ones
     x: Tensor  # [N, width], standardised, in that order
     found: Fit
-    accuracies: np.ndarray  # float64, one a value of the grid
+    accuracies: np.ndarray  # float64, one for each value of the grid
     spectrum: Spectrum
 
     @property
     def best(self) -> int:
-        """The place of the chosen penalty in the grid; of equals, the stronger."""
+        """The index of the best value in the grid; of equal ones, the strongest penalty."""
         return int(self.accuracies.argmax())
 
     @staticmethod
-    def of(view: View, ids: np.ndarray, settings: Settings) -> Search:
+    def of(view: View, ids: np.ndarray, settings: ProbeSettings) -> Search:
         """Searches the grid on these images of a view."""
         labels = view.features.labels
         mixed = ids[stratified_order(labels[ids], settings.seed)]
         n_held_out = max(1, round(HELD_OUT * len(ids)))
         held_out, rest = np.sort(mixed[:n_held_out]), np.sort(mixed[n_held_out:])
-        x = torch.empty(len(ids), view.width, dtype=PRECISIONS[settings.precision], device=settings.device)
+        x = torch.empty(len(ids), view.width, dtype=PROBE_DTYPES[settings.precision], device=settings.device)
         standard = Standard.of(view, rest)
         standard.fill(x[: len(rest)], view, rest)
         standard.fill(x[len(rest) :], view, held_out)
         spectrum = Spectrum.of(x[: len(rest)])
-        found = fit(x[: len(rest)], labels[rest], settings.C_grid, tol=settings.tol, spectrum=spectrum)
+        found = fit_logistic(x[: len(rest)], labels[rest], settings.C_grid, tol=settings.tol, spectrum=spectrum)
         accuracies = (found.predict(x[len(rest) :]) == labels[held_out]).mean(1)
         return Search(view, settings, np.concatenate([rest, held_out]), x, found, accuracies, spectrum)
 
     def refit(self) -> tuple[Fit, Standard]:
-        """The fit on all images with the chosen penalty; their features replace those of the search."""
+        """Fits all images with the chosen penalty. Their features replace those of the search."""
         labels = self.view.features.labels[self.order]
         standard = Standard.of(self.view, self.order)
         standard.fill(self.x, self.view, self.order)
         start = self.found.only(self.best) if np.array_equal(self.found.classes, np.unique(labels)) else None
         grid = [self.settings.C_grid[self.best]]
-        return fit(self.x, labels, grid, tol=self.settings.tol, spectrum=self.spectrum, start=start), standard
+        return fit_logistic(self.x, labels, grid, tol=self.settings.tol, spectrum=self.spectrum, start=start), standard
 
 
-def probe_view(view: View, evaluated: Sequence[View], ids: np.ndarray, settings: Settings) -> tuple[Probe, list[np.ndarray]]:
-    """Probes a view with these training images; the accuracy is that on the first of the evaluated views.
+def probe_view(view: View, evaluated: Sequence[View], ids: np.ndarray, settings: ProbeSettings) -> tuple[Probe, list[np.ndarray]]:
+    """Probes a view with these training images. The accuracy is that on the first evaluated view.
 
     Returns:
         the probe, and the predictions for each evaluated view, int64 [N].
@@ -218,32 +219,32 @@ def linear_probe(
     evaluated: FeatureSet,
     layer: int,
     kind: str,
-    settings: Settings | None = None,
+    settings: ProbeSettings | None = None,
     max_train: int | None = None,
 ) -> Probe:
     """Probes one layer.
 
     Args:
-        settings: its seed draws the held-out tenth, and the images of max_train.
-        max_train: use that many training images only, the classes in proportion.
+        settings: the seed draws the held-out tenth and the images of max_train.
+        max_train: number of training images to use, classes in proportion; None: all.
 
     Raises:
-        ValueError: labels missing or all the same, a max_train, grid or tol without sense, a layer that is not there, features
-            that are not finite in either split.
+        ValueError: labels are missing or all equal; max_train, grid or tol is out of range; the layer does not exist; features
+            of a split are not finite.
     """
-    settings = settings or Settings()
+    settings = settings or ProbeSettings()
     check_labels(evaluated)
     ids = training_images(train, max_train, settings.seed)
     return probe_view(View(train, (layer,), kind), [View(evaluated, (layer,), kind)], ids, settings)[0]
 
 
 def edge(best: int, values: int) -> str | None:
-    """Which end of the grid the chosen value stands at; a grid of one value has none."""
+    """The end of the grid at which the chosen value is; None if it is inside or the grid has one value."""
     return None if values == 1 else {0: "low", values - 1: "high"}.get(best)
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """All images, int64 [N], in a random order whose every beginning holds the classes in proportion."""
+    """All images in a random order, int64 [N]; every first part of it has the classes in proportion."""
     random = np.random.default_rng(seed)
     key = np.empty(len(labels))
     for label in np.unique(labels):
@@ -253,7 +254,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def check_labels(features: FeatureSet) -> None:
-    """Raises a ValueError that names the first image without a label of the set's classes."""
+    """Raises a ValueError that names the first image whose label is not a class."""
     bad = np.flatnonzero((features.labels < 0) | (features.labels >= len(features.classes)))
     if len(bad):
         what = f"image {bad[0]} of split {features.split!r} in {features.path} has label {features.labels[bad[0]]}"
@@ -261,7 +262,7 @@ def check_labels(features: FeatureSet) -> None:
 
 
 def training_images(train: FeatureSet, max_train: int | None, seed: int) -> np.ndarray:
-    """The images to fit on, int64 rising: all, or max_train with the classes in proportion; raises as `linear_probe` does."""
+    """The images to fit on, int64, rising: all, or max_train with classes in proportion. Raises like `linear_probe`."""
     check_labels(train)
     N = len(train.labels)
     if max_train is not None and not 2 <= max_train <= N:
@@ -272,5 +273,5 @@ def training_images(train: FeatureSet, max_train: int | None, seed: int) -> np.n
     present = np.unique(train.labels[ids])
     if len(present) < 2:
         names = ", ".join(train.classes[label] for label in present)
-        raise ValueError(f"the training labels hold one class only ({names}), in {train.path}; a probe needs at least 2")
+        raise ValueError(f"the training labels hold only one class ({names}), in {train.path}; a probe needs at least 2")
     return ids

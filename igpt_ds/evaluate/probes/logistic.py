@@ -1,10 +1,10 @@
-"""Multinomial logistic regression by L-BFGS: features [N, C] and labels [N] enter, weights for a whole grid of penalties leave.
+"""Multinomial logistic regression by L-BFGS. In: features [N, C] and labels [N]. Out: weights for a whole grid of penalties.
 
-The objective is scikit-learn's `LogisticRegression(C=...)`: the summed cross entropy times C plus half the squared weights,
-intercepts free. (Their C is the inverse strength of the penalty; it is written `C_grid` and `Fit.C` here, and the C of the
-shapes remains the features' width.) The values of the grid are solved together: an evaluation is two matrix products for all
-that have not converged. First every second one, from zero; then the others, from what lies between their neighbours' solutions,
-which saves a fifth of the work. Features in float32 are iterated on in float32 and finished in float64. Called by protocols.
+The objective is that of scikit-learn's `LogisticRegression(C=...)`: the summed cross entropy times C plus half the squared
+weights, without a penalty on intercepts. (scikit-learn's C is the inverse penalty, here `C_grid` and `Fit.C`. In shapes, C is the
+width of the features.) The values of the grid are solved together: an evaluation is two matrix products for all that have not
+converged. Every second value starts at zero. The others start between the solutions of their neighbours, which saves a fifth of
+the work. Float32 features are iterated in float32 and finished in float64. Called by `linear.py` and `variants.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from igpt_ds.evaluate.probes.lbfgs import Minimum, minimise
 
-_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits held at once; on the CPU they then stay in its cache
-_COPIED = {"cpu": 1 << 19, "cuda": 1 << 26}  # and features of which a copy is made
-# The part of the objective that one more step may promise at the end: where classes separate, the gradient is small long
-# before the minimum. This keeps the objective within 1e-6 of the minimum.
+_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits in memory at once; on a CPU they stay in the cache
+_COPIED = {"cpu": 1 << 19, "cuda": 1 << 26}  # features that are copied at once
+# Largest relative decrease of the objective that one more step predicts at the end. If classes separate, the gradient is small
+# long before the minimum. This bound keeps the objective within 1e-6 of the minimum.
 _PROMISE = 1e-8
 
 
@@ -32,8 +32,8 @@ class Fit:
     """G solutions, one for each value of the grid.
 
     `objective` is scikit-learn's. `grad_norm` is the largest absolute entry of the gradient of objective / (C * N), which
-    `tol` bounds; both are computed in float64 from the features as given. `classes` are the labels that occurred; the K rows of
-    the weights stand for them.
+    `tol` bounds; both are computed in float64 from the features as given. `classes` are the labels of
+    the K rows of the weights.
     """
 
     C: np.ndarray  # float64 [G]
@@ -44,10 +44,10 @@ class Fit:
     grad_norm: np.ndarray  # float64 [G]
     iterations: np.ndarray  # int64 [G]
     converged: np.ndarray  # bool [G]
-    evaluations: int  # of the objective, each for all the values that were still running
+    evaluations: int  # of the objective, each for all unfinished values
 
     def only(self, g: int) -> Fit:
-        """The solution for the g-th value of the grid alone."""
+        """Only the solution for the g-th value of the grid."""
         one = slice(g, g + 1)
         values = {f.name: getattr(self, f.name)[one] for f in fields(self) if f.name not in ("classes", "evaluations")}
         return replace(self, **values)
@@ -64,7 +64,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Mean and principal axes of features: from them the solver knows how long a step along each axis should be."""
+    """Mean and principal axes of features. They scale the solver's step along each axis."""
 
     mean: Tensor  # float64 [C]
     axes: Tensor  # float64 [C, C], one axis a column
@@ -74,7 +74,7 @@ class Spectrum:
     def of(features: Tensor) -> Spectrum:
         """The spectrum of features [N, C]: two passes, then an eigendecomposition of [C, C]."""
         N, width = features.shape
-        parts = features.split(_chunk_rows(features, 1, copied=True))  # whole, they might be copied
+        parts = features.split(_chunk_rows(features, 1, copied=True))  # in parts, because a copy of all would be too large
         mean = torch.stack([x.sum(0, dtype=torch.float64) for x in parts]).sum(0) / N
         covariance = torch.zeros(width, width, dtype=torch.float64, device=features.device)
         for x in parts:
@@ -84,7 +84,7 @@ class Spectrum:
         return Spectrum(mean, axes, variances.clamp_min(0.0))
 
 
-def fit(
+def fit_logistic(
     features: Tensor,
     labels: np.ndarray,
     C_grid: Sequence[float],
@@ -96,19 +96,19 @@ def fit(
 ) -> Fit:
     """Minimises the objective for every value of the grid, on the device of the features.
 
-    Float32 features take float32 products until they have nothing more to say, then float64 ones on parts of them, so that the
-    result is as exact as with float64 features; it costs a few evaluations. Vectors (weights, gradients, history) are float64
-    always. Labels that do not occur get no weights, as in scikit-learn. For two classes scikit-learn fits one weight vector; a
-    doubled penalty gives the same here.
+    Float32 features use float32 products until these converge, then a few evaluations with float64 products, so the result is as
+    exact as with float64 features. Vectors (weights, gradients, history) are always float64. Labels that do not occur get no
+    weights, as in scikit-learn. For two classes scikit-learn fits one weight vector; a doubled penalty gives the same result
+    here.
 
     Args:
         features: float64 or float32 [N, C]. Standardise them first: the penalty treats all features alike.
         labels: int64 [N].
         C_grid: positive values, the G problems.
         tol: the bound on `Fit.grad_norm`.
-        max_iterations: of each problem; one that needs more is returned with converged False.
-        spectrum: of these features or of similar ones, to save computing it.
-        start: a fit of one grid value with the same labels, to begin from.
+        max_iterations: of each problem; if it is exceeded, `converged` is False.
+        spectrum: of these or similar features, if it is known already.
+        start: a fit of one grid value with the same labels, where the iterations start.
 
     Raises:
         ValueError: shapes that do not match, features that are not finite, fewer than two labels, a bad grid or tol.
@@ -136,7 +136,7 @@ def fit(
 
 
 def _start(start: Fit | None, problem: _Softmax, G: int) -> Tensor:
-    """The first point of G problems, [G, K * (C + 1)]: zero, or a fit with its intercept as seen from the features' mean."""
+    """The first point of G problems, [G, K * (C + 1)]: zero, or a fit with its intercept at the mean of the features."""
     mean = problem.spectrum.mean
     theta = mean.new_zeros(G, problem.K, len(mean) + 1)
     if start is not None:
@@ -147,7 +147,7 @@ def _start(start: Fit | None, problem: _Softmax, G: int) -> Tensor:
 
 
 def _solve(problem: _Softmax, theta: Tensor, tol: float, max_iterations: int) -> Minimum:
-    """Minimises from theta, in the features' precision first and then in float64, which alone says what has converged."""
+    """Minimises from theta, first in the precision of the features, then in float64, which decides on convergence."""
     if problem.dtype == torch.float64:
         return minimise(problem, theta, tol, max_iterations)
     rough = minimise(problem, theta, tol, max_iterations)
@@ -158,13 +158,13 @@ def _solve(problem: _Softmax, theta: Tensor, tol: float, max_iterations: int) ->
 
 
 def _solve_neighbours(problem: _Softmax, grid: Tensor, tol: float, max_iterations: int) -> Minimum:
-    """Every second value from the weakest penalty down, then those between, each from a line through its neighbours in log C."""
+    """Every second value, beginning with the weakest penalty; then the others, interpolated between neighbours in log C."""
     order = grid.argsort()
     coarse, fine = order.flip(0)[::2].flip(0), order.flip(0)[1::2].flip(0)
     first = _solve(problem.only(coarse), _start(None, problem, len(coarse)), tol, max_iterations)
     at, known = grid[fine].log(), grid[coarse].log()
     above = torch.searchsorted(known, at).clamp(max=len(coarse) - 1)
-    below = (above - 1).clamp_min(0)  # the strongest penalty of an even number has one neighbour alone
+    below = (above - 1).clamp_min(0)  # with an even number of values the strongest penalty has only one neighbour
     part = ((at - known[below]) / (known[above] - known[below]).clamp_min(1e-300)).clamp(0, 1)[:, None]
     second = _solve(problem.only(fine), first.theta[below].lerp(first.theta[above], part), tol, max_iterations)
     back = torch.cat([coarse, fine]).argsort()
@@ -176,7 +176,7 @@ def _solve_neighbours(problem: _Softmax, grid: Tensor, tol: float, max_iteration
 def _check(features: Tensor, labels: np.ndarray, C_grid: Sequence[float], tol: float) -> tuple[np.ndarray, np.ndarray]:
     """The labels that occur, and each image's index into them."""
     if features.ndim != 2 or len(features) != len(labels):
-        raise ValueError(f"features of shape {list(features.shape)} do not go with {len(labels)} labels; give [N, C] and [N]")
+        raise ValueError(f"features of shape {list(features.shape)} do not match {len(labels)} labels; give [N, C] and [N]")
     if not all(torch.isfinite(x).all() for x in features.split(_chunk_rows(features, 1, copied=True))):
         raise ValueError("the features hold values that are not finite; extract them again in fp32")
     if not len(C_grid) or not all(value > 0 and math.isfinite(value) for value in C_grid):
@@ -197,8 +197,8 @@ def _chunk_rows(features: Tensor, columns: int, copied: bool) -> int:
 class _Softmax:
     """The objective divided by C * N: mean cross entropy + strength / 2 * squared weights, for every strength.
 
-    Parameters are [g, K * (C + 1)]; the last column of [K, C + 1] is the intercept as seen from the features' mean, which
-    frees it from the weights. The solution is the same.
+    Parameters are [g, K * (C + 1)]; the last column of [K, C + 1] is the intercept at the mean of the features, which makes it
+    independent of the weights. The solution is the same.
     """
 
     promise = _PROMISE
@@ -206,18 +206,18 @@ class _Softmax:
     def __init__(self, features: Tensor, targets: Tensor, K: int, C_grid: Tensor, spectrum: Spectrum) -> None:
         self.features, self.targets, self.K, self.spectrum = features, targets, K, spectrum
         self.strengths = (2.0 if K == 2 else 1.0) / (C_grid * len(features))
-        self.variances = torch.cat([spectrum.variances, spectrum.mean.new_ones(1)])  # the intercept's feature is a one
+        self.variances = torch.cat([spectrum.variances, spectrum.mean.new_ones(1)])  # the feature of the intercept is 1
         self.dtype = features.dtype  # of the products
         self.resolution = 10 * torch.finfo(self.dtype).eps
 
     def only(self, which: Tensor) -> _Softmax:
-        """The problems of these strengths alone."""
+        """Only the problems of these strengths."""
         chosen = copy(self)
         chosen.strengths = self.strengths[which]
         return chosen
 
     def exact(self) -> _Softmax:
-        """The same with products in float64, of features that are cast part by part."""
+        """The same problem with float64 products; features are cast in parts."""
         chosen = copy(self)
         chosen.dtype, chosen.resolution = torch.float64, 10 * torch.finfo(torch.float64).eps
         return chosen
@@ -225,8 +225,8 @@ class _Softmax:
     def evaluate(self, theta: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values [g], gradients [g, K * (C + 1)] and the softmax's mean curvature [g].
 
-        The last is the mean of p (1 - p) over images and over the K - 1 directions in which a softmax can move: 1 / K at
-        zero, and little where most images are classified with certainty.
+        The curvature is the mean of p (1 - p) over images and over the K - 1 free directions of a softmax: 1 / K at zero, and
+        small if most images are classified with certainty.
         """
         G, K, N, mean = len(theta), self.K, len(self.features), self.spectrum.mean
         theta = theta.view(G, K, -1)
@@ -237,7 +237,7 @@ class _Softmax:
         rows = _chunk_rows(self.features, G * K, copied=self.dtype != self.features.dtype)
         for stored, y in zip(self.features.split(rows), self.targets.split(rows), strict=True):
             x = stored.to(self.dtype)
-            # Classes before images: a softmax over a far dimension runs twice as fast as over a near one of ten.
+            # Classes before images: a softmax over an outer dimension is twice as fast as over an inner one of ten classes.
             log_p = torch.log_softmax((W @ x.T).add_(b).view(G, K, -1), dim=1)
             target = y.expand(G, 1, -1)
             value -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
@@ -254,15 +254,16 @@ class _Softmax:
         return value, gradient.flatten(1), (1 - squares / N).clamp_min(1e-12) / (K - 1)
 
     def grad_norm(self, gradient: Tensor) -> Tensor:
-        """[g]: the largest absolute entry for the weights and the intercept as a reader knows them."""
+        """[g]: the largest absolute entry, with the intercept at the origin."""
         gradient = gradient.view(len(gradient), self.K, -1)
         weights = gradient[..., :-1] + gradient[..., -1:] * self.spectrum.mean
         return torch.maximum(weights.abs().amax((1, 2)), gradient[..., -1].abs().amax(1))
 
     def precondition(self, vector: Tensor, which: Tensor, curvature: Tensor) -> Tensor:
-        """[g, K * (C + 1)] times the inverse Hessian, if the softmax curved alike for all images and classes.
+        """[g, K * (C + 1)] times an approximate inverse Hessian.
 
-        Then it is diagonal along the features' axes: curvature * variance + strength.
+        If the softmax has the same curvature for all images and classes, the Hessian is diagonal along the principal axes of the
+        features: curvature * variance + strength.
         """
         axes = self.spectrum.axes
         hessian = curvature[:, None] * self.variances

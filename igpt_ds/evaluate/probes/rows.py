@@ -1,11 +1,11 @@
-"""Rows of a feature array that is larger than memory, in a random order that their place in the stream alone decides.
+"""Rows of a feature array that is larger than memory, in a random order that depends only on the place in the stream.
 
-In: a memory map [N, C], which rows take part, a seed. Out: batches from any step on, and column moments. Called by sgd_probe;
-`FiniteRows` by protocols too.
+In: a memory map [N, C], the rows to use, a seed. Out: batches from any step on, and column moments. Called by `sgd_search.py`;
+`FiniteRows` also by `linear.py`.
 
-Rows are read in blocks of neighbours. An epoch is a permutation of the blocks; as many as fit into `window_bytes` make a window,
-whose rows are shuffled, and which is read while the one before it is used. (seed, epoch, window) decide all of it, so a stream
-can begin anywhere. The more blocks a window holds, the closer the order is to a shuffle of all rows.
+Rows are read in blocks of neighbours. An epoch is a permutation of the blocks. As many blocks as fit into `window_bytes` make a
+window; its rows are shuffled, and it is read while the previous window is used. The order depends only on (seed, epoch, window),
+so a stream can start at any step. The more blocks a window holds, the closer the order is to a shuffle of all rows.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _ORDER = 31  # purpose of random words
 
 
 class FiniteRows:
-    """One layer of a feature set, an array [N, C] that is read like a memory map: float32, and seen to be finite as it is read.
+    """One layer of a feature set, an array [N, C] that is read like a memory map: float32, checked to be finite.
 
-    The check is of the rows in hand, while they are in the cache.
+    The rows are checked when they are read, while they are in the cache.
 
     Raises:
-        ValueError: as `FeatureSet.layer` does; and, where rows are read, one that names the first that is not finite.
+        ValueError: as `FeatureSet.layer`; when rows are read, with the first image that is not finite.
     """
 
     def __init__(self, features: FeatureSet, layer: int, kind: str, mask: int = 0) -> None:
@@ -44,7 +44,7 @@ class FiniteRows:
         return len(self._values)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        # Not before float16 is float32: numpy takes twenty times as long to look at float16.
+        # The check is in float32, because numpy is twenty times slower on float16.
         values = np.asarray(self._values[rows], dtype=np.float32)
         if not np.isfinite(values).all():
             image = np.arange(len(self))[rows][~np.isfinite(values).all(1)][0]
@@ -53,13 +53,13 @@ class FiniteRows:
 
 
 class Blocks:
-    """The rows of a feature array that are trained on, read window by window in an order that (seed, position) decide.
+    """The training rows of a feature array, read window by window in an order that depends on (seed, position).
 
     Args:
         values: float [N, C], a memory map for example.
-        keep: bool [N], the rows that take part; None for all.
-        window_bytes: of rows in memory at once, as float32; twice as much while the next window is read.
-        standard: mean and 1 / deviation of each column, float64 [C], to take away and to multiply by.
+        keep: bool [N], the rows to use; None: all.
+        window_bytes: size of a window as float32; two windows are in memory.
+        standard: mean and 1 / deviation of each column, float64 [C]; None leaves the rows as they are.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Blocks:
         place[order] = np.arange(len(ids))
         out = np.empty((len(ids), self.values.shape[1]), dtype=np.float32)
         done = 0
-        for block in blocks:  # read in one piece each, and laid down where the shuffled order wants its rows
+        for block in blocks:  # read each block at once and put its rows into the shuffled places
             start = self.starts[block]
             piece = self.values[start : start + self.rows]
             if self.keep is not None:
@@ -141,7 +141,7 @@ class Blocks:
 
 
 def standardised(values: Tensor, standard: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
-    """The same tensor [N, C], its columns moved and scaled in place where there is something to do it by."""
+    """The same tensor [N, C], standardised in place; unchanged if `standard` is None."""
     if standard is None:
         return values
     mean, scale = (torch.from_numpy(numbers).to(values) for numbers in standard)
@@ -149,7 +149,7 @@ def standardised(values: Tensor, standard: tuple[np.ndarray, np.ndarray] | None)
 
 
 def moments(values: np.ndarray | FiniteRows, keep: np.ndarray | None, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and 1 / deviation of each column over the rows kept, float64 [C], in one pass; 0 for a column that never changes."""
+    """Mean and 1 / deviation of each column over the kept rows, float64 [C], in one pass; 0 for a constant column."""
     n, total, squares, shift = 0, 0.0, 0.0, np.asarray(values[:1][0], dtype=np.float64)
     for start in range(0, len(values), rows):
         part = np.asarray(values[start : start + rows], dtype=np.float64)

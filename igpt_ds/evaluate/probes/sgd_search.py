@@ -26,7 +26,7 @@ from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, StateFile, 
 
 FORMAT, VERSION = "igpt_ds.sgd_probe", 2
 RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # paper 3.4: 30, 10, 3, ...
-HELD_OUT = 0.04  # of the training images: paper 3.1, for ImageNet
+SGD_HELD_OUT = 0.04  # of the training images: paper 3.1, for ImageNet
 _MADE_WITH = ("model_hash", "precision", "dtype", "mask_prob", "mask_seed")  # they decide the features of the same images
 
 
@@ -77,7 +77,7 @@ class SgdProbe:
     views: int
     seed: int
     precision: str = "fp32"
-    held_out: float = HELD_OUT  # share of the training images that chose the rate
+    held_out: float = SGD_HELD_OUT  # share of the training images that chose the rate
 
 
 class _Fitting:
@@ -192,7 +192,7 @@ class RateSearch:
 
     rates: Sequence[float] = RATES  # from large to small, until the best is not the smallest of those tried
     together: int = 4  # rates that are fitted at once
-    held_out: float = HELD_OUT  # share of the training images that chooses the rate
+    held_out: float = SGD_HELD_OUT  # share of the training images that chooses the rate
 
     def __post_init__(self) -> None:
         if not self.rates or not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
@@ -224,7 +224,7 @@ def sgd_probe(
     check_labels(evaluated)
     fitting = _Fitting(train, evaluated, layer, kind, settings, search.held_out, file)
     mask = held_out_rows(train.labels, search.held_out, settings.views, settings.seed)
-    tried = _search(fitting, search, ~mask, (RowSubset(fitting.values, np.flatnonzero(mask)), train.labels[mask]))
+    tried = _search_rates(fitting, search, ~mask, (RowSubset(fitting.values, np.flatnonzero(mask)), train.labels[mask]))
     everything = {"train": (fitting.values, train.labels), "evaluated": (FiniteRows(evaluated, layer, kind), evaluated.labels)}
     last = fitting.accuracies("all", [tried.rate], None, everything)
     fitting.forget()
@@ -278,7 +278,7 @@ class _Tried:
         return self.rates[self.best]
 
 
-def _search(fitting: _Fitting, search: RateSearch, keep: np.ndarray, held_out: tuple[RowSource, np.ndarray]) -> _Tried:
+def _search_rates(fitting: _Fitting, search: RateSearch, keep: np.ndarray, held_out: tuple[RowSource, np.ndarray]) -> _Tried:
     falling, tried = sorted(set(search.rates), reverse=True), _Tried([], [], [])
     for first in range(0, len(falling), search.together):
         group = falling[first : first + search.together]

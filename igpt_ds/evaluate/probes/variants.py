@@ -1,9 +1,9 @@
 """The paper's variants of the linear probe: layers side by side (4.4), few labels (4.7), a vote over masks (4.6).
 
-Each stands on one layer, the best by the held-out tenth unless it is named. Finding it takes the searches alone: the accuracy of
-a layer's reported split, and with it the last fit, are computed for the chosen layer only, since nothing else may choose.
+Each uses one layer: the given one, or the best by the held-out tenth. The search of the layer needs only the fits on nine tenths.
+The last fit and the accuracy on the reported split are computed only for the chosen layer, because the split must not choose.
 
-In: feature sets. Out: what was found, with what a result row says beside it. Called by `tools/linear_probe.py`.
+In: feature sets. Out: probes. Called by `tools/linear_probe.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.features.manifest import span
 from igpt_ds.evaluate.probes.linear import (
-    PRECISIONS,
+    PROBE_DTYPES,
     Probe,
+    ProbeSettings,
     Search,
-    Settings,
     Standard,
     View,
     check_labels,
@@ -29,16 +29,18 @@ from igpt_ds.evaluate.probes.linear import (
     stratified_order,
     training_images,
 )
-from igpt_ds.evaluate.probes.logistic import fit
+from igpt_ds.evaluate.probes.logistic import fit_logistic
 
 CONCATENATED = 5  # layers: paper 4.4
 LABELS, SUBSETS = (40, 250, 4000), 5  # paper 4.7
-FOLDS = 5  # of a subset, or as many as it has labels of a class
+FOLDS = 5  # of a subset, or fewer if a class has fewer labels
 N_MASKS = 5  # paper 4.6
 
 
-def best_layer(train: FeatureSet, layers: Sequence[int], kind: str, settings: Settings, report: Callable[[str], None]) -> int:
-    """The layer with the highest held-out accuracy, of equals the lowest; a single one is not searched for."""
+def best_layer(
+    train: FeatureSet, layers: Sequence[int], kind: str, settings: ProbeSettings, report: Callable[[str], None]
+) -> int:
+    """The layer with the highest held-out accuracy; of equal ones, the lowest. A single layer needs no search."""
     if len(layers) == 1:
         return layers[0]
     ids = training_images(train, None, settings.seed)
@@ -50,10 +52,10 @@ def best_layer(train: FeatureSet, layers: Sequence[int], kind: str, settings: Se
 
 
 def window(layers: Sequence[int], centre: int, count: int = CONCATENATED) -> tuple[int, ...]:
-    """`count` neighbouring layers of those that are there, with `centre` in the middle, or as near to it as the ends allow.
+    """`count` neighbouring layers with `centre` in the middle, or as near to the middle as the ends allow.
 
     Raises:
-        ValueError: fewer layers than that.
+        ValueError: there are fewer layers.
     """
     if len(layers) < count:
         raise ValueError(f"concat needs {count} layers and the features hold {span(layers)}; extract more layers")
@@ -68,11 +70,11 @@ class ConcatProbe(Probe):
     layers: list[int]
 
 
-def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: Settings) -> ConcatProbe:
+def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: ProbeSettings) -> ConcatProbe:
     """Probes the features of five layers around one layer, side by side (paper 4.4).
 
     Raises:
-        ValueError: fewer than five layers; and as `linear.linear_probe` does.
+        ValueError: fewer than five layers; and as `linear.linear_probe`.
     """
     check_labels(evaluated)
     layers = window(train.layers, layer)
@@ -83,26 +85,26 @@ def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, sett
 
 @dataclass(frozen=True)
 class LowDataProbe:
-    """Probes of a few labels each, on random balanced subsets of the training images."""
+    """The result of probes with few labels, on random balanced subsets of the training images."""
 
     layer: int
     kind: str
     train_split: str
     eval_split: str
-    n_train: int  # images that a subset is drawn from
+    n_train: int  # images from which a subset is drawn
     n_labels: int  # of a subset
     n_subsets: int
     n_eval: int
     n_features: int
     n_classes: int
     C_grid: list[float]
-    folds: int  # that the penalty was chosen by, within the subset
+    folds: int  # within the subset, that choose the penalty
     C_of_subsets: list[float]
     subset_accuracies: list[float]
     accuracy: float  # their mean
-    deviation: float | None  # of the sample of subsets: with n - 1, and none of one subset
+    deviation: float | None  # of the sample of subsets, with n - 1; None for one subset
     held_out_accuracy: float  # the mean of the subsets' accuracies across their folds
-    grid_edge: str | None  # the end at which most subsets chose, if most did
+    grid_edge: str | None  # the end of the grid that the median subset chose
     converged: bool
     seed: int
     tol: float
@@ -111,16 +113,22 @@ class LowDataProbe:
 
 
 def low_data(
-    train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, n_labels: int, settings: Settings, subsets: int = SUBSETS
+    train: FeatureSet,
+    evaluated: FeatureSet,
+    layer: int,
+    kind: str,
+    n_labels: int,
+    settings: ProbeSettings,
+    subsets: int = SUBSETS,
 ) -> LowDataProbe:
-    """Fits on n_labels random images, as many of each class, and again on other subsets (paper 4.7).
+    """Fits on random balanced subsets of n_labels images (paper 4.7).
 
-    The paper does not say how it chose the penalty. Here each subset chooses its own by cross validation within itself, so that
-    no other label is used; the layer alone is the caller's. The deviation is that of the sample, with n - 1, since the subsets
-    stand for all that could be drawn; one subset has none.
+    The paper does not say how it chose the penalty. Here cross validation within each subset chooses it, so that no other label
+    is used. The caller chooses the layer. The deviation is that of a sample, with n - 1, because the subsets are a sample of all
+    possible subsets.
 
     Raises:
-        ValueError: n_labels that is no multiple of the classes, below two of each, or above what a class has.
+        ValueError: n_labels is no multiple of the classes, has fewer than two per class, or exceeds the images of a class.
     """
     check_labels(train)
     check_labels(evaluated)
@@ -130,9 +138,9 @@ def low_data(
         ids = balanced_subset(train, n_labels, settings.seed, number)
         best, accuracy, converged = _cross_validate(view, ids, settings)
         standard = Standard.of(view, ids)
-        x = torch.empty(len(ids), view.width, dtype=PRECISIONS[settings.precision], device=settings.device)
+        x = torch.empty(len(ids), view.width, dtype=PROBE_DTYPES[settings.precision], device=settings.device)
         standard.fill(x, view, ids)
-        final = fit(x, train.labels[ids], [settings.C_grid[best]], tol=settings.tol)
+        final = fit_logistic(x, train.labels[ids], [settings.C_grid[best]], tol=settings.tol)
         right = float((standard.predict(final, seen) == evaluated.labels).mean())
         found.append((best, accuracy, converged and bool(final.converged[0]), right))
     chosen, inner, ended, accuracies = (list(column) for column in zip(*found, strict=True))
@@ -164,7 +172,7 @@ def low_data(
 
 
 def balanced_subset(train: FeatureSet, n_labels: int, seed: int, number: int) -> np.ndarray:
-    """The images of a random subset with as many of each class: int64 [n_labels], rising."""
+    """The images of a random balanced subset: int64 [n_labels], rising."""
     K = len(train.classes)
     each, fewest = n_labels // K, int(np.bincount(train.labels, minlength=K).min())
     if n_labels % K or each < 2 or each > fewest:
@@ -178,12 +186,12 @@ def _folds(each: int) -> int:
     return min(FOLDS, each)
 
 
-def _cross_validate(view: View, ids: np.ndarray, settings: Settings) -> tuple[int, float, bool]:
-    """The place of the best penalty in the grid, its accuracy across the folds, and whether its fits converged."""
+def _cross_validate(view: View, ids: np.ndarray, settings: ProbeSettings) -> tuple[int, float, bool]:
+    """The index of the best penalty in the grid, its accuracy over the folds, and whether its fits converged."""
     labels = view.features.labels[ids]
     folds = _folds(int(np.bincount(labels).max()))
     fold = np.empty(len(ids), dtype=np.int64)
-    for label in np.unique(labels):  # as many of each class in each fold, or one more
+    for label in np.unique(labels):  # equal numbers of each class in each fold, or one more
         members = ids[labels == label]
         mixed = np.flatnonzero(labels == label)[stratified_order(np.zeros(len(members)), settings.seed)]
         fold[mixed] = np.arange(len(members)) % folds
@@ -191,10 +199,10 @@ def _cross_validate(view: View, ids: np.ndarray, settings: Settings) -> tuple[in
     for number in range(folds):
         rest, held_out = ids[fold != number], ids[fold == number]
         standard = Standard.of(view, rest)
-        x = torch.empty(len(ids), view.width, dtype=PRECISIONS[settings.precision], device=settings.device)
+        x = torch.empty(len(ids), view.width, dtype=PROBE_DTYPES[settings.precision], device=settings.device)
         standard.fill(x[: len(rest)], view, rest)
         standard.fill(x[len(rest) :], view, held_out)
-        found = fit(x[: len(rest)], view.features.labels[rest], settings.C_grid, tol=settings.tol)
+        found = fit_logistic(x[: len(rest)], view.features.labels[rest], settings.C_grid, tol=settings.tol)
         right += (found.predict(x[len(rest) :]) == view.features.labels[held_out]).sum(1)
         converged &= found.converged
     best = int(right.argmax())
@@ -202,7 +210,7 @@ def _cross_validate(view: View, ids: np.ndarray, settings: Settings) -> tuple[in
 
 
 def check_masks(train: FeatureSet, evaluated: FeatureSet, n_masks: int) -> None:
-    """Raises a ValueError where the features are of whole images, or of too few masks for a vote."""
+    """Raises a ValueError if the features are of whole images, or have too few masks for a vote."""
     for features, need in ((train, 1), (evaluated, n_masks)):
         if features.mask_draws < need:
             has = f"split {features.split!r} of {features.path} has {features.mask_draws} mask draws"
@@ -220,14 +228,14 @@ class MaskVoteProbe(Probe):
 
 
 def mask_vote(
-    train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: Settings, n_masks: int = N_MASKS
+    train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, settings: ProbeSettings, n_masks: int = N_MASKS
 ) -> MaskVoteProbe:
     """Predicts the most frequent class over the masks of each image, ties broken at random (paper 4.6).
 
     The probe is fitted on the first mask of each training image.
 
     Raises:
-        ValueError: features of whole images, or of fewer masks; and as `linear.linear_probe` does.
+        ValueError: features of whole images, or with fewer masks; and as `linear.linear_probe`.
     """
     check_masks(train, evaluated, n_masks)
     check_labels(evaluated)
@@ -247,6 +255,6 @@ def mask_vote(
 
 
 def vote(predictions: np.ndarray, K: int, seed: int) -> np.ndarray:
-    """The label that most voters give, of equals a random one: int64 [M, N], labels 0..K-1 -> int64 [N]."""
+    """The most frequent label, ties broken at random: int64 [M, N], labels 0..K-1 -> int64 [N]."""
     counts = np.stack([(predictions == label).sum(0) for label in range(K)], axis=1)
     return (counts + np.random.default_rng(seed).random(counts.shape)).argmax(1)

@@ -1,6 +1,6 @@
-"""What every figure shares: its size, its colours, its axes, and how it becomes a PNG without a display and any global state.
+"""The common parts of all figures: size, colours, axes, and writing a PNG without a display and without global state.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. Called by `figures` and `figures_paper`.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish. Called by `figures.py` and `figures_paper.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIZE, DPI = (8.0, 4.0), 150  # inches, dots an inch: 1200 pixels wide
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure; size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,13 +44,13 @@ def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def finish(figure: Figure, axes: Axes, path: Path) -> None:
-    """Adds the legend, right of the axes, and writes."""
+def save_with_legend(figure: Figure, axes: Axes, path: Path) -> None:
+    """Adds a legend right of the axes and writes the figure."""
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save(figure, path)
+    save_png(figure, path)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as a PNG, whole or not at all."""
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG, atomically."""
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})  # the same bytes from the same rows
+        figure.savefig(file, format="png", metadata={"Software": None})  # so that the same rows give the same bytes

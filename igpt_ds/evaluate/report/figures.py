@@ -1,7 +1,6 @@
-"""Figures: result rows, training rows, scores and likelihoods enter, PNG files leave, without a display and any global state.
+"""Figures. In: result rows, training rows, scores, likelihoods. Out: PNG files, without a display and without global state.
 
-Called by `tools/figures.py`, `sweep_lr.py`, `filter_shards.py` and `sample.py`. Colours are Okabe and Ito's, which colour-blind
-readers can tell apart; line styles and markers say the same again.
+Called by `tools/figures.py`, `sweep_lr.py`, `filter_shards.py` and `sample.py`. Lines differ by colour and by style or marker.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 def layer_curve(rows: Sequence[ProbeRow], path: Path, title: str) -> None:
     """Accuracy against layer (paper Figure 2) as a PNG.
 
-    A line for each series: trained ones coloured, and of another marker when the colours begin again, untrained ones grey; normed
-    features solid, raw ones dashed; raw pixels a level dotted line. A star stands at each trained series' best layer, chosen by
-    the held-out images.
+    One line for each series: trained models in colours (with another marker when the colours repeat), untrained ones grey, normed
+    features solid, raw features dashed, raw pixels a dotted level. A star marks the best layer of each trained series, which the
+    held-out images choose.
 
     Args:
         rows: of one experiment (`results.experiment`).
@@ -54,13 +53,13 @@ def layer_curve(rows: Sequence[ProbeRow], path: Path, title: str) -> None:
             axes.plot([best.layer], [height], marker="*", markersize=15, color=color, markeredgecolor="white", zorder=4)
     layers = sorted({row.layer for row in rows})
     axes.set_xticks([layer for layer in layers if layer % max(1, math.ceil((layers[-1] + 1) / 16)) == 0])
-    canvas.finish(figure, axes, path)
+    canvas.save_with_legend(figure, axes, path)
 
 
 def training_curve(runs: Mapping[str, Sequence[CurveRow]], n_vocab: int, path: Path, title: str, log: bool = False) -> None:
-    """Training and validation loss against images seen as a PNG, with the loss of a model that knows nothing, ln V.
+    """Training and validation loss against images seen as a PNG, with the loss of a uniform guess, ln V.
 
-    Images and not steps, so that runs of different batches lie over one another.
+    The axis has images and not steps, so that runs with different batches compare.
 
     Args:
         runs: for the name of each run the rows of its train.jsonl.
@@ -88,7 +87,7 @@ def training_curve(runs: Mapping[str, Sequence[CurveRow]], n_vocab: int, path: P
             text = f"{prefix}validation ({validation[-1][1]:.3f})"
             axes.plot(*zip(*validation, strict=True), color=color, linestyle=line, marker="o", markersize=4, label=text)
     _scale_images(axes, log)
-    canvas.finish(figure, axes, path)
+    canvas.save_with_legend(figure, axes, path)
 
 
 def _scale_images(axes: Axes, log: bool) -> None:
@@ -104,11 +103,11 @@ def _scale_images(axes: Axes, log: bool) -> None:
 
 
 def rate_curve(sweeps: Mapping[str, Sequence[tuple[float, float | None]]], measured: str, path: Path, title: str) -> None:
-    """What each learning rate led to, the lower the better, on a logarithmic axis, as a PNG; a star at each sweep's best.
+    """The result of each learning rate (lower is better) on a logarithmic axis as a PNG; a star marks the best of each sweep.
 
     Args:
-        sweeps: for each name (rate, value), at least one; None: the run ended by a spike, drawn as a cross above all others.
-        measured: what the values are, with their unit.
+        sweeps: for each name at least one (rate, value); None: the run ended by a spike, drawn as a cross at the top.
+        measured: name and unit of the values.
     """
     figure, axes = canvas.new_axes(title, "learning rate", measured)
     axes.set_xscale("log")
@@ -129,11 +128,11 @@ def rate_curve(sweeps: Mapping[str, Sequence[tuple[float, float | None]]], measu
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axes.set_xticks([], minor=True)
     axes.margins(0.1, 0.2)
-    canvas.finish(figure, axes, path)
+    canvas.save_with_legend(figure, axes, path)
 
 
 def plan_curve(tables: Mapping[str, Sequence[PlanRow]], path: Path, title: str) -> None:
-    """Days against GPUs on logarithmic axes as a PNG, each point with its MFU; dotted, what each GPU more would be worth at best.
+    """Days against GPUs on logarithmic axes as a PNG, each point with its MFU; dotted lines show perfect scaling.
 
     Args:
         tables: for each name the rows of a plan; rows that do not fit are left out.
@@ -159,11 +158,11 @@ def plan_curve(tables: Mapping[str, Sequence[PlanRow]], path: Path, title: str) 
             axes.annotate(text, (x, y), textcoords="offset points", xytext=offset, ha=side, fontsize="small", color=color)
         ticks |= set(gpus)
     axes.set_xticks(sorted(ticks), [str(N) for N in sorted(ticks)])
-    canvas.finish(figure, axes, path)
+    canvas.save_with_legend(figure, axes, path)
 
 
 def score_histogram(scores: dict[str, np.ndarray], threshold: float, path: Path, title: str, bins: int = 100) -> None:
-    """The distribution of each named set of scores as an outline, all of the same area, and the threshold, as a PNG.
+    """The distribution of each named set of scores as an outline of equal area, and the threshold, as a PNG.
 
     Args:
         scores: float [N] for each name; memory maps are read in pieces.
@@ -177,16 +176,16 @@ def score_histogram(scores: dict[str, np.ndarray], threshold: float, path: Path,
         text = f"{name} ({len(values)})"
         axes.stairs(100 * counts / len(values), edges, color=COLORS[number % len(COLORS)], linestyle=line, label=text)
     axes.axvline(threshold, color=BLACK, linestyle=":", label=f"kept from {threshold:.3f}")
-    canvas.finish(figure, axes, path)
+    canvas.save_with_legend(figure, axes, path)
 
 
 def heat_maps(images: np.ndarray, nats: np.ndarray, path: Path, columns: int = 2) -> None:
-    """Each image beside the map of what its pixels cost the model, in nats, dark where little, on one scale, as a PNG.
+    """Each image beside the map of its nats per pixel, dark for few nats, on one scale, as a PNG.
 
     Args:
         images: uint8 [N, h, w, 3]
         nats: float [N, h, w], the negative log-likelihood of each pixel given those before it
-        columns: pairs of an image and its map in a row
+        columns: pairs of image and map per row
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -200,4 +199,4 @@ def heat_maps(images: np.ndarray, nats: np.ndarray, path: Path, columns: int = 2
         drawn = right.imshow(cost, cmap="magma", vmin=0.0, vmax=float(nats.max()), interpolation="nearest")
         right.set_title(f"{cost.mean():.3f} nats per token", fontsize="small")
     figure.colorbar(drawn, ax=grid, label="nats of a pixel given those before it", shrink=0.9)
-    canvas.save(figure, path)
+    canvas.save_png(figure, path)

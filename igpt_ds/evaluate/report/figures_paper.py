@@ -1,4 +1,4 @@
-"""The paper's Figures 2, 3 and 4 from result rows, with its own numbers where it prints them; and a confusion matrix.
+"""The paper's Figures 2, 3 and 4 from result rows, with the paper's numbers if it prints them; and a confusion matrix.
 
 In: result rows (`results.py`), counts. Out: PNG files. Called by `tools/figures.py`.
 """
@@ -22,7 +22,7 @@ from igpt_ds.paper.published import FIGURE_4, Bar
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SHADES = {"probe": ("#0072B2", "#5AB4E5"), "finetune": ("#D55E00", "#F5A05A")}  # of one mask, and of what a vote adds
+_SHADES = {"probe": ("#0072B2", "#5AB4E5"), "finetune": ("#D55E00", "#F5A05A")}  # of one mask, and of the gain by a vote
 _OBJECTIVES = {"ar": "AR", "bert": "BERT"}
 
 
@@ -30,8 +30,7 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """Accuracy against layer for several data sets (paper Figure 2): a line for each, a star at the best layer of each.
 
     Args:
-        rows: of trained models; of each shape and objective the one that was trained longest is drawn, and one kind of features,
-            normed where there are such.
+        rows: of each shape and objective the longest trained model is drawn, with one kind of features, normed if they exist.
 
     Raises:
         ValueError: no probe by layer of a trained model.
@@ -56,13 +55,13 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.plot(*star, marker="*", markersize=15, color=color, markeredgecolor="white", zorder=4)
     last = max(row.layer for one in lines for row in one)
     axes.set_xticks(range(0, last + 1, max(1, math.ceil((last + 1) / 16))))
-    canvas.finish(figure, axes, path)
+    canvas.save_with_legend(figure, axes, path)
 
 
 def _trained(rows: Sequence[Row]) -> list[list[ProbeRow]]:
-    """The series of trained models, one for each model and data set: of normed features if there are, of masked images if any.
+    """The series of trained models, one for each model and data set: normed features and masked images are preferred.
 
-    A BERT model is probed on masked images because it was trained on such (paper 4.6).
+    A BERT model is probed on masked images because it was trained on masked images (paper 4.6).
     """
     found: dict[tuple[str, str], list[ProbeRow]] = {}
     for one in sorted(series([row for row in by_layer(rows) if row.weights == "trained"]), key=_preferred):
@@ -71,7 +70,7 @@ def _trained(rows: Sequence[Row]) -> list[list[ProbeRow]]:
 
 
 def _last(lines: Sequence[list[ProbeRow]]) -> list[list[ProbeRow]]:
-    """Of each data set, shape and objective the model that was trained longest."""
+    """The longest trained model of each data set, shape and objective."""
     found: dict[tuple[str, ...], list[ProbeRow]] = {}
     for one in sorted(lines, key=lambda one: one[0].step):
         found[key(one[0], ("dataset", "model", "model_objective"))] = one
@@ -85,10 +84,10 @@ def _preferred(one: list[ProbeRow]) -> tuple[bool, bool]:
 def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, list[tuple[float, float, int]]]:
     """Figure 3's points: for each size of model (nats per token, best layer's accuracy in percent, step), by rising step.
 
-    A probe and a likelihood meet where they are of the same model; the best layer is chosen by the held-out images.
+    A point needs a probe and a likelihood of the same model. The held-out images choose the best layer.
 
     Args:
-        dataset: that was probed, where there are several.
+        dataset: the probed data set; required if there are several.
 
     Raises:
         ValueError: no model has both, or the likelihoods or the probes are of several data sets.
@@ -127,14 +126,15 @@ def loss_curves(rows: Sequence[Row], path: Path, title: str, dataset: str | None
             axes.annotate(f"{step}", (x, y), textcoords="offset points", xytext=(4, -11), fontsize="x-small", color=color)
     axes.invert_xaxis()
     axes.margins(0.08, 0.12)
-    canvas.finish(figure, axes, path)
+    canvas.save_with_legend(figure, axes, path)
 
 
 def objective_bars(rows: Sequence[Row], path: Path, title: str) -> None:
-    """AR against BERT (paper Figure 4): probes and fine-tunes of each, with what a vote over masks adds, and the paper's bars.
+    """AR against BERT (paper Figure 4): probes and fine-tunings of each, with the gain by a vote over masks, and the paper's
+    bars.
 
-    Of several models those of the same shape are drawn: the largest that both objectives have, as far as each was trained. Of
-    several measurements of one, such as fine-tunings at several rates, the best by held-out accuracy.
+    Of several models the largest shape that both objectives have is drawn, each with its longest training. Of several
+    measurements of one model, such as fine-tunings at several rates, the best by held-out accuracy is drawn.
 
     Raises:
         ValueError: no probe or fine-tuning of a trained model.
@@ -162,7 +162,7 @@ def objective_bars(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.set_xticks(range(len(groups)), [f"{dataset}\n{_OBJECTIVES[objective]}" for dataset, objective in groups])
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.12)
-    canvas.finish(figure, axes, path)
+    canvas.save_with_legend(figure, axes, path)
 
 
 def _paper_marks(axes: Axes, groups: list[tuple[str, str]], paper: Sequence[Bar]) -> None:
@@ -176,7 +176,7 @@ def _paper_marks(axes: Axes, groups: list[tuple[str, str]], paper: Sequence[Bar]
 
 
 def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float, float | None]]:
-    """Figure 4's bars: (data set, objective, "probe" or "finetune") -> accuracy in percent, and that of the vote over masks."""
+    """Figure 4's bars: (data set, objective, "probe" or "finetune") -> accuracy in percent, and accuracy of the vote."""
     trained = [row for row in rows if isinstance(row, ProbeRow | FinetuneRow) and row.weights == "trained"]
     single: list[ProbeRow | FinetuneRow] = [
         *map(best_row, _trained(rows)),
@@ -187,9 +187,9 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
     best: dict[tuple[str, str, str], tuple[int, int, float]] = {}
     for row in _of_one_shape([*single, *votes]):
         key = (row.dataset, row.model_objective, row.kind)
-        labels = row.n_train if isinstance(row, FinetuneRow) else 0  # with all labels, where it was done with few as well
+        labels = row.n_train if isinstance(row, FinetuneRow) else 0  # prefers the fine-tuning with most labels
         rank = (labels, row.step or 0, row.held_out_accuracy)
-        if rank >= best.get(key, (0, 0, -1.0)):  # equal where the vote is of the same probe, which came before
+        if rank >= best.get(key, (0, 0, -1.0)):  # equal if the vote is of the same probe, which came first
             best[key] = rank
             voted = 100 * row.accuracy if row.n_masks else None
             bars[key] = (100 * (row.accuracy if row.single_accuracy is None else row.single_accuracy), voted)
@@ -197,7 +197,7 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
 
 
 def _of_one_shape(rows: Sequence[ProbeRow | FinetuneRow]) -> list[ProbeRow | FinetuneRow]:
-    """Of a data set's probes, and of its fine-tunes, those of the largest shape that both objectives have, else of each one's."""
+    """The probes and fine-tunings of the largest shape that both objectives have; else of the largest of each objective."""
     shapes: dict[tuple[str, str, str], set[tuple[int, str]]] = {}
     for row in rows:
         shapes.setdefault((row.dataset, row.kind, row.model_objective), set()).add(_shape(row))
@@ -217,7 +217,7 @@ def _shape(row: Row) -> tuple[int, str]:
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path, title: str) -> None:
-    """How often each class (row) is taken for each other (column), in percent of the row, as a PNG.
+    """How often each class (row) is predicted as each other (column), in percent of the row, as a PNG.
 
     Args:
         counts: int [K, K], rows the true classes.
@@ -240,4 +240,4 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path, tit
                 column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else BLACK, fontsize="small"
             )
     figure.colorbar(drawn, ax=axes, label="% of the true class", shrink=0.8)
-    canvas.save(figure, path)
+    canvas.save_png(figure, path)

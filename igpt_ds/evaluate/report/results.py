@@ -1,7 +1,7 @@
-"""Results: one JSON row for each result, in a results.jsonl that is written and read here alone, and the tables made of them.
+"""Results: one JSON row for each result in a results.jsonl, which is written and read here alone.
 
-In: a probe and the features it saw, a fine-tuning, a likelihood. Out: rows; the best layers, and every layer, as Markdown tables.
-Three kinds of row, each with what tells it from another measurement (`IDENTITY`); accuracies lie in 0..1:
+In: a probe and its features, a fine-tuning, a likelihood. Out: rows, and their series and labels for tables and figures.
+There are three kinds of row, each with the names that identify a measurement (`IDENTITY`). Accuracies lie in 0..1:
 
     probe       accuracy on eval_split, held_out_accuracy on the images that chose the penalty, and where the features come from;
                 protocol "every_layer" ("best_layer" in older files) or "sgd" (one row a layer), "concat" (layers), "low_data"
@@ -9,9 +9,9 @@ Three kinds of row, each with what tells it from another measurement (`IDENTITY`
                 accuracy of the vote, single_accuracy of one mask)
     finetune    accuracy, held_out_accuracy, loss ("joint", "clf" or "gen"), lr, lrs (those tried), head_layer, best_step;
                 n_masks and single_accuracy where masks vote
-    likelihood  what tools/evaluate.py measured
+    likelihood  what tools/evaluate.py measures
 
-`model` is the shape of the transformer, where it is known: Figure 3 and Tables 1 to 4 need it. Called by `tools/linear_probe.py`,
+`model` is the shape of the transformer, if known: Figure 3 and Tables 1 to 4 need it. Called by `tools/linear_probe.py`,
 `tools/sgd_probe.py`, `tools/evaluate.py`, `tools/figures.py`, `tools/tables.py`, `tools/report.py` and `finetune.py`.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "igpt_ds.result", 2
 
 _SAME_MODEL = ("kind", "weights", "model_hash", "dataset", "dataset_hash", "precision")
-# Rows of a kind with the same values of these are the same measurement, made again; what a row does not have counts as None.
+# Rows of a kind with equal values of these are the same measurement. A missing value counts as None.
 IDENTITY = {
     "probe": (
         *_SAME_MODEL,
@@ -68,11 +68,11 @@ _REQUIRED = {
     "likelihood": (*_SAME_MODEL, "model", "model_objective", "step", "split", "n_images", "nats_per_token"),
 }
 _CAN_BE_NONE = ("model_hash", "model", "model_objective", "step")  # of raw pixels, and in older files
-# Rows with the same values of these differ in the layer alone.
+# Rows with equal values of these differ only in the layer.
 SERIES = tuple(name for name in IDENTITY["probe"] if name != "layer")
-# Rows with the same values of these are of the same features; how they were made and probed may still differ.
+# Rows with equal values of these are of the same features, which can be made and probed differently.
 _SAME_FEATURES = ("weights", "model_hash", "dataset", "features", "mask_draws")
-# Rows with the same values of these are measured on the same images.
+# Rows with equal values of these are measured on the same images.
 EXPERIMENT = ("protocol", "dataset", "dataset_hash", "n_train", "seed")
 BY_LAYER = ("every_layer", "sgd")  # protocols with one row for each layer
 _ORDER = ("trained", "untrained", "pixels")
@@ -126,7 +126,7 @@ def likelihood_row(measured: Likelihood, model: ModelConfig) -> LikelihoodRow:
 
 
 def finetune_row(**facts: Any) -> FinetuneRow:
-    """The row of a fine-tuning, from its facts: at least what `_REQUIRED` names."""
+    """The row of a fine-tuning from its facts, at least those of `_REQUIRED`."""
     values = {"format": FORMAT, "version": VERSION, "kind": "finetune", **facts, "git_commit": git_commit()}
     missing = [name for name in _REQUIRED["finetune"] if name not in values]
     assert not missing, f"a fine-tuning's row needs {missing}"
@@ -139,13 +139,13 @@ def read_results(path: Path) -> list[Row]:
     """The rows of a results.jsonl; a missing file has none.
 
     Raises:
-        ValueError: a line that is not JSON, or not a row of this version.
+        ValueError: a line is not JSON, not a row of this version, lacks a value, or has a value of another type.
     """
     return [_checked(f"{path} line {number}", values) for number, values in enumerate(read_json_lines(path), start=1)]
 
 
 def _checked(line: str, values: Any) -> Row:
-    """The record of a line's JSON, after the one check of its schema."""
+    """The record of a line's JSON, with the one check of its schema."""
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{line} is not {FORMAT} version {VERSION}; remove the line, or name another file")
     if not isinstance(values.get("kind"), str) or values["kind"] not in IDENTITY:
@@ -160,10 +160,10 @@ def _checked(line: str, values: Any) -> Row:
 
 
 def read_all(paths: Iterable[Path]) -> list[Row]:
-    """The rows of several files, which must be there.
+    """The rows of several files, which must exist.
 
     Raises:
-        ValueError: a file is missing, or one that `read_results` refuses.
+        ValueError: a file is missing or damaged.
     """
     rows = []
     for path in paths:
@@ -174,9 +174,9 @@ def read_all(paths: Iterable[Path]) -> list[Row]:
 
 
 def add_results(path: Path, rows: Sequence[Row]) -> None:
-    """Adds rows to a results.jsonl, which is replaced as a whole; a row takes the place of an older one of its identity.
+    """Adds rows to a results.jsonl, which is rewritten. A row replaces an older row of the same identity.
 
-    One writer at a time: probes that run side by side need a file each.
+    Only one process may write a file: parallel probes need a file each.
     """
     kept = {key(row, IDENTITY[row.kind]): row for row in read_results(path)}
     for row in rows:
@@ -187,17 +187,17 @@ def add_results(path: Path, rows: Sequence[Row]) -> None:
 
 
 def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
-    """The row's values of these names, comparable; what it does not have counts as None."""
+    """The values of these names in a comparable form; a missing value counts as None."""
     return tuple(repr(row.get(name)) for name in names)
 
 
 def by_layer(rows: Sequence[Row], protocols: Sequence[str] = BY_LAYER) -> list[ProbeRow]:
-    """The probes that were made layer by layer."""
+    """The probes with one row for each layer."""
     return [row for row in rows if isinstance(row, ProbeRow) and row.protocol in protocols]
 
 
 def series(rows: Sequence[ProbeRow]) -> list[list[ProbeRow]]:
-    """The rows by what they are of (trained, untrained, pixels; normed, raw; objective, size, step), each by rising layer."""
+    """The rows grouped by weights, kind of features, objective, size and step; each group by rising layer."""
     found: dict[tuple[str, ...], list[ProbeRow]] = {}
     for row in sorted(rows, key=_place):
         found.setdefault(key(row, SERIES), []).append(row)
@@ -210,12 +210,12 @@ def _place(row: ProbeRow) -> tuple[Any, ...]:
 
 
 def best_row(rows: Sequence[ProbeRow]) -> ProbeRow:
-    """The best layer of a series by the held-out images; of equals, the lowest."""
+    """The best layer of a series by the held-out images; of equal ones, the lowest."""
     return max(rows, key=lambda row: (row.held_out_accuracy, -row.layer))
 
 
 def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[ProbeRow]:
-    """The probes by layer of a data set, if they were all measured on the same images and can be compared.
+    """The probes by layer of a data set, checked to be measured on the same images.
 
     Raises:
         ValueError: no rows, none of that data set, or rows of several experiments.
@@ -228,16 +228,16 @@ def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[ProbeRow
     different = [name for name in EXPERIMENT if len({repr(row.get(name)) for row in chosen}) > 1]
     if different:
         values = sorted({str(row.get(different[0])) for row in chosen})
-        advice = "choose one with --dataset" if different[0] == "dataset" else "keep them in files of their own"
+        advice = "choose one with --dataset" if different[0] == "dataset" else "keep them in separate files"
         raise ValueError(f"the results are of several experiments: {different[0]} is {' and '.join(values)}; {advice}")
     return chosen
 
 
 def label(row: ProbeRow, among: Sequence[ProbeRow]) -> str:
-    """What a row is of, in words: the model's shape and objective where they differ, its hash where nothing else does, and
-    whatever else tells rows of the same features apart."""
+    """A row in words: the model's shape and objective if they differ among the rows, its hash if nothing else differs, and the
+    settings in which rows of the same features differ."""
     if row.weights == "pixels":
-        return f"raw pixels{settings(row, among)}"
+        return f"raw pixels{differences(row, among)}"
     step = f" to step {row.step}" if row.weights == "trained" else ""
     names = {system_name(other) for other in among if other.weights != "pixels"}
     name = f"{system_name(row)}, " if len(names) > 1 else ""
@@ -245,11 +245,11 @@ def label(row: ProbeRow, among: Sequence[ProbeRow]) -> str:
     alike = {other.model_hash for other in among if key(other, about) == key(row, about)}
     model = f" {row.model_hash[:8]}" if len(alike) > 1 else ""
     masked = " of masked images" if row.mask_draws else ""
-    return f"{name}{row.weights}{step}{model}, {row.features}{masked}{settings(row, among)}"
+    return f"{name}{row.weights}{step}{model}, {row.features}{masked}{differences(row, among)}"
 
 
-def settings(row: ProbeRow, among: Sequence[ProbeRow], but: Sequence[str] = ()) -> str:
-    """What tells a row from others of the same features, in words after commas, as little as will do; `but` these names."""
+def differences(row: ProbeRow, among: Sequence[ProbeRow], but: Sequence[str] = ()) -> str:
+    """The settings in which a row differs from others of the same features, in words after commas, without the names in `but`."""
     same = [other for other in among if key(other, _SAME_FEATURES) == key(row, _SAME_FEATURES)]
     names = [name for name in SERIES if name not in ("dataset_hash", *but)]
     differ = [name for name in names if len({repr(other.get(name)) for other in same}) > 1]
@@ -261,13 +261,13 @@ def _brief(value: Any) -> str:
 
 
 def system_name(row: Row) -> str:
-    """A row's transformer in words, and its objective where it is not the usual one."""
+    """The transformer of a row in words, with its objective if it is BERT."""
     name = model_name(row.model)
     return f"{name} BERT" if row.model_objective == "bert" else name
 
 
 def model_name(shape: dict[str, int] | None) -> str:
-    """A transformer in words: iGPT-S, M, L, XL where it is one of the paper's (3.3), else layers x width."""
+    """A transformer in words: iGPT-S, M, L, XL for the paper's sizes (3.3), else layers x width."""
     if shape is None:
         return "model of unknown shape"
     own = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
@@ -276,5 +276,5 @@ def model_name(shape: dict[str, int] | None) -> str:
 
 
 def model_parameters(row: Row) -> int | None:
-    """The parameters of a row's model, where its shape is known."""
+    """The number of parameters of a row's model, if its shape is known."""
     return None if row.model is None else parameters(ModelConfig(**row.model), row.model_objective)

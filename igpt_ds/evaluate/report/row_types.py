@@ -28,7 +28,7 @@ class MeanWithError:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """What every kind of row has. `json` is the line of the file, unchanged: a row that is written again keeps its bytes."""
+    """The fields of every kind of row. `json` is the line of the file, unchanged: a rewritten row keeps its bytes."""
 
     json: dict[str, object]
     kind: str  # "probe", "finetune" or "likelihood"
@@ -57,7 +57,7 @@ class ResultRow:
         return name in self.json
 
     def __or__(self: _R, changes: Mapping[str, object]) -> _R:
-        """The same row with other values, as dicts join."""
+        """The same row with other values."""
         row = as_row(self.json | dict(changes))
         assert isinstance(row, type(self)), "a row keeps its kind"
         return row
@@ -65,7 +65,7 @@ class ResultRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRow(ResultRow):
-    """A linear probe; the file has more values, from the probe and from the features."""
+    """A linear probe; the file has more values of the probe and of the features."""
 
     protocol: str  # "every_layer", "sgd", "concat", "low_data" or "mask_vote"
     features: str  # their kind

@@ -1,8 +1,8 @@
-"""The paper's Tables 1 to 5 as Markdown: its rows and other methods' (`paper/published.py`), ours, and the difference.
+"""The paper's Tables 1 to 5 as Markdown: the published rows (`paper/published.py`), our rows, and the difference.
 
-In: result rows, recipes. Out: text. Ours are what training made, at the layer that held-out images chose, on the split that the
-row names; their difference is to the paper's own model on the same images, which may be larger and have seen other data: the
-table says how large ours is. Called by `tools/tables.py` and `tools/report.py`.
+In: result rows, recipes. Out: text. Our rows are of trained models, at the layer that held-out images chose, on the split that
+the row names. The difference is to the paper's own model on the same images. That model can be larger and trained on other data,
+so the table gives our size. Called by `tools/tables.py` and `tools/report.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from collections.abc import Iterable, Sequence
 
 from igpt_ds.config import Recipe, get_recipe
 from igpt_ds.evaluate.features.manifest import span
-from igpt_ds.evaluate.report.results import SERIES, best_row, by_layer, key, label, model_name, model_parameters, series, settings
+from igpt_ds.evaluate.report.results import (
+    SERIES,
+    best_row,
+    by_layer,
+    differences,
+    key,
+    label,
+    model_name,
+    model_parameters,
+    series,
+)
 from igpt_ds.evaluate.report.row_types import FinetuneRow, ProbeRow, Row
 from igpt_ds.paper.published import FIGURE_4, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
 
@@ -26,7 +36,7 @@ _WORDS = {"unsupervised": "ImageNet, no labels", "supervised": "ImageNet, with l
 
 
 def paper_table(number: int, rows: Sequence[Row], recipes: Iterable[Recipe] = ()) -> str:
-    """One of the paper's tables, its title first."""
+    """A table of the paper with its title."""
     if number == 5:
         table = _rates(recipes)
     elif number == 4:
@@ -69,7 +79,7 @@ def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _best_probes(rows: Sequence[Row], datasets: Iterable[str]) -> list[ProbeRow]:
-    """Of each trained model each series' best layer, then what was made of several layers or by a vote."""
+    """The best layer of each series of each trained model, then probes of several layers and votes."""
     trained = [row for row in rows if isinstance(row, ProbeRow) and row.weights == "trained" and row.dataset in datasets]
     best = [best_row(one) for protocol in ("every_layer", "sgd") for one in series(by_layer(trained, [protocol]))]
     best += [row for row in trained if row.protocol in ("concat", "mask_vote")]
@@ -89,7 +99,7 @@ def _millions(row: Row) -> str:
 
 
 def _where(row: ProbeRow) -> str:
-    """The layer and how it was probed."""
+    """The layer and the kind of probe."""
     if row.protocol == "concat":
         assert row.layers is not None
         return f"{row.layers[0]}..{row.layers[-1]} {row.features}"
@@ -102,10 +112,10 @@ def _difference(ours: float, paper: float | None) -> str:
 
 
 def _best(table: Iterable[Accuracy], dataset: str, row: Row | None = None) -> float | None:
-    """The paper's accuracy to compare with: of the same size and input where there is one, else its best on these images; one
-    from scratch for one from scratch."""
+    """The paper's accuracy to compare with: of the same size and input if it exists, else the best on these images. A model from
+    scratch is compared with models from scratch."""
     if row is not None and row.model_objective == "bert":
-        return None  # the tables' models are auto-regressive
+        return None  # the models of the tables are auto-regressive
     scratch = row is not None and row.weights == "untrained"
     known = [one for one in table if one.ours and one.dataset == dataset and one.model.endswith("from scratch") == scratch]
     if row is not None and row.model is not None:
@@ -116,7 +126,7 @@ def _best(table: Iterable[Accuracy], dataset: str, row: Row | None = None) -> fl
 
 
 def _best_finetuned(dataset: str, row: FinetuneRow) -> float | None:
-    """The same of fine-tunes, where the paper has BERT's in its Figure 4."""
+    """The paper's accuracy to compare a fine-tuning with; for BERT it is in Figure 4."""
     if row.model_objective == "ar":
         return _best(TABLE_3, dataset, row)
     bert = [bar for bar in FIGURE_4 if (bar.dataset, bar.objective, bar.evaluation) == (dataset, "bert", "finetune")]
@@ -124,7 +134,7 @@ def _best_finetuned(dataset: str, row: FinetuneRow) -> float | None:
 
 
 def _datasets(table: Iterable[Accuracy], rows: Sequence[Row], kind: str) -> list[str]:
-    """Those of a table, then those that only rows of ours are of; ImageNet's probes have a table of their own."""
+    """The data sets of a table, then those of our rows only. Probes on ImageNet have their own table."""
     others = sorted({row.dataset for row in rows if row.kind == kind})
     ours = [dataset for dataset in others if kind == "finetune" or not dataset.startswith("imagenet")]
     return list(dict.fromkeys([*(one.dataset for one in table), *ours]))
@@ -199,7 +209,7 @@ def _low_data(rows: Sequence[Row]) -> str:
             cells.append(f"{error:.1f}{spread}{against}")
         name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row.weights]
         images = "" if row.dataset == "cifar10" else f"{row.dataset}, "
-        apart = settings(row, few, but=("n_labels",))
+        apart = differences(row, few, but=("n_labels",))
         lines.append([name, f"{images}{row.layer} {row.features}, {row.eval_split}{apart}", *cells])
     return _markdown(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
 

@@ -64,7 +64,9 @@ def test_parts_that_do_not_make_a_whole(model_dir, both_splits, tmp_path):
     with pytest.raises(ValueError, match=r"part .*f\.part-1-of-2 is not finished"):
         merge_parts(out, 2)
     extract(out, both_splits, Network(model, batch=4), origin, Extraction(part=Part(1, 2), kinds=["raw"]))
-    with pytest.raises(ValueError, match=r"f\.part-1-of-2 does not go with .*f\.part-0-of-2: kinds differs"):
+    with pytest.raises(
+        ValueError, match=r"f\.part-1-of-2 and .*f\.part-0-of-2 are not parts of the same features: kinds differs"
+    ):
         merge_parts(out, 2)
     manifest = json.loads((out.with_name("f.part-1-of-2") / "manifest.json").read_text())
     (out.with_name("f.part-1-of-2") / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
@@ -229,7 +231,7 @@ def test_masks_of_a_bert_model(bert_dir, both_splits, tmp_path):
         means.append(caught[0].mean(1).numpy())
         np.testing.assert_allclose(val.layer(1, "raw", draw), means[-1], atol=1e-5)
     assert not np.allclose(means[0], means[1])
-    with pytest.raises(ValueError, match=r"mask 3 is not there; split 'val' of .*f has 3 mask draws"):
+    with pytest.raises(ValueError, match=r"mask 3 does not exist; split 'val' of .*f has 3 mask draws"):
         val.layer(1, "raw", 3)
 
 

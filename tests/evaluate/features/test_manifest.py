@@ -10,7 +10,7 @@ import pytest
 from igpt_ds.data.shards.layout import Part
 from igpt_ds.evaluate.features.extract import Extraction, extract
 from igpt_ds.evaluate.features.files import merge_parts, open_features, part_dir
-from igpt_ds.evaluate.features.manifest import read_manifest
+from igpt_ds.evaluate.features.manifest import read_feature_manifest
 from igpt_ds.evaluate.features.network import Network, open_model
 
 
@@ -60,7 +60,7 @@ def test_a_manifest_that_is_no_object(features_dir, tmp_path, wrong):
     path = shutil.copytree(features_dir, tmp_path / "features")
     (path / "manifest.json").write_text(json.dumps(wrong))
     with pytest.raises(ValueError, match=r"features/manifest\.json is not igpt_ds\.features version 2; make the features again"):
-        read_manifest(path)
+        read_feature_manifest(path)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def parts(model_dir, both_splits, tmp_path):
 def test_every_field_of_a_part(parts):
     for i in range(2):
         directory = part_dir(parts, Part(i, 2))
-        check_every_field(directory / "manifest.json", lambda directory=directory: read_manifest(directory, part=True))
+        check_every_field(directory / "manifest.json", lambda directory=directory: read_feature_manifest(directory, part=True))
     merge_parts(parts, 2)
     assert open_features(parts, "train").manifest.part is None
 

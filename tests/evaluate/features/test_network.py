@@ -135,9 +135,9 @@ def test_some_layers_and_kinds(features_dir, model_dir, both_splits, tmp_path):
     np.testing.assert_allclose(
         features.layer(1, "raw"), open_features(features_dir, "train").layer(1, "raw"), rtol=1e-5, atol=1e-6
     )
-    with pytest.raises(ValueError, match=r"layer 9 is not there; the features hold layers 1, from .*out"):
+    with pytest.raises(ValueError, match=r"layer 9 does not exist; the features hold layers 1, in .*out"):
         features.layer(9, "raw")
-    with pytest.raises(ValueError, match=r"kind 'normed' is not there; the features hold raw, from .*out"):
+    with pytest.raises(ValueError, match=r"kind 'normed' does not exist; the features hold raw, in .*out"):
         features.layer(1, "normed")
     with pytest.raises(ValueError, match=r"has no split 'val'; it has train"):
         open_features(tmp_path / "out", "val")
@@ -205,9 +205,9 @@ def test_weights_gone_wrong_are_noticed(model_dir, both_splits, tmp_path):
 
 
 def test_arguments_that_make_no_sense(model_dir, both_splits, tmp_path):
-    with pytest.raises(ValueError, match=r"--layers 3 -1 is not there; the model has layers 0\.\.2"):
+    with pytest.raises(ValueError, match=r"--layers 3 -1 does not exist; the model has layers 0\.\.2"):
         check_layers([0, 3, -1], 2)
-    with pytest.raises(ValueError, match=r"--layers  is not there"):
+    with pytest.raises(ValueError, match=r"--layers  does not exist"):
         check_layers([], 2)
     with pytest.raises(ValueError, match="--batch 0 must be at least 1"):
         extract_pixels(tmp_path / "out", both_splits, batch=0)

@@ -12,7 +12,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "USE_TORCH_XLA": "0"}
 from transformers import ImageGPTForCausalImageModeling
 
 from igpt_ds.evaluate.features.files import open_features
-from igpt_ds.evaluate.probes.linear import Settings, linear_probe
+from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe
 from igpt_ds.model.interchange.hf import write_hf
 from igpt_ds.model.store import load_model
 
@@ -57,7 +57,7 @@ def test_without_the_shift_they_are_others(hf, features_dir, both_splits):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_probe_of_hidden_states_is_our_probe(hf, features_dir, both_splits, made_features, layer):
-    settings = Settings.of([0.01, 1.0, 100.0])
+    settings = ProbeSettings.of([0.01, 1.0, 100.0])
     ours = [open_features(features_dir, shards.split) for shards in both_splits]
     arrays = {
         features.split: (hf_features(hf, shards)[layer, "normed"], features.labels)

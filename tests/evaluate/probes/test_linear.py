@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from igpt_ds.evaluate.features.files import open_features
-from igpt_ds.evaluate.probes.linear import Search, Settings, View, linear_probe, probe_view, stratified_order
+from igpt_ds.evaluate.probes.linear import ProbeSettings, Search, View, linear_probe, probe_view, stratified_order
 from igpt_ds.evaluate.probes.variants import low_data
 
 
@@ -44,7 +44,7 @@ def test_the_whole_protocol_against_scikit_learn(sets):
     splits = {"train": (features[:1000], labels[:1000]), "val": (features[1000:], labels[1000:])}
     train, val = sets(splits, classes=10)
     grid = [1e-4, 1e-3, 1e-2, 1e-1]
-    probe = linear_probe(train, val, 0, "normed", Settings.of(grid, seed=3))
+    probe = linear_probe(train, val, 0, "normed", ProbeSettings.of(grid, seed=3))
 
     def pipeline(C):
         return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000, tol=1e-6))
@@ -71,11 +71,11 @@ def test_the_search_never_sees_the_held_out_tenth(sets):
     x, y = clouds(200, 1, spread=3)
     train, _ = sets({"train": (x, y), "val": (x, y)}, name="a")
     ids = np.arange(200)
-    one = Search.of(View(train, (0,), "normed"), ids, Settings())
+    one = Search.of(View(train, (0,), "normed"), ids, ProbeSettings())
     held_out = one.order[180:]
     changed = x.copy()
     changed[held_out] = 1000.0
-    other = Search.of(View(sets({"train": (changed, y), "val": (x, y)}, name="b")[0], (0,), "normed"), ids, Settings())
+    other = Search.of(View(sets({"train": (changed, y), "val": (x, y)}, name="b")[0], (0,), "normed"), ids, ProbeSettings())
     assert sorted(one.order) == list(range(200))
     assert np.array_equal(other.order, one.order)
     assert np.array_equal(other.found.weights, one.found.weights)
@@ -91,7 +91,7 @@ def test_memory_does_not_hold_the_features_twice(sets):
         "import sys, threading, torch\n"
         "from pathlib import Path\n"
         "from igpt_ds.evaluate.features.files import open_features\n"
-        "from igpt_ds.evaluate.probes.linear import Settings, linear_probe\n"
+        "from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe\n"
         "torch.set_num_threads(1)\n"
         "big, small = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "def held():  # pages of mapped files may be dropped at any time and do not count\n"
@@ -104,7 +104,7 @@ def test_memory_does_not_hold_the_features_twice(sets):
         "    thread = threading.Thread(target=watch)\n"
         "    thread.start()\n"
         "    train, val = open_features(path, 'train'), open_features(path, 'val')\n"
-        "    linear_probe(train, val, 0, 'normed', Settings.of([1e-4, 1e-3, 1e-2]))\n"
+        "    linear_probe(train, val, 0, 'normed', ProbeSettings.of([1e-4, 1e-3, 1e-2]))\n"
         "    over.set()\n"
         "    thread.join()\n"
         "print(most[0] - before)\n"
@@ -116,7 +116,7 @@ def test_memory_does_not_hold_the_features_twice(sets):
 
 def test_a_seed_decides_everything(sets):
     train, val = sets({"train": clouds(200, 1, spread=3), "val": clouds(100, 2, spread=3)})
-    probes = [linear_probe(train, val, 0, "normed", Settings(seed=seed)) for seed in (0, 0, 1)]
+    probes = [linear_probe(train, val, 0, "normed", ProbeSettings(seed=seed)) for seed in (0, 0, 1)]
     assert probes[0] == probes[1]
     assert probes[0].held_out_accuracies != probes[2].held_out_accuracies
 
@@ -178,7 +178,7 @@ def test_a_class_that_is_too_rare_to_be_held_out(sets):
 @pytest.mark.parametrize(("grid", "edge"), [([1e5, 1e6, 1e7], "low"), ([1e-9, 1e-2, 1e9], None), ([1.0], None)])
 def test_the_edge_of_the_grid(sets, grid, edge):
     train, val = sets({"train": clouds(300, 1, spread=4, width=60), "val": clouds(100, 2, width=60)})
-    probe = linear_probe(train, val, 0, "normed", Settings.of([*reversed(grid), grid[0]]))
+    probe = linear_probe(train, val, 0, "normed", ProbeSettings.of([*reversed(grid), grid[0]]))
     assert probe.C_grid == grid
     assert probe.grid_edge == edge
 
@@ -188,13 +188,13 @@ def test_the_upper_edge_of_the_grid(sets):
     rng = np.random.default_rng(0)
     z, y = rng.normal(size=400), rng.integers(0, 2, 400)
     x = np.stack([z, z + 0.1 * y], 1)
-    probe = linear_probe(*sets({"train": (x, y), "val": (x, y)}, classes=2), 0, "normed", Settings.of([1e-4, 1e4]))
+    probe = linear_probe(*sets({"train": (x, y), "val": (x, y)}, classes=2), 0, "normed", ProbeSettings.of([1e-4, 1e4]))
     assert (probe.grid_edge, probe.accuracy) == ("high", 1.0)
 
 
 def test_float32_finds_the_same(sets):
     train, val = sets()
-    exact, rough = (linear_probe(train, val, 0, "normed", Settings(precision=precision)) for precision in ("fp64", "fp32"))
+    exact, rough = (linear_probe(train, val, 0, "normed", ProbeSettings(precision=precision)) for precision in ("fp64", "fp32"))
     assert exact.accuracy == rough.accuracy
     assert exact.objective == pytest.approx(rough.objective, rel=1e-4)
 
@@ -222,9 +222,9 @@ def test_features_that_are_not_finite(sets, split, image, value):
     with pytest.raises(ValueError, match=name):
         linear_probe(train, val, 1, "normed")
     with pytest.raises(ValueError, match=name):
-        probe_view(View(train, (0, 1), "normed"), [View(val, (0, 1), "normed")], np.arange(60), Settings())
+        probe_view(View(train, (0, 1), "normed"), [View(val, (0, 1), "normed")], np.arange(60), ProbeSettings())
     with pytest.raises(ValueError, match=name):
-        low_data(train, val, 1, "normed", 30, Settings())
+        low_data(train, val, 1, "normed", 30, ProbeSettings())
 
 
 def test_labels_that_no_probe_can_use(sets):
@@ -236,5 +236,5 @@ def test_labels_that_no_probe_can_use(sets):
     with pytest.raises(ValueError, match=r"image 0 of split 'val' in .*b has label \d, not one of 0\.\.2"):
         linear_probe(train, val, 0, "normed")
     train, val = sets({"train": (x, y * 0 + 2), "val": (x, y)}, name="c")
-    with pytest.raises(ValueError, match=r"the training labels hold one class only \(class2\), in .*c"):
+    with pytest.raises(ValueError, match=r"the training labels hold only one class \(class2\), in .*c"):
         linear_probe(train, val, 0, "normed")

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from igpt_ds.evaluate.probes.logistic import Spectrum, fit
+from igpt_ds.evaluate.probes.logistic import Spectrum, fit_logistic
 
 GRID = [1e-5, 1e-3, 1e-1, 1.0, 10.0]
 
@@ -37,7 +37,7 @@ def reference(features, labels, C):
 
 
 def check_against_reference(features, labels, grid, agree=0.999, dtype=torch.float64):
-    found = fit(torch.from_numpy(features).to(dtype), labels, grid)
+    found = fit_logistic(torch.from_numpy(features).to(dtype), labels, grid)
     assert found.converged.all()
     assert (found.grad_norm <= 1e-6).all()
     predicted = found.predict(torch.from_numpy(features).to(dtype))
@@ -102,7 +102,7 @@ def test_the_order_of_the_grid_means_nothing(digits):
     tensor = torch.from_numpy(features)
     for grid in (GRID, GRID[:4], GRID[:3]):
         mixed = list(np.random.default_rng(0).permutation(grid))
-        one, other = fit(tensor, labels, grid), fit(tensor, labels, mixed)
+        one, other = fit_logistic(tensor, labels, grid), fit_logistic(tensor, labels, mixed)
         place = [grid.index(C) for C in mixed]
         assert other.C.tolist() == mixed
         np.testing.assert_allclose(other.objective, one.objective[place], rtol=1e-7)
@@ -113,17 +113,17 @@ def test_neighbours_save_work(digits):
     """With each value from zero, the weakest penalties would take as long as their coarse neighbours."""
     features, labels = digits
     grid = list(np.logspace(-5, 1, 12))
-    together = fit(torch.from_numpy(features), labels, grid)
-    cold = sum(int(fit(torch.from_numpy(features), labels, [C]).iterations[0]) for C in grid)
+    together = fit_logistic(torch.from_numpy(features), labels, grid)
+    cold = sum(int(fit_logistic(torch.from_numpy(features), labels, [C]).iterations[0]) for C in grid)
     assert together.converged.all()
     assert together.iterations.sum() < 0.9 * cold
 
 
 def test_a_grid_is_its_values_one_by_one(digits):
     features, labels = digits
-    together = fit(torch.from_numpy(features), labels, GRID)
+    together = fit_logistic(torch.from_numpy(features), labels, GRID)
     for g, C in enumerate(GRID):
-        alone = fit(torch.from_numpy(features), labels, [C])
+        alone = fit_logistic(torch.from_numpy(features), labels, [C])
         assert alone.objective[0] == pytest.approx(together.objective[g], rel=1e-6)
         np.testing.assert_allclose(together.only(g).weights, alone.weights, atol=2e-3)
 
@@ -131,26 +131,26 @@ def test_a_grid_is_its_values_one_by_one(digits):
 def test_a_start_saves_iterations(digits):
     features, labels = digits
     tensor = torch.from_numpy(features)
-    part = fit(tensor[:1600], labels[:1600], [1.0])
-    cold = fit(tensor, labels, [1.0])
-    warm = fit(tensor, labels, [1.0], start=part, spectrum=Spectrum.of(tensor))
-    again = fit(tensor, labels, [1.0], start=cold)
+    part = fit_logistic(tensor[:1600], labels[:1600], [1.0])
+    cold = fit_logistic(tensor, labels, [1.0])
+    warm = fit_logistic(tensor, labels, [1.0], start=part, spectrum=Spectrum.of(tensor))
+    again = fit_logistic(tensor, labels, [1.0], start=cold)
     assert warm.objective[0] == pytest.approx(cold.objective[0], rel=1e-6)
     assert again.iterations[0] <= 5 < warm.iterations[0] < cold.iterations[0]
 
 
 def test_chunks_change_nothing(digits, monkeypatch):
     features, labels = digits
-    whole = fit(torch.from_numpy(features), labels, [0.1, 1.0])
+    whole = fit_logistic(torch.from_numpy(features), labels, [0.1, 1.0])
     monkeypatch.setattr("igpt_ds.evaluate.probes.logistic._LOGITS", {"cpu": 1})  # 64 rows at a time
-    pieces = fit(torch.from_numpy(features), labels, [0.1, 1.0])
+    pieces = fit_logistic(torch.from_numpy(features), labels, [0.1, 1.0])
     np.testing.assert_allclose(pieces.objective, whole.objective, rtol=1e-7)
     assert np.array_equal(pieces.predict(torch.from_numpy(features)), whole.predict(torch.from_numpy(features)))
 
 
 def test_too_few_iterations_are_admitted(digits):
     features, labels = digits
-    found = fit(torch.from_numpy(features), labels, [1e-5, 10.0], max_iterations=5)
+    found = fit_logistic(torch.from_numpy(features), labels, [1e-5, 10.0], max_iterations=5)
     assert found.converged.tolist() == [True, False]
     assert found.iterations.tolist()[1] == 5
     assert found.grad_norm[1] > 1e-6
@@ -159,7 +159,7 @@ def test_too_few_iterations_are_admitted(digits):
 def test_features_that_say_nothing():
     """All constant: the best there is are the intercepts, the logarithms of the classes' frequencies."""
     labels = np.array([0] * 60 + [1] * 30 + [2] * 10)
-    found = fit(torch.zeros(100, 4, dtype=torch.float64), labels, [1.0])
+    found = fit_logistic(torch.zeros(100, 4, dtype=torch.float64), labels, [1.0])
     assert found.converged.all()
     probabilities = np.exp(found.intercepts[0]) / np.exp(found.intercepts[0]).sum()
     np.testing.assert_allclose(probabilities, [0.6, 0.3, 0.1], atol=1e-5)
@@ -172,8 +172,8 @@ X, Y = torch.zeros(4, 2, dtype=torch.float64), np.array([0, 1, 0, 1])
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((X, Y[:3], [1.0]), r"features of shape \[4, 2\] do not go with 3 labels"),
-        ((X[0], Y, [1.0]), r"features of shape \[2\] do not go with 4 labels"),
+        ((X, Y[:3], [1.0]), r"features of shape \[4, 2\] do not match 3 labels"),
+        ((X[0], Y, [1.0]), r"features of shape \[2\] do not match 4 labels"),
         ((X + float("nan"), Y, [1.0]), "values that are not finite"),
         ((X, Y, []), r"C_grid=\[\] must hold positive numbers"),
         ((X, Y, [1.0, -1.0]), r"C_grid=\[1\.0, -1\.0\] must hold positive numbers"),
@@ -183,9 +183,9 @@ X, Y = torch.zeros(4, 2, dtype=torch.float64), np.array([0, 1, 0, 1])
 )
 def test_bad_input(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
-        fit(*arguments)
+        fit_logistic(*arguments)
 
 
 def test_bad_tol():
     with pytest.raises(ValueError, match="tol=0 must be greater than 0"):
-        fit(X, Y, [1.0], tol=0)
+        fit_logistic(X, Y, [1.0], tol=0)

@@ -296,7 +296,7 @@ def test_bad_input(sets, changes, more, complaint):
 def test_labels_of_one_class(sets):
     train = dataclasses.replace(sets[0], labels=np.full(240, 2))
     with pytest.raises(
-        ValueError, match=r"the training labels hold one class only \(class2\), in .*made; a probe needs at least 2"
+        ValueError, match=r"the training labels hold only one class \(class2\), in .*made; a probe needs at least 2"
     ):
         sgd_search.sgd_probe(train, sets[1], 0, "normed", QUICK)
 

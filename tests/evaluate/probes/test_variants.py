@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from igpt_ds.evaluate.features.files import open_features
-from igpt_ds.evaluate.probes.linear import Settings, linear_probe
+from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe
 from igpt_ds.evaluate.probes.variants import balanced_subset, best_layer, concat, low_data, mask_vote, vote, window
 
-GRID = Settings.of([1e-3, 1e-2, 1e-1, 1.0])
+GRID = ProbeSettings.of([1e-3, 1e-2, 1e-1, 1.0])
 
 
 def cloud(labels, width, spread, seed):

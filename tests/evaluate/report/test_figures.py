@@ -41,8 +41,8 @@ def png_size(path):
 def drawn(monkeypatch):
     """The axes of each figure that is drawn."""
     caught = []
-    finish = canvas.finish
-    monkeypatch.setattr(canvas, "finish", lambda figure, axes, path: (caught.append(axes), finish(figure, axes, path)))
+    finish = canvas.save_with_legend
+    monkeypatch.setattr(canvas, "save_with_legend", lambda figure, axes, path: (caught.append(axes), finish(figure, axes, path)))
     return caught
 
 
@@ -158,8 +158,8 @@ def test_scores_that_are_all_equal_are_drawn_too(tmp_path, drawn):
 @pytest.mark.parametrize("n", [1, 3])
 def test_heat_maps(tmp_path, monkeypatch, n):
     caught = []
-    save = canvas.save
-    monkeypatch.setattr(canvas, "save", lambda figure, path: (caught.append(figure), save(figure, path)))
+    save = canvas.save_png
+    monkeypatch.setattr(canvas, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
     images = np.random.default_rng(0).integers(0, 255, (n, 4, 4, 3), dtype=np.uint8)
     nats = np.arange(n * 16.0).reshape(n, 4, 4)
     heat_maps(images, nats, tmp_path / "a.png")

@@ -23,8 +23,8 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_px": 4, "n_vocab": 8}
 def drawn(monkeypatch):
     """The axes of each figure that is drawn."""
     caught = []
-    save = canvas.save
-    monkeypatch.setattr(canvas, "save", lambda figure, path: (caught.append(figure.axes[0]), save(figure, path)))
+    save = canvas.save_png
+    monkeypatch.setattr(canvas, "save_png", lambda figure, path: (caught.append(figure.axes[0]), save(figure, path)))
     return caught
 
 

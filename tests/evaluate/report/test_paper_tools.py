@@ -153,14 +153,14 @@ def test_rates_of_sweeps(tool, tmp_path, monkeypatch):
     same.write_text(json.dumps(older))
     assert read_sweep(same) == read_sweep(paths[1])
     drawn = []
-    monkeypatch.setattr("igpt_ds.evaluate.report.figures.canvas.finish", lambda figure, axes, path: drawn.append(axes))
+    monkeypatch.setattr("igpt_ds.evaluate.report.figures.canvas.save_with_legend", lambda figure, axes, path: drawn.append(axes))
     assert tool("figures", "rates", paths[0], same, "--out", out)[0] == 0
     assert len({line.get_label() for line in drawn[0].get_lines() if "sweep" in line.get_label()}) == 4, (
         "of one name: by their paths"
     )
     status, _, said = tool("figures", "rates", *paths, "--out", out)
     assert status == 2
-    assert "sweeps that measured best validation error and final validation loss, nats per token share no axis" in said
+    assert "sweeps of best validation error and final validation loss, nats per token do not share an axis" in said
     paths[0].write_text("{}")
     assert (
         "sweep.json is not igpt_ds.sweep version 1; make it with tools/sweep_lr.py"
@@ -192,7 +192,7 @@ def test_a_report(tool, results, run_dir, tmp_path):
         ("tables", ["--results", "RESULTS", "--paper", 1, "--dataset", "x"], "--dataset x goes without --paper"),
         ("figures", ["datasets", "--out", "OUT.png"], "datasets reads --results FILES and nothing else"),
         ("figures", ["objectives", "--results", "x", "--dataset", "y", "--out", "OUT.png"], "objectives reads --results FILES"),
-        ("figures", ["loss", "--results", "x", "--out", "figure.pdf"], "--out figure.pdf does not end in .png"),
+        ("figures", ["loss", "--results", "x", "--out", "figure.pdf"], "--out figure.pdf must end in .png"),
         ("figures", ["loss", "RUN", "--results", "x", "--out", "OUT.png"], "loss reads --results FILES, and --dataset"),
         ("figures", ["loss", "--results", "RESULTS", "--out", "OUT.png"], "no model has both a probe and a likelihood"),
         ("figures", ["confusion", "--results", "x", "--out", "OUT.png"], "confusion reads --results FILES and --features DIR"),
@@ -209,10 +209,10 @@ def test_a_report(tool, results, run_dir, tmp_path):
         (
             "figures",
             ["neighbours", "--results", "x", "--features", "y", "--data", "z", "--title", "t", "--out", "OUT.png"],
-            "neighbours has captions instead; leave it out",
+            "the figure neighbours has captions and no --title; omit it",
         ),
         ("report", ["--run_dir", "none", "--out", "OUT.html"], "run config none/run.json does not exist"),
-        ("report", ["--run_dir", "none", "--out", "OUT"], "would hold HTML; give it a name that ends in .html"),
+        ("report", ["--run_dir", "none", "--out", "OUT"], "must end in .html or .htm"),
         ("report", ["--run_dir", "none", "--pictures", "no.png", "--out", "a.html"], "--pictures no.png does not exist"),
     ],
 )
@@ -237,4 +237,4 @@ def test_neighbours_want_the_shards_of_the_features(tool, results, features_dir,
     flags = ["--results", results, "--features", moved, "--data", other, "--out", tmp_path / "a.png"]
     status, _, said = tool("figures", "neighbours", *flags)
     assert status == 2
-    assert "is not of the images in" in said
+    assert "does not hold features of the images in" in said

@@ -9,7 +9,7 @@ import pytest
 
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.likelihood import Likelihood, Summary
-from igpt_ds.evaluate.probes.linear import Settings, linear_probe
+from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe
 from igpt_ds.evaluate.report import results
 from igpt_ds.evaluate.report.results import (
     add_results,
@@ -34,7 +34,7 @@ from igpt_ds.evaluate.report.tables import layer_table, markdown_table
 def row(features_dir):
     """The row of a real probe."""
     train, val = (open_features(features_dir, split) for split in ("train", "val"))
-    return make_row(linear_probe(train, val, 1, "normed", Settings.of([0.01, 1.0, 100.0])), train, val)
+    return make_row(linear_probe(train, val, 1, "normed", ProbeSettings.of([0.01, 1.0, 100.0])), train, val)
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +197,14 @@ def test_rows_of_one_experiment(rows):
         experiment(more, "mnist")
     with pytest.raises(ValueError, match="no rows; probe first"):
         experiment([])
-    with pytest.raises(ValueError, match="several experiments: n_train is 36 and 40; keep them in files of their own"):
+    with pytest.raises(ValueError, match="several experiments: n_train is 36 and 40; keep them in separate files"):
         experiment([*rows, rows[0] | {"n_train": 40}])
 
 
 def test_rows_are_made_of_what_protocols_and_features_say(row, features_dir):
     """No field of a probe or of the features' origin is lost on the way, or overwritten by another of its name."""
     train, val = (open_features(features_dir, split) for split in ("train", "val"))
-    probe = linear_probe(train, val, 1, "normed", Settings.of([0.01, 1.0, 100.0]))
+    probe = linear_probe(train, val, 1, "normed", ProbeSettings.of([0.01, 1.0, 100.0]))
     assert {field.name for field in dataclasses.fields(probe)} - {"kind"} <= set(row.json)
     assert set(results._REQUIRED["probe"]) | set(results.EXPERIMENT) <= set(row.json)
     for field in dataclasses.fields(probe):
