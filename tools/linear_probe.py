@@ -102,7 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=list(PROBE_DTYPES), default="fp32", help="precision of the features in memory")
     args = parser.parse_args(argv)
     if args.max_train is not None and args.protocol != "every_layer":
-        raise ValueError(f"--max_train belongs to --protocol every_layer, not {args.protocol}; leave it out")
+        raise ValueError(f"--max_train is only for --protocol every_layer, not {args.protocol}; omit it")
     for name, least in (("subsets", 1), ("n_masks", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")

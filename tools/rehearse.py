@@ -34,7 +34,7 @@ CONSOLIDATE = Path(__file__).resolve().parent / "consolidate.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs alone, runs with interruptions, compares."""
+    """Runs without and with interruptions, and compares."""
     args = parse(list(sys.argv[1:] if argv is None else argv))
     alone, broken = args.out / "alone", args.out / "interrupted"
     start = time.monotonic()
@@ -97,14 +97,14 @@ def parse(words: list[str]) -> Any:
 
 
 def begin(command: Sequence[str], run_dir: Path) -> subprocess.Popen[bytes]:
-    """Starts or goes on with a run, its output appended to a file beside it."""
+    """Starts or continues a run and appends its output to a file beside it."""
     with open(run_dir.with_suffix(".log"), "ab") as log:
         words = [*command, "--run_dir", str(run_dir), "--resume", "auto"]
         return subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
 
 
 def until_the_end(command: Sequence[str], run_dir: Path) -> None:
-    """Runs to the last step; a ValueError where it did not get there."""
+    """Runs to the last step; a ValueError if the run ends before."""
     process = begin(command, run_dir)
     try:
         status = process.wait()
@@ -116,18 +116,18 @@ def until_the_end(command: Sequence[str], run_dir: Path) -> None:
 
 
 def last_step(run_dir: Path) -> int:
-    """The last step that the run told of."""
+    """The last step in train.jsonl."""
     return max((row["step"] for row in read_json_lines(run_dir / "train.jsonl")), default=0)
 
 
 def seconds_a_step(run_dir: Path) -> float:
-    """How long a run's training steps took, without its start and its checkpoints."""
+    """Seconds per training step, without the start and the checkpoints."""
     rows = [row for row in read_json_lines(run_dir / "train.jsonl") if "images_per_s" in row]
     return statistics.median(row["images_seen"] / row["step"] / row["images_per_s"] for row in rows)
 
 
 def interrupt(command: Sequence[str], run_dir: Path, way: str, target: int, step_s: float, dice: random.Random) -> None:
-    """Starts the run, lets it train to that step and up to two steps longer, ends it in that way."""
+    """Starts the run, lets it train to that step and up to two steps more, and interrupts it."""
     heartbeats, started = run_dir / "heartbeat", time.time()
     process = begin(command, run_dir)
     while process.poll() is None and (last_step(run_dir) < target or not _pids(heartbeats, started)):
@@ -138,12 +138,12 @@ def interrupt(command: Sequence[str], run_dir: Path, way: str, target: int, step
         try:
             os.kill(pid, WAYS[way])
         except ProcessLookupError:
-            continue  # it came to its end by itself
+            continue  # the run ended before the interruption
     process.wait()
 
 
 def _pids(heartbeats: Path, since: float) -> list[int]:
-    # The ranks of this start on this machine, as they say themselves.
+    # The ranks of this start on this machine, by their heartbeats.
     beats = [json.loads(path.read_text()) for path in sorted(heartbeats.glob("rank-*.json")) if path.stat().st_mtime > since]
     return [beat["pid"] for beat in beats]
 

@@ -101,7 +101,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=int, help="screen pixels per image pixel (default: images of at least 64 screen pixels)")
     parser.add_argument("--batch", type=int, default=64, help="images per batch (default: 64)")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one (default: auto)"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device; auto takes a GPU if one exists, else the CPU (default: auto)",
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="precision of weights and matrix products (default: fp32)"

@@ -20,7 +20,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 
 MOST_IMAGES = 10_000  # a sheet of more is no sheet to look at, and fills the memory
 NAMED = 12  # classes that are printed
-CELL = 96  # screen pixels of an image's side where --scale is left out: room for a caption
+CELL = 96  # screen pixels of an image's side without --scale: room for a caption
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def look(path: Path, alone: bool) -> Status | NoRun:
-    """The status of a run. A directory that is not a run is an error if it is the only one, else a line of its own."""
+    """The status of a run. A directory that is not a run is an error if it is the only one, else a line in the table."""
     try:
         return read_status(path, time.time())
     except ValueError as error:

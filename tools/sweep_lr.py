@@ -39,7 +39,7 @@ OURS = ("--lr", "--run_dir", "--out", "--resume", "--on_spike")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains what is missing, then writes table and figure."""
+    """Trains the missing rates, then writes table and figure."""
     args = parse(argv)
     if args.array_index is not None:
         print(describe(train(args, rate(args.array_index))))
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.append(result or train(args, lr))
         print(describe(results[-1]), flush=True)
     if not results:
-        raise ValueError(f"{args.out / run_name(rate(0))} has not ended yet: there is nothing to collect; train it first")
+        raise ValueError(
+            f"{args.out / run_name(rate(0))} is not finished, so there is nothing to collect; train it before --collect"
+        )
     report(args.out, results)
 
 
@@ -67,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("command", nargs="*", help="after --: the training command, without --lr, --run_dir and --resume")
     args = parser.parse_args(argv)
     if args.collect and (args.array_index is not None or args.command):
-        raise ValueError("--collect trains nothing: it takes neither --array_index nor a command")
+        raise ValueError("--collect does not train; omit --array_index and the command")
     if not args.collect and not any(word.endswith(("train.py", "finetune.py")) for word in args.command):
         raise ValueError("no training command; after the flags write: -- deepspeed train.py --recipe NAME --data DIR ...")
     if any(word.split("=")[0] == "--results" for word in args.command):
@@ -81,11 +83,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, lr: float) -> Result:
-    """Trains one rate to its end, or goes on with it.
+    """Trains one rate to its end, or continues an interrupted run.
 
     Raises:
-        SystemExit: the run was stopped; with the same status, so that the batch system starts us again.
-        ValueError: it ended by itself, but not at its last step.
+        SystemExit: the run was stopped; with the same status, so that the batch system restarts the job.
+        ValueError: the run ended before its last step.
     """
     run_dir = args.out / run_name(lr)
     command = [*args.command, "--lr", f"{lr:g}", "--run_dir", str(run_dir), "--resume", "auto"]
@@ -95,7 +97,7 @@ def train(args: argparse.Namespace, lr: float) -> Result:
             raise SystemExit(cli.STOPPED)
         result = read_result(run_dir, lr)
         if result is None:
-            raise ValueError(f"the run of {run_dir} ended with status {status} before its last step; the cause stands above")
+            raise ValueError(f"the run of {run_dir} ended with status {status} before its last step; the cause is above")
     return result
 
 
@@ -114,7 +116,7 @@ def report(out: Path, results: list[Result]) -> None:
     values, what = points(results)
     rate_curve({out.resolve().name: values}, what, out / "sweep.png", title)
     print(table(results), end="")
-    print(f"best: {chosen.lr:g}" if chosen else "every rate was lost to a spike")
+    print(f"best: {chosen.lr:g}" if chosen else "every rate diverged")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Prints result rows as Markdown: what one run reached at every layer, or the paper's tables with ours beside them.
+"""Prints result rows as Markdown: the accuracy of every layer, or the paper's tables with our rows.
 
     python tools/tables.py --results runs/demo/results/*.jsonl --run_dir runs/demo/runs/digits_nano_ar_8
     python tools/tables.py --results runs/s/results.jsonl runs/m/results.jsonl --paper 1 2 3 4 5
 
-Without --paper: the validation loss of --run_dir, the best layers, and the accuracy of every layer. With it: those tables of the
-paper, its rows and other methods', ours, and the difference; --run_dir adds the learning rates of runs to Table 5.
+Without --paper it prints the validation loss of --run_dir, the best layers, and the accuracy of every layer. With --paper it
+prints these tables of the paper with the published rows, our rows and the difference. --run_dir adds the learning rates of runs
+to Table 5.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from igpt_ds.train.run_dir import read_recipe, read_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads rows, prints tables."""
+    """Prints the tables."""
     args = parse(argv)
     every = read_all(args.results)
     if args.paper:
@@ -57,12 +58,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="data set to print, by its name in the results; required if they have several")
     args = parser.parse_args(argv)
     if args.paper and args.dataset:
-        raise ValueError(f"--dataset {args.dataset} goes without --paper, whose tables name their own data sets; leave it out")
+        raise ValueError(f"--dataset {args.dataset} has no meaning with --paper, whose tables have their own data sets; omit it")
     return args
 
 
 def validation_line(run_dir: Path) -> str:
-    """The last validation loss beside that of a model that knows nothing."""
+    """The last validation loss beside that of a uniform guess."""
     rows = [row for row in read_curve(run_dir) if row.val_loss is not None]
     if not rows:
         raise ValueError(f"{run_dir / 'train.jsonl'} holds no validation loss; train first")

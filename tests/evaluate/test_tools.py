@@ -206,7 +206,7 @@ def test_training_figure(tool, run_dir, tmp_path):
         (
             "linear_probe",
             ["--features", "FEATURES", "--protocol", "concat", "--max_train", 9, "--out", "OUT"],
-            "--max_train belongs to --protocol every_layer, not concat; leave it out",
+            "--max_train is only for --protocol every_layer, not concat; omit it",
         ),
         ("linear_probe", ["--features", "FEATURES", "--subsets", 0, "--out", "OUT"], "--subsets 0 must be at least 1"),
         ("linear_probe", ["--features", "FEATURES", "--n_masks", 0, "--out", "OUT"], "--n_masks 0 must be at least 1"),

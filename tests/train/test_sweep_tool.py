@@ -35,9 +35,9 @@ def left_behind(run_dir: Path, val_loss: float | None) -> None:
         (["--", "finetune.py", "--out", "x"], "--out is set by the search; leave it out of the training command"),
         (["--", "train.py", "--run_dir=x"], "--run_dir=x is set by the search; leave it out"),
         (["--array_index", "12", "--", "train.py"], "--array_index 12 must lie between 0 and 11"),
-        (["--collect", "--", "train.py"], "--collect trains nothing: it takes neither --array_index nor a command"),
-        (["--collect"], "has not ended yet: there is nothing to collect; train it first"),
-        (["--", "false", "train.py"], r"lr-0\.01 ended with status 1 before its last step; the cause stands above"),
+        (["--collect", "--", "train.py"], "--collect does not train; omit --array_index and the command"),
+        (["--collect"], "is not finished, so there is nothing to collect"),
+        (["--", "false", "train.py"], r"lr-0\.01 ended with status 1 before its last step; the cause is above"),
     ],
 )
 def test_what_does_not_go(launch: Any, tmp_path: Path, words: list[str], message: str) -> None:

@@ -1,6 +1,6 @@
-"""Measures the data wing against its peers, side by side on one core: medians of turns. Exits with 1 when a bar is missed.
+"""Measures the data code beside its peers on one core, as medians of turns. Exit status: 1 if a bar is missed.
 
---images is any folder of JPEGs, photographs of 200 px or more. --quick takes about a minute.
+--images is a directory of JPEG photographs of at least 200 px. --quick takes about a minute.
 
     python tools/bench/data.py --images ILSVRC2012/train --quick --out bench_data.json
     python tools/bench/data.py --show docs/bench_data.json
@@ -39,17 +39,17 @@ from igpt_ds.data.sources import open_source
 
 N_COLORS = 512  # the paper's (3.2)
 BATCH = 128  # images
-# Runs a program and prints the most memory that it had; getrusage would count what its parent had.
+# Runs a program and prints its peak memory; getrusage would include the memory of its parent.
 PEAK = """import atexit, runpy, sys
 atexit.register(lambda: print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]))
 runpy.run_path(sys.argv.pop(1), run_name="__main__")"""
-MAX_IMAGES = 1000  # JPEGs that are read, the first ones by their paths
+MAX_IMAGES = 1000  # largest number of JPEGs to read, the first by path
 PACKAGES = ("numpy", "torch", "pillow", "simplejpeg", "scikit-learn", "scipy", "faiss-cpu", "webdataset")
 
 
 @dataclass(frozen=True)
 class World:
-    """What all measurements share: JPEG files, the palette fitted to them, how long to measure."""
+    """The common inputs of all measurements: JPEG files, their palette, the number of turns."""
 
     files: list[bytes]
     palette: Palette
@@ -58,7 +58,7 @@ class World:
 
     @property
     def turns(self) -> int:
-        """How often each contender's turn comes."""
+        """The number of turns of each contender."""
         return 5 if self.quick else 15
 
 
@@ -96,13 +96,13 @@ def open_world(directory: Path, quick: bool, work: Path) -> World:
 
 
 def quantise(world: World) -> list[BenchRow]:
-    """Tokens of 32x32 images, in one batch as HF's processor takes them, and one at a time; the same 512 colours for all."""
+    """Tokens of 32x32 images, in one batch as for HF's processor, and one at a time, with the same 512 colours."""
     files = world.files[: 16 if world.quick else 64]
     batch = np.stack([square(decode_image(data), 32) for data in files])
     colors = world.palette.colors.astype(np.float64)
 
     def hf(a: np.ndarray) -> np.ndarray:
-        """The formula of Hugging Face's ImageGPTImageProcessor, on pixels that are normalised already."""
+        """The formula of Hugging Face's ImageGPTImageProcessor, on normalised pixels."""
         b = colors.T
         distance = np.sum(np.square(a), axis=1)[:, None] - 2 * np.matmul(a, b) + np.sum(np.square(b), axis=0)[None, :]
         return np.argmin(distance, axis=1)
@@ -147,7 +147,7 @@ def _quantisers(
 
 
 def palette(world: World) -> list[BenchRow]:
-    """512 colours of 1,000,000 pixels: k-means from the same first centres, and how good it is."""
+    """512 colours of 1,000,000 pixels by k-means from the same first centres: speed and inertia."""
     from sklearn.cluster import KMeans, kmeans_plusplus
 
     random = np.random.default_rng(0)
@@ -210,7 +210,7 @@ def jpeg(world: World) -> list[BenchRow]:
 
 
 def loader(world: World) -> list[BenchRow]:
-    """Batches of 128 images of 1,024 and 4,096 tokens in random order, from shards that the page cache holds."""
+    """Batches of 128 images of 1,024 and 4,096 tokens in random order, from shards in the page cache."""
     rows = []
     for n_px in (32, 64):
         n_images, source = 32768, open_source(f"imagefolder:{small_jpegs(world, 512, n_px)}")
@@ -250,7 +250,7 @@ def small_jpegs(world: World, n_images: int, n_px: int) -> Path:
 
 
 def read_first_time(path: Path, n_batches: int) -> None:
-    """The training loader on shards that nobody has verified: each image is checked as it is read."""
+    """The training loader on unverified shards: each image is checked when it is read."""
     read_ours(ShardSet(path, "train"), n_batches)
 
 
@@ -261,7 +261,7 @@ def read_ours(shards: ShardSet, n_batches: int) -> None:
 
 
 def read_memmap(flat: np.ndarray, n_batches: int) -> None:
-    """Random rows of one array on disk: the least that can be done."""
+    """Random rows of one array on disk: the lower bound."""
     random, batches = np.random.default_rng(0), len(flat) // BATCH
     for batch in range(n_batches):
         if batch % batches == 0:
@@ -271,7 +271,7 @@ def read_memmap(flat: np.ndarray, n_batches: int) -> None:
 
 
 def read_webdataset(path: Path, n_batches: int) -> None:
-    """webdataset with its own .npy decoder, in the order of the files, which is easier."""
+    """webdataset with its own .npy decoder, in the order of the files, which is faster than a random order."""
     import webdataset
 
     files = sorted(str(file) for file in path.glob("train-*.tar"))
@@ -281,7 +281,7 @@ def read_webdataset(path: Path, n_batches: int) -> None:
 
 
 def memory(world: World) -> list[BenchRow]:
-    """The most memory that make_shards takes for 50,000 images (10,000 when quick), against that for 1,000."""
+    """The peak memory of make_shards for 50,000 images (10,000 when quick), beside that for 1,000."""
     peak, counts = {}, (1_000, 10_000 if world.quick else 50_000)
     for n_images in counts:
         folder = small_jpegs(world, n_images, 32)

@@ -1,8 +1,7 @@
-"""Measures the model on one Hopper GPU within nine minutes and writes each row as it comes. Exits with 1 when a bar is missed.
+"""Measures the model on one Hopper GPU within nine minutes and writes each row at once. Exit status: 1 if a bar is missed.
 
-MFU is by the FLOPs of plan/costs.py over the bf16 peak that the maker prints: PaLM's convention in the table, the causal one in
-the notes. What does not fit the memory or the time is a row that says so. --toy runs all of it on a CPU, at sizes that say
-nothing.
+MFU is the FLOPs of plan/costs.py over the bf16 peak of the data sheet: in PaLM's convention in the table, causal in the notes. A
+measurement that does not fit the memory or the time becomes a row that says so. --toy runs everything on a CPU at tiny sizes.
 
     python tools/bench/gpu.py --out bench_gpu.json
     python tools/bench/gpu.py --show bench_gpu.json
@@ -36,7 +35,7 @@ from igpt_ds.model.sampling import Decoder, choose
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.plan import costs
 
-TOTAL, FULL = 540.0, 150.0  # seconds for everything, and those of them that are kept for the whole XL
+TOTAL, FULL = 540.0, 150.0  # seconds for everything, and of these the seconds reserved for the whole XL
 DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3_bf16_full_checkpointing.json"
 
 
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def ceilings(session: DeviceSession) -> None:
-    """What the device does at best: products on random numbers (zeros run faster), a copy, attention alone."""
+    """The limits of the device: products of random numbers (zeros are faster), a copy, attention alone."""
 
     def product(M: int, K: int, N: int) -> list[BenchRow]:
         a, b = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((M, K), (K, N)))
@@ -113,7 +112,7 @@ def ceilings(session: DeviceSession) -> None:
 
 
 def slices(session: DeviceSession) -> None:
-    """20 of XL's 60 layers in plain torch, what one GPU of many computes: each way to keep activations, eager and compiled."""
+    """20 of XL's 60 layers in plain torch: each mode of activation checkpointing, eager and compiled."""
     best, config = 0.0, session.config("xl", 64, 20)
     for compiled in (False, True):
         for mode in CHECKPOINTING:
@@ -134,7 +133,7 @@ def _train(session: DeviceSession, what: str, config: ModelConfig, B: int, mode:
 
 
 def _stepper(model: nn.Module, forward: Callable[[Tensor], Tensor], config: ModelConfig, B: int) -> Callable[[], None]:
-    """A training step in bf16 with fp32 masters and moments: 16 bytes a parameter, as DeepSpeed's bf16 keeps them."""
+    """A training step in bf16 with fp32 masters and moments: 16 bytes per parameter, as in DeepSpeed's bf16."""
     model.bfloat16()
     weights: list[Tensor] = list(model.parameters())
     masters = [weight.detach().float() for weight in weights]
@@ -154,7 +153,7 @@ def _stepper(model: nn.Module, forward: Callable[[Tensor], Tensor], config: Mode
 
 
 def hf(session: DeviceSession) -> None:
-    """Hugging Face's ImageGPT beside ours at the slice's shape, one image a step."""
+    """Hugging Face's ImageGPT beside our model at the shape of the slice, one image per step."""
     from_peak = session.peak / 1e12
     for n_layer in (20, 4):
         config = session.config("xl", 64, n_layer)
@@ -218,7 +217,7 @@ def _autocast(session: DeviceSession) -> AbstractContextManager[Any]:
 
 
 def sampling(session: DeviceSession) -> None:
-    """Pixels a second near the end of an image, where keys and values are longest, against reading every byte once."""
+    """Pixels per second near the end of an image, where keys and values are longest, beside reading every byte once."""
     for size, n_px, B in (("xl", 64, 1), ("xl", 64, 16), ("s", 32, 512)):
         config = session.config(size, n_px)
         what = f"sampling {size.upper()} {n_px}x{n_px}, {B} at once"
@@ -242,7 +241,7 @@ def _draw(session: DeviceSession, what: str, config: ModelConfig, B: int) -> lis
 
 
 def full(session: DeviceSession) -> None:
-    """The whole XL under ZeRO-3 at world size 1: MFU, and the memory that the plan predicts beside what was taken."""
+    """The whole XL under ZeRO-3 at world size 1: MFU, and the measured memory beside the prediction of the plan."""
     session.end += FULL
     rates = [session.attempt(f"XL under ZeRO-3, {B} images", FULL / 2, partial(_zero3, session, B)) or 0.0 for B in (4, 8)]
     session.rows.append(BenchRow("XL under ZeRO-3, the best of these", "TFLOP/s", max(rates), session.peak / 1e12, PEAK, 0.45))

@@ -1,6 +1,6 @@
-"""Measures the model against its peers, side by side on one core in fp32: medians of turns. Exits with 1 when a bar is missed.
+"""Measures the model beside its peers on one core in fp32, as medians of turns. Exit status: 1 if a bar is missed.
 
-HF is Hugging Face's ImageGPT with our weights. --quick takes about three minutes; --toy runs all of it in seconds, without bars.
+HF is Hugging Face's ImageGPT with our weights. --quick takes about three minutes; --toy runs everything in seconds, without bars.
 
     python tools/bench/model.py --quick --out bench_model.json
     python tools/bench/model.py --show docs/bench_model.json
@@ -33,19 +33,19 @@ from igpt_ds.model.transformer import Transformer
 
 PACKAGES = ("torch", "transformers")
 HF = "HF ImageGPT"
-Step = Callable[..., Any]  # called with n, it reads only the first n pixels
+Step = Callable[..., Any]  # step(n) reads only the first n pixels
 
 
 @dataclass(frozen=True)
 class World:
-    """How long to measure, and at which sizes."""
+    """The number of turns and the sizes."""
 
     quick: bool
     toy: bool
 
     @property
     def turns(self) -> int:
-        """How often each contender's turn comes."""
+        """The number of turns of each contender."""
         return 1 if self.toy else 5 if self.quick else 15
 
     def config(self, n_layer: int, n_px: int) -> ModelConfig:
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(harness.read_bench(args.show).table())
         return
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes whose memory is measured: what is freed is gone at once
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it starts and stops
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory of the measured processes returns to the system at once
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the start and stop messages of the profiler
     with harness.one_core():
         rows = [row for name in args.only or measures for row in measures[name](World(args.quick, args.toy))]
     harness.finish([replace(row, bar=None) for row in rows] if args.toy else rows, args.out, args.quick, PACKAGES)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def our_model(config: ModelConfig, mode: str = "none") -> Transformer:
-    """Ours with weights of one seed; the output matrix is drawn too, for zeros there would make every gradient zero."""
+    """Our model with weights of one seed. The output matrix is random, because zeros would make every gradient zero."""
     torch.manual_seed(0)
     model = Transformer(config, activation_checkpointing=mode)
     nn.init.normal_(model.head.weight, std=0.02)
@@ -83,7 +83,7 @@ def our_model(config: ModelConfig, mode: str = "none") -> Transformer:
 
 
 def hf_model(config: ModelConfig) -> Any:
-    """Hugging Face's ImageGPT with the same weights, no dropout, made the way that its users get ours."""
+    """Hugging Face's ImageGPT with the same weights and without dropout, made by our export."""
     from transformers import ImageGPTForCausalImageModeling
     from transformers.utils import logging
 
@@ -97,7 +97,7 @@ def hf_model(config: ModelConfig) -> Any:
         )
 
 
-class _PlainBlock(nn.Module):  # nanoGPT's without biases; `ours` puts our norm and our activation into it, as plain operations
+class _PlainBlock(nn.Module):  # of nanoGPT without biases; `ours` uses our norm and activation as plain operations
     def __init__(self, config: ModelConfig, ours: bool) -> None:
         super().__init__()
         C = config.n_embd
@@ -115,7 +115,7 @@ class _PlainBlock(nn.Module):  # nanoGPT's without biases; `ours` puts our norm 
         return x + self.mlp_proj(y * torch.sigmoid(1.702 * y) if self.ours else F.gelu(y))
 
 
-class _Plain(nn.Module):  # nanoGPT's, which knows no start of sequence: tokens [B, T] -> logits [B, T, V]
+class _Plain(nn.Module):  # of nanoGPT, without a start of sequence: tokens [B, T] -> logits [B, T, V]
     def __init__(self, config: ModelConfig, ours: bool) -> None:
         super().__init__()
         C = config.n_embd
@@ -151,14 +151,14 @@ def train_step(kind: str, config: ModelConfig) -> Step:
         loss = autoregressive_loss(logits, x)
         loss.backward()
         adam.step()
-        adam.zero_grad(set_to_none=False)  # so that the memory of gradients is there before and after a step
+        adam.zero_grad(set_to_none=False)  # keeps the memory of the gradients between steps
         return float(loss.detach())
 
     return run
 
 
 def shifted(tokens: Tensor, n_vocab: int) -> Tensor:
-    """What HF reads where we read tokens [B, T]: [sos, x_0 .. x_{T-2}], with sos as the token n_vocab."""
+    """The input of HF for tokens [B, T]: [sos, x_0 .. x_{T-2}], with sos as the token n_vocab."""
     return torch.cat([torch.full((len(tokens), 1), n_vocab), tokens[:, :-1]], dim=1)
 
 
@@ -183,7 +183,7 @@ def pooling(kind: str, config: ModelConfig, B: int) -> Step:
 
 
 def peak_bytes(make: Callable[..., Step], *args: Any) -> float:
-    """The most memory that the second call of make(*args)() takes beyond what was there before it, in a process of its own."""
+    """The peak memory of the second call of make(*args)() beyond the memory before it, in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_bytes, (make, args))
 
@@ -191,19 +191,19 @@ def peak_bytes(make: Callable[..., Step], *args: Any) -> float:
 def _peak_bytes(make: Callable[..., Step], args: tuple[Any, ...]) -> float:
     torch.set_num_threads(1)
     run = make(*args)
-    run(8)  # a few pixels: gradients, Adam's moments and the libraries' buffers are there from here on
+    run(8)  # a few pixels: allocates gradients, Adam's moments and the buffers of the libraries
     return harness.peak_beyond(run)
 
 
 def kept_bytes(mode: str, config: ModelConfig) -> float:
-    """The bytes that a forward pass leaves for the backward pass: what it allocated and did not free, without the weights.
+    """The bytes that a forward pass keeps for the backward pass, without the weights.
 
     The allocator is asked: hooks on saved tensors do not see what a checkpoint keeps.
     """
     model, tokens = our_model(config, mode), _some_tokens(config, 1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         loss = autoregressive_loss(model(tokens), tokens)
-    loss.backward()  # until here all of it was alive
+    loss.backward()  # the activations exist until here
     return float(sum(event.self_cpu_memory_usage for event in profiled.key_averages()))
 
 
@@ -238,7 +238,7 @@ def long_step(world: World) -> list[BenchRow]:
 
 
 def checkpointing(world: World) -> list[BenchRow]:
-    """What recomputing activations costs, and what it saves."""
+    """The time and the memory of recomputing activations."""
     config = world.config(4, 32)
     seconds = medians({mode: train_step(mode, config) for mode in CHECKPOINTING}, world.turns, turn_seconds=0)
     mib, rows = {mode: kept_bytes(mode, config) / 2**20 for mode in CHECKPOINTING}, []
@@ -251,7 +251,7 @@ def checkpointing(world: World) -> list[BenchRow]:
 
 @torch.inference_mode()
 def sampling(world: World) -> list[BenchRow]:
-    """Whole images drawn from nothing: with keys and values kept, without, and by HF's generate with its cache."""
+    """Sampling whole images: with cached keys and values, without, and by HF's generate with its cache."""
     rows, sizes = [], (16, 16 if world.quick else 32)  # without a cache 32x32 takes minutes
     for B, n_px, peer, bar in ((1, sizes[0], "no cache", 6.0), (4, sizes[1], "HF generate", 1.3)):
         shape = world.config(4, n_px)

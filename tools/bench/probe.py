@@ -1,9 +1,9 @@
-"""Measures the probes against their peers, side by side on all cores. Exits with 1 when a bar is missed.
+"""Measures the probes beside their peers on all cores. Exit status: 1 if a bar is missed.
 
-The features are drawn with correlated columns, as those of a layer are; --features measures on real ones, their normed layers.
+The features are random with correlated columns, like those of a layer. --features takes the normed layers of real features.
 scikit-learn fits one value of the grid after another, each with the loosest tolerance that reaches our objective to 1e-5. It is
-timed on a few values and layers, and the others are taken to last as long; each row's note says on how many. Extraction beside
-HF ImageGPT stands in tools/bench/model.py. --quick takes a minute or two; --toy runs all of it in seconds, without bars.
+timed on a few values and layers, and the note of each row gives their number; the time of the others is extrapolated. Extraction
+beside HF ImageGPT is in tools/bench/model.py. --quick takes two minutes; --toy runs everything in seconds, without bars.
 
     python tools/bench/probe.py --quick --out bench_probe.json
     python tools/bench/probe.py --show docs/bench_probe.json
@@ -34,20 +34,18 @@ from igpt_ds.evaluate.probes.logistic import fit_logistic
 
 PACKAGES = ("torch", "scikit-learn", "numpy")
 SKLEARN = "scikit-learn LogisticRegression, one value after another"
-TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # 1e-2 has never been enough
+TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # 1e-2 is never sufficient
 LAYERS = 25
 
 
 @dataclass
 class World:
-    """How long to measure, at which sizes, and on which features."""
+    """The sizes and the features."""
 
     quick: bool
     toy: bool
     features: Path
-    tolerances: dict[float, float] = field(
-        default_factory=dict
-    )  # scikit-learn's, for each value of the grid, once they are known
+    tolerances: dict[float, float] = field(default_factory=dict)  # of scikit-learn, for each measured value of the grid
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -56,16 +54,16 @@ class World:
 
     @property
     def timed(self) -> tuple[float, ...]:
-        """Those that scikit-learn is timed on, spread over the grid."""
+        """The values that scikit-learn is timed on, spread over the grid."""
         return self.grid[4::10] if self.quick else self.grid[1::3]
 
     @property
     def kind(self) -> str:
-        """The features that are probed."""
+        """The kind of features that is probed."""
         return "normed"
 
     def open(self, split: str) -> FeatureSet:
-        """A split of them."""
+        """A split of the features."""
         return open_features(self.features, split)
 
 
@@ -81,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(harness.read_bench(args.show).table())
         return
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes whose memory is measured: what is freed is gone at once
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory of the measured processes returns to the system at once
     with tempfile.TemporaryDirectory() as directory:
         features = args.features or draw_features(Path(directory) / "drawn", args.quick, args.toy)
         world = World(args.quick or args.toy, args.toy, features)
@@ -94,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def draw_features(path: Path, quick: bool, toy: bool) -> Path:
-    """A feature directory of 45,000 x 512 x 10 classes: columns mixed of directions whose variances fall as a power."""
+    """A feature directory of 45,000 x 512 x 10 classes: columns are mixed from directions whose variances follow a power law."""
     sizes, width = ({"train": 400, "val": 50}, 16) if toy else ({"train": 45_000, "val": 5_000}, 512)
     depth = 2 if toy else 1 if quick else 3
     manifest = FeatureManifest(
@@ -139,7 +137,7 @@ class Peer:
         self.model = LogisticRegression(C=C, tol=tol, max_iter=10_000)
 
     def fit(self, x: np.ndarray, y: np.ndarray) -> Peer:
-        """Fits without a word on convergence, which is judged by the objective."""
+        """Fits without warnings on convergence, because the objective is compared."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model.fit(x, y)
@@ -177,7 +175,7 @@ def grid(world: World) -> list[BenchRow]:
 
 
 def shortest(run: Callable[[], Any], turns: int) -> tuple[float, Any]:
-    """The seconds of the quickest of some calls, and what it returned: what else the machine does only ever adds."""
+    """The seconds of the fastest call, and its result. Other work on the machine only adds time."""
     best, found = float("inf"), None
     for _ in range(turns):
         start = time.perf_counter()
@@ -187,7 +185,7 @@ def shortest(run: Callable[[], Any], turns: int) -> tuple[float, Any]:
 
 
 def loosest(x: np.ndarray, y: np.ndarray, C: float, target: float) -> tuple[float, float, float]:
-    """scikit-learn's loosest tolerance within 1e-5 of the objective, the seconds of that fit, and how far above it ends."""
+    """scikit-learn's loosest tolerance within 1e-5 of the objective, the seconds of that fit, and its relative gap."""
     for tol in TOLERANCES:
         start = time.perf_counter()
         peer = Peer(C, tol).fit(x, y)
@@ -212,7 +210,7 @@ def layers(world: World) -> list[BenchRow]:
 
 
 def peer_layer(world: World, train: FeatureSet, val: FeatureSet, layer: int) -> tuple[float, int]:
-    """The seconds of one layer by scikit-learn, as long as all its values would take, and how many values were timed."""
+    """The extrapolated seconds of one layer by scikit-learn, and the number of timed values."""
     from sklearn.preprocessing import StandardScaler
 
     x, y = (np.asarray(one.layer(layer, world.kind), dtype=np.float32) for one in (train, val)), train.labels
@@ -233,7 +231,7 @@ def peer_layer(world: World, train: FeatureSet, val: FeatureSet, layer: int) -> 
 
 
 def memory(world: World) -> list[BenchRow]:
-    """The most memory that the probe of one layer takes, beside the size of its features in float32."""
+    """The peak memory of the probe of one layer, beside the size of its features in float32."""
     train = world.open("train")
     size = len(train.labels) * train.manifest.n_features * 4 / 2**20
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -242,7 +240,7 @@ def memory(world: World) -> list[BenchRow]:
 
 
 def probe_memory(features: Path, kind: str, values: Sequence[float]) -> float:
-    """The bytes that a probe of a layer takes at most beyond what a small one left there."""
+    """The peak bytes of a probe of a layer beyond the memory after a small probe."""
     train, val = open_features(features, "train"), open_features(features, "val")
     linear_probe(train, val, train.layers[0], kind, ProbeSettings.of(values[:3]), max_train=max(100, len(train.labels) // 50))
     return harness.peak_beyond(lambda: linear_probe(train, val, train.layers[0], kind, ProbeSettings.of(values)))

@@ -1,11 +1,11 @@
-"""Measures training at scale on this machine's cores: DeepSpeed's overhead, checkpoints, tools, and how large a model goes.
+"""Measures training at scale on the cores of this machine: overhead of DeepSpeed, checkpoints, tools, large models.
 
     python tools/bench/scale.py --quick --out bench_scale.json
     python tools/bench/scale.py --show docs/bench_scale.json
 
-A step of ours under ZeRO-3 stands beside the same model in plain torch (DDP where there are two ranks) and beside torch's FSDP2,
-in turns, a core for each rank. Without --quick a model of 0.8 billion weights trains with its optimizer offloaded, and iGPT-XL is
-built over four ranks: half an hour, 24 GB of memory, 40 GB of disk under --work.
+Our step under ZeRO-3 is measured beside the same model in plain torch (DDP for two ranks) and in torch's FSDP2, in turns, with
+one core per rank. Without --quick a model of 0.8 billion weights trains with an offloaded optimizer, and iGPT-XL is built over
+four ranks. That takes half an hour, 24 GB of memory and 40 GB of disk under --work.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 @dataclass(frozen=True)
 class World:
-    """How long to measure, at which sizes, and where files may go."""
+    """The number of turns, the sizes, and the directory for files."""
 
     quick: bool
     toy: bool
@@ -52,7 +52,7 @@ class World:
 
     @property
     def turns(self) -> int:
-        """How often each contender's turn comes."""
+        """The number of turns of each contender."""
         return 2 if self.toy else 7 if self.quick else 15
 
     def recipe(self, n_layer: int, n_embd: int, n_px: int, batch_images: int) -> Recipe:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def on_ranks(world: World, ranks: int, task: str, **what: Any) -> Any:
-    """Starts tools/bench/scale_rank.py once a rank for one task, and returns what rank 0 wrote."""
+    """Starts tools/bench/scale_rank.py on each rank for one task, and returns the answer of rank 0."""
     note = world.work / f"{task}.json"
     write_json(note, {"task": task, "turns": world.turns, "out": str(world.work / "answer.json"), **what})
     command = [sys.executable, str(ROOT / "tools" / "bench" / "scale_rank.py"), "--task", str(note)]
@@ -121,7 +121,7 @@ def shards(world: World, n_px: int) -> Path:
 
 
 def overhead(world: World) -> list[BenchRow]:
-    """What ZeRO-3 costs beside plain torch and FSDP2, and how long a step waits for images."""
+    """The speed of ZeRO-3 beside plain torch and FSDP2, and the time that a step waits for images."""
     rows = []
     for name, recipe in (("tiny", world.recipe(6, 64, 8, 32)), ("d=512", world.recipe(4, 512, 32, 4))):
         data = str(shards(world, recipe.model.n_px))
@@ -152,7 +152,7 @@ def checkpoints(world: World) -> list[BenchRow]:
 
 
 def train(world: World, name: str, recipe: Recipe, ds_config: Path, steps: int) -> tuple[Path, float, list[CurveRow]]:
-    """One rank of train.py for some steps and a checkpoint: its run directory, most memory in bytes, and rows."""
+    """One rank of train.py for some steps and a checkpoint: its run directory, its peak memory in bytes, and its rows."""
     config, run_dir = world.work / f"{name}.json", world.work / name
     write_json(config, recipe_to_dict(recipe))
     words = ["--config", config, "--data", shards(world, recipe.model.n_px), "--run_dir", run_dir, "--ds_config", ds_config]
@@ -162,7 +162,7 @@ def train(world: World, name: str, recipe: Recipe, ds_config: Path, steps: int) 
 
 
 def watched(words: Sequence[object]) -> tuple[float, float]:
-    """Runs a program of ours; (the most bytes of its own that it held, seconds). Mapped files may be dropped and do not count."""
+    """Runs a program: (peak bytes without mapped files, seconds). Mapped files do not count, because the kernel can drop them."""
     environment = os.environ | ON_CPU | {"OMP_NUM_THREADS": str(os.cpu_count())}
     start, peak = time.perf_counter(), 0.0
     with tempfile.TemporaryFile("w+") as said:
@@ -212,7 +212,7 @@ def tools(world: World) -> list[BenchRow]:
 
 def offload(world: World) -> list[BenchRow]:
     """A model of iGPT-L's width and 28 of its 48 layers trains, with its optimizer offloaded, in 24 GB; 36 do not."""
-    recipe = override(world.recipe(28, 1536, 32, 1), lr=1e-4)  # the digits' 0.003 is lost at this width
+    recipe = override(world.recipe(28, 1536, 32, 1), lr=1e-4)  # the 0.003 of the digits diverges at this width
     ds_config = DS_CONFIGS / "zero3_bf16_offload_optimizer.json"
     run_dir, peak, rows = train(world, "offload", recipe, ds_config, 8)
     losses = [row.loss for row in rows if row.loss is not None]
@@ -226,7 +226,7 @@ def offload(world: World) -> list[BenchRow]:
 
 
 def xl(world: World) -> list[BenchRow]:
-    """iGPT-XL built over four ranks: no rank ever holds the whole."""
+    """iGPT-XL built over four ranks: no rank holds all weights at any time."""
     shape = get_recipe("igpt_xl_ar_64")
     recipe = world.recipe(4, 512, 8, 4) if world.toy else shape
     answer = on_ranks(world, 4, "build", recipe=recipe_to_dict(recipe))

@@ -1,4 +1,4 @@
-"""One rank of one measurement of tools/bench/scale.py, which starts it: a task as JSON enters, rank 0 writes the answer as JSON.
+"""One rank of one measurement of tools/bench/scale.py. In: a task as JSON. Out: the answer of rank 0 as JSON.
 
 torchrun --nproc_per_node 2 tools/bench/scale_rank.py --task task.json
 """
@@ -47,7 +47,7 @@ class RankTask:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Joins the ranks, each on a core of its own where there are enough, and does the task."""
+    """Joins the ranks, each on its own core if there are enough, and runs the task."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--task", type=Path, required=True, help="task file that tools/bench/scale.py wrote")
     file = parser.parse_args(argv).task
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def steps(what: RankTask, recipe: Recipe) -> dict[str, float]:
-    """Seconds a step of each contender, and of ours the seconds that it waited for images."""
+    """Seconds per step of each contender, and the seconds that our step waits for images."""
     ranks = dist.world_size()
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_fp32.json"), ranks)
     engine = build_engine(run)
@@ -82,7 +82,7 @@ def steps(what: RankTask, recipe: Recipe) -> dict[str, float]:
 
     batch = next(loader.stream(0))
     contenders = {"ours": ours, "plain": _peer_step(recipe, batch, "plain"), "fsdp2": _peer_step(recipe, batch, "fsdp2")}
-    seconds = medians(contenders, what.turns, turn_seconds=0)  # no turn of seconds: each rank must call as often
+    seconds = medians(contenders, what.turns, turn_seconds=0)  # each rank must make the same number of calls
     return seconds | {"wait": sorted(waited[1:])[len(waited[1:]) // 2]}
 
 
@@ -115,7 +115,7 @@ def _peer_step(recipe: Recipe, batch: Batch, kind: str) -> Callable[[], float]:
 
 
 def saves(what: RankTask, recipe: Recipe) -> dict[str, float]:
-    """Seconds to save and to load a checkpoint, to write and read the same bytes by torch alone, and how many bytes."""
+    """Seconds to save and to load a checkpoint, to write and read the same bytes with plain torch, and the number of bytes."""
     directory = Path(what.directory)
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_fp32.json"), dist.world_size())
     engine = build_engine(run)
@@ -148,7 +148,7 @@ def saves(what: RankTask, recipe: Recipe) -> dict[str, float]:
 
 
 def build(what: RankTask, recipe: Recipe) -> dict[str, float]:
-    """The most memory that any rank took to build a model sharded as it is drawn, and the bytes of all its weights."""
+    """The peak memory of a rank that builds a sharded model, and the bytes of all weights."""
     run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_bf16.json"), dist.world_size())
     before, start = harness.own_memory(), time.perf_counter()
     model = build_model(run)

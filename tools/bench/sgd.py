@@ -1,8 +1,8 @@
-"""Measures the SGD probe beside a plain torch loop, side by side on all cores. Exits with 1 when the bar is missed.
+"""Measures the SGD probe beside a plain torch loop on all cores. Exit status: 1 if the bar is missed.
 
-Images a second, each image counted once for the four rates that it trains: ours takes them together, the peer one rate after
-another. The features lie in a file, as they do where they are larger than memory; a second row gives the peer all of them in
-memory. --toy runs all of it in seconds, without a bar.
+The unit is images per second; an image counts once for four rates. Our probe fits the rates together, the peer one after another.
+The features are in a file, as if they were larger than memory. In a second row the peer has all features in memory. --toy runs
+everything in seconds, without a bar.
 
     python tools/bench/sgd.py --out bench_sgd.json
     python tools/bench/sgd.py --show docs/bench_sgd.json
@@ -35,7 +35,7 @@ Batches = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs every size, prints the table, writes the JSON."""
     parser = cli.parser(__doc__ or "")
-    harness.add_flags(parser, "the first size alone, fewer turns and steps")
+    harness.add_flags(parser, "only the first size, with fewer turns and steps")
     args = parser.parse_args(argv)
     if args.show:
         print(harness.read_bench(args.show).table())
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(file: Path, N: int, width: int, K: int, turns: int, steps: int) -> list[BenchRow]:
-    """Two rows of one size; the features are drawn into the file."""
+    """Two rows of one size with random features in the file."""
     random = np.random.default_rng(0)
     np.save(file, random.standard_normal((N, width), dtype=np.float32) * np.float32(0.1))
     x, y = np.load(file, mmap_mode="r"), torch.from_numpy(random.integers(0, K, N))
     in_memory = torch.from_numpy(np.array(x))
-    whole = N // BATCH  # ours reads and shuffles whole windows: an epoch of it
+    whole = N // BATCH  # one epoch, because our probe reads and shuffles whole windows
     contenders = {
         "ours": lambda: sgd_together(x, y, K, whole),
         "a DataLoader over the memory map, torch.optim.SGD": lambda: sgd_apart(map_batches(x, y), width, K, steps),
@@ -89,7 +89,7 @@ def sgd_apart(batches: Batches, width: int, K: int, steps: int) -> None:
 
 
 def map_batches(x: np.ndarray, y: torch.Tensor) -> Batches:
-    """Shuffled batches for ever, by torch's DataLoader, rows read from the memory map as they come."""
+    """Endless shuffled batches by torch's DataLoader, which reads rows from the memory map."""
 
     class Rows(torch.utils.data.Dataset[tuple[np.ndarray, torch.Tensor]]):
         """One row and its label."""
@@ -105,7 +105,7 @@ def map_batches(x: np.ndarray, y: torch.Tensor) -> Batches:
 
 
 def memory_batches(x: torch.Tensor, y: torch.Tensor) -> Batches:
-    """Shuffled batches for ever, gathered by index from a tensor in memory."""
+    """Endless shuffled batches, gathered by index from a tensor in memory."""
 
     def forever() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:

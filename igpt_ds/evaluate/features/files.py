@@ -1,4 +1,4 @@
-"""The feature directory: an array for each layer, kind and split, read as memory maps. It is written and read here alone.
+"""The feature directory: an array for each layer, kind and split, read as memory maps. It is written and read only here.
 
     manifest.json                             what the features are of, and what a reader must check (`manifest.py`)
     {split}/labels.npy                        int64 [N]

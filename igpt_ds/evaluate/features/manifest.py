@@ -1,4 +1,4 @@
-"""The manifest of a feature directory: what the features are of, and what a reader must check. It is read and written here alone.
+"""The manifest of a feature directory: what the features are of, and what a reader must check. It is read and written only here.
 
 In: manifest.json. Out: a `FeatureManifest`. `files.py` keeps it beside the arrays; probes and result rows use its fields.
 """

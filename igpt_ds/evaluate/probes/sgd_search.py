@@ -229,7 +229,7 @@ def sgd_probe(
     last = fitting.accuracies("all", [tried.rate], None, everything)
     fitting.forget()
     if not last.finite[0]:
-        raise ValueError(f"rate {tried.rate:g} was the best and diverged on all images; leave it out of --rates")
+        raise ValueError(f"rate {tried.rate:g} was the best and diverged on all images; omit it from --rates")
     return SgdProbe(
         layer=layer,
         kind=kind,

@@ -1,4 +1,4 @@
-"""The state file of an SGD probe, from which an interrupted probe continues. It is written and read here alone.
+"""The state file of an SGD probe, from which an interrupted probe continues. It is written and read only here.
 
 In: accuracies of finished groups of rates, and the weights of the unfinished group. Out: a torch file, and an `SgdState` from it.
 Called by `sgd_search.py`.

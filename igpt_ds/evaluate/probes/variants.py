@@ -65,7 +65,7 @@ def window(layers: Sequence[int], centre: int, count: int = CONCATENATED) -> tup
 
 @dataclass(frozen=True)
 class ConcatProbe(Probe):
-    """A probe of several layers; `layer` is the one that was asked for."""
+    """A probe of several layers; `layer` is the centre."""
 
     layers: list[int]
 

@@ -1,4 +1,4 @@
-"""Results: one JSON row for each result in a results.jsonl, which is written and read here alone.
+"""Results: one JSON row for each result in a results.jsonl, which is written and read only here.
 
 In: a probe and its features, a fine-tuning, a likelihood. Out: rows, and their series and labels for tables and figures.
 There are three kinds of row, each with the names that identify a measurement (`IDENTITY`). Accuracies lie in 0..1:

@@ -309,7 +309,7 @@ def test_the_last_fit_must_not_diverge(sets, monkeypatch, tmp_path):
         return RateResults([name == "search"] * len(rates), {what: [0.5] * len(rates) for what in counted})
 
     monkeypatch.setattr(sgd_search._Fitting, "accuracies", found)
-    with pytest.raises(ValueError, match=r"rate 1 was the best and diverged on all images; leave it out of --rates"):
+    with pytest.raises(ValueError, match=r"rate 1 was the best and diverged on all images; omit it from --rates"):
         sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch([1.0]), StateFile(state))
     assert not state.exists()
 

@@ -189,7 +189,7 @@ def test_a_report(tool, results, run_dir, tmp_path):
         ("sgd_probe", ["--features", "FEATURES", "--rates", -1, "--out", "OUT"], "--rates -1 must be positive"),
         ("sgd_probe", ["--features", "FEATURES", "--views", 5, "--out", "OUT"], "--views 5 does not divide the 37 rows"),
         ("tables", ["--results", "none.jsonl"], "--results none.jsonl does not exist"),
-        ("tables", ["--results", "RESULTS", "--paper", 1, "--dataset", "x"], "--dataset x goes without --paper"),
+        ("tables", ["--results", "RESULTS", "--paper", 1, "--dataset", "x"], "--dataset x has no meaning with --paper"),
         ("figures", ["datasets", "--out", "OUT.png"], "datasets reads --results FILES and nothing else"),
         ("figures", ["objectives", "--results", "x", "--dataset", "y", "--out", "OUT.png"], "objectives reads --results FILES"),
         ("figures", ["loss", "--results", "x", "--out", "figure.pdf"], "--out figure.pdf must end in .png"),
