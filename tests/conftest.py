@@ -64,12 +64,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives each worker whole files, for tests of a file share fixtures; slurm/ shares a cluster, house/ a report."""
+    """Gives each worker whole files, for tests of a file share fixtures; house/ shares a report, slurm/ two clusters."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Rooms(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            shared = ("tests/slurm/", "tests/house/")
+            shared = ("tests/slurm/test_pretrain.py", "tests/slurm/", "tests/house/")
             return next((room for room in shared if nodeid.startswith(room)), nodeid.split("::", 1)[0])
 
     return Rooms(config, log)
@@ -149,7 +149,7 @@ class Launcher:
         self,
         command: Sequence[str | Path],
         ranks: int | None = None,
-        timeout: float = 300,
+        timeout: float = 600,
         env: dict[str, str] | None = None,
         by: str = "ranks",
     ) -> subprocess.CompletedProcess[str]:
@@ -220,30 +220,56 @@ def launch() -> Iterator[Launcher]:
     launcher.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def launch_once() -> Iterator[Launcher]:
+    """`launch` for fixtures whose run many tests look at."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
 def recipe(tiny_config: ModelConfig) -> Recipe:
     """Twelve steps of 12 images: two epochs and a half of the tiny dataset's training split, augmented."""
     return Recipe("tiny", tiny_config, batch_images=12, steps=12, lr=0.01, warmup_steps=3, augment_pad=1, augment_flip=True)
 
 
-@pytest.fixture
-def sharded_config(tmp_path: Path) -> Path:
+def write_sharded_config(directory: Path) -> Path:
     """A ds_config that shards even the smallest tensor, where the shipped ones would keep a tiny model whole on each rank."""
-    path = tmp_path / "sharded.json"
+    path = directory / "sharded.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 500}
     path.write_text(json.dumps({"zero_optimization": zero, "igpt_ds": {"activation_checkpointing": "full"}}))
     return path
 
 
 @pytest.fixture
-def command(recipe: Recipe, sharded_config: Path, tiny_dataset: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def sharded_config(tmp_path: Path) -> Path:
+    """A ds_config that shards even the smallest tensor."""
+    return write_sharded_config(tmp_path)
+
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def command_in(recipe: Recipe, tiny_dataset: Path) -> Callable[[Path], Command]:
+    """command_in(directory) -> `command` for a directory."""
+
+    def made(directory: Path) -> Command:
+        config, ds_config = directory / "recipe.json", write_sharded_config(directory)
+        config.write_text(json.dumps(recipe_to_dict(recipe)))
+
+        def words(run_dir: str, *more: str) -> list[str]:
+            fixed = {"config": config, "data": tiny_dataset, "run_dir": directory / run_dir, "ds_config": ds_config}
+            often = {"log_every": 1, "val_every": 4, "save_every": 4}
+            return ["train.py", *(word for name, value in (fixed | often).items() for word in (f"--{name}", str(value))), *more]
+
+        return words
+
+    return made
+
+
+@pytest.fixture
+def command(command_in: Callable[[Path], Command], tmp_path: Path) -> Command:
     """command("run", "--resume", "auto") -> the words of a training command that writes to tmp_path/run."""
-    config = tmp_path / "recipe.json"
-    config.write_text(json.dumps(recipe_to_dict(recipe)))
-
-    def words(run_dir: str, *more: str) -> list[str]:
-        fixed = {"config": config, "data": tiny_dataset, "run_dir": tmp_path / run_dir, "ds_config": sharded_config}
-        often = {"log_every": 1, "val_every": 4, "save_every": 4}
-        return ["train.py", *(word for name, value in (fixed | often).items() for word in (f"--{name}", str(value))), *more]
-
-    return words
+    return command_in(tmp_path)

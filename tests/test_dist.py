@@ -96,7 +96,7 @@ def test_a_mistake_of_rank_0_reaches_the_others(tmp_path: Path) -> None:
         subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"})
         for rank in ("0", "1")
     ]
-    said = [process.communicate(timeout=60)[1] for process in ranks]
+    said = [process.communicate(timeout=600)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 2]
     assert "KeyError: 'format'" in said[0]
     assert said[1] == ""

@@ -17,7 +17,7 @@ def test_the_story_from_images_to_pictures(launch: Any, tmp_path: Path) -> None:
     out, name = tmp_path / "demo", "digits_nano_ar_8"
     toy = ["--steps", "8", "--warmup_steps", "2", "--batch_images", "16", "--n_layer", "2", "--val_images", "32"]
     command = ["bash", "tools/paper.sh", "own", str(out), "digits:", "--", "--recipe", name, *toy]
-    done = launch(command, timeout=400)
+    done = launch(command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for picture in ("layers", "samples", "training", "confusion", "neighbours"):
         assert (out / "figures" / f"{picture}.png").read_bytes().startswith(b"\x89PNG"), picture
@@ -36,7 +36,7 @@ def test_the_story_from_images_to_pictures(launch: Any, tmp_path: Path) -> None:
     assert str(out / "tables.md") in done.stdout
 
     (out / "tables.md").unlink()
-    again = launch(command, timeout=100)
+    again = launch(command)
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert [line.split(" (")[0] for line in again.stdout.splitlines() if line.startswith("==")] == ["== 1 of 1: tables"]
 

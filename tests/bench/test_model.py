@@ -64,7 +64,7 @@ def test_mfu_is_of_the_printed_peak():
 
 
 @pytest.mark.slow
-def test_the_model_benchmark_runs(tmp_path, launch):
+def test_the_model_benchmark_runs(tmp_path, launch, tool):
     done = launch(["tools/bench/model.py", "--toy", "--quick", "--out", tmp_path / "bench.json"])
     assert done.returncode == 0, done.stderr
     rows = read_bench(tmp_path / "bench.json").rows
@@ -80,11 +80,11 @@ def test_the_model_benchmark_runs(tmp_path, launch):
     assert all(row.ours > 0 and row.peer > 0 and row.bar is None for row in rows)
     kept = {row.what.split()[0]: row.ratio for row in rows if "activations kept" in row.what}
     assert kept["full"] < kept["selective"] < 1
-    assert launch(["tools/bench/model.py", "--show", tmp_path / "bench.json"]).stdout.strip() in done.stdout
+    assert tool("bench/model", "--show", tmp_path / "bench.json")[1].strip() in done.stdout
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch):
+def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch, tool):
     done = launch(["tools/bench/gpu.py", "--toy", "--out", tmp_path / "bench.json"], env=DEVICES)
     assert done.returncode == 0, done.stderr
     about = read_bench(tmp_path / "bench.json")
@@ -105,6 +105,6 @@ def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch):
         assert sum(f"{mode} checkpointing" in row.what for row in rows if row.what.startswith("XL slice")) == 2
     assert sum(row.peer_name.startswith("HF") for row in rows) == 2
     assert about.table(with_cores=False) in done.stdout
-    assert launch(["tools/bench/gpu.py", "--show", tmp_path / "bench.json"]).stdout.strip() == about.table(with_cores=False)
+    assert tool("bench/gpu", "--show", tmp_path / "bench.json")[1].strip() == about.table(with_cores=False)
     refused = launch(["tools/bench/gpu.py", "--only", "ceilings"], env=DEVICES)
     assert refused.stderr == "gpu.py: error: torch sees no GPU here; --toy runs on a CPU\n"

@@ -7,7 +7,7 @@ from harness import read_bench
 
 
 @pytest.mark.slow
-def test_the_whole_program_at_toy_sizes(launch, tmp_path):
+def test_the_whole_program_at_toy_sizes(launch, tool, tmp_path):
     done = launch(["tools/bench/probe.py", "--toy", "--only", "grid", "layers", "memory", "--out", tmp_path / "bench.json"])
     assert done.returncode == 0, done.stderr
     about = read_bench(tmp_path / "bench.json")
@@ -16,7 +16,7 @@ def test_the_whole_program_at_toy_sizes(launch, tmp_path):
     assert all(row.ours > 0 and row.peer > 0 and row.bar is None for row in rows)
     assert "scikit-learn timed on" in rows[0].note
     assert float(rows[0].note.split("at most ")[1].split()[0]) <= 1e-5, "equal objectives"
-    shown = launch(["tools/bench/probe.py", "--show", tmp_path / "bench.json"]).stdout.strip()
+    shown = tool("bench/probe", "--show", tmp_path / "bench.json")[1].strip()
     assert shown in done.stdout
     cores = about.facts.cores_used
     assert shown.splitlines()[-1].startswith("One core of" if cores == 1 else f"{cores} cores of")

@@ -10,13 +10,12 @@ from harness import read_bench
 
 
 @pytest.mark.slow
-def test_the_whole_benchmark_at_toy_sizes(launch: Any, tmp_path: Path) -> None:
+def test_the_whole_benchmark_at_toy_sizes(launch: Any, tool: Any, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     done = launch(["tools/bench/scale.py", "--toy", "--work", tmp_path, "--out", out])
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_bench(out).rows
     assert len(rows) == 10 + 4 + 4 + 2 + 1
     assert all(row.ours > 0 and row.peer > 0 and row.bar is None for row in rows)
-    shown = launch(["tools/bench/scale.py", "--show", out])
-    assert "| memory of reshard (" in shown.stdout
+    assert "| memory of reshard (" in tool("bench/scale", "--show", out)[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json"]

@@ -7,10 +7,10 @@ from harness import read_bench
 
 
 @pytest.mark.slow
-def test_the_sgd_benchmark_runs(tmp_path, launch):
+def test_the_sgd_benchmark_runs(tmp_path, launch, tool):
     done = launch(["tools/bench/sgd.py", "--toy", "--out", tmp_path / "bench.json"])
     assert done.returncode == 0, done.stderr
     rows = read_bench(tmp_path / "bench.json").rows
     assert [row.what for row in rows] == ["SGD probe, 4 rates, 400 x 16 x 10"] * 2
     assert all(row.ours > 0 and row.peer > 0 and row.bar is None for row in rows)
-    assert launch(["tools/bench/sgd.py", "--show", tmp_path / "bench.json"]).stdout.strip() in done.stdout
+    assert tool("bench/sgd", "--show", tmp_path / "bench.json")[1].strip() in done.stdout

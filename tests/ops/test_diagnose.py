@@ -131,7 +131,7 @@ def test_states_of_processes_and_who_would_survive_a_signal(tmp_path: Path):
         assert diagnose.catches(process.pid, signal.SIGUSR2)
         assert not diagnose.catches(process.pid, signal.SIGUSR1)
         os.kill(process.pid, signal.SIGSTOP)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 600
         while diagnose.process_state(process.pid) != "T" and time.monotonic() < end:
             time.sleep(0.01)
         assert diagnose.process_state(process.pid) == "T"
@@ -141,7 +141,7 @@ def test_states_of_processes_and_who_would_survive_a_signal(tmp_path: Path):
 
 def ask(*words: str | Path) -> str:
     command = [sys.executable, ROOT / "tools" / "diagnose.py", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -160,8 +160,8 @@ def members(text: str) -> dict[str, str]:
 def test_a_run_that_hangs_and_then_dies(launch: Any, command: Callable[..., list[str]], tmp_path: Path):
     run_dir, log = tmp_path / "run", tmp_path / "job.out"
     longer = ["--steps", "100000", "--val_every", "0", "--save_every", "0", "--log_every", "50"]
-    process = launch.start(command("run", *longer), ranks=2)
-    end = time.monotonic() + 100
+    process = launch.start(command("run", *longer), ranks=2, by="deepspeed")
+    end = time.monotonic() + 600
     while not (run_dir / "train.jsonl").exists() or '"loss"' not in (run_dir / "train.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -180,7 +180,7 @@ def test_a_run_that_hangs_and_then_dies(launch: Any, command: Callable[..., list
     assert {"diagnosis/run/run.json", "diagnosis/run/heartbeat/rank-00001.json", "diagnosis/train.jsonl"} <= set(report)
 
     os.kill(pids[1], signal.SIGKILL)
-    log.write_text("".join(process.communicate(timeout=100)))
+    log.write_text("".join(process.communicate(timeout=600)))
     text = ask(run_dir, "--logs", log, "--exit_code", "137")
     assert text.startswith(f"{run_dir}: dead, tiny on 2 ranks on ")
     assert "first failure   rank 1: exit status -9: killed by SIGKILL" in text

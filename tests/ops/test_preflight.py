@@ -239,7 +239,7 @@ def start(launch: Any, free_port: int, recipe: Recipe, sharded_config: Path, tin
 
 def ends(process: subprocess.Popen[str], status: int) -> str:
     """What it printed, once it has ended with this status."""
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == status, stdout + stderr
     return stdout
 

@@ -212,7 +212,7 @@ def test_a_finished_paper_ends_at_once(launch: Any, tmp_path: Path, script: str)
     data = [""] if "story" in script else []
     arguments = [script, "tiny", out, *data, *(["--ds_config=ds_configs/zero3_fp32.json"] if data else [])]
     held_open = ["bash", "-c", 'exec bash "$@" < <(exec sleep 1000 2>/dev/null)', "bash"]
-    done = launch([*held_open, *arguments], timeout=100, env={"SUBMIT": "1", "IGPT_DS_CLUSTER": "none"})
+    done = launch([*held_open, *arguments], env={"SUBMIT": "1", "IGPT_DS_CLUSTER": "none"})
     assert done.returncode == 0, done.stderr
     assert "everything is there already" in done.stdout
     made = {path.name for path in out.rglob("*") if path not in before}
@@ -267,7 +267,7 @@ def toy_paper(launch: Any, tool: Any, tmp_path: Path) -> Path:
         name, job, _, printed, said = line.split("|")
         words = shlex.split(said)
         if job in ("pretrain", "finetune"):
-            done = launch(words, ranks=2, timeout=600)
+            done = launch(words, ranks=2)
             status, stdout, stderr = done.returncode, done.stdout, done.stderr
         else:
             status, stdout, stderr = tool(Path(words[0]).stem, *words[1:])

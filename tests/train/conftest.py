@@ -10,18 +10,30 @@ from typing import Any
 import pytest
 
 from igpt_ds.files import read_json_lines
+from igpt_ds.ops.compare import MEASURED
+
+Rows = list[dict[str, Any]]
+
+
+def learned(run_dir: Path) -> Rows:
+    """The rows of train.jsonl without what a clock or a memory counter measured."""
+    found = read_json_lines(run_dir / "train.jsonl")
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in found]
 
 
 @pytest.fixture
-def curves(tmp_path: Path) -> Callable[[str], list[dict[str, Any]]]:
+def curves(tmp_path: Path) -> Callable[[str], Rows]:
     """curves("run") -> its rows without what a clock or a memory counter measured."""
-    measured = ("images_per_s", "tokens_per_s", "mfu", "memory_gib", "data_wait", "save_seconds", "slowest_rank", "slowest_ratio")
+    return lambda run_dir: learned(tmp_path / run_dir)
 
-    def rows(run_dir: str) -> list[dict[str, Any]]:
-        found = read_json_lines(tmp_path / run_dir / "train.jsonl")
-        return [{name: value for name, value in row.items() if name not in measured} for row in found]
 
-    return rows
+@pytest.fixture(scope="session")
+def whole(launch_once: Any, command_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The curves of `command` on two ranks, never interrupted."""
+    directory = tmp_path_factory.mktemp("whole")
+    done = launch_once(command_in(directory)("run"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return learned(directory / "run")
 
 
 @pytest.fixture

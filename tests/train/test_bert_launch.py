@@ -81,7 +81,7 @@ def plain_torch_losses(recipe: Recipe, data: Path) -> list[float]:
 
 
 def test_bert_on_two_ranks_from_the_first_step_to_features(
-    launch: Any, command: Command, curves: Curves, masked: tuple[Recipe, list[str]], tiny_dataset: Path, tmp_path: Path
+    launch: Any, tool: Any, command: Command, curves: Curves, masked: tuple[Recipe, list[str]], tiny_dataset: Path, tmp_path: Path
 ) -> None:
     recipe, chosen = masked
     succeed(launch(command("whole", "--micro_batch", "3", *chosen), ranks=2))
@@ -103,7 +103,7 @@ def test_bert_on_two_ranks_from_the_first_step_to_features(
 
     # Consolidated, the model has the validation loss that the engine measured: masks by the image's number in the split.
     model_dir = tmp_path / "model"
-    succeed(launch(["tools/consolidate.py", "--run_dir", str(tmp_path / "whole"), "--out", str(model_dir)]))
+    assert tool("consolidate", "--run_dir", tmp_path / "whole", "--out", model_dir)[0] == 0
     model, info = load_model(model_dir, "bert")
     assert (info.objective, info.mask_prob, info.init, info.step) == ("bert", 0.3, "sparse_transformer", 12)
     val = ShardSet(tiny_dataset, "val")
@@ -114,7 +114,7 @@ def test_bert_on_two_ranks_from_the_first_step_to_features(
     assert val_loss.item() == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
 
     out = tmp_path / "features"
-    succeed(launch(["tools/extract_features.py", "--model", model_dir, "--data", tiny_dataset, "--out", out]))
+    assert tool("extract_features", "--model", model_dir, "--data", tiny_dataset, "--out", out)[0] == 0
     features = open_features(out, "val")
     assert (features.manifest["objective"], features.layers) == ("bert", [0, 1, 2])
     last = list(model.residuals(tokens))[-1][1].mean(1)

@@ -25,17 +25,9 @@ Command = Callable[..., list[str]]
 Curves = Callable[[str], list[dict[str, Any]]]
 
 
-@pytest.fixture
-def whole(launch: Any, command: Command, curves: Curves) -> list[dict[str, Any]]:
-    """The curves of an uninterrupted run on two ranks."""
-    done = launch(command("whole"), ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return curves("whole")
-
-
 def process_of_rank(rank: int, run_dir: Path) -> int:
     """Its number."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         found = subprocess.run(["pgrep", "-f", f"local_rank={rank}.*{run_dir} "], capture_output=True, text=True, check=False)
         if found.stdout:
@@ -46,7 +38,7 @@ def process_of_rank(rank: int, run_dir: Path) -> int:
 
 def stop_during_save(process: subprocess.Popen[str], pid: int, run_dir: Path, after: str = "") -> None:
     """Returns with the process halted in the middle of saving a checkpoint, once one later than `after` is whole."""
-    checkpoints, deadline = run_dir / "checkpoints", time.monotonic() + 200
+    checkpoints, deadline = run_dir / "checkpoints", time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         complete = [path.parent.name for path in checkpoints.glob("step-*/COMPLETE") if path.parent.suffix != ".partial"]
         if max(complete, default="") <= after or not list(checkpoints.glob("*.partial/*.pt")):
@@ -69,7 +61,7 @@ def test_kill_9_of_one_rank_and_of_all_during_save_then_resume_equals_never_stop
     victim = process_of_rank(1, tmp_path / "run")
     stop_during_save(process, victim, tmp_path / "run")
     os.kill(victim, signal.SIGKILL)
-    process.communicate(timeout=100)
+    process.communicate(timeout=600)
     assert process.returncode != 0
     refuse_nothing_but_leftovers(checkpoints)
 
@@ -103,7 +95,7 @@ def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
     words = command("run", "--resume", "auto")
     script = f'[ "$RANK" = 1 ] && ulimit -f 4; exec "{sys.executable}" "$@"'
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
-    failed = launch([*launcher, "bash", "-c", script, "rank", *words], timeout=100)
+    failed = launch([*launcher, "bash", "-c", script, "rank", *words])
     assert failed.returncode != 0
     said = [line for line in failed.stderr.splitlines() if line.startswith("train.py: error")]
     assert len(said) == 1, failed.stderr[-3000:]
@@ -185,7 +177,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(launch: Any, 
     try:
         done = launch(command("small/run"))
         assert done.returncode == 2
-        assert len([line for line in done.stderr.splitlines() if "error" in line]) == 1
+        assert done.stderr.count("train.py: error: ") == 1
         assert "room for 3 checkpoints needs" in done.stderr
         assert "lower --keep_last, or put --run_dir on another disk" in done.stderr
         assert not list((small / "run").glob("checkpoints/*"))
@@ -200,12 +192,12 @@ def test_two_runs_in_one_place_and_a_run_without_a_usable_checkpoint(
     run = tmp_path / "run"
     words = command("run", "--stop_at_step", "8", "--resume", "auto")
     first = launch.start(words)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     while not (run / "run.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGSTOP)
     refused = launch.start(words)
-    refusal = refused.communicate(timeout=100)[1]
+    refusal = refused.communicate(timeout=600)[1]
     error = [line for line in refusal.splitlines() if line.startswith("train.py: error")]
     os.kill(first.pid, signal.SIGCONT)
     assert refused.returncode == 2, refusal[-3000:]
@@ -213,7 +205,7 @@ def test_two_runs_in_one_place_and_a_run_without_a_usable_checkpoint(
     assert "is in use: rank 0 on" in error[0]
     assert f"(pid {first.pid})" in error[0]
     assert error[0].endswith("or choose another --run_dir")
-    said = first.communicate(timeout=100)[1]
+    said = first.communicate(timeout=600)[1]
     assert first.returncode == 0, said[-3000:]
 
     rows = curves("run")
@@ -223,7 +215,7 @@ def test_two_runs_in_one_place_and_a_run_without_a_usable_checkpoint(
     assert names == ["step-00000004", "step-00000008"]
     done = launch(words)
     assert done.returncode == 2
-    error = [line for line in done.stderr.splitlines() if "error" in line]
+    error = [line for line in done.stderr.splitlines() if line.startswith("train.py: error")]
     assert len(error) == 1
     assert error[0].count("has 1000 bytes instead of") == 2
     assert "nothing was changed" in error[0]

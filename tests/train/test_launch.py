@@ -67,7 +67,7 @@ def training_losses(rows: list[dict[str, Any]]) -> list[float]:
 
 
 def test_two_ranks_with_accumulation_equal_plain_torch(
-    launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
+    launch: Any, tool: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     succeed(launch(command("two", "--micro_batch", "3"), ranks=2, by="deepspeed"))
     rows = curves("two")
@@ -79,7 +79,7 @@ def test_two_ranks_with_accumulation_equal_plain_torch(
 
     # The checkpoint, consolidated without DeepSpeed, has the validation loss that the engine measured.
     model_dir = tmp_path / "model"
-    succeed(launch(["tools/consolidate.py", "--run_dir", str(tmp_path / "two"), "--out", str(model_dir)]))
+    assert tool("consolidate", "--run_dir", tmp_path / "two", "--out", model_dir)[0] == 0
     model, info = load_model(model_dir)
     assert (info.step, info.images_seen) == (12, 144)
     total = torch.zeros(2, dtype=torch.float64)
@@ -88,11 +88,6 @@ def test_two_ranks_with_accumulation_equal_plain_torch(
         with torch.no_grad():
             total += torch.stack([(image_nats(model(tokens), tokens) * weight).sum(), weight.sum()])
     assert float(total[0] / total[1]) == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
-
-
-def test_plain_python_runs_one_rank(launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path) -> None:
-    succeed(launch(command("one")))
-    assert training_losses(curves("one")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
@@ -119,7 +114,7 @@ def test_torchrun_in_bf16_without_ninja_or_compiler(launch: Any, command: Comman
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Returns as soon as train.jsonl tells of the step."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if any(row["step"] >= step for row in read_json_lines(run_dir / "train.jsonl")):
             return
@@ -144,9 +139,12 @@ def test_kill_9_between_two_saves_then_resume_equals_never_stopping(
     assert curves("killed") == curves("whole")  # losses, validation losses, rates and gradient norms, bit for bit
 
 
-def test_staged_run_with_a_torn_checkpoint(launch: Any, command: Command, curves: Curves, tmp_path: Path) -> None:
+def test_plain_python_runs_one_rank_and_a_staged_run_with_a_torn_checkpoint_ends_alike(
+    launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
+) -> None:
     """A run stopped at step 8 whose newest checkpoint is torn goes on from step 4, and ends where a whole run ends."""
     succeed(launch(command("whole")))
+    assert training_losses(curves("whole")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
     succeed(launch(command("staged", "--stop_at_step", "8")))
     torn = next((tmp_path / "staged" / "checkpoints" / "step-00000008").glob("*optim_states.pt"))
     os.truncate(torn, torn.stat().st_size // 2)
@@ -175,12 +173,12 @@ def test_a_resumed_run_keeps_the_recorded_product(
 
 
 def test_consolidated_logits_equal_the_engines(
-    launch: Any, command: Command, sharded_config: Path, tiny_dataset: Path, tmp_path: Path
+    launch: Any, tool: Any, command: Command, sharded_config: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     recipe_file = Path(command("unused")[2])
     script = Path(__file__).with_name("engine_logits.py")
     succeed(launch([script, tiny_dataset, sharded_config, recipe_file, tmp_path / "run"], ranks=3))
-    succeed(launch(["tools/consolidate.py", "--run_dir", str(tmp_path / "run"), "--out", str(tmp_path / "model")]))
+    assert tool("consolidate", "--run_dir", tmp_path / "run", "--out", tmp_path / "model")[0] == 0
     model, _ = load_model(tmp_path / "model")
     tokens = torch.from_numpy(ShardSet(tiny_dataset, "train").tokens(np.arange(4)).reshape(4, -1).astype(np.int64))
     with torch.no_grad():
@@ -195,6 +193,6 @@ def test_a_signal_to_one_rank_ends_the_launch_with_an_error(launch: Any, command
     wait_for_step(tmp_path / "run", 2, process)
     ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{tmp_path}/run"], capture_output=True, text=True, check=False)
     os.kill(int(ranks.stdout.split()[0]), signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode != 0
     assert not (tmp_path / "run" / "FINISHED").exists()

@@ -221,7 +221,7 @@ def test_a_worker_process_that_dies_is_told_and_the_run_goes_on(tmp_path, folder
         family = psutil.Process(process.pid).children(recursive=True)
         workers = [member for member in family if member.ppid() != process.pid]
     workers[0].kill()
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 2
     assert "make_shards.py: error: one of 2 worker processes died; run the same command again; if memory" in stderr
     assert launch([*command, "--workers", "1"]).returncode == 0
@@ -433,7 +433,7 @@ def test_workers_end_with_a_killed_tool(tmp_path, folder, launch):
         family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=600)
     assert not alive
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.files import read_json_lines
 from igpt_ds.train.checkpoint.manifest import read_checkpoint
@@ -46,13 +46,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig) 
         (directory / f"{name}.json").write_text(json.dumps(ds_config))
 
     def train(out: str, ranks: int, last_step: int, names: Iterable[str] = tuple(STAGES)) -> Path:
-        with socket.socket() as trial:
-            trial.bind(("127.0.0.1", 0))
-            port = trial.getsockname()[1]
         script = Path(__file__).with_name("two_groups.py")
-        words = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port, script]
+        words = [ROOT / "tests" / "ranks.py", ranks, dist.free_port(), script]
         words += [directory / "recipe.json", directory / out, last_step, *(directory / f"{name}.json" for name in names)]
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=250)
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return directory / out
 
@@ -144,14 +141,14 @@ def test_losses_on_4_2_3_1_4_ranks_equal_those_of_two(trained: Trained, whole: P
         assert not list((chain / name / "checkpoints").glob("*.partial"))
 
 
-def test_a_round_trip_by_the_tool_goes_on_bit_for_bit(trained: Trained, whole: Path, launch: Any) -> None:
+def test_a_round_trip_by_the_tool_goes_on_bit_for_bit(trained: Trained, whole: Path, tool: Any) -> None:
     """Also in bf16, and with generators and counters."""
     names = ("zero1_bf16", "zero2_fp32", "zero3_bf16")
     out = trained("tool", 2, 2, names)
     for name in names:
         for ranks in (3, 2):
-            done = launch(["tools/reshard.py", "--run_dir", out / name, "--ranks", ranks])
-            assert done.returncode == 0, done.stderr
+            status, _, error = tool("reshard", "--run_dir", out / name, "--ranks", ranks)
+            assert status == 0, error
             manifest = read_checkpoint(out / name / "checkpoints" / "step-00000002").manifest
             assert (manifest.world_size, manifest.step) == (ranks, 2)
     trained("tool", 2, 6, names)
@@ -185,14 +182,14 @@ def test_runs_of_a_parameter_cross_ranks() -> None:
         (lambda path: change(path, world_size=1), "it is not of 1 ranks at stage 3"),
     ],
 )
-def test_the_tool_refuses_damage(whole: Path, tmp_path: Path, launch: Any, damage: Any, message: str) -> None:
+def test_the_tool_refuses_damage(whole: Path, tmp_path: Path, tool: Any, damage: Any, message: str) -> None:
     checkpoint = tmp_path / "step-00000006"
     shutil.copytree(whole / "zero3_fp32" / "checkpoints" / checkpoint.name, checkpoint)
     damage(checkpoint)
-    done = launch(["tools/reshard.py", "--checkpoint", checkpoint, "--ranks", "4"])
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert re.search(message, done.stderr), done.stderr
+    status, _, error = tool("reshard", "--checkpoint", checkpoint, "--ranks", "4")
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error), error
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
@@ -220,18 +217,19 @@ def change(path: Path, **values: object) -> None:
         (["--run_dir", "run", "--ranks", "0"], r"--ranks 0 must be at least 1"),
     ],
 )
-def test_the_tool_refuses_flags_that_make_no_sense(words: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "tools/reshard.py", "--ranks", "2", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert re.search(message, done.stderr), done.stderr
+def test_the_tool_refuses_flags_that_make_no_sense(
+    words: list[str], message: str, tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, error = tool("reshard", "--ranks", "2", *words)
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error), error
 
 
-def test_the_tool_clears_what_an_interrupted_one_left(whole: Path, tmp_path: Path, launch: Any) -> None:
+def test_the_tool_clears_what_an_interrupted_one_left(whole: Path, tmp_path: Path, tool: Any) -> None:
     (tmp_path / "there.64-ranks.partial").mkdir()
     checkpoint = whole / "zero3_fp32" / "checkpoints" / "step-00000006"
-    done = launch(["tools/reshard.py", "--checkpoint", checkpoint, "--ranks", "3", "--out", tmp_path / "there"])
-    assert done.returncode == 0, done.stderr
+    status, _, error = tool("reshard", "--checkpoint", checkpoint, "--ranks", "3", "--out", tmp_path / "there")
+    assert status == 0, error
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -63,7 +63,7 @@ def train(recipe, ds_config, out, last_step):
 
 
 def main(_: object) -> None:
-    recipe_file, out, last_step, *ds_configs = sys.argv[1:]
+    recipe_file, out, last_step, *ds_configs = sys.argv[2:]
     start_ranks()
     for ds_config in map(Path, ds_configs):
         train(read_recipe(Path(recipe_file)), ds_config, Path(out) / ds_config.stem, int(last_step))

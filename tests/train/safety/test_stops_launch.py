@@ -24,9 +24,8 @@ def newest(run_dir: Path) -> str:
 
 
 def test_usr1_to_one_rank_in_each_phase_then_the_curve_of_a_whole_run(
-    launch: Any, with_fault: Any, ended: Any, command: Command, curves: Curves, tmp_path: Path
+    launch: Any, with_fault: Any, ended: Any, command: Command, curves: Curves, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    ended(launch(command("whole"), ranks=2), 0)
     run, resume = tmp_path / "run", command("run", "--resume", "auto")
 
     said = ended(launch(with_fault(resume, "signal=SIGUSR1,1,validation,4"), ranks=2, by="deepspeed"), STOPPED)
@@ -48,7 +47,7 @@ def test_usr1_to_one_rank_in_each_phase_then_the_curve_of_a_whole_run(
 
     ended(launch(resume, ranks=2), 0)
     assert (run / "FINISHED").exists()
-    assert curves("run") == curves("whole")
+    assert curves("run") == whole
 
 
 def test_a_time_limit_before_the_first_step_and_a_stop_file(
@@ -69,7 +68,7 @@ def test_a_time_limit_before_the_first_step_and_a_stop_file(
         time.sleep(0.01)
     assert not (run / "STOP").exists()
     (run / "STOP").touch()
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == STOPPED, stdout[-2000:] + stderr[-2000:]
     assert "stopped by a file STOP in the run directory" in stdout
     step = read_json_lines(run / "train.jsonl")[-1]["step"]
@@ -81,7 +80,7 @@ def test_a_time_limit_before_the_first_step_and_a_stop_file(
         time.sleep(0.01)
     for _ in range(3):
         os.kill(again.pid, signal.SIGUSR1)
-    stdout, stderr = again.communicate(timeout=60)
+    stdout, stderr = again.communicate(timeout=600)
     assert again.returncode == STOPPED, stdout[-2000:] + stderr[-2000:]
     assert newest(run) > f"step-{step:08d}"
 
@@ -94,7 +93,7 @@ def test_of_two_starts_at_one_moment_one_trains_and_a_third_leaves_its_stop_file
         command("run", "--steps", "100000", "--save_every", "0", "--val_every", "0", "--resume", "auto"),
     )
     starts = [launch.start(words) for _ in range(2)]
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (gone := [start for start in starts if start.poll() is not None]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -107,14 +106,14 @@ def test_of_two_starts_at_one_moment_one_trains_and_a_third_leaves_its_stop_file
     (run / "STOP").touch()
     third = launch.start(words)
     for start in (refused, third):
-        _, stderr = start.communicate(timeout=200)
+        _, stderr = start.communicate(timeout=600)
         assert start.returncode == 2, stderr[-2000:]
         (line,) = (line for line in stderr.splitlines() if "rror" in line)
         assert line.startswith(f"train.py: error: {run} is in use: rank 0 on ")
         assert f" (pid {winner.pid}) " in line
     assert (run / "STOP").exists()
     winner.send_signal(signal.SIGCONT)
-    stdout, stderr = winner.communicate(timeout=200)
+    stdout, stderr = winner.communicate(timeout=600)
     assert winner.returncode == STOPPED, stdout[-2000:] + stderr[-2000:]
     steps = [row["step"] for row in read_json_lines(run / "train.jsonl") if "loss" in row]
     assert steps == list(range(1, steps[-1] + 1))
@@ -126,7 +125,7 @@ def test_a_hung_rank_ends_with_stacks(launch: Any, with_fault: Any, command: Com
     words = with_fault(command("run", "--hang_minutes", "0.2", "--save_every", "0"), "signal=SIGSTOP,1,step,5")
     alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     ranks = [launch.start(words, env=alone | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
-    _, stderr = ranks[0].communicate(timeout=120)
+    _, stderr = ranks[0].communicate(timeout=600)
     assert ranks[0].returncode == HUNG, stderr[-2000:]
     assert ranks[1].poll() is None  # frozen
     assert "rank 0 hangs in phase 'step' after step 5" in stderr
