@@ -18,7 +18,7 @@ from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.files import read_json
 from igpt_ds.plan.costs import memory, parameters
 from igpt_ds.plan.estimate import rank_layout
-from igpt_ds.train.checkpoint.restricted import Reader, refuse_foreign_names
+from igpt_ds.train.checkpoint.restricted import RestrictedReader, refuse_foreign_names
 
 pytestmark = pytest.mark.slow
 DIRECTORY = Path(__file__).parents[2] / "ds_configs"
@@ -51,7 +51,7 @@ def test_a_shipped_ds_config_trains_as_it_stands(
     assert (effective["train_batch_size"], effective["gradient_accumulation_steps"]) == (12, 2)
     saved = list((tmp_path / "run" / "checkpoints").rglob("*.pt"))
     refuse_foreign_names(saved)
-    assert all(Reader(None).load(str(path)) for path in saved)
+    assert all(RestrictedReader(None).load(str(path)) for path in saved)
 
 
 @pytest.mark.parametrize(
