@@ -249,7 +249,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tool, model_dir, reference, ca
     usual = {"--model": model_dir, "--reference": reference, "--candidates": candidates, "--keep": 0.5, "--out": tmp_path / "new"}
     for change, complaint in [
         ({"--keep": 0}, "--keep 0.0 must be above 0"),
-        ({"--keep": 0.001}, "--keep 0.001 of 60 candidates is no image"),
+        ({"--keep": 0.001}, "--keep 0.001 of 60 candidates is less than one image"),
         ({"--batch": 0}, "--batch 0 must be at least 1"),
         ({"--seed": -1}, "--seed -1 must be at least 0"),
         ({"--layer": 3}, "--layers 3 does not exist; the model has layers 0..2"),

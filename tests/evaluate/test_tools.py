@@ -236,7 +236,7 @@ def test_training_figure(tool, run_dir, tmp_path):
         ),
         ("linear_probe", ["--features", "none", "--out", "OUT"], "none is no feature directory"),
         ("linear_probe", ["--features", "FEATURES", "--eval_split", "test", "--out", "OUT"], "has no split 'test'"),
-        ("linear_probe", ["--features", "FEATURES", "--layers", 9, "--out", "OUT"], "features hold layers 0..2, from"),
+        ("linear_probe", ["--features", "FEATURES", "--layers", 9, "--out", "OUT"], "features hold layers 0..2, in"),
         ("linear_probe", ["--features", "FEATURES", "--device", "cuda", "--out", "OUT"], "torch sees no GPU"),
         ("linear_probe", ["--features", "FEATURES", "--C_grid", 0, "--out", "OUT"], "C_grid=[0.0] must hold positive numbers"),
         ("figures", ["layers", "--out", "OUT.png"], "layers reads --results FILE"),

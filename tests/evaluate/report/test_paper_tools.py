@@ -184,7 +184,7 @@ def test_a_report(tool, results, run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "complaint"),
     [
-        ("sgd_probe", ["--features", "FEATURES", "--layers", 9, "--out", "OUT"], "features hold layers 0..2, from"),
+        ("sgd_probe", ["--features", "FEATURES", "--layers", 9, "--out", "OUT"], "features hold layers 0..2, in"),
         ("sgd_probe", ["--features", "FEATURES", "--save_every", 0, "--out", "OUT"], "--save_every 0 must be at least 1"),
         ("sgd_probe", ["--features", "FEATURES", "--rates", -1, "--out", "OUT"], "--rates -1 must be positive"),
         ("sgd_probe", ["--features", "FEATURES", "--views", 5, "--out", "OUT"], "--views 5 does not divide the 37 rows"),
