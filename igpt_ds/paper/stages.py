@@ -106,7 +106,7 @@ class _StageMaker:
         """Pre-training; model dir, probes and likelihood at `system.steps`; variants and fine-tuning of the last model."""
         recipe, name = system.recipe, system.recipe.name
         run_dir, data = self.run_dir(name), self.shards(self.scale.of(system.data))
-        longest = SAVE_EVERY if system.stages > 1 else min(SAVE_EVERY, max(1, recipe.steps // 4))
+        longest = min(SAVE_EVERY, max(1, recipe.steps // 4)) if system.train_words else SAVE_EVERY
         save_every = max(steps for steps in range(1, longest + 1) if system.every % steps == 0)
         kept = {"save_every": save_every, "keep_every": system.every if system.stages > 1 else None}
         seldom = {"val_every": min(SAVE_EVERY, max(1, recipe.steps // 10)), "val_images": 5000}
