@@ -27,8 +27,9 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("cluster.py")
 PATH = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
-# What a user's shell would hand to sbatch, which exports all of it to the job.
-ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LANG": "C.UTF-8", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+# What a user's shell would hand to sbatch, which exports all of it to the job. tests/conftest.py says why nothing is compiled.
+CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LANG": "C.UTF-8"} | CPU
 STEPS = 40
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -45,7 +46,7 @@ class Cluster:
         word, _, pid = self._answer().partition(" ")
         assert word == "ready", Path(self._log.name).read_text()
         self._pid, self._names = pid.strip(), [f"node{n}" for n in range(1, nodes + 1)]
-        self.small_disk = directory / "small"
+        self.small_disk, self._config = directory / "small", directory / "etc" / "slurm.conf"
 
     def close(self) -> None:
         """The end of the cluster and of everything on it."""
@@ -79,6 +80,11 @@ class Cluster:
         )
         assert status in (None, done.returncode), f"{command}: {done.returncode}\n{done.stdout}"
         return done.stdout
+
+    def wait_for_killed(self, seconds: int) -> None:
+        """How long SLURM waits between SIGTERM and SIGKILL."""
+        self._config.write_text(re.sub(r"KillWait=\d+", f"KillWait={seconds}", self._config.read_text()))
+        self.run("scontrol", "reconfigure")
 
     def sbatch(self, *words: str | Path, **environment: str) -> str:
         """Submits; the job's number."""
@@ -143,6 +149,14 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
     cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster", 2)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture
+def short_kill_wait(slurm: Cluster) -> Iterator[None]:
+    """Ranks that hang because a node is gone are killed soon, for tests where nothing else is to be saved in that time."""
+    slurm.wait_for_killed(5)
+    yield
+    slurm.wait_for_killed(60)
 
 
 @pytest.fixture

@@ -88,6 +88,7 @@ def test_nodes_that_the_batch_does_not_need_are_idle_and_a_killed_rank_costs_its
     assert_close(job.curves(), undisturbed)
 
 
+@pytest.mark.usefixtures("short_kill_wait")
 def test_a_node_loses_power_one_goes_on_is_preempted_and_two_end_it(training: Trainings, undisturbed: Curves) -> None:
     job = training()
     job.submit(options=("--nodes=1-2",))
@@ -103,6 +104,7 @@ def test_a_node_loses_power_one_goes_on_is_preempted_and_two_end_it(training: Tr
     assert_close(job.curves(), undisturbed)
 
 
+@pytest.mark.usefixtures("short_kill_wait")
 def test_a_dead_slurmd_leaves_ghosts_that_do_no_harm(training: Trainings, undisturbed: Curves) -> None:
     job = training()
     job.submit()
