@@ -18,7 +18,7 @@ There are three kinds of row, each with the names that identify a measurement (`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,9 +144,9 @@ def read_results(path: Path) -> list[Row]:
     return [_checked(f"{path} line {number}", values) for number, values in enumerate(read_json_lines(path), start=1)]
 
 
-def _checked(line: str, values: Any) -> Row:
+def _checked(line: str, values: Mapping[str, Any]) -> Row:
     """The record of a line's JSON, with the one check of its schema."""
-    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+    if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{line} is not {FORMAT} version {VERSION}; remove the line, or name another file")
     if not isinstance(values.get("kind"), str) or values["kind"] not in IDENTITY:
         raise ValueError(f"{line} is of kind {values.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")

@@ -110,7 +110,7 @@ def test_a_rerun_replaces_its_row(tmp_path, rows):
     [
         ("{broken", r"results\.jsonl line 2 is not valid JSON; remove the line"),
         ('{"format": "igpt_ds.result", "version": 9}', r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
-        ("[1]", r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
+        ("[1]", r"results\.jsonl line 2 is not valid JSON"),
         ('{"format": "igpt_ds.result", "version": 1}', r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
         (
             '{"format": "igpt_ds.result", "version": 2, "kind": "guess"}',
