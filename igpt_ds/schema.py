@@ -7,6 +7,7 @@ its one writer calls `to_json`.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ _WORDS = {
     dict: "an object",
     type(None): "null",
 }
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _JSON_TYPES: dict[Any, type] = {tuple: list, Mapping: dict}
 _hints = lru_cache(maxsize=None)(typing.get_type_hints)
 
@@ -33,6 +35,16 @@ class UnknownFieldError(ValueError):
 
 class OtherVersionError(ValueError):
     """A file of another format, or of a version that this code does not read. It may be undamaged."""
+
+
+def check_file_name(name: str, field: str = "name") -> None:
+    """A file's name that stands in another file is data: plain letters, digits, ".", "_" and "-", so no path and no command.
+
+    Raises:
+        ValueError: anything else; the text continues the sentence of `record_from`.
+    """
+    if not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"{field} {_short(name)}, which is not a plain file name")
 
 
 def without_header(values: object, name: str, version: int, where: str, fix: str) -> dict[str, object]:

@@ -46,8 +46,8 @@ if [[ -z $commands ]]; then
 fi
 : >"$out/jobs.txt"
 declare -A job_of # stage -> number of its last job
-while IFS='|' read -r name job needs printed words <&3; do
-  eval "words=($words)" # paper_plan.py has quoted the words
+while IFS=$'\x1f' read -r -a fields <&3; do
+  name=${fields[0]} job=${fields[1]} needs=${fields[2]} printed=${fields[3]} words=("${fields[@]:4}")
   before='' options=(--job-name="$name")
   for need in ${needs//,/ }; do
     before+=${before:+:}${job_of[$need]}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from igpt_ds.schema import record_from
+from igpt_ds.schema import check_file_name, record_from
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,16 @@ def test_what_is_not_an_object(values):
         ValueError, match=rf"^thing f\.json has content {re.escape(repr(values))}, which is not an object; remove it$"
     ):
         record_from(Whole, values, "thing f.json", "remove it")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/a", "a b", "a;b", "$(a)", "`a`", "a\nb", "-a", "a\0", "a'b", "|a", "x" * 202]
+)
+def test_a_file_name_that_could_be_a_path_or_a_command_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"palette .*, which is not a plain file name"):
+        check_file_name(name, "palette")
+
+
+def test_plain_file_names() -> None:
+    for name in ("train-000000.tar", "zero_pp_rank_0_mp_rank_00_model_states.pt", "palette.npy"):
+        check_file_name(name)

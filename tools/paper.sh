@@ -41,10 +41,10 @@ plan=$(python tools/paper_plan.py --scale "$scale" "${data[@]}" --out "$out" --g
 mkdir -p "$out/log"
 number=0 total=$(grep -c . <<<"$plan" || true)
 ((total)) || echo "everything is there already"
-while IFS='|' read -r name job _ printed words <&3; do
-  [[ -n $name ]] || continue # the only line of an empty plan
+while IFS=$'\x1f' read -r -a fields <&3; do
+  ((${#fields[@]})) || continue # the only line of an empty plan
+  name=${fields[0]} job=${fields[1]} printed=${fields[3]} words=("${fields[@]:4}")
   printf '\n== %s (%d s)\n' "$((++number)) of $total: $name" "$SECONDS"
-  eval "words=($words)" # quoted by paper_plan.py
   log=$out/log/$name.log status=0
   case $job in
     pretrain | finetune) on_ranks "${words[@]}" >"$log" 2>&1 || status=$? ;;

@@ -6,8 +6,8 @@
     python tools/paper_plan.py --scale tiny --out runs/paper_tiny --gpus 2 --ds_config ds_configs/zero3_fp32.json --commands
 
 With --commands (for tools/paper.sh and slurm/story_paper.sh) it writes changed recipes into OUT/recipes and prints one line per
-unfinished stage. The fields, separated by "|": name, batch script, needed stages, file for the printed output, and the command,
-quoted for a shell. OUT belongs to one scale, data, size and number of steps; the flags of the machines may change. Scale own
+unfinished stage: name, batch script, needed stages, file for the printed output, and the words of the command, separated by the
+control character 1F. OUT belongs to one scale, data, size and number of steps; the flags of the machines may change. Scale own
 trains one model on any images; flags of train.py follow "--" and name its recipe.
 """
 
@@ -24,7 +24,7 @@ from igpt_ds.ds_config import load_ds_config
 from igpt_ds.files import read_json, write_json
 from igpt_ds.paper import budget
 from igpt_ds.paper.scales import SCALES, Scale, Training, get_scale
-from igpt_ds.paper.stage import Flags, Stage, command
+from igpt_ds.paper.stage import Flags, Stage, command_line
 from igpt_ds.paper.stages import chosen, stages
 from igpt_ds.plan.options import network
 from igpt_ds.plan.step_time import GPUS, Cluster
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         begin(out, scale, asked(args))
         left = {stage.name: stage for stage in found if not stage.done}
         for stage in left.values():
-            needs = ",".join(name for name in stage.needs if name in left)
-            printed = str(stage.leaves) if stage.printed else ""
-            print(stage.name, stage.job, needs, printed, command(stage), sep="|")
+            print(command_line(stage, [name for name in stage.needs if name in left]))
         return
     print(describe_stages(found, out, scale))
     if scale.name == "full":

@@ -5,7 +5,7 @@ In: a program and its flags. Out: a `Stage`. stages.py makes them, tools/paper_p
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +46,22 @@ class Stage:
         return self.leaves.exists() and (not self.rows or self.leaves.read_bytes().count(b"\n") >= self.rows)
 
 
-def command(stage: Stage) -> str:
-    """The stage's words, quoted for a shell."""
-    return shlex.join(stage.words)
+SEPARATOR = "\x1f"  # ASCII's unit separator, which no path or flag contains
+
+
+def command_line(stage: Stage, needs: Sequence[str]) -> str:
+    """One line for a script: name, batch script, needed stages, file for the printed output, then the words of the command.
+
+    A script splits the line at SEPARATOR. No shell interprets what a path says.
+
+    Raises:
+        ValueError: a path or flag contains a line break or the separator.
+    """
+    fields = (stage.name, stage.job, ",".join(needs), str(stage.leaves) if stage.printed else "", *stage.words)
+    for field in fields:
+        if SEPARATOR in field or len(field.splitlines()) > 1:
+            raise ValueError(f"{field!r} contains a line break or a control character; rename the file or directory")
+    return SEPARATOR.join(fields)
 
 
 def words(program: str, flags: Flags, *first: object) -> tuple[str, ...]:

@@ -198,3 +198,14 @@ def test_a_stream_says_what_it_is(away):
     assert list(facts) == ["path", "dataset_hash", "palette_hash", "order", "stream"]
     for word in ("--resume", "ranks", "buffer", "damaged"):
         assert word in LIMITS
+
+
+def test_a_name_in_the_index_is_no_command(away, tmp_path):
+    index = read_index(away[0])
+    split = index.splits["train"]
+    hostile = [dataclasses.replace(split.shards[0]), *split.shards[1:]]
+    object.__setattr__(hostile[0], "name", f"x; touch {tmp_path}/ran")
+    write_index(away[0], dataclasses.replace(index, splits={"train": dataclasses.replace(split, shards=hostile)}))
+    with pytest.raises(ValueError, match=r"name 'x; touch .*, which is not a plain file name"):
+        ShardStream(away[0], "pipe:cat {shard}")
+    assert not (tmp_path / "ran").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ from igpt_ds.evaluate.report.results import read_all
 from igpt_ds.files import read_json, write_json_lines
 from igpt_ds.paper import budget
 from igpt_ds.paper.scales import SCALES, Images, Training, get_scale
-from igpt_ds.paper.stage import Stage, command
+from igpt_ds.paper.stage import Stage, command_line
 from igpt_ds.paper.stages import stages
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
 from igpt_ds.plan.options import DIRECTORY
@@ -65,7 +64,7 @@ def test_what_each_scale_is_made_of() -> None:
     larger = get_scale("full", "data", gpu_bytes=GPUS["h200-141g"].memory)
     assert larger.of_recipe("igpt_xl_ar_64").variants == ("concat",)
     for name in ("tiny", "cifar"):
-        text = " ".join(command(stage) for stage in planned(name))
+        text = " ".join(word for stage in planned(name) for word in stage.words)
         for word in ("concat", "low_data", "mask_vote", "--untrained 0", "--pixels", "neighbours", "--paper 1 2 3 4 5"):
             assert word in text, f"{name} without {word}"
 
@@ -82,9 +81,11 @@ def test_a_stage_is_done_when_all_its_rows_are_there(tmp_path: Path) -> None:
     assert (rows.done, run.done) == (True, True)
 
 
-def test_words_survive_a_shell() -> None:
-    stage = planned("full", Path("a b"))[0]
-    assert "'a b/palette.npy'" in command(stage)
+def test_a_script_gets_the_words_as_they_are() -> None:
+    stage = planned("full", Path("$(touch x) '"))[0]
+    assert "$(touch x) '/palette.npy" in command_line(stage, ["a", "b"]).split("\x1f")[4:]
+    with pytest.raises(ValueError, match=r"'a\\nb/palette.npy' contains a line break"):
+        command_line(planned("full", Path("a\nb"))[0], [])
 
 
 def test_the_full_plan_counts_as_the_cost_model_does() -> None:
@@ -222,14 +223,14 @@ def test_a_finished_paper_ends_at_once(launch: Any, tmp_path: Path, script: str)
 def test_the_commands_for_a_script(tool: Any, tmp_path: Path) -> None:
     out, fp32 = tmp_path / "out", DIRECTORY / "zero3_fp32.json"
     asked = ["--scale", "tiny", "--out", out, "--ds_config", fp32, "--commands"]
-    lines = [line.split("|") for line in tool("paper_plan", *asked)[1].splitlines()]
+    lines = [line.split("\x1f") for line in tool("paper_plan", *asked)[1].splitlines()]
     assert lines[0][:4] == ["palette", "tool", "", ""]
     assert lines[1][:3] == ["shards-digits_8", "make_shards", "palette"]
     assert next(line for line in lines if line[0] == "tables")[3] == str(out / "tables.md")
     named = read_json(out / "recipes" / "digits_pico_ar_8.json", "recipe")
     assert (named["name"], named["model"]["n_layer"]) == ("digits_pico_ar_8", 4)
     (out / "palette.npy").touch()
-    again = [line.split("|") for line in tool("paper_plan", *asked)[1].splitlines()]
+    again = [line.split("\x1f") for line in tool("paper_plan", *asked)[1].splitlines()]
     assert again[0][:3] == ["shards-digits_8", "make_shards", ""], "what is there is neither made nor waited for"
     assert again[1:] == lines[2:]
     status, _, said = tool("paper_plan", *asked, "--steps", 8)
@@ -241,14 +242,14 @@ def test_own_images_with_one_recipe_go_all_the_way_to_tables(tool: Any, tmp_path
     asked = ["--scale", "own", "--data", "imagenet:/data", "--out", out, "--gpus", 64, "--commands", "--"]
     assert "unrecognized arguments: --wandb_is_no_flag" in tool("paper_plan", *asked, *flags)[2]
     flags = flags[:-1]
-    lines = {line.split("|")[0]: line.split("|")[1:] for line in tool("paper_plan", *asked, *flags)[1].splitlines()}
-    train = shlex.split(lines["train-igpt_xl_ar_64"][3])
+    lines = {line.split("\x1f")[0]: line.split("\x1f")[1:] for line in tool("paper_plan", *asked, *flags)[1].splitlines()}
+    train = lines["train-igpt_xl_ar_64"][3:]
     assert train[-4:] == flags
     assert ("--save_every", "5000") in itertools.pairwise(train)
     assert lines["train-igpt_xl_ar_64"][1] == "shards-imagenet_64"
-    assert "--kinds normed raw" in lines["features-igpt_xl_ar_64-2000000-imagenet_64"][3]
+    assert "--kinds normed raw" in " ".join(lines["features-igpt_xl_ar_64-2000000-imagenet_64"])
     assert list(lines)[-2:] == ["tables", "report"]
-    assert "--paper" not in lines["tables"][3]
+    assert "--paper" not in lines["tables"]
     assert not {"figure-loss", "figure-datasets", "figure-objectives"} & set(lines)
     assert f"{out} holds the paper of scale own" in tool("paper_plan", *asked, *flags, "--clip", 1)[2]
     assert "--data after -- is given by the stages themselves" in tool("paper_plan", *asked, *flags, "--data", "x")[2]
@@ -264,8 +265,7 @@ def toy_paper(launch: Any, tool: Any, tmp_path: Path) -> Path:
     out = tmp_path / "paper"
     asked = ["--scale", "tiny", "--out", out, "--ds_config", DIRECTORY / "zero3_fp32.json", "--steps", "4", "--commands"]
     for line in tool("paper_plan", *asked)[1].splitlines():
-        name, job, _, printed, said = line.split("|")
-        words = shlex.split(said)
+        name, job, _, printed, *words = line.split("\x1f")
         if job in ("pretrain", "finetune"):
             done = launch(words, ranks=2)
             status, stdout, stderr = done.returncode, done.stdout, done.stderr

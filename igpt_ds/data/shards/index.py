@@ -13,7 +13,7 @@ from typing import Any
 
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.files import read_json, write_json
-from igpt_ds.schema import record_from
+from igpt_ds.schema import check_file_name, record_from
 
 FORMAT, VERSION = "igpt_ds.shards", 3
 _READABLE = (2, 3)  # version 2 has "blocks", the crc32 of each 1,024 images, in each shard's entry; readers ignore it
@@ -29,6 +29,9 @@ class ShardEntry:
     n_images: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_file_name(self.name)  # `--stream 'pipe:...'` puts it into a shell's line
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class ShardIndex:
     made_with: dict[str, str] | None = None
     n_unreadable: int | None = None
     derived: dict[str, object] | None = None
+
+    def __post_init__(self) -> None:
+        check_file_name(self.palette, "palette")
 
     def load_palette(self, path: Path, fix: str = AGAIN) -> Palette:
         """The palette of the dataset directory `path`.

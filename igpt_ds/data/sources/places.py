@@ -20,11 +20,13 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
     A single file that cannot be read is one bad image; its result is a ValueError.
 
     Raises:
-        ValueError: a file of many images cannot be opened, or ends before a listed slice.
+        ValueError: an entry leads out of `root`; a file of many images cannot be opened, or ends before a listed slice.
     """
     with ExitStack() as stack:
         name, file = "", None
         for entry in entries:
+            if root.parts and (Path(entry.place[0]).is_absolute() or ".." in Path(entry.place[0]).parts):
+                raise ValueError(f"the list of images names {entry.place[0]!r}, which is not below {root}; list the images again")
             if len(entry.place) == 1:
                 yield _whole(root / entry.place[0])
                 continue

@@ -87,7 +87,13 @@ class WebTars:
         self._highest = highest
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Result]:
-        """The members' bytes. Entries of a command in ascending order need one run of it."""
+        """The members' bytes. Entries of a command in ascending order need one run of it.
+
+        Raises:
+            ValueError: an entry names another tar or command than the spec. A list of images is data and runs nothing.
+        """
+        if foreign := {entry.place[0] for entry in entries} - set(self._urls):
+            raise ValueError(f"the list of images names {min(foreign)!r}, which {self.name} does not; list the images again")
         if not self._pipe:
             yield from read_places(Path(), entries)
             return

@@ -14,7 +14,7 @@ from igpt_ds.config import Recipe
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import STAGES
 from igpt_ds.files import fsync_path, parse_json, sha256_file, write_json
-from igpt_ds.schema import OtherVersionError, UnknownFieldError, record_from, to_json, without_header
+from igpt_ds.schema import OtherVersionError, UnknownFieldError, check_file_name, record_from, to_json, without_header
 from igpt_ds.train.early import EarlyState
 from igpt_ds.train.safety.spikes import SpikeState
 
@@ -30,8 +30,7 @@ class FileEntry:
     sha256: str
 
     def __post_init__(self) -> None:
-        if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
-            raise ValueError(f"name {self.name!r}, which is not the name of a file in the checkpoint")
+        check_file_name(self.name)
 
 
 @dataclass(frozen=True)

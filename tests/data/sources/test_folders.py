@@ -80,3 +80,11 @@ def test_what_only_looks_like_an_image_is_counted(tmp_path):
     assert good == b"x"
     assert "gone.jpg cannot be read: No such file" in str(gone)
     assert "pipe.jpg cannot be read: it is not a file" in str(pipe)
+
+
+@pytest.mark.parametrize("place", ["/etc/hostname", "../outside.png", "red/../../outside.png"])
+def test_a_list_of_images_leads_nowhere_else(tiny_images, place):
+    source = open_source(f"imagefolder:{tiny_images}")
+    entry = next(source.entries())
+    with pytest.raises(ValueError, match=f"names '{place}', which is not below"):
+        list(source.read([entry, entry._replace(place=[place])]))

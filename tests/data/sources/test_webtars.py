@@ -263,3 +263,15 @@ def test_links_in_tars_are_refused(tmp_path, kind):
 def test_a_pipe_without_a_command():
     with pytest.raises(ValueError, match="webdataset:pipe: names no command; write for example"):
         open_source("webdataset:pipe:")
+
+
+@pytest.mark.parametrize("pipe", [False, True])
+def test_a_list_of_images_runs_no_command_and_opens_no_other_tar(web, tmp_path, pipe):
+    directory, _ = web
+    spec = f"pipe:cat {directory}/00000.tar" if pipe else f"{directory}/00000.tar"
+    source = open_source(f"webdataset:{spec}")
+    entry = next(source.entries())
+    for place in (f"touch {tmp_path}/ran", f"{directory}/00001.tar"):
+        with pytest.raises(ValueError, match=r"which webdataset:.* does not; list the images again"):
+            list(source.read([entry, entry._replace(place=[place, *entry.place[1:]])]))
+    assert not (tmp_path / "ran").exists()
