@@ -74,7 +74,7 @@ def test_a_sample_of_the_images_follows_the_seed(source, tmp_path):
 
 def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path):
     out = ["--source", source, "--out", tmp_path / "p.npy"]
-    assert "1 of 80 images are unreadable, more than --max_bad 0.001; the first: cat/0.png" in failure(*out)
+    assert "1 of 80 images are unreadable, more than --max_bad 0.001; first error: cat/0.png" in failure(*out)
     for name in ("max_pixels", "max_images", "n_px", "workers"):
         assert f"{name}=0 must be at least 1" in failure(*out, f"--{name}", 0)
     assert "crop=random needs --n_px" in failure(*out, "--crop", "random")

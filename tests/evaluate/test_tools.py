@@ -139,7 +139,7 @@ def run_dir(tmp_path):
     def make(name, n_vocab=16):
         path = tmp_path / name
         path.mkdir()
-        recipe = recipe_to_dict(override(get_recipe("digits_nano_ar_8"), {"n_vocab": n_vocab}))
+        recipe = recipe_to_dict(override(get_recipe("digits_nano_ar_8"), n_vocab=n_vocab))
         run = {"format": "igpt_ds.run", "version": 1, "recipe": recipe, "world_size": 1, "precision": "fp32"}
         (path / "run.json").write_text(json.dumps(run))
         (path / "train.jsonl").write_text(

@@ -267,7 +267,7 @@ def toy_paper(launch: Any, tool: Any, tmp_path: Path) -> Path:
     for line in tool("paper_plan", *asked)[1].splitlines():
         name, job, _, printed, *words = line.split("\x1f")
         if job in ("pretrain", "finetune"):
-            done = launch(words, ranks=2)
+            done = launch(words, ranks=1)
             status, stdout, stderr = done.returncode, done.stdout, done.stderr
         else:
             status, stdout, stderr = tool(Path(words[0]).stem, *words[1:])

@@ -175,7 +175,7 @@ class Training:
 
     def submit(self, *flags: str, options: tuple[str, ...] = (), **environment: str) -> str:
         """sbatch with its options, the script, and the program's flags; the job's number."""
-        words = ["--gpus-per-node=2", "--nodes=2", "--time=60", f"--output={self.log}", *options, f"slurm/{self._name}.sbatch"]
+        words = ["--gpus-per-node=1", "--nodes=2", "--time=60", f"--output={self.log}", *options, f"slurm/{self._name}.sbatch"]
         environment = {"IGPT_DS_CLUSTER": str(self._settings)} | environment
         self.job = self.slurm.sbatch(*words, *self._flags, *flags, **environment)
         return self.job
@@ -248,7 +248,7 @@ class Training:
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of cluster-specific values that a user would have copied and changed."""
     path = tmp_path_factory.mktemp("settings") / "cluster.sh"
-    values = "PARTITION=main CPU_PARTITION=main NODES=2 GPUS_PER_NODE=2 PARTS=3 CPUS=2 TIME=30 MAX_FRUITLESS=2"
+    values = "PARTITION=main CPU_PARTITION=main NODES=2 GPUS_PER_NODE=1 PARTS=3 CPUS=2 TIME=30 MAX_FRUITLESS=2"
     path.write_text(f"{values} LOGS={path.parent}/logs PREFLIGHT=${{PREFLIGHT:-0}}\n")
     return path
 
@@ -294,7 +294,7 @@ def alone() -> Callable[..., None]:
 def undisturbed(common: list[str], alone: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The curves of the same training on one machine, without SLURM."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    alone(4, "train.py", *common, f"--run_dir={run_dir}")
+    alone(2, "train.py", *common, f"--run_dir={run_dir}")
     return learned(run_dir)
 
 

@@ -32,11 +32,11 @@ def main(_: object) -> None:
     stream = loader.stream(0)
     for _step in range(3):
         take_step(engine, [next(stream).to(engine.device)], pretraining_loss(recipe), lr=0.01)
-    facts = {"path": str(data), "dataset_hash": shards.dataset_hash, "palette_hash": shards.palette_hash}
+    facts = DataFacts(str(data), shards.dataset_hash, shards.palette_hash)
     if dist.rank() == 0:
         record(out, run, facts, data / "palette.npy", used())
     dist.barrier()
-    about = RunFacts(recipe=recipe, data=DataFacts(**facts), precision=run.precision)
+    about = RunFacts(recipe=recipe, data=facts, precision=run.precision)
     save_checkpoint(engine, out / "checkpoints", about, Progress(step=3, images_seen=36), keep_last=1, keep_every=0)
     with torch.no_grad():
         logits = engine(torch.from_numpy(shards.tokens(np.arange(4)).reshape(4, -1)).long())

@@ -62,7 +62,7 @@ def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, 
     with pytest.raises(ValueError, match=r"dataset_hash is d there and e here"):
         start(where, join(recipe, ZERO, 2), palette, True, dataclasses.replace(DATA, dataset_hash="e"))
     with pytest.raises(ValueError, match=r"order is 2 there and stream here"):
-        start(where, join(recipe, ZERO, 2), palette, True, DATA | {"order": "stream"})
+        start(where, join(recipe, ZERO, 2), palette, True, dataclasses.replace(DATA, order="stream"))
 
 
 def test_a_run_of_older_code_continues(tmp_path: Path, recipe: Recipe, palette: Path) -> None:

@@ -200,7 +200,7 @@ def test_sizes_may_differ_for_perceptual_hashes_alone(tool, made, tmp_path):
 def test_what_cannot_be_compared(tool, pair, tmp_path):
     train, evaluated = pair
     usual = ["--train", train, "--eval", evaluated, "--out", tmp_path / "e.json"]
-    refused(tool, "dedup_shards", "--max_distance 3 has no meaning for tokens", *usual, "--method", "tokens", "--max_distance", 3)
+    refused(tool, "dedup_shards", "3 has no meaning for --method tokens", *usual, "--method", "tokens", "--max_distance", 3)
     refused(tool, "dedup_shards", "max_distance=20 must lie in 0..16", *usual, "--max_distance", 20)
     refused(tool, "dedup_shards", "workers=0 must be at least 1", *usual, "--workers", 0)
     refused(tool, "dedup_shards", "--pairs 0 must lie in 1..10000", *usual, "--pairs", 0)
