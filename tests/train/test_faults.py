@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -26,12 +28,14 @@ Curves = Callable[[str], list[dict[str, Any]]]
 
 
 def process_of_rank(rank: int, run_dir: Path) -> int:
-    """Its number."""
+    """Its number. DeepSpeed's launcher gives each rank a flag, ranks.py a name."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
-        found = subprocess.run(["pgrep", "-f", f"local_rank={rank}.*{run_dir} "], capture_output=True, text=True, check=False)
-        if found.stdout:
-            return int(found.stdout.split()[-1])
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline()
+                if str(run_dir) in words and (process.name() == f"rank{rank}" or f"--local_rank={rank}" in words):
+                    return process.pid
         time.sleep(0.05)
     pytest.fail(f"rank {rank} never started")
 
