@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from igpt_ds import cli
 from igpt_ds.ops import requeue
@@ -38,7 +39,20 @@ LOCK_MISSING = 5  # so many failures without a lock mean that the disk cannot be
 
 def say(start: Start, words: str) -> None:
     """A line of the job's log."""
-    print(f"== {datetime.now():%Y-%m-%dT%H:%M:%S} job {start.job}, restart {start.restart}: {words}", flush=True)
+    write_line(f"== {datetime.now():%Y-%m-%dT%H:%M:%S} job {start.job}, restart {start.restart}: {words}", sys.stdout)
+
+
+def say_error(error: OSError) -> None:
+    """An error in the job's log."""
+    write_line(f"error: {cli.error_text(error)}", sys.stderr)
+
+
+def write_line(line: str, log: TextIO) -> None:
+    """Writes a line to the job's log. A log on a full disk must not keep the job from queueing again."""
+    try:
+        print(line, file=log, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())  # otherwise Python writes the line again when it ends
 
 
 def ask(*command: str) -> tuple[bool, str]:
@@ -46,7 +60,7 @@ def ask(*command: str) -> tuple[bool, str]:
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     except OSError as error:
-        print(f"error: {cli.error_text(error)}", file=sys.stderr, flush=True)
+        say_error(error)
         return False, ""
     return done.returncode == 0, done.stdout
 
@@ -129,7 +143,7 @@ def newest_images(run_dir: Path) -> int:
     try:
         complete = [path for path in list_checkpoints(run_dir / "checkpoints") if (path / "COMPLETE").exists()]
         return int(json.loads((complete[-1] / "manifest.json").read_text())["images_seen"])
-    except (IndexError, OSError, ValueError, KeyError, TypeError):
+    except (IndexError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0
 
 
@@ -150,7 +164,7 @@ def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) 
     try:
         record(start, "end", status=status, reason=reason, bad_nodes=",".join(bad))
     except OSError as error:
-        print(f"error: {cli.error_text(error)}", file=sys.stderr, flush=True)
+        say_error(error)
 
 
 def images_at_starts(start: Start) -> list[int]:
@@ -162,7 +176,7 @@ def images_at_starts(start: Start) -> list[int]:
             row = json.loads(line[max(0, line.rfind('{"event"')) :])  # a row may follow one that a full disk tore
             if row["event"] == "start" and row["job"] == start.job:
                 images, last = [*images, int(row["images_seen"])], row["restart"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return images if last == start.restart else []
 
@@ -198,7 +212,7 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
         record(start, "start")
         images = images_at_starts(start) or [newest_images(start.run_dir)]
     except OSError as error:
-        print(f"error: {cli.error_text(error)}", file=sys.stderr, flush=True)
+        say_error(error)
         return finish(start, End(1, fruitless=start.restart + 1, reason=f"{start.run_dir} cannot be written"))
     if (fruitless := requeue.count_fruitless(images)) > start.max_fruitless:
         record_end(start, 1, reason := f"{fruitless - 1} starts in a row brought no new checkpoint; SLURM ended the last one")
@@ -267,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     errors = read_text(args.errors) if args.errors else ""
     if args.action == "cause":
-        return print(requeue.find_cause(sys.stdin.read()))
+        return print(requeue.find_cause(sys.stdin.buffer.read().decode(errors="replace")))
     if args.action == "outcome":
         status, killed = requeue.find_outcome(args.status, errors)
         return print(status, ",".join(killed))

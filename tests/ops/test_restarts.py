@@ -325,3 +325,33 @@ def test_a_controller_that_does_not_answer_is_no_ended_job(
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if program else str(tmp_path))
     assert restarts.state_of("5") == state
     assert restarts.state_of("15") == ("UNKNOWN" if program != "cat" else "")
+
+
+def test_a_log_on_a_full_disk_does_not_keep_a_job_from_queueing_again(slurm: FakeSlurm):
+    slurm.begin()
+    command = [sys.executable, "-S", "-m", "igpt_ds.ops.restarts", "finish", f"--run_dir={slurm.run_dir}", "--nodes=n"]
+    values = {"PATH": f"{slurm.where}:/usr/bin:/bin", "FAKE": str(slurm.where), "SLURM_JOB_ID": "7"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, "--status=85"], cwd=ROOT, env=values, stdout=full, stderr=full, timeout=600)
+        assert (done.returncode, slurm.calls()) == (STOPPED, ["scontrol requeue 7"])
+        (slurm.run_dir / "restarts.jsonl").unlink()
+        (slurm.run_dir / "restarts.jsonl").mkdir()  # so that the row cannot be written either
+        done = subprocess.run([*command, "--status=85"], cwd=ROOT, env=values, stdout=full, stderr=full, timeout=600)
+    assert (done.returncode, slurm.calls()) == (STOPPED, 2 * ["scontrol requeue 7"])
+
+
+def test_a_log_that_is_not_text_has_a_cause(slurm: FakeSlurm):
+    values = {"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-S", "-m", "igpt_ds.ops.restarts", "cause"]
+    log = b"\xff\xfe\ntrain.py: error: caf\xe9 does not divide\n"
+    done = subprocess.run(command, cwd=ROOT, env=values, input=log, capture_output=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, b"train.py: error: caf does not divide\n")
+
+
+@pytest.mark.parametrize("number", ["1e400", "NaN", "[" * 100_000, '"x"'])
+def test_numbers_that_are_none_do_not_end_a_job(start: Start, number: str):
+    save(start.run_dir, 1, 12)
+    (start.run_dir / "checkpoints" / "step-00000001" / "manifest.json").write_text(f'{{"images_seen": {number}}}')
+    assert restarts.newest_images(start.run_dir) == 0
+    (start.run_dir / "restarts.jsonl").write_text(f'{{"event": "start", "job": "7", "restart": 1, "images_seen": {number}}}\n')
+    assert restarts.images_at_starts(start) == []
