@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.files import read_json_lines
+from igpt_ds.schema import record_from
 
 # Columns of train.jsonl that measure the machine and not the model.
 MEASURED = {"images_per_s", "tokens_per_s", "mfu", "memory_gib", "data_wait", "save_seconds", "slowest_rank", "slowest_ratio"}
@@ -26,6 +27,14 @@ class Difference:
     step: int
     column: str
     values: tuple[Value, Value]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of train.jsonl, as its reader checks it."""
+
+    step: int
+    values: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def compare_runs(run_a: Path, run_b: Path, tolerance: float = 0.0, columns: Coll
         columns: the columns to compare; None: all except `MEASURED`.
 
     Raises:
-        ValueError: a run has no rows.
+        ValueError: a run has no rows, or a row has another type than numbers.
     """
     a, b = (_rows(run_dir, columns) for run_dir in (run_a, run_b))
     common = sorted(a.keys() & b.keys())
@@ -72,15 +81,16 @@ def compare_runs(run_a: Path, run_b: Path, tolerance: float = 0.0, columns: Coll
 def _rows(run_dir: Path, columns: Collection[str] | None) -> Rows:
     path = run_dir / "train.jsonl"
     rows: Rows = {}
-    for row in read_json_lines(path):
+    for number, row in enumerate(read_json_lines(path), start=1):
+        line = record_from(_Row, {"step": row.get("step"), "values": row}, f"{path} line {number}", "remove the line")
         compared = {name: value for name, value in row.items() if (name in columns if columns else name not in MEASURED)}
-        rows[row["step"], "validation" if "val_loss" in row else "training"] = compared
+        rows[line.step, "validation" if "val_loss" in row else "training"] = compared
     if not rows:
         raise ValueError(f"{path} has no rows; name the --run_dir of a run that has trained")
     return rows
 
 
 def _gap(one: Value, other: Value) -> float:
-    if one is None or other is None:
-        return 0.0 if one is other else math.inf
-    return float(abs(one - other))
+    if one is None or other is None or math.isnan(one) or math.isnan(other):
+        return 0.0 if one is other or repr(one) == repr(other) else math.inf
+    return 0.0 if one == other else float(abs(one - other))

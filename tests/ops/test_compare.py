@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,30 @@ def test_only_some_columns(before: Path, tmp_path: Path) -> None:
     after = curve(tmp_path / "after", row(1, grad_norm=2.0), row(2), validation(2), row(3), row(4))
     assert compare_runs(before, after, columns=("loss", "lr")).equal
     assert not compare_runs(before, after).equal
+
+
+def test_a_value_that_is_not_a_number_equals_only_itself(tool: Any, tmp_path: Path) -> None:
+    nan, same, other = (
+        curve(tmp_path / name, row(1, loss=loss)) for name, loss in zip("abc", (math.nan, math.nan, 2.0), strict=True)
+    )
+    assert compare_runs(nan, same).equal
+    assert tool("compare_runs", nan, other)[0] == 1
+    infinite = curve(tmp_path / "d", row(1, loss=math.inf))
+    assert compare_runs(infinite, infinite).equal
+    assert not compare_runs(infinite, other).equal
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"loss": 1.0}', "has step None"),
+        ('{"step": [1], "loss": 1.0}', "has step [1]"),
+        ('{"step": 1, "loss": "1"}', "has values.loss '1'"),
+        ('{"step": 1, "loss": 1' + 400 * "0" + "}", "has values.loss 1000"),
+    ],
+)
+def test_a_row_of_another_type_is_refused(tool: Any, before: Path, tmp_path: Path, line: str, complaint: str) -> None:
+    (tmp_path / "train.jsonl").write_text(line + "\n")
+    status, _, error = tool("compare_runs", before, tmp_path)
+    assert status == 2
+    assert f"{tmp_path / 'train.jsonl'} line 1 {complaint}" in error
