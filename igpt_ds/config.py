@@ -224,7 +224,7 @@ def recipe_from_dict(values: object, where: str) -> Recipe:
         model, finetune = ModelConfig(**values["model"]), values.get("finetune")
         more = {"model": model, "betas": tuple(values["betas"]), "finetune": Finetune(**finetune) if finetune else None}
         return Recipe(**(values | more))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:  # OverflowError: a whole number of more than 64 bits
         raise ValueError(f"{where} is not a recipe: {error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -166,5 +166,8 @@ def _wrong(value: object, place: str, words: str) -> _WrongFieldError:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # nested nearly as deep as json.loads can read
+        text = f"a deep {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:60]}..."

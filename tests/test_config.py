@@ -133,6 +133,7 @@ def test_recipe_survives_json(recipe):
         (lambda values: values.pop("model"), r"^run\.json is not a recipe: 'model'$"),
         (lambda values: values.update(lrr=1), r"^run\.json is not a recipe: .*'lrr'$"),
         (lambda values: values.update(lr="fast"), r"^run\.json is not a recipe: "),
+        (lambda values: values.update(lr=10**400), r"^run\.json is not a recipe: "),
         (lambda values: values["model"].pop("n_embd"), r"^run\.json is not a recipe: .*'n_embd'$"),
         (lambda values: values.update(steps=0), r"^run\.json: steps=0 must be a whole number of at least 1$"),
     ],

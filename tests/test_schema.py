@@ -96,3 +96,13 @@ def test_a_file_name_that_could_be_a_path_or_a_command_is_refused(name: str) -> 
 def test_plain_file_names() -> None:
     for name in ("train-000000.tar", "zero_pp_rank_0_mp_rank_00_model_states.pt", "palette.npy"):
         check_file_name(name)
+
+
+def test_a_value_that_is_nested_too_deep_to_be_printed():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match=r"^thing has name a deep list, which is not a string; fix$"):
+        record_from(Whole, GOOD | {"name": deep}, "thing", "fix")
+    while deep:  # Python would free it by recursion
+        deep = deep.pop()

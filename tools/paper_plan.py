@@ -119,6 +119,8 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
     file = out / "paper.json"
     if file.exists():
         found = read_json(file, "paper")
+        if not isinstance(found, dict):
+            raise ValueError(f"paper {file} is not an object; choose another directory, or remove this one")
         if found != wanted:
             words = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
             raise ValueError(f"{out} holds the paper of {words}; choose another directory, or remove this one")

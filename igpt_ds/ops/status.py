@@ -93,6 +93,10 @@ class CurveRow:
     slowest_ratio: float | None = None
     val_loss: float | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.step < 1 << 40:
+            raise ValueError(f"step {self.step}, which is not between 0 and 2^40")
+
 
 @dataclass(frozen=True)
 class Status:
@@ -196,7 +200,7 @@ def tail_rows(path: Path, size: int = TAIL_BYTES) -> list[CurveRow]:
     for line in lines[1:-1] if length > size else lines[:-1]:
         try:
             rows.append(record_from(CurveRow, json.loads(line), str(path), "remove the line"))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return rows
 
@@ -242,9 +246,8 @@ def read_lost(run_dir: Path) -> DivergedRun | None:
     if not path.exists():
         return None
     try:
-        found = read_json(path, "report")
-        return DivergedRun(found.get("step"), found.get("loss"), found.get("why"), float(found.get("time", 0.0)))
-    except (ValueError, TypeError, AttributeError):  # removed at this moment, or torn
+        return record_from(DivergedRun, read_json(path, "report"), f"report {path}", "remove it")
+    except ValueError:  # removed at this moment, or torn
         return DivergedRun()
 
 

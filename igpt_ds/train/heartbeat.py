@@ -82,7 +82,7 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
     """Reads one heartbeat; None if the file is missing, damaged or not a heartbeat, which a live run may cause at any moment."""
     try:
         values = read_json(path, "heartbeat")
-        return Heartbeat(
+        beat = Heartbeat(
             rank=rank_of(path),
             step=int(values["step"]),
             phase=str(values["phase"]),
@@ -93,8 +93,9 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
             written=float(values.get("written", values["time"])),
             error=str(values.get("error", "")),
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
+    return beat if 0 < beat.pid < 1 << 31 else None  # other numbers belong to no process
 
 
 def read_heartbeats(run_dir: Path, world_size: int) -> list[Heartbeat | None]:

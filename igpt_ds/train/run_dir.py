@@ -11,6 +11,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,26 @@ from igpt_ds.schema import record_from, to_json
 from igpt_ds.train.run_lock import take
 
 FORMAT, VERSION = "igpt_ds.run", 1
+
+
+@dataclass(frozen=True)
+class _RecipeFacts:
+    name: str
+    steps: int
+    batch_images: int
+
+
+@dataclass(frozen=True)
+class _RunFile:
+    """What every run.json has, as its reader checks it."""
+
+    recipe: _RecipeFacts
+    world_size: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("world_size", self.world_size), *vars(self.recipe).items()):
+            if isinstance(value, int) and not 1 <= value < 1 << 40:
+                raise ValueError(f"{name} {value}, which is not between 1 and 2^40")
 
 
 def check(run_dir: Path, run: Run, data: DataFacts, palette: Path, resume: bool) -> None:
@@ -122,12 +143,13 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """The JSON of a run's run.json.
 
     Raises:
-        ValueError: there is none, or it has another format or version.
+        ValueError: there is none, it has another format or version, or a field is missing or has another type.
     """
     path = run_dir / "run.json"
     values = read_json(path, "run config")
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
         raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; it was not written by this code")
+    record_from(_RunFile, values, str(path), "restore the file, or choose another --run_dir")
     return values
 
 

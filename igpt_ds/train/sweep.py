@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.files import read_json, read_json_lines, write_json
+from igpt_ds.schema import record_from
 from igpt_ds.train.run_dir import read_recipe
 
 FORMAT, VERSION = "igpt_ds.sweep", 1
@@ -52,6 +53,40 @@ class Result:
         return f"{self.val_loss:.4f}" if self.val_accuracy is None else f"{100 * self.val_accuracy:.2f} %"
 
 
+@dataclass(frozen=True)
+class _Report:
+    """What the search needs of a LOST.json."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class _CurveRow:
+    """What the search needs of a row of train.jsonl."""
+
+    step: int
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class _RateRow:
+    """A rate in sweep.json."""
+
+    lr: float
+    val_loss: float | None
+    lost_at: int | None
+    val_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class _SweepFile:
+    """The content of sweep.json, as its reader checks it."""
+
+    results: list[_RateRow]
+    measured: str = ""
+
+
 def rate(number: int) -> float:
     """The rate tried as number `number`, 0-based: 0.01, 0.003, 0.001, 0.0003, ..."""
     return float(f"{1 if number % 2 == 0 else 3}e-{2 + (number + 1) // 2}")
@@ -87,21 +122,23 @@ def read_result(run_dir: Path, lr: float) -> Result | None:
     """The result of a rate's run; None while the run has not ended.
 
     Raises:
-        ValueError: the run ended without a validation loss.
+        ValueError: the run ended without a validation loss, or a file is damaged.
     """
-    lost = run_dir / "LOST.json"
+    lost, curve, fix = run_dir / "LOST.json", run_dir / "train.jsonl", "remove the directory and try the rate again"
     if lost.exists():
-        return Result(lr, None, int(read_json(lost, "report")["step"]))
+        return Result(lr, None, record_from(_Report, read_json(lost, "report"), f"report {lost}", fix).step)
     if not (run_dir / "FINISHED").exists():
         return None
-    rows = [row for row in read_json_lines(run_dir / "train.jsonl") if row.get("val_loss") is not None]
-    if not rows:
-        raise ValueError(f"{run_dir / 'train.jsonl'} has no validation loss; remove the directory and try the rate again")
-    trained = [row for row in rows if row["step"] > 0]
+    lines = enumerate(read_json_lines(curve), start=1)
+    rows = [record_from(_CurveRow, values, f"{curve} line {number}", fix) for number, values in lines]
+    losses = [(row.step, row.val_loss) for row in rows if row.val_loss is not None]
+    if not losses:
+        raise ValueError(f"{curve} has no validation loss; {fix}")
     if _generates(run_dir):
-        return Result(lr, min(float(row["val_loss"]) for row in trained or rows), None, lowest=True)
-    accuracies = [float(row["val_accuracy"]) for row in trained if row.get("val_accuracy") is not None]
-    return Result(lr, float(rows[-1]["val_loss"]), None, max(accuracies, default=None))
+        trained = [loss for step, loss in losses if step > 0]
+        return Result(lr, min(trained or [loss for _, loss in losses]), None, lowest=True)
+    accuracies = [row.val_accuracy for row in rows if row.step > 0 and row.val_accuracy is not None]
+    return Result(lr, losses[-1][1], None, max(accuracies, default=None))
 
 
 def _generates(run_dir: Path) -> bool:
@@ -150,11 +187,11 @@ def read_sweep(path: Path) -> tuple[list[tuple[float, float | None]], str]:
     """The `points` of a file that `write_sweep` wrote.
 
     Raises:
-        ValueError: there is no such file, or it has another format or version.
+        ValueError: there is no such file, it has another format or version, or a field is missing or has another type.
     """
-    content = read_json(path, "sweep of learning rates")
+    content, fix = read_json(path, "sweep of learning rates"), "make it with tools/sweep_lr.py"
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path} is not {FORMAT} version {VERSION}; make it with tools/sweep_lr.py")
-    lowest = content.get("measured", "").startswith("best validation loss")
-    rows = content["results"]
-    return points([Result(row["lr"], row["val_loss"], row["lost_at"], row.get("val_accuracy"), lowest) for row in rows])
+        raise ValueError(f"{path} is not {FORMAT} version {VERSION}; {fix}")
+    found = record_from(_SweepFile, content, f"sweep of learning rates {path}", fix)
+    lowest = found.measured.startswith("best validation loss")
+    return points([Result(row.lr, row.val_loss, row.lost_at, row.val_accuracy, lowest) for row in found.results])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -228,3 +230,49 @@ def test_a_real_run_that_stopped_half_way(launch: Any, command: Callable[..., li
     assert [(rank["step"], rank["phase"], rank["silent"]) for rank in found["ranks"]] == [(8, "end", False)] * 2
     assert found["slowest"]["rank"] in (0, 1)
     assert asked.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": math.inf}, {"pid": 10**30}, {"pid": -1}, {"time": 10**400}, {"step": [1]}, {"written": None}],
+)
+def test_a_heartbeat_with_values_that_no_rank_writes_is_none(run_dir: Path, changes: dict[str, Any]):
+    beat(run_dir, 1, **changes)
+    found = status.read_status(run_dir, NOW)
+    assert [rank.beat is None for rank in found.ranks] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"step": ' + "[" * 100_000, '{"step": 1' + 400 * "0" + "}", '{"step": -1}', "1e400", "null"]
+)
+def test_rows_that_are_none_do_not_count(run_dir: Path, line: str):
+    with open(run_dir / "train.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert status.read_status(run_dir, NOW).step == 20
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"time": 1e400, "step": [1]}', '{"loss": "x"}', '{"loss": [1]}', '{"time": 1' + 400 * "0" + "}"]
+)
+def test_a_damaged_lost_file_says_that_the_reason_is_unknown(run_dir: Path, text: str):
+    (run_dir / "LOST.json").write_text(text)
+    shutil.rmtree(run_dir / "heartbeat")
+    assert "the reason is unknown" in status_text(status.read_status(run_dir, NOW))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"recipe": None}, "has recipe None"),
+        ({"recipe": RECIPE | {"steps": "9"}}, "has recipe.steps '9'"),
+        ({"recipe": {"name": "x"}}, "has no 'recipe.steps'"),
+        ({"recipe": RECIPE | {"steps": 10**400}}, "has steps 1000"),
+        ({"world_size": True}, "has world_size True"),
+        ({"world_size": -1}, "has world_size -1"),
+    ],
+)
+def test_a_run_file_with_other_fields_is_one_clear_error(run_dir: Path, changes: dict[str, Any], complaint: str):
+    path = run_dir / "run.json"
+    write_json(path, json.loads(path.read_text()) | changes)
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{path} {complaint}')}"):
+        status.read_status(run_dir, NOW)

@@ -323,3 +323,11 @@ def test_the_full_paper_is_not_submitted_unasked(launch: Any, tmp_path: Path) ->
     assert "on 64 h100-80g" in done.stdout
     assert done.stdout.endswith("nothing was submitted; to do so: SUBMIT=1 before the same command\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"paper"', "{"])
+def test_a_damaged_paper_json_is_one_clear_error(tool: Any, tmp_path: Path, text: str) -> None:
+    (tmp_path / "paper.json").write_text(text)
+    status, _, error = tool("paper_plan", "--scale", "tiny", "--out", tmp_path, "--commands")
+    assert (status, len(error.splitlines())) == (2, 1)
+    assert "paper.json" in error

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igpt_ds.train.sweep import MAX_RATES, Result, best, finished, next_rate, rate, read_result, table
+from igpt_ds.train.sweep import (
+    MAX_RATES,
+    Result,
+    best,
+    finished,
+    next_rate,
+    points,
+    rate,
+    read_result,
+    read_sweep,
+    table,
+    write_sweep,
+)
 
 
 def results(losses: list[float | None]) -> list[Result]:
@@ -74,3 +87,37 @@ def test_what_a_run_left(tmp_path: Path) -> None:
         read_result(tmp_path, 0.01)
     (tmp_path / "LOST.json").write_text('{"step": 12}')
     assert read_result(tmp_path, 0.01) == Result(0.01, None, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("LOST.json", "[]", "has content []"),
+        ("LOST.json", "{}", "has no 'step'"),
+        ("LOST.json", '{"step": 1e400}', "has step inf"),
+        ("train.jsonl", '{"val_loss": 2.0}\n', "line 1 has no 'step'"),
+        ("train.jsonl", '{"step": 4, "val_loss": "2"}\n', "line 1 has val_loss '2'"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_clear_error(tmp_path: Path, name: str, text: str, complaint: str) -> None:
+    (tmp_path / "FINISHED").touch()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} {complaint}")):
+        read_result(tmp_path, 0.01)
+
+
+def test_a_sweep_that_is_written_is_read_and_a_damaged_one_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    write_sweep(path, results([None, 2.5, 2.75]))
+    assert read_sweep(path) == points(results([None, 2.5, 2.75]))
+    good = json.loads(path.read_text())
+    for changes, complaint in (
+        ({"results": None}, "has results None"),
+        ({"results": [3]}, "has results[0] 3"),
+        ({"results": [{"lr": "1"}]}, "has results[0].lr '1'"),
+        ({"results": [{"lr": 1.0}]}, "has no 'results[0].val_loss'"),
+        ({"measured": 3}, "has measured 3"),
+    ):
+        path.write_text(json.dumps(good | changes))
+        with pytest.raises(ValueError, match=re.escape(f"{path} {complaint}")):
+            read_sweep(path)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
+from igpt_ds.config import ModelConfig
 from igpt_ds.schema import record_from
 
 _OLD_PROTOCOLS = {"best_layer": "every_layer"}  # names in files of earlier versions
@@ -143,7 +144,12 @@ def check_types(values: Mapping[str, object], line: str) -> None:
     Raises:
         ValueError: it names the line, the field and the value.
     """
-    record_from(_schema(str(values["kind"])), values, line, "remove the line and measure again")
+    fix = "remove the line and measure again"
+    record_from(_schema(str(values["kind"])), values, line, fix)
+    if isinstance(shape := values.get("model"), dict):
+        if missing := [field.name for field in dataclasses.fields(ModelConfig) if field.name not in shape]:
+            raise ValueError(f"{line} has no 'model.{missing[0]}'; {fix}")
+        record_from(ModelConfig, shape, f"{line} field 'model'", fix, strict=True)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -128,6 +129,24 @@ def test_a_damaged_line_is_named(tmp_path, rows, line, complaint):
         with pytest.raises(ValueError, match=complaint):
             action()
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda shape: shape.pop("n_px"), "has no 'model.n_px'"),
+        (lambda shape: shape.update(n_head=0), "field 'model' has n_head=0 must be a whole number"),
+        (lambda shape: shape.update(depth=3), "field 'model' has an unknown field depth 3"),
+        (dict.clear, "has no 'model.n_layer'"),
+    ],
+)
+def test_a_row_of_a_model_without_a_shape_is_refused(tmp_path, rows, change, complaint):
+    values = json.loads(json.dumps(rows[1].json))
+    change(values["model"])
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(values) + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path} line 1 {complaint}")):
+        read_results(path)
 
 
 def test_series_and_their_best_layers(rows):
