@@ -35,6 +35,9 @@ class ModelConfig:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.n_vocab > 65536:
             raise ValueError(f"n_vocab={self.n_vocab} does not fit the shards' 16-bit tokens; at most 65536")
+        for name, value in dataclasses.asdict(self).items():
+            if value > 65536:  # such a model would be built for hours before anything fails
+                raise ValueError(f"{name}={value} is too large; at most 65536")
 
     @property
     def n_ctx(self) -> int:
@@ -224,7 +227,7 @@ def recipe_from_dict(values: object, where: str) -> Recipe:
         model, finetune = ModelConfig(**values["model"]), values.get("finetune")
         more = {"model": model, "betas": tuple(values["betas"]), "finetune": Finetune(**finetune) if finetune else None}
         return Recipe(**(values | more))
-    except (KeyError, TypeError, OverflowError) as error:  # OverflowError: a whole number of more than 64 bits
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:  # also numbers of more than 64 bits, and deep lists
         raise ValueError(f"{where} is not a recipe: {error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

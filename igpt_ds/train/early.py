@@ -39,7 +39,15 @@ class EarlyStop:
         self.restore(state or EarlyState())
 
     def restore(self, state: EarlyState) -> None:
-        """Returns to an earlier state; `EarlyState()` is that of a new run."""
+        """Returns to an earlier state; `EarlyState()` is that of a new run.
+
+        Raises:
+            ValueError: the state has a best step, and not what is watched there.
+        """
+        if state.best_step is not None and self.measure not in state.best:
+            raise ValueError(
+                f"the checkpoint's best validation, of step {state.best_step}, has no {self.measure}; move the checkpoint away"
+            )
         self.best_step, self.best, self.worse = state.best_step, dict(state.best), state.worse
 
     def state(self) -> EarlyState:

@@ -6,6 +6,7 @@ train/run_lock.py, ops/status.py and ops/diagnose.py read. Neither torch nor num
 
 from __future__ import annotations
 
+import math
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    return beat if 0 < beat.pid < 1 << 31 else None  # other numbers belong to no process
+    times = (beat.time, beat.written, beat.step_seconds)
+    return beat if all(map(math.isfinite, times)) and 0 < beat.pid < 1 << 31 else None  # other numbers belong to no process
 
 
 def read_heartbeats(run_dir: Path, world_size: int) -> list[Heartbeat | None]:

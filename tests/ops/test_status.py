@@ -234,7 +234,16 @@ def test_a_real_run_that_stopped_half_way(launch: Any, command: Callable[..., li
 
 @pytest.mark.parametrize(
     "changes",
-    [{"step": math.inf}, {"pid": 10**30}, {"pid": -1}, {"time": 10**400}, {"step": [1]}, {"written": None}],
+    [
+        {"step": math.inf},
+        {"pid": 10**30},
+        {"pid": -1},
+        {"time": 10**400},
+        {"time": -math.inf},
+        {"step_seconds": math.nan},
+        {"step": [1]},
+        {"written": None},
+    ],
 )
 def test_a_heartbeat_with_values_that_no_rank_writes_is_none(run_dir: Path, changes: dict[str, Any]):
     beat(run_dir, 1, **changes)

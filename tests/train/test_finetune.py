@@ -46,6 +46,8 @@ def test_the_first_of_the_best_steps_is_kept_until_patience_ends() -> None:
     assert (again.state(), again.over) == (early.state(), True)
     early.restore(EarlyState())
     assert (early.best_step, early.over) == (None, False)
+    with pytest.raises(ValueError, match="best validation, of step 3, has no val_accuracy"):
+        early.restore(EarlyState(3, {"val_loss": 2.0}))
 
 
 def test_a_validation_made_up_for_is_seen_once() -> None:

@@ -58,7 +58,8 @@ def markdown_table(rows: Sequence[ProbeRow]) -> str:
         images = f"{row.dataset}: {row.n_train} {row.train_split}, {row.n_eval} {row.eval_split}"
         layers = "-" if row.weights == "pixels" else f"{row.layer} of {span([other.layer for other in one])}"
         percent = f"{100 * row.held_out_accuracy:.1f} | {100 * row.accuracy:.1f}"
-        chosen = f"lr {row.rate:g}" if row.protocol == "sgd" else f"{row.C:g}"
+        unit, value = ("lr ", row.rate) if row.protocol == "sgd" else ("", row.C)
+        chosen = "-" if value is None else f"{unit}{value:g}"
         lines.append(f"| {images} | {label(row, rows)} | {layers} | {row.n_features} | {chosen} | {percent} |")
     return "\n".join(lines)
 

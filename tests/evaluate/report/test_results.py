@@ -185,6 +185,7 @@ def test_an_sgd_probe_shows_its_rate(rows):
     row = as_row(values | {"protocol": "sgd", "rate": 0.3})
     assert "| 16 | lr 0.3 | 80.0 | 80.0 |" in markdown_table([row])
     assert "| width | C or lr | held out |" in markdown_table([row])
+    assert "| 16 | - | 80.0 | 80.0 |" in markdown_table([as_row(values | {"protocol": "sgd"})])  # any value can be missing
 
 
 def test_what_looks_alike_is_told_apart(rows):
