@@ -34,6 +34,7 @@ from igpt_ds.files import read_json_lines, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plan import costs
 from igpt_ds.plan.costs import GIB, train_flops_per_token
+from igpt_ds.schema import record_from
 
 SLOW = 1.2  # times the median: the console names the slowest rank
 Value = float | int | None
@@ -77,6 +78,13 @@ class TrainingRow:
         return " | ".join(parts)
 
 
+@dataclass(frozen=True)
+class _AnyRow:
+    """What every row of train.jsonl has."""
+
+    step: int
+
+
 class Metrics:
     """Writes what the loop measures. Every rank calls every method; only rank 0 writes.
 
@@ -101,7 +109,11 @@ class Metrics:
 
     def _open(self, start_step: int) -> None:
         path = self.run_dir / "train.jsonl"
-        write_json_lines(path, [row for row in read_json_lines(path) if 0 < start_step >= row["step"]])
+        rows = [
+            (record_from(_AnyRow, row, f"{path} line {number}", "remove the line").step, row)
+            for number, row in enumerate(read_json_lines(path), start=1)
+        ]
+        write_json_lines(path, [row for step, row in rows if 0 < start_step >= step])
         self.rows = open(path, "a", buffering=1)  # noqa: SIM115  (closed in `close`)
         self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=start_step + 1)
 

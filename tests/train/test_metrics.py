@@ -58,6 +58,15 @@ def test_a_rollback_takes_rows_back(run_dir: Path, recipe: Recipe) -> None:
     assert "save_seconds" not in rows[-1]
 
 
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"step": null}', '{"step": "3"}'])
+def test_a_row_without_a_step_is_one_clear_error_and_stays(run_dir: Path, recipe: Recipe, line: str) -> None:
+    path = run_dir / "train.jsonl"
+    path.write_text(text := f'{{"step": 1, "loss": 1.9}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl line 2 has .*; remove the line$"):
+        metrics(run_dir, recipe, start_step=2)
+    assert path.read_text() == text
+
+
 def test_saving_and_waiting_stand_in_the_next_row(run_dir: Path, recipe: Recipe) -> None:
     curves = metrics(run_dir, recipe, start_step=3)
     curves.clock -= 100.0
