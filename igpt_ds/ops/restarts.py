@@ -42,11 +42,6 @@ def say(start: Start, words: str) -> None:
     write_line(f"== {datetime.now():%Y-%m-%dT%H:%M:%S} job {start.job}, restart {start.restart}: {words}", sys.stdout)
 
 
-def say_error(error: OSError) -> None:
-    """An error in the job's log."""
-    write_line(f"error: {cli.error_text(error)}", sys.stderr)
-
-
 def write_line(line: str, log: TextIO) -> None:
     """Writes a line to the job's log. A log on a full disk must not keep the job from queueing again."""
     try:
@@ -60,7 +55,7 @@ def ask(*command: str) -> tuple[bool, str]:
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     except OSError as error:
-        say_error(error)
+        write_line(f"error: {cli.error_text(error)}", sys.stderr)
         return False, ""
     return done.returncode == 0, done.stdout
 
@@ -164,7 +159,7 @@ def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) 
     try:
         record(start, "end", status=status, reason=reason, bad_nodes=",".join(bad))
     except OSError as error:
-        say_error(error)
+        write_line(f"error: {cli.error_text(error)}", sys.stderr)
 
 
 def images_at_starts(start: Start) -> list[int]:
@@ -212,7 +207,7 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
         record(start, "start")
         images = images_at_starts(start) or [newest_images(start.run_dir)]
     except OSError as error:
-        say_error(error)
+        write_line(f"error: {cli.error_text(error)}", sys.stderr)
         return finish(start, End(1, fruitless=start.restart + 1, reason=f"{start.run_dir} cannot be written"))
     if (fruitless := requeue.count_fruitless(images)) > start.max_fruitless:
         record_end(start, 1, reason := f"{fruitless - 1} starts in a row brought no new checkpoint; SLURM ended the last one")

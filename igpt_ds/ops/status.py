@@ -6,6 +6,7 @@ imported, so that tools/status.py starts fast; only the end of a long train.json
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 from dataclasses import asdict, dataclass, fields
@@ -95,7 +96,7 @@ class CurveRow:
 
     def __post_init__(self) -> None:
         if not 0 <= self.step < 1 << 40:
-            raise ValueError(f"step {self.step}, which is not between 0 and 2^40")
+            raise ValueError(f"step {self.step}")
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,8 @@ def tail_rows(path: Path, size: int = TAIL_BYTES) -> list[CurveRow]:
         lines = file.read().split(b"\n")
     rows = []
     for line in lines[1:-1] if length > size else lines[:-1]:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(record_from(CurveRow, json.loads(line), str(path), "remove the line"))
-        except (ValueError, RecursionError):
-            continue
     return rows
 
 
