@@ -158,7 +158,7 @@ def pack(report: Path, run_dir: Path, texts: dict[str, str]) -> None:
     """Writes the .tar.gz: the texts, and the small useful files of the run directory."""
     recorder = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
     dumps = sorted(Path(recorder).parent.glob(f"{Path(recorder).name}*")) if recorder else []
-    kinds = ("*.json", "heartbeat/*.json", "stacks/*", "fr/*")
+    kinds = ("*.json", "restarts.jsonl", "heartbeat/*.json", "stacks/*", "flight_recorder/*")
     files = [path for kind in kinds for path in sorted(run_dir.glob(kind))]
     rows = run_dir / "train.jsonl"
     texts = texts | ({"train.jsonl": tail(rows)} if rows.exists() else {})
@@ -168,7 +168,7 @@ def pack(report: Path, run_dir: Path, texts: dict[str, str]) -> None:
             info = tarfile.TarInfo(f"diagnosis/{name.strip('/')}")
             info.size, info.mtime = len(content), int(time.time())
             tar.addfile(info, io.BytesIO(content))
-        for path in [*files, *dumps]:
+        for path in dict.fromkeys([*files, *dumps]):
             if path.is_file() and path.stat().st_size <= MOST_BYTES:
                 tar.add(path, f"diagnosis/run/{path.relative_to(run_dir) if path.is_relative_to(run_dir) else path.name}")
 

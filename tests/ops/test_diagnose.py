@@ -169,6 +169,9 @@ def test_a_run_that_hangs_and_then_dies(launch: Any, command: Callable[..., list
     pids = [read_json(run_dir / "heartbeat" / f"rank-0000{rank}.json", "heartbeat")["pid"] for rank in (0, 1)]
     os.kill(pids[1], signal.SIGSTOP)
     time.sleep(0.5)
+    dump = run_dir / "flight_recorder" / "rank_0"  # as slurm/launch.sh names it
+    dump.parent.mkdir()
+    dump.touch()
     text = ask(run_dir)
     assert f"likely cause    rank 1 (process {pids[1]} on " in text
     assert f"is stopped by a signal: kill -CONT {pids[1]} continues it" in text
@@ -178,6 +181,7 @@ def test_a_run_that_hangs_and_then_dies(launch: Any, command: Callable[..., list
     assert report["diagnosis/summary.txt"] == text.rpartition("report ")[0]
     assert json.loads(report["diagnosis/status.json"])["step"] > 0
     assert {"diagnosis/run/run.json", "diagnosis/run/heartbeat/rank-00001.json", "diagnosis/train.jsonl"} <= set(report)
+    assert "diagnosis/run/flight_recorder/rank_0" in report
 
     os.kill(pids[1], signal.SIGKILL)
     log.write_text("".join(process.communicate(timeout=600)))
