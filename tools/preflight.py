@@ -28,7 +28,7 @@ from igpt_ds import cli, dist
 from igpt_ds.ds_config import load_ds_config
 from igpt_ds.files import atomic_file, write_json
 from igpt_ds.ops.preflight import verdict
-from igpt_ds.ops.preflight.board import RollCall
+from igpt_ds.ops.preflight.board import Board
 from igpt_ds.ops.preflight.node import PlannedRun, attempt, host_of_rank, node_name, run_node_checks
 from igpt_ds.ops.preflight.ranks import all_reduce_speed, clock_offset, link_speeds, training_step
 from igpt_ds.ops.preflight.record import NodeReport, report_from_dict
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.val_split.split("+") if args.stream else None,
     )
     try:
-        board = RollCall(args.timeout_s)
+        board = Board(args.timeout_s)
     except ConnectionError as error:
         leave(without_rank_0(error))
     # The checks may hang despite their time limits, so they run in another thread than the one that waits for them.
@@ -78,7 +78,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--json", type=Path, help="file for the full result as JSON")
 
 
-def work(plan: PlannedRun, board: RollCall, seconds: float) -> None:
+def work(plan: PlannedRun, board: Board, seconds: float) -> None:
     """The checks of every rank: first alone, then together if rank 0 says so."""
     board.say("arrived", node_name())
     if dist.rank() == 0:
@@ -118,7 +118,7 @@ def leave_mark(run_dir: Path) -> str:
     return mark
 
 
-def conduct(plan: PlannedRun, board: RollCall, args: argparse.Namespace, start: float) -> int:
+def conduct(plan: PlannedRun, board: Board, args: argparse.Namespace, start: float) -> int:
     """Rank 0 collects and compares the reports, prints the result and posts it. Returns the exit status."""
     everybody, seconds = range(dist.world_size()), args.timeout_s
     nodes: dict[int, str] = board.collect("arrived", everybody, seconds)
@@ -160,7 +160,7 @@ def place(rank: int, nodes: dict[int, str]) -> str:
     return near[0] if near else f"node-of-rank-{rank}"
 
 
-def follow(board: RollCall, seconds: float) -> int:
+def follow(board: Board, seconds: float) -> int:
     """The other ranks wait for the exit status of rank 0 and return it."""
     try:
         status = board.collect("end", [0], STAGES * seconds).get(0, verdict.BAD_NODES)

@@ -20,7 +20,7 @@ from igpt_ds import dist
 _LOOK_EVERY = 0.1  # seconds
 
 
-class RollCall:
+class Board:
     """The notice board. Rank 0 or torchrun's agent hosts it.
 
     Raises:
@@ -37,7 +37,7 @@ class RollCall:
         except (RuntimeError, OSError) as error:  # DistError is a RuntimeError
             raise ConnectionError(f"rank 0 did not answer at {host}:{port} within {seconds:g} s ({_first_line(error)})") from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = td.PrefixStore(f"roll_call/{attempt}", store)
+        self._store = td.PrefixStore(f"preflight/{attempt}", store)
 
     def say(self, what: str, value: Any, rank: int | None = None) -> None:
         """Posts a JSON value under a name and a rank, by default this one."""
