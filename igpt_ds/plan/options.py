@@ -65,7 +65,7 @@ class Request:
 def options(request: Request) -> list[Estimate]:
     """For each ds_config its fastest layout that fits, or if none fits the one that needs least memory; the best first.
 
-    It tries every number of ranks per image that divides ranks, heads and tokens, and every micro batch that divides the batch.
+    It tries every number of ranks per image that divides ranks and heads, and every micro batch that divides the batch.
 
     Raises:
         ValueError: no layout multiplies out to the batch; the message names the nearest numbers of GPUs with one.
