@@ -44,7 +44,7 @@ from igpt_ds.train.stream import batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The story: images and weights, run, session, loop, model dir, test split."""
+    """Fine-tunes: images and weights, run, session, loop; then the model dir and the test split."""
     args = parse(__doc__ or "", argv)
     dist.map_environment(os.environ)
     images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)

@@ -40,7 +40,7 @@ from igpt_ds.train.validation import validation_loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The story: images, run, session, loop."""
+    """Trains: opens the images, joins the run, opens a session, runs the loop."""
     args = parse(__doc__ or "", argv)
     dist.map_environment(os.environ)
     images = None if args.dry_run and args.warmup_epochs is None else open_images(args)

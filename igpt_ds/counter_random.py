@@ -1,7 +1,7 @@
-"""Random numbers that are a pure function of what they are for: a seed, a purpose and counters enter, 64-bit words leave.
+"""Random numbers that are a pure function. In: a seed, a purpose and counters. Out: 64-bit words.
 
 Nothing is drawn in sequence, so that a number never depends on which rank draws it, on what was drawn before, or on a resume.
-The order of images, their augmentation and the masks of the BERT objective call.
+Used for the order of images, their augmentation, the masks of the BERT objective, and the order of the SGD probe.
 
 Purposes keep the streams of one seed apart: 0, 4 and 5 are the order's (data/order.py), 1 to 3 the augmentation's
 (data/loader.py), 6 the shuffle buffer's (data/streaming.py), 7 and 8 the masks' (model/objectives.py),

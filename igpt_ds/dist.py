@@ -1,6 +1,7 @@
-"""Ranks: who am I, how many are we, and the few things that ranks say to each other.
+"""Ranks: the number of this process, the number of all processes, and the messages between them.
 
-Works the same under `deepspeed`, `torchrun`, bare `srun`, and as one process without any launcher. Called by train.py.
+It works the same under `deepspeed`, `torchrun`, bare `srun`, and in one process without a launcher. All code that
+runs on several ranks calls it.
 
 The ranks of a sequence group see the same images (model/ulysses.py); ranks of different groups see different ones.
 """
@@ -24,7 +25,7 @@ _sequence_groups: dict[str, td.ProcessGroup] = {}  # ours under "ours", once `st
 
 
 def map_environment(env: MutableMapping[str, str]) -> None:
-    """Fills in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
+    """Sets those of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT that the launcher did not set.
 
     Under srun they come from the step's SLURM_* variables; without a launcher the process is rank 0 of 1.
 
@@ -46,7 +47,7 @@ def map_environment(env: MutableMapping[str, str]) -> None:
     env.setdefault("LOCAL_RANK", "0")
     if env["WORLD_SIZE"] == "1":
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", "0")  # whatever is free at the moment when it is taken
+        env.setdefault("MASTER_PORT", "0")  # a port that is free when the process opens it
 
 
 def _first_host(env: MutableMapping[str, str]) -> str:
@@ -61,14 +62,14 @@ def _first_host(env: MutableMapping[str, str]) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+    """A TCP port of this machine that no process uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def rank() -> int:
-    """This process among all, 0-based."""
+    """The number of this process among all processes, 0-based."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -84,15 +85,15 @@ def say(line: str) -> None:
 
 
 def local_rank() -> int:
-    """This process among those of its node, 0-based; also the number of its GPU."""
+    """The number of this process among those of its node, 0-based; also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def start_sequence_groups(size: int) -> None:
     """Divides the ranks into blocks of `size` consecutive ones, each of which shares the tokens of the same images.
 
-    Consecutive, because they exchange activations in every block and so belong on one node. 1: each rank has whole images.
-    Every rank calls it, after the process group was joined.
+    The ranks of a block are consecutive so that they are on one node, because they exchange activations in every layer.
+    With size 1 each rank has whole images. Every rank calls this after it has joined the process group.
     """
     _sequence_groups.clear()
     if size > 1:
@@ -100,7 +101,7 @@ def start_sequence_groups(size: int) -> None:
 
 
 def sequence_group() -> td.ProcessGroup | None:
-    """The ranks that share this one's images; None where it has them to itself."""
+    """The ranks that share the images of this rank; None if it shares them with no other rank."""
     return _sequence_groups.get("ours")
 
 
@@ -111,29 +112,29 @@ def sequence_size() -> int:
 
 
 def sequence_rank() -> int:
-    """This process among those that share its images, 0-based, in the order of the tokens that they hold."""
+    """The number of this process among those that share its images, 0-based, in the order of their tokens."""
     return rank() % sequence_size()
 
 
 def data_rank() -> int:
-    """The number of this process's sequence group, 0-based: which images it sees."""
+    """The number of this process's sequence group, 0-based, which determines its images."""
     return rank() // sequence_size()
 
 
 def data_world_size() -> int:
-    """The number of sequence groups, each of which sees other images."""
+    """The number of sequence groups; each has its own images."""
     return world_size() // sequence_size()
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, in place, and returned."""
+    """Sums a tensor over all ranks in place, and returns it."""
     if world_size() > 1:
         td.all_reduce(value)
     return value
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Everybody's value, in the order of ranks, on every rank."""
+    """The values of all ranks, in the order of ranks, on every rank."""
     values = [None] * world_size()
     if world_size() == 1:
         return [value]
@@ -142,11 +143,11 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_rank_0(function: Callable[[], T]) -> T:
-    """What the function returns on rank 0, which alone calls it, on every rank; if it refuses there, all ranks stop.
+    """Calls the function on rank 0 only and returns its result on every rank. An error stops all ranks.
 
     Raises:
-        SharedError: with rank 0's ValueError or OSError in words, on every rank. Any other exception, which is our mistake, is
-            rank 0's own, and SharedError on the others, which would wait for ever otherwise.
+        SharedError: on every rank, with the text of rank 0's ValueError or OSError. Any other exception is a mistake in this
+            code: rank 0 raises it, and the other ranks raise SharedError instead of waiting forever.
     """
     box: list[Any] = [None, None]
     mistake: Exception | None = None
@@ -167,6 +168,6 @@ def from_rank_0(function: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called this."""
     if world_size() > 1:
         td.barrier()

@@ -1,7 +1,7 @@
 """Batches: tokens and labels for any number of images seen, on any rank. The loader keeps no state.
 
 In: ShardSets or a Mixture of them. Out: uint16 tokens [B, T], int64 labels [B] and int64 positions [B] in the endless stream.
-`train/loop.py` and the evaluation call. A batch is a pure function of (seed, images seen, rank, micro_step), so a resumed run,
+Called by `train/` and `evaluate/`. A batch is a pure function of (seed, images seen, rank, micro_step), so a resumed run,
 or a run on another number of ranks, sees the same images.
 """
 

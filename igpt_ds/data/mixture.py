@@ -1,7 +1,8 @@
 """The training images as one endless stream: one dataset, or several mixed by weight. Damaged images stop it or are skipped.
 
-In: ShardSets, weights, exclusion lists. Out: tokens and labels of stream positions. `data/loader.py` and train.py call. The
-stream depends on (seed, position) alone; memory does not grow with the number of images.
+In: ShardSets, weights, exclusion lists. Out: tokens and labels of stream positions. Called by `data/loader.py`,
+`train/stream.py`, train.py and finetune.py. The stream depends on (seed, position) alone; memory does not grow with the
+number of images.
 """
 
 from __future__ import annotations

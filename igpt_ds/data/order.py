@@ -1,8 +1,8 @@
 """The order of the training images: a pure function from a position in the endless stream to an image.
 
-In: stream positions, the number of images, a seed. Out: image ids. `data/mixture.py` and `data/streaming.py` call. Nothing is
-stored. (seed, epoch) selects a permutation, which is computed for the requested positions only, so resuming at any position
-costs nothing.
+In: stream positions, the number of images, a seed. Out: image ids. Called by `data/mixture.py` and `data/streaming.py`.
+Nothing is stored. (seed, epoch) selects a permutation, which is computed for the requested positions only, so resuming at any
+position costs nothing.
 """
 
 from __future__ import annotations

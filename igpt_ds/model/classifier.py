@@ -1,4 +1,4 @@
-"""The transformer with a class head (paper 2.3): tokens enter, logits of the pixels and of the image's class leave.
+"""The transformer with a class head (paper 2.3). In: tokens. Out: logits of the pixels and of the image's class.
 
 The head is that of the released code: it reads the mean over all tokens of n^L and has no bias. Its weight starts at zero, so the
 loss of step 0 is ln K. The transformer has no other additional weight. Called by the fine-tuning loop and by evaluation.

@@ -1,6 +1,6 @@
 """float32 on a CPU: the matrix product that this machine's processor runs fastest, and an RMS norm with its own derivative.
 
-Tensors enter and leave. `model/transformer.py` and `model/sampling.py` call. The two products round
+In and out: tensors. Called by `model/transformer.py`, `model/fused.py` and `model/sampling.py`. The two products round
 differently, so one run uses one of them: training records its name in run.json, and a resumed run passes it to `use`.
 """
 

@@ -1,6 +1,6 @@
 """A fast training step: quick-GELU with its own derivative, and activation checkpointing, which chooses what a block keeps.
 
-Tensors enter and leave; called by `model/transformer.py`. `quick_gelu` cannot be differentiated twice.
+In and out: tensors. Called by `model/transformer.py` and `model/classifier.py`. `quick_gelu` cannot be differentiated twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The losses: a network and tokens enter, nats per token leave. Called by the training loop and by every evaluation.
+"""The losses. In: a network and tokens. Out: nats per token. Called by the training loop and by every evaluation.
 
 Two objectives (paper 2.1): "ar", the log-likelihood of each pixel given those before it, and "bert", that of randomly masked
 pixels given all others. The masks are a pure function of (seed, number of the image, pixel), so they do not depend on resumes,

@@ -1,4 +1,4 @@
-"""Samples images from an auto-regressive model, pixel by pixel: prefixes [B, P] enter, whole images [B, T] leave.
+"""Samples images from an auto-regressive model, pixel by pixel. In: prefixes [B, P]. Out: images [B, T].
 
 `Decoder` computes the transformer for one new position at a time, with keys and values that are allocated once. Called by
 tools/sample.py.

@@ -1,4 +1,4 @@
-"""The transformer of Image GPT: tokens [B, T] enter, logits [B, T, V] leave; logits at position i predict pixel i.
+"""The transformer of Image GPT. In: tokens [B, T]. Out: logits [B, T, V]; the logits at position i predict pixel i.
 
 It has one of two objectives: auto-regressive, or BERT's, which hides some pixels and predicts them from the others.
 

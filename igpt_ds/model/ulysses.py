@@ -2,8 +2,8 @@
 
 Rank k of a sequence group of sp ranks holds the k-th t = T/sp consecutive tokens of each image. All layers except attention act
 on single tokens. Attention needs all tokens but treats heads separately. So before it an all-to-all turns each rank's share of
-the tokens into a share of the heads, and after it another reverses this. Tensors and the process group enter, tensors leave;
-`model/transformer.py` and `model/objectives.py` call it. A group of None is one rank that holds everything.
+the tokens into a share of the heads, and after it another reverses this. In: tensors and the process group. Out:
+tensors. Called by `model/transformer.py` and `model/objectives.py`. A group of None is one rank that holds everything.
 
 DeepSpeed's `DistributedAttention` does the same with four messages per block, and the model would depend on DeepSpeed. Here one
 message carries queries, keys and values in the layout that attention reads.

@@ -1,4 +1,4 @@
-"""Compares the curves of two runs: two run directories enter, a `Comparison` leaves.
+"""Compares the curves of two runs. In: two run directories. Out: a `Comparison`.
 
 Called by tools/compare_runs.py and tools/rehearse.py. Rows are matched by step and kind (training or validation). Neither torch
 nor numpy is imported.

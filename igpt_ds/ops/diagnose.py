@@ -1,4 +1,4 @@
-"""Why a run hangs or died: heartbeats, process states and log lines enter; the ranks to look at and the likely causes leave.
+"""Why a run hangs or died. In: heartbeats, process states and log lines. Out: the ranks to look at and the likely causes.
 
 tools/diagnose.py collects the input. Nothing here imports torch or waits.
 """

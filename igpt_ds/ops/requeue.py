@@ -1,4 +1,4 @@
-"""Why a start of a batch job ended, and whether the job queues again: text and records enter, a decision leaves.
+"""Why a start of a batch job ended, and whether the job queues again. In: text and records. Out: a decision.
 
 Called by ops/restarts.py, which asks SLURM and reads and writes the files.
 """

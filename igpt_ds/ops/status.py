@@ -1,4 +1,4 @@
-"""How a run is doing, from its directory alone: files enter, a `Status` leaves. ops/status_text.py prints it.
+"""The state of a run, from its directory alone. In: files. Out: a `Status`. ops/status_text.py prints it.
 
 Called by tools/status.py and tools/diagnose.py. The run may write at the same time, on other machines. Neither torch nor numpy is
 imported, so that tools/status.py starts fast; only the end of a long train.jsonl is read.

@@ -2,7 +2,8 @@
 
 M. Chen, A. Radford, R. Child, J. Wu, H. Jun, D. Luan, I. Sutskever, Generative Pretraining from Pixels, ICML 2020 (the second
 version of its text). Accuracies and errors in percent. Figures whose points the text does not name are not here: nobody can read
-them to the decimal. Nothing is imported but dataclasses. Called by `evaluate/report/tables.py` and `evaluate/paper_figures.py`.
+them to the decimal. Nothing is imported but dataclasses. Called by `evaluate/report/tables.py` and
+`evaluate/report/figures_paper.py`.
 """
 
 from __future__ import annotations

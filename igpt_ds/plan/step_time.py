@@ -1,4 +1,4 @@
-"""Estimates the duration of a training step: a shape, a layout of ranks and a cluster enter, seconds leave.
+"""Estimates the duration of a training step. In: a shape, a layout of ranks and a cluster. Out: seconds.
 
 No constant is measured here; each names its source. tests/plan/test_step_time.py compares the estimates with two published
 scaling curves. Called by estimate.py.

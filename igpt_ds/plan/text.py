@@ -1,4 +1,4 @@
-"""A plan as plain text: estimates enter, lines for the terminal or a proposal leave. Called by options.py."""
+"""A plan as plain text. In: estimates. Out: lines for the terminal or a proposal. Called by options.py and paper/budget.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The effective DeepSpeed configuration: an engine enters, the values it uses leave. A difference to the ds_config is an error.
+"""The effective DeepSpeed configuration. In: an engine. Out: the values it uses. A difference from the ds_config is an error.
 
 DeepSpeed adds defaults, changes them between releases and silently overrides some keys; only its objects show the result.
 Called by train/session.py after the engine is built.

@@ -1,7 +1,7 @@
-"""Early stopping (paper 3.4, 4.5): each validation enters, whether to go on and which step was the best leave.
+"""Early stopping (paper 3.4, 4.5). In: each validation. Out: whether to continue, and which step was the best.
 
 "We ... early stop once we reach the maximum validation accuracy": the run ends after `patience` validations in a row that were
-not better than the best. What it knows travels with each checkpoint, so that an interruption changes nothing. The loop calls.
+not better than the best. Each checkpoint stores its state, so an interruption changes nothing. Called by train/loop.py.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class EarlyStop:
 
     Args:
         measure: what is watched: "val_accuracy", the higher the better, or "val_loss", the lower the better.
-        patience: validations without a new best that end the run; 0: none do.
+        patience: number of validations without a new best that ends the run; 0: the run never ends early.
         state: what `state` returned when the checkpoint was saved; None for a new run.
-        keep_best: False takes the last step for the best, where validation images are trained on and tell nothing.
+        keep_best: False takes the last step as the best one, because training uses the validation images.
 
     Attributes:
         best_step: completed steps at the best validation, the first of equals; None before the first one.
@@ -51,16 +51,16 @@ class EarlyStop:
         self.best_step, self.best, self.worse = state.best_step, dict(state.best), state.worse
 
     def state(self) -> EarlyState:
-        """Everything it knows."""
+        """The present state."""
         return EarlyState(self.best_step, dict(self.best), self.worse)
 
     @property
     def over(self) -> bool:
-        """Whether the run shall end."""
+        """Whether the run should end."""
         return 0 < self.patience <= self.worse
 
     def see(self, step: int, measured: Mapping[str, float]) -> None:
-        """Takes note of a validation after `step` completed steps. Step 0, where nothing is learnt, does not count."""
+        """Records a validation after `step` completed steps. Step 0, before any training, does not count."""
         if step == 0 or step == self.best_step:
             return
         sign = 1 if self.measure == "val_accuracy" else -1

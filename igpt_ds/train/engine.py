@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: a run enters, a ZeRO engine around a fresh or pre-trained transformer leaves.
+"""The interface to DeepSpeed. In: a run. Out: a ZeRO engine around a fresh or pre-trained transformer.
 
 Called by train/session.py and train/loop.py.
 """

@@ -1,4 +1,4 @@
-"""The command line of finetune.py: words enter, checked values and a recipe leave.
+"""The command line of finetune.py. In: words. Out: checked values and a recipe.
 
 train/flags.py adds the flags that finetune.py shares with train.py.
 """

@@ -1,4 +1,4 @@
-"""The command line of train.py: words enter, checked values and a recipe leave.
+"""The command line of train.py. In: words. Out: checked values and a recipe.
 
 Every knob of Recipe and ModelConfig is a flag of the same name. The other flags give paths, intervals and limits; finetune.py
 shares most of them.

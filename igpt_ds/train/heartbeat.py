@@ -1,7 +1,7 @@
 """The heartbeat file: what a rank did last and when. The one module that knows its format.
 
 Each rank owns RUN_DIR/heartbeat/rank-NNNNN.json and rewrites it every few seconds. train/safety/watchdog.py writes;
-train/run_lock.py, ops/status.py and ops/diagnose.py read. Neither torch nor numpy is needed, so tools/status.py starts fast.
+train/run_lock.py and ops/status.py read. Neither torch nor numpy is needed, so tools/status.py starts fast.
 """
 
 from __future__ import annotations

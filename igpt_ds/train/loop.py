@@ -1,4 +1,4 @@
-"""The step loop: engine and batches enter, a trained engine, curves and checkpoints leave. Called by train.py and finetune.py.
+"""The step loop. In: engine and batches. Out: a trained engine, curves and checkpoints. Called by train.py and finetune.py.
 
 The loop is the same for every objective; only the loss function differs.
 """

@@ -1,4 +1,4 @@
-"""One start of a run: flags, run and shards enter, an open `Session` leaves. Every rank calls every function.
+"""One start of a run. In: flags, run and shards. Out: an open `Session`. Every rank calls every function.
 
 train.py and finetune.py open the session, train/loop.py works with it.
 """

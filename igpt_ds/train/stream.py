@@ -1,4 +1,4 @@
-"""Which micro batches a step gets: the run's images and the ranges that rollbacks left out enter, this rank's batches leave.
+"""Which micro batches a step gets. In: the run's images, and the ranges that rollbacks left out. Out: this rank's batches.
 
 The images form an endless stream, whose order data/order.py decides. Called by train.py, finetune.py and train/loop.py.
 """

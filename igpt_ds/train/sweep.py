@@ -1,4 +1,4 @@
-"""The search for a learning rate as in the paper (3.4): the results of earlier rates enter, the next rate to try leaves.
+"""The search for a learning rate as in the paper (3.4). In: the results of earlier rates. Out: the next rate to try.
 
 "We ... sequentially try the learning rates 0.01, 0.003, 0.001, 0.0003, ..., stopping once the final validation loss starts
 increasing." A rate whose loss diverged (A.1) is worse than all others. Called by tools/sweep_lr.py; no training runs here.

@@ -1,4 +1,4 @@
-"""Validation: an engine and open shards enter, means over a split's images leave, the same on every rank.
+"""Validation. In: an engine and open shards. Out: means over a split's images, the same on every rank.
 
 Called by train.py and train/finetuning.py.
 """

@@ -1,4 +1,4 @@
-"""train.py with a fault: run by test_stops_launch.py and test_guards_launch.py under any launcher.
+"""train.py with a fault: run by the tests of train/ and of train/safety/ under any launcher.
 
 faults.py FAULT train.py's words; FAULT is one of
     signal=NAME,rank,phase,step    the rank sends itself a signal at its first sign of life in that phase after that step

@@ -1,6 +1,7 @@
 """Writes a dataset directory from a source: lists the images, writes shards on all cores, merges.
 
-In: a source, a palette, n_px. Out: what `data/shards/dataset.py` reads. `tools/make_shards.py` calls.
+In: a source, a palette, n_px. Out: what `data/shards/dataset.py` reads. Called by `tools/make_shards.py`
+and `tools/filter_shards.py`.
 
     list    reads the source's names once and assigns images to shards
     write   writes the shards; each gets its final name when it is complete; each of several jobs writes a part

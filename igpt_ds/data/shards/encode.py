@@ -1,7 +1,7 @@
 """Encodes listed images as tokens, on several processes, in order.
 
-In: chunks of a source's entries. Out: token grids, labels, and the images that cannot be read. `data/shards/build.py` calls. A
-worker process gets entries, reads and decodes the images, and returns tokens: 2 KiB for an image of 32x32.
+In: chunks of a source's entries. Out: token grids, labels, and the images that cannot be read. Called by `build.py`.
+A worker process gets entries, reads and decodes the images, and returns tokens: 2 KiB for an image of 32x32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Assigns images to shards from the source's list of names, before any image is read.
 
 In: a source and the settings. Out: a directory {plan.json, train-000000.jsonl, ...} with one file of entries per shard.
-`data/shards/build.py` calls. Names are read one at a time, so memory does not grow with the source.
+Called by `data/shards/build.py`. Names are read one at a time, so memory does not grow with the source.
 """
 
 from __future__ import annotations

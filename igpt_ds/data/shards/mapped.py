@@ -1,7 +1,7 @@
 """Records of many files as one array: reads a field of any records by number, in one step for any number of files.
 
-In: files of records made by `record.py`. Out: arrays of one field. `dataset.py` calls. Each file is mapped into memory, and a
-field is gathered by address, because a loop over the files would cost more than the copy.
+In: files of records made by `record.py`. Out: arrays of one field. Called by `dataset.py`. Each file is mapped into memory,
+and a field is gathered by address, because a loop over the files would cost more than the copy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes one shard.
 
-In: records. Out: a tar file, and its entry for the index, which `data/shards/verify.py` checks. `data/shards/build.py` calls.
+In: records. Out: a tar file, and its entry for the index, which `data/shards/verify.py` checks. Called by `build.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds the bytes of a shard that differ from those that were written.
 
 In: a shard file and its entry in the index. Out: the damaged byte ranges, one per image if the images can be told apart.
-`ShardSet.verify` and `tools/verify_shards.py` call.
+Called by `ShardSet.verify` and `tools/verify_shards.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The classes of the validation images of ILSVRC2012, which the images do not contain.
 
 In: `LOC_val_solution.csv` (Kaggle), or the development kit `ILSVRC2012_devkit_t12` as folder or .tar.gz. Out: file name -> wnid.
-`sources/imagenet.py` calls.
+Called by `sources/imagenet.py`.
 """
 
 from __future__ import annotations

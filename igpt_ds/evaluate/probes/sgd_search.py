@@ -1,6 +1,6 @@
 """The linear probe by SGD (paper 3.4, for ImageNet): momentum 0.9, a cosine, several learning rates at once.
 
-In: a feature set, however much larger than memory. Out: an `SgdProbe`. Called by `tools/sgd_probe.py` and `tools/bench/probe.py`.
+In: a feature set, however much larger than memory. Out: an `SgdProbe`. Called by `tools/sgd_probe.py`.
 
 All rates see the same images in the same order, so one product gives the logits of all rates and another their gradients. Rates
 are tried from large to small, as in the paper, one group at a time. The search ends with the group whose best rate is not its

@@ -1,6 +1,7 @@
 """Figures. In: result rows, training rows, scores, likelihoods. Out: PNG files, without a display and without global state.
 
-Called by `tools/figures.py`, `sweep_lr.py`, `filter_shards.py` and `sample.py`. Lines differ by colour and by style or marker.
+Called by `tools/figures.py`, `report.py`, `sweep_lr.py`, `filter_shards.py` and `sample.py`. Lines differ by colour and by style
+or marker.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ There are three kinds of row, each with the names that identify a measurement (`
     likelihood  what tools/evaluate.py measures
 
 `model` is the shape of the transformer, if known: Figure 3 and Tables 1 to 4 need it. Called by `tools/linear_probe.py`,
-`tools/sgd_probe.py`, `tools/evaluate.py`, `tools/figures.py`, `tools/tables.py`, `tools/report.py` and `finetune.py`.
+`tools/sgd_probe.py`, `tools/evaluate.py`, `tools/evaluate_classifier.py`, `tools/figures.py`, `tools/tables.py`,
+`tools/report.py` and `finetune.py`.
 """
 
 from __future__ import annotations

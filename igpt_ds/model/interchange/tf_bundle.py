@@ -2,7 +2,7 @@
 
 The .index file is a sorted table in LevelDB's layout: blocks of prefix-compressed entries, then a footer of 48 bytes that says
 where the block of blocks lies. Each entry maps a tensor's name to a protobuf message: type, shape, shard, offset, size,
-checksum. Layout: tensorflow/core/util/tensor_bundle and tensorflow/core/lib/io/format. `openai.read_openai` calls.
+checksum. Layout: tensorflow/core/util/tensor_bundle and tensorflow/core/lib/io/format. Called by `openai.py`.
 """
 
 from __future__ import annotations

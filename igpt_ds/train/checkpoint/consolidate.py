@@ -1,4 +1,4 @@
-"""Makes a model dir from a sharded checkpoint: RUN_DIR/checkpoints and palette.npy enter, the files of `model/store.py` leave.
+"""Makes a model dir from a sharded checkpoint. In: RUN_DIR/checkpoints and palette.npy. Out: the files of `model/store.py`.
 
 It needs no GPU, no DeepSpeed and no process group. Its memory does not depend on the size of the model. Called by
 tools/consolidate.py and, for the best step of a fine-tuning, by finetune.py.

@@ -2,7 +2,7 @@
 
 RUN_DIR/checkpoints/step-00000100/ holds the files of every rank, manifest.json (see manifest.py) and COMPLETE, which is written
 last. Then the directory gets its name. `.partial` is a save or a removal that was interrupted; `.broken` was damaged. Called by
-train/checkpoint/, train/safety/rollback.py, ops/, tools/consolidate.py and tools/reshard.py. No engine is needed.
+train/checkpoint/, train/loop.py, train/safety/rollback.py, ops/, finetune.py and tools/reshard.py. No engine is needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A checkpoint's manifest.json: the run of the state, and the size and sha256 of each file. No other module knows the format.
 
 In: a complete checkpoint directory. Out: a `Checkpoint`, whose `Manifest` says all that a reader must check. Called by
-train/checkpoint/ and train/safety/rollback.py. No engine is needed, and neither torch nor numpy.
+train/, finetune.py and tools/reshard.py. No engine is needed, and neither torch nor numpy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reshards a checkpoint: the files of N ranks enter, those of M ranks leave.
+"""Reshards a checkpoint. In: the files of N ranks. Out: those of M ranks.
 
 Nothing is gathered. Each new vector is written in order from the bytes of the old ones, so memory holds one block whatever the
 size of the model, and each new rank's files are made independently. It handles stages 1, 2 and 3, any parameter groups and

@@ -2,7 +2,7 @@
 
 A checkpoint is written under a temporary name with checksums, and renamed when complete (see directory.py). If one rank's disk
 fails, all ranks stop. DeepSpeed's `latest` file is neither written nor read: it appears before the other ranks have finished. A
-checkpoint of another number of ranks is resharded while it is loaded. Called by train.py and train/loop.py.
+checkpoint of another number of ranks is resharded while it is loaded. Called by train/session.py and train/loop.py.
 """
 
 from __future__ import annotations

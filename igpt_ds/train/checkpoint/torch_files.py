@@ -3,7 +3,7 @@
 Such a file is an uncompressed zip archive with a pickle of everything except the tensors' bytes, and one record per storage. A
 tensor that is read here is only the position of its bytes on disk. Objects of foreign classes (DeepSpeed's loss scaler, a NumPy
 generator's state) are kept as the names in the pickle and written back unchanged. A block has at most BLOCK bytes, whatever the
-size of the tensors. Called by train/checkpoint/zero_layout.py and train/checkpoint/reshard.py.
+size of the tensors. Called by the other modules of train/checkpoint/.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rollbacks: a lost run enters; the last good checkpoint leaves, and a range of images that the run skips from then on.
+"""Rollbacks. In: a lost run. Out: the last good checkpoint, and a range of images that the run skips from then on.
 
 The order of the images does not change; a rollback only cuts a range out of it. RUN_DIR/rollbacks.json lists all rollbacks. It is
 written before the checkpoint is loaded, and every later start applies it, so an interruption at any moment changes nothing. Each

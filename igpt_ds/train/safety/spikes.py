@@ -1,4 +1,4 @@
-"""The spike guard: each step's loss enters, a verdict leaves. train/loop.py calls it on every rank.
+"""The spike guard. In: the loss of each step. Out: a verdict. Called by train/loop.py on every rank.
 
 The loss of a calm run stays near its running mean. A loss that stays far above the mean is what the paper calls an irrecoverable
 spike (A.1: too high a learning rate). The recipe defines far: `spike_sigmas` standard deviations of the last `spike_window` calm

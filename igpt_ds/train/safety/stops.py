@@ -1,4 +1,4 @@
-"""Stops without loss: a signal, a file or a time limit enters, one decision of all ranks leaves. train/loop.py calls it.
+"""Stops without loss. In: a signal, a file or a time limit. Out: one decision of all ranks. Called by train/loop.py.
 
 USR1 (sent by SLURM's --signal), TERM, a file STOP in the run directory and --max_minutes have the same effect: the run finishes
 the step, saves, and exits with status 85 (`cli.STOPPED`); --resume auto continues it. An interrupted validation is rerun on

@@ -1,4 +1,4 @@
-"""Watchdog: the run reports its progress; heartbeat files leave. If progress stops, it dumps the stacks and ends the job.
+"""The watchdog. In: reported progress. Out: heartbeat files. If progress stops, it dumps the stacks and ends the job.
 
 A thread of each rank writes the rank's heartbeat (train/heartbeat.py) every few seconds. After --hang_minutes without progress
 it writes the Python stacks of all threads to RUN_DIR/stacks/rank-0.txt (to stderr before `settle`) and ends the process with
