@@ -4,8 +4,7 @@
 
 prints the plan of a recipe on a number of GPUs: the fastest of the shipped ds_configs that fits, or the one of --ds_config.
 `--table` plans for 8 to 2048 GPUs. `--json` prints numbers instead of text; `tools/figures.py plan` draws those of a table.
-Everything is computed from the cost model (estimate.py). Called by `__main__.py`, by paper/budget.py, and by `train.py --dry_run`
-for the run that it would start.
+Everything is computed from the cost model (estimate.py). `train.py --dry_run` prints the same for the run that it would start.
 """
 
 from __future__ import annotations
