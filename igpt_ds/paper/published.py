@@ -135,7 +135,7 @@ class Bar:
     evaluation: str  # "probe" or "finetune"
     accuracy: float
     source: str
-    exact: bool = True  # False: the text gives a difference in round words
+    exact: bool = True  # False: the text gives an approximate difference
 
 
 FIGURE_4 = (

@@ -170,7 +170,7 @@ def _paper_marks(axes: Axes, groups: list[tuple[str, str]], paper: Sequence[Bar]
         chosen = [bar for bar in paper if bar.exact == exact]
         x = [groups.index((bar.dataset, bar.objective)) + (-0.2 if bar.evaluation == "probe" else 0.2) for bar in chosen]
         if chosen:
-            text = "iGPT-L in the paper" if exact else "in the paper, in round words"
+            text = "iGPT-L in the paper" if exact else "in the paper, approximately"
             fill = BLACK if exact else "white"
             axes.plot(x, [bar.accuracy for bar in chosen], "D", color=BLACK, markerfacecolor=fill, markersize=6, label=text)
 
