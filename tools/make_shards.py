@@ -92,7 +92,7 @@ def print_index(out: Path, index: ShardIndex) -> None:
         print(f"{split:<11} {about.n_images} images in {len(about.shards)} shards, dataset hash {about.dataset_hash[:16]}")
     print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
     print(f"unreadable  {index.n_unreadable} images")
-    print(f"palette     {index.load_palette(out).name}")
+    print(f"palette     {index.load_palette(out).name.removeprefix('palette ')}")
 
 
 if __name__ == "__main__":
