@@ -116,7 +116,7 @@ def test_bert_on_two_ranks_from_the_first_step_to_features(
     out = tmp_path / "features"
     assert tool("extract_features", "--model", model_dir, "--data", tiny_dataset, "--out", out)[0] == 0
     features = open_features(out, "val")
-    assert (features.manifest.objective, features.layers) == ("bert", [0, 1, 2])
+    assert (features.manifest.origin.objective, features.layers) == ("bert", [0, 1, 2])
     last = list(model.residuals(tokens))[-1][1].mean(1)
     np.testing.assert_allclose(features.layer(2, "normed"), last.detach().numpy(), atol=1e-5)
 
