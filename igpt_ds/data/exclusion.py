@@ -7,14 +7,14 @@ excluding images changes the hash.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.files import read_json, write_json
-from igpt_ds.schema import record_from
+from igpt_ds.schema import record_from, to_json
 
 FORMAT, VERSION = "igpt_ds.exclusion", 1
 _AGAIN = "make the list again with tools/dedup_shards.py"
@@ -61,9 +61,8 @@ def write_exclusion(path: Path, shards: ShardSet, ids: np.ndarray, about: Exclus
     assert ids.ndim == 1
     assert (np.diff(ids) > 0).all()
     assert not len(ids) or 0 <= ids[0] <= ids[-1] < shards.n_images
-    reason = {name: value for name, value in asdict(about).items() if value is not None}
-    content = _ExclusionFile(shards.dataset_hash, shards.split, ids.tolist(), shards.n_images, reason)
-    write_json(path, {"format": FORMAT, "version": VERSION, **asdict(content)})
+    content = _ExclusionFile(shards.dataset_hash, shards.split, ids.tolist(), shards.n_images, to_json(about))
+    write_json(path, {"format": FORMAT, "version": VERSION, **to_json(content)})
 
 
 def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:

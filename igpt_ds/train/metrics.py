@@ -34,7 +34,7 @@ from igpt_ds.files import read_json_lines, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plan import costs
 from igpt_ds.plan.costs import GIB, train_flops_per_token
-from igpt_ds.schema import record_from
+from igpt_ds.schema import record_from, to_json
 
 SLOW = 1.2  # times the median: the console names the slowest rank
 Value = float | int | None
@@ -156,7 +156,7 @@ class Metrics:
         self.data_seconds = self.save_seconds = 0.0
         if not self.speaks:
             return
-        self._write({name: value for name, value in vars(row).items() if value is not None}, "train")
+        self._write(to_json(row), "train")
         self.bar.update(step - self.bar.n)
         self._say(row.console_line(recipe.steps, self.unit))
 

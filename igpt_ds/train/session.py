@@ -143,8 +143,8 @@ def open_session(
     device = start_ranks()
     early, pretrained = (None, None) if finetune is None else (finetune.early, finetune.pretrained)
     facts = manifest_facts(run, images, None if finetune is None else finetune.facts)
-    data, palette, resumes = images.facts(), val_shards.path / "palette.npy", args.resume == "auto"
-    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, data, palette, resumes))
+    palette, resumes = val_shards.path / "palette.npy", args.resume == "auto"
+    dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, facts.data, palette, resumes))
     watchdog.settle()
     if args.verify_shards:
         watchdog.alive("verifying", 0)
@@ -155,7 +155,7 @@ def open_session(
     watchdog.alive("loading", 0)
     found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else None
     check_space(engine, args.run_dir / "checkpoints", args.keep_last + (early is not None))  # the best checkpoint stays too
-    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, data, palette, cpu_kernels.used()))
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, palette, cpu_kernels.used()))
     start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)

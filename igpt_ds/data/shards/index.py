@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.files import read_json, write_json
-from igpt_ds.schema import check_file_name, record_from
+from igpt_ds.schema import check_file_name, record_from, to_json
 
 FORMAT, VERSION = "igpt_ds.shards", 3
 _READABLE = (2, 3)  # version 2 has "blocks", the crc32 of each 1,024 images, in each shard's entry; readers ignore it
@@ -107,8 +107,7 @@ def read_index(path: Path) -> ShardIndex:
 
 def write_index(path: Path, index: ShardIndex) -> None:
     """Writes the index of a dataset directory, atomically, in the newest version."""
-    known = {name: value for name, value in asdict(index).items() if value is not None}
-    write_json(path / "index.json", signed({"format": FORMAT, "version": VERSION, **known}))
+    write_json(path / "index.json", signed({"format": FORMAT, "version": VERSION, **to_json(index)}))
 
 
 def signed(values: dict[str, Any]) -> dict[str, Any]:

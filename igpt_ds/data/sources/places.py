@@ -25,7 +25,7 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
     with ExitStack() as stack:
         name, file = "", None
         for entry in entries:
-            if root.parts and (Path(entry.place[0]).is_absolute() or ".." in Path(entry.place[0]).parts):
+            if root.parts and ((place := Path(entry.place[0])).is_absolute() or ".." in place.parts):
                 raise ValueError(f"the list of images names {entry.place[0]!r}, which is not below {root}; list the images again")
             if len(entry.place) == 1:
                 yield _whole(root / entry.place[0])
