@@ -147,9 +147,9 @@ check_nodes() { # PROGRAM WORD...: checks every node before the ranks start; set
   [[ -z $bad ]] || status=$BAD_NODES
 }
 
-pass_on() { # sends USR1 to all ranks every 5 s until they end, since a rank may not listen yet
+pass_on() { # sends USR1 to all ranks every second until they end, since a rank may not listen yet
   [[ -n $step ]] || return 0
-  (while kill -USR1 "$step" 2>/dev/null; do sleep 5; done) &
+  (while kill -USR1 "$step" 2>/dev/null; do sleep 1; done) &
 }
 
 follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `status`, and `bad` to the nodes where a rank was killed

@@ -4,7 +4,7 @@
 # The launcher starts the node's ranks, and this script exits with its status. USR1 and TERM make the ranks save and stop, but either
 # kills `deepspeed`. So the launcher ignores USR1, and the ranks do too until they listen. TERM comes from scancel or a preemption, to
 # this process alone or to all processes of the task, depending on the site's ProctrackType. The launcher blocks TERM, since deepspeed
-# installs a handler of its own. The ranks get USR1 instead, every 5 s, since a rank may not listen yet.
+# installs a handler of its own. The ranks get USR1 instead, every second, since a rank may not listen yet.
 set -uo pipefail
 launcher='' teller=''
 trap '' USR1
@@ -14,7 +14,7 @@ trap '[[ -z $teller ]] || kill "$teller" 2>/dev/null' EXIT
 tell() {
   [[ -z $teller ]] || return 0
   # shellcheck disable=SC2016 # process 0 means all processes of this task
-  (trap - TERM && while kill -USR1 0; do sleep 5; done) &
+  (trap - TERM && while kill -USR1 0; do sleep 1; done) &
   teller=$!
 }
 

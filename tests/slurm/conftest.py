@@ -211,6 +211,12 @@ class Training:
         first.resume()
         assert self.slurm.ended(urgent) == "COMPLETED"
 
+    def usr1_before_its_ranks(self) -> None:
+        """Sends USR1 to the batch script as soon as the script has taken the run, a moment before the ranks start."""
+        owner = self.run_dir / "owner"
+        self.slurm.until(lambda: owner.exists() and owner.read_text().startswith(f"{self.job}."), 240, self.text)
+        self.slurm.run("scancel", "--batch", "--signal=USR1", self.job)
+
     def steps(self) -> int:
         """The last step in train.jsonl."""
         path = self.run_dir / "train.jsonl"

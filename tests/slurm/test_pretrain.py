@@ -159,8 +159,7 @@ def test_what_ends_a_job_before_its_first_step(training: Trainings) -> None:
 
     os.utime(stop, (0, 0))
     job.submit(options=("--time=11",))
-    job.said("images")  # it starts
-    job.slurm.run("scancel", "--batch", "--signal=USR1", job.job)  # which SLURM itself would send in a minute
+    job.usr1_before_its_ranks()  # SLURM itself would send it in a minute
     assert job.ended() == "FAILED"
     assert f"removed {stop}" in job.text()
     assert "the time limit (00:11:00) leaves no time before USR1" in job.text()
@@ -170,8 +169,7 @@ def test_what_ends_a_job_before_its_first_step(training: Trainings) -> None:
 def test_usr1_of_a_user_before_the_first_step_is_no_short_limit(training: Trainings) -> None:
     job = training()
     job.submit()
-    job.said("images")
-    job.slurm.run("scancel", "--batch", "--signal=USR1", job.job)
+    job.usr1_before_its_ranks()
     job.said("it was stopped before the first step: nothing was saved; queued again")
     assert "the time limit" not in job.text()
 
