@@ -95,11 +95,15 @@ def asked_training(words: Sequence[str]) -> Training:
     """The training that flags of train.py ask for.
 
     Raises:
-        ValueError: what train.py refuses, or a flag that the stages give.
+        ValueError: what train.py refuses, a flag that the stages give, or one that ends the training before its last step.
     """
+    given = {word.split("=")[0] for word in words}
     for name in ("--data", "--run_dir", "--resume"):
-        if any(word.split("=")[0] == name for word in words):
+        if name in given:
             raise ValueError(f"{name} after -- is given by the stages themselves; leave it out")
+    for name in ("--dry_run", "--stop_at_step"):
+        if name in given:
+            raise ValueError(f"{name} after -- would end the training before its last step; leave it out, or run train.py alone")
     args = train_flags.parse("flags of train.py, after --", [*words, "--dry_run"])
     return Training(train_flags.choose_recipe(args), tuple(words))
 

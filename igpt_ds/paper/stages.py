@@ -252,7 +252,8 @@ class _StageMaker:
         own = (last, f"{name}-untrained-", "pixels-")
         flags["results"] = [file for file in rows if file.stem.startswith(own) or file.parent.name.startswith(f"{name}-")]
         flags["run_dir"] = self.run_dir(name)
-        pictures = tuple(path for path in self.figures if path.stem != "layers")  # the report draws that one itself
+        drawn = ("layers",) if paper else ("layers", "training")  # the report draws these itself
+        pictures = tuple(path for path in self.figures if path.stem not in drawn)
         flags |= {"pictures": pictures, "title": f"The paper at scale {self.scale.name}" if paper else name}
         report = self.out / "report.html"
         yield self.stage("report", "tools/report.py", flags | {"out": report}, report)

@@ -64,7 +64,7 @@ def test_own_images_from_shards_to_tables_in_one_submission(slurm: Any, settings
     def story() -> str:
         return "\n".join(str(slurm.facts(number)) for number in jobs.values())
 
-    for name_of in ("report", "tables", "figure-layers"):  # no other job needs these three
+    for name_of in ("report", "tables", "figure-layers", "figure-training"):  # no other job needs these
         number = jobs[name_of]
         slurm.until(lambda number=number: slurm.facts(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 900, story)
         assert slurm.facts(number)["JobState"] == "COMPLETED", story()
