@@ -6,19 +6,16 @@ import json
 import os
 import runpy
 import signal
-import subprocess
 import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import numpy as np
-import psutil
 import pytest
 import torch
+from launcher import Launcher
 from PIL import Image
 
 from igpt_ds import dist
@@ -30,7 +27,6 @@ from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
-LAUNCH_MARK = "IGPT_DS_TEST_LAUNCH"  # in the environment of every process that a test launches, and of its children
 
 # Tests run on the CPU with one thread a process, see nothing of a launcher around them, and need no PYTHONPATH. Nothing is
 # compiled: DeepSpeed decorates an optimizer that we do not use with torch.compile, which imports the compiler for two seconds.
@@ -138,80 +134,6 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-class Launcher:
-    """Starts programs as a user would, and ends every process that came of them, in whatever session it hides."""
-
-    def __init__(self) -> None:
-        self._mark = uuid.uuid4().hex
-        self._started: list[subprocess.Popen[str]] = []
-
-    def __call__(
-        self,
-        command: Sequence[str | Path],
-        ranks: int | None = None,
-        timeout: float = 600,
-        env: dict[str, str] | None = None,
-        by: str = "ranks",
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs to the end; what still lives afterwards is killed. Fails the test after `timeout` seconds."""
-        process = self.start(command, ranks, env, by)
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self.end()
-            stdout, stderr = process.communicate()
-            pytest.fail(f"{process.args} did not end in {timeout} s\n{stdout[-2000:]}\n{stderr[-2000:]}")
-        self.end()
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    def start(
-        self, command: Sequence[str | Path], ranks: int | None = None, env: dict[str, str] | None = None, by: str = "ranks"
-    ) -> subprocess.Popen[str]:
-        """Starts at the repository root: on `ranks` CPU processes, by Python when a .py comes first, else as is.
-
-        `by` is what starts the ranks: "ranks", which is ranks.py, or "deepspeed", its launcher, four seconds slower.
-        """
-        words, port = [str(word) for word in command], str(dist.free_port())
-        if ranks is not None and by == "deepspeed":
-            words = ["deepspeed", "--num_gpus", str(ranks), "--master_port", port, *words]
-        elif ranks is not None:
-            words = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks), port, *words]
-        elif words[0].endswith(".py"):
-            words = [sys.executable, *words]
-        environment = os.environ | {LAUNCH_MARK: self._mark} | (env or {})
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        self._started.append(process)
-        return process
-
-    def end(self) -> None:
-        """SIGKILL for every process with our mark until there is none, and no zombie of ours."""
-        while self._kill():
-            time.sleep(0.02)
-        for started in self._started:
-            started.wait()
-
-    def _kill(self) -> int:
-        found = 0
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(LAUNCH_MARK) == self._mark:
-                    process.kill()
-                    found += 1
-            except psutil.Error:
-                continue  # it has gone, or it is somebody else's
-        return found
-
-    def close(self) -> None:
-        """The end, for processes that the test itself did not wait for."""
-        self.end()
-        for started in self._started:
-            for pipe in (started.stdout, started.stderr):
-                if pipe is not None:
-                    pipe.close()
-
-
 @pytest.fixture
 def launch() -> Iterator[Launcher]:
     """`launch(["train.py", ...], ranks=2)` -> CompletedProcess; `launch.start(...)` -> Popen for tests that kill."""
@@ -226,6 +148,30 @@ def launch_once() -> Iterator[Launcher]:
     launcher = Launcher()
     yield launcher
     launcher.close()
+
+
+@pytest.fixture
+def run_stages(launch: Launcher, tool: Callable[..., tuple[Any, str, str]]) -> Callable[..., None]:
+    """run_stages([flags of tools/paper_plan.py], before="train") runs stages of the paper, to the first with such a name.
+
+    Trainings are launched, tools run in this process, which saves their imports.
+    """
+
+    def run(asked: list[object], before: str = "-") -> None:
+        for line in tool("paper_plan", "--commands", *asked)[1].splitlines():
+            name, job, _, printed, *words = line.split("\x1f")
+            if name.startswith(before):
+                return
+            if job in ("pretrain", "finetune"):
+                done = launch(words, ranks=1)
+                status, stdout, stderr = done.returncode, done.stdout, done.stderr
+            else:
+                status, stdout, stderr = tool(Path(words[0]).stem, *words[1:])
+            assert status == 0, f"{name}: {stdout[-1000:]}{stderr[-2000:]}"
+            if printed:
+                Path(printed).write_text(stdout)
+
+    return run
 
 
 @pytest.fixture(scope="session")

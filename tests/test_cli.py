@@ -93,7 +93,7 @@ cli.run(main)
 def test_joined_ranks_all_speak_and_leave_with_the_right_status(launch, tmp_path, free_port, then, expected):
     program = tmp_path / "program.py"
     program.write_text(JOINED.format(port=free_port, then=then))
-    done = launch([program], env={"LOCAL_RANK": "1", "PYTHONWARNINGS": "ignore"})
+    done = launch([program], env={"LOCAL_RANK": "1", "PYTHONWARNINGS": "ignore"}, by="python")
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 

@@ -1,9 +1,7 @@
 """Launchers are recognised by what they leave in the environment."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,13 +87,11 @@ cli.run(lambda argv: dist.from_rank_0(lambda: {}["format"]))
 """
 
 
-def test_a_mistake_of_rank_0_reaches_the_others(tmp_path: Path) -> None:
+def test_a_mistake_of_rank_0_reaches_the_others(launch: Any, tmp_path: Path) -> None:
     """They would wait for it for ever: the traceback is rank 0's, and the others leave without a word."""
-    words = [sys.executable, "-c", MISTAKE, str(tmp_path / "meeting")]
-    ranks = [
-        subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"})
-        for rank in ("0", "1")
-    ]
+    program = tmp_path / "mistake.py"
+    program.write_text(MISTAKE)
+    ranks = [launch.start([program, tmp_path / "meeting"], env={"RANK": rank, "WORLD_SIZE": "2"}) for rank in ("0", "1")]
     said = [process.communicate(timeout=600)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 2]
     assert "KeyError: 'format'" in said[0]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +16,10 @@ SHOWN = [shown for text in TEXTS for shown in BLOCK.findall(text.read_text())]
 
 
 @pytest.mark.parametrize(("tool", "arguments", "shown"), SHOWN, ids=[arguments for _, arguments, _ in SHOWN])
-def test_tables_come_out_again(tool: str, arguments: str, shown: str) -> None:
-    command = [sys.executable, tool, *arguments.split()]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert shown.strip("\n") == printed.strip("\n")
+def test_tables_come_out_again(launch: Any, tool: str, arguments: str, shown: str) -> None:
+    done = launch([*([] if tool.endswith(".py") else [sys.executable]), tool, *arguments.split()])
+    assert done.returncode == 0, done.stderr
+    assert shown.strip("\n") == done.stdout.strip("\n")
 
 
 def test_there_is_something_to_compare() -> None:

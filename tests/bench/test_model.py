@@ -85,7 +85,7 @@ def test_the_model_benchmark_runs(tmp_path, launch, tool):
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch, tool):
-    done = launch(["tools/bench/gpu.py", "--toy", "--out", tmp_path / "bench.json"], env=DEVICES)
+    done = launch(["tools/bench/gpu.py", "--toy", "--out", tmp_path / "bench.json"], env=DEVICES, by="python")
     assert done.returncode == 0, done.stderr
     about = read_bench(tmp_path / "bench.json")
     rows = about.rows
@@ -106,5 +106,5 @@ def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch, tool):
     assert sum(row.peer_name.startswith("HF") for row in rows) == 2
     assert about.table(with_cores=False) in done.stdout
     assert tool("bench/gpu", "--show", tmp_path / "bench.json")[1].strip() == about.table(with_cores=False)
-    refused = launch(["tools/bench/gpu.py", "--only", "ceilings"], env=DEVICES)
+    refused = launch(["tools/bench/gpu.py", "--only", "ceilings"], env=DEVICES, by="python")
     assert refused.stderr == "gpu.py: error: torch sees no GPU here; --toy runs on a CPU\n"

@@ -1,22 +1,17 @@
 """tools/fit_palette.py as a user runs it: what it writes, that workers and test images change nothing, how it fails."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from launcher import Launcher
 from PIL import Image
 
 from igpt_ds.data.palette import load_palette
 
-TOOL = Path(__file__).parents[2] / "tools" / "fit_palette.py"
-
 
 def fit(*arguments):
-    command = [sys.executable, "-W", "error", str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return Launcher()(["tools/fit_palette.py", *arguments], env={"PYTHONWARNINGS": "error"})
 
 
 def failure(*arguments):

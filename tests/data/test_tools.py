@@ -1,20 +1,14 @@
 """The two data tools, run as a user runs them: what they leave, what they print, how they fail."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from launcher import Launcher
 
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.dataset import ShardSet
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 def tool(name, *arguments):
-    command = [sys.executable, "-W", "error", str(TOOLS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return Launcher()([f"tools/{name}", *arguments], env={"PYTHONWARNINGS": "error"})
 
 
 def failure(name, *arguments):

@@ -232,7 +232,8 @@ def start(launch: Any, free_port: int, recipe: Recipe, sharded_config: Path, tin
         words = [str(word) for name, value in fixed.items() for word in (f"--{name}", value)]
         ranks = ["--ranks", "3", "--micro_batch", "2"]
         environment = {name: str(value) for name, value in (names | place | env).items()}
-        return launch.start([root / "tools" / "preflight.py", *words, *ranks, *more], env=environment)
+        by = "python" if env or root != ROOT else "ranks"  # other code, or what libraries read when they are imported
+        return launch.start([root / "tools" / "preflight.py", *words, *ranks, *more], env=environment, by=by)
 
     return begin
 

@@ -259,27 +259,10 @@ def test_own_images_with_one_recipe_go_all_the_way_to_tables(tool: Any, tmp_path
     assert "samples" not in drawn, "a BERT model makes none"
 
 
-@pytest.fixture
-def toy_paper(launch: Any, tool: Any, tmp_path: Path) -> Path:
-    """The tiny paper with four steps a training: trainings launched, tools in this process, which saves their imports."""
-    out = tmp_path / "paper"
-    asked = ["--scale", "tiny", "--out", out, "--ds_config", DIRECTORY / "zero3_fp32.json", "--steps", "4", "--commands"]
-    for line in tool("paper_plan", *asked)[1].splitlines():
-        name, job, _, printed, *words = line.split("\x1f")
-        if job in ("pretrain", "finetune"):
-            done = launch(words, ranks=1)
-            status, stdout, stderr = done.returncode, done.stdout, done.stderr
-        else:
-            status, stdout, stderr = tool(Path(words[0]).stem, *words[1:])
-        assert status == 0, f"{name}: {stdout[-1000:]}{stderr[-2000:]}"
-        if printed:
-            Path(printed).write_text(stdout)
-    return out
-
-
 @pytest.mark.slow
-def test_the_paper_at_toy_size(launch: Any, toy_paper: Path) -> None:
-    out = toy_paper
+def test_the_paper_at_toy_size(launch: Any, run_stages: Any, tmp_path: Path) -> None:
+    out = tmp_path / "paper"
+    run_stages(["--scale", "tiny", "--out", out, "--ds_config", DIRECTORY / "zero3_fp32.json", "--steps", "4"])
     tables = (out / "tables.md").read_text()
     assert [tables.count(f"### Table {number}") for number in range(1, 6)] == [1] * 5
     for ours in ("5 masks vote | val", "none, from scratch | joint", "digits, "):

@@ -53,13 +53,18 @@ def test_every_stage_is_a_job_behind_those_that_it_needs(slurm: Any, settings: P
 TOY = ["--steps=8", "--warmup_steps=2", "--batch_images=16", "--n_layer=2", "--n_embd=16", "--val_images=32", "--val_every=4"]
 
 
-def test_own_images_from_shards_to_tables_in_one_submission(slurm: Any, settings: Path, tmp_path: Path) -> None:
+def test_own_images_from_training_to_tables_in_one_submission(
+    slurm: Any, settings: Path, run_stages: Any, tmp_path: Path
+) -> None:
+    """The stages before the training are made already; the test above submits such stages."""
     out, name = tmp_path / "story", "digits_nano_ar_8"
-    command = ["bash", "slurm/story_paper.sh", "own", out, "digits:", "--ds_config=ds_configs/zero3_fp32.json", "--"]
-    command += ["--recipe", name, *TOY]
+    training = ["--ds_config=ds_configs/zero3_fp32.json", "--", "--recipe", name, *TOY]
+    command = ["bash", "slurm/story_paper.sh", "own", out, "digits:", *training]
+    run_stages(["--scale=own", f"--out={out}", "--data=digits:", *training], before="train")
     slurm.run(*command, IGPT_DS_CLUSTER=str(settings), SUBMIT="1", timeout=400)
     jobs = dict(line.split() for line in (out / "jobs.txt").read_text().splitlines())
-    assert {"palette", "shards-digits_8", f"train-{name}", f"model-{name}-8", "tables", "report"} <= set(jobs)
+    assert {f"train-{name}", f"model-{name}-8", "tables", "report"} <= set(jobs)
+    assert "shards-digits_8" not in jobs
 
     def story() -> str:
         return "\n".join(str(slurm.facts(number)) for number in jobs.values())

@@ -27,14 +27,14 @@ Command = Callable[..., list[str]]
 Curves = Callable[[str], list[dict[str, Any]]]
 
 
-def process_of_rank(rank: int, run_dir: Path) -> int:
-    """Its number. DeepSpeed's launcher gives each rank a flag, ranks.py a name."""
+def process_of_rank(rank: int, launched: Any) -> int:
+    """Its number. DeepSpeed's launcher gives each rank a flag, ranks.py a name and its own session."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                words = process.cmdline()
-                if str(run_dir) in words and (process.name() == f"rank{rank}" or f"--local_rank={rank}" in words):
+            with contextlib.suppress(psutil.Error, OSError):
+                named = process.name() == f"rank{rank}" or f"--local_rank={rank}" in process.cmdline()
+                if named and os.getsid(process.pid) == launched.pid:
                     return process.pid
         time.sleep(0.05)
     pytest.fail(f"rank {rank} never started")
@@ -62,7 +62,7 @@ def test_kill_9_of_one_rank_and_of_all_during_save_then_resume_equals_never_stop
     words = command("run", "--save_every", "1", "--keep_last", "2")
     checkpoints = tmp_path / "run" / "checkpoints"
     process = launch.start(words, ranks=2, by="deepspeed")
-    victim = process_of_rank(1, tmp_path / "run")
+    victim = process_of_rank(1, process)
     stop_during_save(process, victim, tmp_path / "run")
     os.kill(victim, signal.SIGKILL)
     process.communicate(timeout=600)
@@ -70,7 +70,7 @@ def test_kill_9_of_one_rank_and_of_all_during_save_then_resume_equals_never_stop
     refuse_nothing_but_leftovers(checkpoints)
 
     process = launch.start([*words, "--resume", "auto"], ranks=2)
-    victim = process_of_rank(1, tmp_path / "run")
+    victim = process_of_rank(1, process)
     stop_during_save(process, victim, tmp_path / "run", after=list_checkpoints(checkpoints)[-1].name)
     launch.end()  # SIGKILL for the launcher and both ranks
     refuse_nothing_but_leftovers(checkpoints)

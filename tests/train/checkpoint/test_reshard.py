@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.files import read_json_lines
 from igpt_ds.train.checkpoint.manifest import read_checkpoint
@@ -37,7 +34,7 @@ Trained = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig, launch_once: Any) -> Trained:
     """trained(out, ranks, last_step, names) -> out, after two_groups.py went on in it."""
     directory = tmp_path_factory.mktemp("two_groups")
     recipe = Recipe("tiny", tiny_config, batch_images=12, steps=12, lr=0.01, warmup_steps=3)
@@ -46,10 +43,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig) 
         (directory / f"{name}.json").write_text(json.dumps(ds_config))
 
     def train(out: str, ranks: int, last_step: int, names: Iterable[str] = tuple(STAGES)) -> Path:
-        script = Path(__file__).with_name("two_groups.py")
-        words = [ROOT / "tests" / "ranks.py", ranks, dist.free_port(), script]
-        words += [directory / "recipe.json", directory / out, last_step, *(directory / f"{name}.json" for name in names)]
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        words = [Path(__file__).with_name("two_groups.py"), directory / "recipe.json", directory / out, last_step]
+        done = launch_once([*words, *(directory / f"{name}.json" for name in names)], ranks=ranks)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return directory / out
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from igpt_ds.files import read_json
 from igpt_ds.train.heartbeat import newest_sign
 from igpt_ds.train.safety.watchdog import Watchdog, transferred_bytes
 
+Tell = Callable[[Path, str], "subprocess.CompletedProcess[str]"]
 LIMIT = 1.8  # seconds without a sign of life; a busy machine may hold up a process for one
 
 
@@ -77,13 +79,19 @@ def main(argv):
 """
 
 
-def tell(run_dir: Path, story: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program whose watchdog gives up after LIMIT seconds."""
-    code = STORY + textwrap.indent(textwrap.dedent(story), "    ") + "\ncli.run(main)\n"
-    return subprocess.run([sys.executable, "-c", code, run_dir], capture_output=True, text=True, timeout=600, check=False)
+@pytest.fixture
+def tell(launch: Any, tmp_path: Path) -> Tell:
+    """tell(run_dir, story) runs a program whose watchdog gives up after LIMIT seconds."""
+
+    def run(run_dir: Path, story: str) -> subprocess.CompletedProcess[str]:
+        program = tmp_path / "story.py"
+        program.write_text(STORY + textwrap.indent(textwrap.dedent(story), "    ") + "\ncli.run(main)\n")
+        return launch([program, run_dir])
+
+    return run
 
 
-def test_a_hang_before_the_run_directory_is_ours_leaves_its_stacks_on_stderr(tmp_path: Path) -> None:
+def test_a_hang_before_the_run_directory_is_ours_leaves_its_stacks_on_stderr(tell: Tell, tmp_path: Path) -> None:
     done = tell(tmp_path / "run", "threading.Event().wait(30)")
     assert done.returncode == HUNG
     assert "no progress for 0.03 minutes in phase 'joining' after step 0" in done.stderr
@@ -92,7 +100,7 @@ def test_a_hang_before_the_run_directory_is_ours_leaves_its_stacks_on_stderr(tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_reading_is_a_sign_of_life_while_loading_and_not_in_a_step(tmp_path: Path) -> None:
+def test_reading_is_a_sign_of_life_while_loading_and_not_in_a_step(tell: Tell, tmp_path: Path) -> None:
     read = """
         watchdog.settle()
         watchdog.alive({phase!r}, 0)
@@ -110,7 +118,7 @@ def test_reading_is_a_sign_of_life_while_loading_and_not_in_a_step(tmp_path: Pat
     assert "in phase 'step'" in (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
 
 
-def test_a_rank_waits_for_one_that_lives_and_not_for_one_that_hangs(tmp_path: Path) -> None:
+def test_a_rank_waits_for_one_that_lives_and_not_for_one_that_hangs(tell: Tell, tmp_path: Path) -> None:
     wait = """
         watchdog.settle()
         until = time.time() + 2  # until then the other rank gives signs of life
@@ -134,7 +142,7 @@ def test_a_rank_waits_for_one_that_lives_and_not_for_one_that_hangs(tmp_path: Pa
         ("", 0, None),
     ],
 )
-def test_the_last_heartbeat_tells_of_any_end(tmp_path: Path, story: str, status: int, error: str | None) -> None:
+def test_the_last_heartbeat_tells_of_any_end(tell: Tell, tmp_path: Path, story: str, status: int, error: str | None) -> None:
     assert tell(tmp_path, f"watchdog.settle()\n{story}").returncode == status
     beat = read_json(tmp_path / "heartbeat" / "rank-00000.json", "heartbeat")
     assert (beat["phase"], beat.get("error")) == ("end", error)
