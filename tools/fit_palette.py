@@ -20,16 +20,17 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, save_grid, square
+from igpt_ds.data.left_out import Tally, reason_of
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, load_palette, report_path, save_palette
 from igpt_ds.data.shards.build import DEFAULT_MAX_BAD
-from igpt_ds.data.sources import Entry, open_source
+from igpt_ds.data.sources import LABELS, Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
 
 _BATCH = 64  # images per job of a worker
@@ -39,22 +40,27 @@ _SWATCH_COLUMNS, _N_PREVIEW, _PREVIEW_PX = 32, 12, 64
 def main(argv: Sequence[str] | None = None) -> None:
     """Counts and clusters colours, writes the palette and its pictures, prints its quality."""
     args = _arguments(argv)
-    source = open_source(args.source)
+    source = open_source(args.source, args.labels)
     entries = _chosen(source.entries(), args.max_images, args.seed)
-    counts, start, n_images, n_bad = ColorCounts(), time.perf_counter(), 0, 0
+    counts, start, n_images, bad = ColorCounts(), time.perf_counter(), 0, Tally()
     worst = ""
-    batches = _batches(entries)
-    jobs = ((source.name, batch, args.n_px, args.crop, args.filter, args.seed) for batch in batches)
+    how = _How(source.name, args.labels, args.n_px, args.crop, args.filter, args.seed, args.max_image_pixels)
+    jobs = ((how, batch) for batch in _batches(entries))
     with tqdm(desc="colours", unit=" images", leave=False, disable=None) as bar:
         for codes, number, n, errors in _results(_count, jobs, args.workers):
             counts.add_codes(codes, number)
-            n_images, n_bad = n_images + n, n_bad + len(errors)
-            worst = worst or next(iter(errors), "")
+            n_images += n
+            worst = worst or next(iter(errors), ("",))[0]
+            for _, key, reason, ending in errors:
+                bad.add(key, reason, ending=ending)
             bar.update(n + len(errors))
+    n_bad = bad.n_lost
     if n_bad > args.max_bad * (n_images + n_bad):
         raise ValueError(
             f"{n_bad} of {n_images + n_bad} images are unreadable, more than --max_bad {args.max_bad:g}; first error: {worst}"
         )
+    left_out = Tally([*source.left_out.rows(), *bad.rows()])
+    left_out.check(source.name, n_images, args.max_bad)
     if not n_images:
         raise ValueError(f"source {args.source} lists no train images to fit a palette to")
     counted = time.perf_counter()
@@ -66,9 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.swatch:
         save_grid(args.swatch, palette.decode(np.arange(len(palette)))[:, None, None], _SWATCH_COLUMNS, scale=16)
     if args.preview:
-        _preview(args, source.name, palette)
+        _preview(args, source, how, palette)
 
     print(f"images      {n_images} at {n_images / (counted - start):.0f}/s, {n_bad} unreadable")
+    for row in left_out.rows():
+        print(f"left out    {row}")
     print(f"pixels      {report.n_pixels} of {counts.n_pixels} clustered, {report.n_unique} different colours")
     print(f"palette     {len(palette)} colours in {fitted - counted:.1f} s: {args.out}, {report_path(args.out).name}")
     print(f"inertia     {report.inertia:.6g} (model space)   PSNR {report.psnr:.2f} dB")
@@ -83,6 +91,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="images to fit, as KIND:WHERE: cifar10:PATH, imagenet:DIR, imagefolder:DIR, digits: and others",
     )
     parser.add_argument("--out", type=Path, required=True, help="palette file to write, .npy")
+    parser.add_argument("--labels", choices=LABELS, default="use", help="ignore: takes the images that make_shards.py then takes")
     parser.add_argument("--n_colors", type=int, default=512, help="number of colours, the model's n_vocab")
     parser.add_argument("--n_px", type=int, help="resize images to n_px x n_px before fitting (default: original size)")
     parser.add_argument("--crop", choices=CROPS, default="none", help="how an image becomes a square (paper 3.1)")
@@ -93,6 +102,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_pixels", type=int, default=1_000_000, help="largest number of pixels to cluster, drawn from all images"
     )
+    parser.add_argument("--max_image_pixels", type=int, help="largest image to read, as --max_pixels of make_shards.py")
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed of the chosen images and pixels, the random crops and the first centres"
     )
@@ -106,7 +116,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError(f"{taken} exists already; choose another name or remove it")
     if args.out.suffix != ".npy":
         raise ValueError(f"out={args.out} must end in .npy")
-    for name in ("max_pixels", "max_images", "n_px", "workers"):
+    for name in ("max_pixels", "max_images", "max_image_pixels", "n_px", "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -137,25 +147,41 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 _opened = lru_cache(maxsize=1)(open_source)  # once per process: archives are slow to open
 
 
-def _read(name: str, entries: list[Entry], n_px: int | None, crop: str, resize_filter: str, seed: int) -> Iterator[Any]:
+class _How(NamedTuple):
+    """How images are read: the source, and the arguments of `square` and `decode_image`."""
+
+    source: str
+    labels: str
+    n_px: int | None
+    crop: str
+    resize_filter: str
+    seed: int
+    max_pixels: int | None
+
+
+def _read(how: _How, entries: list[Entry]) -> Iterator[Any]:
     """Each image as uint8 [h, w, 3], or the ValueError with the reason why it is unreadable."""
-    for entry, result in zip(entries, _opened(name).read(entries), strict=True):
+    for entry, result in zip(entries, _opened(how.source, how.labels).read(entries), strict=True):
         try:
             if isinstance(result, ValueError):
                 raise result
-            image = decode_image(result, entry.key) if isinstance(result, bytes) else result
+            image = decode_image(result, entry.key, how.max_pixels) if isinstance(result, bytes) else result
         except ValueError as error:
             yield error
             continue
-        if n_px is not None:
-            image = square(image, n_px, crop=crop, resize_filter=resize_filter, seed=seed, key=entry.key)
+        if how.n_px is not None:
+            image = square(image, how.n_px, crop=how.crop, resize_filter=how.resize_filter, seed=how.seed, key=entry.key)
         yield image
 
 
-def _count(job: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray, int, list[str]]:
-    """In a worker: the colour codes of a batch of images, their counts, the number of images, the errors."""
+def _count(job: tuple[_How, list[Entry]]) -> tuple[np.ndarray, np.ndarray, int, list[tuple[str, str, str, str]]]:
+    """In a worker: the colour codes of a batch of images, their counts, the number of images, (error, key, reason, ending)."""
     images = list(_read(*job))
-    errors = [str(image) for image in images if isinstance(image, ValueError)]
+    errors = [
+        (str(image), entry.key, reason_of(image), entry.kind)
+        for image, entry in zip(images, job[1], strict=True)
+        if isinstance(image, ValueError)
+    ]
     codes = [color_codes(image).ravel() for image in images if not isinstance(image, ValueError)]
     if not codes:
         return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64), 0, errors
@@ -178,12 +204,12 @@ def _in_order(pool: Executor, function: Callable[[Any], Any], jobs: Iterator[Any
         waiting.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
 
 
-def _preview(args: argparse.Namespace, name: str, palette: Palette) -> None:
+def _preview(args: argparse.Namespace, source: Source, how: _How, palette: Palette) -> None:
     """Draws pairs: an image, and the same image in the colours of the palette."""
     n_px = args.n_px or _PREVIEW_PX
-    entries = list(_chosen(_opened(name).entries(), _N_PREVIEW, args.seed))
+    entries = list(_chosen(source.entries(), _N_PREVIEW, args.seed))
     images, captions = [], []
-    for entry, image in zip(entries, _read(name, entries, n_px, args.crop, args.filter, args.seed), strict=True):
+    for entry, image in zip(entries, _read(how._replace(n_px=n_px), entries), strict=True):
         if isinstance(image, ValueError):
             continue
         after = palette.decode(palette.encode(image))

@@ -18,16 +18,18 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
+from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.build import DEFAULT_MAX_BAD, check_work, list_images, making, merge_shards, write_shards
 from igpt_ds.data.shards.index import ShardIndex
 from igpt_ds.data.shards.layout import IMAGES_PER_SHARD, WHOLE, Part, ShardOptions
-from igpt_ds.data.sources import open_source
+from igpt_ds.data.sources import LABELS, open_source
 
 CROP_HELP = (
     "none: the shorter side to n_px, then the central square; center: the shorter side to 224, the central 224x224, then n_px; "
     "random: the shorter side to 256..384, a random 224x224, then n_px, and center for validation and test images (paper 3.1)"
 )
+LABELS_HELP = "ignore: images need no labels, and those of imagefolder: may lie at any depth"
 STAGES = ("all", "list", "write", "merge")
 
 
@@ -42,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_work(args.part, args.workers, args.max_bad)
     if args.stage in ("write", "merge") and not (making(args.out) / "plan").is_dir():
         raise ValueError(f"{args.out} has no list of images; run --stage list before {args.stage}")
-    source, palette, start = open_source(args.source), load_palette(args.palette), time.perf_counter()
-    options = ShardOptions(args.n_px, args.val_fraction, args.images_per_shard, args.seed, args.filter, args.crop, args.views)
-    plan = list_images(args.out, source, palette, options.settings(source, palette))
+    source, palette, start = open_source(args.source, args.labels), load_palette(args.palette), time.perf_counter()
+    shape = args.filter, args.crop, args.views, args.max_pixels
+    options = ShardOptions(args.n_px, args.val_fraction, args.images_per_shard, args.seed, *shape)
+    plan = list_images(args.out, source, palette, options.settings(source, palette), args.max_bad)
     counts = ", ".join(f"{count} {split}" for split, count in plan.counts.items() if count)
     print(f"listed      {counts} images of {source.name}")
+    if args.stage == "list":
+        print_left_out(plan.left_out)
     if args.stage in ("all", "write"):
         made = write_shards(args.out, source, part=args.part, workers=args.workers, max_bad=args.max_bad)
         seconds = time.perf_counter() - start
@@ -58,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this tool."""
     parser.add_argument("--source", required=True, help="images to read, as KIND:WHERE, see above")
+    parser.add_argument("--labels", choices=LABELS, default="use", help=LABELS_HELP)
     parser.add_argument("--palette", type=Path, required=True, help="palette file, .npy")
     parser.add_argument("--n_px", type=int, required=True, help="side of the square images in pixels")
     parser.add_argument("--out", type=Path, required=True, help="dataset directory to make, new or empty")
@@ -70,6 +76,8 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--images_per_shard", type=int, default=IMAGES_PER_SHARD, help="images in one tar file")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the validation split and the random crops")
     parser.add_argument("--max_bad", type=float, default=DEFAULT_MAX_BAD, help="largest share of images that may be unreadable")
+    what = "largest number of pixels of an image (default: PIL's limit against decompression bombs, 89478485)"
+    parser.add_argument("--max_pixels", type=int, help=what)
     parser.add_argument("--workers", type=int, default=cores(), help="processes that make images")
     parser.add_argument("--stage", choices=STAGES, default="all", help="what to do now")
     parser.add_argument("--part", type=part, default=WHOLE, metavar="I/N", help="with --stage write: this part of the shards")
@@ -92,7 +100,14 @@ def print_index(out: Path, index: ShardIndex) -> None:
         print(f"{split:<11} {about.n_images} images in {len(about.shards)} shards, dataset hash {about.dataset_hash[:16]}")
     print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
     print(f"unreadable  {index.n_unreadable} images")
+    print_left_out(index.left_out or [])
     print(f"palette     {index.load_palette(out).name.removeprefix('palette ')}")
+
+
+def print_left_out(rows: Sequence[LeftOut]) -> None:
+    """Prints one line per ending and reason, with the first names."""
+    for row in rows:
+        print(f"left out    {row}")
 
 
 if __name__ == "__main__":

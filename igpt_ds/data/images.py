@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from igpt_ds.data.left_out import EMPTY, TOO_LARGE, UNDECODABLE, BadImageError
 from igpt_ds.data.png import without_notes
 from igpt_ds.files import atomic_file
 
@@ -53,28 +55,42 @@ _CAPTION_PX = 14  # height of a line of PIL's built-in font
 # --------------------------------------------------------------------------------------------------- decoding
 
 
-def decode_image(data: bytes, name: str = "image") -> np.ndarray:
+def decode_image(data: bytes, name: str = "image", max_pixels: int | None = None) -> np.ndarray:
     """Decodes an image file's bytes to uint8 [h, w, 3], in the orientation of its EXIF.
 
     Grey, CMYK and palette images become RGB, 16-bit grey keeps its upper 8 bits, transparent pixels are blended with white.
     simplejpeg decodes JPEGs in RGB or grey to the same bits as PIL. PIL decodes all other images, and those that simplejpeg
-    refuses.
+    refuses. An image of more than max_pixels pixels (default: PIL's limit) may be a decompression bomb.
 
     Raises:
-        ValueError: the bytes are not an image, the image is truncated, or it is as large as a decompression bomb.
+        BadImageError: the bytes are not an image, the image is truncated, or it is larger than max_pixels.
     """
+    why = UNDECODABLE
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _limit(max_pixels):
             warnings.simplefilter("ignore")  # odd metadata does not matter to pixels; size is checked below
             with Image.open(io.BytesIO(without_notes(data)), formats=_formats()) as image:
                 _refuse_bomb(image.size)
                 pixels = _jpeg_pixels(data, image)
                 return np.array(_rgb(_upright(image))) if pixels is None else pixels
     except UnidentifiedImageError:
-        reason = "its bytes are of no known format" if data else "it is empty"
+        reason, why = ("its bytes are of no known format", why) if data else ("it is empty", EMPTY)
+    except Image.DecompressionBombError as error:
+        reason, why = f"{error}; raise --max_pixels (fit_palette.py: --max_image_pixels) if it is no bomb", TOO_LARGE
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise ValueError(f"{name} cannot be read as an image: {reason}")
+    raise BadImageError(f"{name} cannot be read as an image: {reason}", why)
+
+
+@contextmanager
+def _limit(max_pixels: int | None) -> Iterator[None]:
+    """PIL's own limit of pixels, which holds for this process."""
+    before = Image.MAX_IMAGE_PIXELS
+    try:
+        Image.MAX_IMAGE_PIXELS = max_pixels or before
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @cache
@@ -86,7 +102,8 @@ def _formats() -> list[str]:
 def _refuse_bomb(size: tuple[int, int]) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and size[0] * size[1] > limit:  # PIL only warns up to twice this limit
-        raise ValueError(f"its {size[0]} x {size[1]} pixels are more than {limit}, like a decompression bomb's")
+        text = f"its {size[0]} x {size[1]} pixels are more than {limit}, like a decompression bomb's"
+        raise Image.DecompressionBombError(text)
 
 
 def _jpeg_pixels(data: bytes, image: Image.Image) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from igpt_ds.data.left_out import Tally
 from igpt_ds.data.palette import Palette, fit_colors
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
@@ -24,6 +25,8 @@ class Memory:
     val_fraction: float = 0.1
     n_test: int = 0  # how many of the last images are test images
     unreadable: tuple[int, ...] = ()
+    labels: str = "use"
+    left_out: Tally = field(default_factory=Tally)
 
     def entries(self):
         """As data/sources asks."""

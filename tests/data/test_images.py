@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from igpt_ds.data import images
 from igpt_ds.data.images import CROPS, FILTERS, decode_image, save_grid, square
+from igpt_ds.data.left_out import BadImageError
 
 RED, GREEN, WHITE = [255, 0, 0], [0, 255, 0], [255, 255, 255]
 PIL_FILTERS = {name: Image.Resampling[name.upper()] for name in FILTERS}
@@ -274,6 +275,18 @@ def test_decompression_bomb_is_refused(monkeypatch, form, limit, reason, fast_de
     with pytest.raises(ValueError, match=f"bomb cannot be read as an image: {reason}"):
         decode_image(data, "bomb")
     assert not fast_decodes
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_a_panorama_is_read_where_it_is_allowed(monkeypatch, form):
+    panorama = stored(Image.fromarray(np.zeros((4, 40, 3), dtype=np.uint8)), format=form)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    for limit in (None, 159, 79):
+        with pytest.raises(BadImageError, match="raise --max_pixels") as caught:
+            decode_image(panorama, max_pixels=limit)
+        assert caught.value.reason == "too many pixels"
+    assert decode_image(panorama, max_pixels=160).shape == (4, 40, 3)
+    assert Image.MAX_IMAGE_PIXELS == 50
 
 
 @pytest.mark.parametrize("side", [10_000, 65_000])

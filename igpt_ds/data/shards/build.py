@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from igpt_ds.data.left_out import EMPTY_CLASS
 from igpt_ds.data.palette import Palette, load_palette, prepare_table, save_palette
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.data.shards.encode import CHUNK, Prepared, Task, Unreadable, prepared
+from igpt_ds.data.shards.encode import CHUNK, Bad, Prepared, Task, Unreadable, prepared
 from igpt_ds.data.shards.index import ShardEntry, ShardIndex, read_index, signed, split_entry, write_index
 from igpt_ds.data.shards.layout import (
     IMAGES_PER_SHARD,
@@ -49,7 +50,15 @@ from igpt_ds.schema import record_from
 
 DEFAULT_MAX_BAD = 0.001  # more than one unreadable image in a thousand means a broken copy
 IMAGES_PER_PROCESS = 2048  # for fewer images another process costs more than it saves
-_RECORDED = ("val_fraction", "images_per_shard", "seed", "filter", "crop", "views")  # settings that the index records
+_RECORDED = (
+    "val_fraction",
+    "images_per_shard",
+    "seed",
+    "filter",
+    "crop",
+    "views",
+    "max_pixels",
+)  # settings that the index records
 _PACKAGES = ("numpy", "pillow", "simplejpeg", "torch")  # packages that decode and resize
 
 
@@ -71,7 +80,7 @@ def write_dataset(
     Raises:
         ValueError: `path` exists, a number is out of range, a split would be empty, or too many images are unreadable.
     """
-    list_images(path, source, palette, options.settings(source, palette))
+    list_images(path, source, palette, options.settings(source, palette), max_bad)
     write_shards(path, source, workers=workers, max_bad=max_bad)
     return merge_shards(path, name, max_bad)
 
@@ -81,7 +90,9 @@ def making(path: Path) -> Path:
     return path.with_name(f"{path.name}.making")
 
 
-def list_images(path: Path, source: Source, palette: Palette, settings: ShardSettings) -> ShardPlan:
+def list_images(
+    path: Path, source: Source, palette: Palette, settings: ShardSettings, max_bad: float = DEFAULT_MAX_BAD
+) -> ShardPlan:
     """Assigns images to the shards of the dataset directory `path`, or reads the plan if it exists.
 
     Raises:
@@ -94,7 +105,7 @@ def list_images(path: Path, source: Source, palette: Palette, settings: ShardSet
         work.mkdir(parents=True, exist_ok=True)
         save_palette(work / "palette.npy", palette)
         try:
-            make_plan(work / "plan", source, settings)
+            make_plan(work / "plan", source, settings, max_bad)
         except (ValueError, OSError):
             if not (work / "plan" / "plan.json").exists():  # otherwise another job of an array was faster
                 (work / "palette.npy").unlink(missing_ok=True)
@@ -136,7 +147,7 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
     missing = [shard for shard in mine if not _entry_file(work, shard).is_file()]
     if not missing:
         return 0
-    unreadable = Unreadable(source.name, plan.n_entries, max_bad)
+    unreadable = Unreadable(source.name, plan.n_entries, max_bad, plan.left_out)
     for shard in mine:
         if shard not in missing:
             unreadable.add(_read_made(work, shard).unreadable)
@@ -168,12 +179,12 @@ def _tasks(shards: list[Planned], plan: ShardPlan) -> Iterator[Task]:
 
 def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable: Unreadable, bar: Any) -> None:
     """Writes one shard, then its entry for the index, which marks the shard as finished."""
-    mine: list[list[str]] = []
+    mine: list[Bad] = []
     with shard_file(work / name) as shard:
         for result in results:
             shard.add(pack(result.names, result.tokens, result.labels))
             unreadable.add(result.unreadable, say=True)
-            mine += map(list, result.unreadable)
+            mine += result.unreadable
             bar.update(result.n_entries)
         entry = shard.close()
     if not shard.n_images:
@@ -192,13 +203,16 @@ def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_M
     shards = plan.shards()
     if missing := [shard.name for shard in shards if not _entry_file(work, shard).is_file()]:
         raise ValueError(f"{work}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}; make them first")
-    unreadable = Unreadable(plan.settings.source, plan.n_entries, max_bad)
+    unreadable = Unreadable(plan.settings.source, plan.n_entries, max_bad, plan.left_out)
     splits: dict[str, list[ShardEntry]] = {}
     for shard in shards:
         made = _read_made(work, shard)
         unreadable.add(made.unreadable)
         if made.shard.n_images:
             splits.setdefault(shard.split, []).append(made.shard)
+    for label, n in enumerate(plan.n_listed):
+        if n == unreadable.by_label[label]:
+            unreadable.tally.add(plan.classes[label], EMPTY_CLASS, lost=False, ending="")
     palette = load_palette(work / "palette.npy")
     index = ShardIndex(
         name=name or path.resolve().name,
@@ -212,6 +226,7 @@ def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_M
         source_hash=plan.source_hash,
         made_with={package: version(package) for package in _PACKAGES},
         n_unreadable=unreadable.count,
+        left_out=unreadable.tally.rows() or None,
         **{key: getattr(plan.settings, key) for key in _RECORDED},
     )
     write_index(work, index)
@@ -230,10 +245,10 @@ def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_M
 
 @dataclass(frozen=True)
 class _Made:
-    """A shard that is finished: its entry for the index, and the images that could not be read as [key, reason]."""
+    """A shard that is finished: its entry for the index, and the images that could not be read."""
 
     shard: ShardEntry
-    unreadable: list[list[str]]
+    unreadable: list[Bad]
 
 
 def _entry_file(work: Path, shard: Planned) -> Path:

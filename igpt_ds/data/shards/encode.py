@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.images import decode_image, square
+from igpt_ds.data.left_out import LeftOut, Tally, reason_of
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.sources import Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
@@ -41,6 +42,18 @@ class CropSpec:
     resize_filter: str
     seed: int
     views: int
+    max_pixels: int | None = None  # see `data/images.decode_image`
+
+
+@dataclass(frozen=True)
+class Bad:
+    """An image that cannot be read: its key, the error, the reason to count it by, the ending of its name, its label."""
+
+    key: str
+    error: str
+    reason: str
+    ending: str
+    label: int
 
 
 class Task(NamedTuple):
@@ -60,28 +73,36 @@ class Prepared(NamedTuple):
     names: np.ndarray  # int64 [N]: number in the split x views + view
     tokens: np.ndarray  # uint16 [N, n_px, n_px]
     labels: np.ndarray  # int64 [N]
-    unreadable: list[tuple[str, str]]  # key, reason
+    unreadable: list[Bad]
 
 
 class Unreadable:
     """Counts images that cannot be read, and stops if there are too many."""
 
-    def __init__(self, source: str, n_entries: int, max_bad: float) -> None:
+    def __init__(self, source: str, n_entries: int, max_bad: float, left_out: Sequence[LeftOut] = ()) -> None:
+        """`left_out` is what the listing left out, which --max_bad limits too."""
         self.count = 0
-        self._source, self._n_entries, self._max_bad = source, n_entries, max_bad
+        self.tally = Tally(left_out)
+        self.by_label: Counter[int] = Counter()
+        self._source, self._max_bad = source, max_bad
+        self._n_lost, self._n_images = self.tally.n_lost, n_entries + self.tally.n_lost
         self._named: list[str] = []
 
-    def add(self, images: Sequence[Sequence[str]], say: bool = False) -> None:
-        """Adds images as (key, reason); `say` prints them on stderr."""
-        named = [reason for _, reason in images[: _NAMED - len(self._named)]]
-        for reason in named if say else []:
-            tqdm.write(f"skipped: {reason}", file=sys.stderr)
+    def add(self, images: Sequence[Bad], say: bool = False) -> None:
+        """Adds images; `say` prints them on stderr."""
+        named = [bad.error for bad in images[: _NAMED - len(self._named)]]
+        for error in named if say else []:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
         self._named += named
         self.count += len(images)
-        if self.count > self._max_bad * self._n_entries:
-            allowed = f"more than the {self._max_bad:g} of {self._n_entries} images that --max_bad allows"
+        for bad in images:
+            self.tally.add(bad.key, bad.reason, ending=bad.ending)
+            self.by_label[bad.label] += 1
+        if self.tally.n_lost > self._max_bad * self._n_images:
+            before = f" and {self._n_lost} left out" if self._n_lost else ""
+            allowed = f"more than the {self._max_bad:g} of {self._n_images} images that --max_bad allows"
             fix = "repair the files or raise --max_bad"
-            raise ValueError(f"{self._source}: {self.count} unreadable, {allowed}: {'; '.join(self._named)}; {fix}")
+            raise ValueError(f"{self._source}: {self.count} unreadable{before}, {allowed}: {'; '.join(self._named)}; {fix}")
 
 
 def prepare(source: Source, palette: Palette, task: Task) -> Prepared:
@@ -89,12 +110,12 @@ def prepare(source: Source, palette: Palette, task: Task) -> Prepared:
     names: list[int] = []
     images: list[np.ndarray] = []
     labels: list[int] = []
-    unreadable: list[tuple[str, str]] = []
+    unreadable: list[Bad] = []
     for place, (entry, raw) in enumerate(zip(task.entries, source.read(task.entries), strict=True), start=task.first):
         try:
             views = _views(entry, raw, task.spec)
         except ValueError as error:
-            unreadable.append((entry.key, str(error)))
+            unreadable.append(Bad(entry.key, str(error), reason_of(error), entry.kind, entry.label))
             continue
         images += views
         names += range(place * task.spec.views, place * task.spec.views + len(views))
@@ -108,7 +129,7 @@ def prepare(source: Source, palette: Palette, task: Task) -> Prepared:
 def _views(entry: Entry, raw: bytes | np.ndarray | ValueError, spec: CropSpec) -> list[np.ndarray]:
     if isinstance(raw, ValueError):
         raise raw
-    image = decode_image(raw, entry.key) if isinstance(raw, bytes) else raw
+    image = decode_image(raw, entry.key, spec.max_pixels) if isinstance(raw, bytes) else raw
     return [
         square(image, spec.n_px, crop=spec.crop, resize_filter=spec.resize_filter, seed=spec.seed, key=entry.key, view=view)
         for view in range(spec.views)
@@ -131,7 +152,7 @@ def prepared(tasks: Iterable[Task], source: Source, palette_file: Path, workers:
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     ahead: deque[Future[Prepared]] = deque()
-    with process_pool(workers, begin=_begin, words=(source.name, palette_file)) as pool:
+    with process_pool(workers, begin=_begin, words=(source.name, source.labels, palette_file)) as pool:
         for task in tasks:
             ahead.append(pool.submit(_work, task))
             if len(ahead) >= _AHEAD * workers:
@@ -143,12 +164,12 @@ def prepared(tasks: Iterable[Task], source: Source, palette_file: Path, workers:
 _worker: dict[str, tuple[Source, Palette]] = {}  # in a worker process: what it opened at its start
 
 
-def _begin(source_name: str, palette_file: Path) -> None:
+def _begin(source_name: str, labels: str, palette_file: Path) -> None:
     import torch  # its threads would compete with the other processes
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker["opened"] = open_source(source_name), load_palette(palette_file)
+    _worker["opened"] = open_source(source_name, labels), load_palette(palette_file)
 
 
 def _end_with_parent() -> None:

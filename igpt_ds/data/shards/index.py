@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.files import read_json, write_json
 from igpt_ds.schema import check_file_name, record_from, to_json
@@ -49,7 +50,9 @@ class ShardIndex:
 
     Attributes:
         palette: the file name of the palette in the directory.
+        max_pixels: the limit of an image's pixels, where it was set.
         made_with: the version of each package that decodes and resizes.
+        left_out: what the source left out, by ending and reason. Older indexes have none.
         derived: how the images were chosen from another dataset directory, as the tool that chose them says it.
     """
 
@@ -68,8 +71,10 @@ class ShardIndex:
     filter: str | None = None
     crop: str | None = None
     views: int | None = None
+    max_pixels: int | None = None
     made_with: dict[str, str] | None = None
     n_unreadable: int | None = None
+    left_out: list[LeftOut] | None = None
     derived: dict[str, object] | None = None
 
     def __post_init__(self) -> None:

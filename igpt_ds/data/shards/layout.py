@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from typing import IO
 from tqdm import tqdm
 
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
+from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.encode import CropSpec
 from igpt_ds.data.shards.index import SPLITS, signed
@@ -62,6 +64,7 @@ class ShardOptions:
         split. None means the source's own fraction: 10 % for CIFAR and STL-10, 4 % for ImageNet (paper 3.1).
     seed: of the split and the random crops.
     filter, crop, views: the resizing filter, how an image becomes a square, random crops per training image.
+    max_pixels: the largest image, or None for PIL's limit against decompression bombs.
     """
 
     n_px: int
@@ -71,12 +74,13 @@ class ShardOptions:
     filter: str = DEFAULT_FILTER
     crop: str = "none"
     views: int = 1
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
-        for name in ("n_px", "images_per_shard", "views"):
-            if getattr(self, name) < 1:
+        for name in ("n_px", "images_per_shard", "views", "max_pixels"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_px > MAX_PX:
             raise ValueError(f"n_px={self.n_px} must be at most {MAX_PX}")
@@ -92,13 +96,13 @@ class ShardOptions:
     def settings(self, source: Source, palette: Palette) -> ShardSettings:
         """The options together with the source and the palette."""
         options = asdict(self) | ({"val_fraction": source.val_fraction} if self.val_fraction is None else {})
-        return ShardSettings(**options, source=source.name, palette_hash=palette.hash)
+        return ShardSettings(**options, source=source.name, labels=source.labels, palette_hash=palette.hash)
 
     def crop_spec(self, split: str) -> CropSpec:
         """The crop of the images of a split. Validation and test images get one central crop (paper 3.1)."""
         if split == "train" or self.crop != "random":
-            return CropSpec(self.n_px, self.crop, self.filter, self.seed, self.views)
-        return CropSpec(self.n_px, "center", self.filter, self.seed, 1)
+            return CropSpec(self.n_px, self.crop, self.filter, self.seed, self.views, self.max_pixels)
+        return CropSpec(self.n_px, "center", self.filter, self.seed, 1, self.max_pixels)
 
     def entries_per_shard(self, split: str) -> int:
         """Images of the source per shard; all views of an image are in the same shard."""
@@ -111,6 +115,7 @@ class ShardSettings(ShardOptions):
 
     val_fraction: float = field()  # no default here
     source: str
+    labels: str = "use"
     palette_hash: str
 
 
@@ -143,14 +148,15 @@ def split_of(key: str, seed: int, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-def make_plan(path: Path, source: Source, settings: ShardSettings) -> None:
+def make_plan(path: Path, source: Source, settings: ShardSettings, max_bad: float = 1) -> None:
     """Writes the plan directory, which appears when it is complete.
 
     Raises:
-        ValueError: the source is empty, a split would be empty, or a split has more images than nine digits can number.
+        ValueError: the source is empty, a split would be empty, a split has more images than nine digits can number, or the
+            source leaves out more than the fraction max_bad.
     """
     with atomic_dir(path) as partial:
-        digest, counts = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
+        digest, counts, by_label = hashlib.sha256(), dict.fromkeys(SPLITS, 0), Counter[int]()
         with ExitStack() as stack:
             files: dict[str, IO[str]] = {}
             for entry in tqdm(source.entries(), "list", unit=" images", leave=False, disable=None):
@@ -163,9 +169,12 @@ def make_plan(path: Path, source: Source, settings: ShardSettings) -> None:
                 files[split].write(json.dumps(entry) + "\n")
                 digest.update(json.dumps([split, entry.key, entry.label]).encode())
                 counts[split] += 1
+                by_label[entry.label] += 1
+        source.left_out.check(source.name, sum(counts.values()), max_bad)
         _check_counts(counts, source, settings)
         hashes = {file.name: sha256_file(file) for file in sorted(partial.glob("*.jsonl"))}
-        plan = _PlanFile(settings, source.classes, digest.hexdigest(), counts, hashes)
+        n_listed = [by_label[label] for label in range(len(source.classes))]
+        plan = _PlanFile(settings, source.classes, digest.hexdigest(), counts, hashes, source.left_out.rows(), n_listed)
         write_json(partial / "plan.json", signed(asdict(plan)))
 
 
@@ -188,13 +197,18 @@ def _check_counts(counts: dict[str, int], source: Source, settings: ShardSetting
 
 @dataclass(frozen=True)
 class _PlanFile:
-    """The content of plan.json. lists: the sha256 of each shard's file of entries."""
+    """The content of plan.json.
+
+    lists: the sha256 of each shard's file of entries. left_out: what the source left out. n_listed: images of each class.
+    """
 
     settings: ShardSettings
     classes: list[str]
     source_hash: str
     counts: dict[str, int]
     lists: dict[str, str]
+    left_out: list[LeftOut] = field(default_factory=list)
+    n_listed: list[int] = field(default_factory=list)
 
 
 class ShardPlan:
@@ -210,6 +224,7 @@ class ShardPlan:
             raise ValueError(f"plan {path / 'plan.json'} is damaged; remove {path.parent} and begin again")
         plan = record_from(_PlanFile, about, f"plan {path / 'plan.json'}", f"remove {path.parent} and begin again")
         self.settings, self.classes, self.source_hash, self.counts = plan.settings, plan.classes, plan.source_hash, plan.counts
+        self.left_out, self.n_listed = plan.left_out, plan.n_listed
         self._lists, self._path = plan.lists, path
 
     @property

@@ -7,14 +7,24 @@ it. `data/shards/build.py` lists entries once and passes chunks of them to worke
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+from igpt_ds.data.left_out import ABOVE, DANGLING, HIDDEN, SPECIAL, Tally, ending_of, why_not
+
 VAL_FRACTION = 0.1  # paper 3.1: "10 % for all other datasets"; ImageNet has its own
+UNLABELLED = ["unlabelled"]  # the classes of a source without labels
+LABELS = ("use", "ignore")
+_FOLDER, _FILE = "folder", "file"
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation", "dev", "eval"},
+    "test": {"test", "testing"},
+}
 
 
 class Entry(NamedTuple):
@@ -24,16 +34,30 @@ class Entry(NamedTuple):
     key: str  # unique in its source; the same in all formats of a dataset
     label: int  # index into the classes
     place: list[Any]  # the place of its bytes, in the terms of its source
+    ending: str = ""  # the ending of its name; "": that of the key
+
+    @property
+    def kind(self) -> str:
+        """The ending by which it is counted."""
+        return self.ending or ending_of(self.key)
 
 
 Result = bytes | np.ndarray | ValueError  # an encoded image file, uint8 [h, w, 3], or the error of this one image
 
 
 class Source(Protocol):
-    """Images with labels; listing and reading are separate. `open_source(source.name)` opens the source in another process."""
+    """Images with labels; listing and reading are separate. `open_source(source.name, source.labels)` opens it again."""
 
     name: str
     val_fraction: float  # the fraction of "train" that paper 3.1 uses for validation
+
+    @property
+    def labels(self) -> str:
+        """Whether labels are used: one of LABELS."""
+
+    @property
+    def left_out(self) -> Tally:
+        """What the last complete listing left out."""
 
     @property
     def classes(self) -> list[str]:
@@ -54,24 +78,88 @@ class Source(Protocol):
         """
 
 
+class Unlabelled:
+    """Any source with its labels ignored: every image has the label 0, the class "unlabelled"."""
+
+    classes = UNLABELLED
+    labels = "ignore"
+
+    def __init__(self, source: Source) -> None:
+        self.name, self.val_fraction, self.read = source.name, source.val_fraction, source.read
+        self._source = source
+
+    @property
+    def left_out(self) -> Tally:
+        """That of the source."""
+        return self._source.left_out
+
+    def entries(self) -> Iterator[Entry]:
+        """Those of the source."""
+        return (entry._replace(label=0) for entry in self._source.entries())
+
+
+def split_word(name: str) -> str | None:
+    """ "train", "val" or "test" if a name has a word of that meaning, otherwise None."""
+    words = re.split("[^a-z]+", name.lower())
+    return next((split for split, known in _SPLIT_WORDS.items() if not known.isdisjoint(words)), None)
+
+
 def visible_folders(directory: Path) -> list[str]:
     """The names of the folders in a directory that are not hidden, sorted."""
     with os.scandir(directory) as found:
-        return sorted(item.name for item in found if not item.name.startswith(".") and item.is_dir())
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name counts as an image: it is not hidden and has an image extension."""
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+        return sorted(item.name for item in found if not item.name.startswith(".") and _kind(item) == _FOLDER)
 
 
 def has_images(directory: Path) -> bool:
-    """Whether a directory itself holds an image. Stops at the first one."""
+    """Whether a directory itself holds a file that may be an image. Stops at the first one."""
     with os.scandir(directory) as found:
-        return any(is_image_name(item.name) and item.is_file() for item in found)
+        return any(why_not(item.name) is None and _kind(item) == _FILE for item in found)
 
 
-def image_names(directory: Path) -> list[str]:
-    """The names of the images in a directory itself, sorted. Only names are checked."""
-    with os.scandir(directory) as found:
-        return sorted(item.name for item in found if is_image_name(item.name) and not item.is_dir())
+def scan(root: Path, below: str, tally: Tally) -> tuple[list[str], list[str]]:
+    """The files to try as images and the folders in `root/below`, as sorted paths below `root`. All else is counted."""
+    images, folders = [], []
+    with os.scandir(root / below) as found:
+        for item in found:
+            path, kind = f"{below}/{item.name}" if below else item.name, _kind(item)
+            if reason := why_not(item.name) if kind != _FOLDER else HIDDEN if item.name.startswith(".") else None:
+                tally.add(path, reason, lost=False)
+            elif kind == _FOLDER:
+                folders.append(path)
+            elif kind == _FILE:
+                images.append(path)
+            else:
+                tally.add(path, kind)
+    return sorted(images), sorted(folders)
+
+
+def _kind(item: os.DirEntry[str]) -> str:
+    """_FOLDER, _FILE, or the reason to leave it out. Only links need a call of the system."""
+    try:
+        if item.is_dir():
+            return _FOLDER
+        if item.is_file():
+            return _FILE
+        return DANGLING if item.is_symlink() and not Path(item.path).exists() else SPECIAL
+    except OSError:  # a link to itself
+        return DANGLING
+
+
+def walk_images(root: Path, below: str, tally: Tally) -> Iterator[str]:
+    """The files to try as images in `root/below` at any depth, as paths below `root`. Links to folders above are counted."""
+    parents = [root, *(root / path for path in Path(below).parents if below)]
+    waiting = [(below, frozenset(_mark(path) for path in parents if path != root / below))]
+    while waiting:
+        folder, above = waiting.pop()
+        if (mark := _mark(root / folder)) in above:
+            tally.add(folder, ABOVE, lost=False)
+            continue
+        images, folders = scan(root, folder, tally)
+        yield from images
+        waiting += [(name, above | {mark}) for name in reversed(folders)]
+
+
+def _mark(folder: Path) -> tuple[int, int]:
+    """What is the same for all paths of one folder."""
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from igpt_ds.data.left_out import Tally
 from igpt_ds.data.sources.archives import find_files
 from igpt_ds.data.sources.base import VAL_FRACTION, Entry
 from igpt_ds.data.sources.unpickle import load_pickle
@@ -74,6 +75,8 @@ class Cifar:
     """
 
     val_fraction = VAL_FRACTION
+    labels = "use"
+    left_out = Tally()  # nothing: its files are those of the publisher
 
     def __init__(self, kind: str, path: Path) -> None:
         """`kind` is "cifar10" or "cifar100"."""

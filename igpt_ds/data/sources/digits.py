@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from igpt_ds.data.left_out import Tally
 from igpt_ds.data.sources.base import VAL_FRACTION, Entry
 
 
@@ -17,6 +18,8 @@ class Digits:
     """Keys are `{label}/{index:04d}`, in scikit-learn's order; all are "train"."""
 
     val_fraction = VAL_FRACTION
+    labels = "use"
+    left_out = Tally()  # nothing: its files are those of the publisher
 
     def __init__(self) -> None:
         self.name = "digits:"

@@ -1,8 +1,8 @@
-"""`imagefolder:DIR`: images in one folder per class.
+"""`imagefolder:DIR`: images in one folder per class, or without classes.
 
 In: `DIR/<class>/<image>`, where all images are "train", or `DIR/train/<class>/<image>` with or without
-`DIR/test/<class>/<image>`. Out: a source. DIR has the second layout if its only folders are `train` and optionally `test`, and
-these hold class folders instead of images. A class may be called "train".
+`DIR/test/<class>/<image>`, or `DIR/<image>`, which has no labels. Out: a source. DIR has the second layout if its only folders
+are `train` and optionally `test`, and these hold class folders instead of images. A class may be called "train".
 """
 
 from __future__ import annotations
@@ -10,14 +10,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from igpt_ds.data.sources.base import VAL_FRACTION, Entry, Result, has_images, image_names, visible_folders
+from igpt_ds.data.left_out import DEEP, EMPTY_CLASS, LOOSE, Tally
+from igpt_ds.data.sources.base import (
+    UNLABELLED,
+    VAL_FRACTION,
+    Entry,
+    Result,
+    has_images,
+    scan,
+    split_word,
+    visible_folders,
+    walk_images,
+)
 from igpt_ds.data.sources.places import read_places
 
 
 class ImageFolder:
-    """Classes and images are sorted by name. Hidden files and folders without images are ignored.
+    """Classes and images are sorted by name. Keys are the paths below DIR: `<class>/<image>` or `train/<class>/<image>`.
 
-    Keys are the paths below DIR: `<class>/<image>` or `train/<class>/<image>`.
+    Every file is tried as an image that is not known to be something else (`data/left_out.py`). Images beside or below the class
+    folders are left out and counted. With labels "ignore", images count at any depth, and folders called train and test are
+    splits.
 
     Raises:
         ValueError: DIR does not exist, holds no images, mixes the two layouts, or has a class in `test` that `train` lacks.
@@ -25,24 +38,34 @@ class ImageFolder:
 
     val_fraction = VAL_FRACTION
 
-    def __init__(self, directory: Path) -> None:
-        self.name = f"imagefolder:{directory}"
+    def __init__(self, directory: Path, labels: str = "use") -> None:
+        self.name, self.labels = f"imagefolder:{directory}", labels
+        self.left_out = Tally()
         self._directory = directory
         if not directory.is_dir():
             raise ValueError(f"source directory {directory} does not exist; expected {directory}/<class>/<image>.jpg")
         self._divided = self._is_divided()
-        self.classes = self._classes("train") if self._divided else self._classes("")
+        self._flat = labels == "ignore"
+        self.classes = UNLABELLED if self._flat else self._classes("train" if self._divided else "")
+        if not self.classes and has_images(directory):
+            self.classes, self._flat = UNLABELLED, True
         if not self.classes:
-            raise ValueError(f"source directory {directory} holds no images; expected {directory}/<class>/<image>.jpg")
-        extra = set(self._classes("test")) - set(self.classes) if self._has_test() else set()
+            raise ValueError(f"source directory {directory} holds no images; {self._advice()}")
+        extra = set(self._classes("test")) - set(self.classes) if self._has_test() and not self._flat else set()
         if extra:
             raise ValueError(f"{directory}/test has the class {min(extra)!r}, which {directory}/train lacks; remove or rename it")
 
     def entries(self) -> Iterator[Entry]:
         """Images class by class. Memory holds the names of one class folder."""
+        self.left_out = Tally()
         if not self._divided:
             yield from self._entries("train", "")
             return
+        loose, _ = scan(self._directory, "", self.left_out)
+        if self._flat:
+            yield from (Entry("train", path, 0, [path]) for path in loose)
+        else:
+            self._leave_out(loose, LOOSE)
         yield from self._entries("train", "train")
         if self._has_test():
             yield from self._entries("test", "test")
@@ -52,12 +75,28 @@ class ImageFolder:
         return read_places(self._directory, entries)
 
     def _entries(self, split: str, below: str) -> Iterator[Entry]:
-        for label, name in enumerate(self.classes):
-            folder = Path(below, name)
-            if (self._directory / folder).is_dir():
-                for file in image_names(self._directory / folder):
-                    path = str(folder / file)
-                    yield Entry(split, path, label, [path])
+        if self.labels == "ignore":
+            for path in walk_images(self._directory, below, self.left_out):
+                yield Entry(split, path, 0, [path])
+            return
+        labels = {f"{below}/{name}" if below else name: label for label, name in enumerate(self.classes)}
+        loose, folders = scan(self._directory, below, self.left_out)
+        if self._flat:
+            yield from (Entry(split, path, 0, [path]) for path in loose)
+        else:
+            self._leave_out(loose, LOOSE)
+        for folder in folders:
+            images, deeper = scan(self._directory, folder, self.left_out)
+            if not images and not self._flat:
+                self.left_out.add(folder, EMPTY_CLASS, lost=False, ending="")
+            for path in images:
+                yield Entry(split, path, labels[folder], [path])
+            for below_class in deeper:
+                self._leave_out(walk_images(self._directory, below_class, self.left_out), DEEP)
+
+    def _leave_out(self, paths: Iterator[str] | list[str], reason: str) -> None:
+        for path in paths:
+            self.left_out.add(path, reason)
 
     def _classes(self, below: str) -> list[str]:
         folder = self._directory / below
@@ -69,7 +108,10 @@ class ImageFolder:
     def _is_divided(self) -> bool:
         """Whether DIR holds train and test instead of classes. Refuses ambiguous folders."""
         directory, folders = self._directory, visible_folders(self._directory)
+        if self.labels == "ignore" and "train" in folders and not set(folders) - {"train", "test"}:
+            return True
         if "train" not in folders or not self._classes("train"):
+            self._refuse_splits(folders)
             return False
         if has_images(directory / "train"):
             both = "holds both images and folders of images"
@@ -79,3 +121,18 @@ class ImageFolder:
             fix = "only train and test are read, since validation images are drawn from train; move the others away"
             raise ValueError(f"{directory}/train holds class folders, but {directory}/{extra[0]} lies beside it: {fix}")
         return True
+
+    def _refuse_splits(self, folders: list[str]) -> None:
+        """Refuses folders that are all named like splits, whose images would otherwise become classes of one split."""
+        if len({split_word(name) for name in folders} - {None}) < 2 or None in map(split_word, folders):
+            return
+        if self.labels == "ignore" or any(has_images(self._directory / name) for name in folders):
+            fix = "keep only train and test and add --labels ignore, name one of them, or rename them if they are classes"
+            raise ValueError(f"{self._directory} holds the splits {', '.join(folders)} instead of classes; {fix}")
+
+    def _advice(self) -> str:
+        expected = f"expected {self._directory}/<class>/<image>.jpg"
+        deep = next(walk_images(self._directory, "", Tally()), None)
+        if deep is None:
+            return expected
+        return f"{expected}, found {self._directory}/{deep}; name the folder above its class, or add --labels ignore"

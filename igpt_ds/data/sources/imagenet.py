@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from igpt_ds.data.sources.base import Entry, Result, has_images, image_names, is_image_name, visible_folders
+from igpt_ds.data.left_out import DEEP, LOOSE, Tally, why_not
+from igpt_ds.data.sources.base import UNLABELLED, Entry, Result, has_images, scan, visible_folders, walk_images
 from igpt_ds.data.sources.imagenet_truth import Truth
 from igpt_ds.data.sources.places import open_binary, read_places
 from igpt_ds.data.sources.tars import Member, Window, tar_window, walk
@@ -32,8 +33,9 @@ class ImageNet:
 
     val_fraction = 0.04  # paper 3.1: "we use 4% as our experimental validation set"
 
-    def __init__(self, directory: Path) -> None:
-        self.name = f"imagenet:{directory}"
+    def __init__(self, directory: Path, labels: str = "use") -> None:
+        self.name, self.labels = f"imagenet:{directory}", labels
+        self.left_out = Tally()
         root = self._root = directory / _KAGGLE if (directory / _KAGGLE).is_dir() else directory
         self._train_folder = (root / "train").is_dir()
         self._train_tar = not self._train_folder and (root / _TRAIN_TAR).is_file()
@@ -47,11 +49,17 @@ class ImageNet:
             raise ValueError(
                 f"{root}/val holds both loose images and class folders; finish moving them, or move one of the two away"
             )
-        self._truth = Truth.find((directory, root), root / ("val" if loose else _VAL_TAR)) if loose or val_tar else None
+        self._flat_val = loose or val_tar
+        find_truth = self._flat_val and labels == "use"
+        self._truth = Truth.find((directory, root), root / ("val" if loose else _VAL_TAR)) if find_truth else None
 
     @cached_property
     def classes(self) -> list[str]:
         """The wnids of the training set, or of the validation set if there is no training set."""
+        return UNLABELLED if self.labels == "ignore" else self._wnids
+
+    @cached_property
+    def _wnids(self) -> list[str]:
         if self._train_folder:
             return visible_folders(self._root / "train")
         if self._train_tar:
@@ -60,15 +68,16 @@ class ImageNet:
 
     def entries(self) -> Iterator[Entry]:
         """The training set class by class, then the validation set; images by name. Memory holds one folder or tar of names."""
-        labels = {wnid: label for label, wnid in enumerate(self.classes)}
+        self.left_out = Tally()
+        labels = {} if self.labels == "ignore" else {wnid: label for label, wnid in enumerate(self._wnids)}
         if self._train_folder:
             yield from self._folders("train", "train", labels)
         elif self._train_tar:
             yield from self._tar_of_tars(labels)
-        if self._truth is not None:
-            for name, place in self._flat_val():
-                wnid = self._truth.wnid(name)
-                yield Entry("test", f"val/{name}", self._label(wnid, labels, f"the image val/{name}"), place)
+        if self._flat_val:
+            for name, place in self._val_places():
+                label = self._label(self._truth.wnid(name), labels, f"the image val/{name}") if self._truth else 0
+                yield Entry("test", f"val/{name}", label, place)
         elif self._val_folder:
             yield from self._folders("test", "val", labels)
 
@@ -77,6 +86,8 @@ class ImageNet:
         return read_places(self._root, entries)
 
     def _label(self, wnid: str, labels: dict[str, int], what: str) -> int:
+        if self.labels == "ignore":
+            return 0
         if wnid not in labels:
             raise ValueError(
                 f"{self._root}: {what} is of the class {wnid}, which the training set lacks; add or remove the class"
@@ -84,14 +95,19 @@ class ImageNet:
         return labels[wnid]
 
     def _folders(self, split: str, below: str, labels: dict[str, int]) -> Iterator[Entry]:
-        for wnid in visible_folders(self._root / below):
-            label = self._label(wnid, labels, f"the folder {below}/{wnid}")
-            names = image_names(self._root / below / wnid)
-            if not names:
-                raise ValueError(f"{self._root}/{below}/{wnid} holds no images; fill it or remove it")
-            for name in names:
-                path = f"{below}/{wnid}/{name}"
-                yield Entry(split, path if split == "train" else f"{below}/{name}", label, [path])
+        loose, folders = scan(self._root, below, self.left_out)
+        for path in loose:
+            self.left_out.add(path, LOOSE)
+        for folder in folders:
+            label = self._label(folder.rpartition("/")[2], labels, f"the folder {folder}")
+            images, deeper = scan(self._root, folder, self.left_out)
+            if not images:
+                raise ValueError(f"{self._root}/{folder} holds no images; fill it or remove it")
+            for path in images:
+                yield Entry(split, path if split == "train" else f"{below}/{path.rpartition('/')[2]}", label, [path])
+            for deep in deeper:
+                for path in walk_images(self._root, deep, self.left_out):
+                    self.left_out.add(path, DEEP)
 
     @cached_property
     def _class_tars(self) -> list[Member]:
@@ -109,25 +125,35 @@ class ImageNet:
             for tar in self._class_tars:
                 wnid = tar.name.removesuffix(".tar")
                 window = Window(file, tar.offset, tar.size)
-                images = _images(window, f"{self._root / _TRAIN_TAR} ({tar.name})")
+                images = _images(window, f"{self._root / _TRAIN_TAR} ({tar.name})", self.left_out)
                 if not images:
                     raise ValueError(f"{self._root / _TRAIN_TAR} ({tar.name}) holds no images; download it again")
                 for image in images:
-                    yield Entry("train", f"train/{wnid}/{image.name}", labels[wnid], [_TRAIN_TAR, image.offset, image.size])
+                    yield Entry(
+                        "train",
+                        f"train/{wnid}/{image.name}",
+                        self._label(wnid, labels, tar.name),
+                        [_TRAIN_TAR, image.offset, image.size],
+                    )
 
-    def _flat_val(self) -> Iterator[tuple[str, list[str | int]]]:
-        """Name and place of each image that needs ground truth."""
+    def _val_places(self) -> Iterator[tuple[str, list[str | int]]]:
+        """Name and place of each image outside class folders."""
         if self._val_folder:
-            for name in image_names(self._root / "val"):
-                yield name, [f"val/{name}"]
+            for path in scan(self._root, "val", self.left_out)[0]:
+                yield path.removeprefix("val/"), [path]
             return
         with tar_window(self._root / _VAL_TAR) as window:
-            images = _images(window, str(self._root / _VAL_TAR))
+            images = _images(window, str(self._root / _VAL_TAR), self.left_out)
         for image in images:
             yield image.name, [_VAL_TAR, image.offset, image.size]
 
 
-def _images(window: Window, name: str) -> list[Member]:
+def _images(window: Window, name: str, tally: Tally) -> list[Member]:
     """The images of one tar by name; ImageNet's largest has 50,000."""
-    members = (member._replace(name=member.name.rpartition("/")[2]) for member in walk(window, name))
-    return sorted(member for member in members if is_image_name(member.name))
+    found = []
+    for member in walk(window, name):
+        if reason := why_not(member.name):
+            tally.add(member.name, reason, lost=False)
+        else:
+            found.append(member._replace(name=member.name.rpartition("/")[2]))
+    return sorted(found)

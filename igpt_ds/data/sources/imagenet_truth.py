@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from igpt_ds.data.sources.archives import find_files
+from igpt_ds.data.sources.places import open_binary
 
 _CSV = "LOC_val_solution.csv"
 _KIT = "ILSVRC2012_devkit_t12"
@@ -73,7 +74,8 @@ class Truth:
         return {f"ILSVRC2012_val_{line:08d}": wnids[number] for line, number in enumerate(numbers, start=1)}
 
     def _from_csv(self) -> dict[str, str]:
-        rows = list(csv.DictReader(io.StringIO(self._path.read_text(errors="replace"))))
+        with open_binary(self._path) as file:
+            rows = list(csv.DictReader(io.StringIO(file.read().decode(errors="replace"))))
         try:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
         except (KeyError, IndexError, AttributeError):

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+from igpt_ds.data.left_out import SPECIAL, UNREADABLE, BadImageError
 from igpt_ds.data.sources.base import Entry
 
 
@@ -34,7 +35,7 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
                 stack.close()
                 name = entry.place[0]
                 file = stack.enter_context(open_binary(root / name))
-            _, offset, size = entry.place
+            offset, size = entry.place[1:3]
             file.seek(offset)
             data = file.read(size)
             if len(data) != size:
@@ -46,20 +47,23 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
 
 def _whole(path: Path) -> bytes | ValueError:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return ValueError(f"{path} cannot be read: it is not a file")  # a fifo or a device may never end
-        return path.read_bytes()
+        with open_binary(path) as file:
+            return file.read()
     except OSError as error:
-        return ValueError(f"{path} cannot be read: {error.strerror}")
+        return BadImageError(f"{path} cannot be read: {error.strerror}", UNREADABLE)
+    except BadImageError as error:
+        return error
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """Opens a file for reading.
+    """Opens a file for reading, never a fifo or a device, which may not end.
 
     Raises:
-        ValueError: the file does not exist or cannot be read.
+        ValueError: the file does not exist, cannot be read, or is not a regular file.
     """
     try:
-        return open(path, "rb")
+        if stat.S_ISREG(path.stat().st_mode):
+            return open(path, "rb")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise BadImageError(f"{path} cannot be read: {error.strerror}", UNREADABLE) from None
+    raise BadImageError(f"{path} cannot be read: it is not a file", SPECIAL)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt_ds.data.left_out import Tally
 from igpt_ds.data.sources.archives import find_files
 from igpt_ds.data.sources.base import VAL_FRACTION, Entry
 
@@ -29,6 +30,8 @@ class STL10:
     """
 
     val_fraction = VAL_FRACTION
+    labels = "use"
+    left_out = Tally()  # nothing: its files are those of the publisher
 
     def __init__(self, path: Path) -> None:
         self.name = f"stl10:{path}"

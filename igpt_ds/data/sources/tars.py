@@ -22,6 +22,10 @@ _PIECE = 1 << 20
 BROKEN = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, OverflowError, ValueError)
 
 
+class TornError(ValueError):
+    """A tar that is truncated or damaged. The members before the damage are intact."""
+
+
 class Member(NamedTuple):
     """A file in a tar: `size` bytes at `offset` of the outermost file or stream."""
 
@@ -83,12 +87,13 @@ def walk(window: Window, name: str) -> Iterator[Member]:
     """The regular files of a tar, in its order; `name` is the tar's name in errors.
 
     Raises:
-        ValueError: it is not a plain tar, it ends before its end mark, a header is damaged, or data follows the end mark.
+        TornError: it is not a plain tar, it ends before its end mark, or a header is damaged.
+        ValueError: it holds a link or a device, or data follows the end mark.
     """
     try:
         tar = tarfile.TarFile(fileobj=cast(Any, window))
     except BROKEN as error:
-        raise ValueError(f"{name} is not a plain tar ({error}); decompress it, or copy it again") from None
+        raise TornError(f"{name} is not a plain tar ({error}); decompress it, or copy it again") from None
     while True:
         try:
             member = tar.next()
@@ -97,8 +102,9 @@ def walk(window: Window, name: str) -> Iterator[Member]:
         if member is None:
             break
         cast(Any, tar).members.clear()  # otherwise tarfile keeps every header
-        if member.issym() or member.islnk() or member.issparse():
-            raise ValueError(f"{name} holds the link or sparse file {member.name}; pack the tar again with plain files (tar -h)")
+        if member.issym() or member.islnk() or member.issparse() or member.isdev():
+            what = "device or fifo" if member.isdev() else "link or sparse file"
+            raise ValueError(f"{name} holds the {what} {member.name}; pack the tar again with plain files (tar -h)")
         if member.isreg():
             if window.size is not None and member.offset_data + member.size > window.size:
                 raise _cut(name, window.start + member.offset_data, f"{member.name} should have {member.size} bytes")
@@ -115,5 +121,5 @@ def walk(window: Window, name: str) -> Iterator[Member]:
         raise ValueError(f"{name} continues after the end of its archive at byte {end}; {fix}")
 
 
-def _cut(name: str, offset: int, reason: str) -> ValueError:
-    return ValueError(f"{name} was cut or damaged at byte {offset}: {reason}; copy it again")
+def _cut(name: str, offset: int, reason: str) -> TornError:
+    return TornError(f"{name} was cut or damaged at byte {offset}: {reason}; copy it again")

@@ -1,14 +1,14 @@
-"""`webdataset:SPEC`: tars of JPEG, PNG or WebP files as written by img2dataset, on disk or from a command.
+"""`webdataset:SPEC`: tars of images as written by img2dataset, on disk or from a command.
 
 In: SPEC is a tar, a folder of tars, brace notation such as `web/{00000..00099}.tar`, or `pipe:COMMAND`, also with braces. Out: a
-source whose images are all "train". A tar on disk is read by seeking. A command runs again to read its images, from its start to
-the last requested image, so only a single pass is fast; copy the tars if possible.
+source. If only some tars have the word "test" in their names, these are "test"; all others are "train". A tar on disk is read by
+seeking. A command runs again to read its images, from its start to the last requested image, so only a single pass is fast; copy
+the tars if possible.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -18,18 +18,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from braceexpand import braceexpand
-
-from igpt_ds.data.sources.base import VAL_FRACTION, Entry, Result
+from igpt_ds.data.left_out import BESIDE, TORN, Tally, ending_of, why_not
+from igpt_ds.data.sources.base import UNLABELLED, VAL_FRACTION, Entry, Result
 from igpt_ds.data.sources.places import read_places
-from igpt_ds.data.sources.tars import Member, Window, tar_window, walk
+from igpt_ds.data.sources.tar_names import expand, find, splits, stems
+from igpt_ds.data.sources.tars import Member, TornError, Window, tar_window, walk
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
+_USUAL = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")  # preferred among the members of one key
 _MOST_CLASSES = 1_000_000  # a larger class number is an error, and its class names would fill the memory
 
 
 class _Image(NamedTuple):
     key: str
+    ending: str
     label: int | None
     number: int  # of its member in the tar, from 0
     offset: int
@@ -37,31 +38,36 @@ class _Image(NamedTuple):
 
 
 class WebTars:
-    """Keys are `<tar>/<member key>`; as in webdataset, the member key is the name up to its first dot.
+    """Keys are `<tar>/<member key>`. As in webdataset, the member key is the name up to its first dot.
 
     Labels are the decimal numbers in `.cls` members. The classes are the lines of `classes.txt` beside the first tar, or "0" to
-    the highest label, for which all tars are listed once. Without `.cls` members every label is 0, the class "unlabelled". Other
-    members, and other files of img2dataset beside the tars, are ignored.
+    the highest label, for which all tars are listed once. Without `.cls` members, or with labels "ignore", every label is 0, the
+    class "unlabelled". Other members and other files beside the tars are counted. A torn tar among several is read up to the
+    damage; the images after it are counted as lost.
 
     Raises:
-        ValueError: SPEC names no tar, or two tars of one name. Listing raises it if a tar is truncated, a command fails, a key
-            occurs twice, only some images are labelled, or a label has no class.
+        ValueError: SPEC names no tar, two tars of one name, a compressed tar, or the tars of a validation split among others.
+            Listing raises it if the only tar is torn, a command fails, a key occurs twice, only some images are labelled, or a
+            label has no class.
     """
 
     val_fraction = VAL_FRACTION
 
-    def __init__(self, spec: str) -> None:
-        self.name = f"webdataset:{spec}"
+    def __init__(self, spec: str, labels: str = "use") -> None:
+        self.name, self.labels = f"webdataset:{spec}", labels
         self._pipe = spec.startswith("pipe:")
-        self._urls = _expand(spec.removeprefix("pipe:")) if self._pipe else _find(spec)
-        self._stems = _stems(self._urls, self._pipe)
+        self._beside = Tally()  # what lies beside the tars
+        self._urls = expand(spec.removeprefix("pipe:")) if self._pipe else find(spec, self._beside)
+        self._stems = stems(self._urls, self._pipe)
+        self._splits = splits(self._urls)
         self._highest: int | None = None  # the highest label, known after a complete listing
+        self.left_out = Tally()
 
     @cached_property
     def classes(self) -> list[str]:
         """The names of the classes. May list all tars."""
         if not self._labelled:
-            return ["unlabelled"]
+            return UNLABELLED
         if self._class_file:
             return self._class_file.read_text().splitlines()
         if self._highest is None:
@@ -71,20 +77,28 @@ class WebTars:
 
     def entries(self) -> Iterator[Entry]:
         """Images tar by tar, in the order of SPEC; tars of a folder are sorted by name."""
+        tally, torn = Tally(self._beside.rows()), dict[str, str]()
         highest, known = 0, len(self.classes) if self._class_file or not self._labelled else None
-        for url, stem in zip(self._urls, self._stems, strict=True):
-            for image in self._images(url):
+        counts = dict.fromkeys(self._urls, 0)
+        tars = sorted(zip(self._urls, self._stems, self._splits, strict=True), key=lambda tar: tar[2] == "test")
+        for url, stem, split in tars:
+            for image in self._images(url, tally, torn):
                 if (image.label is not None) != self._labelled:
-                    raise ValueError(
-                        f"{url}: {image.key} {_has(image.label)} .cls member, unlike the first image; label all or none"
-                    )
+                    fix = "label all or none, or add --labels ignore"
+                    raise ValueError(f"{url}: {image.key} {_has(image.label)} .cls member, unlike the first image; {fix}")
                 label = image.label or 0
                 if known is not None and label >= known:
                     raise ValueError(f"{url}: {image.key} has the label {label}, but {self._class_file} names {known} classes")
                 highest = max(highest, label)
                 place = [url, image.number] if self._pipe else [url, image.offset, image.size]
-                yield Entry("train", f"{stem}/{image.key}", label, place)
-        self._highest = highest
+                counts[url] += 1
+                yield Entry(split, f"{stem}/{image.key}", label, place, image.ending)
+        whole = [count for url, count in counts.items() if url not in torn]
+        if not whole:
+            raise ValueError(next(iter(torn.values())))
+        for url, error in torn.items():
+            tally.add(error, TORN, n=max(1, round(sum(whole) / len(whole)) - counts[url]), ending="")
+        self._highest, self.left_out = highest, tally
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Result]:
         """The members' bytes. Entries of a command in ascending order need one run of it.
@@ -104,17 +118,28 @@ class WebTars:
                 yield from _members_of(command, numbers[:rise])
                 numbers = numbers[rise:]
 
-    def _images(self, url: str) -> Iterator[_Image]:
+    def _images(self, url: str, tally: Tally, torn: dict[str, str]) -> Iterator[_Image]:
+        """The images of one tar. Adds the error to `torn` if it is torn and not the only one."""
         opened: AbstractContextManager[Window] = _piped(url) if self._pipe else tar_window(Path(url))
-        with opened as window:
-            yield from _images(window, url)
+        try:
+            with opened as window:
+                yield from _images(window, url, tally, self.labels == "use")
+        except TornError as error:
+            if len(self._urls) == 1:
+                raise
+            torn[url] = str(error)
 
     @cached_property
     def _labelled(self) -> bool:
         """Whether the first image has a .cls member; all other images must match it."""
-        first = next((image for url in self._urls for image in self._images(url)), None)
+        if self.labels == "ignore":
+            return False
+        torn: dict[str, str] = {}
+        first = next((image for url in self._urls for image in self._images(url, Tally(), torn)), None)
         if first is None:
-            raise ValueError(f"{self.name} holds no images; expected members that end in .{', .'.join(_IMAGES)}")
+            raise ValueError(
+                next(iter(torn.values()), f"{self.name} holds no images; expected members that end in .jpg, .jpeg, .png, .webp")
+            )
         return first.label is not None
 
     @property
@@ -127,28 +152,37 @@ def _has(label: int | None) -> str:
     return "has no" if label is None else "has a"
 
 
-def _images(window: Window, name: str) -> Iterator[_Image]:
+def _images(window: Window, name: str, tally: Tally, labels: bool) -> Iterator[_Image]:
     """The images of one tar. Members of one image have the same name up to the first dot, and are adjacent."""
     seen: set[str] = set()
     members = ((number, member, *_key(member.name)) for number, member in enumerate(walk(window, name)))
     for key, group in groupby(members, key=lambda found: found[2]):
-        image, label, other = None, None, ""
+        found, label = list[tuple[bool, bool, int, Member]](), None
         for number, member, _, extension in group:
-            if extension.lower() in _IMAGES:
-                if key in seen or image:
-                    raise ValueError(f"{name} holds two images of the key {key!r}; give each a name of its own")
-                image = _Image(key, None, number, member.offset, member.size)
-            elif extension == "cls":
+            if labels and extension == "cls":
                 label = _label(window, member, name)
-            elif extension.lower().rpartition(".")[2] in _IMAGES:
-                other = member.name
-        if image is not None:
-            seen.add(key)
-            yield image._replace(label=label)
+            if reason := why_not(member.name):
+                tally.add(member.name, reason, lost=False)
+            else:  # the usual endings first, then those without a dot, as `jpg` before `seg.png`
+                usual = extension.lower().rpartition(".")[2] in _USUAL
+                found.append((not usual, "." in extension, number, member))
+        if found:
+            yield _chosen(found, key, name, tally, seen)._replace(label=label)
         elif label is not None:
             raise ValueError(f"{name}: the label of {key} does not lie beside its image; pack the tar sorted by name")
-        elif other and key.rpartition("/")[2]:
-            raise ValueError(f"{name}: {other} has a dot inside its name, where webdataset ends the key; rename it")
+
+
+def _chosen(found: list[tuple[bool, bool, int, Member]], key: str, name: str, tally: Tally, seen: set[str]) -> _Image:
+    """The image among the members of one key that may be images. The others are counted."""
+    found.sort()
+    unusual, dotted, number, member = found[0]
+    if key in seen or (not unusual and any(other[:2] == (unusual, dotted) for other in found[1:])):
+        names = " and ".join(other[3].name for other in found[:2])
+        raise ValueError(f"{name} holds two images of the key {key!r}; give each a name of its own up to the first dot: {names}")
+    seen.add(key)
+    for other in found[1:]:
+        tally.add(other[3].name, BESIDE, lost=False)
+    return _Image(key, ending_of(member.name), None, number, member.offset, member.size)
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -165,47 +199,6 @@ def _label(window: Window, member: Member, name: str) -> int:
     if len(data) > 9 or int(data) >= _MOST_CLASSES:
         raise ValueError(f"{name}: {member.name} holds the class number {data[:20].decode()}; at most {_MOST_CLASSES - 1}")
     return int(data)
-
-
-def _expand(spec: str) -> list[str]:
-    if not spec.strip():
-        raise ValueError("webdataset:pipe: names no command; write for example 'webdataset:pipe:cat web/{00000..00099}.tar'")
-    if "{" not in spec:
-        return [spec]
-    try:
-        return list(braceexpand(spec))
-    except ValueError:
-        raise ValueError(f"webdataset: the braces of {spec!r} do not match; write for example {{00000..00099}}") from None
-
-
-def _find(spec: str) -> list[str]:
-    """The tars on disk that a spec names."""
-    if "://" in spec:
-        raise ValueError(f"webdataset:{spec} is not on disk; write for example 'webdataset:pipe:curl -sfL {spec}'")
-    path = Path(spec)
-    if path.is_dir():
-        tars = sorted(str(file) for file in path.glob("*.tar") if not file.name.startswith("."))
-        if not tars:
-            raise ValueError(f"source directory {path} holds no tars; expected {path}/<name>.tar")
-        return tars
-    tars = [spec] if path.exists() else _expand(spec)
-    for tar in tars:
-        if not Path(tar).is_file():
-            raise ValueError(f"tar {tar} does not exist; name a tar, a folder of tars, or several as {{00000..00099}}.tar")
-    return tars
-
-
-def _stems(urls: list[str], pipe: bool) -> list[str]:
-    """The first part of the keys of each tar. For a command it is the last tar named in it, or its number."""
-    if not pipe:
-        stems = [Path(url).stem for url in urls]
-        twice = sorted(stem for stem, same in groupby(sorted(stems)) if len(list(same)) > 1)
-        if twice:
-            raise ValueError(f"two tars are called {twice[0]}.tar, so that keys would not be unique; give each a name of its own")
-        return stems
-    found = [re.findall(r"([^\s/'\"]+?)\.tar\b", url)[-1:] for url in urls]
-    stems = [words[0] for words in found if words]
-    return stems if len(set(stems)) == len(urls) else [str(number) for number in range(len(urls))]
 
 
 @contextmanager

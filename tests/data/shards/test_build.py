@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_ds.data.images import square
+from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shards import build
 from igpt_ds.data.shards.build import copy_images, list_images, making, merge_shards, write_dataset, write_shards
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.data.shards.index import signed
+from igpt_ds.data.shards.index import read_index, signed
 from igpt_ds.data.shards.layout import Part, ShardOptions, ShardPlan, ShardSettings, make_plan, split_of
 from igpt_ds.data.sources import open_source
 
@@ -107,6 +108,46 @@ def test_large_images_are_squared_and_unreadable_ones_counted(tmp_path, folder, 
     expected = [palette8.encode(square(np.asarray(Image.open(file)), 3, resize_filter="box")) for file in files]
     np.testing.assert_array_equal(tokens, np.stack(expected))
     assert labels.tolist() == [0] * 8 + [1] * 7
+
+
+def test_what_is_left_out_is_in_the_index(tmp_path, folder, palette8):
+    raw = folder({"cat": 6, "dog": 2, "owl": 1, "emu/deep": 1})
+    (raw / "loose.png").write_bytes((raw / "cat/0.png").read_bytes())
+    (raw / "owl/0.png").rename(raw / "owl/0.HEIC")
+    (raw / "owl/0.HEIC").write_bytes(b"")
+    (raw / "dog/notes.txt").write_text("-")
+    source = open_source(f"imagefolder:{raw}")
+    with pytest.raises(
+        ValueError, match=r"2 left out, more than the 0.15 of 11 .*loose.png.*emu/deep/0.png.*move them into class"
+    ):
+        write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, val_fraction=0), max_bad=0.15)
+    assert not making(tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"1 unreadable and 2 left out, more than the 0.2 of 11 images .*owl/0.HEIC"):
+        write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, val_fraction=0), max_bad=0.2)
+    index = write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, val_fraction=0), max_bad=0.3)
+    assert read_index(tmp_path / "out") == index
+    assert index.left_out == [
+        LeftOut(".heic", "empty", 1, ["owl/0.HEIC"], True),
+        LeftOut(".png", "beside the class folders", 1, ["loose.png"], True),
+        LeftOut(".png", "deeper than a class folder", 1, ["emu/deep/0.png"], True),
+        LeftOut("", "classes without images", 2, ["emu", "owl"], False),
+        LeftOut(".txt", "not images by name", 1, ["dog/notes.txt"], False),
+    ]
+
+
+def test_ignored_labels_and_large_images_belong_to_the_settings(tmp_path, folder, palette8):
+    raw = folder({"cat": 3, "dog/deep": 3})
+    source = open_source(f"imagefolder:{raw}", "ignore")
+    with pytest.raises(ValueError, match=r"its 6 x 5 pixels are more than 29, .*raise --max_pixels"):
+        write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, val_fraction=0, max_pixels=29))
+    with pytest.raises(
+        ValueError,
+        match=r"begun with other settings \(labels 'ignore', now 'use'; max_pixels 29, now None\)|"
+        r"begun with other settings \(max_pixels 29, now None; labels 'ignore', now 'use'\)",
+    ):
+        write_dataset(tmp_path / "out", open_source(f"imagefolder:{raw}"), palette8, ShardOptions(3, val_fraction=0))
+    index = write_dataset(tmp_path / "other", source, palette8, ShardOptions(3, val_fraction=0, max_pixels=30))
+    assert (index.splits["train"].n_images, index.classes, index.max_pixels) == (6, ["unlabelled"], 30)
 
 
 def test_tokens_and_labels_of_the_widest_kind(tmp_path, memory):
@@ -289,6 +330,7 @@ def options(**changes):
         ({"images_per_shard": 0}, "images_per_shard=0 must be at least 1"),
         ({"n_px": 0}, "n_px=0 must be at least 1"),
         ({"n_px": 1025}, "n_px=1025 must be at most 1024"),
+        ({"max_pixels": 0}, "max_pixels=0 must be at least 1"),
         ({"views": 0}, "views=0 must be at least 1"),
         ({"filter": "sinc"}, "filter 'sinc' is unknown; known: "),
         ({"crop": "left"}, "crop 'left' is unknown; known: none, center, random"),

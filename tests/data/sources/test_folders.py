@@ -13,7 +13,17 @@ def test_classes_and_images_are_ordered_by_name(tree, everything, encoded):
     extra = ["cat/notes.txt", "cat/._0.png", ".cache/0.png", "empty/notes.txt", "flat.png", "owl/deeper/0.png"]
     directory = tree("raw", files | dict.fromkeys(extra, b"no image of a class"))
     entries, results = everything(f"imagefolder:{directory}")
-    assert open_source(f"imagefolder:{directory}").classes == ["cat", "owl"]
+    source = open_source(f"imagefolder:{directory}")
+    assert list(source.entries()) == entries
+    assert source.classes == ["cat", "owl"]
+    assert [(row.ending, row.reason, row.names, row.lost) for row in source.left_out.rows()] == [
+        (".png", "beside the class folders", ["flat.png"], True),
+        (".png", "deeper than a class folder", ["owl/deeper/0.png"], True),
+        (".txt", "not images by name", ["cat/notes.txt", "empty/notes.txt"], False),
+        ("", "classes without images", ["empty"], False),
+        ("", "hidden", [".cache"], False),
+        (".png", "hidden", ["cat/._0.png"], False),
+    ]
     assert [entry.key for entry in entries] == [f"{name}/{file}" for name in ("cat", "owl") for file in names]
     assert [entry.label for entry in entries] == [0] * 5 + [1] * 5
     assert {entry.split for entry in entries} == {"train"}
@@ -30,11 +40,31 @@ def test_train_and_test_folders_are_splits(tree, everything, with_test):
     assert results == [b"1", b"2", b"3", b"4"][: len(entries)]
 
 
-def test_classes_may_be_called_train_and_test(tree, everything):
-    directory = tree("raw", {"train/0.jpg": b"1", "test/0.jpg": b"2", "test/deeper/0.jpg": b"-"})
+def test_a_class_may_be_called_train(tree, everything):
+    directory = tree("raw", {"train/0.jpg": b"1", "plane/0.jpg": b"2", "plane/deeper/0.jpg": b"-"})
     entries, results = everything(f"imagefolder:{directory}")
-    assert [entry[:3] for entry in entries] == [("train", "test/0.jpg", 0), ("train", "train/0.jpg", 1)]
+    assert [entry[:3] for entry in entries] == [("train", "plane/0.jpg", 0), ("train", "train/0.jpg", 1)]
     assert results == [b"2", b"1"]
+
+
+def test_images_need_no_classes(tree, everything):
+    flat = tree("flat", {"b.jpg": b"2", "a.JPG": b"1", "deep/er/c.jpg": b"-"})
+    entries, results = everything(f"imagefolder:{flat}")
+    assert [entry[:3] for entry in entries] == [("train", "a.JPG", 0), ("train", "b.jpg", 0)]
+    assert results == [b"1", b"2"]
+    assert open_source(f"imagefolder:{flat}").classes == ["unlabelled"]
+    halves = tree("halves", {"train/0.jpg": b"1", "train/a/b/0.jpg": b"2", "test/0.jpg": b"3", "loose.jpg": b"4"})
+    (halves / "train" / "a" / "up").symlink_to(halves / "train")
+    source = open_source(f"imagefolder:{halves}", "ignore")
+    assert [entry[:3] for entry in source.entries()] == [
+        ("train", "loose.jpg", 0),
+        ("train", "train/0.jpg", 0),
+        ("train", "train/a/b/0.jpg", 0),
+        ("test", "test/0.jpg", 0),
+    ]
+    assert [row.names for row in source.left_out.rows()] == [["train/a/up"]]
+    assert open_source("digits:", "ignore").classes == source.classes == ["unlabelled"]
+    assert {entry.label for entry in open_source("digits:", "ignore").entries()} == {0}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +79,10 @@ def test_classes_may_be_called_train_and_test(tree, everything):
             r"raw/train holds class folders, but .*raw/val lies beside it: only train",
         ),
         (["train/cat/0.jpg", "test/dog/0.jpg"], r"raw/test has the class 'dog', which .*raw/train lacks; remove or rename it"),
-        (["flat.jpg", "class/notes.txt"], r"source directory .*raw holds no images; expected .*raw/<class>/<image>.jpg"),
+        (["class/notes.txt"], r"source directory .*raw holds no images; expected .*raw/<class>/<image>.jpg"),
+        (["a/b/0.jpg"], r"source directory .*raw holds no images; expected .*, found .*raw/a/b/0.jpg; name the folder above"),
+        (["train/0.jpg", "validation/0.jpg"], r"raw holds the splits train, validation instead of classes; keep only"),
+        (["Training/0.jpg", "TEST/0.jpg"], r"raw holds the splits TEST, Training instead of classes; keep only"),
     ],
 )
 def test_layouts_that_say_two_things_or_nothing_are_refused(tree, files, message):
@@ -66,20 +99,25 @@ def test_a_file_that_cannot_be_read_comes_back_as_an_error(tree):
     assert (first, third) == (b"0", b"2")
     assert isinstance(second, ValueError)
     assert str(second) == f"{directory}/cat/1.jpg cannot be read: No such file or directory"
+    os.mkfifo(directory / "cat/1.jpg")
+    assert str(list(source.read(entries))[1]) == f"{directory}/cat/1.jpg cannot be read: it is not a file"
 
 
 def test_what_only_looks_like_an_image_is_counted(tmp_path):
     (tmp_path / "cat").mkdir()
+    (tmp_path / "dog").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "cat" / "good.jpg").write_bytes(b"x")
     (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "cat" / "pipe.jpg")
     source = open_source(f"imagefolder:{tmp_path}")
     entries = list(source.entries())
-    gone, good, pipe = source.read(entries)
-    assert [entry.key for entry in entries] == ["cat/gone.jpg", "cat/good.jpg", "cat/pipe.jpg"]
-    assert good == b"x"
-    assert "gone.jpg cannot be read: No such file" in str(gone)
-    assert "pipe.jpg cannot be read: it is not a file" in str(pipe)
+    assert [entry.key for entry in entries] == ["cat/good.jpg"]
+    assert [(row.ending, row.reason, row.n, row.lost) for row in source.left_out.rows()] == [
+        ("", "dangling links", 2, True),
+        (".jpg", "dangling links", 1, True),
+        (".jpg", "fifos, sockets or devices", 1, True),
+    ]
 
 
 @pytest.mark.parametrize("place", ["/etc/hostname", "../outside.png", "red/../../outside.png"])

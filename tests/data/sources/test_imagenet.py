@@ -144,6 +144,25 @@ def test_a_train_tar_of_anything_but_tars_is_refused(tree, write_tar, members):
     assert f"ILSVRC2012_img_train.tar holds {found}, expected only <wnid>.tar; download it again" in problem(directory)
 
 
+def test_what_lies_beside_and_below_the_classes_is_counted(tree):
+    wnid = f"train/{WNIDS[0]}"
+    odd = {"train/loose.JPEG": b"-", f"{wnid}/deep/er.JPEG": b"-", f"{wnid}/notes.txt": b"-", f"{wnid}/odd.heic": b"-"}
+    source = open_source(f"imagenet:{tree('x', in_folders() | odd)}")
+    assert f"{wnid}/odd.heic" in {entry.key for entry in source.entries()}
+    assert [(row.reason, row.names) for row in source.left_out.rows()] == [
+        ("beside the class folders", ["train/loose.JPEG"]),
+        ("deeper than a class folder", [f"{wnid}/deep/er.JPEG"]),
+        ("not images by name", [f"{wnid}/notes.txt"]),
+    ]
+
+
+def test_validation_images_need_no_ground_truth_without_labels(tree):
+    source = open_source(f"imagenet:{tree('x', in_folders() | flat())}", "ignore")
+    entries = list(source.entries())
+    assert {entry.label for entry in entries} == {0}
+    assert [entry.key for entry in entries if entry.split == "test"] == [f"val/{name}" for name in VAL]
+
+
 def test_a_cut_tar_is_named(tree, write_tar):
     directory = tree("x", {"LOC_val_solution.csv": CSV.encode()})
     for make, ends in ((val_tar, 512 * 8), (train_tar, 3 * 512 + 3 * 10240)):  # what is left is padding

@@ -1,6 +1,7 @@
 """`webdataset:`: tars as img2dataset writes them, on disk and out of commands; nothing is lost without a word."""
 
 import json
+import os
 import tarfile
 import tracemalloc
 
@@ -88,7 +89,7 @@ def test_labels_come_from_cls_members(tmp_path, write_tar, everything):
         ({"a.jpg": b"x", "b.jpg": b"x", "b.cls": b"1"}, r"b has a .cls member, unlike the first image; label all or none"),
         ({"a.jpg": b"x", "a.png": b"x"}, r"holds two images of the key 'a'; give each a name of its own"),
         ({"a.jpg": b"x", "b.jpg": b"x", "a.png": b"x"}, r"holds two images of the key 'a'; give each a name of its own"),
-        ({"a.json": b"x", "notes": b"x"}, r"holds no images; expected members that end in .jpg, .jpeg, .png, .webp"),
+        ({"a.json": b"x", ".notes": b"x"}, r"holds no images; expected members that end in .jpg, .jpeg, .png, .webp"),
     ],
 )
 @pytest.mark.parametrize("pipe", [False, True])
@@ -236,8 +237,8 @@ def test_a_walk_keeps_nothing(tmp_path, write_tar):
         ),
         ({"a.cls": b"1", "b.jpg": b"y"}, "the label of a does not lie beside its image; pack the tar sorted by name"),
         (
-            {"no.dots.in.jpg": b"x", "b.jpg": b"y"},
-            "no.dots.in.jpg has a dot inside its name, where webdataset ends the key; rename",
+            {"no.1.jpg": b"x", "no.2.jpg": b"y"},
+            "holds two images of the key 'no'; give each a name of its own up to the first dot: no.1.jpg and no.2.jpg",
         ),
         ({"a.jpg": b"x", "a.cls": b"99999999999999"}, "a.cls holds the class number 99999999999999; at most 999999"),
         ({"a.jpg": b"x", "a.cls": b"1000000"}, "a.cls holds the class number 1000000; at most 999999"),
@@ -275,3 +276,106 @@ def test_a_list_of_images_runs_no_command_and_opens_no_other_tar(web, tmp_path, 
         with pytest.raises(ValueError, match=r"which webdataset:.* does not; list the images again"):
             list(source.read([entry, entry._replace(place=[place, *entry.place[1:]])]))
     assert not (tmp_path / "ran").exists()
+
+
+def left_out(source):
+    """What a listing leaves out: [(ending, reason, n, lost)]."""
+    list(source.entries())
+    return [(row.ending, row.reason, row.n, row.lost) for row in source.left_out.rows()]
+
+
+def test_keys_and_extensions_follow_webdataset(tmp_path, write_tar, everything):
+    members = {"a.input.jpg": b"1", "a.input.json": b"-", "b.AVIF": b"2", "b.seg.png": b"-", "c.jpg": b"3", "c.emb": b"-"}
+    path = write_tar(tmp_path / "web.tar", members | {"d.HEIC": b"4", ".e.jpg": b"-"})
+    entries, results = everything(f"webdataset:{path}")
+    assert [(entry.key, entry.ending) for entry in entries] == [
+        ("web/a", ".jpg"),
+        ("web/b", ".avif"),
+        ("web/c", ".jpg"),
+        ("web/d", ".heic"),
+    ]
+    assert results == [b"1", b"2", b"3", b"4"]
+    beside = "beside an image of the same key"
+    assert left_out(open_source(f"webdataset:{path}")) == [
+        (".emb", beside, 1, False),
+        (".jpg", "hidden", 1, False),
+        (".json", "not images by name", 1, False),
+        (".png", beside, 1, False),
+    ]
+
+
+@pytest.mark.parametrize("pipe", [False, True])
+def test_a_torn_tar_among_others_is_counted(tmp_path, write_tar, everything, pipe):
+    members = {f"{name}.jpg": b"x" * 600 for name in "abcd"}
+    paths = [write_tar(tmp_path / "web" / f"{number}.tar", members) for number in range(3)]
+    paths[1].write_bytes(paths[1].read_bytes()[:3200])
+    (tmp_path / "web" / "4.tar.part").write_bytes(b"-")
+    spec = f"webdataset:pipe:cat {tmp_path}/web/{{0..2}}.tar" if pipe else f"webdataset:{tmp_path}/web"
+    entries, _ = everything(spec)
+    assert [entry.key for entry in entries if entry.key.startswith("1/")] == ["1/a"]
+    source = open_source(spec)
+    assert left_out(source) == [("", "images in torn tars, estimated", 3, True)] + [(".part", "not in a tar", 1, True)] * (
+        not pipe
+    )
+    assert f"{paths[1]} was cut or damaged at byte 3072" in source.left_out.rows()[0].names[0]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"0.tar was cut or damaged at byte \d+"):
+        list(open_source(spec).entries())
+
+
+@pytest.mark.parametrize("pipe", [False, True])
+def test_tars_of_several_splits(tmp_path, write_tar, pipe):
+    def opened(*names):
+        if pipe:
+            return open_source(f"webdataset:pipe:cat {tmp_path}/my-train-set/{{{','.join(names)}}}.tar")
+        return open_source(f"webdataset:{tmp_path}/my-train-set")
+
+    def write(*names):
+        for name in names:
+            write_tar(tmp_path / "my-train-set" / f"{name}.tar", {"a.jpg": name.encode()})
+
+    write("test_0", "train_0")
+    assert [entry[:2] for entry in opened("test_0", "train_0").entries()] == [("train", "train_0/a"), ("test", "test_0/a")]
+    write("Validation-0")
+    with pytest.raises(ValueError, match=r"test_0.tar and .*Validation-0.tar are of different splits: validation images are"):
+        opened("test_0", "train_0", "Validation-0")
+    (only,) = open_source(f"webdataset:{tmp_path}/my-train-set/Validation-0.tar").entries()
+    assert only.split == "train"
+
+
+def test_what_beside_the_tars_may_hold_images_is_refused(tmp_path, write_tar):
+    write_tar(tmp_path / "web" / "0.tar", {"a.jpg": b"x"})
+    for name, program in (("1.tar.gz", "gunzip"), ("1.TGZ", "gunzip"), ("1.tar.xz", "unxz")):
+        (tmp_path / "web" / name).write_bytes(b"x")
+        with pytest.raises(
+            ValueError, match=rf"{name} is compressed, .*decompress it \({program} {tmp_path}/web/{name}\), or move"
+        ):
+            open_source(f"webdataset:{tmp_path}/web")
+        (tmp_path / "web" / name).unlink()
+    write_tar(tmp_path / "web" / "more" / "1.tar", {"b.jpg": b"x"})
+    with pytest.raises(ValueError, match=rf"{tmp_path}/web/more holds tars one folder too deep"):
+        open_source(f"webdataset:{tmp_path}/web")
+
+
+def test_fifos_and_devices_are_refused(tmp_path, write_tar):
+    write_tar(tmp_path / "web" / "0.tar", {"a.jpg": b"x"})
+    os.mkfifo(tmp_path / "web" / "1.tar")
+    with pytest.raises(ValueError, match=r"1.tar cannot be read: it is not a file"):
+        list(open_source(f"webdataset:{tmp_path}/web").entries())
+    with pytest.raises(ValueError, match=r"tar .*1.tar is not a file; name a tar"):
+        open_source(f"webdataset:{tmp_path}/web/1.tar")
+    with tarfile.open(tmp_path / "web.tar", "w") as tar:
+        device = tarfile.TarInfo("a.jpg")
+        device.type = tarfile.FIFOTYPE
+        tar.addfile(device)
+    with pytest.raises(ValueError, match=r"web.tar holds the device or fifo a.jpg; pack the tar again"):
+        list(open_source(f"webdataset:{tmp_path / 'web.tar'}").entries())
+
+
+def test_labels_may_be_ignored(tmp_path, write_tar):
+    members = {"a.jpg": b"x", "a.cls": b"cat", "b.jpg": b"x", "c.jpg": b"x", "c.cls": b"7"}
+    path = write_tar(tmp_path / "web.tar", members)
+    source = open_source(f"webdataset:{path}", "ignore")
+    assert [entry[1:3] for entry in source.entries()] == [("web/a", 0), ("web/b", 0), ("web/c", 0)]
+    assert source.classes == ["unlabelled"]
