@@ -50,13 +50,16 @@ def test_palette_then_shards(palette_file, tmp_path):
 def test_every_flag_reaches_its_place(folder, tmp_path):
     directory = folder({"cat": 20, "dog": 20})
     (directory / "cat" / "0.png").write_bytes(b"broken")
+    (directory / "loose.JPG").write_bytes(b"")
     source = ["--source", f"imagefolder:{directory}", "--filter", "box", "--max_bad", 0.1, "--seed", 3]
     result = tool("fit_palette.py", *source, "--n_px", 4, "--n_colors", 8, "--max_pixels", 200, "--out", tmp_path / "p.npy")
     assert "200 of 624 clustered" in result.stdout
     assert "1 unreadable" in result.stdout
+    assert "left out    beside the class folders: 1 .jpg (loose.JPG)" in result.stdout
     shape = ["--n_px", 4, "--val_fraction", 0.4, "--images_per_shard", 5]
     result = tool("make_shards.py", *source, *shape, "--palette", tmp_path / "p.npy", "--out", tmp_path / "shards")
-    assert "unreadable  1 images" in result.stdout
+    for said in ("unreadable  1 images", "cannot be decoded: 1 .png (cat/0.png)", "beside the class folders: 1 .jpg (loose.JPG)"):
+        assert said in result.stdout
     train, val = (ShardSet(tmp_path / "shards", split) for split in ("train", "val"))
     assert train.n_images + val.n_images == 39
     assert 8 < val.n_images < 24

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from igpt_ds.data.left_out import DEEP, LOOSE, Tally, why_not
+from igpt_ds.data.left_out import DEEP, LOOSE, UNLABELLED_TEST, Tally, why_not
 from igpt_ds.data.sources.base import UNLABELLED, Entry, Result, has_images, scan, visible_folders, walk_images
 from igpt_ds.data.sources.imagenet_truth import Truth
 from igpt_ds.data.sources.places import open_binary, read_places
@@ -69,6 +69,8 @@ class ImageNet:
     def entries(self) -> Iterator[Entry]:
         """The training set class by class, then the validation set; images by name. Memory holds one folder or tar of names."""
         self.left_out = Tally()
+        if (self._root / "test").is_dir():
+            self.left_out.add("test", UNLABELLED_TEST, lost=False)
         labels = {} if self.labels == "ignore" else {wnid: label for label, wnid in enumerate(self._wnids)}
         if self._train_folder:
             yield from self._folders("train", "train", labels)

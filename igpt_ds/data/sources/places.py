@@ -5,14 +5,17 @@ In: entries with a place `[path]` or `[path, offset, size]`. Out: the bytes. Fol
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
-from igpt_ds.data.left_out import SPECIAL, UNREADABLE, BadImageError
+from igpt_ds.data.left_out import HUGE, SPECIAL, UNREADABLE, BadImageError
 from igpt_ds.data.sources.base import Entry
+
+_MAX_BYTES = 1 << 30  # any file may be an image, but no process has memory for any file
 
 
 def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueError]:
@@ -36,6 +39,9 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
                 name = entry.place[0]
                 file = stack.enter_context(open_binary(root / name))
             offset, size = entry.place[1:3]
+            if error := huge(f"{root / name}: {entry.key}", size):
+                yield error
+                continue
             file.seek(offset)
             data = file.read(size)
             if len(data) != size:
@@ -48,11 +54,16 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
 def _whole(path: Path) -> bytes | ValueError:
     try:
         with open_binary(path) as file:
-            return file.read()
+            return huge(str(path), os.fstat(file.fileno()).st_size) or file.read()
     except OSError as error:
         return BadImageError(f"{path} cannot be read: {error.strerror}", UNREADABLE)
     except BadImageError as error:
         return error
+
+
+def huge(name: str, size: int) -> ValueError | None:
+    """The error of a file that is too large to be tried as an image."""
+    return BadImageError(f"{name} is larger than 1 GiB, so it is not read as an image", HUGE) if size > _MAX_BYTES else None
 
 
 def open_binary(path: Path) -> IO[bytes]:

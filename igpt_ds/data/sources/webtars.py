@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from igpt_ds.data.left_out import BESIDE, TORN, Tally, ending_of, why_not
 from igpt_ds.data.sources.base import UNLABELLED, VAL_FRACTION, Entry, Result
-from igpt_ds.data.sources.places import read_places
+from igpt_ds.data.sources.places import huge, read_places
 from igpt_ds.data.sources.tar_names import expand, find, splits, stems
 from igpt_ds.data.sources.tars import Member, TornError, Window, tar_window, walk
 
@@ -227,7 +227,7 @@ def _check(window: Window, process: subprocess.Popen[bytes]) -> None:
         raise ValueError(f"{failed}; run it by hand to see why") from None
 
 
-def _members_of(command: str, numbers: list[int]) -> Iterator[bytes]:
+def _members_of(command: str, numbers: list[int]) -> Iterator[Result]:
     """The data of the members with these ascending numbers, in one run of the command."""
     left = iter(numbers)
     wanted: int | None = next(left)
@@ -235,10 +235,11 @@ def _members_of(command: str, numbers: list[int]) -> Iterator[bytes]:
         for number, member in enumerate(walk(window, command)):
             if number != wanted:
                 continue
-            data = window.data(member)
-            if len(data) != member.size:
+            error = huge(f"{command}: {member.name}", member.size)
+            data = b"" if error else window.data(member)
+            if len(data) != member.size and not error:
                 raise ValueError(f"{command} was cut in {member.name}; copy it again")
-            yield data
+            yield error or data
             wanted = next(left, None)
             if wanted is None:
                 return

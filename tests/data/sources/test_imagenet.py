@@ -147,11 +147,12 @@ def test_a_train_tar_of_anything_but_tars_is_refused(tree, write_tar, members):
 def test_what_lies_beside_and_below_the_classes_is_counted(tree):
     wnid = f"train/{WNIDS[0]}"
     odd = {"train/loose.JPEG": b"-", f"{wnid}/deep/er.JPEG": b"-", f"{wnid}/notes.txt": b"-", f"{wnid}/odd.heic": b"-"}
-    source = open_source(f"imagenet:{tree('x', in_folders() | odd)}")
+    source = open_source(f"imagenet:{tree('x', in_folders() | odd | {'test/1.JPEG': b'-'})}")
     assert f"{wnid}/odd.heic" in {entry.key for entry in source.entries()}
     assert [(row.reason, row.names) for row in source.left_out.rows()] == [
         ("beside the class folders", ["train/loose.JPEG"]),
         ("deeper than a class folder", [f"{wnid}/deep/er.JPEG"]),
+        ("test sets without labels", ["test"]),
         ("not images by name", [f"{wnid}/notes.txt"]),
     ]
 
