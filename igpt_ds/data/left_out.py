@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 # Endings and names of files that are something else. Any other file is tried as an image: no list says what an image is.
 _OTHER_TEXTS = (
-    "txt json jsonl csv tsv md rst cls xml yaml yml toml html htm pdf doc docx xls xlsx log ini cfg db sqlite sh py m ipynb"
+    "txt json jsonl csv tsv md rst cls xml yaml yml toml html htm pdf doc docx xls xlsx log ini cfg db sh py m ipynb xmp aae"
 )
 _OTHER_ARRAYS = (
     "pyc pyd npy npz mat h5 hdf5 pt pth ckpt safetensors pkl pickle parquet arrow feather lmdb mdb msgpack idx lst lock"

@@ -101,8 +101,9 @@ class Unreadable:
         if self.tally.n_lost > self._max_bad * self._n_images:
             before = f" and {self._n_lost} left out" if self._n_lost else ""
             allowed = f"more than the {self._max_bad:g} of {self._n_images} images that --max_bad allows"
+            which = "; ".join(self._named or map(str, self.tally.rows()[:_NAMED]))
             fix = "repair the files or raise --max_bad"
-            raise ValueError(f"{self._source}: {self.count} unreadable{before}, {allowed}: {'; '.join(self._named)}; {fix}")
+            raise ValueError(f"{self._source}: {self.count} unreadable{before}, {allowed}: {which}; {fix}")
 
 
 def prepare(source: Source, palette: Palette, task: Task) -> Prepared:

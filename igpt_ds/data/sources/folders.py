@@ -7,6 +7,7 @@ are `train` and optionally `test`, and these hold class folders instead of image
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -124,7 +125,8 @@ class ImageFolder:
 
     def _refuse_splits(self, folders: list[str]) -> None:
         """Refuses folders that are all named like splits, whose images would otherwise become classes of one split."""
-        if len({split_word(name) for name in folders} - {None}) < 2 or None in map(split_word, folders):
+        splits = {split_word(re.sub("[^A-Za-z]", "", name)) for name in folders}  # train2017, but no train_station
+        if len(splits) < 2 or None in splits:
             return
         if self.labels == "ignore" or any(has_images(self._directory / name) for name in folders):
             fix = "keep only train and test and add --labels ignore, name one of them, or rename them if they are classes"

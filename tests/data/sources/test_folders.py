@@ -45,6 +45,8 @@ def test_a_class_may_be_called_train(tree, everything):
     entries, results = everything(f"imagefolder:{directory}")
     assert [entry[:3] for entry in entries] == [("train", "plane/0.jpg", 0), ("train", "train/0.jpg", 1)]
     assert results == [b"2", b"1"]
+    named = tree("named", {"train_station/0.jpg": b"1", "test tube/0.jpg": b"2"})
+    assert open_source(f"imagefolder:{named}").classes == ["test tube", "train_station"]
 
 
 def test_images_need_no_classes(tree, everything):
@@ -82,6 +84,7 @@ def test_images_need_no_classes(tree, everything):
         (["class/notes.txt"], r"source directory .*raw holds no images; expected .*raw/<class>/<image>.jpg"),
         (["a/b/0.jpg"], r"source directory .*raw holds no images; expected .*, found .*raw/a/b/0.jpg; name the folder above"),
         (["train/0.jpg", "validation/0.jpg"], r"raw holds the splits train, validation instead of classes; keep only"),
+        (["train2017/0.jpg", "val2017/0.jpg"], r"raw holds the splits train2017, val2017 instead of classes; keep only"),
         (["Training/0.jpg", "TEST/0.jpg"], r"raw holds the splits TEST, Training instead of classes; keep only"),
     ],
 )
