@@ -76,7 +76,8 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int | None = None
     except UnidentifiedImageError:
         reason, why = ("its bytes are of no known format", why) if data else ("it is empty", EMPTY)
     except Image.DecompressionBombError as error:
-        reason, why = f"{error}; raise --max_pixels (fit_palette.py: --max_image_pixels) if it is no bomb", TOO_LARGE
+        fix = "if it is no bomb, set --max_pixels of make_shards.py or --max_image_pixels of fit_palette.py"
+        reason, why = f"{error}; {fix}", TOO_LARGE
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         reason = (str(error) or type(error).__name__).splitlines()[0]
     raise BadImageError(f"{name} cannot be read as an image: {reason}", why)

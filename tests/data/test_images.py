@@ -282,7 +282,7 @@ def test_a_panorama_is_read_where_it_is_allowed(monkeypatch, form):
     panorama = stored(Image.fromarray(np.zeros((4, 40, 3), dtype=np.uint8)), format=form)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     for limit in (None, 159, 79):
-        with pytest.raises(BadImageError, match="raise --max_pixels") as caught:
+        with pytest.raises(BadImageError, match="set --max_pixels") as caught:
             decode_image(panorama, max_pixels=limit)
         assert caught.value.reason == "too many pixels"
     assert decode_image(panorama, max_pixels=160).shape == (4, 40, 3)

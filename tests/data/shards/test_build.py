@@ -138,7 +138,7 @@ def test_what_is_left_out_is_in_the_index(tmp_path, folder, palette8):
 def test_ignored_labels_and_large_images_belong_to_the_settings(tmp_path, folder, palette8):
     raw = folder({"cat": 3, "dog/deep": 3})
     source = open_source(f"imagefolder:{raw}", "ignore")
-    with pytest.raises(ValueError, match=r"its 6 x 5 pixels are more than 29, .*raise --max_pixels"):
+    with pytest.raises(ValueError, match=r"its 6 x 5 pixels are more than 29, .*set --max_pixels"):
         write_dataset(tmp_path / "out", source, palette8, ShardOptions(3, val_fraction=0, max_pixels=29))
     with pytest.raises(
         ValueError,
