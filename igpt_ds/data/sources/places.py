@@ -5,7 +5,6 @@ In: entries with a place `[path]` or `[path, offset, size]`. Out: the bytes. Fol
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -53,12 +52,12 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
 
 def _whole(path: Path) -> bytes | ValueError:
     try:
-        with open_binary(path) as file:
-            return huge(str(path), os.fstat(file.fileno()).st_size) or file.read()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return BadImageError(f"{path} cannot be read: it is not a file", SPECIAL)  # a fifo or a device may never end
+        return huge(str(path), status.st_size) or path.read_bytes()
     except OSError as error:
         return BadImageError(f"{path} cannot be read: {error.strerror}", UNREADABLE)
-    except BadImageError as error:
-        return error
 
 
 def huge(name: str, size: int) -> ValueError | None:
@@ -73,8 +72,8 @@ def open_binary(path: Path) -> IO[bytes]:
         ValueError: the file does not exist, cannot be read, or is not a regular file.
     """
     try:
-        if stat.S_ISREG(path.stat().st_mode):
-            return open(path, "rb")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path} cannot be read: it is not a file")
+        return open(path, "rb")
     except OSError as error:
-        raise BadImageError(f"{path} cannot be read: {error.strerror}", UNREADABLE) from None
-    raise BadImageError(f"{path} cannot be read: it is not a file", SPECIAL)
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None

@@ -361,9 +361,9 @@ def test_what_beside_the_tars_may_hold_images_is_refused(tmp_path, write_tar):
 def test_fifos_and_devices_are_refused(tmp_path, write_tar):
     write_tar(tmp_path / "web" / "0.tar", {"a.jpg": b"x"})
     os.mkfifo(tmp_path / "web" / "1.tar")
-    with pytest.raises(ValueError, match=r"1.tar cannot be read: it is not a file"):
+    with pytest.raises(ValueError, match=r"1.tar .*not a file"):
         list(open_source(f"webdataset:{tmp_path}/web").entries())
-    with pytest.raises(ValueError, match=r"tar .*1.tar is not a file; name a tar"):
+    with pytest.raises(ValueError, match=r"1.tar .*not a file"):
         open_source(f"webdataset:{tmp_path}/web/1.tar")
     with tarfile.open(tmp_path / "web.tar", "w") as tar:
         device = tarfile.TarInfo("a.jpg")
