@@ -29,7 +29,7 @@ CROP_HELP = (
     "none: the shorter side to n_px, then the central square; center: the shorter side to 224, the central 224x224, then n_px; "
     "random: the shorter side to 256..384, a random 224x224, then n_px, and center for validation and test images (paper 3.1)"
 )
-LABELS_HELP = "ignore: images need no labels, and those of imagefolder: may lie at any depth"
+LABELS_HELP = "ignore: images need no labels, and those of imagefolder: and imagenet: may lie at any depth"
 STAGES = ("all", "list", "write", "merge")
 
 

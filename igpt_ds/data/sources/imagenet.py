@@ -45,13 +45,13 @@ class ImageNet:
             known = f"train/<wnid>/*.JPEG, {_TRAIN_TAR}, val/*.JPEG or {_VAL_TAR}"
             raise ValueError(f"source directory {directory} holds no ImageNet; expected in it {known}")
         loose = self._val_folder and has_images(root / "val")
-        if loose and visible_folders(root / "val"):
+        if loose and labels == "use" and visible_folders(root / "val"):
             raise ValueError(
                 f"{root}/val holds both loose images and class folders; finish moving them, or move one of the two away"
             )
         self._flat_val = loose or val_tar
-        find_truth = self._flat_val and labels == "use"
-        self._truth = Truth.find((directory, root), root / ("val" if loose else _VAL_TAR)) if find_truth else None
+        images = root / ("val" if loose else _VAL_TAR)
+        self._truth = Truth.find((directory, root), images) if self._flat_val and labels == "use" else None
 
     @cached_property
     def classes(self) -> list[str]:
@@ -76,7 +76,7 @@ class ImageNet:
             yield from self._folders("train", "train", labels)
         elif self._train_tar:
             yield from self._tar_of_tars(labels)
-        if self._flat_val:
+        if self._flat_val and (self._truth or not self._val_folder):
             for name, place in self._val_places():
                 label = self._label(self._truth.wnid(name), labels, f"the image val/{name}") if self._truth else 0
                 yield Entry("test", f"val/{name}", label, place)
@@ -97,6 +97,10 @@ class ImageNet:
         return labels[wnid]
 
     def _folders(self, split: str, below: str, labels: dict[str, int]) -> Iterator[Entry]:
+        if self.labels == "ignore":
+            for path in walk_images(self._root, below, self.left_out):
+                yield Entry(split, path if split == "train" else f"{below}/{path.rpartition('/')[2]}", 0, [path])
+            return
         loose, folders = scan(self._root, below, self.left_out)
         for path in loose:
             self.left_out.add(path, LOOSE)

@@ -162,6 +162,10 @@ def test_validation_images_need_no_ground_truth_without_labels(tree):
     entries = list(source.entries())
     assert {entry.label for entry in entries} == {0}
     assert [entry.key for entry in entries if entry.split == "test"] == [f"val/{name}" for name in VAL]
+    anywhere = {"train/loose.JPEG": b"-", f"train/{WNIDS[0]}/deep/er.JPEG": b"-", f"val/{WNIDS[0]}/0.JPEG": b"-"}
+    source = open_source(f"imagenet:{tree('x', anywhere)}", "ignore")
+    assert {entry.key for entry in source.entries()} - {entry.key for entry in entries} == {*list(anywhere)[:2], "val/0.JPEG"}
+    assert source.left_out.rows() == []
 
 
 def test_a_cut_tar_is_named(tree, write_tar):
