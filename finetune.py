@@ -7,8 +7,9 @@ rises for an epoch and stays constant. Each epoch ends with a validation. After 
 and RUN_DIR/model is the model dir of the best step, with its class head. `--results results.jsonl` then evaluates the test split
 once, adds a row to that file and writes RUN_DIR/confusion.json. `--untrained 0` trains from scratch.
 
-It starts, stops and resumes as train.py does: `torchrun`, `srun python finetune.py` and plain `python` work as well. USR1, TERM,
-a file STOP and --max_minutes end the run with a checkpoint and status 85; `--resume auto` continues. To search the learning rate:
+It starts, stops and resumes as train.py does: `torchrun`, `srun python finetune.py`, `mpirun` and plain `python` work as well.
+USR1, TERM, Ctrl-C, a file STOP and --max_minutes end the run with a checkpoint and status 85; `--resume auto` continues. To
+search the learning rate:
 
     python tools/sweep_lr.py --out runs/sweep -- deepspeed finetune.py --model models/s --data shards/cifar10_32
 """
@@ -16,12 +17,11 @@ a file STOP and --max_minutes end the run with a checkpoint and status 85; `--re
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
 
-from igpt_ds import cli, dist
+from igpt_ds import cli, dist, launcher
 from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
@@ -46,7 +46,7 @@ from igpt_ds.train.stream import batches
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tunes: images and weights, run, session, loop; then the model dir and the test split."""
     args = parse(__doc__ or "", argv)
-    dist.map_environment(os.environ)
+    launcher.map_environment(os.environ)
     images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)
     start = starting_point(args)
     run = choose_run(args, start, images)
@@ -115,7 +115,8 @@ def why_kept(early: EarlyStop) -> str:
     """Why the model's step was chosen, with its validation."""
     if not early.best:
         return "the last step, without a validation"
-    return f"{'the best validation' if early.keep_best else 'the last validation'}: {json.dumps(early.best)}"
+    measured = ", ".join(f"{name} {value:.4f}" for name, value in early.best.items())
+    return f"{'the best validation' if early.keep_best else 'the last validation'}: {measured}"
 
 
 def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, evaluated: ShardSet | None) -> None:
@@ -144,4 +145,4 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

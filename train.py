@@ -3,8 +3,9 @@
     deepspeed train.py --recipe igpt_s_ar_32 --data shards/imagenet_32 --run_dir runs/s --ds_config ds_configs/zero3_bf16.json
 
 starts one rank on every GPU of this machine; `deepspeed --num_gpus 2` starts two ranks, on CPUs if there is no GPU. `torchrun`,
-`srun python train.py` and plain `python train.py` work as well. After an interruption, the same command with `--resume auto`
-continues from the newest complete checkpoint. `--dry_run` prints the estimated memory, time and cost, and exits.
+`srun python train.py`, `mpirun -np 2 python train.py` and plain `python train.py` work as well. After an interruption, the same
+command with `--resume auto` continues from the newest complete checkpoint. `--dry_run` prints the estimated memory, time and
+cost, and exits.
 
 Each knob of the recipe is a flag (`--lr 0.001 --n_layer 12`), except the objective: `igpt_s_ar_32` predicts each pixel from the
 previous ones, `igpt_s_bert_32` predicts hidden pixels from all others.
@@ -12,8 +13,8 @@ previous ones, `igpt_s_bert_32` predicts hidden pixels from all others.
 Several `--data` directories are mixed by `--data_weights`; the validation loss is measured on the first. If training shards
 cannot be mapped into memory, `--stream 'pipe:curl -sf https://host/{shard}'` reads them in sequence.
 
-USR1, TERM, a file STOP in the run directory (removed at the next start) and --max_minutes end the run with a checkpoint and exit
-status 85. If the loss diverges, training stops with suggestions. If a rank hangs, its stacks are dumped; exit status 86.
+USR1, TERM, Ctrl-C, a file STOP in the run directory (removed at the next start) and --max_minutes end the run with a checkpoint
+and exit status 85. If the loss diverges, training stops with suggestions. If a rank hangs, its stacks are dumped; exit status 86.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from igpt_ds import cli, dist
+from igpt_ds import cli, dist, launcher
 from igpt_ds.config import with_warmup_epochs
 from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
@@ -42,7 +43,7 @@ from igpt_ds.train.validation import validation_loss
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains: opens the images, joins the run, opens a session, runs the loop."""
     args = parse(__doc__ or "", argv)
-    dist.map_environment(os.environ)
+    launcher.map_environment(os.environ)
     images = None if args.dry_run and args.warmup_epochs is None else open_images(args)
     run = choose_run(args, images)
     if args.dry_run or images is None:
@@ -73,4 +74,4 @@ def open_images(args: argparse.Namespace) -> Mixture | ShardStream:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from igpt_ds.launcher import RANK_VARIABLES, LaunchError
+
 STOPPED = 85  # exit status: stopped early with everything saved; the same command with --resume auto continues
 HUNG = 86  # exit status: a rank made no progress for too long; its stacks are in RUN_DIR/stacks
 
@@ -47,13 +49,18 @@ def _tell(error: str) -> None:
         _at_end.pop()(error)
 
 
-def run(main: Callable[[Sequence[str] | None], None]) -> None:
+def run(main: Callable[[Sequence[str] | None], None], ranks: bool = False) -> None:
     """Calls `main(argv=None)`; a ValueError (bad input) or OSError becomes one line on stderr and exit status 2.
+
+    A program that launchers start has `ranks`. Any other one ignores a launcher's variables, which a shell may still have.
 
     SystemExit(STOPPED) ends every rank with that status.
 
     Every rank of a launch meets the same bad input, so before the ranks have joined only the first rank of each node prints it.
     """
+    if not ranks:
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
     try:
         main(None)
         _tell("")
@@ -61,13 +68,13 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
-        ranks = _joined_ranks()
+        joined = _joined_ranks()
         silent = isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0"
-        if not silent and (ranks or os.environ.get("LOCAL_RANK", "0") == "0"):
+        if not silent and (joined or isinstance(error, LaunchError) or os.environ.get("LOCAL_RANK", "0") == "0"):
             line = "; ".join(part.strip() for part in error_text(error).splitlines())
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         _tell(error_text(error))
-        if ranks:
+        if joined:
             _leave(2)  # without the barrier, which would wait for ranks that may be in a collective
         sys.exit(2)
     except KeyboardInterrupt:
@@ -77,20 +84,20 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
             _leave(130)
         sys.exit(130)
     except SystemExit as end:
-        if end.code == STOPPED and (ranks := _joined_ranks()):
-            ranks.destroy_process_group()
+        if end.code == STOPPED and (joined := _joined_ranks()):
+            joined.destroy_process_group()
             _leave(STOPPED)
         raise
     except Exception as error:
         _tell(f"{type(error).__name__}: {error}")
-        if ranks := _joined_ranks():
+        if joined := _joined_ranks():
             sys.excepthook(type(error), error, error.__traceback__)
-            if ranks.get_world_size() > 1:
+            if joined.get_world_size() > 1:
                 time.sleep(_AFTER_OTHERS)
             _leave(1)
         raise
-    if ranks := _joined_ranks():
-        ranks.destroy_process_group()
+    if joined := _joined_ranks():
+        joined.destroy_process_group()
         _leave(0)
 
 

@@ -1,7 +1,7 @@
 """Ranks: the number of this process, the number of all processes, and the messages between them.
 
-It works the same under `deepspeed`, `torchrun`, bare `srun`, and in one process without a launcher. All code that
-runs on several ranks calls it.
+It works the same under `deepspeed`, `torchrun`, bare `srun`, `mpirun`, and in one process without a launcher. All code
+that runs on several ranks calls it.
 
 The ranks of a sequence group see the same images (model/ulysses.py); ranks of different groups see different ones.
 """
@@ -9,56 +9,78 @@ The ranks of a sequence group see the same images (model/ulysses.py); ranks of d
 from __future__ import annotations
 
 import os
+import re
 import socket
-import subprocess
-from collections.abc import Callable, MutableMapping
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
+from torch.distributed.rendezvous import rendezvous
 
 from igpt_ds.cli import SharedError, error_text
+from igpt_ds.launcher import RANK_VARIABLES, LaunchError, check_address, map_environment
 
 T = TypeVar("T")
+JOIN_SECONDS = {True: 90.0, False: 300.0}  # for all ranks to come: if they are on this machine, and otherwise
 
 _sequence_groups: dict[str, td.ProcessGroup] = {}  # ours under "ours", once `start_sequence_groups` has made them
 
 
-def map_environment(env: MutableMapping[str, str]) -> None:
-    """Sets those of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT that the launcher did not set.
+def join(backend: str, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Joins the process group with all ranks of the launch.
 
-    Under srun they come from the step's SLURM_* variables; without a launcher the process is rank 0 of 1.
+    Args:
+        backend: "gloo" or "nccl".
+        timeout: limit of each later collective. The ranks themselves have JOIN_SECONDS to come.
 
     Raises:
-        ValueError: a SLURM job of several tasks, but the command was not started by srun.
+        LaunchError: MASTER_ADDR cannot be resolved, MASTER_PORT is taken, or not all ranks came in time.
     """
-    if "RANK" not in env and "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
-        env["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
-        if env["WORLD_SIZE"] != "1":
-            if "MASTER_ADDR" not in env:
-                env["MASTER_ADDR"] = _first_host(env)
-            env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-    elif "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        tasks = env["SLURM_NTASKS"]
-        raise ValueError(f"SLURM gave this job {tasks} tasks but only one process runs; start it with `srun` or `deepspeed`")
-    env.setdefault("RANK", "0")
-    env.setdefault("WORLD_SIZE", "1")
-    env.setdefault("LOCAL_RANK", "0")
-    if env["WORLD_SIZE"] == "1":
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", "0")  # a port that is free when the process opens it
-
-
-def _first_host(env: MutableMapping[str, str]) -> str:
-    if env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")) == "1":
-        return "127.0.0.1"
-    nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
-    command = ["scontrol", "show", "hostnames", nodes]
+    map_environment(os.environ)
+    check_address(os.environ)
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    place, here = f"MASTER_ADDR={address} MASTER_PORT={port}", address in ("localhost", "127.0.0.1", "::1")
+    limit = timedelta(seconds=JOIN_SECONDS[here])
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        raise ValueError(f"cannot expand the node list {nodes!r} with scontrol; export MASTER_ADDR yourself") from None
+        socket.getaddrinfo(address, int(port))
+        if rank():
+            _find_rank_0(address, int(port), limit.total_seconds())
+        store, number, size = next(rendezvous("env://", timeout=limit))
+    except (socket.gaierror, UnicodeError) as error:
+        raise LaunchError(f"MASTER_ADDR={address} cannot be resolved ({error}); set it to the host of rank 0") from None
+    except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
+        raise LaunchError(_why_apart(str(error), place, limit)) from None
+    store.set_timeout(timeout)
+    td.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
+
+
+def _find_rank_0(address: str, port: int, seconds: float) -> None:
+    """Waits until something answers. torch would wait twice as long, and print the frames of its stack."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
+
+
+def _why_apart(said: str, place: str, limit: timedelta) -> str:
+    if "EADDRINUSE" in said:
+        return f"{place}: another process uses this port; choose another one (deepspeed, torchrun: --master_port)"
+    if "EACCES" in said or "permission denied" in said.lower():
+        return f"{place}: this port needs more rights; choose one above 1023 (deepspeed, torchrun: --master_port)"
+    joined = re.search(r"(\d+)/(\d+) clients joined", said)
+    who = f"{joined[1]} of {joined[2]} ranks" if joined else "no rank 0"
+    return (
+        f"{place}: {who} came within {limit.total_seconds():.0f} s; start every rank. If the variables are left from another "
+        f"launch, run `unset {' '.join(RANK_VARIABLES)}`"
+    )
 
 
 def free_port() -> int:

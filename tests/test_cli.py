@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
 from igpt_ds import cli
+from igpt_ds.launcher import LaunchError
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +57,21 @@ def test_main_is_called_without_arguments_of_its_own():
 def test_before_the_ranks_have_joined_only_the_first_of_a_node_speaks(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as end:
-        cli.run(failing(ValueError("bad")))
+        cli.run(failing(ValueError("bad")), ranks=True)
     assert end.value.code == 2
     assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit):
+        cli.run(failing(LaunchError("bad")), ranks=True)
+    assert capsys.readouterr().err.endswith(": error: bad\n")
+
+
+def test_a_tool_ignores_the_variables_of_another_launch(capsys, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "7")
+    with pytest.raises(SystemExit):
+        cli.run(failing(cli.SharedError("bad")))
+    assert capsys.readouterr().err.endswith(": error: bad\n")
+    assert "WORLD_SIZE" not in os.environ
 
 
 def test_a_shared_error_is_rank_0s_to_tell(capsys, monkeypatch):
@@ -65,7 +79,7 @@ def test_a_shared_error_is_rank_0s_to_tell(capsys, monkeypatch):
     for rank, told in (("0", "program.py: error: bad\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as end:
-            cli.run(failing(cli.SharedError("bad")))
+            cli.run(failing(cli.SharedError("bad")), ranks=True)
         assert end.value.code == 2
         assert capsys.readouterr().err == told
 
@@ -73,13 +87,14 @@ def test_a_shared_error_is_rank_0s_to_tell(capsys, monkeypatch):
 JOINED = """
 import torch.distributed as ranks
 from igpt_ds import cli
+from igpt_ds.launcher import LaunchError
 
 def main(argv):
     ranks.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
     print("joined")
     {then}
 
-cli.run(main)
+cli.run(main, ranks=True)
 """
 
 

@@ -1,69 +1,24 @@
-"""Launchers are recognised by what they leave in the environment."""
+"""Messages between ranks, and how they meet."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.dist import (
     data_rank,
     data_world_size,
     from_rank_0,
-    map_environment,
+    join,
     sequence_group,
     sequence_rank,
     sequence_size,
     start_sequence_groups,
 )
-
-STEP = {
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_NTASKS": "4",
-    "SLURM_NNODES": "1",
-    "SLURM_JOB_ID": "123456",
-    "SLURM_JOB_NODELIST": "node[1-2]",
-}
-
-
-def test_without_a_launcher_there_is_one_rank() -> None:
-    env: dict[str, str] = {}
-    map_environment(env)
-    assert env == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-
-def test_a_launchers_own_variables_stay() -> None:
-    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"} | STEP
-    before = dict(env)
-    map_environment(env)
-    assert env == before
-
-
-def test_srun_is_mapped() -> None:
-    env = dict(STEP)
-    map_environment(env)
-    assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) == ("3", "1", "4")
-    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("127.0.0.1", "23456")
-
-
-def test_several_nodes_need_scontrol_or_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    env = STEP | {"SLURM_NNODES": "2"}
-    with pytest.raises(ValueError, match=r"node\[1-2\].*export MASTER_ADDR"):
-        map_environment(env)
-    env = STEP | {"SLURM_NNODES": "2", "MASTER_ADDR": "node1"}
-    map_environment(env)
-    assert env["MASTER_ADDR"] == "node1"
-
-
-def test_one_process_of_a_job_of_many_is_refused() -> None:
-    """A batch script that forgets srun would otherwise wait for ranks that never come."""
-    env = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
-    with pytest.raises(ValueError, match="4 tasks but only one process runs; start it with `srun`"):
-        map_environment(env)
+from igpt_ds.launcher import LaunchError
 
 
 def test_rank_0_answers_for_all() -> None:
@@ -79,11 +34,32 @@ def test_rank_0_answers_for_all() -> None:
         from_rank_0(lambda: {}["format"])
 
 
+@pytest.mark.parametrize(
+    ("number", "address", "match"),
+    [
+        (0, "127.0.0.1", "MASTER_PORT={port}: another process uses this port; choose another"),
+        (1, "no-host.invalid", "MASTER_ADDR=no-host.invalid cannot be resolved .*; set it to the host of rank 0"),
+        (1, "127.0.0.1", "MASTER_PORT={free}: no rank 0 came within 0 s; start every rank. .*unset RANK"),
+    ],
+)
+def test_ranks_that_cannot_meet(number: int, address: str, match: str, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "JOIN_SECONDS", {True: 0.0, False: 0.0})
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {"MASTER_ADDR": address, "MASTER_PORT": port if number == 0 else free_port}
+        for name, value in ({"RANK": number, "WORLD_SIZE": 2, "LOCAL_RANK": number} | place).items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(LaunchError, match=match.format(port=port, free=free_port)):
+            join("gloo")
+
+
 MISTAKE = """
 import sys, torch.distributed as td
 from igpt_ds import cli, dist
 td.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=dist.rank(), world_size=2)
-cli.run(lambda argv: dist.from_rank_0(lambda: {}["format"]))
+cli.run(lambda argv: dist.from_rank_0(lambda: {}["format"]), ranks=True)
 """
 
 

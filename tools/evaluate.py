@@ -135,4 +135,4 @@ def report(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from igpt_ds import cli, dist
+from igpt_ds import cli, dist, launcher
 from igpt_ds.ds_config import load_ds_config
 from igpt_ds.files import atomic_file, write_json
 from igpt_ds.ops.preflight import verdict
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--timeout_s {args.timeout_s:g} must be more than 0 seconds")
     if args.dry_run:
         raise ValueError("--dry_run checks no nodes; give it to train.py")
-    dist.map_environment(os.environ)
+    launcher.map_environment(os.environ)
     ranks = args.ranks or dist.world_size()
     recipe = partial(choose_recipe, args)
     plan = PlannedRun(
@@ -186,4 +186,4 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

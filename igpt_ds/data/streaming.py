@@ -7,6 +7,7 @@ Loader. train.py calls if `--stream` is given. LIMITS lists what a Loader guaran
 from __future__ import annotations
 
 import io
+import signal
 import tarfile
 from collections.abc import Generator, Iterator
 from contextlib import suppress
@@ -75,7 +76,11 @@ class ShardStream:
         url, expected = self.url.replace("{shard}", about.name), about.n_images
         found, name, stream = 0, -1, None
         try:
-            stream = gopen(url)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            try:
+                stream = gopen(url)  # its command inherits the mask: a stop of the run, which also saves, must not end it
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
                 name = self._name(sample["__key__"], {"npy", "cls"} <= set(sample), name)
                 found += 1

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.distributed as td
 from tqdm import tqdm
 
 from igpt_ds import dist
@@ -36,6 +35,7 @@ from igpt_ds.data.palette import OPENAI_PALETTE_HASH
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.index import read_index
 from igpt_ds.evaluate.report.row_types import MeanWithError
+from igpt_ds.launcher import map_environment
 from igpt_ds.model.objectives import image_loss, token_nats
 from igpt_ds.model.transformer import Transformer
 
@@ -67,9 +67,9 @@ class LikelihoodSettings:
 
 def join_ranks(device: str) -> str:
     """Joins the other processes of this launch, if any; returns the device, for "cuda" this rank's GPU. Needs no DeepSpeed."""
-    dist.map_environment(os.environ)
+    map_environment(os.environ)
     if dist.world_size() > 1:
-        td.init_process_group("gloo")  # the ranks exchange a few numbers at the end
+        dist.join("gloo")  # the ranks exchange a few numbers at the end
     return f"cuda:{dist.local_rank()}" if device == "cuda" else device
 
 

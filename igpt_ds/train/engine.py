@@ -35,10 +35,13 @@ LossFunction = Callable[[Engine, Batch], Tensor]
 
 def start_ranks() -> torch.device:
     """Joins the process group and returns this rank's device: its GPU, or the CPU if there is none."""
-    dist.map_environment(os.environ)
     _quiet()
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.constants import default_pg_timeout
+
+    dist.join(get_accelerator().communication_backend_name(), default_pg_timeout)
 
     # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, and fail without ninja. gloo does the same.
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)

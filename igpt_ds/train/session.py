@@ -140,7 +140,9 @@ def open_session(
     stop.listen()
     watchdog = Watchdog(args.run_dir, args.hang_minutes)
     watchdog.start()  # it writes no file before `settle`: the run directory may be another run's
+    stop.meeting = True
     device = start_ranks()
+    stop.meeting = False
     early, pretrained = (None, None) if finetune is None else (finetune.early, finetune.pretrained)
     facts = manifest_facts(run, images, None if finetune is None else finetune.facts)
     palette, resumes = val_shards.path / "palette.npy", args.resume == "auto"
@@ -280,5 +282,5 @@ def finish(session: Session) -> None:
         with atomic_file(session.run_dir / "FINISHED", "w") as file:
             file.write("all steps done\n")
     if why:
-        dist.say(f"stopped by {why}; everything is saved, and --resume auto continues")
+        dist.say(f"stopped by {why}; everything is saved; continue with: {session.watch.stop.resume}")
         raise SystemExit(cli.STOPPED)

@@ -44,4 +44,4 @@ def main(_: object) -> None:
         np.save(out / "logits.npy", logits.numpy())
 
 
-cli.run(main)
+cli.run(main, ranks=True)

@@ -65,4 +65,4 @@ else:
     story.pretraining_loss = damaged
 if os.environ.get("IGPT_DS_TEST_STOP_AFTER_ROLLBACK"):  # the first sign of life after one
     Watchdog.alive = stopping
-cli.run(story.main)
+cli.run(story.main, ranks=True)

@@ -30,4 +30,4 @@ def main(_: object) -> None:
     dist.barrier()
 
 
-cli.run(main)
+cli.run(main, ranks=True)

@@ -158,4 +158,4 @@ def build(what: RankTask, recipe: Recipe) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

@@ -69,4 +69,4 @@ def main(_: object) -> None:
         train(read_recipe(Path(recipe_file)), ds_config, Path(out) / ds_config.stem, int(last_step))
 
 
-cli.run(main)
+cli.run(main, ranks=True)

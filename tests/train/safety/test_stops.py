@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from igpt_ds.cli import STOPPED
 from igpt_ds.train.safety.stops import REASONS, Stop
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """USR1 ignored, as a launcher under SLURM has it; afterwards as before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("number", "reason"), [(signal.SIGUSR1, REASONS[0]), (signal.SIGTERM, REASONS[1])])
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGUSR1, REASONS[0]), (signal.SIGTERM, REASONS[1]), (signal.SIGINT, REASONS[4])]
+)
 def test_a_signal_is_heard_once_and_for_all(tmp_path: Path, number: signal.Signals, reason: str) -> None:
     stop = Stop(tmp_path)
     stop.listen()
@@ -33,6 +39,46 @@ def test_a_signal_is_heard_once_and_for_all(tmp_path: Path, number: signal.Signa
     assert stop.reason == ""  # not before the ranks agree
     assert stop.now()
     assert stop.reason == reason
+
+
+def test_a_launchers_term_after_ctrl_c_is_still_ctrl_c(tmp_path: Path) -> None:
+    stop = Stop(tmp_path)
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.now()
+    assert stop.reason == "Ctrl-C"
+
+
+WAITS = """
+import ctypes, sys
+from pathlib import Path
+from igpt_ds.cli import STOPPED
+from igpt_ds.train.safety.stops import Stop
+stop = Stop(Path(sys.argv[1]))
+stop.listen()
+stop.meeting = sys.argv[2] == "meeting"
+print("listens", flush=True)
+while True:
+    ctypes.CDLL(None).sleep(60)  # as in a collective, where Python runs no handler
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "numbers", "status"),
+    [
+        ("trains", [signal.SIGINT, signal.SIGINT], 130),
+        ("meeting", [signal.SIGINT], STOPPED),
+        ("meeting", [signal.SIGTERM], STOPPED),
+    ],
+)
+def test_who_waits_in_a_library_ends_at_once(launch: Any, state: str, numbers: list[int], status: int, tmp_path: Path) -> None:
+    process = launch.start([sys.executable, "-c", WAITS, tmp_path, state])
+    assert process.stdout.readline() == "listens\n"
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(1.2 * (len(numbers) > 1))
+    assert process.wait(timeout=60) == status
 
 
 def test_the_loss_comes_back_with_the_answer(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +42,8 @@ def test_usr1_to_one_rank_in_each_phase_then_the_curve_of_a_whole_run(
     assert newest(run) == "step-00000008"
     assert [row["step"] for row in curves("run") if "val_loss" in row] == [0, 4, 8]
 
-    ended(launch(with_fault(resume, "signal=SIGUSR1,1,step,9"), ranks=2), STOPPED)
+    said = ended(launch(with_fault(resume, "signal=SIGINT,1,step,9"), ranks=2), STOPPED)
+    assert "stopped by Ctrl-C; everything is saved; continue with: " in said
     assert newest(run) == "step-00000010"  # the step after the signal is the last
     assert not (run / "FINISHED").exists()
     assert {read_json(run / "heartbeat" / f"rank-0000{rank}.json", "heartbeat")["phase"] for rank in (0, 1)} == {"stopped"}
@@ -118,6 +121,41 @@ def test_of_two_starts_at_one_moment_one_trains_and_a_third_leaves_its_stop_file
     steps = [row["step"] for row in read_json_lines(run / "train.jsonl") if "loss" in row]
     assert steps == list(range(1, steps[-1] + 1))
     assert newest(run) == f"step-{steps[-1]:08d}"
+
+
+def test_ctrl_c_under_mpirun(launch: Any, command: Command, free_port: int, tmp_path: Path) -> None:
+    """Its variables by hand; then mpirun itself where there is one, which kills its ranks a second after Ctrl-C unless told."""
+    run, words = (
+        tmp_path / "run",
+        command("run", "--steps", "100000", "--save_every", "0", "--val_every", "0", "--resume", "auto"),
+    )
+    place = {"OMPI_COMM_WORLD_SIZE": "2", "MASTER_PORT": str(free_port)}
+    ranks = [launch.start(words, env=place | {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}) for rank in "01"]
+    stdout = interrupted(ranks, run / "train.jsonl", 3)
+    assert [process.returncode for process in ranks] == [STOPPED, STOPPED]
+    assert f"stopped by Ctrl-C; everything is saved; continue with: {sys.executable} train.py --config" in stdout
+    step = read_json_lines(run / "train.jsonl")[-1]["step"]
+    assert newest(run) == f"step-{step:08d}"
+    if mpirun := shutil.which("mpirun"):
+        grace = ["--oversubscribe", "--mca", "odls_base_sigkill_timeout", "600"]
+        allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        process = launch.start(
+            [mpirun, *grace, "-np", "2", sys.executable, *words], env=allowed | {"MASTER_PORT": str(free_port)}
+        )
+        assert f"everything is saved; continue with: {mpirun} --oversubscribe" in interrupted(
+            [process], run / "train.jsonl", step + 2
+        )
+        assert newest(run) > f"step-{step:08d}"
+
+
+def interrupted(processes: list[Any], curve: Path, step: int) -> str:
+    """Ctrl-C to all processes once the curve has a step; what the first one printed."""
+    while processes[0].poll() is None and not any(row["step"] >= step for row in read_json_lines(curve)):
+        time.sleep(0.05)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=600) for process in processes]
+    return str(said[0][0])
 
 
 def test_a_hung_rank_ends_with_stacks(launch: Any, with_fault: Any, command: Command, free_port: int, tmp_path: Path) -> None:

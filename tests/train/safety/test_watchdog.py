@@ -85,7 +85,7 @@ def tell(launch: Any, tmp_path: Path) -> Tell:
 
     def run(run_dir: Path, story: str) -> subprocess.CompletedProcess[str]:
         program = tmp_path / "story.py"
-        program.write_text(STORY + textwrap.indent(textwrap.dedent(story), "    ") + "\ncli.run(main)\n")
+        program.write_text(STORY + textwrap.indent(textwrap.dedent(story), "    ") + "\ncli.run(main, ranks=True)\n")
         return launch([program, run_dir])
 
     return run
