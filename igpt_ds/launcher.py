@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+MOST_RANKS = 1 << 16
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 _UNSET = "start with torchrun, deepspeed, srun or mpirun, or run `unset RANK WORLD_SIZE LOCAL_RANK` to train with one process"
 
@@ -59,7 +60,7 @@ def map_environment(env: MutableMapping[str, str]) -> None:
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name in env and other not in env:
             raise LaunchError(f"{name}={env[name]} is set but {other} is not, and a launcher sets both; {_UNSET}")
-    world = _number(env, "WORLD_SIZE", 1, 1 << 20)
+    world = _number(env, "WORLD_SIZE", 1, MOST_RANKS)
     rank = _number(env, "RANK", 0, world - 1)
     if world == 1:
         env.setdefault("LOCAL_RANK", "0")

@@ -33,6 +33,10 @@ from igpt_ds.ops.status_text import status_text
 
 TAIL_BYTES, MOST_BYTES = 1 << 20, 1 << 28  # read of a log; size of the largest file that is packed
 STACK_SECONDS = 3.0  # to wait for the stacks of a rank
+_CALM = {  # the cause, by the run's state, when nothing points to one
+    "finished": "none: the run has finished",
+    "stopped": "none: the run stopped with everything saved; --resume auto continues it",
+}
 KERNEL = re.compile(r"oom|out of memory|xid|nvrm|segfault|i/o error|hung_task|blocked for more than", re.IGNORECASE)
 
 
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         status_text(status),
         f"first failure   {failed[0] if failed else 'none in logs and heartbeats'}",
         f"behind          {'; '.join(waiting_for) or 'nobody'}",
-        f"likely cause    {causes[0] if causes else 'unknown'}",
+        f"likely cause    {causes[0] if causes else _CALM.get(status.state, 'unknown')}",
         *(f"or              {cause}" for cause in causes[1:4]),
         f"read            {', '.join(name for name, text in texts.items() if text) or 'no logs'}",
     ]

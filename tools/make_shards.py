@@ -97,7 +97,8 @@ def part(text: str) -> Part:
 def print_index(out: Path, index: ShardIndex) -> None:
     """Prints what the dataset directory holds."""
     for split, about in index.splits.items():
-        print(f"{split:<11} {about.n_images} images in {len(about.shards)} shards, dataset hash {about.dataset_hash[:16]}")
+        shards = f"{len(about.shards)} shard{'s' * (len(about.shards) != 1)}"
+        print(f"{split:<11} {about.n_images} images in {shards}, dataset hash {about.dataset_hash[:16]}")
     print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
     print(f"unreadable  {index.n_unreadable} images")
     print_left_out(index.left_out or [])

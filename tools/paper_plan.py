@@ -142,7 +142,8 @@ def describe_stages(found: Sequence[Stage], out: Path, scale: Scale) -> str:
     counted = ", ".join(f"{len(some)} {job}" for job, some in kinds.items())
     done = sum(stage.done for stage in found)
     lines = [f"{'done' if stage.done else 'to do':<6}{stage.name}" for stage in found]
-    head = f"the paper at scale {scale.name} in {out}: {len(scale.systems)} models, {len(found)} stages ({counted}), {done} done"
+    models = f"{len(scale.systems)} model{'s' * (len(scale.systems) != 1)}"
+    head = f"the paper at scale {scale.name} in {out}: {models}, {len(found)} stages ({counted}), {done} done"
     return "\n".join([head, *lines])
 
 

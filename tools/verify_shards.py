@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         n_damages += len(found)
     size, seconds = sum(shard.bytes for shard in shards), time.perf_counter() - start
     n_images = sum(shard.n_images for shard in shards)
-    print(f"verified    {len(shards)} shards of {', '.join(splits)}: {n_images} images, {size / 1e6:.1f} MB")
+    checked = f"{len(shards)} shard{'s' * (len(shards) != 1)} of {', '.join(splits)}"
+    print(f"verified    {checked}: {n_images} images, {size / 1e6:.1f} MB")
     print(f"speed       {size / 1e6 / seconds:.0f} MB/s")
     print(f"damaged     {n_damages} images or byte ranges")
     if n_damages:

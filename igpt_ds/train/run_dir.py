@@ -19,6 +19,7 @@ from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import Run, run_to_dict
 from igpt_ds.files import atomic_file, read_json, write_json
+from igpt_ds.launcher import MOST_RANKS
 from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.train.run_lock import take
@@ -41,7 +42,9 @@ class _RunFile:
     world_size: int
 
     def __post_init__(self) -> None:
-        for name, value in (("world_size", self.world_size), *vars(self.recipe).items()):
+        if not 1 <= self.world_size <= MOST_RANKS:  # a reader looks for a heartbeat of each
+            raise ValueError(f"world_size {self.world_size}, which is not between 1 and {MOST_RANKS}")
+        for name, value in vars(self.recipe).items():
             if isinstance(value, int) and not 1 <= value < 1 << 40:
                 raise ValueError(f"{name} {value}, which is not between 1 and 2^40")
 

@@ -278,6 +278,7 @@ def test_a_damaged_lost_file_says_that_the_reason_is_unknown(run_dir: Path, text
         ({"recipe": RECIPE | {"steps": 10**400}}, "has steps 1000"),
         ({"world_size": True}, "has world_size True"),
         ({"world_size": -1}, "has world_size -1"),
+        ({"world_size": 1 << 39}, "has world_size 549755813888, which is not between 1 and 65536"),
     ],
 )
 def test_a_run_file_with_other_fields_is_one_clear_error(run_dir: Path, changes: dict[str, Any], complaint: str):
