@@ -9,8 +9,8 @@ What the launchers do with Ctrl-C, which a terminal sends to all processes of th
 - `deepspeed` ends with a traceback of its own. Its second process sends TERM to the ranks one by one, and kills each that still
   runs after 30 seconds, which is too short to save a large model. TERM after Ctrl-C is the same stop.
 - `torchrun` forwards it, kills after 30 seconds, and always exits with 1.
-- `mpirun` (Open MPI) sends TERM to the ranks, and kills them after a second; `--mca odls_base_sigkill_timeout 600` gives them
-  ten minutes.
+- `mpirun` (Open MPI 4.1) sends CONT to the ranks, TERM a second later, and kills them after another second. With
+  `--mca odls_base_sigkill_timeout 300` both times are five minutes. It prints nothing more meanwhile. CONT is the same stop there.
 - `srun` forwards it to the ranks if it comes twice within a second.
 A file STOP needs no signal, and no launcher limits its time.
 
@@ -74,6 +74,8 @@ class Stop:
         os.set_blocking(write, False)
         for number in _SIGNALS:
             signal.signal(number, self._hear)
+        if "OMPI_COMM_WORLD_RANK" in os.environ:
+            signal.signal(signal.SIGCONT, lambda *_: self._hear(signal.SIGINT, None))
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._end_at_second, args=(read,), daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # slurm/one_node.sh blocks TERM

@@ -124,7 +124,7 @@ def test_of_two_starts_at_one_moment_one_trains_and_a_third_leaves_its_stop_file
 
 
 def test_ctrl_c_under_mpirun(launch: Any, command: Command, free_port: int, tmp_path: Path) -> None:
-    """Its variables by hand; then mpirun itself where there is one, which kills its ranks a second after Ctrl-C unless told."""
+    """Its variables by hand; then mpirun itself where there is one, which prints nothing after Ctrl-C."""
     run, words = (
         tmp_path / "run",
         command("run", "--steps", "100000", "--save_every", "0", "--val_every", "0", "--resume", "auto"),
@@ -137,14 +137,12 @@ def test_ctrl_c_under_mpirun(launch: Any, command: Command, free_port: int, tmp_
     step = read_json_lines(run / "train.jsonl")[-1]["step"]
     assert newest(run) == f"step-{step:08d}"
     if mpirun := shutil.which("mpirun"):
-        grace = ["--oversubscribe", "--mca", "odls_base_sigkill_timeout", "600"]
+        grace = ["--oversubscribe", "--mca", "odls_base_sigkill_timeout", "20"]
         allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         process = launch.start(
             [mpirun, *grace, "-np", "2", sys.executable, *words], env=allowed | {"MASTER_PORT": str(free_port)}
         )
-        assert f"everything is saved; continue with: {mpirun} --oversubscribe" in interrupted(
-            [process], run / "train.jsonl", step + 2
-        )
+        interrupted([process], run / "train.jsonl", step + 2)
         assert newest(run) > f"step-{step:08d}"
 
 
