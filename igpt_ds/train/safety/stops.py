@@ -10,7 +10,7 @@ What the launchers do with Ctrl-C, which a terminal sends to all processes of th
   runs after 30 seconds, which is too short to save a large model. TERM after Ctrl-C is the same stop.
 - `torchrun` forwards it, kills after 30 seconds, and always exits with 1.
 - `mpirun` (Open MPI 4.1) sends CONT to the ranks, TERM a second later, and kills them after another second. With
-  `--mca odls_base_sigkill_timeout 300` both times are five minutes. It prints nothing more meanwhile. CONT is the same stop there.
+  `--mca odls_base_sigkill_timeout 300` both times are five minutes. It prints nothing meanwhile. CONT is the same stop there.
 - `srun` forwards it to the ranks if it comes twice within a second.
 A file STOP needs no signal, and no launcher limits its time.
 
