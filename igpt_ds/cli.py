@@ -36,6 +36,10 @@ class SharedError(ValueError):
     """Bad input that every rank raises at the same place, so only rank 0 prints it."""
 
 
+class FinishedError(ValueError):
+    """An earlier run of the same command finished the result and was killed just before it ended, so nothing is left to do."""
+
+
 _at_end: list[Callable[[str], None]] = []
 
 
@@ -63,6 +67,9 @@ def run(main: Callable[[Sequence[str] | None], None], ranks: bool = False) -> No
             os.environ.pop(name, None)
     try:
         main(None)
+        _tell("")
+    except FinishedError as finished:
+        print(finished, flush=True)
         _tell("")
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

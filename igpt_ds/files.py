@@ -1,20 +1,26 @@
 """Durable files: a file appears complete under its final name, or not at all.
 
 All writers use `atomic_file` or `atomic_dir`: the content is written under a temporary name beside the target, forced to disk,
-then renamed. Readers of JSON get one clear error with the path.
+then renamed. What a killed writer left is removed by the next one. Readers of JSON get one clear error with the path.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from igpt_ds.cli import FinishedError
+from igpt_ds.locks import locked, open_lock, try_lock
 
 
 def fsync_path(path: Path) -> None:
@@ -31,17 +37,30 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
+def _partials(path: Path) -> Iterator[Path]:
+    return path.parent.glob(f".{glob.escape(path.name)}.*.partial")
+
+
+_swept: set[Path] = set()  # paths whose leftovers this process removed: only killed processes leave some
+
+
 @contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` and renames it to `path` when the block ends without an error."""
+    """Opens a temporary file beside `path` and renames it to `path` when the block ends without an error.
+
+    The writer holds the lock of its temporary file, so the first writer in a later process can remove those of killed ones.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    if path not in _swept:
+        _swept.add(path)
+        _remove_unlocked(path)
+    partial, file = _new_file(path, mode)
     try:
-        with open(partial, mode) as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            os.replace(partial, path)
         fsync_path(path.parent)
     except OSError as error:
         if error.filename is None:  # as when the disk is full
@@ -51,28 +70,103 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         partial.unlink(missing_ok=True)
 
 
+def _new_file(path: Path, mode: str) -> tuple[Path, IO[Any]]:
+    while True:
+        partial = _partial(path)
+        file = open(partial, mode.replace("w", "x"))  # noqa: SIM115  (the caller closes it)
+        while try_lock(file.fileno()) is False:
+            time.sleep(0.01)  # another process takes it for a leftover
+        if partial.exists():
+            return partial, file
+        file.close()
+
+
+def _remove_unlocked(path: Path) -> None:
+    for left in _partials(path):
+        with suppress(OSError, ValueError):  # a directory, or removed at this moment
+            descriptor = open_lock(left)
+            try:
+                if try_lock(descriptor):
+                    left.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a directory; a missing one is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_taken(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
+
+
 @contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary directory beside `path`, renamed to `path` when the block ends without an error.
+def reserved(path: Path, *others: Path) -> Iterator[None]:
+    """Reserves new names for this process until the block ends, and removes what killed processes left of them.
+
+    Args:
+        path: what the block renames last, so that it exists only if everything does.
+        others: what the block renames before. If the same command was killed in between, they are removed.
 
     Raises:
-        ValueError: `path` exists already and is not an empty directory; results are never overwritten.
+        ValueError: another process writes `path`, or one of the paths exists and is not an empty directory.
+        FinishedError: the same command renamed `path` and was killed before it ended.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists already; choose another name or remove it")
+    with locked(path) as lock:
+        # A command notes itself only after it found all names free, so they are its own if it was killed.
+        fresh = lock.held and not lock.entered
+        again = fresh and lock.left == _command()
+        if fresh:
+            for left in _partials(path):
+                remove(left)
+        if _is_taken(path):
+            if again:
+                raise FinishedError(f"{path}: finished by an earlier run of this command")
+            raise ValueError(f"{path} exists already; choose another name or remove it")
+        for other in filter(_is_taken, others):
+            if not again:
+                raise ValueError(f"{other} exists already; choose another name or remove it")
+            remove(other)
+        lock.note(_command())
+        yield
+
+
+def _command() -> str:
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+@contextmanager
+def scratch_dir(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary directory beside `path`, and removes it. `reserved` removes those of killed processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     partial.mkdir()
     try:
         yield partial
-        for file in (partial, *partial.rglob("*")):
-            fsync_path(file)
-        if path.exists():
-            path.rmdir()
-        os.replace(partial, path)
-        fsync_path(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary directory beside `path`, renamed to `path` when the block ends without an error.
+
+    Raises:
+        ValueError: `path` exists already and is not an empty directory; results are never overwritten. Or another process
+            writes it.
+        FinishedError: as `reserved`.
+    """
+    with reserved(path), scratch_dir(path) as partial:
+        yield partial
+        for file in (partial, *partial.rglob("*")):
+            fsync_path(file)
+        os.replace(partial, path)  # also an empty directory
+        fsync_path(path.parent)
 
 
 def sha256_file(path: Path) -> str:

@@ -29,7 +29,7 @@ from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, save_grid, square
 from igpt_ds.data.left_out import Tally, reason_of
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, load_palette, report_path, save_palette
-from igpt_ds.data.shards.build import DEFAULT_MAX_BAD
+from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD
 from igpt_ds.data.sources import LABELS, Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
 

@@ -20,9 +20,10 @@ from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shards.build import DEFAULT_MAX_BAD, check_work, list_images, making, merge_shards, write_shards
+from igpt_ds.data.shards.build import check_work, list_images, write_shards
 from igpt_ds.data.shards.index import ShardIndex
 from igpt_ds.data.shards.layout import IMAGES_PER_SHARD, WHOLE, Part, ShardOptions
+from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD, finish_begun, making, merge_shards
 from igpt_ds.data.sources import LABELS, open_source
 
 CROP_HELP = (
@@ -42,12 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--part belongs to --stage write, not {args.stage}")
 
     check_work(args.part, args.workers, args.max_bad)
-    if args.stage in ("write", "merge") and not (making(args.out) / "plan").is_dir():
-        raise ValueError(f"{args.out} has no list of images; run --stage list before {args.stage}")
     source, palette, start = open_source(args.source, args.labels), load_palette(args.palette), time.perf_counter()
     shape = args.filter, args.crop, args.views, args.max_pixels
     options = ShardOptions(args.n_px, args.val_fraction, args.images_per_shard, args.seed, *shape)
-    plan = list_images(args.out, source, palette, options.settings(source, palette), args.max_bad)
+    settings = options.settings(source, palette)
+    if index := finish_begun(args.out, settings):
+        print_index(args.out, index)
+        return
+    if args.stage in ("write", "merge") and not args.out.exists() and not (making(args.out) / "plan").is_dir():
+        raise ValueError(f"{args.out} has no list of images; run --stage list before {args.stage}")
+    plan = list_images(args.out, source, palette, settings, args.max_bad)
     counts = ", ".join(f"{count} {split}" for split, count in plan.counts.items() if count)
     print(f"listed      {counts} images of {source.name}")
     if args.stage == "list":

@@ -10,15 +10,20 @@ the old one when it is complete. It needs no DeepSpeed and no process group.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.train.checkpoint.directory import choose_checkpoint, commit
+from igpt_ds.files import reserved
+from igpt_ds.locks import locked
+from igpt_ds.train import run_lock
+from igpt_ds.train.checkpoint.directory import choose_checkpoint, commit, recover
 from igpt_ds.train.checkpoint.disk import SLACK, require_space
-from igpt_ds.train.checkpoint.manifest import file_entry, read_checkpoint, refuse_damaged
+from igpt_ds.train.checkpoint.manifest import Checkpoint, file_entry, read_checkpoint, refuse_damaged
 from igpt_ds.train.checkpoint.reshard import saved_sub_group_size, target_layout, write_rank
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 
@@ -50,31 +55,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint and args.step is not None:
         raise ValueError(f"--step {args.step} goes with --run_dir; --checkpoint {args.checkpoint} is one step already")
     if args.checkpoint:
+        recover(args.checkpoint)
         checkpoint = read_checkpoint(args.checkpoint)
-        refuse_damaged(checkpoint)
     else:
         checkpoint = choose_checkpoint(args.run_dir, args.step)
-    manifest, out = checkpoint.manifest, args.out or checkpoint.path
-    if args.out and out.exists():
-        raise ValueError(f"--out {out} exists already; choose another name or remove it")
+    if args.out:
+        with reserved(args.out):
+            write(checkpoint, args.out, args.ranks, args.sub_group_size)
+        return
+    run_dir = checkpoint.path.absolute().parents[1]
+    if (run_dir / "run.json").exists():
+        run_lock.take(run_dir)  # a run that starts now would remove the unfinished files
+    with locked(checkpoint.path):
+        write(read_checkpoint(checkpoint.path), checkpoint.path, args.ranks, args.sub_group_size)
 
-    start = time.monotonic()
+
+def write(checkpoint: Checkpoint, out: Path, ranks: int, sub_group_size: int | None) -> None:
+    """Writes the files of the new ranks beside `out`, which they replace when they are complete. The caller has locked `out`."""
+    refuse_damaged(checkpoint)
+    manifest, start = checkpoint.manifest, time.monotonic()
     source = ZeroCheckpoint(checkpoint.path, manifest.world_size, manifest.stage)
-    target = target_layout(source, args.ranks, args.sub_group_size or saved_sub_group_size(source))
-    unfinished = out.with_name(f"{out.name}.{args.ranks}-ranks.partial")
-    require_space(out.parent, int(SLACK * manifest.bytes), f"{out.name} for {args.ranks} ranks")
-    for left in out.parent.glob(f"{out.name}.*-ranks.partial"):  # by an interrupted start, for whatever ranks
+    target = target_layout(source, ranks, sub_group_size or saved_sub_group_size(source))
+    for left in out.parent.glob(f"{glob.escape(out.name)}.*-ranks.partial"):  # by a killed start, for whatever ranks
         shutil.rmtree(left, ignore_errors=True)
+    require_space(out.parent, int(SLACK * manifest.bytes), f"{out.name} for {ranks} ranks")
+    unfinished = out.with_name(f"{out.name}.{uuid.uuid4().hex[:12]}.{ranks}-ranks.partial")
     unfinished.mkdir(parents=True)
     try:
-        files = [file_entry(path) for rank in range(args.ranks) for path in write_rank(source, target, rank, unfinished)]
-        made = dataclasses.replace(manifest, world_size=args.ranks, files=tuple(files))
+        files = [file_entry(path) for rank in range(ranks) for path in write_rank(source, target, rank, unfinished)]
+        made = dataclasses.replace(manifest, world_size=ranks, files=tuple(files))
         commit(unfinished, out, made)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size, seconds = made.bytes, time.monotonic() - start
     speed = f"{size / 1e9:.3f} GB in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s"
-    print(f"{out}: {manifest.world_size} ranks -> {args.ranks}, {speed}")
+    print(f"{out}: {manifest.world_size} ranks -> {ranks}, {speed}")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ and `tools/filter_shards.py`.
     merge   writes index.json over all shards
 
 All files are in OUT.making, which is renamed to OUT at the end. The bytes do not depend on the number of processes or jobs, nor
-on interruptions: the same command continues with the missing shards.
+on interruptions: the same command continues with the missing shards. One process at a time lists, merges or writes a part.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from contextlib import suppress
+from dataclasses import asdict, replace
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -26,11 +25,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from igpt_ds.data.left_out import EMPTY_CLASS
-from igpt_ds.data.palette import Palette, load_palette, prepare_table, save_palette
+from igpt_ds.data.palette import Palette, load_palette, prepare_table, report_path, save_palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.encode import CHUNK, Bad, Prepared, Task, Unreadable, prepared
-from igpt_ds.data.shards.index import ShardEntry, ShardIndex, read_index, signed, split_entry, write_index
+from igpt_ds.data.shards.index import ShardIndex, read_index, signed, split_entry, write_index
 from igpt_ds.data.shards.layout import (
     IMAGES_PER_SHARD,
     WHOLE,
@@ -42,24 +40,25 @@ from igpt_ds.data.shards.layout import (
     chunks,
     make_plan,
 )
+from igpt_ds.data.shards.merge import (
+    DEFAULT_MAX_BAD,
+    Made,
+    begun_otherwise,
+    check_tars,
+    entry_file,
+    finish_begun,
+    making,
+    merge_shards,
+    read_made,
+    wrong_tar,
+)
 from igpt_ds.data.shards.record import pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
-from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
-from igpt_ds.schema import record_from
+from igpt_ds.files import atomic_dir, reserved, write_json
+from igpt_ds.locks import locked
 
-DEFAULT_MAX_BAD = 0.001  # more than one unreadable image in a thousand means a broken copy
 IMAGES_PER_PROCESS = 2048  # for fewer images another process costs more than it saves
-_RECORDED = (
-    "val_fraction",
-    "images_per_shard",
-    "seed",
-    "filter",
-    "crop",
-    "views",
-    "max_pixels",
-)  # settings that the index records
-_PACKAGES = ("numpy", "pillow", "simplejpeg", "torch")  # packages that decode and resize
 
 
 def write_dataset(
@@ -80,14 +79,12 @@ def write_dataset(
     Raises:
         ValueError: `path` exists, a number is out of range, a split would be empty, or too many images are unreadable.
     """
-    list_images(path, source, palette, options.settings(source, palette), max_bad)
+    settings = options.settings(source, palette)
+    if index := finish_begun(path, settings):
+        return index
+    list_images(path, source, palette, settings, max_bad)
     write_shards(path, source, workers=workers, max_bad=max_bad)
     return merge_shards(path, name, max_bad)
-
-
-def making(path: Path) -> Path:
-    """The directory that holds the dataset directory `path` until it is complete."""
-    return path.with_name(f"{path.name}.making")
 
 
 def list_images(
@@ -98,25 +95,30 @@ def list_images(
     Raises:
         ValueError: `path` exists, or was begun with other settings; the reasons of `make_plan`.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists already; choose another name or remove it")
     work = making(path)
-    if not (work / "plan").exists():
-        work.mkdir(parents=True, exist_ok=True)
-        save_palette(work / "palette.npy", palette)
-        try:
-            make_plan(work / "plan", source, settings, max_bad)
-        except (ValueError, OSError):
-            if not (work / "plan" / "plan.json").exists():  # otherwise another job of an array was faster
-                (work / "palette.npy").unlink(missing_ok=True)
-                work.rmdir()
-                raise
+    if path.exists() or not (work / "plan").exists():
+        with reserved(path):
+            if not (work / "plan").exists():
+                _list(work, source, palette, settings, max_bad)
     plan = ShardPlan(work / "plan")
     if load_palette(work / "palette.npy").hash != plan.settings.palette_hash:
         raise ValueError(f"{work / 'palette.npy'} is not the palette of {work / 'plan'}; remove {work} and begin again")
     if different := plan.differences(settings):
-        raise ValueError(f"{work} was begun with other settings ({'; '.join(different)}); continue with those, or remove it")
+        raise ValueError(begun_otherwise(work, different))
     return plan
+
+
+def _list(work: Path, source: Source, palette: Palette, settings: ShardSettings, max_bad: float) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    save_palette(work / "palette.npy", palette)
+    try:
+        make_plan(work / "plan", source, settings, max_bad)
+    except (ValueError, OSError):
+        for file in (work / "palette.npy", report_path(work / "palette.npy")):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            work.rmdir()
+        raise
 
 
 def check_work(part: Part, workers: int, max_bad: float) -> None:
@@ -141,16 +143,23 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
         ValueError: there is no plan, `part` or a number is out of range, or too many images are unreadable.
     """
     check_work(part, workers, max_bad)
+    # Other parts may be written at the same time, but the shards are not merged meanwhile.
+    with locked(path, shared=True), locked(path.with_name(f"{path.name}.part-{part.i}-of-{part.n}")):
+        return _write_part(path, source, part, workers, max_bad)
+
+
+def _write_part(path: Path, source: Source, part: Part, workers: int, max_bad: float) -> int:
     work = making(path)
     plan = ShardPlan(work / "plan")
     mine = plan.shards()[part.i :: part.n]
-    missing = [shard for shard in mine if not _entry_file(work, shard).is_file()]
+    made = {shard: read_made(work, shard) for shard in mine if entry_file(work, shard).is_file()}
+    missing = [shard for shard in mine if shard not in made or wrong_tar(work, made[shard].shard)]
     if not missing:
         return 0
     unreadable = Unreadable(source.name, plan.n_entries, max_bad, plan.left_out)
     for shard in mine:
         if shard not in missing:
-            unreadable.add(_read_made(work, shard).unreadable)
+            unreadable.add(made[shard].unreadable)
     before, palette_file = unreadable.count, work / "palette.npy"
     total = sum(shard.n_entries for shard in missing)
     processes = min(workers, -(-total // IMAGES_PER_PROCESS))
@@ -189,78 +198,7 @@ def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable:
         entry = shard.close()
     if not shard.n_images:
         (work / name).unlink()
-    write_json(work / f"{name}.json", signed(asdict(_Made(entry, mine))))
-
-
-def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> ShardIndex:
-    """Writes the index over all planned shards and renames the dataset directory. Returns the index.
-
-    Raises:
-        ValueError: there is no plan, shards are missing, or too many images were unreadable.
-    """
-    work = making(path)
-    plan = ShardPlan(work / "plan")
-    shards = plan.shards()
-    if missing := [shard.name for shard in shards if not _entry_file(work, shard).is_file()]:
-        raise ValueError(f"{work}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}; make them first")
-    unreadable = Unreadable(plan.settings.source, plan.n_entries, max_bad, plan.left_out)
-    splits: dict[str, list[ShardEntry]] = {}
-    for shard in shards:
-        made = _read_made(work, shard)
-        unreadable.add(made.unreadable)
-        if made.shard.n_images:
-            splits.setdefault(shard.split, []).append(made.shard)
-    for label, n in enumerate(plan.n_listed):
-        if n == unreadable.by_label[label]:
-            unreadable.tally.add(plan.classes[label], EMPTY_CLASS, lost=False, ending="")
-    palette = load_palette(work / "palette.npy")
-    index = ShardIndex(
-        name=name or path.resolve().name,
-        n_px=plan.settings.n_px,
-        n_vocab=len(palette),
-        palette="palette.npy",
-        palette_hash=palette.hash,
-        classes=plan.classes,
-        splits={split: split_entry(entries, palette.hash, plan.settings.n_px) for split, entries in splits.items()},
-        source=plan.settings.source,
-        source_hash=plan.source_hash,
-        made_with={package: version(package) for package in _PACKAGES},
-        n_unreadable=unreadable.count,
-        left_out=unreadable.tally.rows() or None,
-        **{key: getattr(plan.settings, key) for key in _RECORDED},
-    )
-    write_index(work, index)
-    try:
-        if path.exists():
-            path.rmdir()
-        os.replace(work, path)
-    except OSError:
-        raise ValueError(f"{path} was finished by another process, or cannot be created; look there") from None
-    fsync_path(path.parent)
-    for file in [*path.glob("*.tar.json"), *path.glob("palette.npy.*"), *path.glob(".*.partial")]:
-        file.unlink()
-    shutil.rmtree(path / "plan")
-    return index
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A shard that is finished: its entry for the index, and the images that could not be read."""
-
-    shard: ShardEntry
-    unreadable: list[Bad]
-
-
-def _entry_file(work: Path, shard: Planned) -> Path:
-    return work / f"{shard.name}.json"
-
-
-def _read_made(work: Path, shard: Planned) -> _Made:
-    file = _entry_file(work, shard)
-    about, fix = read_json(file, "entry of a shard"), f"remove it and run the same command again, which makes {shard.name} again"
-    if not isinstance(about, dict) or about != signed(about):
-        raise ValueError(f"{file} is damaged; {fix}")
-    return record_from(_Made, about, f"entry of a shard {file}", fix)
+    write_json(work / f"{name}.json", signed(asdict(Made(entry, mine))))
 
 
 def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | None = None, note: dict[str, object]) -> ShardIndex:
@@ -286,4 +224,5 @@ def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | Non
         splits = {"train": split_entry(entries, shards.palette_hash, shards.n_px)}
         index = replace(read_index(shards.path), name=name or out.resolve().name, derived=note, splits=splits)
         write_index(partial, index)
+        check_tars(partial, entries)
     return index

@@ -1,8 +1,9 @@
 """A run's checkpoints as directories: which are complete, which is the newest, which are removed.
 
 RUN_DIR/checkpoints/step-00000100/ holds the files of every rank, manifest.json (see manifest.py) and COMPLETE, which is written
-last. Then the directory gets its name. `.partial` is a save or a removal that was interrupted; `.broken` was damaged. Called by
-train/checkpoint/, train/loop.py, train/safety/rollback.py, ops/, finetune.py and tools/reshard.py. No engine is needed.
+last. Then the directory gets its name. `.partial` is a save or a removal that was interrupted; `.broken` was damaged; `.old` is
+replaced at this moment, and gets its name back if the replacement was killed. Called by train/checkpoint/, train/loop.py,
+train/safety/rollback.py, ops/, finetune.py and tools/reshard.py. No engine is needed.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import re
 import shutil
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from igpt_ds.files import atomic_file, fsync_path
+from igpt_ds.locks import InUseError, locked
 from igpt_ds.train.checkpoint.manifest import (
     Checkpoint,
     DamagedError,
@@ -23,6 +26,8 @@ from igpt_ds.train.checkpoint.manifest import (
     refuse_damaged,
     write_manifest,
 )
+
+_SWAP_SECONDS = 10.0  # to wait for a process that replaces a checkpoint: two renames
 
 
 def checkpoint_name(step: int) -> str:
@@ -35,8 +40,39 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def recover(final: Path) -> None:
+    """Gives a checkpoint its name back if the process that replaced it was killed between its two renames.
+
+    Every reader calls this: a missing name would make an older step the newest.
+
+    Raises:
+        ValueError: the disk refuses, or another process keeps replacing the checkpoint.
+    """
+    old = _old(final)
+    if final.exists() or not old.exists():
+        return
+    try:
+        with locked(final, wait=_SWAP_SECONDS):
+            if old.exists() and not final.exists():
+                os.replace(old, final)
+    except InUseError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{old} must be renamed to {final.name}, which fails: {error.strerror}; rename it yourself") from None
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f"{final.name}.old")
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints, complete or not, from the oldest step to the newest."""
+    """All checkpoints, complete or not, from the oldest step to the newest.
+
+    Raises:
+        ValueError: as `recover`.
+    """
+    for old in directory.glob("step-*.old"):
+        recover(old.with_suffix(""))
     return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
@@ -50,12 +86,18 @@ def commit(partial: Path, final: Path, manifest: Manifest) -> None:
     write_manifest(partial, manifest)
     with atomic_file(partial / "COMPLETE", "w") as file:
         file.write(f"{len(manifest.files)} files\n")
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():  # saved a second time, or for other ranks; after a crash here `remove_leftovers` restores it
-        os.replace(final, old)
-    os.replace(partial, final)
-    fsync_path(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(final)
+    if final.exists() or old.exists():  # saved a second time, or for other ranks
+        with locked(final, wait=_SWAP_SECONDS):
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(final, old)
+            os.replace(partial, final)  # after a kill before this, `recover` restores the old one
+            fsync_path(final.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(partial, final)
+        fsync_path(final.parent)
 
 
 def prune(directory: Path, keep_last: int, keep_every: int, protected: Collection[int] = ()) -> None:
@@ -142,6 +184,7 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
         checkpoint = newest
     else:
         path = directory / checkpoint_name(step)
+        recover(path)
         if not path.exists():
             steps = ", ".join(str(step_of(path)) for path in list_checkpoints(directory)) or "none"
             raise ValueError(f"{path} does not exist; steps there: {steps}")
@@ -155,11 +198,12 @@ def remove_leftovers(directory: Path) -> None:
     """Cleans up after interrupted saves and removals, before any rank reads or writes."""
     for path in directory.glob("step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
+    list_checkpoints(directory)  # first it recovers what has no other copy
     for old in directory.glob("step-*.old"):
-        if old.with_suffix("").exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(old, old.with_suffix(""))
+        shutil.rmtree(old, ignore_errors=True)
+    for lock in directory.glob(".step-*.lock"):
+        with suppress(ValueError), locked(directory / lock.name.removeprefix(".").removesuffix(".lock")):
+            pass  # the holder was killed, and this one removes the file
 
 
 def set_aside_newer(directory: Path, step: int) -> None:

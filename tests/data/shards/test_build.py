@@ -17,10 +17,11 @@ from igpt_ds.data.images import square
 from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shards import build
-from igpt_ds.data.shards.build import copy_images, list_images, making, merge_shards, write_dataset, write_shards
+from igpt_ds.data.shards.build import copy_images, list_images, write_dataset, write_shards
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.index import read_index, signed
 from igpt_ds.data.shards.layout import Part, ShardOptions, ShardPlan, ShardSettings, make_plan, split_of
+from igpt_ds.data.shards.merge import making, merge_shards
 from igpt_ds.data.sources import open_source
 
 
@@ -461,7 +462,7 @@ def test_a_merged_directory_that_cannot_be_put_in_place(begun, memory):
     write_shards(begun.with_suffix(""), memory(40))
     begun.with_suffix("").mkdir()
     (begun.with_suffix("") / "something").write_text("else")
-    with pytest.raises(ValueError, match=r"out was finished by another process, or cannot be created; look there"):
+    with pytest.raises(ValueError, match=r"out exists already; choose another name or remove it"):
         merge_shards(begun.with_suffix(""))
 
 
