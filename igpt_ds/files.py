@@ -121,7 +121,7 @@ def reserved(path: Path, *others: Path) -> Iterator[None]:
         fresh = lock.held and not lock.entered
         again = fresh and lock.left == _command()
         if fresh:
-            for left in _partials(path):
+            for left in (left for taken in (path, *others) for left in _partials(taken)):
                 remove(left)
         if _is_taken(path):
             if again:
@@ -163,10 +163,15 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     """
     with reserved(path), scratch_dir(path) as partial:
         yield partial
-        for file in (partial, *partial.rglob("*")):
-            fsync_path(file)
-        os.replace(partial, path)  # also an empty directory
-        fsync_path(path.parent)
+        move_dir(partial, path)
+
+
+def move_dir(partial: Path, path: Path) -> None:
+    """Forces a directory to disk and gives it its name, which is free or an empty directory."""
+    for file in (partial, *partial.rglob("*")):
+        fsync_path(file)
+    os.replace(partial, path)
+    fsync_path(path.parent)
 
 
 def sha256_file(path: Path) -> str:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     found = find_duplicates(train, evaluated, args.method, args.max_distance, args.workers)
     seconds = time.perf_counter() - start
+    n_shown = sheet(args.sheet, found, train, evaluated, args.pairs) if args.sheet and len(found.train_ids) else 0
     write_exclusion(args.out, train, found.train_ids, about(found, train, evaluated, args))
     n_train, n_found = train.n_images, len(found.train_ids)
     print(f"{n_train} training and {evaluated.n_images} evaluation images, {args.method}, at most {args.max_distance} bits apart")
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.out}: {n_found} training images ({n_found / n_train:.4%}) are near {len(set(found.eval_ids))} evaluation images"
     )
     warn(found, n_train)
-    if args.sheet and n_found:
-        print(f"{args.sheet}: {sheet(args.sheet, found, train, evaluated, args.pairs)} pairs, the nearest first")
+    if n_shown:
+        print(f"{args.sheet}: {n_shown} pairs, the nearest first")
     elif args.sheet:
         print(f"{args.sheet} was not written: there is no pair to show")
 

@@ -28,7 +28,7 @@ from igpt_ds.evaluate.domain import Domain, FeatureReader, fit_domain, keep_best
 from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.evaluate.features.network import PRECISIONS, check_layers, open_model, pick_device
 from igpt_ds.evaluate.report.figures import score_histogram
-from igpt_ds.files import atomic_dir, write_json
+from igpt_ds.files import move_dir, reserved, scratch_dir, write_json
 
 COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows of kept and of dropped images, screen pixels of an image's side
 DRAWN = 10_000  # kept and dropped images each; the sheet shows some of them, evenly spread by score
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits, scores every candidate, writes report and shards."""
     args = parse(argv)
     reference, candidates = ShardSet(args.reference, args.reference_split), ShardSet(args.candidates, args.candidates_split)
-    check(reference, candidates, args.out)
+    check(reference, candidates)
     n = n_to_keep(candidates.n_images, args.keep)
-    with atomic_dir(args.report) as report:
+    with reserved(args.out, args.report), scratch_dir(args.report) as report:
         model, origin = open_model(args.model, reference)
         deepest = model.config.n_layer
         layer = deepest // 2 if args.layer is None else check_layers([args.layer], deepest)[0]
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fitted = asdict(fit_report(reference, candidates, origin, domain, read))
         note = {"tool": "tools/filter_shards.py", **fitted, "keep": args.keep, "n_kept": n, "threshold": threshold}
         write_json(report / "report.json", note)
+        move_dir(report, args.report)  # before the shards, which are there only if everything is
         copy_images(args.out, candidates, kept, note=note)
     print(f"{candidates.n_images} candidates scored in {seconds:.1f} s, {candidates.n_images / seconds:.1f} images/s")
     print(f"{args.out}: {n} images ({n / candidates.n_images:.2%}), score {threshold:.3f} and above")
@@ -127,10 +128,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def check(reference: ShardSet, candidates: ShardSet, out: Path) -> None:
+def check(reference: ShardSet, candidates: ShardSet) -> None:
     """Refuses bad input before hours of scoring."""
-    if out.exists():
-        raise ValueError(f"{out} exists already; choose another name or remove it")
     if reference.dataset_hash == candidates.dataset_hash:
         raise ValueError(f"{reference.path} and {candidates.path} hold the same images; name two different sets")
     if (reference.n_px, reference.palette_hash) != (candidates.n_px, candidates.palette_hash):

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, save_grid, square
 from igpt_ds.data.left_out import Tally, reason_of
-from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, load_palette, report_path, save_palette
+from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, report_path, save_palette
 from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD
 from igpt_ds.data.sources import LABELS, Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
+from igpt_ds.files import reserved
 
 _BATCH = 64  # images per job of a worker
 _SWATCH_COLUMNS, _N_PREVIEW, _PREVIEW_PX = 32, 12, 64
@@ -40,6 +41,11 @@ _SWATCH_COLUMNS, _N_PREVIEW, _PREVIEW_PX = 32, 12, 64
 def main(argv: Sequence[str] | None = None) -> None:
     """Counts and clusters colours, writes the palette and its pictures, prints its quality."""
     args = _arguments(argv)
+    with reserved(args.out, report_path(args.out)):
+        _fit(args)
+
+
+def _fit(args: argparse.Namespace) -> None:
     source = open_source(args.source, args.labels)
     entries = _chosen(source.entries(), args.max_images, args.seed)
     counts, start, n_images, bad = ColorCounts(), time.perf_counter(), 0, Tally()
@@ -66,13 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     counted = time.perf_counter()
     palette, report = fit_colors(*counts.weighted(args.max_pixels, args.seed), args.n_colors, args.seed)
     made = {"seed": args.seed, "source": source.name, "n_px": args.n_px, "crop": args.crop, "filter": args.filter}
-    save_palette(args.out, palette, replace(report, **made, n_images=n_images))
-    palette = load_palette(args.out)
     fitted = time.perf_counter()
     if args.swatch:
         save_grid(args.swatch, palette.decode(np.arange(len(palette)))[:, None, None], _SWATCH_COLUMNS, scale=16)
     if args.preview:
         _preview(args, source, how, palette)
+    save_palette(args.out, palette, replace(report, **made, n_images=n_images))  # last: who finds it finds all
 
     print(f"images      {n_images} at {n_images / (counted - start):.0f}/s, {n_bad} unreadable")
     for row in left_out.rows():
@@ -111,9 +116,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--swatch", type=Path, help="PNG of the colours in their order (default: none)")
     parser.add_argument("--preview", type=Path, help="PNG of some images before and after (default: none)")
     args = parser.parse_args(argv)
-    for taken in (args.out, report_path(args.out)):
-        if taken.exists():
-            raise ValueError(f"{taken} exists already; choose another name or remove it")
     if args.out.suffix != ".npy":
         raise ValueError(f"out={args.out} must end in .npy")
     for name in ("max_pixels", "max_images", "max_image_pixels", "n_px", "workers"):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from igpt_ds import cli
 from igpt_ds.data.palette import Palette, load_palette, save_palette
+from igpt_ds.files import reserved, scratch_dir
 from igpt_ds.model.interchange.hf import ImportedModel, read_hf, save_imported
 from igpt_ds.model.store import read_info
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     imported = read_hf(args.hf)
     palette = choose_palette(imported, args.hf, args.palette)
-    with TemporaryDirectory() as directory:
-        file = Path(directory) / "palette.npy"
+    with reserved(args.out), scratch_dir(args.out) as directory:
+        file = directory / "palette.npy"
         save_palette(file, palette)
         save_imported(args.out, imported, file, palette.hash)
     size = sum(tensor.numel() for tensor in imported.weights.values())

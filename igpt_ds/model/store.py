@@ -121,12 +121,15 @@ def _parted(weights: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file; a failure is an OSError that names the path, as for every other file."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # by the umask; safetensors gives its files 0600
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from None
+    path.chmod(mode)
 
 
 def _stream_file(weights: WeightStream, path: Path) -> None:

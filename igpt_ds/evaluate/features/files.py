@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from igpt_ds.cli import FinishedError
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.evaluate.features.manifest import EXTRACT_AGAIN, FeatureManifest, FeaturePlace, PartOf, read_feature_manifest, span
-from igpt_ds.files import atomic_dir, fsync_path, read_json, write_json
+from igpt_ds.files import atomic_dir, move_dir, read_json, remove, reserved, write_json
 from igpt_ds.schema import record_from
 
 _COPY_BYTES = 1 << 26
@@ -51,18 +53,23 @@ class FeatureWriter:
     """Writes the features of `manifest` into the directory `target`; `done` has the number of finished rows of each split.
 
     Raises:
-        ValueError: `target` exists, or TARGET.partial holds the beginning of other features.
+        ValueError: `target` exists, TARGET.partial holds the beginning of other features, or another process writes there.
     """
 
     def __init__(self, target: Path, manifest: FeatureManifest) -> None:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ValueError(f"{target} exists already; choose another name or remove it")
+        self._reserved = ExitStack()
+        self._reserved.enter_context(reserved(target))
         self.target, self.manifest = target, manifest
         self.path = target.with_name(f"{target.name}.partial")
         self._progress = self.path / "progress.json"
         self.done: dict[str, int] = dict.fromkeys(manifest.splits, 0)
         if self._progress.exists():
-            self._resume()
+            what = f"progress of features {self._progress}"
+            known = record_from(_Progress, read_json(self._progress, "progress of features"), what, f"remove {self.path}")
+            self._resume(known)
+        elif (self.path / "manifest.json").exists():  # a writer was killed in `finish`
+            complete = {split: about.n_images for split, about in manifest.splits.items()}
+            self._resume(_Progress(read_json(self.path / "manifest.json", "manifest"), complete))
         else:
             shutil.rmtree(self.path, ignore_errors=True)  # a writer was killed before its first row
             self._create()
@@ -82,9 +89,8 @@ class FeatureWriter:
     def _save_progress(self) -> None:
         write_json(self._progress, {"manifest": self.manifest.to_dict(), "done": self.done})
 
-    def _resume(self) -> None:
+    def _resume(self, known: _Progress) -> None:
         what, fix = f"progress of features {self._progress}", f"remove {self.path}"
-        known = record_from(_Progress, read_json(self._progress, "progress of features"), what, fix)
         for name, value in self.manifest.to_dict().items():
             if (was := known.manifest.get(name)) != value:
                 raise ValueError(
@@ -117,18 +123,15 @@ class FeatureWriter:
         for split, values in labels.items():
             np.save(self.path / split / "labels.npy", values.astype("<i8"))
         write_json(self.path / "manifest.json", self.manifest.to_dict())
-        self._progress.unlink()
-        for file in (self.path, *self.path.rglob("*")):
-            fsync_path(file)
-        if self.target.exists():
-            self.target.rmdir()
-        self.path.replace(self.target)
-        fsync_path(self.target.parent)
+        self._progress.unlink(missing_ok=True)
+        move_dir(self.path, self.target)
+        self._reserved.close()
 
     def give_up(self) -> None:
         """Removes a directory without finished rows. Finished rows stay for the next writer."""
         if not any(self.done.values()):
             shutil.rmtree(self.path, ignore_errors=True)
+        self._reserved.close()
 
 
 def merge_parts(out: Path, n: int) -> FeatureManifest:
@@ -138,6 +141,19 @@ def merge_parts(out: Path, n: int) -> FeatureManifest:
         ValueError: `out` exists; a part is missing, unfinished or has other features.
     """
     directories = [part_dir(out, Part(i, n)) for i in range(n)]
+    try:
+        with reserved(out):
+            whole = _merge(out, directories)
+            for directory in directories:
+                shutil.rmtree(directory)
+    except FinishedError:
+        for directory in directories:
+            remove(directory)
+        raise
+    return whole
+
+
+def _merge(out: Path, directories: list[Path]) -> FeatureManifest:
     parts = [_part_manifest(directory) for directory in directories]
     assert parts[0].part is not None
     whole = replace(parts[0], splits=parts[0].part.of, part=None)
@@ -157,8 +173,6 @@ def merge_parts(out: Path, n: int) -> FeatureManifest:
             for name in ("labels.npy", *(Path(_file(split, place)).name for place in whole.places(split))):
                 _concatenate([directory / split / name for directory in directories], partial / split / name)
         write_json(partial / "manifest.json", whole.to_dict())
-    for directory in directories:
-        shutil.rmtree(directory)
     return whole
 
 

@@ -27,6 +27,7 @@ from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row, as_row, check_types
 from igpt_ds.files import read_json_lines, write_json_lines
+from igpt_ds.locks import locked
 from igpt_ds.plan.costs import parameters
 from igpt_ds.provenance import git_commit
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from igpt_ds.evaluate.probes.variants import LowDataProbe
 
 FORMAT, VERSION = "igpt_ds.result", 2
+_WRITE_SECONDS = 600.0  # to wait for other writers, which need milliseconds each
 
 _SAME_MODEL = ("kind", "weights", "model_hash", "dataset", "dataset_hash", "precision")
 # Rows of a kind with equal values of these are the same measurement. A missing value counts as None.
@@ -175,16 +177,20 @@ def read_all(paths: Iterable[Path]) -> list[Row]:
 
 
 def add_results(path: Path, rows: Sequence[Row]) -> None:
-    """Adds rows to a results.jsonl, which is rewritten. A row replaces an older row of the same identity.
+    """Adds rows to a results.jsonl, which is rewritten under its lock. A row replaces an older row of the same identity.
 
-    Only one process may write a file: parallel probes need a file each.
+    On a disk without locks only one process may write a file.
+
+    Raises:
+        ValueError: another process keeps the file locked, or a row of it is damaged.
     """
-    kept = {key(row, IDENTITY[row.kind]): row for row in read_results(path)}
-    for row in rows:
-        own = key(row, IDENTITY[row.kind])
-        kept.pop(own, None)
-        kept[own] = row
-    write_json_lines(path, [row.json for row in kept.values()])
+    with locked(path, wait=_WRITE_SECONDS):
+        kept = {key(row, IDENTITY[row.kind]): row for row in read_results(path)}
+        for row in rows:
+            own = key(row, IDENTITY[row.kind])
+            kept.pop(own, None)
+            kept[own] = row
+        write_json_lines(path, [row.json for row in kept.values()])
 
 
 def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
