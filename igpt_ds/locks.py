@@ -38,11 +38,9 @@ class Lock:
     entered: bool = False
 
     def note(self, text: str) -> None:
-        """Writes this process, and `text` for the next holder in case this process is killed. Other people's files are left."""
-        content = os.pread(self.descriptor, _LONGEST, 0)
-        if self.held and (not content or _HOLDER.match(content)):
-            os.ftruncate(self.descriptor, 0)
-            os.pwrite(self.descriptor, f"{socket.gethostname()} (pid {os.getpid()})\n{text}".encode(), 0)
+        """Writes this process, and `text` for the next holder in case this process is killed."""
+        if self.held:
+            note_holder(self.descriptor, text)
 
 
 class InUseError(ValueError):
@@ -92,6 +90,14 @@ def holder_of(descriptor: int) -> str:
     """The process that a lock file names, as "host (pid 7)"; "another process" if it names none."""
     found = _HOLDER.match(os.pread(descriptor, _LONGEST, 0))
     return found[0].decode(errors="replace").strip() if found else "another process"
+
+
+def note_holder(descriptor: int, text: str = "") -> None:
+    """Writes this process and a text into a lock file that it holds. A file that no lock wrote is left as it is."""
+    content = os.pread(descriptor, _LONGEST, 0)
+    if not content or _HOLDER.match(content):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{socket.gethostname()} (pid {os.getpid()})\n{text}".encode(), 0)
 
 
 @contextmanager

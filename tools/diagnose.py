@@ -28,7 +28,8 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.files import atomic_file
 from igpt_ds.ops.diagnose import behind, catches, clues, errors, failures, likely_causes, process_state
-from igpt_ds.ops.status import RankStatus, read_lost, read_status
+from igpt_ds.ops.rank_status import WATCH_SECONDS, RankStatus
+from igpt_ds.ops.status import read_lost, read_status
 from igpt_ds.ops.status_text import status_text
 
 TAIL_BYTES, MOST_BYTES = 1 << 20, 1 << 28  # read of a log; size of the largest file that is packed
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     lost = read_lost(args.run_dir)  # first, since the next start removes it
-    status = read_status(args.run_dir, time.time())
+    status = read_status(args.run_dir, time.time(), 0 if args.here else WATCH_SECONDS)
     states = ask_ranks_here(args.run_dir, status.ranks)
     if args.here:
         print(json.dumps(states), flush=True)

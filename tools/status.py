@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.ops.rank_status import WATCH_SECONDS
 from igpt_ds.ops.status import Status, read_status
 from igpt_ds.ops.status_text import duration, status_text
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def look(path: Path, alone: bool) -> Status | NoRun:
     """The status of a run. A directory that is not a run is an error if it is the only one, else a line in the table."""
     try:
-        return read_status(path, time.time())
+        return read_status(path, time.time(), WATCH_SECONDS)
     except ValueError as error:
         if alone:
             raise

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.ops.status import DivergedRun, RankStatus, lost_words
+from igpt_ds.ops.rank_status import RankStatus
+from igpt_ds.ops.status import DivergedRun, lost_words
 from igpt_ds.ops.status_text import duration
 
 # Meaning of the exit status of a rank or of its launcher. A launcher's -9 is 137 here.
@@ -155,7 +156,7 @@ def behind(ranks: Sequence[RankStatus], states: dict[int, str]) -> list[str]:
         if state in _PROCESS_STATES:
             found.insert(0, f"{name} {_PROCESS_STATES[state].format(pid=beat.pid)}")
         elif rank.silent:
-            found.append(f"{name} is silent: its last progress is {duration(beat.age(rank.now))} old")
+            found.append(f"{name} is silent: its last progress is {duration(rank.age or 0.0)} old")
         elif (beat.step, beat.phase) != (step, phase) and 2 * count > len(known):
             found.append(f"{name} is not where most ranks are: in {phase} after step {step}")
     return found

@@ -13,44 +13,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.ops.rank_status import RankStatus, read_ranks
 from igpt_ds.schema import record_from
 from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
-from igpt_ds.train.heartbeat import BEGINNING, Heartbeat, read_heartbeats
+from igpt_ds.train.heartbeat import BEGINNING
 from igpt_ds.train.run_dir import read_run
 
 TAIL_BYTES = 1 << 18  # of train.jsonl: a thousand rows
 SPEED_ROWS = 10  # whose median is the speed
 HANG_SECONDS, HANG_STEPS = 120.0, 20  # a run hangs if a step takes this long and this many times as long as the step before it
-
-
-@dataclass(frozen=True)
-class RankStatus:
-    """One rank at the time of the status."""
-
-    rank: int
-    beat: Heartbeat | None  # None: the rank has no heartbeat
-    now: float  # seconds since 1970
-
-    @property
-    def age(self) -> float | None:
-        """Seconds since the last progress; None without a heartbeat."""
-        return None if self.beat is None else self.beat.age(self.now)
-
-    @property
-    def silent(self) -> bool:
-        """Whether the rank stopped writing heartbeats without ending, or never wrote one."""
-        return self.beat is None or self.beat.silent(self.now)
-
-    @property
-    def error(self) -> str:
-        """The error that ended the rank, or ""."""
-        return "" if self.beat is None else self.beat.error
-
-    def to_dict(self) -> dict[str, object]:
-        """JSON-ready: the heartbeat with "rank", "age" and "silent"; "phase" is None without a heartbeat."""
-        if self.beat is None:
-            return {"rank": self.rank, "phase": None, "step": 0, "age": None, "silent": True, "host": None, "pid": None}
-        return self.beat.to_dict() | {"rank": self.rank, "age": self.age, "silent": self.silent}
 
 
 @dataclass(frozen=True)
@@ -141,8 +112,11 @@ class Status:
         }
 
 
-def read_status(run_dir: Path, now: float) -> Status:
+def read_status(run_dir: Path, now: float, watch: float = 0.0) -> Status:
     """Everything that the run directory says about a run at a time, in seconds since 1970.
+
+    Args:
+        watch: seconds to look whether heartbeats move whose times say that their ranks are silent, or lie ahead of `now`.
 
     Raises:
         ValueError: `run_dir` is not a run directory.
@@ -155,8 +129,7 @@ def read_status(run_dir: Path, now: float) -> Status:
     training = [row for row in rows if row.loss is not None]
     validation = next((row for row in reversed(rows) if row.val_loss is not None), None)
     last = training[-1] if training else CurveRow(0)
-    beats = read_heartbeats(run_dir, run["world_size"])
-    ranks = tuple(RankStatus(rank, beat, now) for rank, beat in enumerate(beats))
+    ranks = read_ranks(run_dir, run["world_size"], now, watch)
     speeds = [row.images_per_s for row in training[-SPEED_ROWS:] if row.images_per_s is not None]
     speed = statistics.median(speeds) if speeds else None
     step = max((row.step for row in rows), default=0)
@@ -225,10 +198,10 @@ def state_of(run_dir: Path, ranks: tuple[RankStatus, ...]) -> str:
     lost = read_lost(run_dir)
     since = 0.0 if lost is None else lost.time
     going = [(rank, beat) for rank, beat in known if not beat.ended and beat.time > since]
-    live = [beat for rank, beat in going if not rank.silent]
+    live = [(rank.age or 0.0, beat) for rank, beat in going if not rank.silent]
     if live:
-        patience = max(HANG_SECONDS, HANG_STEPS * max(beat.step_seconds for beat in live))
-        stuck = min(beat.age(ranks[0].now) for beat in live) > patience and live[0].phase not in BEGINNING
+        patience = max(HANG_SECONDS, HANG_STEPS * max(beat.step_seconds for _, beat in live))
+        stuck = min(age for age, _ in live) > patience and live[0][1].phase not in BEGINNING
         if stuck or (len(live) < len(known) and any(rank.silent for rank, _ in known)):
             return "hanging"
         return "stopping" if (run_dir / "STOP").exists() else "running"

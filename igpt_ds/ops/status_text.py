@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from igpt_ds.ops.status import RankStatus, Status
+from igpt_ds.ops.rank_status import RankStatus
+from igpt_ds.ops.status import Status
 
 MOST_RANKS = 8  # shown one by one
 
@@ -64,7 +65,7 @@ def heartbeats_line(ranks: Sequence[RankStatus]) -> str:
 def _rank_words(rank: RankStatus) -> str:
     if rank.beat is None:
         return "none"
-    age = duration(rank.beat.age(rank.now))
+    age = duration(rank.age or 0.0)
     return f"{age} ({rank.beat.phase} {rank.beat.step}{', silent' if rank.silent else ''})"
 
 

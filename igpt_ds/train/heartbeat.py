@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import socket
+import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +45,11 @@ class Heartbeat:
         """Whether the rank runs on this machine."""
         return self.host == socket.gethostname()
 
+    @property
+    def may_live(self) -> bool:
+        """Whether the rank has not ended and is on another machine, or is a process that exists on this one."""
+        return not self.ended and (not self.local or _is_running(self.pid))
+
     def age(self, now: float) -> float:
         """Seconds since the last progress."""
         return max(0.0, now - self.time)
@@ -58,6 +65,14 @@ class Heartbeat:
     def to_dict(self) -> dict[str, object]:
         """The JSON of the file. The rank is not in it, and "error" only if there was one."""
         return {name: value for name, value in asdict(self).items() if name != "rank" and (name != "error" or value)}
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process of this machine exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def heartbeat_file(run_dir: Path, rank: int) -> Path:
@@ -121,7 +136,27 @@ def remove_heartbeats(run_dir: Path, world_size: int) -> None:
             path.unlink(missing_ok=True)
 
 
+def moving(run_dir: Path, ranks: Collection[int], seconds: float) -> set[int]:
+    """Those of some ranks whose heartbeats change within some seconds.
+
+    The clock of another node may be wrong, so only a change shows that a rank lives.
+    """
+    first = {rank: _content(heartbeat_file(run_dir, rank)) for rank in ranks}
+    found, end = set[int](), time.monotonic() + seconds
+    while len(found) < len(first) and time.monotonic() < end:
+        time.sleep(min(0.5, seconds / 10))
+        found |= {rank for rank, content in first.items() if _content(heartbeat_file(run_dir, rank)) != content}
+    return found
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def newest_sign(path: Path) -> float:
-    """When a rank that still runs last made progress (seconds since 1970); 0 if it ended or has no heartbeat."""
+    """When a rank that still runs last made progress, by its own clock; 0 if it ended or has no heartbeat."""
     beat = read_heartbeat(path)
     return 0.0 if beat is None or beat.ended else beat.time

@@ -8,12 +8,11 @@ it. Called by train/run_dir.py on rank 0.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 import time
 from pathlib import Path
 
+from igpt_ds.locks import holder_of, note_holder, open_lock, try_lock
 from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, Heartbeat, heartbeat_file, heartbeat_files, read_heartbeat
 
 YOUNG_SECONDS = 3 * HEARTBEAT_SECONDS  # a live run writes a heartbeat within this time
@@ -27,7 +26,7 @@ def take(run_dir: Path, owned: bool = False, young: float = YOUNG_SECONDS, dying
 
     Args:
         owned: whether RUN_DIR/owner names this start; then nothing refuses it.
-        young: seconds after which an unchanged heartbeat of another machine no longer counts as a live run.
+        young: seconds after which an unchanged heartbeat no longer counts as a live run.
         dying: seconds to wait for a lock, or for a process of this machine, that may be about to end.
 
     Raises:
@@ -36,7 +35,7 @@ def take(run_dir: Path, owned: bool = False, young: float = YOUNG_SECONDS, dying
     where = run_dir.resolve()
     if where in _locks:
         return
-    lock = os.open(where / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # child programs do not inherit it
+    lock = open_lock(where / "lock")  # child programs do not inherit it
     try:
         _wait_for(run_dir, lock, owned, young, dying)
     except BaseException:
@@ -47,51 +46,44 @@ def take(run_dir: Path, owned: bool = False, young: float = YOUNG_SECONDS, dying
 
 def _wait_for(run_dir: Path, lock: int, owned: bool, young: float, dying: float) -> None:
     until = time.monotonic() + dying
-    while not (ours := _lock(lock)) and not owned and time.monotonic() < until:
+    while (ours := try_lock(lock)) is False and not owned and time.monotonic() < until:
         time.sleep(min(0.2, dying))
-    if not ours and not owned:
-        holder = os.read(lock, 1000).decode(errors="replace").strip()
+    if ours is False and not owned:
+        holder = holder_of(lock)
         raise ValueError(_in_use(run_dir, _holders_heartbeat(run_dir, holder), holder))
     if not owned:
-        for path in heartbeat_files(run_dir):
-            _wait_for_heartbeat(run_dir, path, young, dying)
-    if ours:
-        os.ftruncate(lock, 0)
-        os.write(lock, f"{socket.gethostname()} (pid {os.getpid()})\n".encode())
+        _wait_for_heartbeats(run_dir, young, dying)
+    if ours is not False:
+        note_holder(lock)
 
 
-def _lock(lock: int) -> bool:
-    """Whether this process holds the lock, or the disk supports no locks."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return True  # the heartbeats alone decide
-    return True
-
-
-def _wait_for_heartbeat(run_dir: Path, path: Path, young: float, dying: float) -> None:
-    """Returns once this heartbeat certainly does not belong to a live run.
+def _wait_for_heartbeats(run_dir: Path, young: float, dying: float) -> None:
+    """Returns once no heartbeat can belong to a live run. Clocks of other machines may be wrong, so a change decides.
 
     Raises:
-        ValueError: the heartbeat changes, or its process stays alive on this machine.
+        ValueError: a heartbeat changes, or its process stays alive on this machine.
     """
-    first = beat = read_heartbeat(path)
+    found = {path: read_heartbeat(path) for path in heartbeat_files(run_dir)}
+    first = {path: beat for path, beat in found.items() if beat and _may_live(beat)}
     began, told = time.monotonic(), False
-    while beat and first and not beat.ended and time.time() - beat.written < young and time.monotonic() - began < young:
-        if beat.local and (beat.pid == os.getpid() or not _is_running(beat.pid)):
-            return
-        if beat.written != first.written or (beat.local and time.monotonic() - began >= dying):
-            raise ValueError(_in_use(run_dir, beat))
-        if not told:
-            print(
-                f"{run_dir}: {_words(beat)}; waiting up to {dying if beat.local else young:.0f} s to see whether it changes",
-                flush=True,
-            )
-        told = True
-        time.sleep(min(0.5, young / 10))
-        beat = read_heartbeat(path)
+    while first:
+        waited = time.monotonic() - began
+        for path, before in list(first.items()):
+            beat = read_heartbeat(path)
+            if beat is None or not _may_live(beat) or waited >= young:
+                del first[path]
+            elif beat != before or (beat.local and beat.file_age(time.time()) < young and waited >= dying):
+                raise ValueError(_in_use(run_dir, beat))
+            elif not told:
+                seconds = dying if beat.local else young
+                print(f"{run_dir}: {_words(beat)}; waiting up to {seconds:.0f} s to see whether it changes", flush=True)
+                told = True
+        if first:
+            time.sleep(min(0.5, young / 10))
+
+
+def _may_live(beat: Heartbeat) -> bool:
+    return beat.may_live and not (beat.local and beat.pid == os.getpid())
 
 
 def _holders_heartbeat(run_dir: Path, holder: str) -> Heartbeat | None:
@@ -100,18 +92,10 @@ def _holders_heartbeat(run_dir: Path, holder: str) -> Heartbeat | None:
     return beat if beat and holder == f"{beat.host} (pid {beat.pid})" else None
 
 
-def _is_running(pid: int) -> bool:
-    """Whether a process of this machine exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
-
-
 def _words(beat: Heartbeat) -> str:
     return f"rank {beat.rank} on {beat.host} (pid {beat.pid}) wrote {beat.file_age(time.time()):.0f} s ago"
 
 
 def _in_use(run_dir: Path, beat: Heartbeat | None, holder: str = "") -> str:
-    who = _words(beat) if beat else f"rank 0 on {holder or 'an unknown machine'} holds {run_dir / 'lock'}"
+    who = _words(beat) if beat else f"rank 0 on {holder} holds {run_dir / 'lock'}"
     return f"{run_dir} is in use: {who}; wait until that run ends, or choose another --run_dir"

@@ -18,7 +18,8 @@ import pytest
 
 from igpt_ds.files import read_json
 from igpt_ds.ops import diagnose
-from igpt_ds.ops.status import DivergedRun, RankStatus
+from igpt_ds.ops.rank_status import RankStatus
+from igpt_ds.ops.status import DivergedRun
 from igpt_ds.train.heartbeat import Heartbeat
 from igpt_ds.train.safety.build_locks import wait_for_builds
 

@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 
 from igpt_ds.files import write_json, write_json_lines
 from igpt_ds.ops import status
-from igpt_ds.ops.status import RankStatus
+from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status_text import duration, heartbeats_line, status_text
 from igpt_ds.train.heartbeat import Heartbeat
 
@@ -185,6 +187,8 @@ def test_an_empty_and_a_foreign_directory_get_one_clear_line(tmp_path: Path, run
     assert done.stderr == f"status.py: error: {tmp_path} is not a run directory: it has no run.json; {FIX}"
     assert ask(tmp_path / "none").stderr == f"status.py: error: {tmp_path / 'none'} does not exist; {FIX}"
     assert ask(run_dir, "--watch", "0").stderr == "status.py: error: --watch 0 must be more than 0 seconds\n"
+    for rank in (0, 1):
+        beat(run_dir, rank, host=socket.gethostname())
     several = ask(tmp_path, run_dir)
     assert several.returncode == 0
     lines = [line.split() for line in several.stdout.splitlines()]
@@ -202,6 +206,8 @@ def test_it_loads_neither_torch_nor_numpy(run_dir: Path):
 
 
 def test_watching_goes_on_until_interrupted(run_dir: Path):
+    for rank in (0, 1):
+        beat(run_dir, rank, host=socket.gethostname())  # whose process is gone, so nobody waits for it
     command = [sys.executable, ROOT / "tools" / "status.py", run_dir, "--json", "--watch", "0.05"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -215,6 +221,20 @@ def test_watching_goes_on_until_interrupted(run_dir: Path):
         _, stderr = process.communicate(timeout=600)
     assert time.monotonic() < end
     assert (process.returncode, stderr) == (130, "status.py: interrupted\n")
+
+
+@pytest.mark.parametrize("skew", [-7200.0, 7200.0])
+def test_a_rank_with_a_wrong_clock_lives_if_its_heartbeat_moves(run_dir: Path, skew: float):
+    for rank in (0, 1):
+        beat(run_dir, rank, written=NOW + skew, time=NOW + skew - 2)
+    assert status.read_status(run_dir, NOW, watch=0.3).state == "dead"
+    moving = [
+        threading.Timer(0.2, beat, (run_dir, rank), {"written": NOW + skew + 10, "time": NOW + skew + 9}) for rank in (0, 1)
+    ]
+    for timer in moving:
+        timer.start()
+    found = status.read_status(run_dir, NOW, watch=60)
+    assert (found.state, [(rank.age, rank.silent) for rank in found.ranks]) == ("running", [(1, False), (1, False)])
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ count as progress: bytes that the process reads or writes, and recent progress o
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import socket
@@ -50,6 +51,7 @@ class Watchdog:
         self.limit, self.every = 60 * hang_minutes, every_seconds
         self.step, self.phase, self.step_seconds, self.error = 0, BEGINNING[0], 0.0, ""
         self.time, self._alive, self._bytes = time.time(), time.monotonic(), 0
+        self._signs, self._others = dict[Path, float](), -math.inf  # of other ranks' progress: the last seen, and when it changed
         self._settled, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -131,7 +133,10 @@ class Watchdog:
             if self._settled and time.monotonic() - written >= self.every:
                 self.write()
                 written = time.monotonic()
-            if self.limit and time.monotonic() - self._alive > self.limit and not self._others_live():
+            idle = time.monotonic() - self._alive
+            if self.limit and idle > self.limit / 2 and self.phase in FILE_PHASES and self._settled:
+                self._watch_others()
+            if self.limit and idle > self.limit and not self._others_live():
                 self._give_up()
 
     def _count_bytes(self) -> None:
@@ -141,11 +146,16 @@ class Watchdog:
         self._bytes = total
 
     def _others_live(self) -> bool:
-        """Whether this phase may wait for other ranks, and one of them made progress within the limit."""
-        if self.phase not in FILE_PHASES or not self._settled:
-            return False
+        """Whether this phase may wait for other ranks, and one of them was seen to make progress within the limit."""
+        return self.phase in FILE_PHASES and self._settled and time.monotonic() - self._others < self.limit
+
+    def _watch_others(self) -> None:
+        # Their clocks may be wrong, so a change counts, not the time in the file.
         own = heartbeat_file(self.run_dir, dist.rank())
-        return any(newest_sign(path) > time.time() - self.limit for path in heartbeat_files(self.run_dir) if path != own)
+        signs = {path: newest_sign(path) for path in heartbeat_files(self.run_dir) if path != own}
+        if any(sign != self._signs.get(path, sign) for path, sign in signs.items()):
+            self._others = time.monotonic()
+        self._signs = signs
 
     def _give_up(self) -> None:
         words = f"no progress for {self.limit / 60:g} minutes in phase {self.phase!r} after step {self.step}"

@@ -121,16 +121,18 @@ def test_reading_is_a_sign_of_life_while_loading_and_not_in_a_step(tell: Tell, t
 def test_a_rank_waits_for_one_that_lives_and_not_for_one_that_hangs(tell: Tell, tmp_path: Path) -> None:
     wait = """
         watchdog.settle()
-        until = time.time() + 2  # until then the other rank gives signs of life
-        write_heartbeat(run_dir, Heartbeat(1, 0, "verifying", until, "node2", 7, 0.0, until))
         watchdog.alive("verifying", 0)
+        until = time.time() + 4  # until then the other rank, with a clock of 2033
+        while time.time() < until:
+            write_heartbeat(run_dir, Heartbeat(1, 0, "verifying", 2e9 + time.time() - until, "node2", 7, 0.0, 1.0))
+            time.sleep(0.05)
         print(until, flush=True)
         threading.Event().wait()
     """
     done = tell(tmp_path, "from igpt_ds.train.heartbeat import Heartbeat, write_heartbeat\n" + textwrap.dedent(wait))
     ended = time.time()
     assert done.returncode == HUNG, done.stderr
-    assert ended > float(done.stdout) + LIMIT
+    assert ended > float(done.stdout) + LIMIT / 2
 
 
 @pytest.mark.parametrize(
