@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TextIO
 
 from igpt_ds import cli
+from igpt_ds.files import atomic_file
 from igpt_ds.ops import requeue
 from igpt_ds.ops.requeue import End, Start
 from igpt_ds.train.checkpoint.directory import list_checkpoints
@@ -99,9 +100,8 @@ def take(start: Start) -> None:
             owner = path.read_text().strip().rpartition(".")[0] if path.exists() else ""
             state = state_of(owner) if owner not in ("", start.job) else ""
             if not state:
-                partial = path.with_name("owner.partial")
-                partial.write_text(f"{start.job}.{start.restart}\n")
-                os.replace(partial, path)
+                with atomic_file(path, "w") as file:
+                    file.write(f"{start.job}.{start.restart}\n")
                 return
         finally:
             with contextlib.suppress(OSError):

@@ -19,8 +19,8 @@ PATIENCE = 60.0  # seconds that a lock may stand unchanged with no process of th
 def wait_for_builds(patience: float = PATIENCE) -> None:
     """Waits on all ranks until no extension is under construction; the first rank of a node removes a stale lock.
 
-    torch keeps the file open while it builds. A lock is stale when no process of this node has had it open for `patience`
-    seconds; the time allows for a build on another node where the directory is shared.
+    torch keeps the file open while it builds. A lock is stale when for `patience` seconds no process of this node has had it open
+    and no file beside it has changed, as it would if another node built in the same directory.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -32,15 +32,25 @@ def wait_for_builds(patience: float = PATIENCE) -> None:
 
 def _wait(lock: Path, patience: float) -> None:
     print(f"waiting for another start that builds DeepSpeed's {lock.parent.name} under {lock}", flush=True)
-    alive = time.monotonic()
+    alive, before = time.monotonic(), _files(lock.parent)
     while lock.exists():
-        if _is_open(lock):
-            alive = time.monotonic()
+        if (found := _files(lock.parent)) != before or _is_open(lock):
+            alive, before = time.monotonic(), found
         elif time.monotonic() - alive >= patience:
             lock.unlink(missing_ok=True)
             print(f"removed {lock}: no process builds there; a killed start left the lock file", flush=True)
             return
         time.sleep(min(1.0, patience / 10))
+
+
+def _files(directory: Path) -> dict[str, tuple[int, int]]:
+    """The size and the time of each file, as far as they can be read."""
+    found = {}
+    for path in directory.glob("*"):
+        with suppress(OSError):
+            about = path.stat()
+            found[path.name] = about.st_size, about.st_mtime_ns
+    return found
 
 
 def _is_open(file: Path) -> bool:
