@@ -1,29 +1,34 @@
-"""Runs a tool that kills itself with SIGKILL at its n-th file-system call, any number of times after one import.
+"""Runs tools that kill themselves with SIGKILL at their n-th file-system call. One process imports them and forks for each run.
 
-    with killed.Tool("tools/consolidate.py", under=tmp_path) as tool:
-        whole = tool.run("--run_dir", ...)          # whole.calls: how many calls an uninterrupted run makes
-        tool.run("--run_dir", ..., at=3).code       # -SIGKILL, before the third call
+    with killed.Tools() as tools:
+        whole = tools.run("tools/consolidate.py", "--run_dir", ..., under=tmp_path)  # whole.calls: of an uninterrupted run
+        tools.run("tools/consolidate.py", "--run_dir", ..., under=tmp_path, at=3).code  # -SIGKILL, before the third call
 
-By hand: `python tests/killed.py UNDER tools/consolidate.py`, then a line of JSON for each trial: {"argv": [...], "at": 3}.
-A call counts if it makes, renames, opens for writing, empties, forces to disk or removes something under `under`.
+`start` and `wait` run several at the same time. A call counts if it makes, renames, opens for writing, empties, forces to disk or
+removes something under `under`. By hand: `python tests/killed.py`, then lines of JSON, as `Tools` writes them.
 """
 
 from __future__ import annotations
 
 import builtins
+import importlib
 import io
 import json
 import os
+import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 CALLS = ("replace", "rename", "mkdir", "rmdir", "unlink", "remove", "link", "symlink", "fsync", "ftruncate", "truncate", "chmod")
@@ -39,40 +44,99 @@ class Trial:
     output: str
 
 
-class Tool:
-    """A process that imported a tool and forks for each run."""
+class Tools:
+    """A process that imports tools and forks for each run."""
 
-    def __init__(self, tool: str, under: Path) -> None:
-        words = [sys.executable, __file__, str(under.resolve()), str(ROOT / tool)]
+    def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, __file__]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
-    def __enter__(self) -> Tool:
+    def __enter__(self) -> Tools:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate("")
 
-    def start(self, *argv: object, at: int = 0) -> None:
-        """Begins a run, so that several tools can run at the same time; `at` 0 never kills it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"argv": list(map(str, argv)), "at": at}) + "\n")
-        self._process.stdin.flush()
+    def start(self, tool: str, *argv: object, under: Path, at: int = 0) -> None:
+        """Begins a run; `at` 0 never kills it."""
+        self._tell({"tool": tool, "argv": list(map(str, argv)), "under": str(under.resolve()), "at": at})
 
     def wait(self) -> Trial:
-        """The end of the run that was started."""
+        """The end of the oldest run that was started and not waited for."""
+        self._tell({})
         assert self._process.stdout is not None
         return Trial(**json.loads(self._process.stdout.readline()))
 
-    def run(self, *argv: object, at: int = 0) -> Trial:
-        """Runs the tool with these arguments."""
-        self.start(*argv, at=at)
+    def run(self, tool: str, *argv: object, under: Path, at: int = 0) -> Trial:
+        """Runs a tool to its end."""
+        self.start(tool, *argv, under=under, at=at)
         return self.wait()
+
+    def _tell(self, request: dict[str, object]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """The bytes of each file under a directory, hidden ones too; b"" marks a directory."""
-    return {str(path.relative_to(directory)): b"" if path.is_dir() else path.read_bytes() for path in directory.rglob("*")}
+    """The bytes of each file under a directory, hidden ones too; b"" marks a directory. Not RUN_DIR/lock: it names a process."""
+    found = {str(path.relative_to(directory)): b"" if path.is_dir() else path.read_bytes() for path in directory.rglob("*")}
+    found.pop("lock", None)
+    return found
+
+
+def begin(world: Path, before: Path | None = None) -> Path:
+    """world/out, empty or a copy of `before`."""
+    out = world / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    if before is None:
+        out.mkdir()
+    else:
+        shutil.copytree(before, out)
+    return out
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tool, its arguments when it writes into a directory, and where the directories of its trials lie."""
+
+    tools: Tools
+    tool: str
+    words: Callable[[Path], list[object]]
+    world: Path
+
+    def run(self, out: Path, at: int = 0) -> Trial:
+        """Runs the tool."""
+        return self.tools.run(self.tool, *self.words(out), under=self.world, at=at)
+
+    def kills(self, kills: int, before: Path | None = None) -> None:
+        """Kills the tool at some calls, the last ones among them, and compares what the same command makes of it."""
+        out = begin(self.world, before)
+        whole = self.run(out)
+        assert whole.code == 0, whole.output
+        expected, calls = contents(out), range(1, whole.calls + 1)
+        for at in [*random.Random(0).sample(calls[:-3], min(kills, len(calls) - 3)), *calls[-3:]]:
+            out = begin(self.world, before)
+            assert self.run(out, at).code == -signal.SIGKILL
+            again = self.run(out)
+            assert again.code == 0, f"after a kill at call {at} of {whole.calls}: {again.output}"
+            assert contents(out) == expected, f"killed at call {at} of {whole.calls}"
+
+    def two_at_once(self, trials: int = 1) -> None:
+        """Runs the tool twice at the same time. Each ends well or is refused in one line; the result is whole."""
+        out = begin(self.world)
+        assert self.run(out).code == 0
+        expected = contents(out)
+        for _ in range(trials):
+            out = begin(self.world)
+            for _ in range(2):
+                self.tools.start(self.tool, *self.words(out), under=self.world)
+            ended = [self.tools.wait() for _ in range(2)]
+            assert sorted(one.code for one in ended) in ([0, 0], [0, 2]), ended
+            for one in ended:
+                assert one.code == 0 or any(why in one.output for why in ("being written by", "exists already")), one
+            assert contents(out) == expected
 
 
 def install(under: str, at: int, count: Callable[[], None]) -> None:
@@ -120,45 +184,68 @@ def install(under: str, at: int, count: Callable[[], None]) -> None:
     os.open = os_opened
 
 
-def _trial(main: Callable[[], None], argv: list[str], at: int, under: str, tool: str) -> Trial:
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as counter:
-        child = os.fork()
-        if not child:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            sys.argv = [tool, *argv]
-            install(under, at, lambda: os.write(counter.fileno(), b"."))
-            code = 1
-            try:
-                main()
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(bool(end.code))
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
+@dataclass(frozen=True)
+class _Child:
+    """A forked run: its process, and the files of its output, of one byte for each call, and of the modules that it imported."""
+
+    pid: int
+    output: IO[bytes]
+    counter: IO[bytes]
+    modules: IO[bytes]
+
+    def end(self) -> Trial:
+        """Waits for it."""
+        _, status = os.waitpid(self.pid, 0)
+        self.output.seek(0)
+        text = self.output.read().decode(errors="replace")
+        self.modules.seek(0)
+        for name in self.modules.read().decode().split("\n"):
+            if name and name not in sys.modules:
                 with suppress(Exception):
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        output.seek(0)
-        text = output.read().decode(errors="replace")
-        return Trial(os.waitstatus_to_exitcode(status), os.fstat(counter.fileno()).st_size, text)
+                    importlib.import_module(name)  # what a tool imports late, the next run has already
+        return Trial(os.waitstatus_to_exitcode(status), os.fstat(self.counter.fileno()).st_size, text)
 
 
-def _serve(under: str, tool: str, requests: Iterator[str]) -> None:
-    from igpt_ds import cli  # pulled in by every tool
+def _fork(main: Callable[[], None], argv: list[str], at: int, under: str) -> _Child:
+    output, counter, modules = (tempfile.TemporaryFile() for _ in range(3))  # noqa: SIM115
+    child = os.fork()
+    if child:
+        return _Child(child, output, counter, modules)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.argv = argv
+    install(under, at, lambda: os.write(counter.fileno(), b"."))
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(bool(end.code))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.write(modules.fileno(), "\n".join(sys.modules).encode())
+        os._exit(code)
 
-    entry = runpy.run_path(tool, run_name="killed_tool")["main"]
-    if torch := sys.modules.get("torch"):
-        torch.empty(1, device="meta").normal_()  # imports 800 modules, once for all runs
+
+def _serve(requests: Iterator[str]) -> None:
+    from igpt_ds import cli  # what every tool imports
+
+    entries: dict[str, Callable[..., None]] = {}
+    children = deque[_Child]()
     for line in requests:
-        if line.strip():
-            request = json.loads(line)
-            found = _trial(lambda: cli.run(entry), request["argv"], request["at"], under, tool)
-            print(json.dumps(vars(found)), flush=True)
+        if request := json.loads(line):
+            tool = str(ROOT / request["tool"])
+            if tool not in entries:
+                entries[tool] = runpy.run_path(tool, run_name="killed_tool")["main"]
+            main = partial(cli.run, entries[tool])
+            children.append(_fork(main, [tool, *request["argv"]], request["at"], request["under"]))
+        else:
+            print(json.dumps(vars(children.popleft().end())), flush=True)
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2], iter(sys.stdin.readline, ""))
+    _serve(iter(sys.stdin.readline, ""))

@@ -1,6 +1,7 @@
 """What is saved is what is loaded; what was changed on the way is refused."""
 
 import json
+import os
 import resource
 import signal
 from pathlib import Path
@@ -139,6 +140,16 @@ def test_a_limit_of_file_size_is_an_error_with_the_files_name(model: Transformer
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "palette.npy"]
+
+
+def test_files_of_a_model_dir_have_the_mode_that_the_umask_says(model: Transformer, model_dir: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        info = {"config": model.config, "objective": "ar", "palette_hash": "p", "step": 1, "images_seen": 2}
+        save_model(tmp_path / "other", model.state_dict(), info, model_dir / "palette.npy")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "other").iterdir()} == {0o640}
 
 
 def test_changed_weights_are_refused(model_dir: Path) -> None:

@@ -125,3 +125,19 @@ def test_a_clock_that_is_ahead_is_not_waited_for(tmp_path: Path) -> None:
     start = time.monotonic()
     take(tmp_path, young=0.3)
     assert time.monotonic() - start < 100
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("chapter 1\n")
+    (tmp_path / "lock").symlink_to(tmp_path / "thesis")
+    with pytest.raises(ValueError, match=r"/lock is not a plain file, so it cannot be a lock; remove it"):
+        take(tmp_path)
+    assert (tmp_path / "thesis").read_text() == "chapter 1\n"
+
+
+@pytest.mark.parametrize("age", [-7200.0, 7200.0])
+def test_a_live_run_whose_clock_is_wrong_is_refused(tmp_path: Path, age: float) -> None:
+    beat(tmp_path, 77, host="elsewhere", age=age)
+    threading.Timer(0.3, beat, (tmp_path, 77), {"host": "elsewhere", "age": age}).start()
+    with pytest.raises(ValueError, match=r"rank 0 on elsewhere \(pid 77\)"):
+        take(tmp_path, young=30)

@@ -1,10 +1,12 @@
 """A dataset directory is the same bytes however it was made: at once, by parts, by many processes, or after being killed."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,12 +18,12 @@ from PIL import Image
 from igpt_ds.data.images import square
 from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import Palette, save_palette
-from igpt_ds.data.shards import build
+from igpt_ds.data.shards import build, merge
 from igpt_ds.data.shards.build import copy_images, list_images, write_dataset, write_shards
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.index import read_index, signed
 from igpt_ds.data.shards.layout import Part, ShardOptions, ShardPlan, ShardSettings, make_plan, split_of
-from igpt_ds.data.shards.merge import making, merge_shards
+from igpt_ds.data.shards.merge import finish_begun, making, merge_shards
 from igpt_ds.data.sources import open_source
 
 
@@ -442,6 +444,39 @@ def test_a_damaged_entry_of_a_shard(begun, memory, content):
     merge_shards(begun.with_suffix(""))
     for split in ("train", "val"):
         ShardSet(begun.with_suffix(""), split).verify()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"torn")])
+def test_a_shard_that_is_gone_is_made_again_and_never_in_an_index(begun, memory, damage):
+    out = begun.with_suffix("")
+    write_shards(out, memory(40))
+    damage(begun / "train-000001.tar")
+    with pytest.raises(ValueError, match=r"train-000001.tar (is gone|has 4 bytes instead of \d+); run the same command again"):
+        merge_shards(out)
+    write_shards(out, memory(40))
+    merge_shards(out)
+    ShardSet(out, "train").verify()
+
+
+def test_a_merge_killed_after_its_index_is_ended_with_the_same_settings(begun, memory, palette8, monkeypatch):
+    out, same = begun.with_suffix(""), ShardSettings(**options(palette_hash=palette8.hash))
+    write_shards(out, memory(40))
+    assert finish_begun(out, same) is None
+    monkeypatch.setattr(merge, "remove", fail)
+    with pytest.raises(RuntimeError, match="killed"):
+        merge_shards(out)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"out.making was begun with other settings \(seed 0, now 1\)"):
+        finish_begun(out, dataclasses.replace(same, seed=1))
+    index = finish_begun(out, same)
+    assert sorted(file.name for file in out.iterdir()) == sorted(
+        ["index.json", "palette.npy", *(shard.name for split in index.splits.values() for shard in split.shards)]
+    )
+    ShardSet(out, "val").verify()
+
+
+def fail(_):
+    raise RuntimeError("killed")
 
 
 def test_a_directory_that_another_process_finished(begun, memory, palette8):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -67,6 +69,25 @@ def test_a_row_says_everything(row, features_dir):
     assert row["C"] in row["C_grid"]
     for name in ("held_out_accuracy", "accuracy", "objective", "grad_norm", "iterations", "converged", "seed", "git_commit"):
         assert name in row
+
+
+def test_two_writers_lose_no_row(tmp_path, rows):
+    path, values = tmp_path / "results.jsonl", json.dumps([row.json for row in rows[:1]])
+    add = (
+        "import json, pathlib, sys\nfrom igpt_ds.evaluate.report.results import add_results, as_row\n"
+        f"row = json.loads({values!r})[0]\nprint(flush=True)\nsys.stdin.readline()\n"
+        f"path = pathlib.Path({str(path)!r})\n"
+        "for seed in range(int(sys.argv[1]), 40, 2):\n    add_results(path, [as_row(row | {'seed': seed})])\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    writers = [subprocess.Popen([sys.executable, "-c", add, str(first)], **pipes) for first in range(2)]
+    for writer in writers:
+        writer.stdout.readline()
+    for writer in writers:
+        writer.communicate(b"go\n")
+        assert writer.returncode == 0
+    assert sorted(row.seed for row in read_results(path)) == list(range(40))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_a_rerun_replaces_its_row(tmp_path, rows):

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from igpt_ds import locks
 from igpt_ds.cli import SharedError
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.files import sha256_file
+from igpt_ds.locks import locked
+from igpt_ds.train.checkpoint import directory
 from igpt_ds.train.checkpoint.directory import (
     checkpoint_name,
     choose_checkpoint,
@@ -305,6 +308,35 @@ def test_leftovers_go_and_what_was_replaced_half_way_comes_back(tmp_path: Path) 
     (tmp_path / "x").rmdir()
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000200", "step-00000300"]
+
+
+@pytest.mark.parametrize("step", [None, 200])
+def test_a_reader_restores_what_a_killed_replacement_left_and_takes_no_older_step(tmp_path: Path, step: int | None) -> None:
+    make(tmp_path / "checkpoints", 100)
+    newest = make(tmp_path / "checkpoints", 200)
+    newest.rename(newest.with_name("step-00000200.old"))
+    assert choose_checkpoint(tmp_path, step).path == newest
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000100", "step-00000200"]
+
+
+def test_a_reader_waits_for_who_replaces_and_refuses_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = make(tmp_path / "checkpoints", 200)
+    newest.rename(newest.with_name("step-00000200.old"))
+    with locked(newest):
+        monkeypatch.setattr(locks, "_mine", {})  # as another process would see it
+        monkeypatch.setattr(directory, "_SWAP_SECONDS", 0.1)
+        with pytest.raises(ValueError, match=r"step-00000200 is being written by .* \(pid \d+\)"):
+            choose_checkpoint(tmp_path, None)
+        monkeypatch.undo()
+
+
+def test_a_replacement_begins_with_what_a_killed_one_left(tmp_path: Path) -> None:
+    make(tmp_path, 100)
+    make(tmp_path / "x", 100).rename(tmp_path / "step-00000100.old")
+    make(tmp_path / "y", 100).rename(tmp_path / "new")
+    again = Manifest(**vars(RUN), step=100, images_seen=7, world_size=2, stage=3, files=())
+    commit(tmp_path / "new", tmp_path / "step-00000100", again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "x", "y"]
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""A tool killed at a file-system call finishes when it is run again: the same result, and nothing beside it.
+
+Each test kills at a few calls, drawn by a seed. Of two equal commands at the same time one is refused, and the result is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import killed
+import pytest
+from killed import Case
+
+
+@pytest.fixture(scope="module")
+def tools() -> Iterator[killed.Tools]:
+    """One process that imports every tool that a test here runs."""
+    with killed.Tools() as running:
+        yield running
+
+
+def test_fit_palette(tools: killed.Tools, tmp_path: Path, tiny_images: Path) -> None:
+    source = ["--source", f"imagefolder:{tiny_images}", "--n_colors", 8]
+    words = lambda out: [*source, "--out", out / "p.npy", "--swatch", out / "swatch.png"]  # noqa: E731
+    case = Case(tools, "tools/fit_palette.py", words, tmp_path)
+    case.kills(2)
+    case.two_at_once()
+
+
+def test_make_shards(tools: killed.Tools, tmp_path: Path, tiny_images: Path, tiny_dataset: Path) -> None:
+    source = ["--source", f"imagefolder:{tiny_images}", "--palette", tiny_dataset / "palette.npy", "--n_px", 4]
+    fixed = ["--val_fraction", 0.25, "--images_per_shard", 16, "--workers", 1]
+    case = Case(tools, "tools/make_shards.py", lambda out: [*source, *fixed, "--out", out / "shards"], tmp_path)
+    case.kills(5)
+    case.two_at_once()
