@@ -244,6 +244,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tool, model_dir, reference, ca
     black = Palette(np.full((8, 3), -1, dtype=np.float32) + np.arange(8, dtype=np.float32)[:, None] / 8)
     recolored = planted([RED] * 3, seed=3, palette=black)
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "index.json").touch()
     (tmp_path / "there_report").mkdir()
     (tmp_path / "there_report" / "old.json").write_text("{}\n")
     usual = {"--model": model_dir, "--reference": reference, "--candidates": candidates, "--keep": 0.5, "--out": tmp_path / "new"}

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import killed
+import numpy as np
 import pytest
 from killed import Case
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -61,5 +63,19 @@ def test_features_and_filtered_shards(tools: killed.Tools, run_dir: Path, tiny_d
     extract = Case(tools, "tools/extract_features.py", lambda out: ["--model", model, *data, "--out", out / "f"], tmp_path)
     extract.kills(5)
     extract.two_at_once()
-    sets = ["--reference", tiny_dataset, "--reference_split", "val", "--candidates", tiny_dataset, "--keep", 0.5]
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(np.random.default_rng(0).integers(0, 256, (120, 4, 4, 3), dtype=np.uint8)):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number}.png")
+    shards = [
+        "--source",
+        f"imagefolder:{tmp_path}",
+        "--palette",
+        tiny_dataset / "palette.npy",
+        "--n_px",
+        4,
+        "--val_fraction",
+        0.45,
+    ]
+    assert tools.run("tools/make_shards.py", *shards, "--out", tmp_path / "all", under=tmp_path).code == 0
+    sets = ["--reference", tmp_path / "all", "--reference_split", "val", "--candidates", tmp_path / "all", "--keep", 0.5]
     Case(tools, "tools/filter_shards.py", lambda out: ["--model", model, *sets, "--out", out / "s"], tmp_path).kills(5)
