@@ -38,7 +38,7 @@ def _partial(path: Path) -> Path:
 
 
 def _partials(path: Path) -> Iterator[Path]:
-    return path.parent.glob(f".{glob.escape(path.name)}.*.partial")
+    return path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.partial")  # not those of NAME.json
 
 
 _swept: set[Path] = set()  # paths whose leftovers this process removed: only killed processes leave some

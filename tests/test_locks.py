@@ -62,10 +62,11 @@ def test_a_second_writer_is_told_who_writes_and_the_first_is_left_alone(tmp_path
     with pytest.raises(InUseError, match=who), atomic_dir(tmp_path / "out"):
         pass
     assert [path.read_text() for path in tmp_path.glob(".out.*.partial/a")] == ["half"]
+    (tmp_path / ".out.json.0123456789ab.partial").touch()  # of another file, which somebody writes now
     kill(other)
     with atomic_dir(tmp_path / "out") as partial:
         (partial / "a").write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.json.0123456789ab.partial", "out"]
 
 
 def test_a_waiting_writer_gets_the_lock_when_the_first_is_killed(tmp_path: Path, other: subprocess.Popen[str]) -> None:
@@ -126,12 +127,12 @@ def test_a_disk_without_locks_refuses_nobody_and_removes_nothing(tmp_path: Path,
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    (tmp_path / ".out.123.partial").mkdir()
+    (tmp_path / ".out.0123456789ab.partial").mkdir()
     with locked(tmp_path / "out") as lock:
         assert not lock.held
     with atomic_dir(tmp_path / "out"):
         pass
-    assert (tmp_path / ".out.123.partial").exists()
+    assert (tmp_path / ".out.0123456789ab.partial").exists()
 
 
 def test_files_of_killed_writers_go_and_those_of_live_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

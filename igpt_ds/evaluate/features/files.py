@@ -63,16 +63,15 @@ class FeatureWriter:
         self.path = target.with_name(f"{target.name}.partial")
         self._progress = self.path / "progress.json"
         self.done: dict[str, int] = dict.fromkeys(manifest.splits, 0)
-        if self._progress.exists():
-            what = f"progress of features {self._progress}"
-            known = record_from(_Progress, read_json(self._progress, "progress of features"), what, f"remove {self.path}")
-            self._resume(known)
-        elif (self.path / "manifest.json").exists():  # a writer was killed in `finish`
-            complete = {split: about.n_images for split, about in manifest.splits.items()}
-            self._resume(_Progress(read_json(self.path / "manifest.json", "manifest"), complete))
-        else:
-            shutil.rmtree(self.path, ignore_errors=True)  # a writer was killed before its first row
-            self._create()
+        try:
+            if self._progress.exists() or (self.path / "manifest.json").exists():
+                self._resume()
+            else:
+                shutil.rmtree(self.path, ignore_errors=True)  # a writer was killed before its first row
+                self._create()
+        except BaseException:
+            self._reserved.close()
+            raise
         self._split, self._files = (
             "",
             dict[FeaturePlace, np.ndarray](),
@@ -89,8 +88,14 @@ class FeatureWriter:
     def _save_progress(self) -> None:
         write_json(self._progress, {"manifest": self.manifest.to_dict(), "done": self.done})
 
-    def _resume(self, known: _Progress) -> None:
+    def _resume(self) -> None:
         what, fix = f"progress of features {self._progress}", f"remove {self.path}"
+        if self._progress.exists():
+            values = read_json(self._progress, "progress of features")
+        else:  # a writer was killed in `finish`, when all rows were there
+            complete = {split: about.n_images for split, about in self.manifest.splits.items()}
+            values = {"manifest": read_json(self.path / "manifest.json", "manifest of features"), "done": complete}
+        known = record_from(_Progress, values, what, fix)
         for name, value in self.manifest.to_dict().items():
             if (was := known.manifest.get(name)) != value:
                 raise ValueError(

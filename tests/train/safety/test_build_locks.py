@@ -48,6 +48,23 @@ def test_a_lock_that_a_process_holds_is_waited_for(lock: Path, capsys: pytest.Ca
     assert "removed" not in out
 
 
+def test_a_build_on_another_node_is_seen_by_its_files(lock: Path) -> None:
+    lock.touch()
+    began = time.monotonic()
+
+    def build() -> None:
+        for number in range(10):
+            (lock.parent / f"{number}.o").touch()
+            time.sleep(0.1)
+        lock.unlink()
+
+    builder = threading.Thread(target=build)
+    builder.start()
+    wait_for_builds(0.6)
+    builder.join()
+    assert time.monotonic() - began >= 1.0
+
+
 def test_only_the_first_rank_of_a_node_waits(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock.touch()
     monkeypatch.setenv("LOCAL_RANK", "1")
