@@ -40,7 +40,7 @@ def test_palette_then_shards(palette_file, tmp_path):
     for text in (
         train.dataset_hash[:16],
         val.dataset_hash[:16],
-        f"{train.n_images} images in 1 shards",
+        f"{train.n_images} images in 1 shard",
         "made        1797 images at",
         "unreadable  0 images",
     ):

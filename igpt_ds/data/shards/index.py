@@ -50,6 +50,7 @@ class ShardIndex:
 
     Attributes:
         palette: the file name of the palette in the directory.
+        labels: "use", or "ignore" where --labels ignore was given.
         max_pixels: the limit of an image's pixels, where it was set.
         made_with: the version of each package that decodes and resizes.
         left_out: what the source left out, by ending and reason. Older indexes have none.
@@ -65,6 +66,7 @@ class ShardIndex:
     splits: dict[str, SplitEntry]
     source: str | None = None
     source_hash: str | None = None
+    labels: str | None = None
     val_fraction: float | None = None
     images_per_shard: int | None = None
     seed: int | None = None

@@ -58,6 +58,7 @@ def test_index_tells_what_a_reader_must_know(tiny, palette8):
         "palette": "palette.npy",
         "palette_hash": palette8.hash,
         "source": "memory:",
+        "labels": "use",
         "filter": "bicubic",
         "crop": "none",
         "views": 1,
