@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from igpt_ds.config import CHECKPOINTING, Recipe, recipe_to_dict
-from igpt_ds.files import read_json
+from igpt_ds.json_files import read_json
 
 
 class _OurSection(TypedDict, total=False):

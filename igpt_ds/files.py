@@ -1,7 +1,7 @@
 """Durable files: a file appears complete under its final name, or not at all.
 
 All writers use `atomic_file` or `atomic_dir`: the content is written under a temporary name beside the target, forced to disk,
-then renamed. What a killed writer left is removed by the next one. Readers of JSON get one clear error with the path.
+then renamed. What a killed writer left is removed by the next one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -185,88 +185,3 @@ def _sha256(file: IO[bytes]) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON atomically."""
-    with atomic_file(path, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-
-
-def read_json(path: Path, what: str) -> Any:
-    """Reads a JSON file.
-
-    Args:
-        what: what the file is, for the error: "shard index", "ds_config".
-
-    Raises:
-        ValueError: the file is missing, unreadable or not JSON, or an object has a key twice.
-    """
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        raise ValueError(f"{what} {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
-    return parse_json(text, f"{what} {path}")
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. `where` names the text in errors.
-
-    Raises:
-        ValueError: it is not JSON, or an object has a key twice, of which Python would silently take the last.
-    """
-    twice: list[str] = []
-
-    def once(pairs: list[tuple[str, Any]]) -> object:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [key for key, _ in pairs]
-            twice.append(next(key for key in names if names.count(key) > 1))
-        return found
-
-    try:
-        value = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
-        raise ValueError(f"{where} is not valid JSON: {error}") from None
-    if twice:
-        raise ValueError(f"{where} has {twice[0]!r} twice in one object; remove one of them")
-    return value
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; [] if the file is missing. A torn last line, left by a killed writer, is ignored.
-
-    A torn line is the start of an object, or the zeros of a disk that lost power, without a newline.
-
-    Raises:
-        ValueError: any other line that is not a JSON object, or the file is not text.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text, so it holds no rows of JSON: {error}; name another file") from None
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError
-            rows.append(row)
-        except (ValueError, RecursionError):
-            if number < len(lines) or text.endswith("\n") or line[:1] not in ("{", "\0"):
-                raise ValueError(f"{path} line {number} is not valid JSON; remove the line, or name another file") from None
-    return rows
-
-
-def write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Writes a whole .jsonl file atomically."""
-    with atomic_file(path, "w") as file:
-        file.writelines(json.dumps(dict(row)) + "\n" for row in rows)

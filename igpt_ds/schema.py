@@ -44,24 +44,7 @@ def check_file_name(name: str, field: str = "name") -> None:
         ValueError: anything else; the text continues the sentence of `record_from`.
     """
     if not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"{field} {_short(name)}, which is not a plain file name")
-
-
-def without_header(values: object, name: str, version: int, where: str, fix: str) -> dict[str, object]:
-    """The fields of a file beside "format" and "version", which are checked here; `where` and `fix` as in `record_from`.
-
-    Raises:
-        OtherVersionError: another format or version.
-        ValueError: no object, or a field is missing.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} has content {_short(values)}, which is not {_WORDS[dict]}; {fix}")
-    for field in ("format", "version"):
-        if field not in values:
-            raise ValueError(f"{where} has no {field!r}; {fix}")
-    if (values["format"], values["version"]) != (name, version):
-        raise OtherVersionError(f"{where} is not version {version} of {name}; read it with the code that wrote it")
-    return {field: value for field, value in values.items() if field not in ("format", "version")}
+        raise ValueError(f"{field} {short(name)}, which is not a plain file name")
 
 
 def record_from(kind: type[T], values: object, where: str, fix: str, strict: bool = False) -> T:
@@ -108,11 +91,8 @@ def _value(kind: Any, value: Any, place: str, strict: bool) -> Any:
         raise _wrong(value, place, _words(kind))
     if dataclasses.is_dataclass(kind):
         return _record(kind, value, place, strict)
-    if kind is float:
-        try:
-            return float(value)
-        except OverflowError:
-            raise _wrong(value, place, "a number of 64 bits") from None
+    if type(value) in (int, float) and kind is not object:
+        return _number(kind, value, place)
     if origin in (list, tuple):
         kinds = arguments if origin is tuple and arguments[-1] is not Ellipsis else arguments[:1] * len(value)
         if len(kinds) != len(value):
@@ -123,6 +103,15 @@ def _value(kind: Any, value: Any, place: str, strict: bool) -> Any:
     if origin in (dict, Mapping):
         return {key: _value(arguments[1], one, f"{place}.{key}", strict) for key, one in value.items()}
     return value
+
+
+def _number(kind: type, value: float, place: str) -> float:
+    try:
+        if kind is float or -(1 << 63) <= value < 1 << 64:  # a seed may be unsigned
+            return kind(value)
+    except OverflowError:
+        pass
+    raise _wrong(value, place, f"{_WORDS[kind]} of 64 bits")
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -154,7 +143,7 @@ def _record(kind: Any, value: Any, place: str, strict: bool) -> Any:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise _WrongFieldError(f"has no {prefix + field.name!r}")
     if strict and (unknown := [key for key in value if key not in hints]):
-        raise UnknownFieldError(f"has an unknown field {prefix}{unknown[0]} {_short(value[unknown[0]])}")
+        raise UnknownFieldError(f"has an unknown field {prefix}{unknown[0]} {short(value[unknown[0]])}")
     try:
         return kind(**found)
     except ValueError as error:
@@ -162,12 +151,15 @@ def _record(kind: Any, value: Any, place: str, strict: bool) -> Any:
 
 
 def _wrong(value: object, place: str, words: str) -> _WrongFieldError:
-    return _WrongFieldError(f"has {place or 'content'} {_short(value)}, which is not {words}")
+    return _WrongFieldError(f"has {place or 'content'} {short(value)}, which is not {words}")
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value of a file in an error's text."""
     try:
         text = repr(value)
-    except RecursionError:  # nested nearly as deep as json.loads can read
+    except RecursionError:  # deeper than json_files.parse_json reads
         text = f"a deep {type(value).__name__}"
+    except ValueError:  # a whole number with more digits than Python prints
+        text = "a huge number"
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -13,7 +13,8 @@ import sys
 import pytest
 
 from igpt_ds import files
-from igpt_ds.files import atomic_dir, atomic_file, read_json, read_json_lines, sha256_file, write_json, write_json_lines
+from igpt_ds.files import atomic_dir, atomic_file, sha256_file
+from igpt_ds.json_files import json_line, read_json, read_json_lines, refuse_changed, seal, write_json, write_json_lines
 
 
 def names(directory):
@@ -110,6 +111,12 @@ def test_json_round_trip(tmp_path):
         (b"{", r"^recipe .*/a\.json is not valid JSON: "),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', r"^recipe .*/a\.json has 'c' twice in one object; remove one of them$"),
         (b"\xff", r"^recipe .*/a\.json is not valid JSON: "),
+        (b"\xef\xbb\xbf{}", r"^recipe .*/a\.json begins with a byte order mark; save it as UTF-8 without one$"),
+        (b'{"a": NaN}', r"/a\.json is not valid JSON: NaN is not a finite number; correct the file"),
+        (b'{"a": -1e999}', r"/a\.json is not valid JSON: -1e999 is not a finite number; correct the file"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", r"/a\.json is not valid JSON: .*4300.*; correct the file"),
+        (b"[" * 65 + b"]" * 65, r"/a\.json is not valid JSON: it is nested more than 64 deep; correct the file"),
+        (b"[" * 100_000, r"/a\.json is not valid JSON: .*; correct the file"),
     ],
 )
 def test_json_that_cannot_be_read(tmp_path, content, complaint):
@@ -117,6 +124,39 @@ def test_json_that_cannot_be_read(tmp_path, content, complaint):
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
         read_json(tmp_path / "a.json", "recipe")
+
+
+def test_json_that_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "a.json"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"^recipe .*/a\.json is not valid JSON of its kind: it has more than 100 bytes; fix$"):
+        read_json(path, "recipe", "fix", limit=100)
+
+
+def test_a_number_that_is_not_finite_is_not_written(tmp_path):
+    for write in (lambda value: write_json(tmp_path / "a.json", value), seal):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write({"loss": float("nan")})
+    assert names(tmp_path) == []
+
+
+def test_a_seal_is_that_of_the_content_alone():
+    sealed = seal({"b": (1, 2.5), "a": {10: "ä", 2: None}})
+    refuse_changed(dict(reversed(sealed.items())), "f.json", "fix")  # the order of the keys says nothing
+    assert seal(sealed) == sealed
+    for changes in ({"b": [1, 2.6]}, {"a": {}}, {"c": 1}, {"sha256": None}):
+        with pytest.raises(ValueError, match=r"^f\.json was changed since it was written: .*edited by hand.*; fix$"):
+            refuse_changed(sealed | changes, "f.json", "fix")
+
+
+def test_a_row_that_says_its_sha256_is_compared_with_it(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json_line({"step": 1, "loss": 2.5}) + '{"step": 2}\n')
+    assert read_json_lines(path) == [{"step": 1, "loss": 2.5}, {"step": 2}]
+    path.write_text(path.read_text().replace("2.5", "2.4"))
+    with pytest.raises(ValueError, match=r"a\.jsonl line 1 was changed since it was written"):
+        read_json_lines(path)
 
 
 def test_json_that_is_a_directory(tmp_path):
@@ -131,10 +171,11 @@ def test_json_lines_round_trip_and_missing(tmp_path):
     assert read_json_lines(tmp_path / "a.jsonl") == rows
 
 
-def test_json_lines_leave_out_a_torn_last_line_only(tmp_path):
+def test_json_lines_leave_out_a_torn_last_line_only(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text('{"step": 1}\n{"st')
     assert read_json_lines(path) == [{"step": 1}]
+    assert capsys.readouterr().err == f"{path} line 2 is torn and was left out\n"
     path.write_text('{"step": 1}\n\0\0\0\0')  # what some file systems leave after a loss of power
     assert read_json_lines(path) == [{"step": 1}]
 
@@ -146,13 +187,13 @@ def test_json_lines_leave_out_a_torn_last_line_only(tmp_path):
 def test_json_lines_of_somebody_else_are_refused(tmp_path, content, number):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"a\.jsonl line {number} is not valid JSON; remove the line, or name another file$"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl line {number} is not valid JSON: .*; remove the line, or name"):
         read_json_lines(path)
 
 
 def test_json_lines_that_are_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match=r"a\.jsonl is not text, so it holds no rows of JSON: .*; name another file$"):
+    with pytest.raises(ValueError, match=r"a\.jsonl is not valid JSON: .*; name another file$"):
         read_json_lines(tmp_path / "a.jsonl")
 
 

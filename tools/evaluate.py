@@ -21,7 +21,6 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate import likelihood
 from igpt_ds.evaluate.features.network import PRECISIONS, open_model, pick_device
 from igpt_ds.evaluate.report.results import add_results, likelihood_row, read_results
-from igpt_ds.files import write_json
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.provenance import git_commit
 
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         published_does_not_apply=failing,
     )
     if args.out:
-        write_json(args.out, found.to_dict())
+        likelihood.LIKELIHOOD.write(args.out, found.to_dict())
     if args.results:
         add_results(args.results, [likelihood_row(found, info.config)])
 

@@ -32,8 +32,8 @@ from igpt_ds import cli
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
-from igpt_ds.evaluate.features.files import merge_parts
 from igpt_ds.evaluate.features.manifest import DTYPES
+from igpt_ds.evaluate.features.merge import merge_parts
 from igpt_ds.evaluate.features.network import KINDS, PRECISIONS, Network, open_model, pick_device
 
 say = partial(print, flush=True)

@@ -28,7 +28,8 @@ from igpt_ds.evaluate.domain import Domain, FeatureReader, fit_domain, keep_best
 from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.evaluate.features.network import PRECISIONS, check_layers, open_model, pick_device
 from igpt_ds.evaluate.report.figures import score_histogram
-from igpt_ds.files import move_dir, reserved, scratch_dir, write_json
+from igpt_ds.files import move_dir, reserved, scratch_dir
+from igpt_ds.json_files import write_json
 
 COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows of kept and of dropped images, screen pixels of an image's side
 DRAWN = 10_000  # kept and dropped images each; the sheet shows some of them, evenly spread by score

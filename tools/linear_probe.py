@@ -115,8 +115,7 @@ def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[str, lis
         return [("pixels", features.layers)]
     pairs = [(kind, args.layers or features.layers) for kind in args.kinds or features.kinds]
     for kind, layers in pairs:
-        for layer in layers:
-            features.layer(layer, kind)  # finds missing and torn files before the first probe
+        features.check(layers, kind)  # finds missing, torn and damaged files before the first probe
     return pairs
 
 

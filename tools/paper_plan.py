@@ -21,14 +21,17 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.ds_config import load_ds_config
-from igpt_ds.files import read_json, write_json
+from igpt_ds.json_files import write_json
 from igpt_ds.paper import budget
 from igpt_ds.paper.scales import SCALES, Scale, Training, get_scale
 from igpt_ds.paper.stage import Flags, Stage, command_line
 from igpt_ds.paper.stages import chosen, stages
 from igpt_ds.plan.options import network
 from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.sealed import Format
 from igpt_ds.train import flags as train_flags
+
+PAPER = Format("igpt_ds.paper", "paper", "choose another directory, or remove this one", version=1, sealed=1, oldest=0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,9 +125,7 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
     """
     file = out / "paper.json"
     if file.exists():
-        found = read_json(file, "paper")
-        if not isinstance(found, dict):
-            raise ValueError(f"paper {file} is not an object; choose another directory, or remove this one")
+        found = PAPER.read(file)
         if found != wanted:
             words = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
             raise ValueError(f"{out} holds the paper of {words}; choose another directory, or remove this one")
@@ -133,7 +134,7 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
             Path(str(target)).parent.mkdir(parents=True, exist_ok=True)
             write_json(Path(str(target)), recipe_to_dict(system.recipe))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, wanted)
+    PAPER.write(file, wanted)
 
 
 def describe_stages(found: Sequence[Stage], out: Path, scale: Scale) -> str:

@@ -26,7 +26,8 @@ from typing import Any
 
 from igpt_ds import cli, dist, launcher
 from igpt_ds.ds_config import load_ds_config
-from igpt_ds.files import atomic_file, write_json
+from igpt_ds.files import atomic_file
+from igpt_ds.json_files import write_json
 from igpt_ds.ops.preflight import verdict
 from igpt_ds.ops.preflight.board import Board
 from igpt_ds.ops.preflight.node import PlannedRun, attempt, host_of_rank, node_name, run_node_checks

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli
-from igpt_ds.files import read_json_lines, write_json
+from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops.compare import compare_runs
 
 WAYS = {"kill -9 of one rank": signal.SIGKILL, "kill -9 of all ranks": signal.SIGKILL, "USR1": signal.SIGUSR1}

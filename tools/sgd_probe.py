@@ -104,10 +104,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[int, str]]:
     """The layers and kinds to probe, checked to exist. Pixels have one layer of one kind."""
     kinds = features.kinds if features.kinds == ["pixels"] else args.kinds or features.kinds
-    pairs = [(layer, kind) for kind in kinds for layer in args.layers or features.layers]
-    for layer, kind in pairs:
-        features.layer(layer, kind)
-    return pairs
+    for kind in kinds:
+        features.check(args.layers or features.layers, kind)
+    return [(layer, kind) for kind in kinds for layer in args.layers or features.layers]
 
 
 def report(probe: SgdProbe, path: Path, seconds: float) -> None:

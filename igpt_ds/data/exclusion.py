@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.files import read_json, write_json
 from igpt_ds.schema import record_from, to_json
+from igpt_ds.sealed import Format
 
-FORMAT, VERSION = "igpt_ds.exclusion", 1
 _AGAIN = "make the list again with tools/dedup_shards.py"
+EXCLUSION = Format("igpt_ds.exclusion", "exclusion list", _AGAIN, version=2, sealed=2, oldest=1, limit=1 << 30)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_exclusion(path: Path, shards: ShardSet, ids: np.ndarray, about: Exclus
     assert (np.diff(ids) > 0).all()
     assert not len(ids) or 0 <= ids[0] <= ids[-1] < shards.n_images
     content = _ExclusionFile(shards.dataset_hash, shards.split, ids.tolist(), shards.n_images, to_json(about))
-    write_json(path, {"format": FORMAT, "version": VERSION, **to_json(content)})
+    EXCLUSION.write(path, to_json(content))
 
 
 def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
@@ -75,10 +75,7 @@ def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
         ValueError: the file is missing or is not JSON; it has another format, version, split or dataset; a field is missing or
             has another type; ids do not increase or do not exist in the split; or no image would be left.
     """
-    content = read_json(path, "exclusion list")
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"exclusion list {path} is not {FORMAT} version {VERSION}; {_AGAIN}")
-    found = record_from(_ExclusionFile, content, f"exclusion list {path}", _AGAIN)
+    found = record_from(_ExclusionFile, EXCLUSION.read(path), f"exclusion list {path}", _AGAIN)
     if found.split != shards.split:
         raise ValueError(f"exclusion list {path} is about split {found.split!r}, not {shards.split!r}; {_AGAIN}")
     if found.dataset_hash != shards.dataset_hash:

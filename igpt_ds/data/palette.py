@@ -26,9 +26,13 @@ from igpt_ds.data.palette_table import (
     save_table,
     table_path,
 )
-from igpt_ds.files import atomic_file, read_json, write_json
+from igpt_ds.files import atomic_file
+from igpt_ds.npy import read_npy
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
 
+_AGAIN = "write palette and report again with tools/fit_palette.py"
+REPORT = Format("igpt_ds.palette", "palette report", _AGAIN, version=1, sealed=1, oldest=0)
 MAX_COLORS = 65536  # tokens are stored in 16 bits
 # Of the 512 colours in kmeans_centers.npy of OpenAI's image-gpt release (the file's own sha256 is c614a3d2..., header included).
 OPENAI_PALETTE_HASH = "017426d148bc9650db9174810c0bd1c7a0d8a8d5b8ae6200465f4d34ebfb02f0"
@@ -123,23 +127,18 @@ def _say_not_used(reason: str) -> None:
 def load_palette(path: Path) -> Palette:
     """Reads a palette from a .npy file, float32 [V, 3] in [-1, 1].
 
-    A file does not say whether its range is [-1, 1] or [0, 1]. A palette without negative values is accepted only if the report
-    beside it (palette.json for palette.npy), which `save_palette` writes, has its hash.
+    A report beside it (palette.json for palette.npy), which `save_palette` writes, must have its hash. A file does not say
+    whether its range is [-1, 1] or [0, 1], so a palette without negative values is accepted only with such a report.
 
     Raises:
         ValueError: the file is missing or is not a .npy file, the dtype or the shape is wrong, values are not in model space, or
             a field of the report is missing or has another type.
     """
-    try:
-        with open(path, "rb") as file:
-            colors = np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise ValueError(f"palette {path} cannot be read: {error.strerror}; make one with tools/fit_palette.py") from None
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"palette {path} is not a .npy file of numbers: {str(error).splitlines()[0]}") from None
+    colors = read_npy(path, "palette", "make one with tools/fit_palette.py")
     _check_colors(colors, f"palette {path}")
     palette = Palette(colors, Path(path))
-    if colors.min() >= 0 and not _vouched(palette):
+    vouched = _vouched(palette)
+    if colors.min() >= 0 and not vouched:
         raise ValueError(
             f"palette {path} has no negative value and looks like [0, 1] values; a palette lies in [-1, 1]: use 2 * colors - 1, "
             f"or keep the report {report_path(path).name} of tools/fit_palette.py beside it"
@@ -178,7 +177,7 @@ def save_palette(path: Path, palette: Palette, report: PaletteReport | None = No
     if report is not None or palette.colors.min() >= 0:
         values = asdict(report or PaletteReport(palette.hash, len(palette)))
         assert values["hash"] == palette.hash
-        write_json(report_path(path), {key: None if value == math.inf else value for key, value in values.items()})
+        REPORT.write(report_path(path), {key: None if value == math.inf else value for key, value in values.items()})
     with atomic_file(path) as file:
         np.lib.format.write_array(file, palette.colors.astype("<f4"), version=(1, 0))
 
@@ -211,13 +210,15 @@ def report_path(palette_path: Path) -> Path:
 
 
 def _vouched(palette: Palette) -> bool:
-    """Whether the report beside the palette is the palette's own."""
+    """Whether a report is beside the palette, which must be the palette's own."""
     assert palette.file is not None
     path = report_path(palette.file)
     if not path.exists():
         return False
-    fix = "write palette and report again with tools/fit_palette.py"
-    return record_from(PaletteReport, read_json(path, "palette report"), f"palette report {path}", fix).hash == palette.hash
+    report = record_from(PaletteReport, REPORT.read(path), f"palette report {path}", _AGAIN)
+    if report.hash != palette.hash:
+        raise ValueError(f"palette {palette.file} is not the one that {path} describes: its colours have another hash; {_AGAIN}")
+    return True
 
 
 def _check_colors(colors: np.ndarray, where: str) -> None:

@@ -6,12 +6,13 @@ Loader. train.py calls if `--stream` is given. LIMITS lists what a Loader guaran
 
 from __future__ import annotations
 
-import io
+import hashlib
 import signal
 import tarfile
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,17 +21,30 @@ from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.loader import NO_AUGMENT, Augment, Batch, BatchLayout, augment, made_ahead, to_batches
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.shards.index import ShardEntry, read_index
+from igpt_ds.npy import parse_npy
 
 LIMITS = (
     "--stream reads shards in sequence. Limits: images are drawn from a buffer, not from the whole set; if ranks have unequal "
     "numbers of images, their epochs drift apart; --resume continues at the beginning of a shard, not at the exact image; order "
-    "depends on the number of ranks; a damaged image is noticed only if a shard's count, its names or its colours are wrong."
+    "depends on the number of ranks; a damaged image is noticed at the end of its shard, whose sha256 then differs."
 )
 BUFFER_IMAGES = 8192  # the next image is drawn from a buffer of this size
 _BUFFER = 6  # purpose of random words
 _HANDFUL = 1024  # images drawn at once
 
 Image = tuple[np.ndarray, int]  # uint16 [n_px, n_px], label
+
+
+class _Hashed:
+    """A stream that hashes what is read from it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.close, self.digest = stream, stream.close, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        block: bytes = self._stream.read(size)
+        self.digest.update(block)
+        return block
 
 
 class ShardStream:
@@ -78,7 +92,9 @@ class ShardStream:
         try:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             try:
-                stream = gopen(url)  # its command inherits the mask: a stop of the run, which also saves, must not end it
+                stream = _Hashed(
+                    gopen(url)
+                )  # its command inherits the mask: a stop of the run, which also saves, must not end it
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
@@ -89,6 +105,8 @@ class ShardStream:
             while stream.read(1 << 20):  # a command that still writes would fail on a closed pipe
                 pass
             stream.close()
+            if found == expected and stream.digest.hexdigest() != about.sha256:
+                raise ValueError("its sha256 is not that of the index")
         except (OSError, EOFError, tarfile.TarError, ValueError) as error:
             fix = "check the URL, and the shard with tools/verify_shards.py"
             reason = next((part for part in error.args if isinstance(part, str)), type(error).__name__)
@@ -108,7 +126,7 @@ class ShardStream:
         return int(key)
 
     def _decode(self, name: int, npy: bytes, label: bytes) -> Image:
-        grid = np.load(io.BytesIO(npy), allow_pickle=False)
+        grid = parse_npy(npy, f"image {name:09d}", "make the shard again")
         if grid.dtype != np.uint16 or grid.shape != (self.n_px, self.n_px) or grid.max() >= self.n_vocab:
             raise ValueError(f"image {name:09d} is not {self.n_px}x{self.n_px} tokens below {self.n_vocab}")
         return grid, int(label)

@@ -23,12 +23,13 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.probes.variants import vote
 from igpt_ds.evaluate.report.results import finetune_row
 from igpt_ds.evaluate.report.row_types import FinetuneRow
-from igpt_ds.files import read_json, write_json
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import ModelInfo
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
 
-CONFUSION_FORMAT, CONFUSION_VERSION = "igpt_ds.confusion", 1
+_MAKE = "make it with tools/evaluate_classifier.py --confusion"
+CONFUSION = Format("igpt_ds.confusion", "confusion matrix", _MAKE, version=2, sealed=2, oldest=1)
 MASK_SEED = 0
 ClassifyingNetwork = Callable[..., tuple[Any, torch.Tensor]]  # of a model.classifier.Classifier
 
@@ -160,7 +161,7 @@ class Confusion:
 
 def write_confusion(path: Path, confusion: Confusion) -> None:
     """Writes the JSON file of `read_confusion`."""
-    write_json(path, {"format": CONFUSION_FORMAT, "version": CONFUSION_VERSION, **dataclasses.asdict(confusion)})
+    CONFUSION.write(path, dataclasses.asdict(confusion))
 
 
 def read_confusion(path: Path) -> Confusion:
@@ -169,11 +170,8 @@ def read_confusion(path: Path) -> Confusion:
     Raises:
         ValueError: no such file, another format or version, or a field that is missing or has another type.
     """
-    values, fix = read_json(path, "confusion matrix"), "make it with tools/evaluate_classifier.py --confusion"
-    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (CONFUSION_FORMAT, CONFUSION_VERSION):
-        raise ValueError(f"{path} is not {CONFUSION_FORMAT} version {CONFUSION_VERSION}; {fix}")
-    found = record_from(Confusion, values, f"confusion matrix {path}", fix)
+    found = record_from(Confusion, CONFUSION.read(path), f"confusion matrix {path}", _MAKE)
     K = len(found.classes)
     if [len(row) for row in found.counts] != [K] * K:
-        raise ValueError(f"confusion matrix {path} has counts of another shape than {K} x {K}, for its {K} classes; {fix}")
+        raise ValueError(f"confusion matrix {path} has counts of another shape than {K} x {K}, for its {K} classes; {_MAKE}")
     return found

@@ -38,8 +38,9 @@ from igpt_ds.evaluate.report.row_types import MeanWithError
 from igpt_ds.launcher import map_environment
 from igpt_ds.model.objectives import image_loss, token_nats
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.sealed import Format
 
-FORMAT, VERSION = "igpt_ds.likelihood", 1
+LIKELIHOOD = Format("igpt_ds.likelihood", "likelihood", "make it with tools/evaluate.py --out", version=2, sealed=2, oldest=1)
 # Nats per token at 1M steps, from the README of openai/image-gpt: 32x32, its palette, centre crops, ImageNet's test split.
 PUBLISHED = {"s": 2.0895, "m": 2.0614, "l": 2.0466}
 _DRAWS = 9  # purpose of random words: the seeds of the mask draws
@@ -196,11 +197,11 @@ class Likelihood:
     published_does_not_apply: list[str]  # why none compares
 
     def to_dict(self) -> dict[str, object]:
-        """The JSON of the file."""
+        """The fields of the file, which `LIKELIHOOD` writes."""
         values: dict[str, object] = {}
         for name, value in asdict(self).items():
             values |= value if name == "summary" else {name: value}
-        return {"format": FORMAT, "version": VERSION, **values}
+        return values
 
 
 def compare_published(config: ModelConfig, objective: str, shards: ShardSet, n_images: int) -> tuple[str | None, list[str]]:

@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt_ds.config import OBJECTIVES, ModelConfig
-from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
+from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
 
-FORMAT, VERSION = "igpt_ds.model", 1
+MODEL = Format("igpt_ds.model", "model config", "consolidate the checkpoint again", version=2, sealed=2, oldest=1)
 HEAD_FILE = "class_head.safetensors"
 T = TypeVar("T")
 
@@ -109,8 +110,7 @@ def save_model(model_dir: Path, weights: dict[str, Tensor] | WeightStream, info:
         shutil.copyfile(palette, partial / "palette.npy")
         model_hash = sha256_file(partial / "model.safetensors")
         config = dataclasses.asdict(info["config"])
-        header = {"format": FORMAT, "version": VERSION}
-        write_json(partial / "config.json", {**header, **info, "config": config, "model_hash": model_hash})
+        MODEL.write(partial / "config.json", {**info, "config": config, "model_hash": model_hash})
 
 
 def _parted(weights: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
@@ -159,12 +159,7 @@ def read_info(model_dir: Path, objective: str | None = None) -> ModelInfo:
         ValueError: a field is missing or wrong, the version differs, or the model was trained with the other objective.
     """
     path = model_dir / "config.json"
-    values = read_json(path, "model config")
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the config of a model dir; make one with tools/consolidate.py")
-    if values.get("version") != VERSION:
-        raise ValueError(f"{path} has version {values.get('version')}; this code reads version {VERSION}")
-    info = record_from(ModelInfo, values, str(path), "consolidate the checkpoint again")
+    info = record_from(ModelInfo, MODEL.read(path), f"model config {path}", MODEL.fix)
     if info.objective not in OBJECTIVES:
         raise ValueError(
             f"{path} has objective {info.objective!r}; known: {', '.join(OBJECTIVES)}; read it with the code that wrote it"
@@ -188,6 +183,7 @@ def load_model(model_dir: Path, objective: str | None = None) -> tuple[Transform
     info = read_info(model_dir, objective)
     path = model_dir / "model.safetensors"
     _check_file(path, info.model_hash)
+    _check_layers(path, info.config.n_layer)
     with torch.device("meta"):
         model = Transformer(info.config, objective=info.objective)
     _load(model, [path], model_dir)
@@ -206,6 +202,7 @@ def load_classifier(model_dir: Path) -> tuple[Classifier, ModelInfo]:
     files = [model_dir / "model.safetensors", model_dir / HEAD_FILE]
     for path, expected in zip(files, (info.model_hash, info.class_head.hash), strict=True):
         _check_file(path, expected)
+    _check_layers(files[0], info.config.n_layer)
     with torch.device("meta"):
         model = Classifier(info.config, len(info.class_head.classes), info.class_head.layer, objective=info.objective)
     _load(model, files, model_dir)
@@ -233,6 +230,18 @@ def _check_file(path: Path, expected: str) -> None:
         raise ValueError(f"{path} is not the file that config.json describes (sha256 differs); consolidate again")
 
 
+def _check_layers(path: Path, n_layer: int) -> None:
+    """Counts the layers of a file before a model of n_layer layers is made: 65,536 take a minute."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = sum(name.endswith(".ln_1.weight") for name in file.keys())  # noqa: SIM118, safe_open is no dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}; consolidate again") from None
+    if found != n_layer:
+        where = path.with_name("config.json")
+        raise ValueError(f"{path} does not fit {where}: it has {found} layers, and n_layer is {n_layer}; consolidate again")
+
+
 def _load(model: Transformer, files: Iterable[Path], model_dir: Path) -> None:
     path = model_dir / "model.safetensors"
     try:
@@ -250,8 +259,8 @@ def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:
         ValueError: as `load_model` does.
     """
     info, path = read_info(model_dir), model_dir / "model.safetensors"
-    if not path.exists() or sha256_file(path) != info.model_hash:
-        raise ValueError(f"{path} is not the file that config.json describes (sha256 differs); consolidate again")
+    _check_file(path, info.model_hash)
+    _check_layers(path, info.config.n_layer)
     with torch.device("meta"):
         model = Transformer(info.config, objective=info.objective)
     for name in ("wte.", "wpe", "sos", "ln_f.", "head."):

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from igpt_ds.files import read_json_lines
+from igpt_ds.json_files import read_json_lines
 from igpt_ds.schema import record_from
 
 # Columns of train.jsonl that measure the machine and not the model.

@@ -7,12 +7,11 @@ imported, so that tools/status.py starts fast; only the end of a long train.json
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.json_files import parse_row, read_json, read_json_lines, read_sealed
 from igpt_ds.ops.rank_status import RankStatus, read_ranks
 from igpt_ds.schema import record_from
 from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
@@ -172,8 +171,8 @@ def tail_rows(path: Path, size: int = TAIL_BYTES) -> list[CurveRow]:
         lines = file.read().split(b"\n")
     rows = []
     for line in lines[1:-1] if length > size else lines[:-1]:
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(record_from(CurveRow, json.loads(line), str(path), "remove the line"))
+        with contextlib.suppress(ValueError):
+            rows.append(record_from(CurveRow, parse_row(line.decode(), str(path)), str(path), "remove the line"))
     return rows
 
 
@@ -218,7 +217,7 @@ def read_lost(run_dir: Path) -> DivergedRun | None:
     if not path.exists():
         return None
     try:
-        return record_from(DivergedRun, read_json(path, "report"), f"report {path}", "remove it")
+        return record_from(DivergedRun, read_sealed(path, "report", "remove it"), f"report {path}", "remove it")
     except ValueError:  # removed at this moment, or torn
         return DivergedRun()
 

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from igpt_ds.files import read_json, write_json
+from igpt_ds.json_files import read_sealed, seal, write_json
 
 HEARTBEAT_SECONDS = 10.0  # between two writes of the file
 SILENT_SECONDS = 60.0  # age of the file at which a rank counts as silent: six writes missed
@@ -97,7 +97,7 @@ def rank_of(path: Path) -> int:
 def read_heartbeat(path: Path) -> Heartbeat | None:
     """Reads one heartbeat; None if the file is missing, damaged or not a heartbeat, which a live run may cause at any moment."""
     try:
-        values = read_json(path, "heartbeat")
+        values = read_sealed(path, "heartbeat", "remove it")
         beat = Heartbeat(
             rank=rank_of(path),
             step=int(values["step"]),
@@ -126,7 +126,7 @@ def write_heartbeat(run_dir: Path, beat: Heartbeat) -> None:
     Raises:
         OSError: the disk is full or does not answer.
     """
-    write_json(heartbeat_file(run_dir, beat.rank), beat.to_dict())
+    write_json(heartbeat_file(run_dir, beat.rank), seal(beat.to_dict()))
 
 
 def remove_heartbeats(run_dir: Path, world_size: int) -> None:

@@ -18,7 +18,7 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import Recipe
 from igpt_ds.data.loader import Batches
-from igpt_ds.files import write_json
+from igpt_ds.json_files import seal, write_json
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.train.checkpoint.directory import set_aside_newer
 from igpt_ds.train.checkpoint.manifest import GuardStates, Progress
@@ -178,7 +178,7 @@ def give_up(session: Session, outcome: StepOutcome, since: int, lost: str, good:
     watch, why = session.watch, session.watch.guard.why
     loss = outcome.loss if math.isfinite(outcome.loss) else None
     report = {"step": outcome.step, "since": since, "loss": loss, "lr": outcome.lr, "why": why, "time": time.time()}
-    dist.from_rank_0(lambda: write_json(session.run_dir / "LOST.json", report))
+    dist.from_rank_0(lambda: write_json(session.run_dir / "LOST.json", seal(report)))
     so_far = len(watch.rollbacks)
     done = f" after {so_far} rollback{'s' * (so_far > 1)}" if so_far else ""
     kept = f"the last good checkpoint is {good}" if good else f"no checkpoint is older than step {max(0, since - 1)}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import math
 import resource
 import statistics
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from igpt_ds import dist
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.ds_config import Run
-from igpt_ds.files import read_json_lines, write_json_lines
+from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plan import costs
 from igpt_ds.plan.costs import GIB, train_flops_per_token
@@ -113,7 +112,7 @@ class Metrics:
             (record_from(_AnyRow, row, f"{path} line {number}", "remove the line").step, row)
             for number, row in enumerate(read_json_lines(path), start=1)
         ]
-        write_json_lines(path, [row for step, row in rows if 0 < start_step >= step])
+        write_json_lines(path, [seal(row) for step, row in rows if 0 < start_step >= step])
         self.rows = open(path, "a", buffering=1)  # noqa: SIM115  (closed in `close`)
         self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=start_step + 1)
 
@@ -198,7 +197,7 @@ class Metrics:
 
     def _write(self, row: dict[str, Value], group: str) -> None:
         known = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
-        self.rows.write(json.dumps(known) + "\n")  # JSON has neither infinity nor NaN
+        self.rows.write(json_line(known))  # JSON has neither infinity nor NaN
         shown = {f"{group}/{name}": value for name, value in known.items() if name not in ("step", "images_seen")}
         for name, value in shown.items():
             if value is not None and self.board:

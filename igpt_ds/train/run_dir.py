@@ -18,13 +18,15 @@ from typing import Any
 from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import Run, run_to_dict
-from igpt_ds.files import atomic_file, read_json, write_json
+from igpt_ds.files import atomic_file
+from igpt_ds.json_files import read_json
 from igpt_ds.launcher import MOST_RANKS
 from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from, to_json
+from igpt_ds.sealed import Format
 from igpt_ds.train.run_lock import take
 
-FORMAT, VERSION = "igpt_ds.run", 1
+RUN = Format("igpt_ds.run", "run config", "restore the file, or choose another --run_dir", version=2, sealed=2, oldest=1)
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def record(run_dir: Path, run: Run, data: DataFacts, palette: Path, cpu_product:
     if not (run_dir / "palette.npy").exists():
         with atomic_file(run_dir / "palette.npy") as file:
             file.write(palette.read_bytes())
-    header = {"format": FORMAT, "version": VERSION, "git_commit": git_commit(), "data": to_json(data), "cpu_product": cpu_product}
-    write_json(run_dir / "run.json", header | run_to_dict(run))
+    about = {"git_commit": git_commit(), "data": to_json(data), "cpu_product": cpu_product}
+    RUN.write(run_dir / "run.json", about | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(torn)
 
@@ -149,15 +151,16 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         ValueError: there is none, it has another format or version, or a field is missing or has another type.
     """
     path = run_dir / "run.json"
-    values = read_json(path, "run config")
-    if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
-        raise ValueError(f"{path} is not version {VERSION} of {FORMAT}; it was not written by this code")
-    record_from(_RunFile, values, str(path), "restore the file, or choose another --run_dir")
+    values = RUN.read(path)
+    record_from(_RunFile, values, str(path), RUN.fix)
     return values
 
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a --config file: a run.json, or a recipe alone."""
     values = read_json(path, "config")
+    if isinstance(values, dict) and "recipe" in values and not values.keys().isdisjoint(("format", "version", "sha256")):
+        fields = dataclasses.replace(RUN, fix='save its "recipe" as a file of its own, which may be edited')
+        values = fields.opened(values, f"run config {path}")
     inner = values.get("recipe", values) if isinstance(values, dict) else {}
     return recipe_from_dict(inner, str(path))

@@ -19,7 +19,8 @@ from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run, run_to_dict
-from igpt_ds.files import atomic_file, write_json
+from igpt_ds.files import atomic_file
+from igpt_ds.json_files import write_json
 from igpt_ds.model import cpu_kernels
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend

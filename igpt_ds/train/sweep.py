@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igpt_ds.files import read_json, read_json_lines, write_json
+from igpt_ds.json_files import read_json_lines, read_sealed
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
 from igpt_ds.train.run_dir import read_recipe
 
-FORMAT, VERSION = "igpt_ds.sweep", 1
+SWEEP = Format("igpt_ds.sweep", "sweep of learning rates", "make it with tools/sweep_lr.py", version=2, sealed=2, oldest=1)
 MAX_RATES = 12  # down to 3e-8: smaller rates do not help
 
 
@@ -126,7 +127,7 @@ def read_result(run_dir: Path, lr: float) -> Result | None:
     """
     lost, curve, fix = run_dir / "LOST.json", run_dir / "train.jsonl", "remove the directory and try the rate again"
     if lost.exists():
-        return Result(lr, None, record_from(_Report, read_json(lost, "report"), f"report {lost}", fix).step)
+        return Result(lr, None, record_from(_Report, read_sealed(lost, "report", fix), f"report {lost}", fix).step)
     if not (run_dir / "FINISHED").exists():
         return None
     lines = enumerate(read_json_lines(curve), start=1)
@@ -173,8 +174,8 @@ def write_sweep(path: Path, results: Sequence[Result]) -> None:
         | ({} if result.val_accuracy is None else {"val_accuracy": result.val_accuracy})
         for result in results
     ]
-    header = {"format": FORMAT, "version": VERSION, "finished": finished(results), "best_lr": chosen.lr if chosen else None}
-    write_json(path, header | {"measured": measured(results), "results": rows})
+    found = {"finished": finished(results), "best_lr": chosen.lr if chosen else None, "measured": measured(results)}
+    SWEEP.write(path, found | {"results": rows})
 
 
 def points(results: Sequence[Result]) -> tuple[list[tuple[float, float | None]], str]:
@@ -189,9 +190,6 @@ def read_sweep(path: Path) -> tuple[list[tuple[float, float | None]], str]:
     Raises:
         ValueError: there is no such file, it has another format or version, or a field is missing or has another type.
     """
-    content, fix = read_json(path, "sweep of learning rates"), "make it with tools/sweep_lr.py"
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path} is not {FORMAT} version {VERSION}; {fix}")
-    found = record_from(_SweepFile, content, f"sweep of learning rates {path}", fix)
+    found = record_from(_SweepFile, SWEEP.read(path), f"sweep of learning rates {path}", SWEEP.fix)
     lowest = found.measured.startswith("best validation loss")
     return points([Result(row.lr, row.val_loss, row.lost_at, row.val_accuracy, lowest) for row in found.results])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from igpt_ds.data.exclusion import ExclusionReason, read_exclusion, write_exclusion
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.json_files import seal
 
 REASON = ExclusionReason("for a test", method="phash")
 
@@ -40,9 +41,10 @@ def test_comes_back(shards, tmp_path, data):
 
 def test_says_what_it_is_about(file, shards):
     content = json.loads(file.read_text())
+    assert content.pop("sha256") == seal(content)["sha256"]
     assert content == {
         "format": "igpt_ds.exclusion",
-        "version": 1,
+        "version": 2,
         "dataset_hash": shards.dataset_hash,
         "split": "train",
         "n_images": shards.n_images,
@@ -55,8 +57,11 @@ def test_says_what_it_is_about(file, shards):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"version": 2}, "exclude.json is not igpt_ds.exclusion version 1; make the list again with tools/dedup_shards.py"),
-        ({"format": "igpt_ds.shards"}, "is not igpt_ds.exclusion version 1"),
+        (
+            {"version": 3},
+            "exclude.json is not igpt_ds.exclusion version 1 or 2: it is version 3 of 'igpt_ds.exclusion'; make the list",
+        ),
+        ({"format": "igpt_ds.shards"}, "is not igpt_ds.exclusion version 1 or 2: it is version 2 of 'igpt_ds.shards'"),
         ({"ids": None}, "has no 'ids'; make the list again"),
         ({"split": "val"}, "is about split 'val', not 'train'; make the list again"),
         ({"dataset_hash": "0" * 64}, "is about images 000000000000, "),
@@ -70,16 +75,26 @@ def test_says_what_it_is_about(file, shards):
         ({"ids": [1, 2.5]}, "exclude.json has ids[1] 2.5, which is not a whole number"),
         ({"ids": [0, True]}, "exclude.json has ids[1] True, which is not a whole number"),
         ({"ids": [-3, 2]}, "names image -3; "),
-        ({"ids": [2, 10**30]}, f"names image {10**30}; "),
+        ({"ids": [2, 10**30]}, f"exclude.json has ids[1] {10**30}, which is not a whole number of 64 bits"),
         ({"ids": [4, 1]}, "its ids must increase, 4 comes before 1; make the list again"),
         ({"ids": [1, 1]}, "its ids must increase, 1 comes before 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(file, shards, change, complaint):
     content = json.loads(file.read_text()) | change
-    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    file.write_text(json.dumps(seal({name: value for name, value in content.items() if value is not None})))
     with pytest.raises(ValueError, match=re.escape(complaint)):
         read_exclusion(file, shards)
+
+
+def test_a_list_of_version_1_has_no_sha256(file, shards):
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"exclude\.json has no 'sha256', as every file of version 2 has; make the list again"):
+        read_exclusion(file, shards)
+    file.write_text(json.dumps(content | {"version": 1}))
+    assert read_exclusion(file, shards).tolist() == [1, 4, 5]
 
 
 def test_a_list_of_everything_is_refused(tmp_path, shards):
@@ -95,7 +110,7 @@ def test_damaged_json_is_refused(file, shards):
     with pytest.raises(ValueError, match=r"exclusion list .*none.json does not exist"):
         read_exclusion(file.parent / "none.json", shards)
     file.write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"is not igpt_ds\.exclusion version 1"):
+    with pytest.raises(ValueError, match=r"exclude\.json has content \[1, 2\], which is not an object"):
         read_exclusion(file, shards)
 
 

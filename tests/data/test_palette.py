@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from igpt_ds.data import palette as palette_module
 from igpt_ds.data.palette import (
     OPENAI_PALETTE_HASH,
+    REPORT,
     ColorCounts,
     Palette,
     PaletteReport,
@@ -170,12 +171,16 @@ def test_a_palette_without_dark_colours_is_vouched_for_by_its_own_report(tmp_pat
     save_palette(path, bright, report)
     assert load_palette(path).hash == bright.hash
     written = json.loads(report_path(path).read_text())
-    assert written == dataclasses.asdict(report)
+    assert written == REPORT.seal(dataclasses.asdict(report))
+    written = dataclasses.asdict(report)  # as older code wrote it
     assert (written["hash"], written["n_colors"], written["seed"]) == (bright.hash, 8, 3)
     save_palette(tmp_path / "copy.npy", load_palette(path))  # a copy can be loaded too
     assert load_palette(tmp_path / "copy.npy").hash == bright.hash
     report_path(path).write_text(json.dumps(written | {"hash": "0" * 64}))
-    with pytest.raises(ValueError, match=r"or keep the report p.json of tools/fit_palette.py beside it"):
+    with pytest.raises(
+        ValueError,
+        match=r"p.npy is not the one that .*p.json describes: its colours have another hash; write palette and report again",
+    ):
         load_palette(path)
     fields = {name: value for name, value in written.items() if value is not None}
     report_path(path).write_text(json.dumps({"hash": fields.pop("hash"), "n_colors": fields.pop("n_colors")}))

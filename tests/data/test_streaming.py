@@ -129,10 +129,12 @@ def flip_a_name(shard, image):
         file.write(b"\xff")
 
 
-def set_token(shard, image):
+def set_token(shard, image, value=b"\xff\xff"):
     with open(shard, "r+b") as file:
         file.seek(image * 2048 + 1536 + 128)
-        file.write(b"\xff\xff")
+        before = file.read(2)
+        file.seek(-2, 1)
+        file.write(value or bytes([before[0] ^ 1, 0]))
 
 
 @pytest.mark.parametrize(
@@ -147,10 +149,21 @@ def set_token(shard, image):
         (lambda shard: cut(shard, 0), r"of 10 images|gave 0 images where the index says 10"),
         (lambda shard: flip_a_name(shard, 4), "gave 4 images where the index says 10"),
         (lambda shard: set_token(shard, 4), "image 0000000.4 is not 4x4 tokens below 8"),
+        (lambda shard: set_token(shard, 4, None), "its sha256 is not that of the index"),
         (lambda shard: shard.unlink(), "broke after 0 of 10 images"),
         (lambda shard: shard.write_bytes(2 * shard.read_bytes()[:20480] + bytes(1024)), "should not come after|duplicate"),
     ],
-    ids=["between images", "in a header", "in tokens", "at once", "a flipped bit in a header", "a token", "no file", "twice"],
+    ids=[
+        "between images",
+        "in a header",
+        "in tokens",
+        "at once",
+        "a flipped bit in a header",
+        "a token",
+        "another token",
+        "no file",
+        "twice",
+    ],
 )
 @pytest.mark.parametrize("url", ["pipe:cat {bucket}/{{shard}}", "{bucket}/{{shard}}"])
 def test_a_stream_that_is_cut_stops_the_run(away, url, damage, message, capfd):

@@ -12,7 +12,7 @@ import torch
 
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.features.extract import extract, extract_pixels
-from igpt_ds.evaluate.features.manifest import FORMAT, VERSION
+from igpt_ds.evaluate.features.manifest import FEATURES
 from igpt_ds.evaluate.features.network import Network, open_model
 from igpt_ds.model.store import fresh_model, save_model
 
@@ -74,8 +74,8 @@ def made_features(tmp_path):
             np.save(path / split / "labels.npy", labels.astype(np.int64))
         width = next(iter(splits.values()))[0].shape[1]
         manifest = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": FEATURES.name,
+            "version": 2,  # which has no sha256
             "dataset": name,
             "weights": "trained",
             "palette_hash": "p",

@@ -152,7 +152,8 @@ def run_dir(tmp_path):
 
 def test_training_figure(tool, run_dir, tmp_path):
     one, two, other = run_dir("one"), run_dir("two"), run_dir("other", 512)
-    assert tool("figures", "training", one, two, "--out", tmp_path / "t.png") == (0, f"{tmp_path}/t.png\n", "")
+    torn = "".join(f"{path}/train.jsonl line 3 is torn and was left out\n" for path in (one, two))
+    assert tool("figures", "training", one, two, "--out", tmp_path / "t.png") == (0, f"{tmp_path}/t.png\n", torn)
     assert png_size(tmp_path / "t.png") == (1200, 600)
     status, _, said = tool("figures", "training", one, other, "--out", tmp_path / "u.png")
     assert status == 2

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from igpt_ds.config import Finetune, ModelConfig
+from igpt_ds.json_files import seal
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier, class_loss, total
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import load_classifier, load_model, read_info, save_model, verified_info
@@ -129,7 +130,7 @@ def test_a_changed_or_missing_head_is_refused(model_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"class_head.safetensors is not the file that config.json describes"):
         load_classifier(model_dir)
     config = json.loads((model_dir / "config.json").read_text())
-    (model_dir / "config.json").write_text(json.dumps(config | {"class_head": None}))
+    (model_dir / "config.json").write_text(json.dumps(seal(config | {"class_head": None})))
     with pytest.raises(ValueError, match=r"has no class head; fine-tune it with finetune.py first"):
         load_classifier(model_dir)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from igpt_ds.json_files import seal
 from igpt_ds.model.store import WeightStream, fresh_model, load_model, read_info, save_model
 from igpt_ds.model.transformer import Transformer
 
@@ -46,7 +47,7 @@ def test_weights_that_come_in_blocks_make_the_same_file(model: Transformer, mode
 
 def change_config(model_dir: Path, **changes: object) -> None:
     path = model_dir / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(seal(json.loads(path.read_text()) | changes)))
 
 
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -56,7 +57,10 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"format": "other"}, "is not the config of a model dir"), ({"version": 9}, "version 9; this code reads version 1")],
+    [
+        ({"format": "other"}, "is not igpt_ds.model version 1 or 2: it is version 2 of 'other'"),
+        ({"version": 9}, ": it is version 9 of"),
+    ],
 )
 def test_foreign_configs_are_refused(model_dir: Path, changes: dict[str, object], message: str) -> None:
     change_config(model_dir, **changes)
@@ -97,7 +101,7 @@ def test_a_config_without_a_field_is_refused(model_dir: Path) -> None:
     path = model_dir / "config.json"
     values = json.loads(path.read_text())
     del values["palette_hash"]
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(seal(values)))
     with pytest.raises(ValueError, match="has no 'palette_hash'"):
         read_info(model_dir)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.files import write_json_lines
+from igpt_ds.json_files import write_json_lines
 from igpt_ds.ops.compare import Difference, compare_runs
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.files import read_json
+from igpt_ds.json_files import read_json
 from igpt_ds.ops import diagnose
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status import DivergedRun

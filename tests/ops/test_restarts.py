@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.cli import STOPPED
-from igpt_ds.files import read_json_lines, write_json
+from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops import restarts
 from igpt_ds.ops.requeue import BAD_INPUT, BAD_NODES, Start
 

@@ -14,7 +14,7 @@ import pytest
 
 from igpt_ds.config import RECIPES, get_recipe
 from igpt_ds.evaluate.report.results import read_all
-from igpt_ds.files import read_json, write_json_lines
+from igpt_ds.json_files import read_json, write_json_lines
 from igpt_ds.paper import budget
 from igpt_ds.paper.scales import SCALES, Images, Training, get_scale
 from igpt_ds.paper.stage import Stage, command_line

@@ -21,7 +21,7 @@ import pytest
 
 from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
-from igpt_ds.files import read_json_lines
+from igpt_ds.json_files import read_json_lines
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("cluster.py")

@@ -13,7 +13,7 @@ import torch
 
 from igpt_ds.config import ModelConfig
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.files import read_json
+from igpt_ds.json_files import read_json
 from igpt_ds.model.store import save_model
 from igpt_ds.model.transformer import Transformer
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from igpt_ds.files import read_json_lines
+from igpt_ds.json_files import read_json_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 Trainings = Callable[..., Any]

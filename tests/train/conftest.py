@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.files import read_json_lines
+from igpt_ds.json_files import read_json_lines
 from igpt_ds.ops.compare import MEASURED
 
 Rows = list[dict[str, Any]]

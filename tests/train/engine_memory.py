@@ -14,7 +14,7 @@ import torch
 from igpt_ds import dist
 from igpt_ds.data.loader import Batch
 from igpt_ds.ds_config import join, load_ds_config
-from igpt_ds.files import write_json
+from igpt_ds.json_files import write_json
 from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.engine import build_engine, check_ds_config, start_ranks, take_step
 from igpt_ds.train.engine_protocol import Engine

@@ -23,7 +23,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate.features.files import open_features
-from igpt_ds.files import read_json_lines
+from igpt_ds.json_files import read_json_lines
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import fresh_model, load_model
 from igpt_ds.model.transformer import Transformer, init_std

@@ -15,7 +15,7 @@ import pytest
 
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.ds_config import join, load_ds_config
-from igpt_ds.files import read_json
+from igpt_ds.json_files import read_json
 from igpt_ds.plan.costs import memory, parameters
 from igpt_ds.plan.estimate import rank_layout
 from igpt_ds.train.checkpoint.restricted import RestrictedReader, refuse_foreign_names

@@ -18,7 +18,8 @@ import psutil
 import pytest
 import torch
 
-from igpt_ds.files import read_json_lines, sha256_file
+from igpt_ds.files import sha256_file
+from igpt_ds.json_files import read_json_lines, seal
 from igpt_ds.train.checkpoint.directory import list_checkpoints
 from igpt_ds.train.checkpoint.manifest import read_checkpoint
 
@@ -168,7 +169,7 @@ def forge(checkpoint: Path, made: Path) -> None:
     for entry in manifest["files"]:
         if entry["name"] == victim.name:
             entry.update(bytes=victim.stat().st_size, sha256=sha256_file(victim))
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(launch: Any, command: Command, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from igpt_ds.config import Finetune, ModelConfig, Recipe
 from igpt_ds.data.loader import Augment, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.report.results import read_results
-from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.json_files import read_json, read_json_lines
 from igpt_ds.model.classifier import Classifier, class_loss, total
 from igpt_ds.model.store import load_classifier, load_model, read_info, save_model
 from igpt_ds.model.transformer import Transformer

@@ -19,7 +19,7 @@ import torch
 from igpt_ds.config import Recipe
 from igpt_ds.data.loader import Augment, BatchLayout, Loader, sequential
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.json_files import read_json, read_json_lines, seal
 from igpt_ds.model.cpu_kernels import PRODUCTS, fastest
 from igpt_ds.model.objectives import autoregressive_loss, image_nats
 from igpt_ds.model.store import load_model
@@ -166,7 +166,7 @@ def test_a_resumed_run_keeps_the_recorded_product(
     values = read_json(path, "run")
     assert values["cpu_product"] == fastest()
     (other,) = set(PRODUCTS) - {fastest()}
-    path.write_text(json.dumps(values | {"cpu_product": other}))
+    path.write_text(json.dumps(seal(values | {"cpu_product": other})))
     succeed(launch(command("moved", "--resume", "auto"), ranks=2))
     assert read_json(path, "run")["cpu_product"] == other  # the resumed run writes the product that it uses
     assert training_losses(curves("moved")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)

@@ -12,6 +12,7 @@ import pytest
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import Run, join
+from igpt_ds.json_files import seal
 from igpt_ds.model import cpu_kernels
 from igpt_ds.train import run_dir, session
 
@@ -71,10 +72,10 @@ def test_a_run_of_older_code_continues(tmp_path: Path, recipe: Recipe, palette: 
     start(where, run, palette)
     path = where / "run.json"
     values = json.loads(path.read_text())
-    del values["recipe"]["mask_prob"], values["recipe"]["init"]
-    path.write_text(json.dumps(values))
+    del values["recipe"]["mask_prob"], values["recipe"]["init"], values["sha256"]
+    path.write_text(json.dumps(values | {"version": 1}))
     start(where, run, palette, resume=True)
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values | {"version": 1}))
     with pytest.raises(ValueError, match="init is released there and sparse_transformer here"):
         start(where, join(dataclasses.replace(recipe, init="sparse_transformer"), ZERO, 2), palette, resume=True)
 
@@ -92,11 +93,11 @@ def test_a_resumed_run_takes_the_recorded_product(
     assert session.cpu_product(where) == product
     path = where / "run.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"cpu_product": "blas"}))
+    path.write_text(json.dumps(seal(values | {"cpu_product": "blas"})))
     with pytest.raises(ValueError, match=r"run.json has cpu_product 'blas'"):
         session.cpu_product(where)
     del values["cpu_product"]  # of older code, which knew one product
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(seal(values)))
     assert session.cpu_product(where) == "onednn"
 
 
@@ -116,9 +117,13 @@ def test_another_palette_is_not_overwritten(tmp_path: Path, recipe: Recipe, pale
 
 def test_files_that_are_no_run_are_refused(tmp_path: Path, recipe: Recipe) -> None:
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is not version 1 of igpt_ds\.run"):
+    with pytest.raises(ValueError, match=r"run config .*run\.json is not igpt_ds\.run version 1 or 2: it has no 'format'"):
         run_dir.read_run(tmp_path)
     with pytest.raises(ValueError, match="is not a recipe"):
+        run_dir.read_recipe(tmp_path / "run.json")
+    changed = json.dumps(run_dir.RUN.seal({"recipe": recipe_to_dict(recipe)})).replace(recipe.name, "other")
+    (tmp_path / "run.json").write_text(changed)
+    with pytest.raises(ValueError, match=r'run\.json was changed .*; save its "recipe" as a file of its own'):
         run_dir.read_recipe(tmp_path / "run.json")
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe_to_dict(recipe)))

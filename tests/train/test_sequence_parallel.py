@@ -16,7 +16,7 @@ import torch
 from igpt_ds.config import Recipe, override, recipe_to_dict
 from igpt_ds.data.loader import Augment, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.files import read_json
+from igpt_ds.json_files import read_json
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.train.schedule import learning_rate

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from igpt_ds.json_files import seal
 from igpt_ds.train.sweep import (
     MAX_RATES,
     Result,
@@ -94,7 +95,7 @@ def test_what_a_run_left(tmp_path: Path) -> None:
     [
         ("LOST.json", "[]", "has content []"),
         ("LOST.json", "{}", "has no 'step'"),
-        ("LOST.json", '{"step": 1e400}', "has step inf"),
+        ("LOST.json", '{"step": 1e400}', "is not valid JSON: 1e400 is not a finite number"),
         ("train.jsonl", '{"val_loss": 2.0}\n', "line 1 has no 'step'"),
         ("train.jsonl", '{"step": 4, "val_loss": "2"}\n', "line 1 has val_loss '2'"),
     ],
@@ -118,6 +119,6 @@ def test_a_sweep_that_is_written_is_read_and_a_damaged_one_is_one_clear_error(tm
         ({"results": [{"lr": 1.0}]}, "has no 'results[0].val_loss'"),
         ({"measured": 3}, "has measured 3"),
     ):
-        path.write_text(json.dumps(good | changes))
+        path.write_text(json.dumps(seal(good | changes)))
         with pytest.raises(ValueError, match=re.escape(f"{path} {complaint}")):
             read_sweep(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.files import read_json, write_json
+from igpt_ds.json_files import read_json, write_json
 from igpt_ds.train.sweep import run_name
 
 TOOL = "tools/sweep_lr.py"

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from igpt_ds.files import read_json, write_json
+from igpt_ds.json_files import read_sealed, seal, write_json
 from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from
 
@@ -94,7 +94,7 @@ class Benchmark:
 
     def write(self, path: Path) -> None:
         """Writes the file that `read_bench` reads."""
-        write_json(path, {"format": FORMAT, **asdict(self)})
+        write_json(path, seal({"format": FORMAT, **asdict(self)}))
 
 
 @contextmanager
@@ -176,7 +176,8 @@ def read_bench(path: Path) -> Benchmark:
     Raises:
         ValueError: no such file, another format, or a field that is missing or has another type.
     """
-    values, fix = read_json(path, "benchmark"), "make it with a tools/bench/*.py --out"
+    fix = "make it with a tools/bench/*.py --out"
+    values = read_sealed(path, "benchmark", fix)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"benchmark {path} is not {FORMAT}; {fix}")
     return record_from(Benchmark, values, f"benchmark {path}", fix)

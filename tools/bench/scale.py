@@ -33,7 +33,7 @@ from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.evaluate.report.run_files import CurveRow, read_curve
-from igpt_ds.files import read_json, write_json
+from igpt_ds.json_files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"

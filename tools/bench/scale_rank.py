@@ -22,7 +22,7 @@ from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.loader import Batch, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
-from igpt_ds.files import read_json, write_json
+from igpt_ds.json_files import read_json, write_json
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.schema import record_from

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from igpt_ds.data.palette import Palette, load_palette, prepare_table, report_path, save_palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.encode import CHUNK, Bad, Prepared, Task, Unreadable, prepared
-from igpt_ds.data.shards.index import ShardIndex, read_index, signed, split_entry, write_index
+from igpt_ds.data.shards.index import ShardIndex, read_index, split_entry, write_index
 from igpt_ds.data.shards.layout import (
     IMAGES_PER_SHARD,
     WHOLE,
@@ -42,6 +42,7 @@ from igpt_ds.data.shards.layout import (
 )
 from igpt_ds.data.shards.merge import (
     DEFAULT_MAX_BAD,
+    MADE,
     Made,
     begun_otherwise,
     check_tars,
@@ -55,7 +56,7 @@ from igpt_ds.data.shards.merge import (
 from igpt_ds.data.shards.record import pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
-from igpt_ds.files import atomic_dir, reserved, write_json
+from igpt_ds.files import atomic_dir, reserved
 from igpt_ds.locks import locked
 
 IMAGES_PER_PROCESS = 2048  # for fewer images another process costs more than it saves
@@ -198,7 +199,7 @@ def _write_shard(work: Path, name: str, results: Iterator[Prepared], unreadable:
         entry = shard.close()
     if not shard.n_images:
         (work / name).unlink()
-    write_json(work / f"{name}.json", signed(asdict(Made(entry, mine))))
+    MADE.write(work / f"{name}.json", asdict(Made(entry, mine)))
 
 
 def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | None = None, note: dict[str, object]) -> ShardIndex:

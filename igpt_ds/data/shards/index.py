@@ -6,20 +6,18 @@ In: the directory. Out: a `ShardIndex`. `dataset.py`, `streaming.py`, the tools 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import Palette, load_palette
-from igpt_ds.files import read_json, write_json
 from igpt_ds.schema import check_file_name, record_from, to_json
+from igpt_ds.sealed import Format
 
-FORMAT, VERSION = "igpt_ds.shards", 3
-_READABLE = (2, 3)  # version 2 has "blocks", the crc32 of each 1,024 images, in each shard's entry; readers ignore it
 SPLITS = ("train", "val", "test")
 AGAIN = "make the shards again with tools/make_shards.py"
+# Version 2 has "blocks", the crc32 of each 1,024 images, in each shard's entry; readers ignore it.
+INDEX = Format("igpt_ds.shards", "shard index", AGAIN, version=3, sealed=2, oldest=2)
 
 
 @dataclass(frozen=True)
@@ -104,23 +102,12 @@ def read_index(path: Path) -> ShardIndex:
     file = path / "index.json"
     if not file.is_file():
         raise ValueError(f"{path} is no shard directory: it has no index.json; make one with tools/make_shards.py")
-    values = read_json(file, "shard index")
-    if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") not in _READABLE:
-        raise ValueError(f"shard index {file} is not {FORMAT} version {' or '.join(map(str, _READABLE))}; {AGAIN}")
-    if values.get("sha256") != signed(values)["sha256"]:
-        raise ValueError(f"shard index {file} was changed since it was written: its sha256 differs; {AGAIN}")
-    return record_from(ShardIndex, values, f"shard index {file}", AGAIN)
+    return record_from(ShardIndex, INDEX.read(file), f"shard index {file}", AGAIN)
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
     """Writes the index of a dataset directory, atomically, in the newest version."""
-    write_json(path / "index.json", signed({"format": FORMAT, "version": VERSION, **to_json(index)}))
-
-
-def signed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with the sha256 of all of them except itself, so a reader detects every change."""
-    content = {key: value for key, value in values.items() if key != "sha256"}
-    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+    INDEX.write(path / "index.json", to_json(index))
 
 
 def split_entry(shards: list[ShardEntry], palette_hash: str, n_px: int) -> SplitEntry:

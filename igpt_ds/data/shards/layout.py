@@ -6,6 +6,7 @@ Called by `data/shards/build.py`. Names are read one at a time, so memory does n
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -22,12 +23,14 @@ from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.encode import CropSpec
-from igpt_ds.data.shards.index import SPLITS, signed
+from igpt_ds.data.shards.index import SPLITS
 from igpt_ds.data.shards.record import MAX_IMAGES
 from igpt_ds.data.sources import Entry, Source
-from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
+from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
 
+PLAN = Format("igpt_ds.plan", "plan", "remove its directory and begin again", version=1, sealed=1, oldest=1)
 IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
 MAX_PX = 1024  # a million tokens per image; the paper's largest images have 4,096
 
@@ -175,7 +178,7 @@ def make_plan(path: Path, source: Source, settings: ShardSettings, max_bad: floa
         hashes = {file.name: sha256_file(file) for file in sorted(partial.glob("*.jsonl"))}
         n_listed = [by_label[label] for label in range(len(source.classes))]
         plan = _PlanFile(settings, source.classes, digest.hexdigest(), counts, hashes, source.left_out.rows(), n_listed)
-        write_json(partial / "plan.json", signed(asdict(plan)))
+        PLAN.write(partial / "plan.json", asdict(plan))
 
 
 def _new_file(directory: Path, split: str, number: int) -> IO[str]:
@@ -219,10 +222,8 @@ class ShardPlan:
     """
 
     def __init__(self, path: Path) -> None:
-        about = read_json(path / "plan.json", "plan")
-        if not isinstance(about, dict) or about != signed(about):
-            raise ValueError(f"plan {path / 'plan.json'} is damaged; remove {path.parent} and begin again")
-        plan = record_from(_PlanFile, about, f"plan {path / 'plan.json'}", f"remove {path.parent} and begin again")
+        again = dataclasses.replace(PLAN, fix=f"remove {path.parent} and begin again")
+        plan = record_from(_PlanFile, again.read(path / "plan.json"), f"plan {path / 'plan.json'}", again.fix)
         self.settings, self.classes, self.source_hash, self.counts = plan.settings, plan.classes, plan.source_hash, plan.counts
         self.left_out, self.n_listed = plan.left_out, plan.n_listed
         self._lists, self._path = plan.lists, path

@@ -14,10 +14,15 @@ from pathlib import Path
 from igpt_ds.data.left_out import EMPTY_CLASS
 from igpt_ds.data.palette import load_palette, report_path
 from igpt_ds.data.shards.encode import Bad, Unreadable
-from igpt_ds.data.shards.index import ShardEntry, ShardIndex, read_index, signed, split_entry, write_index
+from igpt_ds.data.shards.index import ShardEntry, ShardIndex, read_index, split_entry, write_index
 from igpt_ds.data.shards.layout import Planned, ShardPlan, ShardSettings
-from igpt_ds.files import fsync_path, read_json, remove, reserved
+from igpt_ds.files import fsync_path, remove, reserved
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
+
+MADE = Format(
+    "igpt_ds.shard", "entry of a shard", "remove it and run the same command again, which makes the shard again", 1, 1, 1
+)
 
 DEFAULT_MAX_BAD = 0.001  # more than one unreadable image in a thousand means a broken copy
 AGAIN = "run the same command again, which makes it again"
@@ -155,7 +160,4 @@ def read_made(work: Path, shard: Planned) -> Made:
         ValueError: it is damaged.
     """
     file = entry_file(work, shard)
-    about, fix = read_json(file, "entry of a shard"), f"remove it and run the same command again, which makes {shard.name} again"
-    if not isinstance(about, dict) or about != signed(about):
-        raise ValueError(f"{file} is damaged; {fix}")
-    return record_from(Made, about, f"entry of a shard {file}", fix)
+    return record_from(Made, MADE.read(file), f"entry of a shard {file}", MADE.fix)

@@ -39,7 +39,7 @@ class Extraction:
     mask_draws: Sequence[int] = (0,)  # masks of each image, one number or one for each shard set; 0: whole images; bert only
     mask_seed: int = 0
     at_once: int | None = None  # images for which a block is read once; None: the network's batch
-    part: Part = WHOLE  # the share of the images that this call writes, for `files.merge_parts`
+    part: Part = WHOLE  # the share of the images that this call writes, for `merge_parts`
 
 
 def extract(

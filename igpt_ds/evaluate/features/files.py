@@ -1,13 +1,13 @@
 """The feature directory: an array for each layer, kind and split, read as memory maps. It is written and read only here.
 
-    manifest.json                             what the features are of, and what a reader must check (`manifest.py`)
+    manifest.json                             what the features are of, and the size and sha256 of each array (`manifest.py`)
     {split}/labels.npy                        int64 [N]
     {split}/layer_{l:02d}_{kind}.npy          [N, C], float32 or float16
     {split}/layer_{l:02d}_{kind}_mask{m}.npy  the same for images seen through their m-th mask (bert models, paper 4.6)
 
 Kinds: "normed", "raw" and "pixels", see `network.py`. A directory gets its name when it is complete. Before that it is
 NAME.partial, with the number of finished images in progress.json, and a writer of the same features continues there. Part i of n
-is the directory NAME.part-I-of-N with its share of the rows; `merge_parts` makes one directory of all parts.
+is the directory NAME.part-I-of-N with its share of the rows; `merge.py` makes one directory of all parts.
 
 In: values by rows, from `extract.py`. Out: a `FeatureSet` for the probes.
 """
@@ -15,25 +15,39 @@ In: values by rows, from `extract.py`. Out: a `FeatureSet` for the probes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from igpt_ds.cli import FinishedError
 from igpt_ds.data.shards.layout import WHOLE, Part
-from igpt_ds.evaluate.features.manifest import EXTRACT_AGAIN, FeatureManifest, FeaturePlace, PartOf, read_feature_manifest, span
-from igpt_ds.files import atomic_dir, move_dir, read_json, remove, reserved, write_json
+from igpt_ds.evaluate.features.manifest import (
+    EXTRACT_AGAIN,
+    FeatureManifest,
+    FeaturePlace,
+    check_files,
+    describe_files,
+    read_feature_manifest,
+    span,
+)
+from igpt_ds.files import move_dir, reserved
+from igpt_ds.npy import read_npy
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
 
-_COPY_BYTES = 1 << 26
+PROGRESS = Format("igpt_ds.features.progress", "progress of features", "remove its directory", version=1, sealed=1, oldest=1)
 
 
 def _file(split: str, place: FeaturePlace) -> str:
     layer, kind, mask = place
     return f"{split}/layer_{layer:02d}_{kind}{'' if mask is None else f'_mask{mask}'}.npy"
+
+
+def array_names(manifest: FeatureManifest, split: str) -> list[str]:
+    """The arrays of a split."""
+    return [f"{split}/labels.npy", *(_file(split, place) for place in manifest.places(split))]
 
 
 def part_dir(out: Path, part: Part) -> Path:
@@ -86,15 +100,16 @@ class FeatureWriter:
         self._save_progress()
 
     def _save_progress(self) -> None:
-        write_json(self._progress, {"manifest": self.manifest.to_dict(), "done": self.done})
+        PROGRESS.write(self._progress, {"manifest": self.manifest.to_dict(), "done": self.done})
 
     def _resume(self) -> None:
         what, fix = f"progress of features {self._progress}", f"remove {self.path}"
         if self._progress.exists():
-            values = read_json(self._progress, "progress of features")
+            values = replace(PROGRESS, fix=fix).read(self._progress)
         else:  # a writer was killed in `finish`, when all rows were there
             complete = {split: about.n_images for split, about in self.manifest.splits.items()}
-            values = {"manifest": read_json(self.path / "manifest.json", "manifest of features"), "done": complete}
+            begun = read_feature_manifest(self.path, part=self.manifest.part is not None)
+            values = {"manifest": replace(begun, files={}).to_dict(), "done": complete}
         known = record_from(_Progress, values, what, fix)
         for name, value in self.manifest.to_dict().items():
             if (was := known.manifest.get(name)) != value:
@@ -127,7 +142,8 @@ class FeatureWriter:
         assert self.done == {split: about.n_images for split, about in self.manifest.splits.items()}
         for split, values in labels.items():
             np.save(self.path / split / "labels.npy", values.astype("<i8"))
-        write_json(self.path / "manifest.json", self.manifest.to_dict())
+        names = [name for split in self.manifest.splits for name in array_names(self.manifest, split)]
+        replace(self.manifest, files=describe_files(self.path, names)).write(self.path)
         self._progress.unlink(missing_ok=True)
         move_dir(self.path, self.target)
         self._reserved.close()
@@ -139,69 +155,6 @@ class FeatureWriter:
         self._reserved.close()
 
 
-def merge_parts(out: Path, n: int) -> FeatureManifest:
-    """Makes `out` of its n parts, byte for byte what one writer makes, removes the parts, and returns the manifest.
-
-    Raises:
-        ValueError: `out` exists; a part is missing, unfinished or has other features.
-    """
-    directories = [part_dir(out, Part(i, n)) for i in range(n)]
-    try:
-        with reserved(out):
-            whole = _merge(out, directories)
-            for directory in directories:
-                shutil.rmtree(directory)
-    except FinishedError:
-        for directory in directories:
-            remove(directory)
-        raise
-    return whole
-
-
-def _merge(out: Path, directories: list[Path]) -> FeatureManifest:
-    parts = [_part_manifest(directory) for directory in directories]
-    assert parts[0].part is not None
-    whole = replace(parts[0], splits=parts[0].part.of, part=None)
-    rows = dict.fromkeys(whole.splits, 0)
-    for directory, part in zip(directories, parts, strict=True):
-        same = replace(part, splits=whole.splits, part=None).to_dict()
-        different = [name for name, value in whole.to_dict().items() if same[name] != value]
-        if different or part.part != PartOf(whole.splits, rows):
-            what = different[0] if different else "the share of images"
-            raise ValueError(
-                f"{directory} and {directories[0]} are not parts of the same features: {what} differs; {EXTRACT_AGAIN}"
-            )
-        rows = {split: rows[split] + about.n_images for split, about in part.splits.items()}
-    with atomic_dir(out) as partial:
-        for split in whole.splits:
-            (partial / split).mkdir()
-            for name in ("labels.npy", *(Path(_file(split, place)).name for place in whole.places(split))):
-                _concatenate([directory / split / name for directory in directories], partial / split / name)
-        write_json(partial / "manifest.json", whole.to_dict())
-    return whole
-
-
-def _part_manifest(directory: Path) -> FeatureManifest:
-    if not (directory / "manifest.json").is_file():
-        state = "is not finished" if directory.with_name(f"{directory.name}.partial").exists() else "does not exist"
-        raise ValueError(f"part {directory} {state}; extract it with --part before you merge")
-    return read_feature_manifest(directory, part=True)
-
-
-def _concatenate(sources: Sequence[Path], target: Path) -> None:
-    arrays = [np.load(source, mmap_mode="r") for source in sources]
-    shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
-    merged = np.lib.format.open_memmap(target, "w+", arrays[0].dtype, shape)
-    start = 0
-    for array in arrays:
-        rows = max(1, _COPY_BYTES // max(1, array[:1].nbytes))
-        for first in range(0, len(array), rows):
-            piece = array[first : first + rows]
-            merged[start : start + len(piece)] = piece
-            start += len(piece)
-    merged.flush()
-
-
 @dataclass(frozen=True)
 class FeatureSet:
     """One split of a feature directory. `manifest` is the manifest of the whole directory."""
@@ -210,6 +163,7 @@ class FeatureSet:
     split: str
     manifest: FeatureManifest
     labels: np.ndarray  # int64 [N]
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)  # arrays that had their sha256
 
     @property
     def layers(self) -> list[int]:
@@ -239,20 +193,38 @@ class FeatureSet:
     def layer(self, layer: int, kind: str, mask: int = 0) -> np.ndarray:
         """The features of one layer: a read-only memory map [N, C], float32 or float16 as on disk.
 
+        The file is compared with its sha256 when it is opened for the first time, unless `check` has done that already.
+
         Args:
             mask: the number of the mask, if images are masked.
 
         Raises:
             ValueError: the layer, the kind or the mask does not exist, or the file is torn.
         """
+        name = self._name(layer, kind, mask)
+        self._check([name])
+        return _open_array(self.path / name, self.manifest.array_dtype, (len(self.labels), self.manifest.n_features))
+
+    def check(self, layers: Iterable[int], kind: str) -> None:
+        """Compares the files of layers with their sha256, several at a time; raises as `layer` does."""
+        names = [self._name(layer, kind, mask) for layer in layers for mask in range(max(1, self.mask_draws))]
+        self._check(names)
+        for name in names:
+            _open_array(self.path / name, self.manifest.array_dtype, (len(self.labels), self.manifest.n_features))
+
+    def _name(self, layer: int, kind: str, mask: int) -> str:
         if kind not in self.kinds:
             raise ValueError(f"kind {kind!r} does not exist; the features hold {', '.join(self.kinds)}, in {self.path}")
         if layer not in self.layers:
             raise ValueError(f"layer {layer} does not exist; the features hold layers {span(self.layers)}, in {self.path}")
         if not 0 <= mask < max(1, self.mask_draws):
             raise ValueError(f"mask {mask} does not exist; split {self.split!r} of {self.path} has {self.mask_draws} mask draws")
-        file = self.path / _file(self.split, (layer, kind, mask if self.mask_draws else None))
-        return _open_array(file, self.manifest.array_dtype, (len(self.labels), self.manifest.n_features))
+        return _file(self.split, (layer, kind, mask if self.mask_draws else None))
+
+    def _check(self, names: Iterable[str]) -> None:
+        files = self.manifest.files
+        check_files(self.path, {name: files[name] for name in names if name in files and name not in self._checked})
+        self._checked.update(names)
 
 
 def open_features(path: Path, split: str) -> FeatureSet:
@@ -264,15 +236,14 @@ def open_features(path: Path, split: str) -> FeatureSet:
     manifest = read_feature_manifest(path)
     if split not in manifest.splits:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    labels = _open_array(path / split / "labels.npy", np.dtype("<i8"), (manifest.splits[split].n_images,))
+    name = f"{split}/labels.npy"
+    check_files(path, {name: manifest.files[name]} if name in manifest.files else {})
+    labels = _open_array(path / name, np.dtype("<i8"), (manifest.splits[split].n_images,))
     return FeatureSet(path, split, manifest, np.asarray(labels))
 
 
 def _open_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        array = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} is missing or torn ({str(error).splitlines()[0]}); {EXTRACT_AGAIN}") from None
+    array = read_npy(file, "features", EXTRACT_AGAIN, mapped=True)
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(
             f"{file} holds {array.dtype} {list(array.shape)}, the manifest says {dtype} {list(shape)}; {EXTRACT_AGAIN}"

@@ -1,23 +1,29 @@
 """The manifest of a feature directory: what the features are of, and what a reader must check. It is read and written only here.
 
-In: manifest.json. Out: a `FeatureManifest`. `files.py` keeps it beside the arrays; probes and result rows use its fields.
+In: manifest.json. Out: a `FeatureManifest`. `files.py` keeps it beside the arrays; probes and result rows use its fields. It has
+the size and the sha256 of each array (not in version 2). A reader compares both when it opens an array for the first time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from igpt_ds.files import read_json
+from igpt_ds.files import sha256_file
+from igpt_ds.json_files import read_json
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
 
-FORMAT, VERSION = "igpt_ds.features", 2
-PART_FORMAT = "igpt_ds.features.part"
 DTYPES = {"fp32": "<f4", "fp16": "<f2"}
 EXTRACT_AGAIN = "make the features again with tools/extract_features.py"
+FEATURES = Format("igpt_ds.features", "feature manifest", EXTRACT_AGAIN, version=3, sealed=3, oldest=2)
+PART = replace(FEATURES, name="igpt_ds.features.part")
 
 FeaturePlace = tuple[int, str, int | None]  # layer, kind, and the number of the mask if images are masked
 
@@ -50,6 +56,14 @@ class FeatureSplit:
 
 
 @dataclass(frozen=True)
+class FeatureFile:
+    """What the manifest says of one array."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class PartOf:
     """What the manifest of a part says of the whole."""
 
@@ -66,24 +80,24 @@ class _Contents:
     splits: dict[str, FeatureSplit]
     classes: list[str]
     part: PartOf | None = None  # None: the directory is the whole
+    files: dict[str, FeatureFile] = field(default_factory=dict)  # by the path in the directory; empty in version 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureManifest(_Contents):
-    """What a feature directory holds: origin, dataset, layers, kinds, n_features, splits, classes, part."""
+    """What a feature directory holds: origin, dataset, layers, kinds, n_features, splits, classes, part, files."""
 
     origin: Origin
 
     def to_dict(self) -> dict[str, object]:
-        """The JSON of manifest.json."""
-        values = {"format": PART_FORMAT if self.part else FORMAT, "version": VERSION, **asdict(self)}
-        origin, part = values.pop("origin"), values.pop("part")
-        return {
-            **{name: values.pop(name) for name in ("format", "version", "dataset")},
-            **origin,
-            **values,
-            **({"part": part} if part else {}),
-        }
+        """The fields of manifest.json."""
+        values = asdict(self)
+        origin, part, dataset = values.pop("origin"), values.pop("part"), values.pop("dataset")
+        return {"dataset": dataset, **origin, **values, **({"part": part} if part else {})}
+
+    def write(self, directory: Path) -> None:
+        """Writes manifest.json, atomically."""
+        (PART if self.part else FEATURES).write(directory / "manifest.json", self.to_dict())
 
     def places(self, split: str) -> list[FeaturePlace]:
         """The arrays of a split."""
@@ -109,17 +123,14 @@ def read_feature_manifest(directory: Path, part: bool = False) -> FeatureManifes
     Raises:
         ValueError: no manifest.json, another format or version, a field that is missing or has another type.
     """
-    file, wanted = directory / "manifest.json", PART_FORMAT if part else FORMAT
+    file, what = directory / "manifest.json", f"feature manifest {directory / 'manifest.json'}"
     if not file.is_file():
         raise ValueError(f"{directory} is no feature directory: it has no manifest.json; make one with tools/extract_features.py")
-    values = read_json(file, "feature manifest")
-    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
-    if found and found[0] == PART_FORMAT and not part:
+    values = read_json(file, "feature manifest", EXTRACT_AGAIN)
+    if isinstance(values, dict) and values.get("format") == PART.name and not part:
         raise ValueError(f"{directory} is a part of features; merge the parts with tools/extract_features.py --merge first")
-    if found != (wanted, VERSION):
-        raise ValueError(f"feature manifest {file} is not {wanted} version {VERSION}; {EXTRACT_AGAIN}")
-    what = f"feature manifest {file}"
-    if missing := [field.name for field in fields(Origin) if field.name not in values]:
+    values = (PART if part else FEATURES).opened(values, what)
+    if missing := [one.name for one in fields(Origin) if one.name not in values]:
         raise ValueError(f"{what} has no {missing[0]!r}; {EXTRACT_AGAIN}")
     origin, contents = record_from(Origin, values, what, EXTRACT_AGAIN), record_from(_Contents, values, what, EXTRACT_AGAIN)
     manifest = FeatureManifest(origin=origin, **vars(contents))
@@ -128,6 +139,32 @@ def read_feature_manifest(directory: Path, part: bool = False) -> FeatureManifes
     if not manifest.layers or (part and manifest.part is None):
         raise ValueError(f"{what} has {'no part' if manifest.layers else 'layers [], not at least one layer'}; {EXTRACT_AGAIN}")
     return manifest
+
+
+def describe_files(directory: Path, names: Iterable[str]) -> dict[str, FeatureFile]:
+    """The size and the sha256 of arrays, several at a time: sha256 releases the interpreter lock."""
+    paths = {name: directory / name for name in names}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        sums = dict(zip(paths, threads.map(sha256_file, paths.values()), strict=True))
+    return {name: FeatureFile(path.stat().st_size, sums[name]) for name, path in paths.items()}
+
+
+def check_files(directory: Path, files: dict[str, FeatureFile]) -> None:
+    """Reads arrays and compares them with their size and sha256. 76 GB, the features of 60 layers, take a minute on one core.
+
+    Raises:
+        ValueError: an array is missing, torn or damaged; the first is named.
+    """
+    for name, entry in files.items():
+        found = (directory / name).stat().st_size if (directory / name).is_file() else 0
+        if found != entry.bytes:
+            raise ValueError(f"{directory / name} is missing or torn: {found} bytes, expected {entry.bytes}; {EXTRACT_AGAIN}")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        sums = threads.map(sha256_file, [directory / name for name in files])
+        bar = tqdm(sums, "check features", len(files), unit=" files", leave=False, disable=None if len(files) > 1 else True)
+        for (name, entry), found_sum in zip(files.items(), bar, strict=True):
+            if found_sum != entry.sha256:
+                raise ValueError(f"{directory / name} is damaged: its sha256 differs; {EXTRACT_AGAIN}")
 
 
 def span(layers: Sequence[int]) -> str:

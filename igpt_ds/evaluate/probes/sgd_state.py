@@ -6,15 +6,20 @@ Called by `sgd_search.py`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from igpt_ds.files import atomic_file
 from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
+
+STATE = Format("igpt_ds.sgd_state", "state of a probe", "remove it", version=1, sealed=1, oldest=0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def read_state(file: Path, identity: Mapping[str, object], device: str) -> SgdSt
         saved = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise ValueError(f"{file} is torn or not the state of a probe ({type(error).__name__}); remove it") from None
-    what, fix = f"state of a probe {file}", "remove it"
+    what, fix = f"{STATE.what} {file}", STATE.fix
+    STATE.opened(_as_json(saved), what)
     theirs = record_from(_Saved, saved, what, fix)
     for name, value in identity.items():
         was = theirs.identity.get(name, "nothing")
@@ -90,5 +96,18 @@ def write_state(file: Path, identity: Mapping[str, object], state: SgdState) -> 
     saved: dict[str, object] = {"done": {name: {"finite": one.finite, **one.accuracies} for name, one in state.done.items()}}
     if state.begun:
         saved["begun"] = {"name": state.begun.name, "step": state.begun.step, "weights": state.begun.weights}
+    saved = {"format": STATE.name, "version": STATE.version, "identity": dict(identity)} | saved
     with atomic_file(file) as out:
-        torch.save(saved | {"identity": dict(identity)}, out)
+        torch.save(saved | {"sha256": STATE.seal(_as_json(saved))["sha256"]}, out)
+
+
+def _as_json(value: Any) -> Any:
+    """A value of the file for its sha256: a tensor counts by its type, its shape and the sha256 of its bytes."""
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(content.data).hexdigest()]
+    if isinstance(value, dict):
+        return {str(name): _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    return value if isinstance(value, str | int) or value is None else repr(value)

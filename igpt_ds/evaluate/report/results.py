@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row, as_row, check_types
-from igpt_ds.files import read_json_lines, write_json_lines
+from igpt_ds.json_files import read_json_lines, seal, write_json_lines
 from igpt_ds.locks import locked
 from igpt_ds.plan.costs import parameters
 from igpt_ds.provenance import git_commit
+from igpt_ds.sealed import Format
 
 if TYPE_CHECKING:
     from igpt_ds.evaluate.likelihood import Likelihood
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from igpt_ds.evaluate.probes.sgd_search import SgdProbe
     from igpt_ds.evaluate.probes.variants import LowDataProbe
 
-FORMAT, VERSION = "igpt_ds.result", 2
+# A line of version 2 has no sha256, and stays as it is.
+RESULT = Format("igpt_ds.result", "result", "remove the line and measure again, or name another file", 3, 3, 2)
 _WRITE_SECONDS = 600.0  # to wait for other writers, which need milliseconds each
 
 _SAME_MODEL = ("kind", "weights", "model_hash", "dataset", "dataset_hash", "precision")
@@ -89,8 +91,8 @@ def make_row(
     found = dataclasses.asdict(probe)
     kind, layer = found.pop("kind"), found.pop("layer")
     values = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": RESULT.name,
+        "version": RESULT.version,
         "kind": "probe",
         "protocol": protocol,
         "features": kind,
@@ -119,8 +121,8 @@ def make_row(
 
 def likelihood_row(measured: Likelihood, model: ModelConfig) -> LikelihoodRow:
     """The row of a likelihood and the shape of its model."""
-    left_out = ("format", "version", "commit", "objective", "published", "published_does_not_apply")
-    about = {"format": FORMAT, "version": VERSION, "kind": "likelihood", "weights": "trained"}
+    left_out = ("commit", "objective", "published", "published_does_not_apply")
+    about = {"format": RESULT.name, "version": RESULT.version, "kind": "likelihood", "weights": "trained"}
     facts = {name: value for name, value in measured.to_dict().items() if name not in left_out}
     shape = {"model_objective": measured.objective, "model": dataclasses.asdict(model)}
     row = as_row(about | shape | facts | {"git_commit": measured.commit})
@@ -130,7 +132,7 @@ def likelihood_row(measured: Likelihood, model: ModelConfig) -> LikelihoodRow:
 
 def finetune_row(**facts: Any) -> FinetuneRow:
     """The row of a fine-tuning from its facts, at least those of `_REQUIRED`."""
-    values = {"format": FORMAT, "version": VERSION, "kind": "finetune", **facts, "git_commit": git_commit()}
+    values = {"format": RESULT.name, "version": RESULT.version, "kind": "finetune", **facts, "git_commit": git_commit()}
     missing = [name for name in _REQUIRED["finetune"] if name not in values]
     assert not missing, f"a fine-tuning's row needs {missing}"
     row = as_row(values)
@@ -144,13 +146,15 @@ def read_results(path: Path) -> list[Row]:
     Raises:
         ValueError: a line is not JSON, not a row of this version, lacks a value, or has a value of another type.
     """
-    return [_checked(f"{path} line {number}", values) for number, values in enumerate(read_json_lines(path), start=1)]
+    return [
+        _checked(f"{path} line {number}", values) for number, values in enumerate(read_json_lines(path, strict=True), start=1)
+    ]
 
 
 def _checked(line: str, values: Mapping[str, Any]) -> Row:
     """The record of a line's JSON, with the one check of its schema."""
-    if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{line} is not {FORMAT} version {VERSION}; remove the line, or name another file")
+    RESULT.opened(values, line)
+    values = {name: value for name, value in values.items() if name != "sha256"}
     if not isinstance(values.get("kind"), str) or values["kind"] not in IDENTITY:
         raise ValueError(f"{line} is of kind {values.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")
     known = {name for name, value in values.items() if value is not None or name in _CAN_BE_NONE}
@@ -190,7 +194,8 @@ def add_results(path: Path, rows: Sequence[Row]) -> None:
             own = key(row, IDENTITY[row.kind])
             kept.pop(own, None)
             kept[own] = row
-        write_json_lines(path, [row.json for row in kept.values()])
+        versions = [seal(row.json) if row.json["version"] == RESULT.version else row.json for row in kept.values()]
+        write_json_lines(path, versions)
 
 
 def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.config import Recipe, recipe_from_dict
-from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.json_files import read_json, read_json_lines
 from igpt_ds.schema import record_from
 
 

@@ -32,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from igpt_ds.config import ModelConfig
-from igpt_ds.files import atomic_dir, read_json, sha256_file, write_json
+from igpt_ds.files import atomic_dir, sha256_file
+from igpt_ds.json_files import read_json, write_json
 from igpt_ds.model.store import save_model, write_tensors
 
 # The defaults of ImageGPTConfig, and the only values that our arithmetic supports.

@@ -14,7 +14,7 @@ import torch
 
 from igpt_ds.config import Recipe
 from igpt_ds.data.palette import load_palette
-from igpt_ds.files import read_json
+from igpt_ds.json_files import read_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import WeightStream, read_info, save_model
 from igpt_ds.model.transformer import Transformer

@@ -13,12 +13,15 @@ from pathlib import Path
 from igpt_ds.config import Recipe
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import STAGES
-from igpt_ds.files import fsync_path, parse_json, sha256_file, write_json
-from igpt_ds.schema import OtherVersionError, UnknownFieldError, check_file_name, record_from, to_json, without_header
+from igpt_ds.files import fsync_path, sha256_file
+from igpt_ds.json_files import parse_json, read_text
+from igpt_ds.schema import OtherVersionError, UnknownFieldError, check_file_name, record_from, to_json
+from igpt_ds.sealed import Format
 from igpt_ds.train.early import EarlyState
 from igpt_ds.train.safety.spikes import SpikeState
 
-FORMAT, VERSION = "igpt_ds.checkpoint", 2
+_FIX = "choose another step"
+MANIFEST = Format("igpt_ds.checkpoint", "manifest", _FIX, version=3, sealed=3, oldest=2)
 
 
 @dataclass(frozen=True)
@@ -140,17 +143,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    fix = "choose another step"
     try:
-        values = parse_json(path.read_text(), str(path))
+        values = parse_json(read_text(path, str(path), _FIX), str(path), _FIX)
+        return record_from(Manifest, MANIFEST.opened(values, str(path)), str(path), _FIX, strict=True)
     except FileNotFoundError:
-        raise DamagedError(f"{path} is missing; {fix}") from None
-    except UnicodeDecodeError as error:
-        raise DamagedError(f"{path} is not valid JSON: {error}; {fix}") from None
-    except ValueError as error:
-        raise DamagedError(f"{error}; {fix}") from None
-    try:
-        return record_from(Manifest, without_header(values, FORMAT, VERSION, str(path), fix), str(path), fix, strict=True)
+        raise DamagedError(f"{path} is missing; {_FIX}") from None
     except (UnknownFieldError, OtherVersionError):
         raise
     except ValueError as error:
@@ -159,7 +156,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes the manifest.json of a checkpoint that becomes complete."""
-    write_json(directory / "manifest.json", {"format": FORMAT, "version": VERSION} | to_json(manifest))
+    MANIFEST.write(directory / "manifest.json", to_json(manifest))
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igpt_ds.files import read_json, write_json
-from igpt_ds.schema import record_from, to_json, without_header
+from igpt_ds.schema import record_from, to_json
+from igpt_ds.sealed import Format
 from igpt_ds.train.checkpoint.directory import list_checkpoints
 from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, read_checkpoint
 from igpt_ds.train.stream import Range, leave_out, position
 
-FORMAT, VERSION = "igpt_ds.rollbacks", 1
+_FIX = "restore the file; without it the run would train on the skipped images"
+ROLLBACKS = Format("igpt_ds.rollbacks", "rollbacks", _FIX, version=2, sealed=2, oldest=1)
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,15 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
     Raises:
         ValueError: the file is damaged, or another version wrote it.
     """
-    path, fix = run_dir / "rollbacks.json", "restore the file; without it the run would train on the skipped images"
+    path = run_dir / "rollbacks.json"
     if not path.exists():
         return []
-    values = without_header(read_json(path, "rollbacks"), FORMAT, VERSION, str(path), fix)
-    return list(record_from(_Rollbacks, values, str(path), fix, strict=True).rollbacks)
+    return list(record_from(_Rollbacks, ROLLBACKS.read(path), str(path), _FIX, strict=True).rollbacks)
 
 
 def write_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback]) -> None:
     """Writes all rollbacks of a run."""
-    write_json(run_dir / "rollbacks.json", {"format": FORMAT, "version": VERSION} | to_json(_Rollbacks(tuple(rollbacks))))
+    ROLLBACKS.write(run_dir / "rollbacks.json", to_json(_Rollbacks(tuple(rollbacks))))
 
 
 def skipped_ranges(rollbacks: Sequence[Rollback], manifest: Manifest | None) -> list[Range]:

@@ -21,10 +21,11 @@ from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.data.shards import build, merge
 from igpt_ds.data.shards.build import copy_images, list_images, write_dataset, write_shards
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.data.shards.index import read_index, signed
-from igpt_ds.data.shards.layout import Part, ShardOptions, ShardPlan, ShardSettings, make_plan, split_of
+from igpt_ds.data.shards.index import read_index
+from igpt_ds.data.shards.layout import PLAN, Part, ShardOptions, ShardPlan, ShardSettings, make_plan, split_of
 from igpt_ds.data.shards.merge import finish_begun, making, merge_shards
 from igpt_ds.data.sources import open_source
+from igpt_ds.json_files import seal
 
 
 def everything(path, split="train"):
@@ -44,7 +45,7 @@ def same(one, other):
 
 def test_index_tells_what_a_reader_must_know(tiny, palette8):
     index = json.loads((tiny / "index.json").read_text())
-    assert index == signed(index)
+    assert index == seal(index)
     del index["sha256"]
     splits = index.pop("splits")
     assert set(index.pop("made_with")) == {"numpy", "pillow", "simplejpeg", "torch"}
@@ -437,7 +438,7 @@ def test_a_damaged_entry_of_a_shard(begun, memory, content):
     file = begun / "train-000000.tar.json"
     file.write_text(content)
     with pytest.raises(
-        ValueError, match=rf"{file} is damaged; remove it and run the same command again, which makes train-000000"
+        ValueError, match=rf"entry of a shard {file} .*; remove it and run the same command again, which makes the"
     ):
         write_shards(begun.with_suffix(""), memory(40))
     file.unlink()
@@ -520,9 +521,12 @@ def test_a_damaged_plan(tmp_path, memory, palette8):
     plan = list_images(tmp_path / "out", memory(40), palette8, ShardSettings(**options(palette_hash=palette8.hash)))
     assert plan.n_entries == 40
     (making(tmp_path / "out") / "plan" / "plan.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"plan .*plan.json is damaged; remove .*out.making and begin again"):
+    with pytest.raises(
+        ValueError,
+        match=r"plan .*plan.json is not igpt_ds.plan version 1: it has no 'format'; remove .*out.making and begin again",
+    ):
         write_shards(tmp_path / "out", memory(40))
-    (making(tmp_path / "out") / "plan" / "plan.json").write_text(json.dumps(signed({})))
+    (making(tmp_path / "out") / "plan" / "plan.json").write_text(json.dumps(PLAN.seal({})))
     with pytest.raises(ValueError, match=r"plan .*plan.json has no 'settings'; remove .*out.making"):
         write_shards(tmp_path / "out", memory(40))
     shutil.rmtree(making(tmp_path / "out"))

@@ -14,10 +14,12 @@ import torch
 
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import Part
-from igpt_ds.evaluate.features import files
 from igpt_ds.evaluate.features.extract import Extraction, extract
-from igpt_ds.evaluate.features.files import merge_parts, open_features, part_dir
+from igpt_ds.evaluate.features.files import open_features, part_dir
+from igpt_ds.evaluate.features.manifest import FeatureManifest
+from igpt_ds.evaluate.features.merge import merge_parts
 from igpt_ds.evaluate.features.network import Network, open_model
+from igpt_ds.json_files import seal
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import load_model
 
@@ -69,8 +71,8 @@ def test_parts_that_do_not_make_a_whole(model_dir, both_splits, tmp_path):
     ):
         merge_parts(out, 2)
     manifest = json.loads((out.with_name("f.part-1-of-2") / "manifest.json").read_text())
-    (out.with_name("f.part-1-of-2") / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
-    with pytest.raises(ValueError, match=r"manifest\.json is not igpt_ds\.features\.part version 2"):
+    (out.with_name("f.part-1-of-2") / "manifest.json").write_text(json.dumps(seal(manifest | {"version": 1})))
+    with pytest.raises(ValueError, match=r"manifest\.json is not igpt_ds\.features\.part version 2 or 3: it is version 1"):
         merge_parts(out, 2)
     other = tmp_path / "g"
     extract(other, both_splits, Network(model, batch=4), origin, Extraction(part=Part(0, 2)))
@@ -132,17 +134,16 @@ def test_a_killed_run_goes_on_where_it_was(model_dir, tiny_dataset, both_splits,
 def test_a_run_killed_between_its_last_row_and_the_new_name(model_dir, both_splits, tmp_path, monkeypatch):
     model, origin = open_model(model_dir, both_splits[0])
     extract(tmp_path / "whole", both_splits, Network(model, batch=4), origin)
-    out, write = tmp_path / "features", files.write_json
+    out, write = tmp_path / "features", FeatureManifest.write
 
-    def dies(path, content):
-        write(path, content)
-        if path.name == "manifest.json":
-            raise KeyboardInterrupt
+    def dies(manifest, directory):
+        write(manifest, directory)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "write_json", dies)
+    monkeypatch.setattr(FeatureManifest, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         extract(out, both_splits, Network(model, batch=4), origin)
-    monkeypatch.setattr(files, "write_json", write)
+    monkeypatch.setattr(FeatureManifest, "write", write)
     assert (tmp_path / "features.partial" / "progress.json").exists()
     seen = []
     model.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))

@@ -14,6 +14,8 @@ from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixel
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.features.manifest import span
 from igpt_ds.evaluate.features.network import Network, check_layers, open_model, pick_device
+from igpt_ds.files import sha256_file
+from igpt_ds.json_files import seal
 from igpt_ds.model.store import load_model
 
 
@@ -87,7 +89,7 @@ def test_what_is_written_says_what_it_is(features_dir, model_dir, both_splits, t
     assert not features.layer(2, "raw").flags.writeable
     expected = {
         "format": "igpt_ds.features",
-        "version": 2,
+        "version": 3,
         "dataset": tiny_dataset.name,
         "weights": "trained",
         "palette_hash": train.palette_hash,
@@ -109,8 +111,19 @@ def test_what_is_written_says_what_it_is(features_dir, model_dir, both_splits, t
             for shards in both_splits
         },
         "classes": train.classes,
+        "files": {
+            f"{shards.split}/{name}.npy": {
+                "bytes": 128 + size,
+                "sha256": sha256_file(features_dir / shards.split / f"{name}.npy"),
+            }
+            for shards in both_splits
+            for name, size in [
+                ("labels", 8 * shards.n_images),
+                *((f"layer_{layer:02d}_{kind}", 64 * shards.n_images) for layer in range(3) for kind in ("normed", "raw")),
+            ]
+        },
     }
-    assert (features_dir / "manifest.json").read_text() == json.dumps(expected, indent=1) + "\n"
+    assert (features_dir / "manifest.json").read_text() == json.dumps(seal(expected), indent=1) + "\n"
     files = sum(file.stat().st_size for file in features_dir.rglob("layer_*.npy"))
     headers = 128 * len(list(features_dir.rglob("layer_*.npy")))
     assert files - headers == features.manifest.array_bytes == (train.n_images + val.n_images) * 16 * 4 * 3 * 2
@@ -227,7 +240,7 @@ def damaged(features_dir, tmp_path):
 def change_manifest(path, **changes):
     manifest = json.loads((path / "manifest.json").read_text())
     kept = {name: value for name, value in (manifest | changes).items() if value is not None or manifest[name] is None}
-    (path / "manifest.json").write_text(json.dumps(kept))
+    (path / "manifest.json").write_text(json.dumps(seal(kept)))
 
 
 def test_no_feature_directory(tmp_path):
@@ -238,8 +251,8 @@ def test_no_feature_directory(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"version": 1}, r"manifest\.json is not igpt_ds\.features version 2"),
-        ({"format": "other"}, r"manifest\.json is not igpt_ds\.features version 2"),
+        ({"version": 1}, r"manifest\.json is not igpt_ds\.features version 2 or 3: it is version 1"),
+        ({"format": "other"}, r"manifest\.json is not igpt_ds\.features version 2 or 3: it is version 3 of 'other'"),
         ({"layers": None}, r"manifest\.json has no 'layers'"),
         ({"weights": None}, r"manifest\.json has no 'weights'"),
     ],
@@ -250,19 +263,41 @@ def test_manifest_of_another_kind(damaged, changes, complaint):
         open_features(damaged, "train")
 
 
+def test_a_flipped_byte_is_found_when_the_file_is_opened(damaged):
+    for name, use in (
+        ("layer_01_raw.npy", lambda: open_features(damaged, "train").layer(1, "raw")),
+        ("layer_01_raw.npy", lambda: open_features(damaged, "train").check([0, 1], "raw")),
+        ("labels.npy", lambda: open_features(damaged, "train")),
+    ):
+        file = damaged / "train" / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match=rf"{file} is damaged: its sha256 differs; make the features again"):
+            use()
+        file.write_bytes(content)
+        use()
+
+
 def test_torn_files(damaged):
     file = damaged / "train" / "layer_01_raw.npy"
     content = file.read_bytes()
     for broken in (content[:-4], content[:50], b"", b"not numpy"):
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match=rf"{file} is missing or torn .*make the features again"):
+        with pytest.raises(ValueError, match=rf"{file} is missing or torn: {len(broken)} bytes, .*make the features again"):
             open_features(damaged, "train").layer(1, "raw")
     file.unlink()
     with pytest.raises(ValueError, match=rf"{file} is missing or torn"):
         open_features(damaged, "train").layer(1, "raw")
+    change_manifest(damaged, version=2, files={})  # of older code
+    for broken in (content[:-4], content[:50], b"", b"not numpy", content.replace(b"(37, 16)", b"(9**9,)")):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"features {file} (has|is not a \.npy file) .*make the features again"):
+            open_features(damaged, "train").layer(1, "raw")
     np.save(file, np.zeros((3, 16), np.float32))
     with pytest.raises(ValueError, match=rf"{file} holds float32 \[3, 16\], the manifest says float32 \[\d+, 16\]"):
         open_features(damaged, "train").layer(1, "raw")
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    open_features(damaged, "train").layer(1, "raw")  # which older code cannot know
     np.save(damaged / "train" / "labels.npy", np.zeros(3, np.float32))
     with pytest.raises(ValueError, match=r"labels\.npy holds float32 \[3\], the manifest says int64"):
         open_features(damaged, "train")

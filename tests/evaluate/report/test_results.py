@@ -31,6 +31,7 @@ from igpt_ds.evaluate.report.results import (
 )
 from igpt_ds.evaluate.report.row_types import MeanWithError, as_row
 from igpt_ds.evaluate.report.tables import layer_table, markdown_table
+from igpt_ds.json_files import json_line
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def rows(row):
 def test_a_row_says_everything(row, features_dir):
     manifest = json.loads((features_dir / "manifest.json").read_text())
     assert as_row(json.loads(json.dumps(row.json))) == row
-    assert (row["format"], row["version"], row["kind"], row["protocol"]) == ("igpt_ds.result", 2, "probe", "every_layer")
+    assert (row["format"], row["version"], row["kind"], row["protocol"]) == ("igpt_ds.result", 3, "probe", "every_layer")
     assert row["model"] == {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_px": 4, "n_vocab": 8}
     assert (row["feature_precision"], row["feature_dtype"]) == ("fp32", "fp32")
     assert (row["features"], row["layer"], row["weights"], row["step"]) == ("normed", 1, "trained", 7)
@@ -130,8 +131,11 @@ def test_a_rerun_replaces_its_row(tmp_path, rows):
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{broken", r"results\.jsonl line 2 is not valid JSON; remove the line"),
-        ('{"format": "igpt_ds.result", "version": 9}', r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
+        ("{broken", r"results\.jsonl line 2 is not valid JSON: .*; remove the line"),
+        (
+            '{"format": "igpt_ds.result", "version": 9}',
+            r"results\.jsonl line 2 is not igpt_ds\.result version 2 or 3: it is version 9",
+        ),
         ("[1]", r"results\.jsonl line 2 is not valid JSON"),
         ('{"format": "igpt_ds.result", "version": 1}', r"results\.jsonl line 2 is not igpt_ds\.result version 2"),
         (
@@ -144,7 +148,7 @@ def test_a_rerun_replaces_its_row(tmp_path, rows):
 )
 def test_a_damaged_line_is_named(tmp_path, rows, line, complaint):
     path = tmp_path / "results.jsonl"
-    text = "\n".join([json.dumps(rows[0].json), line, json.dumps(rows[1].json)]) + "\n"
+    text = json_line(rows[0].json) + line + "\n" + json_line(rows[1].json)
     path.write_text(text)
     for action in (lambda: read_results(path), lambda: add_results(path, rows)):
         with pytest.raises(ValueError, match=complaint):
@@ -165,7 +169,7 @@ def test_a_row_of_a_model_without_a_shape_is_refused(tmp_path, rows, change, com
     values = json.loads(json.dumps(rows[1].json))
     change(values["model"])
     path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps(values) + "\n")
+    path.write_text(json_line(values))
     with pytest.raises(ValueError, match=re.escape(f"{path} line 1 {complaint}")):
         read_results(path)
 
@@ -291,7 +295,7 @@ FINETUNED = {
 
 def test_rows_of_the_other_kinds(tmp_path, rows, tiny_config):
     likelihood, finetuned = likelihood_row(MEASURED, tiny_config), finetune_row(**FINETUNED)
-    assert (likelihood["kind"], likelihood["version"], likelihood["model_objective"]) == ("likelihood", 2, "ar")
+    assert (likelihood["kind"], likelihood["version"], likelihood["model_objective"]) == ("likelihood", 3, "ar")
     assert likelihood["model"] == dataclasses.asdict(tiny_config)
     assert (likelihood.nats_per_token.mean, likelihood["git_commit"]) == (2.5, "abc")
     path = tmp_path / "results.jsonl"
@@ -306,7 +310,7 @@ def test_rows_of_the_other_kinds(tmp_path, rows, tiny_config):
 
 def test_older_files_call_the_protocol_best_layer(tmp_path, row):
     path = tmp_path / "results.jsonl"
-    text = json.dumps(row.json | {"protocol": "best_layer"}) + "\n"
+    text = json.dumps(row.json | {"version": 2, "protocol": "best_layer"}) + "\n"
     path.write_text(text)
     (old,) = read_results(path)
     assert (old.protocol, old["protocol"]) == ("every_layer", "every_layer")
@@ -350,16 +354,16 @@ def test_every_field_of_a_line(tmp_path, row, tiny_config, kind):
     made = {"probe": row, "finetune": finetune_row(**FINETUNED), "likelihood": likelihood_row(MEASURED, tiny_config)}[kind]
     path = tmp_path / "results.jsonl"
     for name in ("format", "version", "kind", *results._REQUIRED[kind]):
-        path.write_text(json.dumps({key: value for key, value in made.json.items() if key != name}) + "\n")
+        path.write_text(json_line({key: value for key, value in made.json.items() if key != name}))
         with pytest.raises(ValueError, match=rf"^{path} line 1 (is not|is of kind|has no '{name}')"):
             read_results(path)
     for name in {field.name for field in dataclasses.fields(made)} - {"json"}:
-        path.write_text(json.dumps(made.json | {name: [["x"]]}) + "\n")
+        path.write_text(json_line(made.json | {name: [["x"]]}))
         with pytest.raises(ValueError, match=rf"^{path} line 1 (has|is of kind).*(remove|measure again)") as error:
             read_results(path)
         assert name in str(error.value)
-    path.write_text(json.dumps(made.json | {"weights": "other"}) + "\n")
+    path.write_text(json_line(made.json | {"weights": "other"}))
     with pytest.raises(ValueError, match=r"line 1 has weights 'other', not one of trained, untrained, pixels; remove the line"):
         read_results(path)
-    path.write_text(json.dumps(made.json) + "\n")
+    path.write_text(json_line(made.json))
     assert read_results(path) == [made]

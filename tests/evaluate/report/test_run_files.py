@@ -9,6 +9,7 @@ import pytest
 from igpt_ds.config import get_recipe, recipe_to_dict
 from igpt_ds.evaluate.classification import Confusion, read_confusion, write_confusion
 from igpt_ds.evaluate.report.run_files import CurveRow, PlanRow, ReportedRun, read_curve, read_plan
+from igpt_ds.json_files import seal
 
 RUN = {"recipe": recipe_to_dict(get_recipe("cifar10_nano_ar_16")), "world_size": 2, "precision": "bf16", "git_commit": None}
 
@@ -67,6 +68,6 @@ def test_every_field_of_a_confusion_matrix(tmp_path, name):
     for wrong in (without(values, name), values | {name: 3}, values | {"counts": [[1, 2]], name: values[name]}):
         if wrong == values:
             continue
-        path.write_text(json.dumps(wrong))
+        path.write_text(json.dumps(seal(wrong)))
         with pytest.raises(ValueError, match=rf"^confusion matrix {path} has (no '{name}'|{name} 3|counts).*; make it with"):
             read_confusion(path)

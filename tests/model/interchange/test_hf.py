@@ -455,7 +455,7 @@ def test_a_classifier_of_hf_is_refused(tmp_path: Path) -> None:
         ("palette.npy", "'clusters' is not a list of colours"),
         ((colors_of(ODD) / 2 + 0.5).tolist(), r"'clusters' lies in \[0, .*not in \[-1, 1\]"),
         ((colors_of(ODD) * 127.5).tolist(), r"'clusters' lies in \[-127.5, "),
-        (np.full((7, 3), np.nan).tolist(), r"'clusters' lies in \[nan, nan\]"),
+        (np.full((7, 3), np.nan).tolist(), r"is not valid JSON: NaN is not a finite number"),
     ],
 )
 def test_clusters_that_are_no_palette_are_refused(hf_dir: Path, clusters: object, message: str) -> None:

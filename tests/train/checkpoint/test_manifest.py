@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
+from igpt_ds.json_files import seal
 from igpt_ds.schema import OtherVersionError, UnknownFieldError
 from igpt_ds.train.checkpoint.manifest import DamagedError, Manifest, read_checkpoint, write_manifest
 from igpt_ds.train.early import EarlyState
@@ -67,10 +68,15 @@ OPTIONAL |= set(MANIFEST["recipe"]) - {"name", "model", "batch_images", "steps",
 OTHERS = (None, True, 7, -7, 0.5, "text", [], [[]], {}, {"x": 1})
 
 
+def resealed(values: object) -> object:
+    """The values as today's writer leaves them; those of an older version, or of no format, as they are."""
+    return seal(values) if isinstance(values, dict) and {"format", "version"} <= values.keys() else values
+
+
 def checkpoint(directory: Path, values: object) -> Path:
     path = directory / "step-00000008"
     path.mkdir(exist_ok=True)
-    (path / "manifest.json").write_text(json.dumps(values))
+    (path / "manifest.json").write_text(json.dumps(resealed(values)))
     (path / "COMPLETE").touch()
     return path
 
@@ -80,7 +86,7 @@ def read_manifest(directory: Path, values: object) -> Manifest:
 
 
 def rollbacks(directory: Path, values: object) -> object:
-    (directory / "rollbacks.json").write_text(json.dumps(values))
+    (directory / "rollbacks.json").write_text(json.dumps(resealed(values)))
     return read_rollbacks(directory)
 
 
@@ -124,7 +130,7 @@ def test_a_deleted_field_is_named_or_optional(tmp_path: Path, read: Callable[[Pa
         if place[-1] in OPTIONAL and whole is MANIFEST:
             read(tmp_path, values)
         else:
-            with pytest.raises(ValueError, match=rf"\.json has no '.*{place[-1]}'; "):
+            with pytest.raises(ValueError, match=rf"\.json .*has no '.*{place[-1]}'; "):
                 read(tmp_path, values)
 
 
@@ -149,7 +155,7 @@ def test_an_unknown_field_or_version_is_no_damage(tmp_path: Path, read: Callable
         read(tmp_path, whole | {"news": 5})
     for changes in ({"version": 9}, {"format": "x"}):
         with pytest.raises(
-            OtherVersionError, match=r"\.json is not version .* of igpt_ds\..*; read it with the code that wrote it"
+            OtherVersionError, match=r"\.json is not igpt_ds\..* version .*; .*read it with the code that wrote it"
         ):
             read(tmp_path, whole | changes)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
-from igpt_ds.files import read_json_lines
+from igpt_ds.json_files import read_json_lines, seal
 from igpt_ds.train.checkpoint.manifest import read_checkpoint
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
 from igpt_ds.train.checkpoint.zero_layout import Place, ZeroCheckpoint, sub_groups
@@ -197,7 +197,7 @@ def flip(path: Path) -> None:
 
 def change(path: Path, **values: object) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | values))
+    (path / "manifest.json").write_text(json.dumps(seal(manifest | values)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from igpt_ds.cli import STOPPED
 from igpt_ds.config import Recipe
-from igpt_ds.files import read_json
+from igpt_ds.json_files import read_json
 from igpt_ds.ops.status import read_status
 from igpt_ds.ops.status_text import status_text
 from igpt_ds.train.checkpoint.directory import checkpoint_name

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.cli import HUNG, STOPPED
-from igpt_ds.files import read_json, read_json_lines
+from igpt_ds.json_files import read_json, read_json_lines
 
 pytestmark = pytest.mark.slow
 Curves = Callable[[str], list[dict[str, Any]]]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.cli import HUNG
-from igpt_ds.files import read_json
+from igpt_ds.json_files import read_json
 from igpt_ds.train.heartbeat import newest_sign
 from igpt_ds.train.safety.watchdog import Watchdog, transferred_bytes
 
@@ -42,7 +42,7 @@ def test_heartbeats_tell_what_a_rank_did_last(tmp_path: Path) -> None:
         time.sleep(0.01)
     beat = read_json(file, "heartbeat")
     assert {name: beat[name] for name in ("step", "phase", "step_seconds")} == {"step": 3, "phase": "save", "step_seconds": 0.25}
-    assert set(beat) == {"step", "phase", "time", "host", "pid", "step_seconds", "written"}
+    assert set(beat) == {"step", "phase", "time", "host", "pid", "step_seconds", "written", "sha256"}
     assert beat["written"] >= beat["time"] >= first["time"]
     watchdog.close("stopped")
     watchdog.close("end", "too late")

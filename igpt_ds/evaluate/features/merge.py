@@ -1,0 +1,94 @@
+"""Merges the parts of a feature directory. In: directories NAME.part-I-of-N. Out: the directory that one writer makes.
+
+Called by `tools/extract_features.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from igpt_ds.cli import FinishedError
+from igpt_ds.data.shards.layout import Part
+from igpt_ds.evaluate.features.files import array_names, part_dir
+from igpt_ds.evaluate.features.manifest import (
+    EXTRACT_AGAIN,
+    FeatureManifest,
+    PartOf,
+    check_files,
+    describe_files,
+    read_feature_manifest,
+)
+from igpt_ds.files import atomic_dir, remove, reserved
+from igpt_ds.npy import read_npy
+
+_COPY_BYTES = 1 << 26
+
+
+def merge_parts(out: Path, n: int) -> FeatureManifest:
+    """Makes `out` of its n parts, byte for byte what one writer makes, removes the parts, and returns the manifest.
+
+    Raises:
+        ValueError: `out` exists; a part is missing, unfinished or has other features.
+    """
+    directories = [part_dir(out, Part(i, n)) for i in range(n)]
+    try:
+        with reserved(out):
+            whole = _merge(out, directories)
+            for directory in directories:
+                shutil.rmtree(directory)
+    except FinishedError:
+        for directory in directories:
+            remove(directory)
+        raise
+    return whole
+
+
+def _merge(out: Path, directories: list[Path]) -> FeatureManifest:
+    parts = [_part_manifest(directory) for directory in directories]
+    assert parts[0].part is not None
+    whole = replace(parts[0], splits=parts[0].part.of, part=None, files={})
+    rows = dict.fromkeys(whole.splits, 0)
+    for directory, part in zip(directories, parts, strict=True):
+        same = replace(part, splits=whole.splits, part=None, files={}).to_dict()
+        different = [name for name, value in whole.to_dict().items() if same[name] != value]
+        if different or part.part != PartOf(whole.splits, rows):
+            what = different[0] if different else "the share of images"
+            raise ValueError(
+                f"{directory} and {directories[0]} are not parts of the same features: {what} differs; {EXTRACT_AGAIN}"
+            )
+        rows = {split: rows[split] + about.n_images for split, about in part.splits.items()}
+        check_files(directory, part.files)
+    with atomic_dir(out) as partial:
+        names = [name for split in whole.splits for name in array_names(whole, split)]
+        for name in names:
+            (partial / name).parent.mkdir(exist_ok=True)
+            _concatenate([directory / name for directory in directories], partial / name)
+        whole = replace(whole, files=describe_files(partial, names))
+        whole.write(partial)
+    return whole
+
+
+def _part_manifest(directory: Path) -> FeatureManifest:
+    if not (directory / "manifest.json").is_file():
+        state = "is not finished" if directory.with_name(f"{directory.name}.partial").exists() else "does not exist"
+        raise ValueError(f"part {directory} {state}; extract it with --part before you merge")
+    return read_feature_manifest(directory, part=True)
+
+
+def _concatenate(sources: Sequence[Path], target: Path) -> None:
+    arrays = [read_npy(source, "features", EXTRACT_AGAIN, mapped=True) for source in sources]
+    shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
+    merged = np.lib.format.open_memmap(target, "w+", arrays[0].dtype, shape)
+    start = 0
+    for array in arrays:
+        rows = max(1, _COPY_BYTES // max(1, array[:1].nbytes))
+        for first in range(0, len(array), rows):
+            piece = array[first : first + rows]
+            merged[start : start + len(piece)] = piece
+            start += len(piece)
+    merged.flush()
