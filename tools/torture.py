@@ -1,0 +1,98 @@
+"""Damages files of every format, kills tools at random calls and runs two writers at once, and counts what that leads to.
+
+    python tools/torture.py --out torture.json
+    python tools/torture.py --quick --seed 7
+
+makes a tiny world in a temporary directory, in which every trial is one forked process. A damaged file must give one clear error
+or the same result as before. A killed tool must reach the result of an uninterrupted one when it runs again. Two writers must
+lose nothing. The table has one row for each format and tool. Exit status 1 if anything was silent, raised a traceback, hung, got
+stuck, lost rows, or ran a command from a file. The same --seed makes the same trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from igpt_ds import cli
+from igpt_ds.files import write_json
+from igpt_ds.ops.torture import damages, kills, writers
+from igpt_ds.ops.torture.trial import BARS, Figures, table, total
+from igpt_ds.ops.torture.world import make_world
+from igpt_ds.provenance import git_commit
+
+QUICK = {"mutations": 200, "kills": 30, "pairs": 4}  # about a minute on two cores
+WHOLE = {"mutations": 2000, "kills": 300, "pairs": 40}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Makes the world, runs the trials, prints and writes the table."""
+    args = choose(argv)
+    torch.set_num_threads(1)  # a forked process has only the thread that forked it
+    temporary = Path(tempfile.mkdtemp(prefix="igpt_ds-torture-"))
+    try:
+        make_world(temporary)
+        rows, examples = run(args, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(table(rows))
+    if args.out is not None:
+        values = {"format": "igpt_ds.torture", "version": 1, "git_commit": git_commit(), "seed": args.seed}
+        write_json(args.out, values | {"rows": [asdict(row) for row in [*rows, total(rows)]], "examples": examples})
+    missed = [f"{name} {count}" for name in BARS if (count := getattr(total(rows), name))]
+    for example in examples[: args.show]:
+        print(example)
+    if missed:
+        raise SystemExit(f"missed: {', '.join(missed)}; each should be 0")
+
+
+def choose(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; numbers that are not given follow --quick."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of all trials")
+    parser.add_argument("--quick", action="store_true", help=f"fewer trials: {QUICK}")
+    parser.add_argument("--mutations", type=int, help=f"number of damaged files (default: {WHOLE['mutations']})")
+    parser.add_argument("--kills", type=int, help=f"number of killed tools (default: {WHOLE['kills']})")
+    parser.add_argument("--pairs", type=int, help=f"number of times that two or more write at once (default: {WHOLE['pairs']})")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="trials at the same time")
+    parser.add_argument("--show", type=int, default=20, help="failed trials to print")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures and all failed trials")
+    args = parser.parse_args(argv)
+    for name, number in (QUICK if args.quick else WHOLE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, number)
+    for name in ("mutations", "kills", "pairs", "show"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0")
+    if args.cores < 1:
+        raise ValueError(f"--cores {args.cores} must be at least 1")
+    return args
+
+
+def run(args: argparse.Namespace, world: Path) -> tuple[list[Figures], list[str]]:
+    """All trials: a row for each format, tool and pair of writers, and each failed trial in words."""
+    rows, examples = dict[str, Figures](), list[str]()
+    for name, outcome, words in tqdm(trials(args, world), "trials", args.mutations + args.kills + args.pairs, disable=None):
+        rows.setdefault(name, Figures(name)).add(outcome)
+        if outcome in BARS:
+            examples.append(f"{name}: {outcome}: {words}")
+    return [rows[name] for name in sorted(rows)], examples
+
+
+def trials(args: argparse.Namespace, world: Path) -> Iterator[tuple[str, str, str]]:
+    """(name of the row, outcome, what was done) of each trial."""
+    yield from damages.trials(world, args.seed, args.mutations, args.cores)
+    yield from kills.trials(world, args.seed, args.kills, args.cores)
+    yield from writers.trials(world, args.seed, args.pairs)
+
+
+if __name__ == "__main__":
+    cli.run(main)
