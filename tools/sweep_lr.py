@@ -92,13 +92,22 @@ def train(args: argparse.Namespace, lr: float) -> Result:
     run_dir = args.out / run_name(lr)
     command = [*args.command, "--lr", f"{lr:g}", "--run_dir", str(run_dir), "--resume", "auto"]
     if (result := read_result(run_dir, lr)) is None:
-        status = subprocess.run(command, check=False).returncode
+        status = run_to_end(command)
         if status == cli.STOPPED:
             raise SystemExit(cli.STOPPED)
         result = read_result(run_dir, lr)
         if result is None:
             raise ValueError(f"the run of {run_dir} ended with status {status} before its last step; the cause is above")
     return result
+
+
+def run_to_end(command: Sequence[str]) -> int:
+    """Runs a command; its exit status. A Ctrl-C stops the run, which also hears it: the run gets the time to save."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return process.wait()
 
 
 def describe(result: Result) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from igpt_ds.cli import STOPPED
 from igpt_ds.json_files import read_json, write_json
 from igpt_ds.train.sweep import run_name
 
@@ -45,6 +49,27 @@ def test_what_does_not_go(launch: Any, tmp_path: Path, words: list[str], message
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert message.replace("\\", "") in line
+
+
+SAVES = """
+import signal, sys, time
+def save(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(85)
+signal.signal(signal.SIGINT, save)
+print("trains", flush=True)
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_gives_the_run_time_to_save(launch: Any, tmp_path: Path) -> None:
+    words = [sys.executable, TOOL, "--out", str(tmp_path / "sweep"), "--", sys.executable, "-c", SAVES, "train.py"]
+    process = launch.start(words)
+    assert process.stdout.readline() == "trains\n"
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (STOPPED, "saved\n"), stderr
 
 
 def test_collecting_what_there_is(launch: Any, tmp_path: Path) -> None:
