@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -196,3 +197,24 @@ def test_a_signal_to_one_rank_ends_the_launch_with_an_error(launch: Any, command
     process.communicate(timeout=600)
     assert process.returncode != 0
     assert not (tmp_path / "run" / "FINISHED").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"MASTER_ADDR": "no-host.invalid"}, "MASTER_ADDR=no-host.invalid cannot be resolved"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "another process uses this port"),
+        ({"WORLD_SIZE": "1", "RANK": "x"}, "RANK='x' is no whole number"),
+    ],
+)
+def test_ranks_that_cannot_meet_say_why_in_one_line(
+    launch: Any, command: Command, place: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = launch(command("run"), env=ranks | place, timeout=60)
+    (line,) = (line for line in done.stderr.splitlines() if "rror" in line)
+    assert (done.returncode, message in line) == (2, True), done.stderr
+    assert not (tmp_path / "run").exists()
