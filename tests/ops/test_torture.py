@@ -14,7 +14,7 @@ import pytest
 
 from igpt_ds.cli import HUNG
 from igpt_ds.ops.torture import damages, kills, trial, writers
-from igpt_ds.ops.torture.mutate import damage
+from igpt_ds.ops.torture.mutate import GADGET, SIGNED, damage
 from igpt_ds.ops.torture.trial import RAN, Ended, Figures, Trial, run_all, table
 
 
@@ -89,7 +89,7 @@ def test_a_seed_makes_the_same_damage(tmp_path: Path) -> None:
             kinds.add(damage(random.Random(seed), file, tmp_path, file.parent))
             states.append(file.read_bytes() if file.is_file() else file.lstat().st_mode if os.path.lexists(file) else None)
         assert states[0] == states[1]
-    assert {"bit", "a fifo", "gadget", "deep nesting", "a key twice", "another value", "LFS pointer", "missing"} <= kinds
+    assert {"bit", "a fifo", GADGET, SIGNED, "deep nesting", "a key twice", "another value", "LFS pointer", "missing"} <= kinds
 
 
 def test_a_tool_is_killed_at_a_call(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
-from igpt_ds.ops.torture.mutate import damage
+from igpt_ds.ops.torture.mutate import WITHOUT_SILENT, damage
 from igpt_ds.ops.torture.trial import Ended, Trial, run_all, run_one
 from igpt_ds.ops.torture.world import Format, damaged_file, formats
 
@@ -19,20 +20,26 @@ def trials(world: Path, seed: int, n: int, cores: int) -> Iterator[tuple[str, st
     Raises:
         ValueError: an undamaged copy cannot be read.
     """
-    found = formats()
     if not n:
         return
     whole = {}
-    for one in found:
-        ended = run_one(partial(read_copy, world, one, None), world / "trials")
+    for one in formats():
+        ended = run_one(partial(read_copy, world, one, None), world / "trials", one.seconds)
         if ended.how != "ok":
             raise ValueError(f"an undamaged {one.name} cannot be read: {ended.how}: {ended.text}")
         whole[one.name] = ended.text
-    work = [Trial(str(number), partial(read_copy, world, found[number % len(found)], f"{seed}/{number}")) for number in range(n)]
+    turns = list(islice((one for turn in count() for one in formats() if turn % one.every == 0), n))
+    work = [
+        Trial(str(number), partial(read_copy, world, one, f"{seed}/{number}"), one.seconds) for number, one in enumerate(turns)
+    ]
     for trial, ended in run_all(work, world / "trials", cores):
-        one = found[int(trial.name) % len(found)]
-        outcome = classify(ended, whole[one.name], one.ours)
-        yield one.name, outcome, f"{what(world, one, f'{seed}/{trial.name}')}: {ended.text[-1500:]}"
+        one = turns[int(trial.name)]
+        kind, words = what(world, one, f"{seed}/{trial.name}")
+        yield (
+            one.name,
+            classify(ended, whole[one.name], one.ours and kind not in WITHOUT_SILENT),
+            f"{words}: {ended.text[-1500:]}",
+        )
 
 
 def copy_parts(world: Path, parts: Sequence[str], here: Path) -> None:
@@ -56,15 +63,15 @@ def read_copy(world: Path, one: Format, seed: str | None, place: Path) -> str:
     return one.read(here)
 
 
-def what(world: Path, one: Format, seed: str) -> str:
-    """The damage of a trial in words, found by doing it again."""
+def what(world: Path, one: Format, seed: str) -> tuple[str, str]:
+    """The kind of damage of a trial, and the damage in words, found by doing it again."""
     here = world / "trials" / "again"
     copy_parts(world, one.parts, here)
     random_ = random.Random(seed)
     file = damaged_file(random_, here, one.files)
-    words = f"{damage(random_, file, here, here)} in {file.relative_to(here)} (seed {seed})"
+    kind = damage(random_, file, here, here)
     shutil.rmtree(here)
-    return words
+    return kind, f"{kind} in {file.relative_to(here)} (seed {seed})"
 
 
 def classify(ended: Ended, whole: str, ours: bool) -> str:

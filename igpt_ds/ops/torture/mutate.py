@@ -22,6 +22,8 @@ import numpy as np
 from igpt_ds.ops.torture.trial import RAN
 
 Change = Callable[[random.Random, Path], None]
+SIGNED, GADGET = "a hostile text, signed", "a gadget"
+WITHOUT_SILENT = (SIGNED, GADGET)  # these files say the sha256 of their content: a reader cannot know that an enemy wrote them
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 27262976\n" % (b"4d" * 32)
 
 
@@ -44,13 +46,13 @@ def damage(random_: random.Random, file: Path, place: Path, around: Path) -> str
     """
     kinds: list[str] = [*_ANY]
     if file.suffix in (".json", ".jsonl"):
-        kinds += list(_JSON) * 3
+        kinds += [kind for kind in _JSON if kind != SIGNED or file.suffix == ".json"] * 3
     elif file.suffix == ".npy":
         kinds += list(_NPY) * 2
     elif file.suffix == ".safetensors":
         kinds += ["length of the header", "header"] * 3
-    kind = random_.choice([*kinds, "gadget", "gadget"])
-    if kind == "gadget":
+    kind = random_.choice([*kinds, GADGET, GADGET])
+    if kind == GADGET:
         _gadget(random_, file, place / RAN, around)
     else:
         (_ANY | _JSON | _NPY | _TENSORS)[kind](random_, file)
@@ -128,6 +130,10 @@ _ANY: dict[str, Change] = {
     "a link to itself": _replaced(lambda file: file.symlink_to(file.name)),
 }
 
+_HOSTILE = (
+    *("../../etc/passwd", "/etc/passwd", "\x1b[31mred", "a\nb", "\udcff", "x" * 100_000, "pipe:touch ran"),
+    *("$(touch ran)", "x; touch ran;", "`touch ran`", "x | touch ran", "--help", "-", ""),
+)
 _VALUES: tuple[Any, ...] = (
     *(
         None,
@@ -151,7 +157,7 @@ _VALUES: tuple[Any, ...] = (
         [1],
         {"a": 1},
     ),
-    *("../../etc/passwd", "/etc/passwd", "\x1b[31mred", "a\nb", "\udcff", "$(touch ran)", "; touch ran;", "x" * 100_000),
+    *_HOSTILE,
 )
 
 
@@ -209,6 +215,19 @@ def _add(random_: random.Random, container: Any, key: Any) -> None:
         container.append(container[key])
 
 
+def _signed(random_: random.Random, file: Path) -> None:
+    """An enemy's file: a hostile text in place of any text, under a sha256 that fits."""
+    value = json.loads(file.read_text())
+    texts = [(container, key) for container, key in _places(value) if isinstance(container[key], str) and key != "sha256"]
+    if texts:
+        container, key = random_.choice(texts)
+        container[key] = random_.choice(_HOSTILE)
+    if isinstance(value, dict) and "sha256" in value:
+        content = {key: one for key, one in value.items() if key != "sha256"}
+        value["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(value))
+
+
 def _deep(random_: random.Random, content: bytearray) -> bytes:
     return b"[" * 200_000
 
@@ -225,6 +244,7 @@ _JSON: dict[str, Change] = {
     "one more key": _json(_add),
     "deep nesting": _edit(_deep),
     "a key twice": _edit(_key_twice),
+    SIGNED: _signed,
 }
 
 

@@ -44,6 +44,7 @@ class Trial:
 
     name: str
     work: Callable[[Path], str]
+    seconds: float | None = None  # its limit; None: SECONDS
 
 
 def tool(name: str, *arguments: object) -> None:
@@ -71,7 +72,7 @@ def run_all(trials: Iterable[Trial], where: Path, cores: int) -> Iterator[tuple[
                 more = False
             else:
                 place = where / f"trial-{number}"
-                live[start(trial, place)] = (trial, place, time.monotonic() + SECONDS)
+                live[start(trial, place)] = (trial, place, time.monotonic() + (trial.seconds or SECONDS))
         for process, (trial, place, end) in list(live.items()):
             found, how = os.waitpid(process, os.WNOHANG)
             if not found and time.monotonic() > end:
@@ -85,9 +86,9 @@ def run_all(trials: Iterable[Trial], where: Path, cores: int) -> Iterator[tuple[
         time.sleep(0.002)
 
 
-def run_one(work: Callable[[Path], str], where: Path) -> Ended:
+def run_one(work: Callable[[Path], str], where: Path, seconds: float | None = None) -> Ended:
     """Runs one trial to its end."""
-    return next(run_all([Trial("", work)], where, 1))[1]
+    return next(run_all([Trial("", work, seconds)], where, 1))[1]
 
 
 def start(trial: Trial, place: Path) -> int:

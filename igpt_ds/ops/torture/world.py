@@ -22,10 +22,12 @@ from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.data.exclusion import ExclusionReason, read_exclusion, write_exclusion
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.streaming import ShardStream
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, read_state, write_state
 from igpt_ds.evaluate.report.results import read_results
 from igpt_ds.files import write_json
+from igpt_ds.launcher import RANK_VARIABLES
 from igpt_ds.model.store import load_model, verified_info
 from igpt_ds.ops.torture.trial import ROOT, run_one, tool
 from igpt_ds.train.run_dir import read_run
@@ -42,7 +44,7 @@ class Format:
     """A format on disk.
 
     parts: what a trial copies from the world; files: patterns of what is damaged; read: gives the result of reading a copy.
-    ours: whether its files say their own sha256, so that no damage may change the result.
+    ours: whether its files say their own sha256, so that no damage may change the result; every: 10 for each tenth turn alone.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Format:
     files: tuple[str, ...]
     read: Read
     ours: bool = True
+    every: int = 1
+    seconds: float | None = None  # limit of a trial
 
 
 def make_world(world: Path) -> None:
@@ -84,6 +88,7 @@ def make_world(world: Path) -> None:
     ):
         _made(lambda place, name=name, words=words: _call(name, *words), world)  # type: ignore[misc]
     _made(lambda place: _small_files(world), world)
+    load_model(world / "model")  # torch imports its compiler at the first one: once here, not for 1.6 s in each trial
 
 
 def make_shards(world: Path, out: Path) -> tuple[object, ...]:
@@ -118,13 +123,16 @@ def _train(world: Path) -> None:
     recipe = Recipe("tiny", MODEL, batch_images=12, steps=4, lr=0.01, warmup_steps=1)
     write_json(world / "recipe.json", recipe_to_dict(recipe))
     write_json(world / "ds_config.json", {"zero_optimization": {"stage": 3}})
-    flags = {"config": "recipe.json", "data": "shards", "run_dir": "run", "ds_config": "ds_config.json"}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(world / value))]
-    command = [sys.executable, str(ROOT / "train.py"), *words, "--log_every", "1"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"DS_ACCELERATOR": "cpu"})
-    if done.returncode:
+    if (done := _trained(world, world / "run")).returncode:
         raise ValueError(f"the world of the trials could not be made: {done.stdout[-1000:]}{done.stderr[-2000:]}")
+
+
+def _trained(world: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    flags = {"config": world / "recipe.json", "data": world / "shards", "ds_config": world / "ds_config.json", "run_dir": run_dir}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, str(ROOT / "train.py"), *words, "--log_every", "1", *more]
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return subprocess.run(command, capture_output=True, text=True, env=environment | {"DS_ACCELERATOR": "cpu"})
 
 
 def _small_files(world: Path) -> str:
@@ -140,6 +148,8 @@ def formats() -> list[Format]:
     """Every format that is damaged."""
     return [
         Format("shards", ("shards",), ("shards/*",), _shards),
+        Format("shards, streamed", ("shards",), ("shards/index.json",), _stream),
+        Format("checkpoint, resumed", ("run",), ("run/checkpoints/*/*",), _resume, ours=False, every=20, seconds=200.0),
         Format("palette", ("palette.npy", "palette.json", "shards"), ("palette.npy", "palette.json"), _palette),
         Format("checkpoint", ("run",), ("run/checkpoints/*/*",), _checkpoint),
         Format("model dir", ("model",), ("model/*",), _model),
@@ -196,6 +206,12 @@ def read_shards(path: Path) -> str:
     return _text(*found)
 
 
+def _stream(here: Path) -> str:
+    shards = ShardStream(here / "shards", f"pipe:cat {here / 'shards'}/{{shard}}")
+    images = [image for number in range(len(shards.shards)) for image in shards.read(number)]
+    return _text(np.stack([tokens for tokens, _ in images]), [label for _, label in images])
+
+
 def _palette(here: Path) -> str:
     return _text(load_palette(here / "palette.npy").colors)
 
@@ -203,6 +219,16 @@ def _palette(here: Path) -> str:
 def _checkpoint(here: Path) -> str:
     tool("consolidate", "--run_dir", here / "run", "--step", 4, "--out", here / "out")
     return digest(here / "out")
+
+
+def _resume(here: Path) -> str:
+    """What a run says that goes on from the checkpoint: the world's recipe has no step left."""
+    world = Path(json.loads((here / "run" / "run.json").read_text())["data"]["datasets"][0]["path"]).parent
+    done = _trained(world, here / "run", "--resume", "auto")
+    sys.stderr.write("".join(line for line in done.stderr.splitlines(True) if "warn" not in line.lower()))
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return ""
 
 
 def _model(here: Path) -> str:
