@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(args.out, values | {"rows": [asdict(row) for row in [*rows, total(rows)]], "examples": examples})
     missed = [f"{name} {count}" for name in BARS if (count := getattr(total(rows), name))]
     for example in examples[: args.show]:
-        print(example)
+        print(" ".join(example.split())[:300])
     if missed:
         raise SystemExit(f"missed: {', '.join(missed)}; each should be 0")
 

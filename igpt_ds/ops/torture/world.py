@@ -175,11 +175,11 @@ def damaged_file(random_: random.Random, here: Path, patterns: Iterable[str]) ->
 
 
 def digest(*paths: Path) -> str:
-    """The sha256 of all files under some paths, with their names."""
+    """The sha256 of all files under some paths, with their names; without what a killed writer left beside them."""
     sha = hashlib.sha256()
     for path in paths:
         for file in sorted([path] if path.is_file() else path.rglob("*")):
-            if file.is_file():
+            if file.is_file() and file.suffix != ".partial":
                 sha.update(f"{file.relative_to(path.parent)}\0".encode() + file.read_bytes())
     return sha.hexdigest()
 
