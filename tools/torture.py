@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from igpt_ds import cli
-from igpt_ds.files import write_json
+from igpt_ds.json_files import write_json
 from igpt_ds.ops.torture import damages, kills, writers
 from igpt_ds.ops.torture.trial import BARS, Figures, table, total
 from igpt_ds.ops.torture.world import make_world

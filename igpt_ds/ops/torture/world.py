@@ -26,7 +26,7 @@ from igpt_ds.data.streaming import ShardStream
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, read_state, write_state
 from igpt_ds.evaluate.report.results import read_results
-from igpt_ds.files import write_json
+from igpt_ds.json_files import write_json
 from igpt_ds.launcher import RANK_VARIABLES
 from igpt_ds.model.store import load_model, verified_info
 from igpt_ds.ops.torture.trial import ROOT, run_one, tool
