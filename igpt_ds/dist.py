@@ -20,7 +20,8 @@ import torch
 import torch.distributed as td
 from torch.distributed.rendezvous import rendezvous
 
-from igpt_ds.cli import SharedError, error_text
+from igpt_ds.cli import SharedError
+from igpt_ds.errors import error_text
 from igpt_ds.launcher import RANK_VARIABLES, LaunchError, check_address, map_environment
 
 T = TypeVar("T")

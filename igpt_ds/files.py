@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from igpt_ds.cli import FinishedError
+from igpt_ds.errors import naming
 from igpt_ds.locks import locked, open_lock, try_lock
+from igpt_ds.plain_files import check_file
 
 
 def fsync_path(path: Path) -> None:
@@ -50,30 +52,31 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
     The writer holds the lock of its temporary file, so the first writer in a later process can remove those of killed ones.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path not in _swept:
-        _swept.add(path)
-        _remove_unlocked(path)
-    partial, file = _new_file(path, mode)
+    partial = None
     try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)
-        fsync_path(path.parent)
-    except OSError as error:
-        if error.filename is None:  # as when the disk is full
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path not in _swept:
+                _swept.add(path)
+                _remove_unlocked(path)
+            partial, file = _new_file(path, mode)
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            fsync_path(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def _new_file(path: Path, mode: str) -> tuple[Path, IO[Any]]:
     while True:
         partial = _partial(path)
-        file = open(partial, mode.replace("w", "x"))  # noqa: SIM115  (the caller closes it)
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+        file = open(partial, mode.replace("w", "x"), encoding=encoding, errors=errors)  # noqa: SIM115  (the caller closes it)
         while try_lock(file.fileno()) is False:
             time.sleep(0.01)  # another process takes it for a leftover
         if partial.exists():
@@ -145,9 +148,11 @@ def scratch_dir(path: Path) -> Iterator[Path]:
     """Yields an empty temporary directory beside `path`, and removes it. `reserved` removes those of killed processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
-    partial.mkdir()
     try:
-        yield partial
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -176,7 +181,8 @@ def move_dir(partial: Path, path: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """The hex sha256 of a file's bytes, read in pieces."""
-    with open(path, "rb") as file:
+    check_file(path)
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
 
 

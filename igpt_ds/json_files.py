@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from igpt_ds.errors import naming, reason
 from igpt_ds.files import atomic_file
+from igpt_ds.plain_files import check_file
 
 MAX_JSON_BYTES = 1 << 26  # of one file, parsed to at most 30 times as many bytes of memory
 MAX_JSON_DEPTH = 64
@@ -50,7 +52,7 @@ def read_json(path: Path, what: str, fix: str = _CORRECT, limit: int = MAX_JSON_
     except FileNotFoundError:
         raise ValueError(f"{where} does not exist{end}") from None
     except OSError as error:
-        raise ValueError(f"{where} cannot be read: {error.strerror}{end}") from None
+        raise ValueError(f"{where} cannot be read: {reason(error)}{end}") from None
 
 
 def read_text(path: Path, where: str, fix: str, limit: int = MAX_JSON_BYTES) -> str:
@@ -60,7 +62,8 @@ def read_text(path: Path, where: str, fix: str, limit: int = MAX_JSON_BYTES) -> 
         ValueError: the file has more bytes or is not UTF-8.
         OSError: it is missing or cannot be read.
     """
-    with open(path, "rb") as file:
+    check_file(path)
+    with naming(path), open(path, "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"{where} is not valid JSON of its kind: it has more than {limit:,} bytes; {fix}")

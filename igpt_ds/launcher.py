@@ -142,7 +142,7 @@ def _first_host(env: Mapping[str, str]) -> str:
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
     command = ["scontrol", "show", "hostnames", nodes]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         raise LaunchError(f"cannot expand the node list {nodes!r} with scontrol; export MASTER_ADDR yourself") from None
 
@@ -154,7 +154,9 @@ def resume_command() -> str:
     while process > 1:
         try:
             words = os.fsdecode(Path(f"/proc/{process}/cmdline").read_bytes()).split("\0")[:-1]
-            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+            process = int(
+                Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+            )
         except (OSError, ValueError, IndexError):
             break
         if words[-len(ours) :] == ours:

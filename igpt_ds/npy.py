@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from igpt_ds.errors import reason
+from igpt_ds.plain_files import check_file
 from igpt_ds.schema import short
 
 
@@ -28,11 +30,12 @@ def read_npy(path: Path, what: str, fix: str, mapped: bool = False) -> np.ndarra
         ValueError: the file is missing or is no .npy file of numbers, or its size is not what its header says.
     """
     where = f"{what} {path}"
+    check_file(path)
     try:
         with open(path, "rb") as file:
             return _read(file, where, fix, mapped)
     except OSError as error:
-        raise ValueError(f"{where} cannot be read: {error.strerror}; {fix}") from None
+        raise ValueError(f"{where} cannot be read: {reason(error)}; {fix}") from None
 
 
 def parse_npy(content: bytes, where: str, fix: str) -> np.ndarray:
@@ -64,6 +67,6 @@ def _header(file: BinaryIO, where: str, fix: str) -> tuple[tuple[int, ...], bool
     except OSError:
         raise
     except Exception as error:  # NumPy's parser of the header raises what Python's own parser raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{where} is not a .npy file of numbers: {reason[:200]}; {fix}") from None
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{where} is not a .npy file of numbers: {said[:200]}; {fix}") from None
     return shape, fortran, dtype

@@ -21,10 +21,6 @@ export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # Megatron users set it to 1, which puts all kernels in one queue. ZeRO-3 then cannot fetch the next layer during the current one.
 unset CUDA_DEVICE_MAX_CONNECTIONS
 
-# Compiled operators and kernels go to the node's own disk. On a shared home the ranks of all nodes would write the same files.
-export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${TMPDIR:-/tmp}/$(id -un)-torch-extensions}"
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/$(id -un)-triton}"
-
 # A crash in native code prints a stack. Python's output reaches the log at once.
 export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
 

@@ -129,7 +129,7 @@ use_nodes() { # NODE...: the nodes for the ranks
   # --cpu-bind=none     otherwise the single task with all its ranks is bound to one core
   # --kill-on-bad-exit  one dead node ends the step at once, not after the time limit of the collectives
   srun=(srun --nodes="$#" --nodelist="$node_list" --ntasks="$#" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60)
-  [[ ! -e $HOSTFILE ]] || printf "%s slots=$ranks\n" "$@" >"$HOSTFILE"
+  [[ ! -e $HOSTFILE ]] || { rm -f "$HOSTFILE" && (set -C && printf "%s slots=$ranks\n" "$@" >"$HOSTFILE"); } # never through a link
 }
 
 hosts() { scontrol show hostlist "$(IFS=,; echo "$*")"; } # NODE...: node[1-2]

@@ -6,6 +6,7 @@
 # this process alone or to all processes of the task, depending on the site's ProctrackType. The launcher blocks TERM, since deepspeed
 # installs a handler of its own. The ranks get USR1 instead, every second, since a rank may not listen yet.
 set -uo pipefail
+source slurm/caches.sh
 launcher='' teller=''
 trap '' USR1
 trap tell TERM

@@ -2,6 +2,7 @@
 # Shared by the batch scripts that run one Python program as one process: `one_task tools/NAME.py FLAG...` is their last command.
 set -uo pipefail
 source slurm/env.sh
+source slurm/caches.sh
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-$OMP_NUM_THREADS} # the one process has all cores of the job
 
 part() { # sets `part` to the flag with which this task of an array makes one of PARTS parts; empty outside an array

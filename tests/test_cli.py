@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +34,7 @@ def test_bad_input_is_one_line_and_status_2(error, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.run(failing(error))
     assert end.value.code == 2
-    text = "a.npy: No such file" if isinstance(error, OSError) else str(error)
+    text = "a.npy: No such file; check the path" if isinstance(error, OSError) else str(error)
     assert capsys.readouterr().err == f"sample.py: error: {text}\n"
 
 
@@ -117,7 +119,7 @@ def test_a_mistake_in_joined_ranks_is_a_traceback_and_status_1(launch, tmp_path,
     program = tmp_path / "program.py"
     program.write_text(JOINED.format(port=free_port, then="{}['format']"))
     done = launch([program])
-    assert (done.returncode, done.stdout) == (1, "joined\n")
+    assert (done.returncode, done.stdout) == (1, "joined\n"), done.stderr
     assert "Traceback (most recent call last):" in done.stderr
     assert done.stderr.endswith("KeyError: 'format'\n")
 
@@ -139,9 +141,108 @@ def test_a_program_ends_with_status_2(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "program.py: error: no\n")
 
 
-def test_a_full_disk_is_told_with_the_fix(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "free some space there and run the same command again"),
+        (errno.EDQUOT, "ask for a higher quota"),
+        (errno.EIO, "use a copy on another disk"),
+        (errno.EACCES, "change its permissions"),
+        (errno.EROFS, "that can be written"),
+        (errno.ENAMETOOLONG, "choose a shorter name"),
+        (errno.EMFILE, "ulimit -n"),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_and_the_fix(number, fix, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_shards.py"])
     with pytest.raises(SystemExit):
-        cli.run(failing(OSError(errno.ENOSPC, "No space left on device", "out.tar")))
-    line = "make_shards.py: error: out.tar: No space left on device; free some space there and run the same command again\n"
-    assert capsys.readouterr().err == line
+        cli.run(failing(OSError(number, os.strerror(number), b"\x1b[31m\xff.tar")))
+    line = capsys.readouterr().err
+    assert line.startswith(f"make_shards.py: error: \\x1b[31m\\udcff.tar: {os.strerror(number)}; ")
+    assert fix in line
+    assert line.count("\n") == 1
+
+
+NAMES = """
+from igpt_ds import cli
+
+def main(argv):
+    open(__file__).read()  # as libraries open their own files
+    print("größe \\udcff \\x1b[2J \\x9b31m \\u202e \\r")
+    raise ValueError("größe \\udcff \\x1b[2J\\n")
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "printed"),
+    [
+        ({}, "größe".encode()),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"gr\\xf6\\xdfe"),
+        ({"PYTHONIOENCODING": "latin-1"}, "größe".encode("latin-1")),
+        ({"PYTHONIOENCODING": "utf-8:strict"}, "größe".encode()),
+    ],
+)
+def test_names_are_printed_in_any_locale_and_without_control_characters(tmp_path, settings, printed):
+    program = tmp_path / "program.py"
+    program.write_text(NAMES)
+    done = subprocess.run([sys.executable, program], capture_output=True, env=os.environ | settings)
+    assert done.stdout == printed + rb" \udcff \x1b[2J \x9b31m \u202e \r" + b"\n"
+    assert done.stderr == b"program.py: error: " + printed + rb" \udcff \x1b[2J" + b"\n"
+
+
+def test_a_traceback_is_printable(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("from igpt_ds import cli\n\ndef main(argv):\n    raise RuntimeError('\\x1b[2J')\n\ncli.run(main)\n")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: \\x1b[2J\n")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "text", "written"),
+    [
+        (True, "\r 50% \x1b[A", "\r 50% \\x1b[A"),
+        (True, "\n\x1b[A\x1b[A", "\n\x1b[A\x1b[A"),
+        (True, "name\r", "name\\r"),
+        (False, "\r 50%", "\\r 50%"),
+        (False, "\x1b[A", "\\x1b[A"),
+    ],
+)
+def test_a_progress_bar_moves_on_a_terminal_alone(terminal, text, written, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    cli.run(lambda argv: sys.stdout.write(text))
+    assert stream.getvalue() == written
+
+
+@pytest.mark.parametrize(
+    ("redirect", "status", "told"),
+    [(">/dev/full", 2, "standard output: No space left on device"), (">&-", 0, ""), ("2>&-", 0, "")],
+)
+def test_output_that_cannot_be_written_is_told_and_closed_output_is_none(tmp_path, redirect, status, told):
+    program = tmp_path / "program.py"
+    program.write_text("from igpt_ds import cli\n\ncli.run(lambda argv: print('words'))\n")
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {program} {redirect}"], capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stderr.startswith(f"program.py: error: {told}" if told else "")
+    assert done.stderr.count("\n") == bool(told)
+
+
+@pytest.mark.parametrize("home", [None, "", "/missing"])
+def test_a_missing_home_is_replaced(home, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", home or "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cli.run(failing_not)
+    assert Path.home().parent == tmp_path
+    assert f"caches in {Path.home()};" in capsys.readouterr().err
+
+
+def failing_not(argv):
+    pass

@@ -28,7 +28,7 @@ def test_rank_0_answers_for_all() -> None:
     assert from_rank_0(lambda: 7) == 7
     with pytest.raises(SharedError, match="no such thing"):
         from_rank_0(refuse)
-    with pytest.raises(SharedError, match=r"^/proc/nothing/x: No such file or directory$"):
+    with pytest.raises(SharedError, match=r"^/proc/nothing/x: No such file or directory; check the path$"):
         from_rank_0(lambda: Path("/proc/nothing/x").mkdir())
     with pytest.raises(KeyError, match="format"):
         from_rank_0(lambda: {}["format"])

@@ -9,12 +9,29 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from igpt_ds import files
+from igpt_ds.arrays import new_array
+from igpt_ds.data.images import decode_image
+from igpt_ds.data.palette import load_palette
+from igpt_ds.data.palette_table import load_table
+from igpt_ds.data.sources.tars import tar_window, walk
+from igpt_ds.errors import error_text
+from igpt_ds.evaluate.features.files import _open_array
+from igpt_ds.evaluate.probes.sgd_state import read_state
+from igpt_ds.evaluate.report.page import _figure
 from igpt_ds.files import atomic_dir, atomic_file, sha256_file
 from igpt_ds.json_files import json_line, read_json, read_json_lines, refuse_changed, seal, write_json, write_json_lines
+from igpt_ds.model.interchange.hf import _open_tensors
+from igpt_ds.model.store import _read_file, read_tensors, write_tensors
+from igpt_ds.plain_files import open_plain, utf8_path
+from igpt_ds.train.checkpoint.restricted import refuse_foreign_names
+from igpt_ds.train.checkpoint.torch_files import read_torch_file
 
 
 def names(directory):
@@ -160,8 +177,19 @@ def test_a_row_that_says_its_sha256_is_compared_with_it(tmp_path):
 
 
 def test_json_that_is_a_directory(tmp_path):
-    with pytest.raises(ValueError, match=r"^recipe .* cannot be read: Is a directory$"):
+    with pytest.raises(ValueError, match=r"^recipe .* cannot be read: Is a directory; name a file$"):
         read_json(tmp_path, "recipe")
+
+
+def test_names_that_are_not_utf8_survive_in_json_and_are_escaped_in_text(tmp_path):
+    value = {"gr\xf6\xdfe": os.fsdecode(b"\xff.png"), "half": "\ud800"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", "names") == value
+    write_json_lines(tmp_path / "a.jsonl", [value])
+    assert read_json_lines(tmp_path / "a.jsonl") == [value]
+    with atomic_file(tmp_path / "a.md", "w") as file:
+        file.write("gr\xf6\xdfe " + os.fsdecode(b"\xff"))
+    assert (tmp_path / "a.md").read_bytes() == "gr\xf6\xdfe \\udcff".encode()
 
 
 def test_json_lines_round_trip_and_missing(tmp_path):
@@ -202,3 +230,139 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "out.bin")
     assert not list(tmp_path.iterdir())
+
+
+READERS = {
+    "JSON": lambda path: read_json(path, "recipe"),
+    "rows": read_json_lines,
+    "hash": sha256_file,
+    "palette": load_palette,
+    "table": lambda path: load_table(path, "0" * 64, fail_with),
+    "torch file": read_torch_file,
+    "checkpoint": lambda path: refuse_foreign_names([path]),
+    "state of a probe": lambda path: read_state(path, {}, "cpu"),
+    "weights": lambda path: _open_tensors(path),
+    "tar": lambda path: list(walk_tar(path)),
+    "features": lambda path: _open_array(path, np.dtype("<f4"), (1,)),
+    "picture": lambda path: _figure(path, "caption"),
+    "image": lambda path: decode_image(path.read_bytes(), str(path)),
+}
+
+
+def fail_with(words):
+    raise ValueError(words)
+
+
+def walk_tar(path):
+    with tar_window(path) as window:
+        yield from walk(window, str(path))
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("content", "fix"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"/annex/objects/SHA256E-s9--0\n", "git annex get"),
+    ],
+)
+def test_a_pointer_is_told_wherever_a_file_is_read(tmp_path, reader, content, fix):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.safetensors.* is a pointer of .*{fix}"):
+        READERS[reader](path)
+
+
+@pytest.mark.parametrize("reader", [name for name in READERS if name not in ("image", "weights")])
+def test_a_fifo_and_a_device_are_refused_and_not_read(tmp_path, reader):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=rf"{path} .*not a file"):
+            READERS[reader](path)
+
+
+def test_a_link_of_git_annex_without_its_content(tmp_path):
+    path = tmp_path / "a.json"
+    path.symlink_to(".git/annex/objects/aa/bb/SHA256E-s9--0/SHA256E-s9--0")
+    with pytest.raises(ValueError, match=r"a\.json is .*git annex get"):
+        read_json(path, "recipe")
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from igpt_ds import cli
+from igpt_ds.arrays import new_array, save_array
+from igpt_ds.files import atomic_dir, write_json
+
+def directory(path):
+    with atomic_dir(path) as partial:
+        (partial / "a").write_bytes(bytes(1 << 20))
+
+def main(argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    path = Path(sys.argv[2])
+    {
+        "map": lambda: new_array(path, np.dtype("<f4"), (1 << 20,)),
+        "array": lambda: save_array(path, np.zeros(1 << 20)),
+        "JSON": lambda: write_json(path, "a" * (1 << 20)),
+        "directory": lambda: directory(path),
+    }[sys.argv[1]]()
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("what", ["map", "array", "JSON", "directory"])
+def test_a_write_that_the_system_refuses_names_the_file_and_leaves_nothing(tmp_path, what):
+    (tmp_path / "program.py").write_text(LIMITED)
+    path = tmp_path / "out" / "file"
+    path.parent.mkdir()
+    done = subprocess.run([sys.executable, tmp_path / "program.py", what, path], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"program.py: error: {path}: File too large; raise the limit (ulimit -f), or choose a file system without it\n"
+    )
+    assert what == "map" or not list(path.parent.iterdir())
+
+
+def test_the_space_of_a_memory_map_is_taken_at_once(tmp_path):
+    array = new_array(tmp_path / "a.npy", np.dtype("<f4"), (1 << 16,))
+    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= array.nbytes
+    assert not array.any()
+
+
+@pytest.mark.parametrize(("name", "fix"), [("a" * 300, "choose a shorter name"), ("file/a", "remove it, or choose another name")])
+def test_a_name_that_cannot_be_written_is_told_without_the_temporary_name(tmp_path, name, fix):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r".") as caught:
+        write_json(tmp_path / name, 1)
+    assert error_text(caught.value).startswith(f"{tmp_path / name}: " if name[0] == "a" else f"{tmp_path}/file")
+    assert fix in error_text(caught.value)
+    assert "partial" not in error_text(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["a", "w"])
+def test_a_file_of_a_fixed_name_is_not_written_through_a_link(tmp_path, mode):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "link").symlink_to(victim)
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(OSError, match=name):
+            open(tmp_path / name, mode, opener=open_plain).close()
+    assert victim.read_text() == "mine"
+    with open(tmp_path / "new", mode, opener=open_plain) as file:
+        file.write("words")
+    assert (tmp_path / "new").read_text() == "words"
+
+
+def test_a_path_that_is_not_utf8_reaches_a_library_that_takes_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"gr\xf6n.safetensors")
+    write_tensors(path, {"a": torch.ones(2)})
+    assert _read_file(path)["a"].tolist() == read_tensors(path, "")["a"].tolist() == [1, 1]
+    assert _open_tensors(path)["a"]().tolist() == [1, 1]
+    with utf8_path(tmp_path / "plain") as name:
+        assert name == str(tmp_path / "plain")

@@ -31,6 +31,7 @@ from igpt_ds.ops.diagnose import behind, catches, clues, errors, failures, likel
 from igpt_ds.ops.rank_status import WATCH_SECONDS, RankStatus
 from igpt_ds.ops.status import read_lost, read_status
 from igpt_ds.ops.status_text import status_text
+from igpt_ds.plain_files import check_file, is_inside, open_plain
 
 TAIL_BYTES, MOST_BYTES = 1 << 20, 1 << 28  # read of a log; size of the largest file that is packed
 STACK_SECONDS = 3.0  # to wait for the stacks of a rank
@@ -105,8 +106,11 @@ def ask_ranks_here(run_dir: Path, ranks: Sequence[RankStatus]) -> dict[int, str]
         if states[beat.rank] in ("gone", "Z"):
             continue
         if shutil.which("py-spy"):
-            done = subprocess.run(["py-spy", "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True)
-            file.write_text(done.stdout + done.stderr)
+            done = subprocess.run(
+                ["py-spy", "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, encoding="utf-8", errors="replace"
+            )
+            with open(file, "w", encoding="utf-8", opener=open_plain) as out:
+                out.write(done.stdout + done.stderr)
         elif is_python(pid) and catches(pid, signal.SIGUSR2):
             asked.append((file, file.stat().st_size if file.exists() else 0))
             os.kill(pid, signal.SIGUSR2)
@@ -129,7 +133,7 @@ def ask_other_nodes(run_dir: Path, job: str, hosts: list[str]) -> dict[int, str]
     where = ["srun", "--overlap", "--jobid", job, "-w", ",".join(hosts), "-N", str(len(hosts)), "-n", str(len(hosts))]
     command = [*where, "--ntasks-per-node=1", sys.executable, __file__, str(run_dir.resolve()), "--here"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return {}
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -139,8 +143,18 @@ def ask_other_nodes(run_dir: Path, job: str, hosts: list[str]) -> dict[int, str]
 def read_logs(run_dir: Path, named: list[Path]) -> dict[str, str]:
     """The ends of the named logs and of the logs in the run directory."""
     kinds = ("*.log", "*.out", "*.err", "logs/**/*.log", "logs/**/*.out", "logs/**/std*")
-    found = dict.fromkeys([*named, *(path for kind in kinds for path in sorted(run_dir.glob(kind)) if path.is_file())])
+    for path in named:
+        check_file(path)
+    found = dict.fromkeys([*named, *(path for kind in kinds for path in sorted(run_dir.glob(kind)) if _is_ours(path, run_dir))])
     return {str(path): tail(path) for path in found}
+
+
+def _is_ours(path: Path, run_dir: Path) -> bool:
+    """Whether a path is a file in the run directory. A link may lead to a file that must not be sent."""
+    ours = is_inside(path, run_dir)
+    if not ours and not path.is_dir():
+        print(f"left out: {path} is no file of {run_dir}", file=sys.stderr)
+    return ours
 
 
 def tail(path: Path) -> str:
@@ -153,7 +167,7 @@ def tail(path: Path) -> str:
 def kernel_lines() -> str:
     """The kernel's messages about memory, GPUs and disks on this node; "" without permission to read them."""
     try:
-        done = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=10)
+        done = subprocess.run(["dmesg"], capture_output=True, encoding="utf-8", errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return "\n".join(line for line in done.stdout.splitlines() if KERNEL.search(line))[-TAIL_BYTES:]
@@ -164,12 +178,12 @@ def pack(report: Path, run_dir: Path, texts: dict[str, str]) -> None:
     recorder = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
     dumps = sorted(Path(recorder).parent.glob(f"{Path(recorder).name}*")) if recorder else []
     kinds = ("*.json", "restarts.jsonl", "heartbeat/*.json", "stacks/*", "flight_recorder/*")
-    files = [path for kind in kinds for path in sorted(run_dir.glob(kind))]
+    files = [path for kind in kinds for path in sorted(run_dir.glob(kind)) if _is_ours(path, run_dir)]
     rows = run_dir / "train.jsonl"
-    texts = texts | ({"train.jsonl": tail(rows)} if rows.exists() else {})
+    texts = texts | ({"train.jsonl": tail(rows)} if is_inside(rows, run_dir) else {})
     with atomic_file(report) as out, tarfile.open(fileobj=out, mode="w:gz") as tar:
         for name, text in texts.items():
-            content = text.encode()
+            content = text.encode("utf-8", "backslashreplace")
             info = tarfile.TarInfo(f"diagnosis/{name.strip('/')}")
             info.size, info.mtime = len(content), int(time.time())
             tar.addfile(info, io.BytesIO(content))

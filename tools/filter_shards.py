@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds import cli
+from igpt_ds.arrays import new_array
 from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.build import copy_images
 from igpt_ds.data.shards.dataset import ShardSet
@@ -148,7 +149,7 @@ def say_how_well(domain: Domain, layer: int, deepest: int) -> None:
 
 def score_all(path: Path, read: FeatureReader, domain: Domain, candidates: ShardSet) -> np.ndarray:
     """Writes one score per candidate as .npy, float32 [N]; returns the memory map."""
-    scores = np.lib.format.open_memmap(path, "w+", np.dtype("<f4"), (candidates.n_images,))
+    scores = new_array(path, np.dtype("<f4"), (candidates.n_images,))
     with tqdm(total=candidates.n_images, unit=" images", desc="scores", leave=False, disable=None) as bar:
         for start in range(0, candidates.n_images, 1 << 16):
             for ids, features in read(candidates, np.arange(start, min(start + (1 << 16), candidates.n_images))):

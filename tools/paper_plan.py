@@ -14,6 +14,7 @@ trains one model on any images; flags of train.py follow "--" and name its recip
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         begin(out, scale, asked(args))
         left = {stage.name: stage for stage in found if not stage.done}
         for stage in left.values():
-            print(command_line(stage, [name for name in stage.needs if name in left]))
+            line = command_line(stage, [name for name in stage.needs if name in left])
+            sys.stdout.buffer.write(os.fsencode(f"{line}\n"))  # for a script: as it is, with its separators
         return
     print(describe_stages(found, out, scale))
     if scale.name == "full":

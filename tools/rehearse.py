@@ -27,6 +27,7 @@ from typing import Any
 from igpt_ds import cli
 from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops.compare import compare_runs
+from igpt_ds.plain_files import open_plain
 
 WAYS = {"kill -9 of one rank": signal.SIGKILL, "kill -9 of all ranks": signal.SIGKILL, "USR1": signal.SIGUSR1}
 CURVES = ("loss", "val_loss", "lr", "images_seen")  # columns of train.jsonl that must agree
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         interrupt(args.command, broken, way, int(target), seconds_a_step(alone), dice)
         print(f"{way} at step {last_step(broken)}", flush=True)
     until_the_end(args.command, broken)
-    resumed = broken.with_suffix(".log").read_text(errors="replace").count("resumed from ")
+    resumed = broken.with_suffix(".log").read_text(encoding="utf-8", errors="replace").count("resumed from ")
     curves = compare_runs(alone, broken, columns=CURVES)
     worst = math.inf if any(curves.missing) else max(curves.largest.values())
     same = weights(alone, args.out / "alone.model") == weights(broken, args.out / "interrupted.model")
@@ -98,7 +99,7 @@ def parse(words: list[str]) -> Any:
 
 def begin(command: Sequence[str], run_dir: Path) -> subprocess.Popen[bytes]:
     """Starts or continues a run and appends its output to a file beside it."""
-    with open(run_dir.with_suffix(".log"), "ab") as log:
+    with open(run_dir.with_suffix(".log"), "ab", opener=open_plain) as log:
         words = [*command, "--run_dir", str(run_dir), "--resume", "auto"]
         return subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
 
@@ -144,14 +145,18 @@ def interrupt(command: Sequence[str], run_dir: Path, way: str, target: int, step
 
 def _pids(heartbeats: Path, since: float) -> list[int]:
     # The ranks of this start on this machine, by their heartbeats.
-    beats = [json.loads(path.read_text()) for path in sorted(heartbeats.glob("rank-*.json")) if path.stat().st_mtime > since]
+    beats = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(heartbeats.glob("rank-*.json"))
+        if path.stat().st_mtime > since
+    ]
     return [beat["pid"] for beat in beats]
 
 
 def weights(run_dir: Path, model_dir: Path) -> str:
     """The sha256 of a run's last weights."""
     subprocess.run([sys.executable, CONSOLIDATE, "--run_dir", run_dir, "--out", model_dir], check=True, stdout=subprocess.DEVNULL)
-    return str(json.loads((model_dir / "config.json").read_text())["model_hash"])
+    return str(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["model_hash"])
 
 
 if __name__ == "__main__":

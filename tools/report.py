@@ -9,6 +9,7 @@ Without --results the page shows RUN_DIR/results.jsonl. Without --pictures it sh
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from igpt_ds.evaluate.report.row_types import Row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun, read_curve
 from igpt_ds.evaluate.report.tables import TITLES
 from igpt_ds.files import atomic_file
+from igpt_ds.plain_files import is_inside
 from igpt_ds.train.run_dir import read_run
 
 DRAWN = ("layers.png", "training.png")  # figures of these names are drawn again here
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = args.pictures
     if pictures is None:
         pictures = [path for path in sorted(args.run_dir.glob("*.png")) if path.name not in DRAWN]
+        for path in [path for path in pictures if not is_inside(path, args.run_dir)]:
+            print(f"left out: {path} is no file of {args.run_dir}; name it with --pictures to show it", file=sys.stderr)
+            pictures.remove(path)
     name = args.title or args.run_dir.resolve().name
     with tempfile.TemporaryDirectory() as scratch:
         figures = curves(Path(scratch), name, run.recipe.model.n_vocab, training, results)

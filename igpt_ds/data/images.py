@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from igpt_ds.data.left_out import EMPTY, TOO_LARGE, UNDECODABLE, BadImageError
 from igpt_ds.data.png import without_notes
 from igpt_ds.files import atomic_file
+from igpt_ds.plain_files import pointer
 
 # Resizing filters; each one widens with the reduction (antialias). The paper names none.
 # Bicubic is the default: it keeps edges sharper than bilinear, and lanczos rings at 32 px.
@@ -48,8 +49,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SEPARATOR = 128  # the grey of the lines between the images of a grid, and under its captions
-_CAPTION_PX = 14  # height of a line of PIL's built-in font
+_SEPARATOR, _CAPTION_PX = 128, 14  # the grey of the lines between the images of a grid; height of a line of PIL's built-in font
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -74,7 +74,8 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int | None = None
                 pixels = _jpeg_pixels(data, image)
                 return np.array(_rgb(_upright(image))) if pixels is None else pixels
     except UnidentifiedImageError:
-        reason, why = ("its bytes are of no known format", why) if data else ("it is empty", EMPTY)
+        known = f"it is {pointer(data)}" if pointer(data) else "its bytes are of no known format"
+        reason, why = (known, why) if data else ("it is empty", EMPTY)
     except Image.DecompressionBombError as error:
         fix = "if it is no bomb, set --max_pixels of make_shards.py or --max_image_pixels of fit_palette.py"
         reason, why = f"{error}; {fix}", TOO_LARGE

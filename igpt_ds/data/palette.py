@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt_ds.arrays import save_array
 from igpt_ds.data.kmeans import kmeans
 from igpt_ds.data.palette_table import (
     N_RGB,
@@ -26,7 +27,7 @@ from igpt_ds.data.palette_table import (
     save_table,
     table_path,
 )
-from igpt_ds.files import atomic_file
+from igpt_ds.errors import reason
 from igpt_ds.npy import read_npy
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
@@ -160,7 +161,7 @@ def prepare_table(path: Path, threads: int = 1) -> Palette:
         try:
             save_table(cache, table, palette.hash)
         except OSError as error:
-            print(f"the palette's table cannot be cached as {cache}: {error.strerror}", file=sys.stderr, flush=True)
+            print(f"the palette's table cannot be cached as {cache}: {reason(error)}", file=sys.stderr, flush=True)
         else:
             table = load_table(cache, palette.hash, _say_not_used)  # the mapped file, which processes share
     palette._state.table, palette._state.looked = table, True
@@ -178,8 +179,7 @@ def save_palette(path: Path, palette: Palette, report: PaletteReport | None = No
         values = asdict(report or PaletteReport(palette.hash, len(palette)))
         assert values["hash"] == palette.hash
         REPORT.write(report_path(path), {key: None if value == math.inf else value for key, value in values.items()})
-    with atomic_file(path) as file:
-        np.lib.format.write_array(file, palette.colors.astype("<f4"), version=(1, 0))
+    save_array(path, palette.colors.astype("<f4"))
 
 
 @dataclass(frozen=True)

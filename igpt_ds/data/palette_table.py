@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt_ds.files import atomic_file
+from igpt_ds.plain_files import check_file
 
 N_RGB = 1 << 24  # the number of colours of three bytes
 _BLOCK = 1 << 19  # distances computed at once by brute force: 1024 pixels x 512 colours fit the cache of a core
@@ -193,6 +194,7 @@ def load_table(path: Path, palette_hash: str, say: Callable[[str], None]) -> np.
     say: gets the reason if the file exists and cannot be used.
     """
     try:
+        check_file(path)
         with open(path, "rb") as file:
             header = file.read(_HEADER).rstrip(b"\0")
         if not header.startswith(_MAGIC):

@@ -37,7 +37,7 @@ def fastest() -> str:
     decides and not a measurement: equal commands then give equal bits on equal machines.
     """
     try:
-        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         intel = False
     return "torch" if intel or ONEDNN_PRODUCT is None else "onednn"

@@ -25,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt_ds.config import OBJECTIVES, ModelConfig
+from igpt_ds.errors import naming
 from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.plain_files import utf8_path
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
@@ -140,7 +142,7 @@ def _stream_file(weights: WeightStream, path: Path) -> None:
         header[name] = {"dtype": "F32", "shape": list(weights.shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in header:
             for block in weights.blocks(name):
@@ -212,7 +214,7 @@ def load_classifier(model_dir: Path) -> tuple[Classifier, ModelInfo]:
 @contextmanager
 def open_weights(model_dir: Path) -> Iterator[Callable[[str], Tensor]]:
     """Yields a function from a weight's name to the weight. It reads one tensor at a time and never holds all of them."""
-    with safe_open(model_dir / "model.safetensors", framework="pt") as file:
+    with utf8_path(model_dir / "model.safetensors") as path, safe_open(path, framework="pt") as file:
         yield file.get_tensor
 
 
@@ -233,7 +235,7 @@ def _check_file(path: Path, expected: str) -> None:
 def _check_layers(path: Path, n_layer: int) -> None:
     """Counts the layers of a file before a model of n_layer layers is made: 65,536 take a minute."""
     try:
-        with safe_open(path, "pt") as file:
+        with utf8_path(path) as name, safe_open(name, "pt") as file:
             found = sum(name.endswith(".ln_1.weight") for name in file.keys())  # noqa: SIM118, safe_open is no dict
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}; consolidate again") from None
@@ -242,10 +244,15 @@ def _check_layers(path: Path, n_layer: int) -> None:
         raise ValueError(f"{path} does not fit {where}: it has {found} layers, and n_layer is {n_layer}; consolidate again")
 
 
+def _read_file(path: Path) -> dict[str, Tensor]:
+    with utf8_path(path) as name:
+        return load_file(name)
+
+
 def _load(model: Transformer, files: Iterable[Path], model_dir: Path) -> None:
     path = model_dir / "model.safetensors"
     try:
-        weights = {name: weight for path in files for name, weight in load_file(path).items()}
+        weights = {name: weight for path in files for name, weight in _read_file(path).items()}
         model.load_state_dict(weights, strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -274,7 +281,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
     The file is opened and closed at each call, so that its mapped pages do not stay in the process's memory.
     """
-    with safe_open(path, "pt") as file:
+    with utf8_path(path) as utf8, safe_open(utf8, "pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118, safe_open is no dict
         return {name.removeprefix(prefix): file.get_tensor(name).clone() for name in names}
 

@@ -125,7 +125,7 @@ def clues(name: str, lines: Iterable[str]) -> list[Clue]:
 def process_state(pid: int, proc: Path = Path("/proc")) -> str:
     """The state letter of a process on Linux (R runs, S sleeps, T stopped, D waits for a device, Z dead), or "gone"."""
     try:
-        return (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+        return (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
     except OSError:
         return "gone"
 
@@ -133,7 +133,7 @@ def process_state(pid: int, proc: Path = Path("/proc")) -> str:
 def catches(pid: int, number: int, proc: Path = Path("/proc")) -> bool:
     """Whether a process has a handler for a signal. Without a handler the signal may kill it."""
     try:
-        status = (proc / str(pid) / "status").read_text()
+        status = (proc / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     mask = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)

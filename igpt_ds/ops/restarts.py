@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import TextIO
 
 from igpt_ds import cli
+from igpt_ds.errors import error_text, naming
 from igpt_ds.files import atomic_file
 from igpt_ds.ops import requeue
 from igpt_ds.ops.requeue import End, Start
+from igpt_ds.plain_files import open_plain
 from igpt_ds.train.checkpoint.directory import list_checkpoints
 
-OWNER_TRIES, OWNER_SECONDS = 60, 5.0  # how often, and after how long, SLURM is asked whether another job has ended
-LOCK_TRIES, LOCK_SECONDS = 60, 1.0
-LOCK_BROKEN = 30  # after this try the lock is that of a killed process
-LOCK_MISSING = 5  # so many failures without a lock mean that the disk cannot be written
+OWNER_TRIES, OWNER_SECONDS, LOCK_TRIES, LOCK_SECONDS = 60, 5.0, 60, 1.0  # how often, and after how long, the owner is asked for
+LOCK_BROKEN, LOCK_MISSING = 30, 5  # tries: then the lock is a killed process's; without a lock, the disk cannot be written
 
 
 def say(start: Start, words: str) -> None:
@@ -54,9 +54,9 @@ def write_line(line: str, log: TextIO) -> None:
 def ask(*command: str) -> tuple[bool, str]:
     """Whether a command of SLURM succeeds, and what it prints; its errors go to the job's log."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     except OSError as error:
-        write_line(f"error: {cli.error_text(error)}", sys.stderr)
+        write_line(f"error: {error_text(error)}", sys.stderr)
         return False, ""
     return done.returncode == 0, done.stdout
 
@@ -69,7 +69,7 @@ def facts_of(job: str) -> dict[str, str]:
 def state_of(job: str) -> str:
     """PENDING, RUNNING ... of a job; "UNKNOWN" if SLURM does not answer, "" if the job has ended."""
     try:  # %A: squeue lists all tasks of an array under the number of one of them
-        done = subprocess.run(("squeue", "-h", "-o", "%A %T", "-j", job), capture_output=True, text=True)
+        done = subprocess.run(("squeue", "-h", "-o", "%A %T", "-j", job), capture_output=True, encoding="utf-8", errors="replace")
     except OSError:
         return "UNKNOWN"
     if done.returncode:
@@ -80,7 +80,7 @@ def state_of(job: str) -> str:
 def read_text(path: Path) -> str:
     """A file's text; "" if it cannot be read."""
     try:
-        return path.read_text(errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
@@ -97,7 +97,7 @@ def take(start: Start) -> None:
     for tries in range(1, OWNER_TRIES + 1):
         lock(guard)
         try:
-            owner = path.read_text().strip().rpartition(".")[0] if path.exists() else ""
+            owner = path.read_text(encoding="utf-8", errors="replace").strip().rpartition(".")[0] if path.exists() else ""
             state = state_of(owner) if owner not in ("", start.job) else ""
             if not state:
                 with atomic_file(path, "w") as file:
@@ -137,7 +137,7 @@ def newest_images(run_dir: Path) -> int:
     """`images_seen` of the newest complete checkpoint; 0 without one, or if its manifest cannot be read."""
     try:
         complete = [path for path in list_checkpoints(run_dir / "checkpoints") if (path / "COMPLETE").exists()]
-        return int(json.loads((complete[-1] / "manifest.json").read_text())["images_seen"])
+        return int(json.loads((complete[-1] / "manifest.json").read_text(encoding="utf-8"))["images_seen"])
     except (IndexError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0
 
@@ -148,9 +148,9 @@ def record(start: Start, event: str, **more: object) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    now, path = datetime.now().astimezone().isoformat(timespec="seconds"), start.run_dir / "restarts.jsonl"
     row = {"event": event, "job": start.job, "restart": start.restart, "time": now, "nodes": start.nodes}
-    with open(start.run_dir / "restarts.jsonl", "a") as file:
+    with naming(path), open(path, "a", encoding="utf-8", opener=open_plain) as file:
         file.write(json.dumps(row | {"images_seen": newest_images(start.run_dir)} | more) + "\n")
 
 
@@ -159,13 +159,12 @@ def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) 
     try:
         record(start, "end", status=status, reason=reason, bad_nodes=",".join(bad))
     except OSError as error:
-        write_line(f"error: {cli.error_text(error)}", sys.stderr)
+        write_line(f"error: {error_text(error)}", sys.stderr)
 
 
 def images_at_starts(start: Start) -> list[int]:
     """The images that each start of the job began with; empty if this start could not be written down."""
-    images: list[int] = []
-    last = -1
+    images, last = list[int](), -1
     for line in read_text(start.run_dir / "restarts.jsonl").splitlines():
         try:
             row = json.loads(line[max(0, line.rfind('{"event"')) :])  # a row may follow one that a full disk tore
@@ -203,11 +202,12 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
             say(start, f"{reason}; not queued again: {start.run_dir}/STOP exists; submit again to continue")
             return cli.STOPPED
         nodes = ask("scontrol", "show", "hostnames", start.nodes)[1].split()
-        hostfile.write_text("".join(f"{node} slots={ranks}\n" for node in nodes))
+        with atomic_file(hostfile, "w") as file:
+            file.writelines(f"{node} slots={ranks}\n" for node in nodes)
         record(start, "start")
         images = images_at_starts(start) or [newest_images(start.run_dir)]
     except OSError as error:
-        write_line(f"error: {cli.error_text(error)}", sys.stderr)
+        write_line(f"error: {error_text(error)}", sys.stderr)
         return finish(start, End(1, fruitless=start.restart + 1, reason=f"{start.run_dir} cannot be written"))
     if (fruitless := requeue.count_fruitless(images)) > start.max_fruitless:
         record_end(start, 1, reason := f"{fruitless - 1} starts in a row brought no new checkpoint; SLURM ended the last one")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from igpt_ds.json_files import parse_row, read_json, read_json_lines, read_sealed
 from igpt_ds.ops.rank_status import RankStatus, read_ranks
+from igpt_ds.plain_files import check_file
 from igpt_ds.schema import record_from
 from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
 from igpt_ds.train.heartbeat import BEGINNING
@@ -163,6 +164,7 @@ def read_status(run_dir: Path, now: float, watch: float = 0.0) -> Status:
 
 def tail_rows(path: Path, size: int = TAIL_BYTES) -> list[CurveRow]:
     """The last rows of a train.jsonl, without a partial line at either end and without lines that are no rows."""
+    check_file(path)
     if not path.exists():
         return []
     with open(path, "rb") as file:
@@ -236,8 +238,7 @@ def _reason(state: str, lost: DivergedRun | None, ranks: tuple[RankStatus, ...])
 
 
 def _newest_checkpoint(directory: Path, now: float) -> SavedCheckpoint | None:
-    complete = complete_checkpoints(directory)
-    if not complete:
+    if not (complete := complete_checkpoints(directory)):
         return None
     age = max(0.0, now - (complete[-1] / "COMPLETE").stat().st_mtime)
     return SavedCheckpoint(step_of(complete[-1]), age, str(complete[-1]))

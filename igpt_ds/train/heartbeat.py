@@ -70,7 +70,8 @@ class Heartbeat:
 def _is_running(pid: int) -> bool:
     """Whether a process of this machine exists and is not a zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        about = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return about.rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
 

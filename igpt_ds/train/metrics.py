@@ -13,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import os
 import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ from tqdm import tqdm
 from igpt_ds import dist
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.ds_config import Run
+from igpt_ds.errors import naming
 from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
+from igpt_ds.plain_files import open_plain, utf8_path
 from igpt_ds.plan import costs
 from igpt_ds.plan.costs import GIB, train_flops_per_token
 from igpt_ds.schema import record_from, to_json
@@ -113,8 +117,12 @@ class Metrics:
             for number, row in enumerate(read_json_lines(path), start=1)
         ]
         write_json_lines(path, [seal(row) for step, row in rows if 0 < start_step >= step])
-        self.rows = open(path, "a", buffering=1)  # noqa: SIM115  (closed in `close`)
-        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=start_step + 1)
+        self.rows = open(path, "a", encoding="utf-8", buffering=1, opener=open_plain)  # noqa: SIM115  (closed in `close`)
+        with naming(self.run_dir / "tensorboard"):
+            (self.run_dir / "tensorboard").mkdir(exist_ok=True)
+            self._board_path = ExitStack()
+            name = self._board_path.enter_context(utf8_path(self.run_dir / "tensorboard"))
+            self.board = SummaryWriter(name, purge_step=start_step + 1)
 
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`, because a rollback returned to it."""
@@ -191,17 +199,22 @@ class Metrics:
                 self.wandb.finish()
 
     def _close_files(self) -> None:
-        self.rows.close()
-        if self.board:
-            self.board.close()
+        with naming(self.run_dir / "train.jsonl"):
+            self.rows.close()
+        with naming(self.run_dir / "tensorboard"):
+            if self.board:
+                self.board.close()
+                self._board_path.close()
 
     def _write(self, row: dict[str, Value], group: str) -> None:
         known = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
-        self.rows.write(json_line(known))  # JSON has neither infinity nor NaN
+        with naming(self.run_dir / "train.jsonl"):
+            self.rows.write(json_line(known))  # JSON has neither infinity nor NaN
         shown = {f"{group}/{name}": value for name, value in known.items() if name not in ("step", "images_seen")}
-        for name, value in shown.items():
-            if value is not None and self.board:
-                self.board.add_scalar(name, value, row["step"])
+        with naming(self.run_dir / "tensorboard"):  # a thread writes there, and its error is raised here
+            for name, value in shown.items():
+                if value is not None and self.board:
+                    self.board.add_scalar(name, value, row["step"])
         if self.wandb:
             self.wandb.log(shown | {"images_seen": row["images_seen"]}, step=row["step"])
 
@@ -230,7 +243,7 @@ def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:
     import wandb
 
     # The id is the same after an interruption. The service takes no step twice: of repeated rows it keeps the first.
-    name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16]
     return wandb.init(
         project=project, id=name, name=run_dir.name, dir=str(run_dir), resume="allow", config=recipe_to_dict(run.recipe)
     )

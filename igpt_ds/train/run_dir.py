@@ -120,7 +120,7 @@ def check_owner(run_dir: Path) -> None:
 
 def _owner(run_dir: Path) -> str:
     path = run_dir / "owner"
-    return path.read_text().strip() if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
 
 
 def _check_same(run_dir: Path, run: Run, data: DataFacts) -> None:

@@ -55,3 +55,14 @@ def test_a_tool_has_an_example_and_one_entry(path):
         ast.unparse(tree.body[-1]).removesuffix(", ranks=True)").removesuffix(")")
         == "if __name__ == '__main__':\n    cli.run(main"
     )
+
+
+def test_text_of_files_and_programs_has_a_stated_encoding():
+    """The linter sees open() and Path(...) alone; paths in variables and subprocess are found here."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                given = {word.arg for word in node.keywords}
+                reads = isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text")
+                assert "encoding" in given or not reads, f"{path}:{node.lineno}: state the encoding"
+                assert not given & {"text", "universal_newlines"}, f"{path}:{node.lineno}: state encoding and errors"

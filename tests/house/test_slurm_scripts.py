@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,25 @@ def test_every_value_of_the_cluster_is_read_somewhere() -> None:
     code = "".join(path.read_text() for path in SCRIPTS if path.name != "cluster.example.sh")
     assert len(names) > 10
     assert [name for name in names if not re.search(rf"\$\{{?{name}\b", code)] == []
+
+
+@pytest.mark.parametrize("what", ["new", "link", "open", "set"])
+def test_compiled_files_go_to_a_directory_of_this_user_alone(tmp_path: Path, what: str) -> None:
+    mine = tmp_path / f"{os.getuid()}-triton"
+    if what == "link":
+        mine.symlink_to("/")
+    elif what == "open":
+        mine.mkdir()
+        mine.chmod(0o777)
+    before = "TRITON_CACHE_DIR=/set" if what == "set" else "unset TRITON_CACHE_DIR"
+    command = f'{before}; source slurm/caches.sh; echo "$TRITON_CACHE_DIR"'
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=SLURM.parent, env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
+    chosen = Path(done.stdout.strip())
+    if what == "set":
+        assert chosen == Path("/set")
+    else:
+        assert (chosen == mine) == (what == "new")
+        assert stat.S_IMODE(chosen.stat().st_mode) == 0o700
+        assert (str(mine) in done.stderr) == (what != "new")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.json_files import read_json
+from igpt_ds.json_files import read_json, write_json
 from igpt_ds.ops import diagnose
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status import DivergedRun
@@ -200,3 +200,19 @@ def test_a_foreign_directory_gets_one_clear_line(tmp_path: Path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"diagnose.py: error: {tmp_path} is not a run directory: it has no run.json; ")
     assert not list(tmp_path.iterdir())
+
+
+def test_links_out_of_the_run_directory_are_not_packed(tmp_path: Path):
+    run_dir, secret = tmp_path / "run", tmp_path / "secret"
+    secret.write_text('{"password": 1}')
+    recipe = {"name": "tiny", "steps": 100, "batch_images": 8}
+    write_json(run_dir / "run.json", {"format": "igpt_ds.run", "version": 1, "recipe": recipe, "world_size": 1})
+    for name in ("a.log", "a.json", "train.jsonl"):
+        (run_dir / name).symlink_to(secret)
+    os.mkfifo(run_dir / "b.log")
+    (run_dir / "c.log").write_text("words \x1b[2J")
+    text = ask(run_dir)
+    assert f"read            {run_dir / 'c.log'}" in text
+    report = members(text)
+    assert not any("password" in content for content in report.values())
+    assert f"diagnosis/{str(run_dir / 'c.log').strip('/')}" in report

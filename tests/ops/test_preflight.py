@@ -173,7 +173,7 @@ def test_damaged_shards_are_told(tiny_dataset: Path, tmp_path: Path):
     os.truncate(shards[1], 2048)
     shards[2].write_bytes(bytes(shards[2].stat().st_size))
     found = node.shards_report(copied).errors
-    assert found[0] == f"{shards[0]}: No such file or directory"
+    assert found[0] == f"{shards[0]}: No such file or directory; check the path"
     assert found[1].startswith(f"{shards[1]} has 2048 bytes instead of ")
     assert node.shards_report(copied, ["val"]).shards < len(shards)
     assert found[2] == f"{shards[2]} does not begin and end as a tar file does"
@@ -194,7 +194,7 @@ def test_a_check_that_fails_in_whatever_way_is_an_error_in_words(tmp_path: Path)
 
     report = node.attempt(report, "disk", lambda: node.free_space(tmp_path / "none"))
     report = node.attempt(report, "step", refuse)
-    assert report.errors == {"disk": f"{tmp_path / 'none'}: No such file or directory", "step": "AssertionError"}
+    assert report.errors == {"disk": f"{tmp_path / 'none'}: No such file or directory; check the path", "step": "AssertionError"}
 
 
 def test_a_ds_config_that_does_not_fit_the_run_to_come_is_told(recipe: Recipe, sharded_config: Path, tmp_path: Path):

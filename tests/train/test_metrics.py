@@ -1,7 +1,10 @@
 """Curves never double: rows that a resumed run writes again are dropped first."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,29 @@ def test_wandb_that_is_not_there() -> None:
 
 def test_memory_is_that_of_this_process() -> None:
     assert 0.01 < memory_gib() < 100
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "tensorboard"])
+def test_a_full_disk_names_the_file_of_the_curves(run_dir: Path, recipe: Recipe, name: str) -> None:
+    curves = metrics(run_dir, recipe, start_step=2)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "train.jsonl":
+            curves.rows.close()
+            curves.rows = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+        else:
+            patch.setattr(curves.board, "add_scalar", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            curves.validation(3, 1.6)
+    assert caught.value.filename == str(run_dir / name)
+    with contextlib.suppress(OSError):
+        curves.close()
+
+
+def test_a_run_directory_whose_name_is_not_utf8(tmp_path: Path, recipe: Recipe) -> None:
+    run_dir = tmp_path / os.fsdecode(b"gr\xf6n")
+    run_dir.mkdir()
+    curves = metrics(run_dir, recipe, start_step=0)
+    curves.validation(3, 1.6)
+    curves.close()
+    assert list((run_dir / "tensorboard").glob("events.*"))

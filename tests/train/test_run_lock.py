@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -141,3 +142,18 @@ def test_a_live_run_whose_clock_is_wrong_is_refused(tmp_path: Path, age: float) 
     threading.Timer(0.3, beat, (tmp_path, 77), {"host": "elsewhere", "age": age}).start()
     with pytest.raises(ValueError, match=r"rank 0 on elsewhere \(pid 77\)"):
         take(tmp_path, young=30)
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "fifo"])
+def test_a_lock_that_leads_to_another_file_does_not_touch_it(tmp_path: Path, kind: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "lock")
+    elif kind == "hard":
+        (tmp_path / "lock").hardlink_to(victim)
+    else:
+        (tmp_path / "lock").symlink_to(victim)
+    with contextlib.suppress(OSError, ValueError):
+        take(tmp_path)
+    assert victim.read_text() == "mine"

@@ -288,7 +288,7 @@ def memory(world: World) -> list[BenchRow]:
         tool = str(Path(__file__).parents[1] / "make_shards.py")
         command = [sys.executable, "-c", PEAK, tool, "--source", f"imagefolder:{folder}", "--workers", "1", "--n_px", "32"]
         command += ["--palette", str(world.work / "palette.npy"), "--out", str(world.work / f"shards{n_images}")]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", errors="replace").stdout
         peak[n_images] = int(printed.split()[-2]) / 1024
     few, many = counts
     peer, note = f"itself for {few:,} images", f"{many:,} images"

@@ -147,13 +147,13 @@ def add_flags(parser: argparse.ArgumentParser, quick: str, measures: Iterable[st
 
 def own_memory(key: str = "VmRSS") -> float:
     """The memory of this process in bytes: now, or with VmHWM the most since its start."""
-    return 1024.0 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
+    return 1024.0 * int(Path("/proc/self/status").read_text(encoding="utf-8").partition(f"{key}:")[2].split()[0])
 
 
 def peak_beyond(run: Callable[[], Any]) -> float:
     """The most bytes that a call takes beyond the memory of this process before the call."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS; without it an earlier peak may count
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # resets VmHWM to VmRSS; without it an earlier peak may count
     before = own_memory()
     run()
     return own_memory("VmHWM") - before
@@ -189,7 +189,7 @@ def _number(value: float) -> str:
 
 def _facts(quick: bool, packages: Sequence[str], cores_used: int) -> MachineFacts:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions: dict[str, str | None] = {}
     for name in packages:

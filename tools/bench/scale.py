@@ -107,7 +107,8 @@ def on_ranks(world: World, ranks: int, task: str, **what: Any) -> Any:
             processes.append(subprocess.Popen(command, env=mine, stdout=file, stderr=file))
     for rank, process in enumerate(processes):
         if status := process.wait():
-            raise ValueError(f"{task}: rank {rank} of {ranks} ended with {status}: {said[rank].read_text().strip()[-600:]}")
+            last = said[rank].read_text(encoding="utf-8", errors="replace").strip()[-600:]
+            raise ValueError(f"{task}: rank {rank} of {ranks} ended with {status}: {last}")
     return read_json(world.work / "answer.json", "measurement")
 
 
@@ -171,7 +172,7 @@ def watched(words: Sequence[object]) -> tuple[float, float]:
     """Runs a program: (peak bytes without mapped files, seconds). Mapped files do not count, because the kernel can drop them."""
     environment = os.environ | ON_CPU | {"OMP_NUM_THREADS": str(os.cpu_count())}
     start, peak = time.perf_counter(), 0.0
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = psutil.Popen([sys.executable, *map(str, words)], env=environment, stdout=said, stderr=said)
         while process.poll() is None:
             with open(f"/proc/{process.pid}/status", encoding="ascii") as status:

@@ -20,6 +20,7 @@ from igpt_ds.data.shards.index import AGAIN, ShardEntry, ShardIndex, read_index
 from igpt_ds.data.shards.mapped import MappedRecords
 from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
 from igpt_ds.data.shards.verify import all_damage
+from igpt_ds.plain_files import check_file
 
 _CHUNK = 1024  # images checked at once
 
@@ -39,6 +40,7 @@ def _check_size(file: Path, entry: ShardEntry, stride: int) -> None:
     n_images, expected = entry.n_images, entry.bytes
     found = file.stat().st_size if file.is_file() else 0
     if found != expected:
+        check_file(file)
         raise ValueError(f"shard {file} is missing or torn: {found} bytes, expected {expected}; {AGAIN}")
     if found != (need := n_images * stride + len(END)):
         raise ValueError(f"shard {file} holds {found} bytes, but {n_images} images take {need}; {AGAIN}")

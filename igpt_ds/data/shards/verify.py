@@ -16,6 +16,7 @@ import numpy as np
 from igpt_ds.data.shards.index import AGAIN, ShardEntry
 from igpt_ds.data.shards.record import END, MAX_IMAGES, checksum, names_of, numbers, pack, record_dtype
 from igpt_ds.files import sha256_file
+from igpt_ds.plain_files import check_file
 
 _CHUNK = 1024  # images of a damaged shard compared at a time
 
@@ -49,6 +50,8 @@ def all_damage(
 def shard_damage(file: Path, entry: ShardEntry, n_px: int) -> list[Damage]:
     """Compares one shard with its entry in the index: size, then sha256. Where the sha256 differs, names the damaged images."""
     size, expected, dtype = file.stat().st_size if file.is_file() else 0, entry.bytes, record_dtype(n_px)
+    if size != expected:
+        check_file(file)
     if size < expected:
         return [Damage(file, size, expected - 1, f"the file ends after {size} of {expected} bytes")]
     if size > expected:

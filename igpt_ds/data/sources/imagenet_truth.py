@@ -75,7 +75,7 @@ class Truth:
 
     def _from_csv(self) -> dict[str, str]:
         with open_binary(self._path) as file:
-            rows = list(csv.DictReader(io.StringIO(file.read().decode(errors="replace"))))
+            rows = list(csv.DictReader(io.StringIO(file.read().decode("utf-8", "replace"))))
         try:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
         except (KeyError, IndexError, AttributeError):

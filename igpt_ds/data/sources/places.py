@@ -13,6 +13,8 @@ from typing import IO
 
 from igpt_ds.data.left_out import HUGE, SPECIAL, UNREADABLE, BadImageError
 from igpt_ds.data.sources.base import Entry
+from igpt_ds.errors import reason
+from igpt_ds.plain_files import check_file
 
 _MAX_BYTES = 1 << 30  # any file may be an image, but no process has memory for any file
 
@@ -57,7 +59,7 @@ def _whole(path: Path) -> bytes | ValueError:
             return BadImageError(f"{path} cannot be read: it is not a file", SPECIAL)  # a fifo or a device may never end
         return huge(str(path), status.st_size) or path.read_bytes()
     except OSError as error:
-        return BadImageError(f"{path} cannot be read: {error.strerror}", UNREADABLE)
+        return BadImageError(f"{path} cannot be read: {reason(error)}", UNREADABLE)
 
 
 def huge(name: str, size: int) -> ValueError | None:
@@ -74,6 +76,7 @@ def open_binary(path: Path) -> IO[bytes]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{path} cannot be read: it is not a file")
+        check_file(path)
         return open(path, "rb")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from None

@@ -69,7 +69,7 @@ class WebTars:
         if not self._labelled:
             return UNLABELLED
         if self._class_file:
-            return self._class_file.read_text().splitlines()
+            return self._class_file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         if self._highest is None:
             for _ in self.entries():
                 pass

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt_ds.arrays import new_array, save_array
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.evaluate.features.manifest import (
     EXTRACT_AGAIN,
@@ -34,6 +35,7 @@ from igpt_ds.evaluate.features.manifest import (
 )
 from igpt_ds.files import move_dir, reserved
 from igpt_ds.npy import read_npy
+from igpt_ds.plain_files import reserve
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
@@ -96,7 +98,7 @@ class FeatureWriter:
             (self.path / split).mkdir(parents=True)
             for place in self.manifest.places(split):
                 shape = (about.n_images, self.manifest.n_features)
-                np.lib.format.open_memmap(self.path / _file(split, place), "w+", self.manifest.array_dtype, shape)
+                new_array(self.path / _file(split, place), self.manifest.array_dtype, shape)
         self._save_progress()
 
     def _save_progress(self) -> None:
@@ -125,6 +127,8 @@ class FeatureWriter:
         """Writes rows start .. start + len(values) of one array. The caller refuses values that the dtype cannot hold."""
         if split != self._split:
             names = self.manifest.places(split)
+            for name in names:
+                reserve(self.path / _file(split, name))  # an earlier version did not when it began the file
             self._files = {name: np.load(self.path / _file(split, name), mmap_mode="r+") for name in names}
             self._split = split
         self._files[place][start : start + len(values)] = values
@@ -141,7 +145,7 @@ class FeatureWriter:
         """Gives the directory its name; labels int64 [N] for each split."""
         assert self.done == {split: about.n_images for split, about in self.manifest.splits.items()}
         for split, values in labels.items():
-            np.save(self.path / split / "labels.npy", values.astype("<i8"))
+            save_array(self.path / split / "labels.npy", values.astype("<i8"))
         names = [name for split in self.manifest.splits for name in array_names(self.manifest, split)]
         replace(self.manifest, files=describe_files(self.path, names)).write(self.path)
         self._progress.unlink(missing_ok=True)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from igpt_ds.arrays import new_array
 from igpt_ds.cli import FinishedError
 from igpt_ds.data.shards.layout import Part
 from igpt_ds.evaluate.features.files import array_names, part_dir
@@ -83,7 +82,7 @@ def _part_manifest(directory: Path) -> FeatureManifest:
 def _concatenate(sources: Sequence[Path], target: Path) -> None:
     arrays = [read_npy(source, "features", EXTRACT_AGAIN, mapped=True) for source in sources]
     shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
-    merged = np.lib.format.open_memmap(target, "w+", arrays[0].dtype, shape)
+    merged = new_array(target, arrays[0].dtype, shape)
     start = 0
     for array in arrays:
         rows = max(1, _COPY_BYTES // max(1, array[:1].nbytes))

@@ -7,6 +7,7 @@ Called by `sgd_search.py`.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from igpt_ds.files import atomic_file
+from igpt_ds.plain_files import check_file
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
@@ -64,6 +66,7 @@ def read_state(file: Path, identity: Mapping[str, object], device: str) -> SgdSt
     Raises:
         ValueError: the file is torn or damaged, or it belongs to a probe of another identity.
     """
+    check_file(file)
     try:
         saved = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage leads to
@@ -97,8 +100,10 @@ def write_state(file: Path, identity: Mapping[str, object], state: SgdState) -> 
     if state.begun:
         saved["begun"] = {"name": state.begun.name, "step": state.begun.step, "weights": state.begun.weights}
     saved = {"format": STATE.name, "version": STATE.version, "identity": dict(identity)} | saved
-    with atomic_file(file) as out:
-        torch.save(saved | {"sha256": STATE.seal(_as_json(saved))["sha256"]}, out)
+    content = io.BytesIO()
+    torch.save(saved | {"sha256": STATE.seal(_as_json(saved))["sha256"]}, content)
+    with atomic_file(file) as out:  # torch.save itself would leave out why a write failed
+        out.write(content.getbuffer())
 
 
 def _as_json(value: Any) -> Any:

@@ -5,9 +5,11 @@ The colours are those of Okabe and Ito, which colour-blind readers can distingui
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from igpt_ds.cli import printable
 from igpt_ds.files import atomic_file
 
 if TYPE_CHECKING:
@@ -23,8 +25,12 @@ SIZE, DPI = (8.0, 4.0), 150  # inches, dots an inch: 1200 pixels wide
 
 def new_figure(size: tuple[float, float]) -> Figure:
     """An empty figure; size in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be unknown here, and matplotlib refuses to be imported
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        os.environ.update({} if backend is None else {"MPLBACKEND": backend})
 
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -51,6 +57,13 @@ def save_with_legend(figure: Figure, axes: Axes, path: Path) -> None:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes a figure as a PNG, atomically."""
+    """Writes a figure as a PNG, atomically. Names in it are shown as they are: "$" starts no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if "mathdefault" not in text.get_text():  # matplotlib's own labels of axes
+            text.set_text(printable(text.get_text()))
+            text.set_parse_math(False)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})  # so that the same rows give the same bytes

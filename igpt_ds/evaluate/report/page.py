@@ -14,10 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from igpt_ds.config import Recipe
+from igpt_ds.data.png import SIGNATURE
 from igpt_ds.evaluate.report.results import best_row, by_layer, label, model_name, series
 from igpt_ds.evaluate.report.row_types import ProbeRow, Row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun
 from igpt_ds.evaluate.report.tables import layer_table, markdown_table, paper_table
+from igpt_ds.plain_files import check_file
 from igpt_ds.plan.costs import parameters
 
 _STYLE = """
@@ -92,7 +94,11 @@ def _text(value: object) -> str:
 
 
 def _figure(path: Path, caption: str, kind: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    check_file(path)
+    content = path.read_bytes()
+    if not content.startswith(SIGNATURE):
+        raise ValueError(f"{path} is not a PNG file; name pictures with --pictures")
+    data = base64.b64encode(content).decode()
     image = f'<img class="{kind}" alt="{_text(caption)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"
 

@@ -35,6 +35,7 @@ from igpt_ds.config import ModelConfig
 from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.json_files import read_json, write_json
 from igpt_ds.model.store import save_model, write_tensors
+from igpt_ds.plain_files import check_file, utf8_path
 
 # The defaults of ImageGPTConfig, and the only values that our arithmetic supports.
 _HF_ARITHMETIC = {
@@ -212,9 +213,11 @@ def _open_shards(index: Path) -> tuple[Tensors, list[Path]]:
 def _open_tensors(path: Path) -> Tensors:
     if not path.is_file():
         raise ValueError(f"{path} is missing or not a file; download it again")
+    check_file(path)
     if path.suffix == ".safetensors":
         try:
-            file = safe_open(path, "pt")
+            with utf8_path(path) as name:
+                file = safe_open(name, "pt")
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short: {error}; download it again") from None
         return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 - safe_open cannot be iterated

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
+from igpt_ds.plain_files import check_file
+
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
 _TRAILER = 5  # after each block: one byte that names its compression, and its checksum
@@ -48,6 +50,7 @@ class Bundle:
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.index = prefix.with_name(prefix.name + ".index")
+        check_file(self.index)
         try:
             content = self.index.read_bytes()
         except OSError as error:
@@ -85,6 +88,7 @@ class Bundle:
         if entry.size != 4 * math.prod(entry.shape):
             raise ValueError(f"{self.index}: {name!r} of shape {list(entry.shape)} cannot have {entry.size} bytes")
         path = self.data_file(entry.shard)
+        check_file(path)
         try:
             values = np.fromfile(path, "<f4", math.prod(entry.shape), offset=entry.offset)
         except OSError as error:

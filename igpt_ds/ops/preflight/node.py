@@ -30,6 +30,7 @@ from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.data.shards.index import read_index
 from igpt_ds.data.shards.record import END
 from igpt_ds.ds_config import join, load_ds_config, precision_of
+from igpt_ds.errors import error_text, reason
 from igpt_ds.files import atomic_file, sha256_file
 from igpt_ds.ops.preflight.record import GpuReport, NodeReport, ShardsReport, Space
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
@@ -99,9 +100,7 @@ def attempt(report: NodeReport, check: str, find_out: Callable[[], Any]) -> Node
     try:
         return replace(report, **{check: find_out()})
     except Exception as error:  # any error is a finding about this node; the other checks continue
-        named = isinstance(error, OSError) and error.filename and error.strerror
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and named else str(error)
-        line = (text.strip() or type(error).__name__).splitlines()[0]
+        line = (error_text(error).strip() or type(error).__name__).splitlines()[0]
         return replace(report, errors={**report.errors, check: line})
 
 
@@ -179,7 +178,9 @@ def gpus() -> tuple[GpuReport, ...]:
     if not torch.cuda.is_available():
         return ()
     about = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module\D*([\d.]+)", about.read_text()) if about.exists() else None
+    found = (
+        re.search(r"Kernel Module\D*([\d.]+)", about.read_text(encoding="utf-8", errors="replace")) if about.exists() else None
+    )
     known = []
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
@@ -255,7 +256,7 @@ def write_and_read(run_dir: Path, mark: str) -> bool:
     try:
         with atomic_file(file, "w") as out:
             out.write(content)
-        if file.read_text() != content:
+        if file.read_text(encoding="utf-8") != content:
             raise ValueError(f"{file} does not hold what was written to it")
     finally:
         file.unlink(missing_ok=True)
@@ -288,4 +289,4 @@ def _shard_error(file: Path, size: int) -> str:
             whole = size == len(END) or (head[257:262] == b"ustar" and shard.read() == END)
             return "" if whole else f"{file} does not begin and end as a tar file does"
     except OSError as error:
-        return f"{file}: {error.strerror}"
+        return f"{file}: {reason(error)}"

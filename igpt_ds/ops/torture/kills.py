@@ -179,7 +179,7 @@ def _killed_and_again(world: Path, one: Victim, at: int, place: Path) -> str:
     except SystemExit:
         if not _complete(one, here):
             raise
-        Path(place / "stderr").write_text("")
+        Path(place / "stderr").write_text("", encoding="utf-8")
     return _state_of(one, here)
 
 

@@ -177,13 +177,13 @@ def _json(change: Callable[[random.Random, Any, Any], None]) -> Change:
 
     def changed(random_: random.Random, file: Path) -> None:
         rows = file.suffix == ".jsonl"
-        texts = file.read_text().splitlines() if rows else [file.read_text()]
+        texts = file.read_text(encoding="utf-8").splitlines() if rows else [file.read_text(encoding="utf-8")]
         number = random_.randrange(len(texts)) if texts else 0
         value = json.loads(texts[number]) if texts else {}
         if places := _places(value):
             change(random_, *random_.choice(places))
             texts[number] = json.dumps(value, indent=None if rows else 1)
-        file.write_text("\n".join(texts) + "\n")
+        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
 
     return changed
 
@@ -217,7 +217,7 @@ def _add(random_: random.Random, container: Any, key: Any) -> None:
 
 def _signed(random_: random.Random, file: Path) -> None:
     """An enemy's file: a hostile text in place of any text, under a sha256 that fits."""
-    value = json.loads(file.read_text())
+    value = json.loads(file.read_text(encoding="utf-8"))
     texts = [(container, key) for container, key in _places(value) if isinstance(container[key], str) and key != "sha256"]
     if texts:
         container, key = random_.choice(texts)
@@ -225,7 +225,7 @@ def _signed(random_: random.Random, file: Path) -> None:
     if isinstance(value, dict) and "sha256" in value:
         content = {key: one for key, one in value.items() if key != "sha256"}
         value["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    file.write_text(json.dumps(value))
+    file.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _deep(random_: random.Random, content: bytearray) -> bytes:

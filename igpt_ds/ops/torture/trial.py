@@ -111,13 +111,13 @@ def _become(trial: Trial, place: Path) -> NoReturn:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+        limit = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         sys.argv = ["trial"]
         os.chdir(place)
 
         def main(argv: object) -> None:
-            Path("result").write_text(trial.work(Path()))
+            Path("result").write_text(trial.work(Path()), encoding="utf-8")
 
         cli.run(main)
         status = 0

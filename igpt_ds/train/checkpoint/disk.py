@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import torch
 
+from igpt_ds.errors import error_text, naming
 from igpt_ds.train.checkpoint.manifest import FileEntry
 
 SLACK = 1.02  # for what a file holds beside its tensors, and for estimates
@@ -71,7 +72,7 @@ class CheckpointWriter:
         if self.error:
             return
         try:
-            with open(path, "wb") as file:
+            with naming(path), open(path, "wb") as file:
                 hashing = _Hashing(file)
                 try:
                     torch.save(state_dict, hashing)  # type: ignore[arg-type]  # it only calls write and flush
@@ -80,16 +81,17 @@ class CheckpointWriter:
                 file.flush()
                 os.fsync(file.fileno())
             self.entries.append(FileEntry(Path(path).name, hashing.bytes, hashing.digest.hexdigest()))
-        except (OSError, RuntimeError) as error:
-            strerror = getattr(error, "strerror", None)
-            self.error = f"{path}: {strerror or ' '.join(str(error).split())}"
+        except OSError as error:
+            self.error = error_text(error)
+        except RuntimeError as error:
+            self.error = f"{path}: {' '.join(str(error).split())}"
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Makes a directory."""
         try:
             Path(path).mkdir(parents=True, exist_ok=exist_ok)
         except OSError as error:
-            self.error = self.error or f"{path}: {error.strerror}"
+            self.error = self.error or error_text(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)

@@ -15,6 +15,7 @@ from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import STAGES
 from igpt_ds.files import fsync_path, sha256_file
 from igpt_ds.json_files import parse_json, read_text
+from igpt_ds.plain_files import check_file
 from igpt_ds.schema import OtherVersionError, UnknownFieldError, check_file_name, record_from, to_json
 from igpt_ds.sealed import Format
 from igpt_ds.train.early import EarlyState
@@ -137,6 +138,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         file = path / entry.name
         found = file.stat().st_size if file.exists() else None
         if found != entry.bytes:
+            check_file(file)
             state = "is missing" if found is None else f"has {found} bytes instead of {entry.bytes}"
             raise DamagedError(f"{file} {state}; choose another step")
     return Checkpoint(path, manifest)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from igpt_ds.plain_files import check_file
+
 _NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")  # numpy 2 and numpy 1 name the same function
 
 
@@ -37,6 +39,7 @@ def refuse_foreign_names(paths: Iterable[Path]) -> None:
     """
     with safe_globals(_allowed()):
         for path in paths:
+            check_file(path)
             try:
                 foreign = get_unsafe_globals_in_checkpoint(str(path))
             except OSError:

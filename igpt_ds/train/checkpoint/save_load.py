@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from igpt_ds import dist
-from igpt_ds.cli import SharedError, error_text
+from igpt_ds.cli import SharedError
 from igpt_ds.config import recipe_to_dict
+from igpt_ds.errors import error_text
 from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.train.checkpoint.directory import (
     checkpoint_name,
@@ -190,7 +191,7 @@ def _damaged_on_all_ranks(checkpoint: Checkpoint) -> list[str]:
     try:
         mine = damaged_files(checkpoint.path, checkpoint.manifest.files[dist.rank() :: dist.world_size()])
     except OSError as caught:
-        error = error_text(caught)
+        error = f"{caught.filename}: {caught.strerror}"
     answers = dist.gather_objects((mine, error))
     for rank, (_, error) in enumerate(answers):
         if error:
@@ -273,7 +274,7 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
         source = ZeroCheckpoint(path, manifest.world_size, manifest.stage)
         write_rank(source, target_layout(source, ranks, engine.zero_sub_group_size()), dist.rank(), unfinished)
     except (OSError, ValueError) as caught:
-        error = f"{getattr(caught, 'filename', None) or unfinished}: {getattr(caught, 'strerror', None) or caught}"
+        error = error_text(caught)
     what = f"{path} of {manifest.world_size} ranks could not be resharded for {ranks}"
     agree(dist.gather_objects(error), unfinished, what)
     if dist.rank() == 0:

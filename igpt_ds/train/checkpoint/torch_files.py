@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from igpt_ds.errors import naming
+from igpt_ds.plain_files import check_file
+
 BLOCK = 1 << 24  # bytes read or written at once
 _ALIGNMENT = 64  # of each record, as in torch, so that the file can be memory-mapped
 _STORAGES = {
@@ -62,7 +65,7 @@ class StoredTensor:
         assert start >= 0
         assert start * self.dtype.itemsize + left <= self.numel * self.dtype.itemsize
         block = memoryview(bytearray(min(left, BLOCK)))
-        with open(self.path, "rb", buffering=0) as file:
+        with naming(self.path), open(self.path, "rb", buffering=0) as file:
             file.seek(self.position + start * self.dtype.itemsize)
             while left:
                 got = file.readinto(block[: min(left, BLOCK)])
@@ -133,6 +136,7 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         ValueError: it is no such file, or uses something of the format that DeepSpeed's files do not.
     """
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -182,7 +186,7 @@ def write_torch_file(path: Path, content: Any) -> None:
     words = io.BytesIO()
     pickler = _Pickler(words)
     pickler.dump(content)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with naming(path), zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         _record(archive, "data.pkl", iter([words.getvalue()]))
         _record(archive, "byteorder", iter([b"little"]))
         for key, tensor in enumerate(pickler.tensors):

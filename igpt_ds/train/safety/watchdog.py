@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 
 from igpt_ds import cli, dist
+from igpt_ds.errors import error_text
+from igpt_ds.plain_files import open_plain
 from igpt_ds.train.heartbeat import (
     BEGINNING,
     HEARTBEAT_SECONDS,
@@ -69,7 +71,7 @@ class Watchdog:
             remove_heartbeats(self.run_dir, dist.world_size())
         # tools/diagnose.py asks for stacks with SIGUSR2. A handler in C answers even where no Python runs, as in a collective.
         self.stacks.parent.mkdir(parents=True, exist_ok=True)
-        self._live = open(self.stacks.with_suffix(".live.txt"), "a")  # noqa: SIM115  (closed in `close`)
+        self._live = open(self.stacks.with_suffix(".live.txt"), "a", encoding="utf-8", opener=open_plain)  # noqa: SIM115  (see `close`)
         faulthandler.register(signal.SIGUSR2, self._live, all_threads=True)
         self.write()
         self._settled = True
@@ -105,7 +107,7 @@ class Watchdog:
         try:
             write_heartbeat(self.run_dir, beat)
         except OSError as error:
-            print(f"heartbeat not written: {error}", file=sys.stderr, flush=True)
+            print(f"heartbeat not written: {error_text(error)}", file=sys.stderr, flush=True)
 
     def close(self, phase: str, error: str = "") -> None:
         """Ends the thread and writes the last heartbeat, which says how the run ended. A second call does nothing."""
@@ -161,7 +163,8 @@ class Watchdog:
         words = f"no progress for {self.limit / 60:g} minutes in phase {self.phase!r} after step {self.step}"
         if self._settled:
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.stacks, "w") as file:  # not renamed into place: part of the stacks is better than none
+            # not renamed into place: part of the stacks is better than none
+            with open(self.stacks, "w", encoding="utf-8", opener=open_plain) as file:
                 file.write(f"{words}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -176,7 +179,7 @@ class Watchdog:
 def transferred_bytes(proc: Path = Path("/proc/self")) -> int:
     """Bytes that this process has read and written so far; 0 where the system does not count them."""
     try:
-        lines = (proc / "io").read_text().splitlines()
+        lines = (proc / "io").read_text(encoding="utf-8").splitlines()
         return sum(int(value) for name, _, value in (line.partition(":") for line in lines) if name in ("rchar", "wchar"))
     except (OSError, ValueError):
         return 0

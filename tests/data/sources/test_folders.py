@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_read_comes_back_as_an_error(tree):
     first, second, third = source.read(entries)
     assert (first, third) == (b"0", b"2")
     assert isinstance(second, ValueError)
-    assert str(second) == f"{directory}/cat/1.jpg cannot be read: No such file or directory"
+    assert str(second) == f"{directory}/cat/1.jpg cannot be read: No such file or directory; check the path"
     with open(directory / "cat/1.jpg", "wb") as file:
         file.truncate((1 << 30) + 1)
     assert str(list(source.read(entries))[1]) == f"{directory}/cat/1.jpg is larger than 1 GiB, so it is not read as an image"

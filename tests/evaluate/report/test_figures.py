@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -185,3 +188,21 @@ def test_plan_curve_draws_what_fits_beside_the_ideal(drawn, tmp_path):
     assert [text.get_text() for text in axes.texts] == ["40 %", "40 %"]
     with pytest.raises(ValueError, match=r"^xl has no number of GPUs on which the run fits; "):
         plan_curve({"xl": rows[:1]}, tmp_path / "none.png", "Plan")
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_the_backend_of_a_notebook_does_not_matter(backend, tmp_path):
+    program = (
+        "from pathlib import Path\nfrom igpt_ds.evaluate.report import canvas\n"
+        f"canvas.save_png(canvas.new_figure((1, 1)), Path({str(tmp_path / 'a.png')!r}))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"MPLBACKEND": backend})
+    assert (tmp_path / "a.png").exists()
+
+
+def test_names_that_are_no_words_are_drawn(tmp_path):
+    names = ["a$_b", "\x1b[2J", os.fsdecode(b"gr\xf6n"), "$\\nonsense$"]
+    training_curve(
+        {name: [CurveRow(1, 8, loss=1.0), CurveRow(2, 16, loss=0.5)] for name in names}, 8, tmp_path / "a.png", names[0]
+    )
+    assert (tmp_path / "a.png").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -167,6 +168,18 @@ def test_rates_of_sweeps(tool, tmp_path, monkeypatch):
         "sweep.json is not igpt_ds.sweep version 1 or 2: it has no 'format'; make it with tools/sweep_lr.py"
         in tool("figures", "rates", paths[0], "--out", out)[2]
     )
+
+
+def test_a_report_shows_no_file_outside_the_run(tool, run_dir, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (run_dir / "link.png").symlink_to(tmp_path / "secret")
+    os.mkfifo(run_dir / "fifo.png")
+    status, said, told = tool("report", "--run_dir", run_dir, "--out", tmp_path / "a.html")
+    assert (status, "1 pictures" in said) == (0, True)
+    assert [line.split()[2] for line in told.splitlines()] == [str(run_dir / "fifo.png"), str(run_dir / "link.png")]
+    status, _, told = tool("report", "--run_dir", run_dir, "--pictures", tmp_path / "secret", "--out", tmp_path / "b.html")
+    assert status == 2
+    assert f"{tmp_path / 'secret'} is not a PNG file" in told
 
 
 def test_a_report(tool, results, run_dir, tmp_path):
