@@ -26,6 +26,7 @@ from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.classification import result, write_confusion
 from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.model.store import ModelInfo, read_info
@@ -79,7 +80,7 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
     """
     check_shards(images, start.config)
     if args.untrained is None and images.palette_hash != start.palette_hash:
-        raise ValueError(
+        raise InputError(
             f"{args.data} and {args.model} have different palettes; make the shards again with --palette "
             f"{args.model / 'palette.npy'}"
         )
@@ -87,7 +88,7 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
     if args.resume == "auto" and (out / "config.json").exists():
         check_own(out, args.run_dir, ended=False)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists already; choose another name or remove it")
+        raise InputError(f"--out {out} exists already; choose another name or remove it")
     if args.results:
         read_results(args.results)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from igpt_ds.errors import error_text, naming
+from igpt_ds.errors import InputError, error_text, naming
 from igpt_ds.launcher import RANK_VARIABLES, LaunchError
 
 STOPPED = 85  # exit status: stopped early with everything saved; the same command with --resume auto continues
@@ -42,11 +42,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
-class SharedError(ValueError):
+class SharedError(InputError):
     """Bad input that every rank raises at the same place, so only rank 0 prints it."""
 
 
-class FinishedError(ValueError):
+class FinishedError(InputError):
     """An earlier run of the same command finished the result and was killed just before it ended, so nothing is left to do."""
 
 
@@ -130,7 +130,9 @@ def _discard_output() -> None:
 
 
 def run(main: Callable[[Sequence[str] | None], None], ranks: bool = False) -> None:
-    """Calls `main(argv=None)`; a ValueError (bad input) or OSError becomes one line on stderr and exit status 2.
+    """Calls `main(argv=None)`; an InputError or OSError becomes one line on stderr and exit status 2.
+
+    Any other exception, such as a ValueError of a library, is a mistake in this code: a traceback and exit status 1.
 
     A program that launchers start has `ranks`. Any other one ignores a launcher's variables, which a shell may still have.
 
@@ -154,7 +156,7 @@ def run(main: Callable[[Sequence[str] | None], None], ranks: bool = False) -> No
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         _discard_output()
         sys.exit(141)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         joined = _joined_ranks()
         silent = isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0"
         if not silent and (joined or isinstance(error, LaunchError) or os.environ.get("LOCAL_RANK", "0") == "0"):

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from igpt_ds.errors import InputError
+
 CHECKPOINTING = ("none", "selective", "full")  # of activations: keep all, recompute the cheap ones, or recompute whole blocks
 OBJECTIVES = ("ar", "bert")  # paper 2.1
 LOSSES = ("joint", "clf", "gen")  # in fine-tuning: gen_loss + clf_loss (paper 2.3), or one of them
@@ -30,14 +32,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+                raise InputError(f"{name}={value!r} must be a whole number of at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+            raise InputError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.n_vocab > 65536:
-            raise ValueError(f"n_vocab={self.n_vocab} does not fit the shards' 16-bit tokens; at most 65536")
+            raise InputError(f"n_vocab={self.n_vocab} does not fit the shards' 16-bit tokens; at most 65536")
         for name, value in dataclasses.asdict(self).items():
             if value > 65536:  # such a model would be built for hours before anything fails
-                raise ValueError(f"{name}={value} is too large; at most 65536")
+                raise InputError(f"{name}={value} is too large; at most 65536")
 
     @property
     def n_ctx(self) -> int:
@@ -69,9 +71,9 @@ class Finetune:
     def __post_init__(self) -> None:
         for name, known in (("loss", LOSSES), ("gen_scale", GEN_SCALES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         if self.n_classes < 2:
-            raise ValueError(f"n_classes={self.n_classes} must be at least 2; fine-tuning needs labelled shards")
+            raise InputError(f"n_classes={self.n_classes} must be at least 2; fine-tuning needs labelled shards")
 
 
 @dataclass(frozen=True)
@@ -101,27 +103,27 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, known in (("objective", OBJECTIVES), ("init", INITS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         if not 0 < self.mask_prob < 1:
-            raise ValueError(f"mask_prob={self.mask_prob} must lie between 0 and 1; the paper takes 0.15")
+            raise InputError(f"mask_prob={self.mask_prob} must lie between 0 and 1; the paper takes 0.15")
         for name in ("batch_images", "steps", "spike_window", "spike_patience"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
+                raise InputError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must lie between 0 and steps={self.steps}")
+            raise InputError(f"warmup_steps={self.warmup_steps} must lie between 0 and steps={self.steps}")
         for name in ("lr", "eps"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+                raise InputError(f"{name}={getattr(self, name)} must be a positive number")
         if not (self.spike_sigmas >= 0 and math.isfinite(self.spike_sigmas)):
-            raise ValueError(f"spike_sigmas={self.spike_sigmas} must not be negative (0 watches for no spikes)")
+            raise InputError(f"spike_sigmas={self.spike_sigmas} must not be negative (0 watches for no spikes)")
         if not (self.clip >= 0 and math.isfinite(self.clip)):
-            raise ValueError(f"clip={self.clip} must be a number that is not negative (0 turns clipping off)")
+            raise InputError(f"clip={self.clip} must be a number that is not negative (0 turns clipping off)")
         if not 0 <= self.augment_pad < self.model.n_px:
-            raise ValueError(f"augment_pad={self.augment_pad} must lie between 0 and n_px - 1 = {self.model.n_px - 1}")
+            raise InputError(f"augment_pad={self.augment_pad} must lie between 0 and n_px - 1 = {self.model.n_px - 1}")
         if self.finetune is not None and not 0 <= self.finetune.layer <= self.model.n_layer:
-            raise ValueError(f"layer={self.finetune.layer} must lie between 0 and n_layer={self.model.n_layer}")
+            raise InputError(f"layer={self.finetune.layer} must lie between 0 and n_layer={self.model.n_layer}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
+            raise InputError(f"betas={self.betas} must be two numbers in [0, 1)")
 
 
 def _paper(size: str, objective: str, n_px: int, lr: float, batch_images: int = 128, steps: int = 1_000_000) -> Recipe:
@@ -173,7 +175,7 @@ def get_recipe(name: str) -> Recipe:
         ValueError: there is none; the error lists the known ones.
     """
     if name not in RECIPES:
-        raise ValueError(f"recipe {name!r} is unknown; known: {', '.join(RECIPES)}")
+        raise InputError(f"recipe {name!r} is unknown; known: {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
@@ -185,11 +187,11 @@ def override(recipe: Recipe, **changes: Any) -> Recipe:
     """
     unknown = [name for name in changes if name not in _KNOBS + _SHAPE]
     if unknown:
-        raise ValueError(f"recipe has no {unknown[0]!r}; it has {', '.join(_KNOBS + _SHAPE)}")
+        raise InputError(f"recipe has no {unknown[0]!r}; it has {', '.join(_KNOBS + _SHAPE)}")
     model = dataclasses.replace(recipe.model, **{name: value for name, value in changes.items() if name in _SHAPE})
     changed = dataclasses.replace(recipe, model=model, **{name: value for name, value in changes.items() if name in _KNOBS})
     if "mask_prob" in changes and changed.objective != "bert":
-        raise ValueError(f"mask_prob={changed.mask_prob} has no effect on {recipe.name}: its objective is {changed.objective}")
+        raise InputError(f"mask_prob={changed.mask_prob} has no effect on {recipe.name}: its objective is {changed.objective}")
     return changed
 
 
@@ -203,10 +205,10 @@ def with_warmup_epochs(recipe: Recipe, epochs: float, n_images: int) -> Recipe:
         ValueError: epochs is negative or not finite, or longer than the whole training.
     """
     if not 0 <= epochs < math.inf:
-        raise ValueError(f"warmup_epochs={epochs:g} must be a number of at least 0")
+        raise InputError(f"warmup_epochs={epochs:g} must be a number of at least 0")
     steps = math.ceil(epochs * n_images / recipe.batch_images)
     if steps > recipe.steps:
-        raise ValueError(f"warmup_epochs={epochs:g} of {n_images} images are {steps} steps, more than steps={recipe.steps}")
+        raise InputError(f"warmup_epochs={epochs:g} of {n_images} images are {steps} steps, more than steps={recipe.steps}")
     return dataclasses.replace(recipe, warmup_steps=steps)
 
 
@@ -228,6 +230,6 @@ def recipe_from_dict(values: object, where: str) -> Recipe:
         more = {"model": model, "betas": tuple(values["betas"]), "finetune": Finetune(**finetune) if finetune else None}
         return Recipe(**(values | more))
     except (KeyError, TypeError, OverflowError, RecursionError) as error:  # also numbers of more than 64 bits, and deep lists
-        raise ValueError(f"{where} is not a recipe: {error}") from None
+        raise InputError(f"{where} is not a recipe: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {error}") from None

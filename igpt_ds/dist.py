@@ -21,7 +21,7 @@ import torch.distributed as td
 from torch.distributed.rendezvous import rendezvous
 
 from igpt_ds.cli import SharedError
-from igpt_ds.errors import error_text
+from igpt_ds.errors import InputError, error_text
 from igpt_ds.launcher import RANK_VARIABLES, LaunchError, check_address, map_environment
 
 T = TypeVar("T")
@@ -169,7 +169,7 @@ def from_rank_0(function: Callable[[], T]) -> T:
     """Calls the function on rank 0 only and returns its result on every rank. An error stops all ranks.
 
     Raises:
-        SharedError: on every rank, with the text of rank 0's ValueError or OSError. Any other exception is a mistake in this
+        SharedError: on every rank, with the text of rank 0's InputError or OSError. Any other exception is a mistake in this
             code: rank 0 raises it, and the other ranks raise SharedError instead of waiting forever.
     """
     box: list[Any] = [None, None]
@@ -177,7 +177,7 @@ def from_rank_0(function: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             box[0] = function()
-        except (ValueError, OSError) as error:
+        except (InputError, OSError) as error:
             box[1] = error_text(error)
         except Exception as error:
             mistake, box[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"

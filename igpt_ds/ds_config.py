@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from igpt_ds.config import CHECKPOINTING, Recipe, recipe_to_dict
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json
 
 
@@ -155,14 +156,14 @@ def batch_layout(batch_images: int, micro_batch: int | None, world_size: int) ->
         ValueError: no accumulation gives that product; the nearest batch that works is named.
     """
     if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch={micro_batch} must be at least 1")
+        raise InputError(f"micro_batch={micro_batch} must be at least 1")
     per_micro_step = (micro_batch or 1) * world_size
     if batch_images % per_micro_step:
         below = batch_images // per_micro_step * per_micro_step
         nearest = [batch for batch in (below, below + per_micro_step) if batch > 0]
         what = f"{world_size} ranks" + (f" x micro batch {micro_batch}" if micro_batch else "")
         nearest_text = " or ".join(map(str, nearest))
-        raise ValueError(f"batch_images={batch_images} does not divide into {what}; nearest that does: {nearest_text}")
+        raise InputError(f"batch_images={batch_images} does not divide into {what}; nearest that does: {nearest_text}")
     micro_batch = micro_batch or batch_images // world_size
     return micro_batch, batch_images // (micro_batch * world_size)
 
@@ -175,33 +176,33 @@ def load_ds_config(path: Path) -> DsConfig:
     """
     values = read_json(path, "ds_config")
     if not isinstance(values, dict):
-        raise ValueError(f"ds_config {path} must hold one JSON object")
+        raise InputError(f"ds_config {path} must hold one JSON object")
     for key in values:
         if key in _OWNED_BY_RECIPE:
-            raise ValueError(f"ds_config {path}: {key!r} is set by the recipe as {_OWNED_BY_RECIPE[key]}; remove it here")
+            raise InputError(f"ds_config {path}: {key!r} is set by the recipe as {_OWNED_BY_RECIPE[key]}; remove it here")
     refuse_harmful(values, path)
     refuse_unknown(values, DsConfig.__annotations__, path)
     for key in ("igpt_ds", "zero_optimization", "bf16", "fp16"):
         if not isinstance(values.get(key, {}), dict):
-            raise ValueError(f"ds_config {path}: {key!r} must be an object, not {values[key]!r}")
+            raise InputError(f"ds_config {path}: {key!r} must be an object, not {values[key]!r}")
     refuse_removed(values.get("zero_optimization", {}), path, "zero_optimization.")
     micro_batch = values.get("train_micro_batch_size_per_gpu", 1)
     if not isinstance(micro_batch, int) or micro_batch < 1:
         name = "train_micro_batch_size_per_gpu"
-        raise ValueError(f"ds_config {path}: {name}={micro_batch!r} must be a whole number of at least 1")
+        raise InputError(f"ds_config {path}: {name}={micro_batch!r} must be a whole number of at least 1")
     ours = values.get("igpt_ds", {})
     refuse_unknown(ours, _OurSection.__annotations__, path, "igpt_ds.")
     mode = ours.get("activation_checkpointing", "none")
     if mode not in CHECKPOINTING:
-        raise ValueError(f"ds_config {path}: activation_checkpointing={mode!r} is unknown; known: {', '.join(CHECKPOINTING)}")
+        raise InputError(f"ds_config {path}: activation_checkpointing={mode!r} is unknown; known: {', '.join(CHECKPOINTING)}")
     sequence_parallel = ours.get("sequence_parallel", 1)
     if not isinstance(sequence_parallel, int) or isinstance(sequence_parallel, bool) or sequence_parallel < 1:
-        raise ValueError(f"ds_config {path}: sequence_parallel={sequence_parallel!r} must be a whole number of at least 1")
+        raise InputError(f"ds_config {path}: sequence_parallel={sequence_parallel!r} must be a whole number of at least 1")
     stage = values.get("zero_optimization", {}).get("stage")
     if stage not in STAGES or isinstance(stage, bool):
-        raise ValueError(f"ds_config {path}: zero_optimization.stage={stage!r} must be 1, 2 or 3")
+        raise InputError(f"ds_config {path}: zero_optimization.stage={stage!r} must be 1, 2 or 3")
     if values.get("fp16", {}).get("enabled") and values.get("bf16", {}).get("enabled"):
-        raise ValueError(f"ds_config {path}: fp16 and bf16 are both enabled; choose one")
+        raise InputError(f"ds_config {path}: fp16 and bf16 are both enabled; choose one")
     return cast(DsConfig, values)
 
 
@@ -211,14 +212,14 @@ def refuse_harmful(values: Mapping[str, object], path: Path) -> None:
         section, _, key = name.rpartition(".")
         where = values.get(section, {}) if section else values
         if isinstance(where, dict) and key in where and harmful(where[key]):
-            raise ValueError(f"ds_config {path}: {name}={where[key]!r} {why}")
+            raise InputError(f"ds_config {path}: {name}={where[key]!r} {why}")
 
 
 def refuse_removed(section: Iterable[str], path: Path, prefix: str = "") -> None:
     """Refuses keys of a section that DeepSpeed 0.19 removed, and names the replacement."""
     for key in section:
         if prefix + key in _REMOVED:
-            raise ValueError(f"ds_config {path}: DeepSpeed 0.19 has no {prefix + key!r} any more; {_REMOVED[prefix + key]}")
+            raise InputError(f"ds_config {path}: DeepSpeed 0.19 has no {prefix + key!r} any more; {_REMOVED[prefix + key]}")
 
 
 def refuse_unknown(section: Iterable[str], known: Iterable[str], path: Path, prefix: str = "") -> None:
@@ -233,7 +234,7 @@ def refuse_unknown(section: Iterable[str], known: Iterable[str], path: Path, pre
         if key not in names:
             nearest = difflib.get_close_matches(key, names, 1)
             hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-            raise ValueError(f"ds_config {path}: unknown key {prefix + key!r}{hint}; known: {', '.join(names)}")
+            raise InputError(f"ds_config {path}: unknown key {prefix + key!r}{hint}; known: {', '.join(names)}")
 
 
 def join(
@@ -279,9 +280,9 @@ def check_sequence_parallel(recipe: Recipe, world_size: int, parts: int) -> None
     here = f"here it may be {', '.join(map(str, known))}"
     for what, whole in (("ranks", world_size), ("n_head", config.n_head)):
         if whole % parts:
-            raise ValueError(f"sequence_parallel={parts} does not divide {what}={whole}; {here}")
+            raise InputError(f"sequence_parallel={parts} does not divide {what}={whole}; {here}")
     if parts not in known:
-        raise ValueError(f"sequence_parallel={parts} leaves a rank none of n_ctx={config.n_ctx} tokens; {here}")
+        raise InputError(f"sequence_parallel={parts} leaves a rank none of n_ctx={config.n_ctx} tokens; {here}")
 
 
 def precision_of(ds_config: DsConfig) -> str:

@@ -8,6 +8,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+
+class InputError(ValueError):
+    """Bad input: the text names the value, the file and the fix. A plain ValueError of a library keeps its traceback."""
+
+
 _FIXES = {
     errno.ENOSPC: "free some space there and run the same command again",
     errno.EDQUOT: "free some space there or ask for a higher quota, and run the same command again",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from igpt_ds.cli import FinishedError
-from igpt_ds.errors import naming
+from igpt_ds.errors import InputError, naming
 from igpt_ds.locks import locked, open_lock, try_lock
 from igpt_ds.plain_files import check_file
 
@@ -129,10 +129,10 @@ def reserved(path: Path, *others: Path) -> Iterator[None]:
         if _is_taken(path):
             if again:
                 raise FinishedError(f"{path}: finished by an earlier run of this command")
-            raise ValueError(f"{path} exists already; choose another name or remove it")
+            raise InputError(f"{path} exists already; choose another name or remove it")
         for other in filter(_is_taken, others):
             if not again:
-                raise ValueError(f"{other} exists already; choose another name or remove it")
+                raise InputError(f"{other} exists already; choose another name or remove it")
             remove(other)
         lock.note(_command())
         yield

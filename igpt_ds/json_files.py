@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.errors import naming, reason
+from igpt_ds.errors import InputError, naming, reason
 from igpt_ds.files import atomic_file
 from igpt_ds.plain_files import check_file
 
@@ -50,9 +50,9 @@ def read_json(path: Path, what: str, fix: str = _CORRECT, limit: int = MAX_JSON_
     try:
         return parse_json(read_text(path, where, fix, limit), where, fix)
     except FileNotFoundError:
-        raise ValueError(f"{where} does not exist{end}") from None
+        raise InputError(f"{where} does not exist{end}") from None
     except OSError as error:
-        raise ValueError(f"{where} cannot be read: {reason(error)}{end}") from None
+        raise InputError(f"{where} cannot be read: {reason(error)}{end}") from None
 
 
 def read_text(path: Path, where: str, fix: str, limit: int = MAX_JSON_BYTES) -> str:
@@ -66,13 +66,13 @@ def read_text(path: Path, where: str, fix: str, limit: int = MAX_JSON_BYTES) -> 
     with naming(path), open(path, "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"{where} is not valid JSON of its kind: it has more than {limit:,} bytes; {fix}")
+        raise InputError(f"{where} is not valid JSON of its kind: it has more than {limit:,} bytes; {fix}")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}; {fix}") from None
+        raise InputError(f"{where} is not valid JSON: {error}; {fix}") from None
     if text.startswith("\ufeff"):
-        raise ValueError(f"{where} begins with a byte order mark; save it as UTF-8 without one")
+        raise InputError(f"{where} begins with a byte order mark; save it as UTF-8 without one")
     return text
 
 
@@ -99,17 +99,17 @@ def parse_json(text: str, where: str, fix: str = _CORRECT, finite: bool = True) 
     try:
         value = json.loads(text, object_pairs_hook=once, **numbers)
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
-            raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
+            raise InputError(f"it is nested more than {MAX_JSON_DEPTH} deep")
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
-        raise ValueError(f"{where} is not valid JSON: {error}; {fix}") from None
+        raise InputError(f"{where} is not valid JSON: {error}; {fix}") from None
     if twice:
-        raise ValueError(f"{where} has {twice[0][:60]!r} twice in one object; {'remove one of them' if fix == _CORRECT else fix}")
+        raise InputError(f"{where} has {twice[0][:60]!r} twice in one object; {'remove one of them' if fix == _CORRECT else fix}")
     return value
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is not a finite number")
+        raise InputError(f"{text[:20]} is not a finite number")
     return number
 
 
@@ -138,7 +138,7 @@ def refuse_changed(values: Mapping[str, Any], where: str, fix: str) -> None:
         ValueError: the object is not the one that was written.
     """
     if values["sha256"] != _content_hash(values):
-        raise ValueError(
+        raise InputError(
             f"{where} was changed since it was written: its sha256 differs; it is damaged, or was edited by hand, as only "
             f"recipes and ds_configs may be; {fix}"
         )
@@ -192,7 +192,7 @@ def parse_row(line: str, where: str, strict: bool = False) -> dict[str, Any]:
     fix = "remove the line, or name another file"
     row = parse_json(line, where, fix, finite=strict)
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is not valid JSON of a row: it is no object; {fix}")
+        raise InputError(f"{where} is not valid JSON of a row: it is no object; {fix}")
     if "sha256" in row and not strict:
         refuse_changed(row, where, fix)
         del row["sha256"]

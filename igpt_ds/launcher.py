@@ -14,13 +14,15 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from igpt_ds.errors import InputError
+
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MOST_RANKS = 1 << 16
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 _UNSET = "start with torchrun, deepspeed, srun or mpirun, or run `unset RANK WORLD_SIZE LOCAL_RANK` to train with one process"
 
 
-class LaunchError(ValueError):
+class LaunchError(InputError):
     """Ranks that cannot meet. Each tells it, for no rank knows which of them a person sees."""
 
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from igpt_ds.errors import InputError
+
 _HOLDER = re.compile(rb"\S+ \(pid \d+\)\n")
 _LONGEST = 1000  # bytes of a lock file
 _LOOK_SECONDS = 0.05
@@ -43,7 +45,7 @@ class Lock:
             note_holder(self.descriptor, text)
 
 
-class InUseError(ValueError):
+class InUseError(InputError):
     """Another process writes the same path."""
 
 
@@ -77,12 +79,12 @@ def open_lock(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise ValueError(f"{path} is not a plain file, so it cannot be a lock; remove it") from None
+            raise InputError(f"{path} is not a plain file, so it cannot be a lock; remove it") from None
         raise
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise ValueError(f"{path} is not a plain file with one name, so it cannot be a lock; remove it")
+        raise InputError(f"{path} is not a plain file with one name, so it cannot be a lock; remove it")
     return descriptor
 
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from igpt_ds.errors import reason
+from igpt_ds.errors import InputError, reason
 from igpt_ds.plain_files import check_file
 from igpt_ds.schema import short
 
@@ -35,7 +35,7 @@ def read_npy(path: Path, what: str, fix: str, mapped: bool = False) -> np.ndarra
         with open(path, "rb") as file:
             return _read(file, where, fix, mapped)
     except OSError as error:
-        raise ValueError(f"{where} cannot be read: {reason(error)}; {fix}") from None
+        raise InputError(f"{where} cannot be read: {reason(error)}; {fix}") from None
 
 
 def parse_npy(content: bytes, where: str, fix: str) -> np.ndarray:
@@ -48,7 +48,7 @@ def _read(file: BinaryIO, where: str, fix: str, mapped: bool) -> np.ndarray:
     start, size = file.tell(), file.seek(0, 2)
     needed = start + math.prod(shape) * dtype.itemsize
     if size != needed:
-        raise ValueError(f"{where} has {size} bytes, and its header says {short(needed)}; {fix}")
+        raise InputError(f"{where} has {size} bytes, and its header says {short(needed)}; {fix}")
     if mapped and size > start:  # an empty file cannot be mapped
         return np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
     file.seek(start)
@@ -60,13 +60,13 @@ def _header(file: BinaryIO, where: str, fix: str) -> tuple[tuple[int, ...], bool
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in read:
-            raise ValueError(f"version {version} of .npy")
+            raise InputError(f"version {version} of .npy")
         shape, fortran, dtype = read[version](file)
         if dtype.kind not in "iufb" or any(side < 0 for side in shape):
-            raise ValueError(f"it holds {dtype} {list(shape)}")
+            raise InputError(f"it holds {dtype} {list(shape)}")
     except OSError:
         raise
     except Exception as error:  # NumPy's parser of the header raises what Python's own parser raises
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{where} is not a .npy file of numbers: {said[:200]}; {fix}") from None
+        raise InputError(f"{where} is not a .npy file of numbers: {said[:200]}; {fix}") from None
     return shape, fortran, dtype

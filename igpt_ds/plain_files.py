@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from igpt_ds.errors import naming
+from igpt_ds.errors import InputError, naming
 
 _POINTERS = {
     b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS instead of the file; get the file with: git lfs pull",
@@ -34,13 +34,13 @@ def check_file(path: Path) -> None:
         if stat.S_ISDIR(kind):
             return
         if not stat.S_ISREG(kind):
-            raise ValueError(f"{path} is a fifo, a device or a socket, not a file; name a file, or write the content to one")
+            raise InputError(f"{path} is a fifo, a device or a socket, not a file; name a file, or write the content to one")
         with open(path, "rb") as file:
             words = pointer(file.read(64))
     except OSError:  # a missing file, which a link of git-annex may stand for
         words = pointer(b"/annex/objects/") if path.is_symlink() and "annex/objects" in str(path.readlink()) else ""
     if words:
-        raise ValueError(f"{path} is {words}")
+        raise InputError(f"{path} is {words}")
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from igpt_ds.errors import InputError
+
 T = TypeVar("T")
 _WORDS = {
     str: "a string",
@@ -29,11 +31,11 @@ _JSON_TYPES: dict[Any, type] = {tuple: list, Mapping: dict}
 _hints = lru_cache(maxsize=None)(typing.get_type_hints)
 
 
-class UnknownFieldError(ValueError):
+class UnknownFieldError(InputError):
     """A field that this code does not know. Newer code may have written it, so the file may be undamaged."""
 
 
-class OtherVersionError(ValueError):
+class OtherVersionError(InputError):
     """A file of another format, or of a version that this code does not read. It may be undamaged."""
 
 
@@ -44,7 +46,7 @@ def check_file_name(name: str, field: str = "name") -> None:
         ValueError: anything else; the text continues the sentence of `record_from`.
     """
     if not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"{field} {short(name)}, which is not a plain file name")
+        raise InputError(f"{field} {short(name)}, which is not a plain file name")
 
 
 def record_from(kind: type[T], values: object, where: str, fix: str, strict: bool = False) -> T:
@@ -65,7 +67,7 @@ def record_from(kind: type[T], values: object, where: str, fix: str, strict: boo
     try:
         return typing.cast(T, _value(kind, values, "", strict))
     except _WrongFieldError as error:
-        raise ValueError(f"{where} {error}; {fix}") from None
+        raise InputError(f"{where} {error}; {fix}") from None
     except UnknownFieldError as error:
         raise UnknownFieldError(f"{where} {error}; read it with the code that wrote it") from None
 

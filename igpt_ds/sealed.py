@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import MAX_JSON_BYTES, read_json, refuse_changed, seal, write_json
 from igpt_ds.schema import OtherVersionError, short
 
@@ -59,7 +60,7 @@ class Format:
     def opened(self, values: object, where: str) -> dict[str, Any]:
         """The fields of a JSON object that `seal` made; raises as `read` does. `where` names the object in errors."""
         if not isinstance(values, dict):
-            raise ValueError(f"{where} has content {short(values)}, which is not an object; {self.fix}")
+            raise InputError(f"{where} has content {short(values)}, which is not an object; {self.fix}")
         if "sha256" in values:
             refuse_changed(values, where, self.fix)
         if self.oldest == 0 and not any(field in values for field in _HEADER):
@@ -67,11 +68,11 @@ class Format:
         wanted = f"{self.name} version {' or '.join(map(str, range(max(1, self.oldest), self.version + 1)))}"
         for field in ("format", "version"):
             if field not in values:
-                raise ValueError(f"{where} is not {wanted}: it has no {field!r}; {self.fix}")
+                raise InputError(f"{where} is not {wanted}: it has no {field!r}; {self.fix}")
         name, version = values["format"], values["version"]
         if name != self.name or type(version) is not int or not self.oldest <= version <= self.version:
             found = f"version {short(version)} of {short(name)}"
             raise OtherVersionError(f"{where} is not {wanted}: it is {found}; {self.fix}, or read it with the code that wrote it")
         if version >= self.sealed and "sha256" not in values:
-            raise ValueError(f"{where} has no 'sha256', as every file of version {version} has; {self.fix}")
+            raise InputError(f"{where} has no 'sha256', as every file of version {version} has; {self.fix}")
         return {field: value for field, value in values.items() if field not in _HEADER}

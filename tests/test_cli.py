@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.launcher import LaunchError
 
 
@@ -28,7 +29,7 @@ def failing(error):
     return main
 
 
-@pytest.mark.parametrize("error", [ValueError("lr=-1 must be positive"), FileNotFoundError(2, "No such file", "a.npy")])
+@pytest.mark.parametrize("error", [InputError("lr=-1 must be positive"), FileNotFoundError(2, "No such file", "a.npy")])
 def test_bad_input_is_one_line_and_status_2(error, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tools/sample.py"])
     with pytest.raises(SystemExit) as end:
@@ -41,13 +42,14 @@ def test_bad_input_is_one_line_and_status_2(error, capsys, monkeypatch):
 def test_an_error_of_many_lines_is_printed_on_one(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit):
-        cli.run(failing(ValueError("1 validation error\nstagee\n  not permitted\n")))
+        cli.run(failing(InputError("1 validation error\nstagee\n  not permitted\n")))
     assert capsys.readouterr().err == "train.py: error: 1 validation error; stagee; not permitted\n"
 
 
-def test_other_errors_are_ours_and_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
-        cli.run(failing(ZeroDivisionError()))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), ValueError("of a library"), TypeError(), KeyError("a")])
+def test_other_errors_are_ours_and_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        cli.run(failing(error))
 
 
 def test_main_is_called_without_arguments_of_its_own():
@@ -59,7 +61,7 @@ def test_main_is_called_without_arguments_of_its_own():
 def test_before_the_ranks_have_joined_only_the_first_of_a_node_speaks(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as end:
-        cli.run(failing(ValueError("bad")), ranks=True)
+        cli.run(failing(InputError("bad")), ranks=True)
     assert end.value.code == 2
     assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit):
@@ -90,6 +92,7 @@ JOINED = """
 import torch.distributed as ranks
 from igpt_ds import cli
 from igpt_ds.launcher import LaunchError
+from igpt_ds.errors import InputError
 
 def main(argv):
     ranks.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
@@ -103,7 +106,7 @@ cli.run(main, ranks=True)
 @pytest.mark.parametrize(
     ("then", "expected"),
     [
-        ("raise ValueError('bad')", (2, "joined\n", "program.py: error: bad\n")),
+        ("raise InputError('bad')", (2, "joined\n", "program.py: error: bad\n")),
         ("pass", (0, "joined\n", "")),
     ],
 )
@@ -136,7 +139,10 @@ def test_parser_keeps_the_docstring_shows_defaults_and_refuses_abbreviations(cap
 
 def test_a_program_ends_with_status_2(tmp_path):
     program = tmp_path / "program.py"
-    program.write_text("from igpt_ds import cli\n\ndef main(argv):\n    raise ValueError('no')\n\ncli.run(main)\n")
+    program.write_text(
+        "from igpt_ds import cli\nfrom igpt_ds.errors import InputError\n\ndef main(argv):\n    raise InputError('no')\n\n"
+        "cli.run(main)\n"
+    )
     done = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "program.py: error: no\n")
 
@@ -165,11 +171,13 @@ def test_an_error_of_the_system_names_the_file_and_the_fix(number, fix, capsys, 
 
 NAMES = """
 from igpt_ds import cli
+from igpt_ds.errors import InputError
+from igpt_ds.errors import InputError
 
 def main(argv):
     open(__file__).read()  # as libraries open their own files
     print("größe \\udcff \\x1b[2J \\x9b31m \\u202e \\r")
-    raise ValueError("größe \\udcff \\x1b[2J\\n")
+    raise InputError("größe \\udcff \\x1b[2J\\n")
 
 cli.run(main)
 """

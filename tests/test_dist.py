@@ -18,12 +18,13 @@ from igpt_ds.dist import (
     sequence_size,
     start_sequence_groups,
 )
+from igpt_ds.errors import InputError
 from igpt_ds.launcher import LaunchError
 
 
 def test_rank_0_answers_for_all() -> None:
     def refuse() -> None:
-        raise ValueError("no such thing")
+        raise InputError("no such thing")
 
     assert from_rank_0(lambda: 7) == 7
     with pytest.raises(SharedError, match="no such thing"):

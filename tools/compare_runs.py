@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.ops.compare import Comparison, compare_runs
 
 SHOWN = 5  # missing rows of a run
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if not 0 <= args.tolerance < math.inf:
-        raise ValueError(f"--tolerance {args.tolerance} must be a number of at least 0")
+        raise InputError(f"--tolerance {args.tolerance} must be a number of at least 0")
     found = compare_runs(args.runs[0], args.runs[1], args.tolerance)
     print(comparison_text(found, args.runs, args.tolerance))
     if not found.equal:

@@ -25,6 +25,7 @@ from igpt_ds.data.duplicates import METHODS, Found, find_duplicates
 from igpt_ds.data.exclusion import ExclusionReason, write_exclusion
 from igpt_ds.data.images import save_grid, square
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 
 MAX_DISTANCE = 4  # CIFAR-10 in 512 colours: finds 97 % of images made JPEGs of quality 40, and one wrong pair in 400 million
 SUSPICIOUS = 0.001  # share of the training set near a single evaluation image
@@ -80,13 +81,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="processes (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.method == "tokens" and args.max_distance:
-        raise ValueError(f"--max_distance {args.max_distance} has no meaning for --method tokens; omit it")
+        raise InputError(f"--max_distance {args.max_distance} has no meaning for --method tokens; omit it")
     if args.max_distance is None:
         args.max_distance = 0 if args.method == "tokens" else MAX_DISTANCE
     if args.workers is None:
         args.workers = cores
     if not 1 <= args.pairs <= 10_000:
-        raise ValueError(f"--pairs {args.pairs} must lie in 1..10000")
+        raise InputError(f"--pairs {args.pairs} must lie in 1..10000")
     return args
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from igpt_ds import cli, dist
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate import likelihood
 from igpt_ds.evaluate.features.network import PRECISIONS, open_model, pick_device
 from igpt_ds.evaluate.report.results import add_results, likelihood_row, read_results
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shards = ShardSet(args.data, args.split)
     info = read_info(args.model)
     if given := [f"--{name}" for name in BERT_FLAGS if getattr(args, name) is not None and info.objective != "bert"]:
-        raise ValueError(
+        raise InputError(
             f"{given[0]} is for BERT models, and {args.model} was trained with objective {info.objective!r}; omit it"
         )
     masks = {name: getattr(args, name) for name in ("mask_draws", "seed") if getattr(args, name) is not None}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.palette import load_palette
+from igpt_ds.errors import InputError
 from igpt_ds.model.interchange.hf import write_hf
 from igpt_ds.model.store import load_model, read_info
 
@@ -27,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     objective = read_info(args.model).objective
     if objective != "ar":
-        raise ValueError(
+        raise InputError(
             f"{args.model} has objective {objective!r}; HF's ImageGPT is auto-regressive only; export a model with objective 'ar'"
         )
     palette = load_palette(args.model / "palette.npy")
     model, info = load_model(args.model)
     if palette.hash != info.palette_hash:
-        raise ValueError(
+        raise InputError(
             f"{args.model / 'palette.npy'} is not the palette that the model was trained with; write the model dir again"
         )
     write_hf(args.out, info.config, model.state_dict(), palette.colors)

@@ -31,6 +31,7 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import WHOLE, Part
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
 from igpt_ds.evaluate.features.manifest import DTYPES
 from igpt_ds.evaluate.features.merge import merge_parts
@@ -144,20 +145,20 @@ def check(args: argparse.Namespace) -> None:
     """Refuses combinations of flags that have no meaning."""
     if args.merge is not None:
         if args.merge < 1:
-            raise ValueError(f"--merge {args.merge} must be at least 1")
+            raise InputError(f"--merge {args.merge} must be at least 1")
         return
     if args.data is None:
-        raise ValueError("--data is missing; name the shards, or give --merge")
+        raise InputError("--data is missing; name the shards, or give --merge")
     for name in ("splits", "kinds"):
         if twice := [value for value in getattr(args, name) if getattr(args, name).count(value) > 1]:
-            raise ValueError(f"--{name} {' '.join(getattr(args, name))} names {twice[0]!r} twice; name each once")
+            raise InputError(f"--{name} {' '.join(getattr(args, name))} names {twice[0]!r} twice; name each once")
     if args.pixels and (args.model is not None or args.untrained is not None or args.layers is not None or args.part != WHOLE):
-        raise ValueError("--pixels needs no model; leave out --model, --untrained, --layers and --part")
+        raise InputError("--pixels needs no model; leave out --model, --untrained, --layers and --part")
     if not args.pixels and args.model is None:
-        raise ValueError("--model is missing; name a model dir, or give --pixels")
+        raise InputError("--model is missing; name a model dir, or give --pixels")
     if args.stream_layers is not None and (args.stream_layers < 1 or args.untrained is not None):
         wrong = "with --untrained" if args.untrained is not None else args.stream_layers
-        raise ValueError(f"--stream_layers {wrong}: name at least 1 image, and a trained model, whose blocks lie in a file")
+        raise InputError(f"--stream_layers {wrong}: name at least 1 image, and a trained model, whose blocks lie in a file")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import numpy as np
 from igpt_ds import cli
 from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.classification import read_confusion
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.neighbours import nearest_images, probe_confusion
@@ -104,13 +105,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.figure == "confusion" and args.counts:
         needed, allowed = {"counts"}, set()
     if args.log and args.figure != "training":
-        raise ValueError(f"--log is only for the figure training; omit it for {args.figure}")
+        raise InputError(f"--log is only for the figure training; omit it for {args.figure}")
     if args.title and args.figure == "neighbours":
-        raise ValueError("the figure neighbours has captions and no --title; omit it")
+        raise InputError("the figure neighbours has captions and no --title; omit it")
     if needed - given or given - needed - allowed:
-        raise ValueError(f"{args.figure} reads {words}")
+        raise InputError(f"{args.figure} reads {words}")
     if args.out.suffix.lower() != ".png":
-        raise ValueError(f"--out {args.out} must end in .png")
+        raise InputError(f"--out {args.out} must end in .png")
     return args
 
 
@@ -145,7 +146,7 @@ def best_probe(args: argparse.Namespace) -> ProbeRow:
     rows = [row for row in rows if row.model_hash == model_hash and args.kind in (None, row.features)]
     if not rows:
         kind = f" of kind {args.kind}" if args.kind else ""
-        raise ValueError(f"the results hold no probe{kind} of the model of {args.features}; run tools/linear_probe.py on it")
+        raise InputError(f"the results hold no probe{kind} of the model of {args.features}; run tools/linear_probe.py on it")
     return best_row(experiment(rows, args.dataset))
 
 
@@ -173,7 +174,7 @@ def neighbours(args: argparse.Namespace) -> None:
     sides = [(open_features(args.features, split), ShardSet(args.data, split)) for split in (row.train_split, row.eval_split)]
     for features, shards in sides:
         if features.dataset_hash != shards.dataset_hash:
-            raise ValueError(
+            raise InputError(
                 f"{args.features} does not hold features of the images in {args.data}; give the shards that it was extracted from"
             )
     (train, train_shards), (evaluated, shards) = sides
@@ -196,7 +197,7 @@ def training(args: argparse.Namespace) -> None:
     }
     if len(set(vocabularies.values())) > 1:
         sizes = ", ".join(f"{run_dir} {n_vocab}" for run_dir, n_vocab in vocabularies.items())
-        raise ValueError(f"losses over palettes of different sizes do not compare ({sizes}); draw one figure for each")
+        raise InputError(f"losses over palettes of different sizes do not compare ({sizes}); draw one figure for each")
     names = [run_dir.resolve().name for run_dir in args.runs]
     if len(set(names)) < len(names):
         names = [str(run_dir) for run_dir in args.runs]
@@ -210,7 +211,7 @@ def rates(args: argparse.Namespace) -> None:
     sweeps = {path: read_sweep(path) for path in args.runs}
     measured = sorted({words for _, words in sweeps.values()})
     if len(measured) > 1:
-        raise ValueError(f"sweeps of {' and '.join(measured)} do not share an axis; draw one figure for each")
+        raise InputError(f"sweeps of {' and '.join(measured)} do not share an axis; draw one figure for each")
     names = [path.resolve().parent.name if path.stem == "sweep" else path.stem for path in sweeps]
     if len(set(names)) < len(names):
         names = [str(path) for path in sweeps]

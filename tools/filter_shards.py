@@ -25,6 +25,7 @@ from igpt_ds.arrays import new_array
 from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.build import copy_images
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.domain import Domain, FeatureReader, fit_domain, keep_best, n_to_keep
 from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.evaluate.features.network import PRECISIONS, check_layers, open_model, pick_device
@@ -123,9 +124,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the matrix products")
     args = parser.parse_args(argv)
     if args.batch < 1:
-        raise ValueError(f"--batch {args.batch} must be at least 1")
+        raise InputError(f"--batch {args.batch} must be at least 1")
     if args.seed < 0:
-        raise ValueError(f"--seed {args.seed} must be at least 0")
+        raise InputError(f"--seed {args.seed} must be at least 0")
     args.report = args.report or args.out.with_name(f"{args.out.name}_report")
     return args
 
@@ -133,10 +134,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def check(reference: ShardSet, candidates: ShardSet) -> None:
     """Refuses bad input before hours of scoring."""
     if reference.dataset_hash == candidates.dataset_hash:
-        raise ValueError(f"{reference.path} and {candidates.path} hold the same images; name two different sets")
+        raise InputError(f"{reference.path} and {candidates.path} hold the same images; name two different sets")
     if (reference.n_px, reference.palette_hash) != (candidates.n_px, candidates.palette_hash):
         sides = " and ".join(f"{s.path} ({s.n_px}x{s.n_px}, palette {s.palette_hash[:8]})" for s in (reference, candidates))
-        raise ValueError(f"{sides} do not fit one model; make both with the n_px and palette.npy of --model")
+        raise InputError(f"{sides} do not fit one model; make both with the n_px and palette.npy of --model")
 
 
 def say_how_well(domain: Domain, layer: int, deepest: int) -> None:

@@ -32,6 +32,7 @@ from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, 
 from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD
 from igpt_ds.data.sources import LABELS, Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
+from igpt_ds.errors import InputError
 from igpt_ds.files import reserved
 
 _BATCH = 64  # images per job of a worker
@@ -62,13 +63,13 @@ def _fit(args: argparse.Namespace) -> None:
             bar.update(n + len(errors))
     n_bad = bad.n_lost
     if n_bad > args.max_bad * (n_images + n_bad):
-        raise ValueError(
+        raise InputError(
             f"{n_bad} of {n_images + n_bad} images are unreadable, more than --max_bad {args.max_bad:g}; first error: {worst}"
         )
     left_out = Tally([*source.left_out.rows(), *bad.rows()])
     left_out.check(source.name, n_images, args.max_bad)
     if not n_images:
-        raise ValueError(f"source {args.source} lists no train images to fit a palette to")
+        raise InputError(f"source {args.source} lists no train images to fit a palette to")
     counted = time.perf_counter()
     palette, report = fit_colors(*counts.weighted(args.max_pixels, args.seed), args.n_colors, args.seed)
     made = {"seed": args.seed, "source": source.name, "n_px": args.n_px, "crop": args.crop, "filter": args.filter}
@@ -117,15 +118,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preview", type=Path, help="PNG of some images before and after (default: none)")
     args = parser.parse_args(argv)
     if args.out.suffix != ".npy":
-        raise ValueError(f"out={args.out} must end in .npy")
+        raise InputError(f"out={args.out} must end in .npy")
     for name in ("max_pixels", "max_images", "max_image_pixels", "n_px", "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+            raise InputError(f"{name}={value} must be at least 1")
     if args.seed < 0:
-        raise ValueError(f"seed={args.seed} must be at least 0")
+        raise InputError(f"seed={args.seed} must be at least 0")
     if args.n_px is None and args.crop != "none":
-        raise ValueError(f"crop={args.crop} needs --n_px")
+        raise InputError(f"crop={args.crop} needs --n_px")
     return args
 
 

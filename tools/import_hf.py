@@ -13,6 +13,7 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.palette import Palette, load_palette, save_palette
+from igpt_ds.errors import InputError
 from igpt_ds.files import reserved, scratch_dir
 from igpt_ds.model.interchange.hf import ImportedModel, read_hf, save_imported
 from igpt_ds.model.store import read_info
@@ -43,13 +44,13 @@ def choose_palette(imported: ImportedModel, directory: Path, path: Path | None) 
     own = None if imported.colors is None else Palette(imported.colors)
     if path is None:
         if own is None:
-            raise ValueError(f"{directory / 'preprocessor_config.json'} has no 'clusters'; give the palette with --palette")
+            raise InputError(f"{directory / 'preprocessor_config.json'} has no 'clusters'; give the palette with --palette")
         return own
     given = load_palette(path)
     if own is not None and given.hash != own.hash:
-        raise ValueError(f"--palette {path} differs from the palette in {directory / 'preprocessor_config.json'}; omit --palette")
+        raise InputError(f"--palette {path} differs from the palette in {directory / 'preprocessor_config.json'}; omit --palette")
     if len(given) != imported.config.n_vocab:
-        raise ValueError(f"--palette {path} has {len(given)} colours; the model in {directory} has {imported.config.n_vocab}")
+        raise InputError(f"--palette {path} has {len(given)} colours; the model in {directory} has {imported.config.n_vocab}")
     return given
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH, load_palette
+from igpt_ds.errors import InputError
 from igpt_ds.model.interchange.hf import save_imported
 from igpt_ds.model.interchange.openai import read_openai
 from igpt_ds.model.store import read_info
@@ -29,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     palette = load_palette(args.palette)
     imported = read_openai(args.checkpoint)
     if len(palette) != imported.config.n_vocab:
-        raise ValueError(f"--palette {args.palette} has {len(palette)} colours; {args.checkpoint} has {imported.config.n_vocab}")
+        raise InputError(f"--palette {args.palette} has {len(palette)} colours; {args.checkpoint} has {imported.config.n_vocab}")
     if len(palette) == 512 and palette.hash != OPENAI_PALETTE_HASH:
-        raise ValueError(f"--palette {args.palette} is not OpenAI's; give kmeans_centers.npy of the image-gpt release")
+        raise InputError(f"--palette {args.palette} is not OpenAI's; give kmeans_centers.npy of the image-gpt release")
     save_imported(args.out, imported, args.palette, palette.hash)
     size = sum(tensor.numel() for tensor in imported.weights.values())
     about = f"objective {imported.objective}, step {imported.step}, {size:,} parameters, {palette.name}"

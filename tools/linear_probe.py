@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.network import KINDS, pick_device
 from igpt_ds.evaluate.probes import variants
@@ -102,10 +103,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=list(PROBE_DTYPES), default="fp32", help="precision of the features in memory")
     args = parser.parse_args(argv)
     if args.max_train is not None and args.protocol != "every_layer":
-        raise ValueError(f"--max_train is only for --protocol every_layer, not {args.protocol}; omit it")
+        raise InputError(f"--max_train is only for --protocol every_layer, not {args.protocol}; omit it")
     for name, least in (("subsets", 1), ("n_masks", 1), ("seed", 0)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+            raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
     return args
 
 

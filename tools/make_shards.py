@@ -25,6 +25,7 @@ from igpt_ds.data.shards.index import ShardIndex
 from igpt_ds.data.shards.layout import IMAGES_PER_SHARD, WHOLE, Part, ShardOptions
 from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD, finish_begun, making, merge_shards
 from igpt_ds.data.sources import LABELS, open_source
+from igpt_ds.errors import InputError
 
 CROP_HELP = (
     "none: the shorter side to n_px, then the central square; center: the shorter side to 224, the central 224x224, then n_px; "
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_flags(parser)
     args = parser.parse_args(argv)
     if args.part != WHOLE and args.stage != "write":
-        raise ValueError(f"--part belongs to --stage write, not {args.stage}")
+        raise InputError(f"--part belongs to --stage write, not {args.stage}")
 
     check_work(args.part, args.workers, args.max_bad)
     source, palette, start = open_source(args.source, args.labels), load_palette(args.palette), time.perf_counter()
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_index(args.out, index)
         return
     if args.stage in ("write", "merge") and not args.out.exists() and not (making(args.out) / "plan").is_dir():
-        raise ValueError(f"{args.out} has no list of images; run --stage list before {args.stage}")
+        raise InputError(f"{args.out} has no list of images; run --stage list before {args.stage}")
     plan = list_images(args.out, source, palette, settings, args.max_bad)
     counts = ", ".join(f"{count} {split}" for split, count in plan.counts.items() if count)
     print(f"listed      {counts} images of {source.name}")

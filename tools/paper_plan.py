@@ -22,6 +22,7 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.ds_config import load_ds_config
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import write_json
 from igpt_ds.paper import budget
 from igpt_ds.paper.scales import SCALES, Scale, Training, get_scale
@@ -90,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.training = asked_training(given[cut + 1 :]) if cut < len(given) else None
     for name in ("gpus", "node_gpus"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
     if args.ds_config:
         load_ds_config(args.ds_config)  # refuses what no training would take
     return args
@@ -105,10 +106,10 @@ def asked_training(words: Sequence[str]) -> Training:
     given = {word.split("=")[0] for word in words}
     for name in ("--data", "--run_dir", "--resume"):
         if name in given:
-            raise ValueError(f"{name} after -- is given by the stages themselves; leave it out")
+            raise InputError(f"{name} after -- is given by the stages themselves; leave it out")
     for name in ("--dry_run", "--stop_at_step"):
         if name in given:
-            raise ValueError(f"{name} after -- would end the training before its last step; leave it out, or run train.py alone")
+            raise InputError(f"{name} after -- would end the training before its last step; leave it out, or run train.py alone")
     args = train_flags.parse("flags of train.py, after --", [*words, "--dry_run"])
     return Training(train_flags.choose_recipe(args), tuple(words))
 
@@ -130,7 +131,7 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
         found = PAPER.read(file)
         if found != wanted:
             words = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
-            raise ValueError(f"{out} holds the paper of {words}; choose another directory, or remove this one")
+            raise InputError(f"{out} holds the paper of {words}; choose another directory, or remove this one")
     for system in scale.systems if scale.name != "own" else ():
         if target := chosen(system.recipe, out).get("config"):
             Path(str(target)).parent.mkdir(parents=True, exist_ok=True)

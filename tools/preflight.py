@@ -26,6 +26,7 @@ from typing import Any
 
 from igpt_ds import cli, dist, launcher
 from igpt_ds.ds_config import load_ds_config
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file
 from igpt_ds.json_files import write_json
 from igpt_ds.ops.preflight import verdict
@@ -45,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     args = parse(__doc__ or "", argv, add_flags)
     if not args.timeout_s > 0:
-        raise ValueError(f"--timeout_s {args.timeout_s:g} must be more than 0 seconds")
+        raise InputError(f"--timeout_s {args.timeout_s:g} must be more than 0 seconds")
     if args.dry_run:
-        raise ValueError("--dry_run checks no nodes; give it to train.py")
+        raise InputError("--dry_run checks no nodes; give it to train.py")
     launcher.map_environment(os.environ)
     ranks = args.ranks or dist.world_size()
     recipe = partial(choose_recipe, args)
@@ -148,7 +149,7 @@ def read_report(values: Any, rank: int, node: str) -> NodeReport:
     """A rank's report. A report of another version of the code is an error of that node and not of this program."""
     try:
         return report_from_dict(values)
-    except ValueError as error:
+    except InputError as error:
         return NodeReport(rank, 0, node, errors={"code": str(error)})
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops.compare import compare_runs
 from igpt_ds.plain_files import open_plain
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dice = random.Random(args.seed)
     first, last = args.save_every, last_step(alone)
     if first >= 0.9 * last:
-        raise ValueError(
+        raise InputError(
             f"--save_every {first} leaves nothing to go on from in a run of {last} steps; save several times as often"
         )
     targets = sorted(dice.uniform(first + 1, 0.9 * last) for _ in range(args.kills))
@@ -79,19 +80,19 @@ def parse(words: list[str]) -> Any:
     )
     args = parser.parse_args(ours)
     if not command:
-        raise ValueError("no training command: write it after ` -- `, as in `-- deepspeed --num_gpus 2 train.py ...`")
+        raise InputError("no training command: write it after ` -- `, as in `-- deepspeed --num_gpus 2 train.py ...`")
     if taken := [word for word in command if word.partition("=")[0] in ("--run_dir", "--resume")]:
-        raise ValueError(f"{taken[0]} is set by the rehearsal; leave it out of the training command")
+        raise InputError(f"{taken[0]} is set by the rehearsal; leave it out of the training command")
     every = dict(itertools.pairwise(command)).get("--save_every", "")
     if not every.isdecimal() or int(every) < 1:
-        raise ValueError("name --save_every in the training command: without checkpoints on the way nothing is resumed")
+        raise InputError("name --save_every in the training command: without checkpoints on the way nothing is resumed")
     args.save_every = int(every)
     if args.kills < 1:
-        raise ValueError(f"--kills {args.kills} must be at least 1")
+        raise InputError(f"--kills {args.kills} must be at least 1")
     if not 0 <= args.tolerance < math.inf:
-        raise ValueError(f"--tolerance {args.tolerance} must be a number of at least 0")
+        raise InputError(f"--tolerance {args.tolerance} must be a number of at least 0")
     if args.out.exists() and any(args.out.iterdir()):
-        raise ValueError(f"{args.out} exists already; choose another --out or remove it")
+        raise InputError(f"{args.out} exists already; choose another --out or remove it")
     args.out.mkdir(parents=True, exist_ok=True)
     args.command = command
     return args
@@ -113,7 +114,7 @@ def until_the_end(command: Sequence[str], run_dir: Path) -> None:
         os.killpg(process.pid, signal.SIGTERM)
         raise
     if status or not (run_dir / "FINISHED").exists():
-        raise ValueError(f"the run ended with status {status} before its last step; see {run_dir.with_suffix('.log')}")
+        raise InputError(f"the run ended with status {status} before its last step; see {run_dir.with_suffix('.log')}")
 
 
 def last_step(run_dir: Path) -> int:

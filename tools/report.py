@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.figures import layer_curve, training_curve
 from igpt_ds.evaluate.report.page import page
 from igpt_ds.evaluate.report.results import by_layer, read_all
@@ -66,10 +67,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out {args.out} must end in .html or .htm")
+        raise InputError(f"--out {args.out} must end in .html or .htm")
     for picture in args.pictures or []:
         if not picture.is_file():
-            raise ValueError(f"--pictures {picture} does not exist; name an existing PNG file")
+            raise InputError(f"--pictures {picture} does not exist; name an existing PNG file")
     return args
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.files import reserved
 from igpt_ds.locks import locked
 from igpt_ds.train import run_lock
@@ -46,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("ranks", "sub_group_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+            raise InputError(f"--{name} {value} must be at least 1")
     if args.ranks > MOST_RANKS:
-        raise ValueError(
+        raise InputError(
             f"--ranks {args.ranks} is more than {MOST_RANKS}, whose files one process can write in reasonable time; "
             "a resumed run divides by itself, each rank its own"
         )
     if args.checkpoint and args.step is not None:
-        raise ValueError(f"--step {args.step} goes with --run_dir; --checkpoint {args.checkpoint} is one step already")
+        raise InputError(f"--step {args.step} goes with --run_dir; --checkpoint {args.checkpoint} is one step already")
     if args.checkpoint:
         recover(args.checkpoint)
         checkpoint = read_checkpoint(args.checkpoint)

@@ -24,6 +24,7 @@ from igpt_ds import cli
 from igpt_ds.data.images import decode_image, save_gif, save_grid, square
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.network import PRECISIONS, pick_device
 from igpt_ds.evaluate.likelihood import pixel_nats
 from igpt_ds.evaluate.report.figures import heat_maps
@@ -49,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, info = load_model(args.model, "ar")
     palette = load_palette(args.model / "palette.npy")
     if palette.hash != info.palette_hash:
-        raise ValueError(f"{args.model / 'palette.npy'} is not the palette that the model was trained with; consolidate again")
+        raise InputError(f"{args.model / 'palette.npy'} is not the palette that the model was trained with; consolidate again")
     Filter(args.temperature, args.top_k, args.top_p).check(info.config.n_vocab)
     n_px = model.config.n_px
     rows = n_px // 2 if args.prefix_rows is None else args.prefix_rows
     if not 1 <= rows < n_px:
-        raise ValueError(f"--prefix_rows {rows} must lie between 1 and {n_px - 1}; the model's images are {n_px}x{n_px}")
+        raise InputError(f"--prefix_rows {rows} must lie between 1 and {n_px - 1}; the model's images are {n_px}x{n_px}")
     model = model.to(args.device)
     originals = given_images(model, palette, args)
     scale = args.scale or max(1, 64 // n_px)
@@ -114,20 +115,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     least = {"rows": 0, "columns": 1, "completions": 1, "scale": 1, "batch": 1, "seed": 0}
     for name, smallest in least.items():
         if getattr(args, name) is not None and getattr(args, name) < smallest:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {smallest}")
+            raise InputError(f"--{name} {getattr(args, name)} must be at least {smallest}")
     if args.seed >= 2**63:
-        raise ValueError(f"--seed {args.seed} must be below 2^63")
+        raise InputError(f"--seed {args.seed} must be below 2^63")
     if not (args.out or args.gif or args.heat_map):
-        raise ValueError("there is nothing to write; give --out, --gif or --heat_map")
+        raise InputError("there is nothing to write; give --out, --gif or --heat_map")
     for name, suffix in (("out", ".png"), ("gif", ".gif"), ("heat_map", ".png")):
         if getattr(args, name) and getattr(args, name).suffix.lower() != suffix:
-            raise ValueError(f"--{name} {getattr(args, name)} has another suffix than its format; use {suffix}")
+            raise InputError(f"--{name} {getattr(args, name)} has another suffix than its format; use {suffix}")
     if args.data and args.images:
-        raise ValueError("--data and --images both give images; give one of them")
+        raise InputError("--data and --images both give images; give one of them")
     if args.ids and not args.data:
-        raise ValueError("--ids needs --data")
+        raise InputError("--ids needs --data")
     if not (args.data or args.images) and (args.heat_map or not args.rows):
-        raise ValueError(f"{'--heat_map' if args.heat_map else '--rows 0'} needs images; give --data or --images")
+        raise InputError(f"{'--heat_map' if args.heat_map else '--rows 0'} needs images; give --data or --images")
     return args
 
 
@@ -141,20 +142,20 @@ def given_images(model: Transformer, palette: Palette, args: argparse.Namespace)
         return None
     shards = ShardSet(args.data, args.split)
     if shards.palette_hash != palette.hash or shards.n_px != n_px:
-        raise ValueError(
+        raise InputError(
             f"{args.data} ({shards.n_px}x{shards.n_px}, palette {shards.palette_hash[:8]}) does not fit the model "
             f"{args.model} ({n_px}x{n_px}, palette {palette.hash[:8]}); name the shards it was trained on"
         )
     ids = np.array(args.ids, dtype=np.int64) if args.ids else spread(shards.n_images, args)
     if outside := [str(number) for number in ids if not 0 <= number < shards.n_images]:
-        raise ValueError(f"--ids {' '.join(outside)} not in {args.data} split {args.split!r}: it has 0..{shards.n_images - 1}")
+        raise InputError(f"--ids {' '.join(outside)} not in {args.data} split {args.split!r}: it has 0..{shards.n_images - 1}")
     return torch.from_numpy(shards.tokens(ids).reshape(len(ids), -1).astype(np.int64))
 
 
 def spread(n_images: int, args: argparse.Namespace) -> np.ndarray:
     """The ids of one row of images, evenly spread over the split."""
     if n_images < args.columns:
-        raise ValueError(f"{args.data} split {args.split!r} has {n_images} images; --columns {args.columns} needs more")
+        raise InputError(f"{args.data} split {args.split!r} has {n_images} images; --columns {args.columns} needs more")
     return np.linspace(0, n_images - 1, args.columns).astype(np.int64)
 
 

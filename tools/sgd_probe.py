@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.network import KINDS, pick_device
 from igpt_ds.evaluate.probes.sgd_search import RATES, SGD_HELD_OUT, RateSearch, SgdProbe, SgdSettings, sgd_probe
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch_images", "views", "window_mib", "save_every", "seed"):
         least = 0 if name == "seed" else 1
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+            raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
     return args
 
 

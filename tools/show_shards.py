@@ -17,6 +17,7 @@ import numpy as np
 from igpt_ds import cli
 from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 
 MOST_IMAGES = 10_000  # a sheet of more is no sheet to look at, and fills the memory
 NAMED = 12  # classes that are printed
@@ -56,9 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("images", "columns", "scale"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) <= MOST_IMAGES:
-            raise ValueError(f"--{name} {getattr(args, name)} must lie in 1..{MOST_IMAGES}")
+            raise InputError(f"--{name} {getattr(args, name)} must lie in 1..{MOST_IMAGES}")
     if args.seed is not None and args.seed < 0:
-        raise ValueError(f"--seed {args.seed} must be at least 0")
+        raise InputError(f"--seed {args.seed} must be at least 0")
     return args
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.ops.rank_status import WATCH_SECONDS
 from igpt_ds.ops.status import Status, read_status
 from igpt_ds.ops.status_text import duration, status_text
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="print again after this many seconds, until interrupted")
     args = parser.parse_args(argv)
     if args.watch is not None and not args.watch > 0:
-        raise ValueError(f"--watch {args.watch:g} must be more than 0 seconds")
+        raise InputError(f"--watch {args.watch:g} must be more than 0 seconds")
     while True:
         found = [look(path, alone=len(args.run_dirs) == 1) for path in args.run_dirs]
         if args.json:
@@ -64,7 +65,7 @@ def look(path: Path, alone: bool) -> Status | NoRun:
     """The status of a run. A directory that is not a run is an error if it is the only one, else a line in the table."""
     try:
         return read_status(path, time.time(), WATCH_SECONDS)
-    except ValueError as error:
+    except InputError as error:
         if alone:
             raise
         return NoRun(str(path), str(error))

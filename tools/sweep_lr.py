@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.figures import rate_curve
 from igpt_ds.files import atomic_file
 from igpt_ds.train.sweep import (
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.append(result or train(args, lr))
         print(describe(results[-1]), flush=True)
     if not results:
-        raise ValueError(
+        raise InputError(
             f"{args.out / run_name(rate(0))} is not finished, so there is nothing to collect; train it before --collect"
         )
     report(args.out, results)
@@ -69,16 +70,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("command", nargs="*", help="after --: the training command, without --lr, --run_dir and --resume")
     args = parser.parse_args(argv)
     if args.collect and (args.array_index is not None or args.command):
-        raise ValueError("--collect does not train; omit --array_index and the command")
+        raise InputError("--collect does not train; omit --array_index and the command")
     if not args.collect and not any(word.endswith(("train.py", "finetune.py")) for word in args.command):
-        raise ValueError("no training command; after the flags write: -- deepspeed train.py --recipe NAME --data DIR ...")
+        raise InputError("no training command; after the flags write: -- deepspeed train.py --recipe NAME --data DIR ...")
     if any(word.split("=")[0] == "--results" for word in args.command):
-        raise ValueError("--results would read the test split at every rate; leave it out, and evaluate the best rate alone")
+        raise InputError("--results would read the test split at every rate; leave it out, and evaluate the best rate alone")
     for word in args.command:
         if word.split("=")[0] in OURS:
-            raise ValueError(f"{word} is set by the search; leave it out of the training command")
+            raise InputError(f"{word} is set by the search; leave it out of the training command")
     if args.array_index is not None and not 0 <= args.array_index < MAX_RATES:
-        raise ValueError(f"--array_index {args.array_index} must lie between 0 and {MAX_RATES - 1}")
+        raise InputError(f"--array_index {args.array_index} must lie between 0 and {MAX_RATES - 1}")
     return args
 
 
@@ -97,7 +98,7 @@ def train(args: argparse.Namespace, lr: float) -> Result:
             raise SystemExit(cli.STOPPED)
         result = read_result(run_dir, lr)
         if result is None:
-            raise ValueError(f"the run of {run_dir} ended with status {status} before its last step; the cause is above")
+            raise InputError(f"the run of {run_dir} ended with status {status} before its last step; the cause is above")
     return result
 
 

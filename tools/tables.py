@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import experiment, read_all
 from igpt_ds.evaluate.report.run_files import ReportedRun, read_curve
 from igpt_ds.evaluate.report.tables import TITLES, layer_table, markdown_table, paper_table
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="data set to print, by its name in the results; required if they have several")
     args = parser.parse_args(argv)
     if args.paper and args.dataset:
-        raise ValueError(f"--dataset {args.dataset} has no meaning with --paper, whose tables have their own data sets; omit it")
+        raise InputError(f"--dataset {args.dataset} has no meaning with --paper, whose tables have their own data sets; omit it")
     return args
 
 
@@ -66,7 +67,7 @@ def validation_line(run_dir: Path) -> str:
     """The last validation loss beside that of a uniform guess."""
     rows = [row for row in read_curve(run_dir) if row.val_loss is not None]
     if not rows:
-        raise ValueError(f"{run_dir / 'train.jsonl'} holds no validation loss; train first")
+        raise InputError(f"{run_dir / 'train.jsonl'} holds no validation loss; train first")
     n_vocab = ReportedRun.of(read_run(run_dir), run_dir / "run.json").recipe.model.n_vocab
     return (
         f"validation: {rows[-1].val_loss:.4f} nats/token after {rows[-1].step} steps; "

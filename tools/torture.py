@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from igpt_ds import cli
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import write_json
 from igpt_ds.ops.torture import damages, kills, writers
 from igpt_ds.ops.torture.trial import BARS, Figures, table, total
@@ -71,9 +72,9 @@ def choose(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, number)
     for name in ("mutations", "kills", "pairs", "show"):
         if getattr(args, name) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0")
+            raise InputError(f"--{name} {getattr(args, name)} must be at least 0")
     if args.cores < 1:
-        raise ValueError(f"--cores {args.cores} must be at least 1")
+        raise InputError(f"--cores {args.cores} must be at least 1")
     return args
 
 

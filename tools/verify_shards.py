@@ -17,6 +17,7 @@ from tqdm import tqdm
 from igpt_ds import cli
 from igpt_ds.data.shards.index import SPLITS, read_index
 from igpt_ds.data.shards.verify import all_damage
+from igpt_ds.errors import InputError
 
 NAMED = 20  # largest number of damages that are printed one by one
 
@@ -29,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="shards that are read at once (default: the number of cores and a few more)")
     args = parser.parse_args(argv)
     if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers {args.workers} must be at least 1")
+        raise InputError(f"--workers {args.workers} must be at least 1")
     index, start = read_index(args.data), time.perf_counter()
     splits = args.split or list(index.splits)
     if missing := [split for split in splits if split not in index.splits]:
-        raise ValueError(f"{args.data} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
+        raise InputError(f"{args.data} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
     index.load_palette(args.data)
 
     shards = [shard for split in splits for shard in index.splits[split].shards]

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.workers import process_pool
+from igpt_ds.errors import InputError
 
 METHODS = ("phash", "dhash", "tokens")
 BITS = 64
@@ -98,7 +99,7 @@ def find_duplicates(
         ids, codes, flat = [], [], 0
         for (start, stop), part in zip(spans, parts, strict=True):
             if isinstance(part, str):
-                raise ValueError(part)
+                raise InputError(part)
             ids.append(part[0])
             codes.append(part[1])
             flat += part[2]
@@ -120,14 +121,14 @@ def _check(train: ShardSet, evaluated: ShardSet, method: str, max_distance: int,
     shared = set(train.split.split("+")) & set(evaluated.split.split("+"))
     if train.dataset_hash == evaluated.dataset_hash or (shared and train.path.resolve() == evaluated.path.resolve()):
         sets = f"{train.path} split {train.split!r} and {evaluated.path} split {evaluated.split!r}"
-        raise ValueError(f"{sets} hold the same images, all of which would be excluded; name two different sets")
+        raise InputError(f"{sets} hold the same images, all of which would be excluded; name two different sets")
     if method == "tokens" and (train.n_px, train.palette_hash) != (evaluated.n_px, evaluated.palette_hash):
         sides = " and ".join(f"{s.path} ({s.n_px}x{s.n_px}, palette {s.palette_hash[:8]})" for s in (train, evaluated))
-        raise ValueError(f"tokens of {sides} cannot be equal; make both alike, or use --method phash")
+        raise InputError(f"tokens of {sides} cannot be equal; make both alike, or use --method phash")
     if not 0 <= max_distance <= FARTHEST:
-        raise ValueError(f"max_distance={max_distance} must lie in 0..{FARTHEST}; unlike images differ in {BITS // 2} bits")
+        raise InputError(f"max_distance={max_distance} must lie in 0..{FARTHEST}; unlike images differ in {BITS // 2} bits")
     if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
+        raise InputError(f"workers={workers} must be at least 1")
 
 
 # --------------------------------------------------------------------------------------------------- fingerprints
@@ -221,7 +222,7 @@ def _search_there(path: Path, split: str, queries: _Queries, span: tuple[int, in
     """`_search` in a worker process, which opens the shards once. Returns an error as its message, which can be pickled."""
     try:
         return _search(_opened(path, split), queries, span)
-    except ValueError as error:
+    except InputError as error:
         return str(error)
 
 

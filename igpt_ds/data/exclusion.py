@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.sealed import Format
 
@@ -77,19 +78,19 @@ def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
     """
     found = record_from(_ExclusionFile, EXCLUSION.read(path), f"exclusion list {path}", _AGAIN)
     if found.split != shards.split:
-        raise ValueError(f"exclusion list {path} is about split {found.split!r}, not {shards.split!r}; {_AGAIN}")
+        raise InputError(f"exclusion list {path} is about split {found.split!r}, not {shards.split!r}; {_AGAIN}")
     if found.dataset_hash != shards.dataset_hash:
         hashes = f"images {found.dataset_hash[:12]}, {shards.path} holds {shards.dataset_hash[:12]}"
-        raise ValueError(f"exclusion list {path} is about {hashes}; {_AGAIN}")
+        raise InputError(f"exclusion list {path} is about {hashes}; {_AGAIN}")
     listed = found.ids
     if listed and not 0 <= min(listed) <= max(listed) < shards.n_images:
         wrong = min(listed) if min(listed) < 0 else max(listed)
-        raise ValueError(f"exclusion list {path} names image {wrong}; {shards.path} has 0..{shards.n_images - 1}; {_AGAIN}")
+        raise InputError(f"exclusion list {path} names image {wrong}; {shards.path} has 0..{shards.n_images - 1}; {_AGAIN}")
     ids = np.array(listed, dtype=np.int64)
     unsorted = np.flatnonzero(np.diff(ids) <= 0)
     if len(unsorted):
         pair = f"{ids[unsorted[0]]} comes before {ids[unsorted[0] + 1]}"
-        raise ValueError(f"exclusion list {path} is damaged: its ids must increase, {pair}; {_AGAIN}")
+        raise InputError(f"exclusion list {path} is damaged: its ids must increase, {pair}; {_AGAIN}")
     if len(ids) == shards.n_images:
-        raise ValueError(f"exclusion list {path} names all {len(ids)} images of {shards.path}; nothing would be left")
+        raise InputError(f"exclusion list {path} names all {len(ids)} images of {shards.path}; nothing would be left")
     return ids

@@ -21,13 +21,13 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from igpt_ds.data.left_out import EMPTY, TOO_LARGE, UNDECODABLE, BadImageError
 from igpt_ds.data.png import without_notes
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file
 from igpt_ds.plain_files import pointer
 
 # Resizing filters; each one widens with the reduction (antialias). The paper names none.
 # Bicubic is the default: it keeps edges sharper than bilinear, and lanczos rings at 32 px.
-FILTERS = ("bicubic", "bilinear", "box", "lanczos")
-DEFAULT_FILTER = "bicubic"
+FILTERS, DEFAULT_FILTER = ("bicubic", "bilinear", "box", "lanczos"), "bicubic"
 _TORCH_FILTERS = ("bicubic", "bilinear")  # several times PIL's speed, and within one grey level of it
 
 # none: web images and small images; center: the paper's evaluation; random: its training augmentation (3.1).
@@ -74,8 +74,8 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int | None = None
                 pixels = _jpeg_pixels(data, image)
                 return np.array(_rgb(_upright(image))) if pixels is None else pixels
     except UnidentifiedImageError:
-        known = f"it is {pointer(data)}" if pointer(data) else "its bytes are of no known format"
-        reason, why = (known, why) if data else ("it is empty", EMPTY)
+        known = pointer(data) or "bytes of no known format"
+        reason, why = (f"it is {known}", why) if data else ("it is empty", EMPTY)
     except Image.DecompressionBombError as error:
         fix = "if it is no bomb, set --max_pixels of make_shards.py or --max_image_pixels of fit_palette.py"
         reason, why = f"{error}; {fix}", TOO_LARGE
@@ -144,7 +144,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # PIL scales a PPM's numbers to 16 bits
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
-        raise ValueError(f"it holds {kind} pixels of unknown range; convert it to 8 or 16 bits")
+        raise InputError(f"it holds {kind} pixels of unknown range; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, where a plain conversion would clip at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -177,11 +177,11 @@ def square(
         ValueError: the crop or the filter is unknown, or n_px is not positive.
     """
     if n_px < 1:
-        raise ValueError(f"n_px={n_px} must be at least 1")
+        raise InputError(f"n_px={n_px} must be at least 1")
     if resize_filter not in FILTERS:
-        raise ValueError(f"filter {resize_filter!r} is unknown; known: {', '.join(FILTERS)}")
+        raise InputError(f"filter {resize_filter!r} is unknown; known: {', '.join(FILTERS)}")
     if crop not in CROPS:
-        raise ValueError(f"crop {crop!r} is unknown; known: {', '.join(CROPS)}")
+        raise InputError(f"crop {crop!r} is unknown; known: {', '.join(CROPS)}")
     assert image.dtype == np.uint8
     assert image.ndim == 3
     assert image.shape[2] == 3
@@ -255,7 +255,7 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, capt
     """
     assert captions is None or len(captions) == len(images)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} would hold a PNG; give it a name that ends in .png")
+        raise InputError(f"{path} would hold a PNG; give it a name that ends in .png")
     canvas, corners = _grid(images, columns, scale, _CAPTION_PX if captions else 0)
     _, height, width, _ = images.shape
     picture = Image.fromarray(canvas)

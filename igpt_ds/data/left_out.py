@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from igpt_ds.errors import InputError
+
 # Endings and names of files that are something else. Any other file is tried as an image: no list says what an image is.
 _OTHER_TEXTS = (
     "txt json jsonl csv tsv md rst cls xml yaml yml toml html htm pdf doc docx xls xlsx log ini cfg db sh py m ipynb xmp aae"
@@ -44,7 +46,7 @@ _MOST_ROWS = 200  # (ending, reason) pairs; further endings count as one
 _LONGEST = 12  # characters of an ending
 
 
-class BadImageError(ValueError):
+class BadImageError(InputError):
     """An image that cannot be used, with the reason to count it by."""
 
     def __init__(self, message: str, reason: str = UNDECODABLE) -> None:
@@ -137,4 +139,4 @@ class Tally:
             if any(row.reason in (LOOSE, DEEP) for row in self.rows()):
                 fix = "move them into class folders, take images at any depth with --labels ignore, or raise --max_bad"
             allowed = f"more than the {max_bad:g} of {total} images that --max_bad allows"
-            raise ValueError(f"{source}: {self.n_lost} left out, {allowed}: {lost}; {fix}")
+            raise InputError(f"{source}: {self.n_lost} left out, {allowed}: {lost}; {fix}")

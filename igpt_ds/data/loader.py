@@ -22,6 +22,7 @@ from igpt_ds.counter_random import random_words
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import batch_layout
+from igpt_ds.errors import InputError
 
 _ROW, _COLUMN, _FLIP = 1, 2, 3  # purposes of random words; order.py has the others
 _ORDER_CHUNK = 16384  # positions whose images are computed at once, because each numpy call has a fixed cost
@@ -74,10 +75,10 @@ def check_shards(shards: Images, model: ModelConfig) -> None:
     """
     if shards.n_px != model.n_px:
         fix = f"make shards with --n_px {model.n_px} or set n_px={shards.n_px} in the recipe"
-        raise ValueError(f"shards {shards.path} have n_px={shards.n_px} but the model has n_px={model.n_px}; {fix}")
+        raise InputError(f"shards {shards.path} have n_px={shards.n_px} but the model has n_px={model.n_px}; {fix}")
     if shards.n_vocab != model.n_vocab:
         fix = f"make shards with a palette of {model.n_vocab} colours or set n_vocab={shards.n_vocab} in the recipe"
-        raise ValueError(f"shards {shards.path} have n_vocab={shards.n_vocab} but the model has n_vocab={model.n_vocab}; {fix}")
+        raise InputError(f"shards {shards.path} have n_vocab={shards.n_vocab} but the model has n_vocab={model.n_vocab}; {fix}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Loader:
         self.mixture = shards if isinstance(shards, Mixture) else Mixture([shards])
         self.layout, self.seed, self.augment, self.with_labels = layout, seed, augment, with_labels
         if with_labels and any(shards.classes != self.mixture.classes for shards in self.mixture.shard_sets):
-            raise ValueError(f"{self.mixture.path} have different classes, so their labels cannot be mixed; name one dataset")
+            raise InputError(f"{self.mixture.path} have different classes, so their labels cannot be mixed; name one dataset")
 
     def batch(self, images_seen: int, micro_step: int) -> Batch:
         """This rank's images of one micro_step of the step after images_seen images: B = micro_batch."""

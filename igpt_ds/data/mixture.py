@@ -18,6 +18,7 @@ from igpt_ds.data.exclusion import read_exclusion
 from igpt_ds.data.facts import DataFacts, DatasetFacts
 from igpt_ds.data.order import MAX_IMAGES, ORDER_VERSION, mixed, shares_of
 from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
+from igpt_ds.errors import InputError
 
 ON_BAD = ("stop", "skip")
 MAX_BAD = 0.001
@@ -59,11 +60,11 @@ class Mixture:
                 one, two = getattr(first, name), getattr(other, name)
                 if one != two:
                     fix = "make the shards again with the same --n_px and --palette"
-                    raise ValueError(f"{first.path} has {name} {one} and {other.path} {two}; to train on both, {fix}")
+                    raise InputError(f"{first.path} has {name} {one} and {other.path} {two}; to train on both, {fix}")
             if other.n_images > MAX_IMAGES:
-                raise ValueError(f"{other.path} has {other.n_images} images; more than {MAX_IMAGES} need several datasets")
+                raise InputError(f"{other.path} has {other.n_images} images; more than {MAX_IMAGES} need several datasets")
         if weights is not None and len(weights) != len(self.shard_sets):
-            raise ValueError(f"--data_weights has {len(weights)} numbers for {len(self.shard_sets)} datasets; give one for each")
+            raise InputError(f"--data_weights has {len(weights)} numbers for {len(self.shard_sets)} datasets; give one for each")
         self._sizes = [shards.n_images for shards in self.shard_sets]
         self.shares = shares_of(list(weights) if weights is not None else [float(size) for size in self._sizes])
         self.n_images = sum(self._sizes)
@@ -129,7 +130,7 @@ class Mixture:
         bad = np.union1d(damaged, self._bad[k])
         allowed = min(int(self.max_bad * shards.n_images), shards.n_images - 1)
         if len(bad) > allowed:
-            raise ValueError(
+            raise InputError(
                 f"{len(bad)} of {shards.n_images} images of {shards.path} ({shards.split}) are damaged, image {bad[0]} among "
                 f"them; --max_bad {self.max_bad:g} allows {allowed}: see tools/verify_shards.py, make the shards again"
             )
@@ -187,13 +188,13 @@ def open_mixture(
             dataset, or a dataset is named twice.
     """
     if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError(f"--data {' '.join(map(str, paths))} names a dataset twice; give it a larger weight instead")
+        raise InputError(f"--data {' '.join(map(str, paths))} names a dataset twice; give it a larger weight instead")
     shard_sets = [ShardSet(path, split) for path in paths]
     lists: dict[int, Path] = {}
     for file in exclusions:
         k, ids = _matching(file, [ShardSet(path, split) for path in paths] if lists else shard_sets)
         if k in lists:
-            raise ValueError(f"exclusion lists {lists[k]} and {file} are both about {paths[k]}; join them into one")
+            raise InputError(f"exclusion lists {lists[k]} and {file} are both about {paths[k]}; join them into one")
         lists[k] = file
         shard_sets[k] = ShardSet(paths[k], split, exclude=ids)
     return Mixture(shard_sets, weights, on_bad, max_bad)
@@ -205,6 +206,6 @@ def _matching(file: Path, shard_sets: list[ShardSet]) -> tuple[int, np.ndarray]:
     for k, shards in enumerate(shard_sets):
         try:
             return k, read_exclusion(file, shards)
-        except ValueError as error:
+        except InputError as error:
             refusals.append(str(error))
-    raise ValueError("; ".join(dict.fromkeys(refusals)))
+    raise InputError("; ".join(dict.fromkeys(refusals)))

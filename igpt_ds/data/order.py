@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from igpt_ds.counter_random import random_words
+from igpt_ds.errors import InputError
 
 ORDER_VERSION = 2  # raise this if any number below changes, because the order changes too
 
@@ -64,7 +65,7 @@ def shares_of(weights: list[float]) -> list[int]:
         return [BLOCK]
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"--data_weights {weight:g} must be a number above 0; leave that dataset out instead")
+            raise InputError(f"--data_weights {weight:g} must be a number above 0; leave that dataset out instead")
     exact = [weight / sum(weights) * BLOCK for weight in weights]
     shares = [math.floor(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda k: (shares[k] - exact[k], k))
@@ -73,7 +74,7 @@ def shares_of(weights: list[float]) -> list[int]:
     if 0 in shares:
         k = shares.index(0)
         least = f"at least {sum(weights) / BLOCK:.3g} of {sum(weights):.3g} is needed"
-        raise ValueError(f"weight {weights[k]:g} of dataset {k + 1} is less than one image in {BLOCK}: {least} (--data_weights)")
+        raise InputError(f"weight {weights[k]:g} of dataset {k + 1} is less than one image in {BLOCK}: {least} (--data_weights)")
     return shares
 
 

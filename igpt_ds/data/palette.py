@@ -27,7 +27,7 @@ from igpt_ds.data.palette_table import (
     save_table,
     table_path,
 )
-from igpt_ds.errors import reason
+from igpt_ds.errors import InputError, reason
 from igpt_ds.npy import read_npy
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
@@ -140,7 +140,7 @@ def load_palette(path: Path) -> Palette:
     palette = Palette(colors, Path(path))
     vouched = _vouched(palette)
     if colors.min() >= 0 and not vouched:
-        raise ValueError(
+        raise InputError(
             f"palette {path} has no negative value and looks like [0, 1] values; a palette lies in [-1, 1]: use 2 * colors - 1, "
             f"or keep the report {report_path(path).name} of tools/fit_palette.py beside it"
         )
@@ -217,18 +217,18 @@ def _vouched(palette: Palette) -> bool:
         return False
     report = record_from(PaletteReport, REPORT.read(path), f"palette report {path}", _AGAIN)
     if report.hash != palette.hash:
-        raise ValueError(f"palette {palette.file} is not the one that {path} describes: its colours have another hash; {_AGAIN}")
+        raise InputError(f"palette {palette.file} is not the one that {path} describes: its colours have another hash; {_AGAIN}")
     return True
 
 
 def _check_colors(colors: np.ndarray, where: str) -> None:
     if colors.dtype != np.float32:
-        raise ValueError(f"{where} holds {colors.dtype}; a palette is float32 in [-1, 1]")
+        raise InputError(f"{where} holds {colors.dtype}; a palette is float32 in [-1, 1]")
     if colors.ndim != 2 or colors.shape[1] != 3 or not 1 <= len(colors) <= MAX_COLORS:
-        raise ValueError(f"{where} has shape {list(colors.shape)}; a palette is [V, 3] with 1 to {MAX_COLORS} colours")
+        raise InputError(f"{where} has shape {list(colors.shape)}; a palette is [V, 3] with 1 to {MAX_COLORS} colours")
     low, high = float(colors.min()), float(colors.max())
     if not -1 <= low <= high <= 1:  # also false for NaN
-        raise ValueError(f"{where} holds values from {low:g} to {high:g}; a palette lies in [-1, 1], pixel / 127.5 - 1")
+        raise InputError(f"{where} holds values from {low:g} to {high:g}; a palette lies in [-1, 1], pixel / 127.5 - 1")
 
 
 # --------------------------------------------------------------------------------------------------- fitting
@@ -279,7 +279,7 @@ def fit_colors(colors: np.ndarray, counts: np.ndarray, n_colors: int, seed: int 
     """
     if not 1 <= n_colors <= min(len(colors), MAX_COLORS):
         most = min(len(colors), MAX_COLORS)
-        raise ValueError(f"n_colors={n_colors} but the images hold {len(colors)} different colours; use --n_colors 1 to {most}")
+        raise InputError(f"n_colors={n_colors} but the images hold {len(colors)} different colours; use --n_colors 1 to {most}")
     points = colors.astype(np.float64) / 127.5 - 1
     centres = points if len(points) == n_colors else kmeans(points, counts.astype(np.float64), n_colors, seed)
     luminance = centres @ [0.299, 0.587, 0.114]

@@ -21,6 +21,7 @@ from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.loader import NO_AUGMENT, Augment, Batch, BatchLayout, augment, made_ahead, to_batches
 from igpt_ds.data.order import shuffled
 from igpt_ds.data.shards.index import ShardEntry, read_index
+from igpt_ds.errors import InputError
 from igpt_ds.npy import parse_npy
 
 LIMITS = (
@@ -62,10 +63,10 @@ class ShardStream:
 
     def __init__(self, path: Path, url: str) -> None:
         if "{shard}" not in url:
-            raise ValueError(f"--stream {url} has no place for the name of a shard; write {{shard}} there")
+            raise InputError(f"--stream {url} has no place for the name of a shard; write {{shard}} there")
         index = read_index(path)
         if "train" not in index.splits:
-            raise ValueError(f"{path} has no split 'train' to stream; it has {', '.join(index.splits)}")
+            raise InputError(f"{path} has no split 'train' to stream; it has {', '.join(index.splits)}")
         about = index.splits["train"]
         self.path, self.url = path, url
         self.shards: list[ShardEntry] = about.shards
@@ -106,29 +107,29 @@ class ShardStream:
                 pass
             stream.close()
             if found == expected and stream.digest.hexdigest() != about.sha256:
-                raise ValueError("its sha256 is not that of the index")
+                raise InputError("its sha256 is not that of the index")
         except (OSError, EOFError, tarfile.TarError, ValueError) as error:
             fix = "check the URL, and the shard with tools/verify_shards.py"
             reason = next((part for part in error.args if isinstance(part, str)), type(error).__name__)
-            raise ValueError(f"stream {url} broke after {found} of {expected} images ({reason}); {fix}") from None
+            raise InputError(f"stream {url} broke after {found} of {expected} images ({reason}); {fix}") from None
         finally:
             if stream is not None:
                 with suppress(OSError):
                     stream.close()
         if found != expected:
             fix = "the transfer was cut or the shard is damaged: check it with tools/verify_shards.py"
-            raise ValueError(f"stream {url} gave {found} images where the index says {expected}; {fix}")
+            raise InputError(f"stream {url} gave {found} images where the index says {expected}; {fix}")
 
     def _name(self, key: str, whole: bool, before: int) -> int:
         """The number that names an image. webdataset skips members that it does not understand, so names must increase."""
         if not key.isdecimal() or int(key) <= before or not whole:
-            raise ValueError(f"image {key} should not come after {before}, or is not whole")
+            raise InputError(f"image {key} should not come after {before}, or is not whole")
         return int(key)
 
     def _decode(self, name: int, npy: bytes, label: bytes) -> Image:
         grid = parse_npy(npy, f"image {name:09d}", "make the shard again")
         if grid.dtype != np.uint16 or grid.shape != (self.n_px, self.n_px) or grid.max() >= self.n_vocab:
-            raise ValueError(f"image {name:09d} is not {self.n_px}x{self.n_px} tokens below {self.n_vocab}")
+            raise InputError(f"image {name:09d} is not {self.n_px}x{self.n_px} tokens below {self.n_vocab}")
         return grid, int(label)
 
 
@@ -155,7 +156,7 @@ class StreamLoader:
         self.buffer_images = max(1, min(buffer_images, shards.n_images // layout.world_size))
         if len(shards.shards) < layout.world_size:
             has = f"{shards.path} has {len(shards.shards)} training shards to stream and this run has {layout.world_size} ranks"
-            raise ValueError(f"{has}; start fewer ranks, or make the shards again with a smaller --images_per_shard")
+            raise InputError(f"{has}; start fewer ranks, or make the shards again with a smaller --images_per_shard")
 
     def stream(self, images_seen: int) -> Iterator[Batch]:
         """All further micro batches, without end, from the beginning of a shard. One thread prepares them in advance.

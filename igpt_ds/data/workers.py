@@ -12,6 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from igpt_ds.errors import InputError
+
 
 @contextmanager
 def process_pool(
@@ -32,7 +34,7 @@ def process_pool(
         for child in multiprocessing.active_children():
             child.terminate()
         fix = "run the same command again; if memory was short, use fewer --workers"
-        raise ValueError(f"one of {workers} worker processes died; {fix}") from None
+        raise InputError(f"one of {workers} worker processes died; {fix}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -20,6 +20,7 @@ import torch
 from igpt_ds import dist
 from igpt_ds.data.loader import one_pass
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.probes.variants import vote
 from igpt_ds.evaluate.report.results import finetune_row
 from igpt_ds.evaluate.report.row_types import FinetuneRow
@@ -42,11 +43,11 @@ def check_classes(info: ModelInfo, shards: ShardSet) -> None:
     """
     assert info.class_head is not None
     if info.class_head.loss == "gen":
-        raise ValueError("the model was fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf")
+        raise InputError("the model was fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf")
     if shards.classes != info.class_head.classes:
-        raise ValueError(f"{shards.path} has other classes than the model was fine-tuned on; name shards of that dataset")
+        raise InputError(f"{shards.path} has other classes than the model was fine-tuned on; name shards of that dataset")
     if shards.palette_hash != info.palette_hash:
-        raise ValueError(f"{shards.path} has another palette than the model; make the shards again with the model's palette.npy")
+        raise InputError(f"{shards.path} has another palette than the model; make the shards again with the model's palette.npy")
 
 
 def predict(
@@ -173,5 +174,5 @@ def read_confusion(path: Path) -> Confusion:
     found = record_from(Confusion, CONFUSION.read(path), f"confusion matrix {path}", _MAKE)
     K = len(found.classes)
     if [len(row) for row in found.counts] != [K] * K:
-        raise ValueError(f"confusion matrix {path} has counts of another shape than {K} x {K}, for its {K} classes; {_MAKE}")
+        raise InputError(f"confusion matrix {path} has counts of another shape than {K} x {K}, for its {K} classes; {_MAKE}")
     return found

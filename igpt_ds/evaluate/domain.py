@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.network import Network
 from igpt_ds.evaluate.probes.linear import stratified_order
 from igpt_ds.evaluate.probes.logistic import Fit, fit_logistic
@@ -52,7 +53,7 @@ class FeatureReader:
             some = ids[start : start + self.batch]
             values = network.pooled(shards.tokens(some), [self.layer], ["normed"])[self.layer, "normed"]
             if not np.isfinite(values).all():
-                raise ValueError(f"layer {self.layer} is not finite for images of {shards.path}; check the model, or use fp32")
+                raise InputError(f"layer {self.layer} is not finite for images of {shards.path}; check the model, or use fp32")
             yield some, values
 
     def all(self, shards: ShardSet, ids: np.ndarray) -> np.ndarray:
@@ -113,7 +114,7 @@ def fit_domain(
     n = min(fit_images, reference.n_images, candidates.n_images)
     if n < FEWEST:
         have = f"--fit_images {fit_images}, {reference.n_images} reference images and {candidates.n_images} candidates"
-        raise ValueError(f"{have} give {n} images to fit on; at least {FEWEST} of each set are needed")
+        raise InputError(f"{have} give {n} images to fit on; at least {FEWEST} of each set are needed")
     random = np.random.default_rng(seed)
     sides = [np.sort(random.choice(shards.n_images, n, replace=False)) for shards in (candidates, reference)]
     features = np.concatenate([read.all(shards, ids) for shards, ids in zip((candidates, reference), sides, strict=True)])
@@ -199,9 +200,9 @@ def n_to_keep(n_images: int, keep: float) -> int:
         ValueError: a share outside 0..1, or a share of less than one image.
     """
     if not 0 < keep <= 1:
-        raise ValueError(f"--keep {keep} must be above 0 and at most 1")
+        raise InputError(f"--keep {keep} must be above 0 and at most 1")
     if (n := round(keep * n_images)) < 1:
-        raise ValueError(f"--keep {keep} of {n_images} candidates is less than one image; use a larger share")
+        raise InputError(f"--keep {keep} of {n_images} candidates is less than one image; use a larger share")
     return n
 
 

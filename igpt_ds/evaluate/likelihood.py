@@ -34,6 +34,7 @@ from igpt_ds.counter_random import random_words
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.index import read_index
+from igpt_ds.errors import InputError, error_text
 from igpt_ds.evaluate.report.row_types import MeanWithError
 from igpt_ds.launcher import map_environment
 from igpt_ds.model.objectives import image_loss, token_nats
@@ -59,11 +60,11 @@ class LikelihoodSettings:
     def __post_init__(self) -> None:
         for name in ("batch", "mask_draws"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed {self.seed} must lie between 0 and 2^63 - 1")
+            raise InputError(f"--seed {self.seed} must lie between 0 and 2^63 - 1")
         if not 0 < self.mask_prob < 1:
-            raise ValueError(f"--mask_prob {self.mask_prob} must lie between 0 and 1")
+            raise InputError(f"--mask_prob {self.mask_prob} must lie between 0 and 1")
 
 
 def join_ranks(device: str) -> str:
@@ -81,7 +82,7 @@ def choose_ids(n_images: int, limit: int | None) -> np.ndarray:
         ValueError: limit is below 1.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit} must be at least 1")
+        raise InputError(f"--limit {limit} must be at least 1")
     n = n_images if limit is None else min(limit, n_images)
     return np.arange(n) * n_images // n
 
@@ -102,8 +103,8 @@ def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: 
         for number, start in enumerate(bar):
             if number % dist.world_size() == dist.rank():
                 mine[start] = _batch_nats(model, shards, ids[start : start + settings.batch], settings)
-    except (ValueError, OSError) as error:  # every rank must know it, or the others wait for this one
-        problem = str(error)
+    except (InputError, OSError) as error:  # every rank must know it, or the others wait for this one
+        problem = error_text(error)
     together: dict[int, np.ndarray] = {}
     for part, complaint in dist.gather_objects((mine, problem)):
         if complaint is not None:
@@ -124,7 +125,7 @@ def _batch_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings:
     values = (total / draws).numpy()
     if not np.isfinite(values).all():
         wrong = ids[~np.isfinite(values)][0]
-        raise ValueError(f"the likelihood of image {wrong} of {shards.path} is not finite; check the model, or use fp32")
+        raise InputError(f"the likelihood of image {wrong} of {shards.path} is not finite; check the model, or use fp32")
     return values
 
 
@@ -141,10 +142,10 @@ def pixel_nats(model: Transformer, tokens: torch.Tensor) -> np.ndarray:
         ValueError: the model is not auto-regressive, or a likelihood is not finite.
     """
     if model.objective != "ar":
-        raise ValueError(f"a model of objective {model.objective!r} gives an image no likelihood pixel by pixel")
+        raise InputError(f"a model of objective {model.objective!r} gives an image no likelihood pixel by pixel")
     nats = token_nats(model(tokens), tokens).cpu().numpy()
     if not np.isfinite(nats).all():
-        raise ValueError("the likelihood of a pixel is not finite; check the model's weights")
+        raise InputError("the likelihood of a pixel is not finite; check the model's weights")
     return nats
 
 

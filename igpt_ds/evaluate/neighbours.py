@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.linear import ProbeSettings, View, check_labels, probe_view, training_images
 from igpt_ds.evaluate.report.row_types import ProbeRow
@@ -22,7 +23,7 @@ def nearest_images(train: FeatureSet, evaluated: FeatureSet, queries: np.ndarray
     """
     n = len(train.labels)
     if not 1 <= k <= n:
-        raise ValueError(f"--neighbours {k} must lie between 1 and the {n} training images of {train.path}")
+        raise InputError(f"--neighbours {k} must lie between 1 and the {n} training images of {train.path}")
     everything, view = np.arange(n), View(train, (layer,), kind)
     mean = np.sum([chunk.sum(0) for chunk in view.chunks(everything)], axis=0) / n
     wanted = _unit(np.concatenate(list(View(evaluated, (layer,), kind).chunks(queries))) - mean)
@@ -44,7 +45,7 @@ def probe_confusion(train: FeatureSet, evaluated: FeatureSet, row: ProbeRow, set
     """
     hashes = {train.split: train.dataset_hash, evaluated.split: evaluated.dataset_hash}
     if (row.model_hash, row.dataset_hash) != (train.manifest.origin.model_hash, hashes):
-        raise ValueError(f"{train.path} holds features of another model, or of other images, than the results' best probe")
+        raise InputError(f"{train.path} holds features of another model, or of other images, than the results' best probe")
     check_labels(evaluated)
     ids = training_images(train, None, settings.seed)
     views = [View(features, (row.layer,), row.features) for features in (train, evaluated)]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igpt_ds.errors import InputError
 from igpt_ds.model.cpu_kernels import packed_linear
 from igpt_ds.model.transformer import Block, Transformer
 
@@ -107,19 +108,19 @@ class Filter:
 
     def __post_init__(self) -> None:
         if not _COLDEST <= self.temperature < float("inf"):
-            raise ValueError(
+            raise InputError(
                 f"temperature={self.temperature} must be a finite number of at least {_COLDEST:g}; use top_k=1 to always take "
                 "the likeliest colour"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1")
+            raise InputError(f"top_k={self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
+            raise InputError(f"top_p={self.top_p} must be greater than 0 and at most 1")
 
     def check(self, V: int) -> None:
         """Raises a ValueError where top_k exceeds the number of colours V."""
         if self.top_k is not None and self.top_k > V:
-            raise ValueError(f"top_k={self.top_k} must lie between 1 and the number of colours, {V}")
+            raise InputError(f"top_k={self.top_k} must lie between 1 and the number of colours, {V}")
 
 
 def filter_logits(logits: Tensor, filter: Filter) -> Tensor:
@@ -180,7 +181,7 @@ def sample(
         ValueError: the model's objective is not "ar", top_k exceeds the number of colours, or a logit is not finite.
     """
     if model.objective != "ar":
-        raise ValueError(f"sampling needs a model with objective 'ar'; this model has {model.objective!r}")
+        raise InputError(f"sampling needs a model with objective 'ar'; this model has {model.objective!r}")
     B, P = prefix.shape
     T = model.config.n_ctx
     filter.check(model.config.n_vocab)
@@ -196,5 +197,5 @@ def sample(
         finite &= logits.isfinite().all()  # read once at the end, so that a GPU does not wait at each pixel
         tokens[:, i] = choose(filter_logits(logits, filter), u[i - P])
     if not finite:
-        raise ValueError("the model's logits are not finite; check its weights, or sample in fp32")
+        raise InputError("the model's logits are not finite; check its weights, or sample in fp32")
     return tokens

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt_ds.config import OBJECTIVES, ModelConfig
-from igpt_ds.errors import naming
+from igpt_ds.errors import InputError, naming
 from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.transformer import Transformer
@@ -102,7 +102,7 @@ def save_model(model_dir: Path, weights: dict[str, Tensor] | WeightStream, info:
                 _stream_file(WeightStream(head, weights.blocks), partial / HEAD_FILE)
         else:
             if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-                raise ValueError(f"{model_dir} would hold weights that are not finite: {wrong[0]!r}; nothing was written")
+                raise InputError(f"{model_dir} would hold weights that are not finite: {wrong[0]!r}; nothing was written")
             head_weights, rest_weights = _parted(weights)
             write_tensors(partial / "model.safetensors", rest_weights)
             if head_weights:
@@ -163,11 +163,11 @@ def read_info(model_dir: Path, objective: str | None = None) -> ModelInfo:
     path = model_dir / "config.json"
     info = record_from(ModelInfo, MODEL.read(path), f"model config {path}", MODEL.fix)
     if info.objective not in OBJECTIVES:
-        raise ValueError(
+        raise InputError(
             f"{path} has objective {info.objective!r}; known: {', '.join(OBJECTIVES)}; read it with the code that wrote it"
         )
     if objective not in (None, info.objective):
-        raise ValueError(
+        raise InputError(
             f"{model_dir} was trained with objective {info.objective!r}, and this needs {objective!r}; name another model"
         )
     return info
@@ -200,7 +200,7 @@ def load_classifier(model_dir: Path) -> tuple[Classifier, ModelInfo]:
     """
     info = read_info(model_dir)
     if info.class_head is None:
-        raise ValueError(f"{model_dir} has no class head; fine-tune it with finetune.py first, or name another model")
+        raise InputError(f"{model_dir} has no class head; fine-tune it with finetune.py first, or name another model")
     files = [model_dir / "model.safetensors", model_dir / HEAD_FILE]
     for path, expected in zip(files, (info.model_hash, info.class_head.hash), strict=True):
         _check_file(path, expected)
@@ -227,9 +227,9 @@ def verified_info(model_dir: Path) -> ModelInfo:
 
 def _check_file(path: Path, expected: str) -> None:
     if not path.exists():
-        raise ValueError(f"{path} does not exist; consolidate the checkpoint again")
+        raise InputError(f"{path} does not exist; consolidate the checkpoint again")
     if sha256_file(path) != expected:
-        raise ValueError(f"{path} is not the file that config.json describes (sha256 differs); consolidate again")
+        raise InputError(f"{path} is not the file that config.json describes (sha256 differs); consolidate again")
 
 
 def _check_layers(path: Path, n_layer: int) -> None:
@@ -238,10 +238,10 @@ def _check_layers(path: Path, n_layer: int) -> None:
         with utf8_path(path) as name, safe_open(name, "pt") as file:
             found = sum(name.endswith(".ln_1.weight") for name in file.keys())  # noqa: SIM118, safe_open is no dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}; consolidate again") from None
+        raise InputError(f"{path} is not a safetensors file: {error}; consolidate again") from None
     if found != n_layer:
         where = path.with_name("config.json")
-        raise ValueError(f"{path} does not fit {where}: it has {found} layers, and n_layer is {n_layer}; consolidate again")
+        raise InputError(f"{path} does not fit {where}: it has {found} layers, and n_layer is {n_layer}; consolidate again")
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -256,7 +256,7 @@ def _load(model: Transformer, files: Iterable[Path], model_dir: Path) -> None:
         model.load_state_dict(weights, strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit {model_dir / 'config.json'}: {reason}") from None
+        raise InputError(f"{path} does not fit {model_dir / 'config.json'}: {reason}") from None
 
 
 def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json_lines
 from igpt_ds.schema import record_from
 
@@ -86,7 +87,7 @@ def _rows(run_dir: Path, columns: Collection[str] | None) -> Rows:
         compared = {name: value for name, value in row.items() if (name in columns if columns else name not in MEASURED)}
         rows[line.step, "validation" if "val_loss" in row else "training"] = compared
     if not rows:
-        raise ValueError(f"{path} has no rows; name the --run_dir of a run that has trained")
+        raise InputError(f"{path} has no rows; name the --run_dir of a run that has trained")
     return rows
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TextIO
 
 from igpt_ds import cli
-from igpt_ds.errors import error_text, naming
+from igpt_ds.errors import InputError, error_text, naming
 from igpt_ds.files import atomic_file
 from igpt_ds.ops import requeue
 from igpt_ds.ops.requeue import End, Start
@@ -108,7 +108,7 @@ def take(start: Start) -> None:
                 guard.rmdir()
         # The other job's last ranks may still be saving, or the controller does not answer.
         if state not in ("COMPLETING", "UNKNOWN") or tries == OWNER_TRIES:
-            raise ValueError(f"job {owner} ({state}) still uses {start.run_dir}; cancel it, or choose another --run_dir")
+            raise InputError(f"job {owner} ({state}) still uses {start.run_dir}; cancel it, or choose another --run_dir")
         time.sleep(OWNER_SECONDS)
 
 

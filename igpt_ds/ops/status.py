@@ -11,6 +11,7 @@ import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import parse_row, read_json, read_json_lines, read_sealed
 from igpt_ds.ops.rank_status import RankStatus, read_ranks
 from igpt_ds.plain_files import check_file
@@ -67,7 +68,7 @@ class CurveRow:
 
     def __post_init__(self) -> None:
         if not 0 <= self.step < 1 << 40:
-            raise ValueError(f"step {self.step}")
+            raise InputError(f"step {self.step}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def read_status(run_dir: Path, now: float, watch: float = 0.0) -> Status:
     """
     if not (run_dir / "run.json").exists():
         what = "is not a run directory: it has no run.json" if run_dir.is_dir() else "does not exist"
-        raise ValueError(f"{run_dir} {what}; name the --run_dir of a train.py that has started training")
+        raise InputError(f"{run_dir} {what}; name the --run_dir of a train.py that has started training")
     run = read_run(run_dir)
     recipe, rows = run["recipe"], tail_rows(run_dir / "train.jsonl")
     training = [row for row in rows if row.loss is not None]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from igpt_ds.config import Recipe
+from igpt_ds.errors import InputError
 from igpt_ds.paper.scales import Images, Scale, System
 from igpt_ds.plan.costs import KEEP_LAST, forward_flops_per_token, parameters
 from igpt_ds.plan.estimate import DOLLARS, Estimate, Price
@@ -46,7 +47,7 @@ def trained(recipe: Recipe, gpus: int, cluster: Cluster, keep_every: int = 0) ->
     """
     best = options(Request(recipe, gpus, cluster, price=Price(keep_every=keep_every)))[0]
     if not best.fits:
-        raise ValueError(f"{recipe.name} does not fit {gpus} {cluster.gpu.name}; give more --gpus, or larger ones by --gpu")
+        raise InputError(f"{recipe.name} does not fit {gpus} {cluster.gpu.name}; give more --gpus, or larger ones by --gpu")
     return best
 
 
@@ -57,7 +58,7 @@ def costs(scale: Scale, gpus: int, cluster: Cluster) -> list[Cost]:
         ValueError: the sizes of the scale's data sets are unknown; or the reasons of `trained`.
     """
     if not all(images.counts for images in scale.images):
-        raise ValueError(f"scale {scale.name} has data sets of unknown size, so its costs cannot be counted")
+        raise InputError(f"scale {scale.name} has data sets of unknown size, so its costs cannot be counted")
     found = [Cost("shards", images.id, disk=shard_bytes(images)) for images in scale.images]
     for system in scale.systems:
         found += _of(system, scale, gpus, cluster)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from igpt_ds.config import Recipe, get_recipe
+from igpt_ds.errors import InputError
 
 SCALES = ("own", "tiny", "cifar", "full")
 VARIANTS = ("untrained", "concat", "low_data")
@@ -131,19 +132,19 @@ def get_scale(
         ValueError: the scale is unknown, data or training is missing or superfluous, or n_px or steps is invalid.
     """
     if name not in SCALES:
-        raise ValueError(f"scale {name!r} is unknown; known: {', '.join(SCALES)}")
+        raise InputError(f"scale {name!r} is unknown; known: {', '.join(SCALES)}")
     if name != "tiny" and not data:
         where = "the directory that holds ILSVRC2012, CIFAR and STL-10" if name == "full" else "cifar10:DIR or imagefolder:DIR"
-        raise ValueError(f"scale {name} needs --data (make: DATA=...): {where}")
+        raise InputError(f"scale {name} needs --data (make: DATA=...): {where}")
     if name == "tiny" and data not in (None, "", "digits:"):
-        raise ValueError(f"scale tiny uses scikit-learn's digits, not {data}; leave out --data, or choose scale cifar")
+        raise InputError(f"scale tiny uses scikit-learn's digits, not {data}; leave out --data, or choose scale cifar")
     if n_px is not None and (name != "cifar" or n_px not in (16, 32)):
-        raise ValueError(f"--n_px {n_px} must be 16 or 32, and only scale cifar takes it")
+        raise InputError(f"--n_px {n_px} must be 16 or 32, and only scale cifar takes it")
     if (name == "own") != (training is not None):
-        raise ValueError(f"flags of train.py after -- belong to scale own, which needs them; scale {name} was given")
+        raise InputError(f"flags of train.py after -- belong to scale own, which needs them; scale {name} was given")
     if training is not None:
         if steps is not None:
-            raise ValueError(f"--steps {steps} of scale own is a flag of train.py; write it after --")
+            raise InputError(f"--steps {steps} of scale own is a flag of train.py; write it after --")
         return _own(training, str(data))
     if name == "tiny":
         scale = _tiny()
@@ -156,7 +157,7 @@ def get_scale(
 
 def _rehearsal(scale: Scale, steps: int) -> Scale:
     if steps < 2 or steps % 2:
-        raise ValueError(
+        raise InputError(
             f"--steps {steps} must be even and at least 2: a rehearsal measures models after half of their steps and at the end"
         )
     systems = [

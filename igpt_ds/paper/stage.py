@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from igpt_ds.errors import InputError
+
 Value = object  # True: a flag without a value; None or False: the flag is left out; a sequence: several values
 Flags = dict[str, Value]
 # The batch script in slurm/ of each program; all other programs run as tools.
@@ -60,7 +62,7 @@ def command_line(stage: Stage, needs: Sequence[str]) -> str:
     fields = (stage.name, stage.job, ",".join(needs), str(stage.leaves) if stage.printed else "", *stage.words)
     for field in fields:
         if SEPARATOR in field or len(field.splitlines()) > 1:
-            raise ValueError(f"{field!r} contains a line break or a control character; rename the file or directory")
+            raise InputError(f"{field!r} contains a line break or a control character; rename the file or directory")
     return SEPARATOR.join(fields)
 
 

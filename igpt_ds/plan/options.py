@@ -19,6 +19,7 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.config import CHECKPOINTING, Recipe, get_recipe
 from igpt_ds.ds_config import DsConfig, Run, join, load_ds_config
+from igpt_ds.errors import InputError
 from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.plan.estimate import DOLLARS, Estimate, NoPlan, Price, estimate
 from igpt_ds.plan.step_time import GPUS, Cluster
@@ -79,7 +80,7 @@ def options(request: Request) -> list[Estimate]:
         nearest = [n for n in (*range(gpus, 0, -1), *range(gpus, 8 * gpus + 65)) if _splits(recipe, n, node_gpus)]
         below, above = (next((n for n in nearest if (n < gpus) == less), None) for less in (True, False))
         named = " or ".join(str(n) for n in (below, above) if n)
-        raise ValueError(f"a batch of {recipe.batch_images} images does not divide over {gpus} GPUs; numbers that do: {named}")
+        raise InputError(f"a batch of {recipe.batch_images} images does not divide over {gpus} GPUs; numbers that do: {named}")
     return sorted(found, key=_rank)
 
 
@@ -115,7 +116,7 @@ def network(text: str) -> float:
     """Bytes a second of all network cards of a node, from "8x400": eight cards of 400 Gbit/s."""
     found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text)
     if not found or not float(found[1]) * float(found[2]):
-        raise ValueError(f"nodes_nic={text} must be cards times Gbit/s of one, like 8x400")
+        raise InputError(f"nodes_nic={text} must be cards times Gbit/s of one, like 8x400")
     return int(found[1]) * float(found[2]) * 1e9 / 8
 
 
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print numbers as JSON instead of text")
     args = parser.parse_args(argv)
     if args.table and args.gpus is not None:
-        raise ValueError(f"--table plans for {TABLE[0]} to {TABLE[-1]} GPUs; give --gpus {args.gpus} or --table, not both")
+        raise InputError(f"--table plans for {TABLE[0]} to {TABLE[-1]} GPUs; give --gpus {args.gpus} or --table, not both")
     cluster, recipe = read_cluster(args), with_batch(get_recipe(args.recipe), args.batch_images)
     price = Price(args.dollars_per_gpu_hour, args.keep_last, args.keep_every)
     files = {args.ds_config.name: load_ds_config(args.ds_config)} if args.ds_config else shipped(args.activation_checkpointing)
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             found = options(Request(recipe, gpus, cluster, files, args.micro_batch, args.sequence_parallel, price))
             rows += found[:1] if args.table else found
-        except ValueError as error:
+        except InputError as error:
             if not args.table:
                 raise
             rows.append(NoPlan(gpus, str(error)))
@@ -198,11 +199,11 @@ def read_cluster(args: argparse.Namespace) -> Cluster:
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and value < bound:
-            raise ValueError(f"{name}={value} must be at least {bound}")
+            raise InputError(f"{name}={value} must be at least {bound}")
     for name, unit in (("gpu_memory", "GB"), ("dollars_per_gpu_hour", "dollars")):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value:g} must be a positive number of {unit}")
+            raise InputError(f"{name}={value:g} must be a positive number of {unit}")
     gpu = GPUS[args.gpu]
     if args.gpu_memory:
         gpu = replace(gpu, memory=args.gpu_memory * 1e9)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from igpt_ds.errors import InputError
+
 
 @dataclass(frozen=True)
 class EarlyState:
@@ -45,7 +47,7 @@ class EarlyStop:
             ValueError: the state has a best step, and not what is watched there.
         """
         if state.best_step is not None and self.measure not in state.best:
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint's best validation, of step {state.best_step}, has no {self.measure}; move the checkpoint away"
             )
         self.best_step, self.best, self.worse = state.best_step, dict(state.best), state.worse

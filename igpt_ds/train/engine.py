@@ -23,6 +23,7 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.data.loader import Batch
 from igpt_ds.ds_config import DsConfig, Run, refuse_unknown
+from igpt_ds.errors import InputError
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.store import open_weights
 from igpt_ds.model.transformer import Transformer
@@ -104,13 +105,13 @@ def check_ds_config(values: DsConfig, path: Path) -> None:
         except (ValueError, AssertionError) as error:
             first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
             where = ".".join([name, *map(str, first["loc"])])
-            raise ValueError(f"ds_config {path}: {where}: {first['msg']}") from None
+            raise InputError(f"ds_config {path}: {where}: {first['msg']}") from None
 
 
 def _section(values: Mapping[str, object], name: str, path: Path) -> dict[str, object]:
     section = values.get(name, {})
     if not isinstance(section, dict):
-        raise ValueError(f"ds_config {path}: {name!r} must be an object, not {section!r}")
+        raise InputError(f"ds_config {path}: {name!r} must be an object, not {section!r}")
     return section
 
 

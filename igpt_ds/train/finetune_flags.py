@@ -13,6 +13,7 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.config import GEN_SCALES, LOSSES, Finetune, Recipe, get_recipe
+from igpt_ds.errors import InputError
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.flags import add_cadence_flags, add_guard_flags, add_image_flags, add_machine_flags, check_numbers
 from igpt_ds.train.run_dir import read_recipe
@@ -82,19 +83,19 @@ def _check(args: argparse.Namespace) -> None:
     check_numbers(args)
     if args.model is None and args.untrained is None:
         named = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config}"
-        raise ValueError(f"{named} has no weights; add --untrained SEED for fresh weights, or choose a --model")
+        raise InputError(f"{named} has no weights; add --untrained SEED for fresh weights, or choose a --model")
     if args.untrained is not None and args.untrained < 0:
-        raise ValueError(f"--untrained {args.untrained} must be at least 0")
+        raise InputError(f"--untrained {args.untrained} must be at least 0")
     if args.loss == "gen" and args.results:
-        raise ValueError(
+        raise InputError(
             f"--results {args.results} needs an accuracy, and --loss gen trains no class head; leave out one of them"
         )
     for name, least in (("patience", 0), ("mask_draws", 1), ("batch_images", 1)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+            raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
     for name in ("epochs", "warmup_epochs"):
         if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(args, name):g} must be a number of at least 0")
+            raise InputError(f"--{name} {getattr(args, name):g} must be a number of at least 0")
 
 
 def starting_point(args: argparse.Namespace) -> ModelInfo:

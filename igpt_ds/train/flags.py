@@ -15,6 +15,7 @@ from typing import Any
 from igpt_ds import cli
 from igpt_ds.config import INITS, ModelConfig, Recipe, get_recipe, override
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD
+from igpt_ds.errors import InputError
 from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.train import run_dir
 from igpt_ds.train.metrics import require_wandb
@@ -160,12 +161,12 @@ def add_guard_flags(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     if not args.dry_run and (args.data is None or args.run_dir is None):
-        raise ValueError("--data and --run_dir are required, except with --dry_run")
+        raise InputError("--data and --run_dir are required, except with --dry_run")
     check_numbers(args)
     if args.warmup_epochs is not None and (args.warmup_steps is not None or args.data is None):
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} needs --data to count, and no --warmup_steps beside it")
+        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} needs --data to count, and no --warmup_steps beside it")
     if args.stream and (len(args.data or ()) > 1 or args.exclude or args.data_weights or args.on_bad == "skip"):
-        raise ValueError("--stream takes one --data as it is, without --data_weights, --exclude and --on_bad skip")
+        raise InputError("--stream takes one --data as it is, without --data_weights, --exclude and --on_bad skip")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -177,17 +178,17 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name} {value} must be at least {least}")
+            raise InputError(f"--{name} {value} must be at least {least}")
     for name in ("max_minutes", "hang_minutes"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"--{name} {value:g} must be a number of minutes, at least 0")
+            raise InputError(f"--{name} {value:g} must be a number of minutes, at least 0")
     if args.spike_skip_images is not None and args.on_spike != "rollback":
-        raise ValueError(f"--spike_skip_images {args.spike_skip_images} needs --on_spike rollback")
+        raise InputError(f"--spike_skip_images {args.spike_skip_images} needs --on_spike rollback")
     if args.wandb is not None:
         require_wandb()
     if not 0 <= args.max_bad < 1:
-        raise ValueError(f"--max_bad {args.max_bad:g} must be at least 0 and below 1")
+        raise InputError(f"--max_bad {args.max_bad:g} must be at least 0 and below 1")
 
 
 def knob_fields() -> list[dataclasses.Field[Any]]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from igpt_ds import dist
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.ds_config import Run
-from igpt_ds.errors import naming
+from igpt_ds.errors import InputError, naming
 from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plain_files import open_plain, utf8_path
@@ -236,7 +236,7 @@ def require_wandb() -> None:
         ValueError: wandb is not installed.
     """
     if importlib.util.find_spec("wandb") is None:
-        raise ValueError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave --wandb out")
+        raise InputError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave --wandb out")
 
 
 def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from igpt_ds.config import Recipe, recipe_from_dict, recipe_to_dict
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import Run, run_to_dict
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file
 from igpt_ds.json_files import read_json
 from igpt_ds.launcher import MOST_RANKS
@@ -45,10 +46,10 @@ class _RunFile:
 
     def __post_init__(self) -> None:
         if not 1 <= self.world_size <= MOST_RANKS:  # a reader looks for a heartbeat of each
-            raise ValueError(f"world_size {self.world_size}, which is not between 1 and {MOST_RANKS}")
+            raise InputError(f"world_size {self.world_size}, which is not between 1 and {MOST_RANKS}")
         for name, value in vars(self.recipe).items():
             if isinstance(value, int) and not 1 <= value < 1 << 40:
-                raise ValueError(f"{name} {value}, which is not between 1 and 2^40")
+                raise InputError(f"{name} {value}, which is not between 1 and 2^40")
 
 
 def check(run_dir: Path, run: Run, data: DataFacts, palette: Path, resume: bool) -> None:
@@ -67,16 +68,16 @@ def check(run_dir: Path, run: Run, data: DataFacts, palette: Path, resume: bool)
     if path.exists():
         _check_same(run_dir, run, data)
         if not resume:
-            raise ValueError(f"{run_dir} already holds a run; continue it with --resume auto or choose another --run_dir")
+            raise InputError(f"{run_dir} already holds a run; continue it with --resume auto or choose another --run_dir")
     elif (run_dir / "checkpoints").exists():
-        raise ValueError(f"{run_dir} holds checkpoints but no run.json, so their run is unknown; choose another --run_dir")
+        raise InputError(f"{run_dir} holds checkpoints but no run.json, so their run is unknown; choose another --run_dir")
     copy = run_dir / "palette.npy"
     if copy.exists() and copy.read_bytes() != palette.read_bytes():
-        raise ValueError(f"{copy} differs from the palette {palette}; choose another --run_dir")
+        raise InputError(f"{copy} differs from the palette {palette}; choose another --run_dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--run_dir {run_dir} cannot be made: {error.strerror}; choose another directory") from None
+        raise InputError(f"--run_dir {run_dir} cannot be made: {error.strerror}; choose another directory") from None
     take(run_dir, owned=bool(this_start()) and _owner(run_dir) == this_start())
 
 
@@ -87,7 +88,7 @@ def refuse_file(run_dir: Path) -> None:
         ValueError: it is a file.
     """
     if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"--run_dir {run_dir} is a file; choose a directory or a new name")
+        raise InputError(f"--run_dir {run_dir} is a file; choose a directory or a new name")
 
 
 def record(run_dir: Path, run: Run, data: DataFacts, palette: Path, cpu_product: str) -> None:
@@ -115,7 +116,7 @@ def check_owner(run_dir: Path) -> None:
     owner = _owner(run_dir)
     if this_start() and owner and owner != this_start():
         path = run_dir / "owner"
-        raise ValueError(f"{path} names {owner} and this start is {this_start()}: the other start continues; nothing was saved")
+        raise InputError(f"{path} names {owner} and this start is {this_start()}: the other start continues; nothing was saved")
 
 
 def _owner(run_dir: Path) -> str:
@@ -130,7 +131,7 @@ def _check_same(run_dir: Path, run: Run, data: DataFacts) -> None:
     pairs = [(name, getattr(before, name), getattr(data, name)) for name in ("dataset_hash", "palette_hash", "order")]
     for name, there, here in [*differences, *pairs]:
         if there != here:
-            raise ValueError(f"{path} belongs to another run: {name} is {there} there and {here} here; choose another --run_dir")
+            raise InputError(f"{path} belongs to another run: {name} is {there} there and {here} here; choose another --run_dir")
 
 
 def recipe_differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[tuple[str, object, object]]:

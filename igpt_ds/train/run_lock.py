@@ -12,6 +12,7 @@ import os
 import time
 from pathlib import Path
 
+from igpt_ds.errors import InputError
 from igpt_ds.locks import holder_of, note_holder, open_lock, try_lock
 from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, Heartbeat, heartbeat_file, heartbeat_files, read_heartbeat
 
@@ -50,7 +51,7 @@ def _wait_for(run_dir: Path, lock: int, owned: bool, young: float, dying: float)
         time.sleep(min(0.2, dying))
     if ours is False and not owned:
         holder = holder_of(lock)
-        raise ValueError(_in_use(run_dir, _holders_heartbeat(run_dir, holder), holder))
+        raise InputError(_in_use(run_dir, _holders_heartbeat(run_dir, holder), holder))
     if not owned:
         _wait_for_heartbeats(run_dir, young, dying)
     if ours is not False:
@@ -73,7 +74,7 @@ def _wait_for_heartbeats(run_dir: Path, young: float, dying: float) -> None:
             if beat is None or not _may_live(beat) or waited >= young:
                 del first[path]
             elif beat != before or (beat.local and beat.file_age(time.time()) < young and waited >= dying):
-                raise ValueError(_in_use(run_dir, beat))
+                raise InputError(_in_use(run_dir, beat))
             elif not told:
                 seconds = dying if beat.local else young
                 print(f"{run_dir}: {_words(beat)}; waiting up to {seconds:.0f} s to see whether it changes", flush=True)

@@ -19,6 +19,7 @@ from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run, run_to_dict
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file
 from igpt_ds.json_files import write_json
 from igpt_ds.model import cpu_kernels
@@ -229,7 +230,7 @@ def cpu_product(where: Path) -> str:
     product = run_dir.read_run(where).get("cpu_product", "onednn")
     if product not in cpu_kernels.PRODUCTS:
         known = ", ".join(cpu_kernels.PRODUCTS)
-        raise ValueError(f"{path} has cpu_product {product!r}; known: {known}; it was written by another version")
+        raise InputError(f"{path} has cpu_product {product!r}; known: {known}; it was written by another version")
     return str(product)
 
 

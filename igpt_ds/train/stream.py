@@ -17,6 +17,7 @@ from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 from igpt_ds.ds_config import Run
+from igpt_ds.errors import InputError
 
 Range = tuple[int, int]  # positions [first, end) in the endless stream of images, in whole batches
 
@@ -27,7 +28,7 @@ def verify(images: Mixture | ShardStream, val_shards: ShardSet) -> None:
         parts = dist.gather_objects(images.damaged(dist.rank(), dist.world_size()))
         try:
             images.skip([np.sort(np.concatenate(ids)) for ids in zip(*parts, strict=True)], aloud=dist.rank() == 0)
-        except ValueError as error:
+        except InputError as error:
             raise SharedError(str(error)) from None  # every rank counts the same
         dist.say(f"{images.n_skipped} of {images.n_images:,} training images are damaged and skipped")
     elif isinstance(images, Mixture):

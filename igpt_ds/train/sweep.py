@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json_lines, read_sealed
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
@@ -134,7 +135,7 @@ def read_result(run_dir: Path, lr: float) -> Result | None:
     rows = [record_from(_CurveRow, values, f"{curve} line {number}", fix) for number, values in lines]
     losses = [(row.step, row.val_loss) for row in rows if row.val_loss is not None]
     if not losses:
-        raise ValueError(f"{curve} has no validation loss; {fix}")
+        raise InputError(f"{curve} has no validation loss; {fix}")
     if _generates(run_dir):
         trained = [loss for step, loss in losses if step > 0]
         return Result(lr, min(trained or [loss for _, loss in losses]), None, lowest=True)

@@ -66,3 +66,12 @@ def test_text_of_files_and_programs_has_a_stated_encoding():
                 reads = isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text")
                 assert "encoding" in given or not reads, f"{path}:{node.lineno}: state the encoding"
                 assert not given & {"text", "universal_newlines"}, f"{path}:{node.lineno}: state encoding and errors"
+
+
+def test_an_error_for_a_user_is_an_input_error():
+    """`cli.run` turns InputError and OSError into one line. A plain ValueError there is a library's, and a mistake of ours."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise):
+                names = {part.id for part in ast.walk(node.exc or node) if isinstance(part, ast.Name)}
+                assert "ValueError" not in names, f"{path}:{node.lineno}: raise igpt_ds.errors.InputError"

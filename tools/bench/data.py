@@ -36,6 +36,7 @@ from igpt_ds.data.shards.build import copy_images, write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
+from igpt_ds.errors import InputError
 
 N_COLORS = 512  # the paper's (3.2)
 BATCH = 128  # images
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(harness.read_bench(args.show).table())
         return
     if args.images is None:
-        raise ValueError("--images is needed: a folder of JPEGs")
+        raise InputError("--images is needed: a folder of JPEGs")
 
     with harness.one_core(), tempfile.TemporaryDirectory() as directory:
         world = open_world(args.images, args.quick, Path(directory))
@@ -85,7 +86,7 @@ def open_world(directory: Path, quick: bool, work: Path) -> World:
     """Reads the JPEGs and fits their palette."""
     paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:MAX_IMAGES]
     if not paths:
-        raise ValueError(f"images={directory} holds no .jpg or .jpeg file; name a folder of JPEGs")
+        raise InputError(f"images={directory} holds no .jpg or .jpeg file; name a folder of JPEGs")
     files = [path.read_bytes() for path in paths]
     pixels = np.concatenate([square(decode_image(data), 64).reshape(-1, 3) for data in files[:100]])
     save_palette(work / "palette.npy", *fit_palette(pixels, N_COLORS))

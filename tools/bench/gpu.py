@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from igpt_ds import cli
 from igpt_ds.config import CHECKPOINTING, ModelConfig, get_recipe, override
 from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.errors import InputError
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.sampling import Decoder, choose
 from igpt_ds.model.transformer import Transformer
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(read_bench(args.show).table(with_cores=False))
         return
     if not args.toy and not torch.cuda.is_available():
-        raise ValueError("torch sees no GPU here; --toy runs on a CPU")
+        raise InputError("torch sees no GPU here; --toy runs on a CPU")
     session = DeviceSession(args.toy, args.out, torch.device("cpu" if args.toy else "cuda"), time.monotonic() + TOTAL - FULL)
     for name in args.only:
         with nullcontext() if name == "full" else session.device:  # DeepSpeed places its tensors itself

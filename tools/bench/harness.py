@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_sealed, seal, write_json
 from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from
@@ -179,7 +180,7 @@ def read_bench(path: Path) -> Benchmark:
     fix = "make it with a tools/bench/*.py --out"
     values = read_sealed(path, "benchmark", fix)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"benchmark {path} is not {FORMAT}; {fix}")
+        raise InputError(f"benchmark {path} is not {FORMAT}; {fix}")
     return record_from(Benchmark, values, f"benchmark {path}", fix)
 
 

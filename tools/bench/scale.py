@@ -32,6 +32,7 @@ from igpt_ds.data.palette import fit_palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.run_files import CurveRow, read_curve
 from igpt_ds.json_files import read_json, write_json
 
@@ -108,7 +109,7 @@ def on_ranks(world: World, ranks: int, task: str, **what: Any) -> Any:
     for rank, process in enumerate(processes):
         if status := process.wait():
             last = said[rank].read_text(encoding="utf-8", errors="replace").strip()[-600:]
-            raise ValueError(f"{task}: rank {rank} of {ranks} ended with {status}: {last}")
+            raise InputError(f"{task}: rank {rank} of {ranks} ended with {status}: {last}")
     return read_json(world.work / "answer.json", "measurement")
 
 
@@ -181,7 +182,7 @@ def watched(words: Sequence[object]) -> tuple[float, float]:
             time.sleep(0.01)
         if process.returncode:
             said.seek(0)
-            raise ValueError(f"{' '.join(map(str, words))} ended with {process.returncode}: {said.read().strip()[-600:]}")
+            raise InputError(f"{' '.join(map(str, words))} ended with {process.returncode}: {said.read().strip()[-600:]}")
     return peak, time.perf_counter() - start
 
 

@@ -56,6 +56,7 @@ from igpt_ds.data.shards.merge import (
 from igpt_ds.data.shards.record import pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_dir, reserved
 from igpt_ds.locks import locked
 
@@ -103,9 +104,9 @@ def list_images(
                 _list(work, source, palette, settings, max_bad)
     plan = ShardPlan(work / "plan")
     if load_palette(work / "palette.npy").hash != plan.settings.palette_hash:
-        raise ValueError(f"{work / 'palette.npy'} is not the palette of {work / 'plan'}; remove {work} and begin again")
+        raise InputError(f"{work / 'palette.npy'} is not the palette of {work / 'plan'}; remove {work} and begin again")
     if different := plan.differences(settings):
-        raise ValueError(begun_otherwise(work, different))
+        raise InputError(begun_otherwise(work, different))
     return plan
 
 
@@ -129,9 +130,9 @@ def check_work(part: Part, workers: int, max_bad: float) -> None:
         ValueError: one of them is out of range.
     """
     if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
+        raise InputError(f"workers={workers} must be at least 1")
     if not 0 <= max_bad <= 1:
-        raise ValueError(f"max_bad={max_bad} must lie between 0 and 1")
+        raise InputError(f"max_bad={max_bad} must lie between 0 and 1")
     part.check()
 
 
@@ -175,7 +176,7 @@ def _write_part(path: Path, source: Source, part: Part, workers: int, max_bad: f
         if (work / "plan").exists():
             raise
         shutil.rmtree(work, ignore_errors=True)  # the current shard may have created it again
-        raise ValueError(f"{work} disappeared: another process has finished or removed it; look at {path}") from None
+        raise InputError(f"{work} disappeared: another process has finished or removed it; look at {path}") from None
     return total - (unreadable.count - before)
 
 
@@ -211,7 +212,7 @@ def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | Non
         ValueError: `out` exists, there are no images, or an image is damaged.
     """
     if not len(ids):
-        raise ValueError(f"no images of {shards.path} are left to write to {out}")
+        raise InputError(f"no images of {shards.path} are left to write to {out}")
     with atomic_dir(out) as partial:
         entries = []
         for number, first in enumerate(range(0, len(ids), IMAGES_PER_SHARD)):

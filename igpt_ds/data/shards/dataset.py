@@ -20,12 +20,13 @@ from igpt_ds.data.shards.index import AGAIN, ShardEntry, ShardIndex, read_index
 from igpt_ds.data.shards.mapped import MappedRecords
 from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
 from igpt_ds.data.shards.verify import all_damage
+from igpt_ds.errors import InputError
 from igpt_ds.plain_files import check_file
 
 _CHUNK = 1024  # images checked at once
 
 
-class DamagedImagesError(ValueError):
+class DamagedImagesError(InputError):
     """Images whose bytes differ from those that were written. `ids`, int64, are the damaged ones among the requested ids."""
 
     def __init__(self, message: str, ids: np.ndarray) -> None:
@@ -41,9 +42,9 @@ def _check_size(file: Path, entry: ShardEntry, stride: int) -> None:
     found = file.stat().st_size if file.is_file() else 0
     if found != expected:
         check_file(file)
-        raise ValueError(f"shard {file} is missing or torn: {found} bytes, expected {expected}; {AGAIN}")
+        raise InputError(f"shard {file} is missing or torn: {found} bytes, expected {expected}; {AGAIN}")
     if found != (need := n_images * stride + len(END)):
-        raise ValueError(f"shard {file} holds {found} bytes, but {n_images} images take {need}; {AGAIN}")
+        raise InputError(f"shard {file} holds {found} bytes, but {n_images} images take {need}; {AGAIN}")
 
 
 class ShardSet:
@@ -66,7 +67,7 @@ class ShardSet:
     def _open(self, path: Path, split: str, index: ShardIndex) -> None:
         parts = split.split("+")
         if missing := [part for part in parts if part not in index.splits]:
-            raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
+            raise InputError(f"{path} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
         self.path, self.split = path, split
         self.name, self.n_px, self.n_vocab, self.classes = index.name, index.n_px, index.n_vocab, index.classes
         self.palette, self.palette_hash = index.load_palette(path), index.palette_hash
@@ -84,7 +85,7 @@ class ShardSet:
         assert (np.diff(ids) > 0).all()
         assert 0 <= ids[0] <= ids[-1] < self.n_images
         if len(ids) == self.n_images:
-            raise ValueError(f"all {self.n_images} images of {self.split} in {self.path} are excluded")
+            raise InputError(f"all {self.n_images} images of {self.split} in {self.path} are excluded")
         self._excluded = ids - np.arange(len(ids))  # the number of kept images before each excluded one
         self.n_images -= len(ids)
         digest = hashlib.sha256(self.dataset_hash.encode() + ids.astype("<i8").tobytes())
@@ -135,7 +136,7 @@ class ShardSet:
         with closing(checks):
             for _, found in tqdm(checks, f"verify {self.split}", len(self._entries), unit=" shards", leave=False, disable=None):
                 if found:
-                    raise ValueError(str(found[0]))
+                    raise InputError(str(found[0]))
         self._checked[:] = True
 
     def damaged_ids(self) -> np.ndarray:

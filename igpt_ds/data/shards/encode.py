@@ -27,6 +27,7 @@ from igpt_ds.data.left_out import LeftOut, Tally, reason_of
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.sources import Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
+from igpt_ds.errors import InputError
 
 CHUNK = 256  # images per task: a fraction of a second of work
 _NAMED = 5  # unreadable images that are named in messages
@@ -103,7 +104,7 @@ class Unreadable:
             allowed = f"more than the {self._max_bad:g} of {self._n_images} images that --max_bad allows"
             which = "; ".join(self._named or map(str, self.tally.rows()[:_NAMED]))
             fix = "repair the files or raise --max_bad"
-            raise ValueError(f"{self._source}: {self.count} unreadable{before}, {allowed}: {which}; {fix}")
+            raise InputError(f"{self._source}: {self.count} unreadable{before}, {allowed}: {which}; {fix}")
 
 
 def prepare(source: Source, palette: Palette, task: Task) -> Prepared:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import Palette, load_palette
+from igpt_ds.errors import InputError
 from igpt_ds.schema import check_file_name, record_from, to_json
 from igpt_ds.sealed import Format
 
@@ -88,7 +89,7 @@ class ShardIndex:
         """
         palette = load_palette(path / self.palette)
         if palette.hash != self.palette_hash:
-            raise ValueError(f"{path / self.palette} is not the palette that the shards were made with; {fix}")
+            raise InputError(f"{path / self.palette} is not the palette that the shards were made with; {fix}")
         return palette
 
 
@@ -101,7 +102,7 @@ def read_index(path: Path) -> ShardIndex:
     """
     file = path / "index.json"
     if not file.is_file():
-        raise ValueError(f"{path} is no shard directory: it has no index.json; make one with tools/make_shards.py")
+        raise InputError(f"{path} is no shard directory: it has no index.json; make one with tools/make_shards.py")
     return record_from(ShardIndex, INDEX.read(file), f"shard index {file}", AGAIN)
 
 

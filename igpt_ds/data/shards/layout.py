@@ -26,6 +26,7 @@ from igpt_ds.data.shards.encode import CropSpec
 from igpt_ds.data.shards.index import SPLITS
 from igpt_ds.data.shards.record import MAX_IMAGES
 from igpt_ds.data.sources import Entry, Source
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
@@ -52,7 +53,7 @@ class Part:
             ValueError: i is not one of 0 .. n - 1.
         """
         if not 0 <= self.i < self.n:
-            raise ValueError(f"part {self} does not exist; the first of n is 0/n, the last n-1/n")
+            raise InputError(f"part {self} does not exist; the first of n is 0/n, the last n-1/n")
 
 
 WHOLE = Part()  # one job makes all shards
@@ -81,20 +82,20 @@ class ShardOptions:
 
     def __post_init__(self) -> None:
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+            raise InputError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
         for name in ("n_px", "images_per_shard", "views", "max_pixels"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_px > MAX_PX:
-            raise ValueError(f"n_px={self.n_px} must be at most {MAX_PX}")
+            raise InputError(f"n_px={self.n_px} must be at most {MAX_PX}")
         if self.filter not in FILTERS:
-            raise ValueError(f"filter {self.filter!r} is unknown; known: {', '.join(FILTERS)}")
+            raise InputError(f"filter {self.filter!r} is unknown; known: {', '.join(FILTERS)}")
         if self.crop not in CROPS:
-            raise ValueError(f"crop {self.crop!r} is unknown; known: {', '.join(CROPS)}")
+            raise InputError(f"crop {self.crop!r} is unknown; known: {', '.join(CROPS)}")
         if self.views > 1 and self.crop != "random":
-            raise ValueError(f"views={self.views} of one image differ with crop 'random' only, not {self.crop!r}")
+            raise InputError(f"views={self.views} of one image differ with crop 'random' only, not {self.crop!r}")
         if self.views > self.images_per_shard:
-            raise ValueError(f"views={self.views} do not fit images_per_shard={self.images_per_shard}")
+            raise InputError(f"views={self.views} do not fit images_per_shard={self.images_per_shard}")
 
     def settings(self, source: Source, palette: Palette) -> ShardSettings:
         """The options together with the source and the palette."""
@@ -141,7 +142,7 @@ class Planned:
         """
         content = self.file.read_bytes() if self.file.is_file() else b""
         if hashlib.sha256(content).hexdigest() != self.sha256:
-            raise ValueError(f"{self.file} is damaged; remove {self.file.parents[1]} and begin again")
+            raise InputError(f"{self.file} is damaged; remove {self.file.parents[1]} and begin again")
         yield from (Entry(*json.loads(line)) for line in content.splitlines())
 
 
@@ -188,14 +189,14 @@ def _new_file(directory: Path, split: str, number: int) -> IO[str]:
 def _check_counts(counts: dict[str, int], source: Source, settings: ShardSettings) -> None:
     n_images = counts["train"] + counts["val"]
     if not n_images:
-        raise ValueError(f"source {source.name} holds no training images")
+        raise InputError(f"source {source.name} holds no training images")
     for split in ("train", "val") if settings.val_fraction else ("train",):
         if not counts[split]:
             fix = f"change val_fraction={settings.val_fraction} or the seed"
-            raise ValueError(f"none of the {n_images} images of {source.name} falls to {split}; {fix}")
+            raise InputError(f"none of the {n_images} images of {source.name} falls to {split}; {fix}")
     for split, count in counts.items():
         if count * settings.crop_spec(split).views >= MAX_IMAGES:
-            raise ValueError(f"{split} would have {count} images x {settings.views} views; at most {MAX_IMAGES - 1}")
+            raise InputError(f"{split} would have {count} images x {settings.views} views; at most {MAX_IMAGES - 1}")
 
 
 @dataclass(frozen=True)

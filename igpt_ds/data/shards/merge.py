@@ -16,6 +16,7 @@ from igpt_ds.data.palette import load_palette, report_path
 from igpt_ds.data.shards.encode import Bad, Unreadable
 from igpt_ds.data.shards.index import ShardEntry, ShardIndex, read_index, split_entry, write_index
 from igpt_ds.data.shards.layout import Planned, ShardPlan, ShardSettings
+from igpt_ds.errors import InputError
 from igpt_ds.files import fsync_path, remove, reserved
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
@@ -63,7 +64,7 @@ def finish_begun(path: Path, settings: ShardSettings) -> ShardIndex | None:
         index = read_index(work)
         known = {name: getattr(index, name) for name in asdict(settings)}
         if different := [f"{key} {known[key]!r}, now {new!r}" for key, new in asdict(settings).items() if known[key] != new]:
-            raise ValueError(begun_otherwise(work, different))
+            raise InputError(begun_otherwise(work, different))
         _publish(work, path, index)
     return index
 
@@ -104,14 +105,14 @@ def check_tars(work: Path, shards: list[ShardEntry], fix: str = AGAIN) -> None:
         ValueError: a file is missing or has another size.
     """
     if wrong := next(filter(None, (wrong_tar(work, shard) for shard in shards)), ""):
-        raise ValueError(f"{wrong}; {fix}")
+        raise InputError(f"{wrong}; {fix}")
 
 
 def _index_of(work: Path, name: str, max_bad: float) -> ShardIndex:
     plan = ShardPlan(work / "plan")
     shards = plan.shards()
     if missing := [shard.name for shard in shards if not entry_file(work, shard).is_file()]:
-        raise ValueError(f"{work}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}; make them first")
+        raise InputError(f"{work}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}; make them first")
     unreadable = Unreadable(plan.settings.source, plan.n_entries, max_bad, plan.left_out)
     splits: dict[str, list[ShardEntry]] = {}
     for shard in shards:

@@ -16,6 +16,7 @@ from igpt_ds.data.sources.folders import ImageFolder
 from igpt_ds.data.sources.imagenet import ImageNet
 from igpt_ds.data.sources.stl10 import STL10
 from igpt_ds.data.sources.webtars import WebTars
+from igpt_ds.errors import InputError
 
 __all__ = ["KINDS", "LABELS", "Entry", "ImageFolder", "Result", "Source", "open_source"]
 
@@ -41,6 +42,6 @@ def open_source(spec: str, labels: str = "use") -> Source:
     kind, colon, rest = spec.partition(":")
     if not colon or kind not in KINDS or bool(rest) != bool(KINDS[kind][0]):
         known = ", ".join(f"{name}:{where}" for name, (where, _) in KINDS.items())
-        raise ValueError(f"source {spec!r} is unknown; known: {known}")
+        raise InputError(f"source {spec!r} is unknown; known: {known}")
     source = KINDS[kind][1](rest, labels)
     return source if source.labels == labels else Unlabelled(source)

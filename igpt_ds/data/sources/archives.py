@@ -16,6 +16,7 @@ from typing import IO
 
 from igpt_ds.data.sources.places import open_binary
 from igpt_ds.data.sources.tars import BROKEN, Member, Window, walk
+from igpt_ds.errors import InputError
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
@@ -44,7 +45,7 @@ class Files:
             ValueError: the file does not exist, or the archive is truncated or damaged.
         """
         if not self.has(name):
-            raise ValueError(f"{self.full_name(name)} does not exist; unpack or download the dataset again")
+            raise InputError(f"{self.full_name(name)} does not exist; unpack or download the dataset again")
         if self._members is None:
             with open_binary(self.path / name) as file:
                 return file.read()
@@ -55,7 +56,7 @@ class Files:
             data = window.data(self._members[name])
         self._held[name] = data
         if len(data) != self._members[name].size:
-            raise ValueError(f"{self.path} was cut in {name}; download it again")
+            raise InputError(f"{self.path} was cut in {name}; download it again")
         return data
 
 
@@ -79,8 +80,8 @@ def find_files(path: Path, formats: Mapping[str, Sequence[str]]) -> Files:
             if members.keys() & set(names):
                 return Files(path, form, members)
     else:
-        raise ValueError(f"{path} does not exist; {expected}")
-    raise ValueError(f"{path} holds no file of this dataset; {expected}")
+        raise InputError(f"{path} does not exist; {expected}")
+    raise InputError(f"{path} holds no file of this dataset; {expected}")
 
 
 def _members(path: Path, names: set[str]) -> dict[str, Member]:

@@ -17,6 +17,7 @@ from igpt_ds.data.left_out import Tally
 from igpt_ds.data.sources.archives import find_files
 from igpt_ds.data.sources.base import VAL_FRACTION, Entry
 from igpt_ds.data.sources.unpickle import load_pickle
+from igpt_ds.errors import InputError
 
 _PIXELS = 3 * 32 * 32
 
@@ -94,7 +95,7 @@ class Cifar:
         for batch in layout.train:
             if not self._files.has(batch + self._ending):
                 missing = self._files.full_name(batch + self._ending)
-                raise ValueError(f"{missing} does not exist; unpack or download the dataset again")
+                raise InputError(f"{missing} does not exist; unpack or download the dataset again")
         self.classes = self._read_classes()
         self._held: tuple[str, np.ndarray, list[int]] | None = None  # the last batch read: name, uint8 [n, 3072], labels
 
@@ -105,7 +106,7 @@ class Cifar:
             labels = self._batch(batch)[1]
             if size not in (None, len(labels)):
                 name = self._files.full_name(batch + self._ending)
-                raise ValueError(f"{name} holds {len(labels)} images, unlike the {size} of those before it; download it again")
+                raise InputError(f"{name} holds {len(labels)} images, unlike the {size} of those before it; download it again")
             size = len(labels)
             for row, label in enumerate(labels):
                 yield Entry("train", f"train/{index:05d}", label, [batch, row])
@@ -121,7 +122,7 @@ class Cifar:
             images, _ = self._batch(batch)
             if row >= len(images):
                 name = self._files.full_name(batch + self._ending)
-                raise ValueError(f"{name} was listed with {entry.key} but ends before; list it again")
+                raise InputError(f"{name} was listed with {entry.key} but ends before; list it again")
             yield np.ascontiguousarray(images[row].reshape(3, 32, 32).transpose(1, 2, 0))
 
     def _batch(self, batch: str) -> tuple[np.ndarray, list[int]]:
@@ -136,7 +137,7 @@ class Cifar:
         if self._ending:
             record = layout.head + _PIXELS
             if not data or len(data) % record:
-                raise ValueError(
+                raise InputError(
                     f"{name} has {len(data)} bytes, which is not a multiple of {record}: it was cut; download it again"
                 )
             records = np.frombuffer(data, np.uint8).reshape(-1, record)
@@ -145,7 +146,7 @@ class Cifar:
             images, labels = _checked(load_pickle(data, name), layout.labels_key, name)
         if not all(0 <= label < layout.n_classes for label in labels):
             wrong = next(label for label in labels if not 0 <= label < layout.n_classes)
-            raise ValueError(f"{name} holds the label {wrong}; labels lie in 0..{layout.n_classes - 1}. Download it again")
+            raise InputError(f"{name} holds the label {wrong}; labels lie in 0..{layout.n_classes - 1}. Download it again")
         return images, labels
 
     def _read_classes(self) -> list[str]:
@@ -161,7 +162,7 @@ class Cifar:
             )
             classes = [text for text in texts if isinstance(text, str)]
         if len(classes) != layout.n_classes:
-            raise ValueError(f"{name} names {len(classes)} classes, expected {layout.n_classes}; download it again")
+            raise InputError(f"{name} names {len(classes)} classes, expected {layout.n_classes}; download it again")
         return classes
 
 
@@ -170,7 +171,7 @@ def _checked(batch: dict[str, object], labels_key: str, name: str) -> tuple[np.n
     images, labels = batch.get("data"), batch.get(labels_key)
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (_PIXELS,) or not len(images):
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise ValueError(f"{name}: 'data' is {found}, expected uint8 [n, {_PIXELS}]; download it again")
+        raise InputError(f"{name}: 'data' is {found}, expected uint8 [n, {_PIXELS}]; download it again")
     if not isinstance(labels, list) or len(labels) != len(images) or any(type(label) is not int for label in labels):
-        raise ValueError(f"{name}: {labels_key!r} is not a list of {len(images)} integers; download it again")
+        raise InputError(f"{name}: {labels_key!r} is not a list of {len(images)} integers; download it again")
     return images, labels

@@ -24,6 +24,7 @@ from igpt_ds.data.sources.base import (
     walk_images,
 )
 from igpt_ds.data.sources.places import read_places
+from igpt_ds.errors import InputError
 
 
 class ImageFolder:
@@ -44,17 +45,17 @@ class ImageFolder:
         self.left_out = Tally()
         self._directory = directory
         if not directory.is_dir():
-            raise ValueError(f"source directory {directory} does not exist; expected {directory}/<class>/<image>.jpg")
+            raise InputError(f"source directory {directory} does not exist; expected {directory}/<class>/<image>.jpg")
         self._divided = self._is_divided()
         self._flat = labels == "ignore"
         self.classes = UNLABELLED if self._flat else self._classes("train" if self._divided else "")
         if not self.classes and has_images(directory):
             self.classes, self._flat = UNLABELLED, True
         if not self.classes:
-            raise ValueError(f"source directory {directory} holds no images; {self._advice()}")
+            raise InputError(f"source directory {directory} holds no images; {self._advice()}")
         extra = set(self._classes("test")) - set(self.classes) if self._has_test() and not self._flat else set()
         if extra:
-            raise ValueError(f"{directory}/test has the class {min(extra)!r}, which {directory}/train lacks; remove or rename it")
+            raise InputError(f"{directory}/test has the class {min(extra)!r}, which {directory}/train lacks; remove or rename it")
 
     def entries(self) -> Iterator[Entry]:
         """Images class by class. Memory holds the names of one class folder."""
@@ -116,11 +117,11 @@ class ImageFolder:
             return False
         if has_images(directory / "train"):
             both = "holds both images and folders of images"
-            raise ValueError(f"{directory}/train {both}, so it is neither a class nor a split; move one of the two away")
+            raise InputError(f"{directory}/train {both}, so it is neither a class nor a split; move one of the two away")
         extra = [name for name in folders if name not in ("train", "test")]
         if extra:
             fix = "only train and test are read, since validation images are drawn from train; move the others away"
-            raise ValueError(f"{directory}/train holds class folders, but {directory}/{extra[0]} lies beside it: {fix}")
+            raise InputError(f"{directory}/train holds class folders, but {directory}/{extra[0]} lies beside it: {fix}")
         return True
 
     def _refuse_splits(self, folders: list[str]) -> None:
@@ -130,7 +131,7 @@ class ImageFolder:
             return
         if self.labels == "ignore" or any(has_images(self._directory / name) for name in folders):
             fix = "keep only train and test and add --labels ignore, name one of them, or rename them if they are classes"
-            raise ValueError(f"{self._directory} holds the splits {', '.join(folders)} instead of classes; {fix}")
+            raise InputError(f"{self._directory} holds the splits {', '.join(folders)} instead of classes; {fix}")
 
     def _advice(self) -> str:
         expected = f"expected {self._directory}/<class>/<image>.jpg"

@@ -17,6 +17,7 @@ from igpt_ds.data.sources.base import UNLABELLED, Entry, Result, has_images, sca
 from igpt_ds.data.sources.imagenet_truth import Truth
 from igpt_ds.data.sources.places import open_binary, read_places
 from igpt_ds.data.sources.tars import Member, Window, tar_window, walk
+from igpt_ds.errors import InputError
 
 _KAGGLE = Path("ILSVRC/Data/CLS-LOC")
 _TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -43,10 +44,10 @@ class ImageNet:
         val_tar = not self._val_folder and (root / _VAL_TAR).is_file()
         if not (self._train_folder or self._train_tar or self._val_folder or val_tar):
             known = f"train/<wnid>/*.JPEG, {_TRAIN_TAR}, val/*.JPEG or {_VAL_TAR}"
-            raise ValueError(f"source directory {directory} holds no ImageNet; expected in it {known}")
+            raise InputError(f"source directory {directory} holds no ImageNet; expected in it {known}")
         loose = self._val_folder and has_images(root / "val")
         if loose and labels == "use" and visible_folders(root / "val"):
-            raise ValueError(
+            raise InputError(
                 f"{root}/val holds both loose images and class folders; finish moving them, or move one of the two away"
             )
         self._flat_val = loose or val_tar
@@ -91,7 +92,7 @@ class ImageNet:
         if self.labels == "ignore":
             return 0
         if wnid not in labels:
-            raise ValueError(
+            raise InputError(
                 f"{self._root}: {what} is of the class {wnid}, which the training set lacks; add or remove the class"
             )
         return labels[wnid]
@@ -108,7 +109,7 @@ class ImageNet:
             label = self._label(folder.rpartition("/")[2], labels, f"the folder {folder}")
             images, deeper = scan(self._root, folder, self.left_out)
             if not images:
-                raise ValueError(f"{self._root}/{folder} holds no images; fill it or remove it")
+                raise InputError(f"{self._root}/{folder} holds no images; fill it or remove it")
             for path in images:
                 yield Entry(split, path if split == "train" else f"{below}/{path.rpartition('/')[2]}", label, [path])
             for deep in deeper:
@@ -123,7 +124,7 @@ class ImageNet:
             members = sorted(walk(window, str(path)))
         wrong = [member.name for member in members if not member.name.endswith(".tar")]
         if wrong or not members:
-            raise ValueError(f"{path} holds {wrong[0] if wrong else 'nothing'}, expected only <wnid>.tar; download it again")
+            raise InputError(f"{path} holds {wrong[0] if wrong else 'nothing'}, expected only <wnid>.tar; download it again")
         return members
 
     def _tar_of_tars(self, labels: dict[str, int]) -> Iterator[Entry]:
@@ -133,7 +134,7 @@ class ImageNet:
                 window = Window(file, tar.offset, tar.size)
                 images = _images(window, f"{self._root / _TRAIN_TAR} ({tar.name})", self.left_out)
                 if not images:
-                    raise ValueError(f"{self._root / _TRAIN_TAR} ({tar.name}) holds no images; download it again")
+                    raise InputError(f"{self._root / _TRAIN_TAR} ({tar.name}) holds no images; download it again")
                 for image in images:
                     yield Entry(
                         "train",

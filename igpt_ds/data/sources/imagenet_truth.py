@@ -14,6 +14,7 @@ from pathlib import Path
 
 from igpt_ds.data.sources.archives import find_files
 from igpt_ds.data.sources.places import open_binary
+from igpt_ds.errors import InputError
 
 _CSV = "LOC_val_solution.csv"
 _KIT = "ILSVRC2012_devkit_t12"
@@ -40,7 +41,7 @@ class Truth:
                     return cls(path)
         lacking = f"no ground truth for them lies in {' or '.join(sorted({str(path) for path in directories}))}"
         fix = f"put {_CSV} (Kaggle) or {_KIT}.tar.gz (image-net.org) there, sort the images into class folders, or move them away"
-        raise ValueError(f"{images} holds validation images, but {lacking}; {fix}")
+        raise InputError(f"{images} holds validation images, but {lacking}; {fix}")
 
     def wnid(self, file: str) -> str:
         """The class of an image by its file name.
@@ -50,7 +51,7 @@ class Truth:
         """
         stem = file.rpartition(".")[0]
         if stem not in self.wnids:
-            raise ValueError(f"{self._path} has no class for the image {file}; remove the image or complete the ground truth")
+            raise InputError(f"{self._path} has no class for the image {file}; remove the image or complete the ground truth")
         return self.wnids[stem]
 
     @cached_property
@@ -68,7 +69,7 @@ class Truth:
         wnids = _wnids_by_number(files.read(_META), files.full_name(_META))
         unknown = [number for number in numbers if number not in wnids]
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"{files.full_name(_NUMBERS)} holds {unknown[0]!r}, a class number that {_META} lacks; download it again"
             )
         return {f"ILSVRC2012_val_{line:08d}": wnids[number] for line, number in enumerate(numbers, start=1)}
@@ -79,7 +80,7 @@ class Truth:
         try:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
         except (KeyError, IndexError, AttributeError):
-            raise ValueError(f"{self._path} is not a table of ImageId,PredictionString; download it again") from None
+            raise InputError(f"{self._path} is not a table of ImageId,PredictionString; download it again") from None
 
 
 def _wnids_by_number(data: bytes, name: str) -> dict[bytes, str]:
@@ -91,6 +92,6 @@ def _wnids_by_number(data: bytes, name: str) -> dict[bytes, str]:
         return {b"%d" % int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
     except Exception as error:  # loadmat raises nearly anything on a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"{name} cannot be read as the development kit's table of classes: {reason}; download it again"
         ) from None

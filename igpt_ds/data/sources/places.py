@@ -13,7 +13,7 @@ from typing import IO
 
 from igpt_ds.data.left_out import HUGE, SPECIAL, UNREADABLE, BadImageError
 from igpt_ds.data.sources.base import Entry
-from igpt_ds.errors import reason
+from igpt_ds.errors import InputError, reason
 from igpt_ds.plain_files import check_file
 
 _MAX_BYTES = 1 << 30  # any file may be an image, but no process has memory for any file
@@ -31,7 +31,7 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
         name, file = "", None
         for entry in entries:
             if root.parts and ((place := Path(entry.place[0])).is_absolute() or ".." in place.parts):
-                raise ValueError(f"the list of images names {entry.place[0]!r}, which is not below {root}; list the images again")
+                raise InputError(f"the list of images names {entry.place[0]!r}, which is not below {root}; list the images again")
             if len(entry.place) == 1:
                 yield _whole(root / entry.place[0])
                 continue
@@ -46,7 +46,7 @@ def read_places(root: Path, entries: Sequence[Entry]) -> Iterator[bytes | ValueE
             file.seek(offset)
             data = file.read(size)
             if len(data) != size:
-                raise ValueError(
+                raise InputError(
                     f"{root / name} was listed up to byte {offset + size} ({entry.key}) but ends before; list it again"
                 )
             yield data
@@ -75,8 +75,8 @@ def open_binary(path: Path) -> IO[bytes]:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{path} cannot be read: it is not a file")
+            raise InputError(f"{path} cannot be read: it is not a file")
         check_file(path)
         return open(path, "rb")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {reason(error)}") from None
+        raise InputError(f"{path} cannot be read: {reason(error)}") from None

@@ -15,6 +15,7 @@ import numpy as np
 from igpt_ds.data.left_out import Tally
 from igpt_ds.data.sources.archives import find_files
 from igpt_ds.data.sources.base import VAL_FRACTION, Entry
+from igpt_ds.errors import InputError
 
 _FOLDER = "stl10_binary"
 _NAMES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "class_names.txt")
@@ -42,7 +43,7 @@ class STL10:
             self._splits.append("test")
         for name in (f"{split}_{part}.bin" for split in self._splits for part in "Xy"):
             if not self._files.has(name):
-                raise ValueError(f"{self._files.full_name(name)} does not exist; unpack or download the dataset again")
+                raise InputError(f"{self._files.full_name(name)} does not exist; unpack or download the dataset again")
         self._held: tuple[str, np.ndarray] | None = None  # the last split read, and its images
 
     def entries(self) -> Iterator[Entry]:
@@ -52,10 +53,10 @@ class STL10:
             labels = self._files.read(f"{split}_y.bin")
             if len(labels) != len(self._images(split)):
                 n_images = f"{len(self._images(split))} images"
-                raise ValueError(f"{name} holds {len(labels)} labels for the {n_images} of {split}_X.bin; download both again")
+                raise InputError(f"{name} holds {len(labels)} labels for the {n_images} of {split}_X.bin; download both again")
             for index, label in enumerate(labels):
                 if not 1 <= label <= len(self.classes):
-                    raise ValueError(f"{name} holds the label {label}; labels lie in 1..{len(self.classes)}. Download it again")
+                    raise InputError(f"{name} holds the label {label}; labels lie in 1..{len(self.classes)}. Download it again")
                 yield Entry(split, f"{split}/{index:04d}", label - 1, [split, index])
 
     def read(self, entries: Sequence[Entry]) -> Iterator[np.ndarray]:
@@ -64,7 +65,7 @@ class STL10:
             split, index = entry.place
             if index >= len(self._images(split)):
                 name = self._files.full_name(f"{split}_X.bin")
-                raise ValueError(f"{name} was listed with {entry.key} but ends before; list it again")
+                raise InputError(f"{name} was listed with {entry.key} but ends before; list it again")
             yield np.ascontiguousarray(self._images(split)[index].transpose(2, 1, 0))
 
     def _images(self, split: str) -> np.ndarray:
@@ -81,6 +82,6 @@ class STL10:
             )
             if not len(data) or len(data) % _PIXELS:
                 reason = f"has {len(data)} bytes, which is not a multiple of {_PIXELS}: it was cut"
-                raise ValueError(f"{self._files.full_name(name)} {reason}; download it again")
+                raise InputError(f"{self._files.full_name(name)} {reason}; download it again")
             self._held = (split, data.reshape(-1, 3, _SIDE, _SIDE))
         return self._held[1]

@@ -14,6 +14,7 @@ from braceexpand import braceexpand
 
 from igpt_ds.data.left_out import HIDDEN, NO_TAR, Tally, why_not
 from igpt_ds.data.sources.base import split_word
+from igpt_ds.errors import InputError
 
 _COMPRESSED = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "tbz2": "bunzip2", "xz": "unxz", "txz": "unxz", "zst": "unzstd"}
 
@@ -21,30 +22,30 @@ _COMPRESSED = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "tbz2": "bunzi
 def expand(spec: str) -> list[str]:
     """The commands or paths that braces stand for."""
     if not spec.strip():
-        raise ValueError("webdataset:pipe: names no command; write for example 'webdataset:pipe:cat web/{00000..00099}.tar'")
+        raise InputError("webdataset:pipe: names no command; write for example 'webdataset:pipe:cat web/{00000..00099}.tar'")
     if "{" not in spec:
         return [spec]
     try:
         return list(braceexpand(spec))
     except ValueError:
-        raise ValueError(f"webdataset: the braces of {spec!r} do not match; write for example {{00000..00099}}") from None
+        raise InputError(f"webdataset: the braces of {spec!r} do not match; write for example {{00000..00099}}") from None
 
 
 def find(spec: str, beside: Tally) -> list[str]:
     """The tars on disk that a spec names. What else lies in a folder of tars is counted."""
     if "://" in spec:
-        raise ValueError(f"webdataset:{spec} is not on disk; write for example 'webdataset:pipe:curl -sfL {spec}'")
+        raise InputError(f"webdataset:{spec} is not on disk; write for example 'webdataset:pipe:curl -sfL {spec}'")
     path = Path(spec)
     if path.is_dir():
         tars = _tars_in(path, beside)
         if not tars:
-            raise ValueError(f"source directory {path} holds no tars; expected {path}/<name>.tar")
+            raise InputError(f"source directory {path} holds no tars; expected {path}/<name>.tar")
         return tars
     tars = [spec] if path.exists() else expand(spec)
     for tar in tars:
         if not Path(tar).is_file():
             what = "is not a file" if Path(tar).exists() else "does not exist"
-            raise ValueError(f"tar {tar} {what}; name a tar, a folder of tars, or several as {{00000..00099}}.tar")
+            raise InputError(f"tar {tar} {what}; name a tar, a folder of tars, or several as {{00000..00099}}.tar")
     return tars
 
 
@@ -57,11 +58,11 @@ def _tars_in(path: Path, beside: Tally) -> list[str]:
             beside.add(name, reason, lost=False)
         elif ending in _COMPRESSED and (ending.startswith("t") or ".tar." in name.lower()):
             fix = f"{_COMPRESSED[ending]} {quote(str(file))}"
-            raise ValueError(f"{file} is compressed, so its parts cannot be read; decompress it ({fix}), or move it away")
+            raise InputError(f"{file} is compressed, so its parts cannot be read; decompress it ({fix}), or move it away")
         elif ending == "tar":
             tars.append(str(file))
         elif file.is_dir() and any(below.suffix.lower() == ".tar" for below in file.iterdir()):
-            raise ValueError(f"{file} holds tars one folder too deep; move them to {path}, or name {file} as the source")
+            raise InputError(f"{file} holds tars one folder too deep; move them to {path}, or name {file} as the source")
         elif not file.is_dir():
             beside.add(name, reason or NO_TAR, lost=reason is None)
     return tars
@@ -81,7 +82,7 @@ def splits(urls: list[str]) -> list[str]:
     if "val" in words:
         val, other = (urls[next(i for i, word in enumerate(words) if (word == "val") == is_val)] for is_val in (True, False))
         fix = "validation images are drawn from the training images; name the tars of one split, as train-{00000..00099}.tar"
-        raise ValueError(f"the tars {other} and {val} are of different splits: {fix}")
+        raise InputError(f"the tars {other} and {val} are of different splits: {fix}")
     return ["test" if word == "test" else "train" for word in words]
 
 
@@ -91,7 +92,7 @@ def stems(urls: list[str], pipe: bool) -> list[str]:
         stems = [Path(url).stem for url in urls]
         twice = sorted(stem for stem, same in groupby(sorted(stems)) if len(list(same)) > 1)
         if twice:
-            raise ValueError(f"two tars are called {twice[0]}.tar, so that keys would not be unique; give each a name of its own")
+            raise InputError(f"two tars are called {twice[0]}.tar, so that keys would not be unique; give each a name of its own")
         return stems
     found = [re.findall(r"([^\s/'\"]+?)\.tar\b", url)[-1:] for url in urls]
     stems = [words[0] for words in found if words]

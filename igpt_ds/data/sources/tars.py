@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from igpt_ds.data.sources.places import open_binary
+from igpt_ds.errors import InputError
 
 _BLOCK = 512
 _PIECE = 1 << 20
@@ -22,7 +23,7 @@ _PIECE = 1 << 20
 BROKEN = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, OverflowError, ValueError)
 
 
-class TornError(ValueError):
+class TornError(InputError):
     """A tar that is truncated or damaged. The members before the damage are intact."""
 
 
@@ -104,7 +105,7 @@ def walk(window: Window, name: str) -> Iterator[Member]:
         cast(Any, tar).members.clear()  # otherwise tarfile keeps every header
         if member.issym() or member.islnk() or member.issparse() or member.isdev():
             what = "device or fifo" if member.isdev() else "link or sparse file"
-            raise ValueError(f"{name} holds the {what} {member.name}; pack the tar again with plain files (tar -h)")
+            raise InputError(f"{name} holds the {what} {member.name}; pack the tar again with plain files (tar -h)")
         if member.isreg():
             if window.size is not None and member.offset_data + member.size > window.size:
                 raise _cut(name, window.start + member.offset_data, f"{member.name} should have {member.size} bytes")
@@ -118,7 +119,7 @@ def walk(window: Window, name: str) -> Iterator[Member]:
         raise _cut(name, end, str(error)) from None
     if rest:
         fix = "tars joined by cat cannot be read, keep them apart"
-        raise ValueError(f"{name} continues after the end of its archive at byte {end}; {fix}")
+        raise InputError(f"{name} continues after the end of its archive at byte {end}; {fix}")
 
 
 def _cut(name: str, offset: int, reason: str) -> TornError:

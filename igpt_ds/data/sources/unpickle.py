@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from igpt_ds.errors import InputError
+
 
 class _ForbiddenError(Exception):
     """A pickle uses something that plain data does not need."""
@@ -115,13 +117,13 @@ def load_pickle(data: bytes, name: str) -> dict[str, object]:
     try:
         value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except _ForbiddenError as error:
-        raise ValueError(f"{name} is not plain data: {error}; nothing of it was run. Download the file again") from None
+        raise InputError(f"{name} is not plain data: {error}; nothing of it was run. Download the file again") from None
     except Exception as error:  # malicious or truncated bytes raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} cannot be read as a pickle: {reason}; download it again") from None
+        raise InputError(f"{name} cannot be read as a pickle: {reason}; download it again") from None
     if not isinstance(value, dict):
         found = type(value).__name__.lstrip("_").lower()
-        raise ValueError(f"{name} holds a {found} where a dict should stand; download it again")
+        raise InputError(f"{name} holds a {found} where a dict should stand; download it again")
     return {_text(key): item.array if isinstance(item, _Array) else item for key, item in value.items()}
 
 

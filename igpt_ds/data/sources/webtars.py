@@ -23,6 +23,7 @@ from igpt_ds.data.sources.base import UNLABELLED, VAL_FRACTION, Entry, Result
 from igpt_ds.data.sources.places import huge, read_places
 from igpt_ds.data.sources.tar_names import expand, find, splits, stems
 from igpt_ds.data.sources.tars import Member, TornError, Window, tar_window, walk
+from igpt_ds.errors import InputError
 
 _USUAL = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")  # preferred among the members of one key
 _MOST_CLASSES = 1_000_000  # a larger class number is an error, and its class names would fill the memory
@@ -85,17 +86,17 @@ class WebTars:
             for image in self._images(url, tally, torn):
                 if (image.label is not None) != self._labelled:
                     fix = "label all or none, or add --labels ignore"
-                    raise ValueError(f"{url}: {image.key} {_has(image.label)} .cls member, unlike the first image; {fix}")
+                    raise InputError(f"{url}: {image.key} {_has(image.label)} .cls member, unlike the first image; {fix}")
                 label = image.label or 0
                 if known is not None and label >= known:
-                    raise ValueError(f"{url}: {image.key} has the label {label}, but {self._class_file} names {known} classes")
+                    raise InputError(f"{url}: {image.key} has the label {label}, but {self._class_file} names {known} classes")
                 highest = max(highest, label)
                 place = [url, image.number] if self._pipe else [url, image.offset, image.size]
                 counts[url] += 1
                 yield Entry(split, f"{stem}/{image.key}", label, place, image.ending)
         whole = [count for url, count in counts.items() if url not in torn]
         if not whole:
-            raise ValueError(next(iter(torn.values())))
+            raise InputError(next(iter(torn.values())))
         for url, error in torn.items():
             tally.add(error, TORN, n=max(1, round(sum(whole) / len(whole)) - counts[url]), ending="")
         self._highest, self.left_out = highest, tally
@@ -107,7 +108,7 @@ class WebTars:
             ValueError: an entry names another tar or command than the spec. A list of images is data and runs nothing.
         """
         if foreign := {entry.place[0] for entry in entries} - set(self._urls):
-            raise ValueError(f"the list of images names {min(foreign)!r}, which {self.name} does not; list the images again")
+            raise InputError(f"the list of images names {min(foreign)!r}, which {self.name} does not; list the images again")
         if not self._pipe:
             yield from read_places(Path(), entries)
             return
@@ -137,7 +138,7 @@ class WebTars:
         torn: dict[str, str] = {}
         first = next((image for url in self._urls for image in self._images(url, Tally(), torn)), None)
         if first is None:
-            raise ValueError(
+            raise InputError(
                 next(iter(torn.values()), f"{self.name} holds no images; expected members that end in .jpg, .jpeg, .png, .webp")
             )
         return first.label is not None
@@ -169,7 +170,7 @@ def _images(window: Window, name: str, tally: Tally, labels: bool) -> Iterator[_
         if found:
             yield _chosen(found, key, name, tally, seen)._replace(label=label)
         elif label is not None:
-            raise ValueError(f"{name}: the label of {key} does not lie beside its image; pack the tar sorted by name")
+            raise InputError(f"{name}: the label of {key} does not lie beside its image; pack the tar sorted by name")
 
 
 def _chosen(found: list[tuple[bool, bool, int, Member]], key: str, name: str, tally: Tally, seen: set[str]) -> _Image:
@@ -178,7 +179,7 @@ def _chosen(found: list[tuple[bool, bool, int, Member]], key: str, name: str, ta
     unusual, dotted, number, member = found[0]
     if key in seen or (not unusual and any(other[:2] == (unusual, dotted) for other in found[1:])):
         names = " and ".join(other[3].name for other in found[:2])
-        raise ValueError(f"{name} holds two images of the key {key!r}; give each a name of its own up to the first dot: {names}")
+        raise InputError(f"{name} holds two images of the key {key!r}; give each a name of its own up to the first dot: {names}")
     seen.add(key)
     for other in found[1:]:
         tally.add(other[3].name, BESIDE, lost=False)
@@ -195,9 +196,9 @@ def _key(name: str) -> tuple[str, str]:
 def _label(window: Window, member: Member, name: str) -> int:
     data = window.data(member).strip()
     if not data.isdigit():
-        raise ValueError(f"{name}: {member.name} holds {data[:20]!r} where a class number should stand")
+        raise InputError(f"{name}: {member.name} holds {data[:20]!r} where a class number should stand")
     if len(data) > 9 or int(data) >= _MOST_CLASSES:
-        raise ValueError(f"{name}: {member.name} holds the class number {data[:20].decode()}; at most {_MOST_CLASSES - 1}")
+        raise InputError(f"{name}: {member.name} holds the class number {data[:20].decode()}; at most {_MOST_CLASSES - 1}")
     return int(data)
 
 
@@ -224,7 +225,7 @@ def _piped(command: str) -> Iterator[Window]:
 def _check(window: Window, process: subprocess.Popen[bytes]) -> None:
     if window.ended and process.wait():
         failed = f"the command {process.args!r} failed with exit status {process.returncode}"
-        raise ValueError(f"{failed}; run it by hand to see why") from None
+        raise InputError(f"{failed}; run it by hand to see why") from None
 
 
 def _members_of(command: str, numbers: list[int]) -> Iterator[Result]:
@@ -238,9 +239,9 @@ def _members_of(command: str, numbers: list[int]) -> Iterator[Result]:
             error = huge(f"{command}: {member.name}", member.size)
             data = b"" if error else window.data(member)
             if len(data) != member.size and not error:
-                raise ValueError(f"{command} was cut in {member.name}; copy it again")
+                raise InputError(f"{command} was cut in {member.name}; copy it again")
             yield error or data
             wanted = next(left, None)
             if wanted is None:
                 return
-        raise ValueError(f"the command {command!r} gives no member {wanted} any more; it was changed after it was listed")
+        raise InputError(f"the command {command!r} gives no member {wanted} any more; it was changed after it was listed")

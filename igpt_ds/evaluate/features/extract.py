@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import WHOLE, Part
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureWriter, part_dir
 from igpt_ds.evaluate.features.manifest import FeatureManifest, FeatureSplit, Origin, PartOf, span
 from igpt_ds.evaluate.features.network import KINDS, LayerMeans, Network, check_layers
@@ -66,9 +67,9 @@ def extract(
     draws = list(wanted.mask_draws) * (len(shard_sets) if len(wanted.mask_draws) == 1 else 1)
     if len(draws) != len(shard_sets) or min(draws) < 0:
         given = " ".join(map(str, wanted.mask_draws))
-        raise ValueError(f"--mask_draws {given} must be one number, or one for each split, and at least 0")
+        raise InputError(f"--mask_draws {given} must be one number, or one for each split, and at least 0")
     if any(draws) and origin.objective != "bert":
-        raise ValueError(f"--mask_draws {max(draws)}: this model is {origin.objective!r}; only bert models see masked images")
+        raise InputError(f"--mask_draws {max(draws)}: this model is {origin.objective!r}; only bert models see masked images")
     layers, step = check_layers(wanted.layers, network.model.config.n_layer), wanted.at_once or network.batch
     origin = replace(origin, precision=network.precision, dtype=wanted.dtype)
     origin = replace(origin, mask_seed=wanted.mask_seed) if any(draws) else replace(origin, mask_prob=None, mask_seed=None)
@@ -176,9 +177,9 @@ class _Job:
         half = self.writer.manifest.origin.dtype == "fp16"
         for (layer, kind), array in means.items():
             if not np.isfinite(array).all():
-                raise ValueError(f"layer {layer} is not finite for images of {shards.path}; check the model, or use fp32")
+                raise InputError(f"layer {layer} is not finite for images of {shards.path}; check the model, or use fp32")
             if half and (most := float(np.abs(array).max())) > _FP16_MAX:
-                raise ValueError(f"layer {layer} {kind} reaches {most:.3g}, more than float16 holds; use --dtype fp32")
+                raise InputError(f"layer {layer} {kind} reaches {most:.3g}, more than float16 holds; use --dtype fp32")
             self.writer.write(shards.split, first, (layer, kind, mask), array)
 
 
@@ -192,7 +193,7 @@ def _write(
     report: Callable[[str], None] | None,
 ) -> None:
     if step < 1:
-        raise ValueError(f"--batch {step} must be at least 1")
+        raise InputError(f"--batch {step} must be at least 1")
     shares = {shards: _share(shards, step, part) for shards in shard_sets}
     manifest = whole if part == WHOLE else _of_part(whole, {shards.split: share for shards, share in shares.items()})
     job = _Job(FeatureWriter(part_dir(out, part), manifest), shares, read, step)
@@ -210,7 +211,7 @@ def _share(shards: ShardSet, step: int, part: Part) -> range:
     part.check()
     steps = -(-shards.n_images // step)
     if part.n > steps:
-        raise ValueError(f"{shards.n_images} images of {shards.split} are {steps} steps of {step}, not {part.n}; use fewer parts")
+        raise InputError(f"{shards.n_images} images of {shards.split} are {steps} steps of {step}, not {part.n}; use fewer parts")
     return range(part.i * steps // part.n * step, min((part.i + 1) * steps // part.n * step, shards.n_images))
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from igpt_ds.arrays import new_array, save_array
 from igpt_ds.data.shards.layout import WHOLE, Part
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import (
     EXTRACT_AGAIN,
     FeatureManifest,
@@ -115,12 +116,12 @@ class FeatureWriter:
         known = record_from(_Progress, values, what, fix)
         for name, value in self.manifest.to_dict().items():
             if (was := known.manifest.get(name)) != value:
-                raise ValueError(
+                raise InputError(
                     f"{self.path} holds the beginning of other features: {name} is {was} there and {value} here; {fix}"
                 )
         for split, about in self.manifest.splits.items():
             if not 0 <= (done := known.done.get(split, -1)) <= about.n_images:
-                raise ValueError(f"{what} has done.{split} {done}, not 0..{about.n_images}; {fix}")
+                raise InputError(f"{what} has done.{split} {done}, not 0..{about.n_images}; {fix}")
             self.done[split] = done
 
     def write(self, split: str, start: int, place: FeaturePlace, values: np.ndarray) -> None:
@@ -218,11 +219,11 @@ class FeatureSet:
 
     def _name(self, layer: int, kind: str, mask: int) -> str:
         if kind not in self.kinds:
-            raise ValueError(f"kind {kind!r} does not exist; the features hold {', '.join(self.kinds)}, in {self.path}")
+            raise InputError(f"kind {kind!r} does not exist; the features hold {', '.join(self.kinds)}, in {self.path}")
         if layer not in self.layers:
-            raise ValueError(f"layer {layer} does not exist; the features hold layers {span(self.layers)}, in {self.path}")
+            raise InputError(f"layer {layer} does not exist; the features hold layers {span(self.layers)}, in {self.path}")
         if not 0 <= mask < max(1, self.mask_draws):
-            raise ValueError(f"mask {mask} does not exist; split {self.split!r} of {self.path} has {self.mask_draws} mask draws")
+            raise InputError(f"mask {mask} does not exist; split {self.split!r} of {self.path} has {self.mask_draws} mask draws")
         return _file(self.split, (layer, kind, mask if self.mask_draws else None))
 
     def _check(self, names: Iterable[str]) -> None:
@@ -239,7 +240,7 @@ def open_features(path: Path, split: str) -> FeatureSet:
     """
     manifest = read_feature_manifest(path)
     if split not in manifest.splits:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(manifest.splits)}")
+        raise InputError(f"{path} has no split {split!r}; it has {', '.join(manifest.splits)}")
     name = f"{split}/labels.npy"
     check_files(path, {name: manifest.files[name]} if name in manifest.files else {})
     labels = _open_array(path / name, np.dtype("<i8"), (manifest.splits[split].n_images,))
@@ -249,7 +250,7 @@ def open_features(path: Path, split: str) -> FeatureSet:
 def _open_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     array = read_npy(file, "features", EXTRACT_AGAIN, mapped=True)
     if array.shape != shape or array.dtype != dtype:
-        raise ValueError(
+        raise InputError(
             f"{file} holds {array.dtype} {list(array.shape)}, the manifest says {dtype} {list(shape)}; {EXTRACT_AGAIN}"
         )
     return array

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from igpt_ds.errors import InputError
 from igpt_ds.files import sha256_file
 from igpt_ds.json_files import read_json
 from igpt_ds.schema import record_from
@@ -125,19 +126,19 @@ def read_feature_manifest(directory: Path, part: bool = False) -> FeatureManifes
     """
     file, what = directory / "manifest.json", f"feature manifest {directory / 'manifest.json'}"
     if not file.is_file():
-        raise ValueError(f"{directory} is no feature directory: it has no manifest.json; make one with tools/extract_features.py")
+        raise InputError(f"{directory} is no feature directory: it has no manifest.json; make one with tools/extract_features.py")
     values = read_json(file, "feature manifest", EXTRACT_AGAIN)
     if isinstance(values, dict) and values.get("format") == PART.name and not part:
-        raise ValueError(f"{directory} is a part of features; merge the parts with tools/extract_features.py --merge first")
+        raise InputError(f"{directory} is a part of features; merge the parts with tools/extract_features.py --merge first")
     values = (PART if part else FEATURES).opened(values, what)
     if missing := [one.name for one in fields(Origin) if one.name not in values]:
-        raise ValueError(f"{what} has no {missing[0]!r}; {EXTRACT_AGAIN}")
+        raise InputError(f"{what} has no {missing[0]!r}; {EXTRACT_AGAIN}")
     origin, contents = record_from(Origin, values, what, EXTRACT_AGAIN), record_from(_Contents, values, what, EXTRACT_AGAIN)
     manifest = FeatureManifest(origin=origin, **vars(contents))
     if manifest.origin.dtype not in DTYPES:
-        raise ValueError(f"{what} has dtype {manifest.origin.dtype!r}, not one of {', '.join(DTYPES)}; {EXTRACT_AGAIN}")
+        raise InputError(f"{what} has dtype {manifest.origin.dtype!r}, not one of {', '.join(DTYPES)}; {EXTRACT_AGAIN}")
     if not manifest.layers or (part and manifest.part is None):
-        raise ValueError(f"{what} has {'no part' if manifest.layers else 'layers [], not at least one layer'}; {EXTRACT_AGAIN}")
+        raise InputError(f"{what} has {'no part' if manifest.layers else 'layers [], not at least one layer'}; {EXTRACT_AGAIN}")
     return manifest
 
 
@@ -158,13 +159,13 @@ def check_files(directory: Path, files: dict[str, FeatureFile]) -> None:
     for name, entry in files.items():
         found = (directory / name).stat().st_size if (directory / name).is_file() else 0
         if found != entry.bytes:
-            raise ValueError(f"{directory / name} is missing or torn: {found} bytes, expected {entry.bytes}; {EXTRACT_AGAIN}")
+            raise InputError(f"{directory / name} is missing or torn: {found} bytes, expected {entry.bytes}; {EXTRACT_AGAIN}")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         sums = threads.map(sha256_file, [directory / name for name in files])
         bar = tqdm(sums, "check features", len(files), unit=" files", leave=False, disable=None if len(files) > 1 else True)
         for (name, entry), found_sum in zip(files.items(), bar, strict=True):
             if found_sum != entry.sha256:
-                raise ValueError(f"{directory / name} is damaged: its sha256 differs; {EXTRACT_AGAIN}")
+                raise InputError(f"{directory / name} is damaged: its sha256 differs; {EXTRACT_AGAIN}")
 
 
 def span(layers: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from igpt_ds.arrays import new_array
 from igpt_ds.cli import FinishedError
 from igpt_ds.data.shards.layout import Part
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import array_names, part_dir
 from igpt_ds.evaluate.features.manifest import (
     EXTRACT_AGAIN,
@@ -57,7 +58,7 @@ def _merge(out: Path, directories: list[Path]) -> FeatureManifest:
         different = [name for name, value in whole.to_dict().items() if same[name] != value]
         if different or part.part != PartOf(whole.splits, rows):
             what = different[0] if different else "the share of images"
-            raise ValueError(
+            raise InputError(
                 f"{directory} and {directories[0]} are not parts of the same features: {what} differs; {EXTRACT_AGAIN}"
             )
         rows = {split: rows[split] + about.n_images for split, about in part.splits.items()}
@@ -75,7 +76,7 @@ def _merge(out: Path, directories: list[Path]) -> FeatureManifest:
 def _part_manifest(directory: Path) -> FeatureManifest:
     if not (directory / "manifest.json").is_file():
         state = "is not finished" if directory.with_name(f"{directory.name}.partial").exists() else "does not exist"
-        raise ValueError(f"part {directory} {state}; extract it with --part before you merge")
+        raise InputError(f"part {directory} {state}; extract it with --part before you merge")
     return read_feature_manifest(directory, part=True)
 
 

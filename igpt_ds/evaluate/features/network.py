@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.model.store import fresh_model, load_model, load_without_blocks, read_info, read_tensors
 from igpt_ds.model.transformer import Block, Projection, Transformer
@@ -39,7 +40,7 @@ LayerMeans = dict[tuple[int, str], np.ndarray]  # (layer, kind) -> float32 [B, C
 def pick_device(name: str) -> str:
     """The device of a flag: auto takes a GPU if one exists. A ValueError if cuda is given without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+        raise InputError("--device cuda: torch sees no GPU; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
@@ -49,7 +50,7 @@ def check_layers(layers: Sequence[int] | None, n_layer: int) -> list[int]:
         return list(range(n_layer + 1))
     wrong = [layer for layer in layers if not 0 <= layer <= n_layer]
     if wrong or not layers:
-        raise ValueError(f"--layers {' '.join(map(str, wrong))} does not exist; the model has layers 0..{n_layer}")
+        raise InputError(f"--layers {' '.join(map(str, wrong))} does not exist; the model has layers 0..{n_layer}")
     return sorted(set(layers))
 
 
@@ -68,12 +69,12 @@ def open_model(
     info = read_info(model_dir)
     if info.config.n_px != shards.n_px:
         sizes = f"{info.config.n_px}x{info.config.n_px} images, {shards.path} holds {shards.n_px}x{shards.n_px}"
-        raise ValueError(f"{model_dir} reads {sizes}; make shards with --n_px {info.config.n_px}")
+        raise InputError(f"{model_dir} reads {sizes}; make shards with --n_px {info.config.n_px}")
     if info.palette_hash != shards.palette_hash:
         hashes = f"palette {info.palette_hash[:12]}, {shards.path} was made with {shards.palette_hash[:12]}"
-        raise ValueError(f"{model_dir} was trained with {hashes}; make the shards with {model_dir / 'palette.npy'}")
+        raise InputError(f"{model_dir} was trained with {hashes}; make the shards with {model_dir / 'palette.npy'}")
     if load_palette(model_dir / "palette.npy").hash != info.palette_hash:
-        raise ValueError(f"{model_dir / 'palette.npy'} is not the palette the model was trained with; consolidate again")
+        raise InputError(f"{model_dir / 'palette.npy'} is not the palette the model was trained with; consolidate again")
     origin = Origin("trained", info.palette_hash, objective=info.objective, model=asdict(info.config))
     origin = replace(origin, mask_prob=(info.mask_prob or MASK_PROB) if info.objective == "bert" else None)
     if untrained is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.logistic import Fit, Spectrum, fit_logistic
 from igpt_ds.evaluate.probes.rows import FiniteRows
@@ -258,7 +259,7 @@ def check_labels(features: FeatureSet) -> None:
     bad = np.flatnonzero((features.labels < 0) | (features.labels >= len(features.classes)))
     if len(bad):
         what = f"image {bad[0]} of split {features.split!r} in {features.path} has label {features.labels[bad[0]]}"
-        raise ValueError(f"{what}, not one of 0..{len(features.classes) - 1}; a probe needs labelled images")
+        raise InputError(f"{what}, not one of 0..{len(features.classes) - 1}; a probe needs labelled images")
 
 
 def training_images(train: FeatureSet, max_train: int | None, seed: int) -> np.ndarray:
@@ -266,12 +267,12 @@ def training_images(train: FeatureSet, max_train: int | None, seed: int) -> np.n
     check_labels(train)
     N = len(train.labels)
     if max_train is not None and not 2 <= max_train <= N:
-        raise ValueError(
+        raise InputError(
             f"--max_train {max_train} must lie between 2 and the {N} images of split {train.split!r} in {train.path}"
         )
     ids = np.arange(N) if max_train is None else np.sort(stratified_order(train.labels, seed)[:max_train])
     present = np.unique(train.labels[ids])
     if len(present) < 2:
         names = ", ".join(train.classes[label] for label in present)
-        raise ValueError(f"the training labels hold only one class ({names}), in {train.path}; a probe needs at least 2")
+        raise InputError(f"the training labels hold only one class ({names}), in {train.path}; a probe needs at least 2")
     return ids

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.probes.lbfgs import Minimum, minimise
 
 _LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits in memory at once; on a CPU they stay in the cache
@@ -176,16 +177,16 @@ def _solve_neighbours(problem: _Softmax, grid: Tensor, tol: float, max_iteration
 def _check(features: Tensor, labels: np.ndarray, C_grid: Sequence[float], tol: float) -> tuple[np.ndarray, np.ndarray]:
     """The labels that occur, and each image's index into them."""
     if features.ndim != 2 or len(features) != len(labels):
-        raise ValueError(f"features of shape {list(features.shape)} do not match {len(labels)} labels; give [N, C] and [N]")
+        raise InputError(f"features of shape {list(features.shape)} do not match {len(labels)} labels; give [N, C] and [N]")
     if not all(torch.isfinite(x).all() for x in features.split(_chunk_rows(features, 1, copied=True))):
-        raise ValueError("the features hold values that are not finite; extract them again in fp32")
+        raise InputError("the features hold values that are not finite; extract them again in fp32")
     if not len(C_grid) or not all(value > 0 and math.isfinite(value) for value in C_grid):
-        raise ValueError(f"C_grid={list(C_grid)} must hold positive numbers")
+        raise InputError(f"C_grid={list(C_grid)} must hold positive numbers")
     if not tol > 0:
-        raise ValueError(f"tol={tol} must be greater than 0")
+        raise InputError(f"tol={tol} must be greater than 0")
     classes, targets = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"the labels hold {len(classes)} class; a classifier needs at least 2")
+        raise InputError(f"the labels hold {len(classes)} class; a classifier needs at least 2")
     return classes.astype(np.int64), targets
 
 

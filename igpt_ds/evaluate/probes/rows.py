@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from igpt_ds.counter_random import random_words
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 
 BLOCK_BYTES = 1 << 18  # of neighbouring rows: large enough for a disk, small enough to mix
@@ -48,7 +49,7 @@ class FiniteRows:
         values = np.asarray(self._values[rows], dtype=np.float32)
         if not np.isfinite(values).all():
             image = np.arange(len(self))[rows][~np.isfinite(values).all(1)][0]
-            raise ValueError(f"{self._name} is not finite for image {image}; extract the features again with --dtype fp32")
+            raise InputError(f"{self._name} is not finite for image {image}; extract the features again with --dtype fp32")
         return values
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.linear import check_labels, stratified_order, training_images
 from igpt_ds.evaluate.probes.rows import BLOCK_BYTES, Blocks, FiniteRows, moments
@@ -45,9 +46,9 @@ class SgdSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "window_bytes", "views"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0")
+            raise InputError(f"seed={self.seed} must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class _Fitting:
         name = f"{name} {list(rates)}"
         if (known := self.state.done.get(name)) is not None:
             if {what: len(shares) for what, shares in known.accuracies.items()} != dict.fromkeys(counted, len(known.finite)):
-                raise ValueError(f"{self.file and self.file.path} is damaged: accuracies are missing in {name!r}; remove it")
+                raise InputError(f"{self.file and self.file.path} is damaged: accuracies are missing in {name!r}; remove it")
             return known
         settings, rows = self.settings, max(1, BLOCK_BYTES // (4 * self.values.shape[1]))
         standard = moments(self.values, keep, rows) if settings.standardise else None
@@ -148,7 +149,7 @@ class _Fitting:
         shapes, found = ({k: list(v.shape) for k, v in weights.items()} for weights in (sgd.state(), begun.weights))
         if found != shapes or not 0 < begun.step < self.settings.steps:
             what = f"step {begun.step} with weights {found}, not weights {shapes}"
-            raise ValueError(f"{self.file and self.file.path} is damaged: it has {what}; remove it")
+            raise InputError(f"{self.file and self.file.path} is damaged: it has {what}; remove it")
         sgd.load(begun.weights)
         return begun.step
 
@@ -170,13 +171,13 @@ def held_out_rows(labels: np.ndarray, share: float, views: int, seed: int) -> np
         ValueError: the share is out of range, or the rows are not a whole number of images.
     """
     if not 0 < share < 1:
-        raise ValueError(f"--held_out {share:g} must lie between 0 and 1")
+        raise InputError(f"--held_out {share:g} must lie between 0 and 1")
     if len(labels) % views:
-        raise ValueError(f"--views {views} does not divide the {len(labels)} rows of the training images")
+        raise InputError(f"--views {views} does not divide the {len(labels)} rows of the training images")
     images = stratified_order(labels[::views], seed)
     n = max(1, round(share * len(images)))
     if n == len(images):
-        raise ValueError(f"--held_out {share:g} of {len(images)} images leaves none to fit on")
+        raise InputError(f"--held_out {share:g} of {len(images)} images leaves none to fit on")
     mask = np.zeros(len(images), dtype=bool)
     mask[images[:n]] = True
     return np.repeat(mask, views)
@@ -196,9 +197,9 @@ class RateSearch:
 
     def __post_init__(self) -> None:
         if not self.rates or not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
-            raise ValueError(f"--rates {' '.join(f'{rate:g}' for rate in self.rates)} must be positive numbers")
+            raise InputError(f"--rates {' '.join(f'{rate:g}' for rate in self.rates)} must be positive numbers")
         if self.together < 1:
-            raise ValueError(f"--together {self.together} must be at least 1")
+            raise InputError(f"--together {self.together} must be at least 1")
 
 
 def sgd_probe(
@@ -229,7 +230,7 @@ def sgd_probe(
     last = fitting.accuracies("all", [tried.rate], None, everything)
     fitting.forget()
     if not last.finite[0]:
-        raise ValueError(f"rate {tried.rate:g} was the best and diverged on all images; omit it from --rates")
+        raise InputError(f"rate {tried.rate:g} was the best and diverged on all images; omit it from --rates")
     return SgdProbe(
         layer=layer,
         kind=kind,
@@ -288,5 +289,5 @@ def _search_rates(fitting: _Fitting, search: RateSearch, keep: np.ndarray, held_
             break
     if not any(tried.finite):
         fitting.forget()
-        raise ValueError(f"every rate diverged, down to {tried.rates[-1]:g}; give smaller --rates, or --standardise")
+        raise InputError(f"every rate diverged, down to {tried.rates[-1]:g}; give smaller --rates, or --standardise")
     return tried

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file
 from igpt_ds.plain_files import check_file
 from igpt_ds.schema import record_from
@@ -70,14 +71,14 @@ def read_state(file: Path, identity: Mapping[str, object], device: str) -> SgdSt
     try:
         saved = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage leads to
-        raise ValueError(f"{file} is torn or not the state of a probe ({type(error).__name__}); remove it") from None
+        raise InputError(f"{file} is torn or not the state of a probe ({type(error).__name__}); remove it") from None
     what, fix = f"{STATE.what} {file}", STATE.fix
     STATE.opened(_as_json(saved), what)
     theirs = record_from(_Saved, saved, what, fix)
     for name, value in identity.items():
         was = theirs.identity.get(name, "nothing")
         if type(was) is not type(value) or was != value:
-            raise ValueError(f"{file} was begun with {name} {was!r}, now it is {value!r}; remove it, or name another --out")
+            raise InputError(f"{file} was begun with {name} {was!r}, now it is {value!r}; remove it, or name another --out")
     done = {}
     for group, values in theirs.done.items():
         about, lists = f"{what} done {group!r}", {name: value for name, value in values.items() if name != "finite"}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.features.manifest import span
 from igpt_ds.evaluate.probes.linear import (
@@ -58,7 +59,7 @@ def window(layers: Sequence[int], centre: int, count: int = CONCATENATED) -> tup
         ValueError: there are fewer layers.
     """
     if len(layers) < count:
-        raise ValueError(f"concat needs {count} layers and the features hold {span(layers)}; extract more layers")
+        raise InputError(f"concat needs {count} layers and the features hold {span(layers)}; extract more layers")
     first = min(max(sorted(layers).index(centre) - count // 2, 0), len(layers) - count)
     return tuple(sorted(layers)[first : first + count])
 
@@ -177,7 +178,7 @@ def balanced_subset(train: FeatureSet, n_labels: int, seed: int, number: int) ->
     each, fewest = n_labels // K, int(np.bincount(train.labels, minlength=K).min())
     if n_labels % K or each < 2 or each > fewest:
         need = f"a multiple of the {K} classes, with at least 2 and at most {fewest} images of each"
-        raise ValueError(f"--n_labels {n_labels} must be {need}, as {train.path} has")
+        raise InputError(f"--n_labels {n_labels} must be {need}, as {train.path} has")
     random = np.random.default_rng([seed, number, n_labels])
     return np.sort(np.concatenate([random.choice(np.flatnonzero(train.labels == k), each, replace=False) for k in range(K)]))
 
@@ -214,7 +215,7 @@ def check_masks(train: FeatureSet, evaluated: FeatureSet, n_masks: int) -> None:
     for features, need in ((train, 1), (evaluated, n_masks)):
         if features.mask_draws < need:
             has = f"split {features.split!r} of {features.path} has {features.mask_draws} mask draws"
-            raise ValueError(f"{has}, and a vote needs {need}; extract with --mask_draws 1 {n_masks}")
+            raise InputError(f"{has}, and a vote needs {need}; extract with --mask_draws 1 {n_masks}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report import canvas as canvas
 from igpt_ds.evaluate.report.canvas import BLACK, COLORS, GREY, LINES, MARKERS
 from igpt_ds.evaluate.report.results import SERIES, best_row, key, label, series
@@ -79,7 +80,7 @@ def training_curve(runs: Mapping[str, Sequence[CurveRow]], n_vocab: int, path: P
         training = [(row.images_seen, row.loss) for row in shown if row.loss is not None]
         validation = [(row.images_seen, row.val_loss) for row in shown if row.val_loss is not None]
         if not training and not validation:
-            raise ValueError(f"run {name} has no rows in its train.jsonl; train first")
+            raise InputError(f"run {name} has no rows in its train.jsonl; train first")
         if training:
             axes.plot(
                 *zip(*training, strict=True), color=color, linestyle=line, alpha=0.4, linewidth=1, label=f"{prefix}training"
@@ -148,7 +149,7 @@ def plan_curve(tables: Mapping[str, Sequence[PlanRow]], path: Path, title: str) 
     for number, (name, rows) in enumerate(tables.items()):
         shown = [(row.gpus, row.days, row.mfu) for row in rows if row.fits and row.days is not None and row.mfu is not None]
         if not shown:
-            raise ValueError(f"{name} has no number of GPUs on which the run fits; plan it with --table --json on larger GPUs")
+            raise InputError(f"{name} has no number of GPUs on which the run fits; plan it with --table --json on larger GPUs")
         color = COLORS[number % len(COLORS)]
         gpus, days, _ = zip(*shown, strict=True)
         axes.plot(gpus, days, color=color, marker="o", markersize=5, label=name)

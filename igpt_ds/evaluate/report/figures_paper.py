@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report import canvas as canvas
 from igpt_ds.evaluate.report.canvas import BLACK, COLORS, LINES
 from igpt_ds.evaluate.report.results import best_row, by_layer, key, series, system_name
@@ -37,7 +38,7 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """
     lines = _last([one for one in _trained(rows) if len(one) > 1])
     if not lines:
-        raise ValueError("the results hold no probes of several layers of a trained model; run tools/linear_probe.py first")
+        raise InputError("the results hold no probes of several layers of a trained model; run tools/linear_probe.py first")
     figure, axes = canvas.new_axes(title, "layer", "linear probe accuracy (%)")
     datasets, models = (list(dict.fromkeys(one[0][name] for one in lines)) for name in ("dataset", "model_hash"))
     for one in lines:
@@ -95,14 +96,14 @@ def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, li
     likelihoods = {row.model_hash: row for row in rows if isinstance(row, LikelihoodRow)}
     lines = [one for one in _trained(rows) if one[0].model_hash in likelihoods and dataset in (None, one[0].dataset)]
     if not lines:
-        raise ValueError("no model has both a probe and a likelihood; run tools/evaluate.py --results on the models probed")
+        raise InputError("no model has both a probe and a likelihood; run tools/evaluate.py --results on the models probed")
     probed = sorted({one[0].dataset for one in lines})
     if len(probed) > 1:
-        raise ValueError(f"the probes are of several data sets ({', '.join(probed)}); choose one with --dataset")
+        raise InputError(f"the probes are of several data sets ({', '.join(probed)}); choose one with --dataset")
     used = [likelihoods[one[0].model_hash] for one in lines]
     measured = sorted({f"{row.dataset} {row.split} ({row.dataset_hash[:8]})" for row in used})
     if len(measured) > 1:
-        raise ValueError(f"the likelihoods are of several sets of images ({', '.join(measured)}) and do not compare")
+        raise InputError(f"the likelihoods are of several sets of images ({', '.join(measured)}) and do not compare")
     found: dict[str, list[tuple[float, float, int]]] = {}
     for one, loss in sorted(zip(lines, used, strict=True), key=lambda pair: ((pair[1].model or {})["n_embd"], pair[1].step)):
         point = (loss.nats_per_token.mean, 100 * best_row(one).accuracy, loss.step)
@@ -141,7 +142,7 @@ def objective_bars(rows: Sequence[Row], path: Path, title: str) -> None:
     """
     bars = measured_bars(rows)
     if not bars:
-        raise ValueError("the results hold no probe or fine-tuning of a trained model; run tools/linear_probe.py first")
+        raise InputError("the results hold no probe or fine-tuning of a trained model; run tools/linear_probe.py first")
     figure, axes = canvas.new_axes(title, "", "accuracy (%)")
     groups = list(dict.fromkeys((dataset, objective) for dataset, objective, _ in bars))
     for (dataset, objective, evaluation), (single, voted) in bars.items():

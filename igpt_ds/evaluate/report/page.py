@@ -15,6 +15,7 @@ from pathlib import Path
 
 from igpt_ds.config import Recipe
 from igpt_ds.data.png import SIGNATURE
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import best_row, by_layer, label, model_name, series
 from igpt_ds.evaluate.report.row_types import ProbeRow, Row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun
@@ -97,7 +98,7 @@ def _figure(path: Path, caption: str, kind: str = "") -> str:
     check_file(path)
     content = path.read_bytes()
     if not content.startswith(SIGNATURE):
-        raise ValueError(f"{path} is not a PNG file; name pictures with --pictures")
+        raise InputError(f"{path} is not a PNG file; name pictures with --pictures")
     data = base64.b64encode(content).decode()
     image = f'<img class="{kind}" alt="{_text(caption)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igpt_ds.config import SIZES, ModelConfig
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row, as_row, check_types
 from igpt_ds.json_files import read_json_lines, seal, write_json_lines
@@ -156,13 +157,13 @@ def _checked(line: str, values: Mapping[str, Any]) -> Row:
     RESULT.opened(values, line)
     values = {name: value for name, value in values.items() if name != "sha256"}
     if not isinstance(values.get("kind"), str) or values["kind"] not in IDENTITY:
-        raise ValueError(f"{line} is of kind {values.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")
+        raise InputError(f"{line} is of kind {values.get('kind')!r}, not one of {', '.join(IDENTITY)}; remove it")
     known = {name for name, value in values.items() if value is not None or name in _CAN_BE_NONE}
     if missing := [name for name in _REQUIRED[values["kind"]] if name not in known]:
-        raise ValueError(f"{line} has no {missing[0]!r}; remove the line and measure again")
+        raise InputError(f"{line} has no {missing[0]!r}; remove the line and measure again")
     check_types(values, line)
     if values["weights"] not in _ORDER:
-        raise ValueError(f"{line} has weights {values['weights']!r}, not one of {', '.join(_ORDER)}; remove the line")
+        raise InputError(f"{line} has weights {values['weights']!r}, not one of {', '.join(_ORDER)}; remove the line")
     return as_row(values)
 
 
@@ -175,7 +176,7 @@ def read_all(paths: Iterable[Path]) -> list[Row]:
     rows = []
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"--results {path} does not exist; make it with tools/linear_probe.py, or name another file")
+            raise InputError(f"--results {path} does not exist; make it with tools/linear_probe.py, or name another file")
         rows += read_results(path)
     return rows
 
@@ -235,13 +236,13 @@ def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[ProbeRow
     probes = by_layer(rows)
     names = sorted({row.dataset for row in probes})
     if not probes or (dataset is not None and dataset not in names):
-        raise ValueError(f"the results hold no rows{f' of {dataset!r}; they have {names}' if names else '; probe first'}")
+        raise InputError(f"the results hold no rows{f' of {dataset!r}; they have {names}' if names else '; probe first'}")
     chosen = [row for row in probes if dataset in (None, row.dataset)]
     different = [name for name in EXPERIMENT if len({repr(row.get(name)) for row in chosen}) > 1]
     if different:
         values = sorted({str(row.get(different[0])) for row in chosen})
         advice = "choose one with --dataset" if different[0] == "dataset" else "keep them in separate files"
-        raise ValueError(f"the results are of several experiments: {different[0]} is {' and '.join(values)}; {advice}")
+        raise InputError(f"the results are of several experiments: {different[0]} is {' and '.join(values)}; {advice}")
     return chosen
 
 

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 from igpt_ds.config import ModelConfig
+from igpt_ds.errors import InputError
 from igpt_ds.schema import record_from
 
 _OLD_PROTOCOLS = {"best_layer": "every_layer"}  # names in files of earlier versions
@@ -148,7 +149,7 @@ def check_types(values: Mapping[str, object], line: str) -> None:
     record_from(_schema(str(values["kind"])), values, line, fix)
     if isinstance(shape := values.get("model"), dict):
         if missing := [field.name for field in dataclasses.fields(ModelConfig) if field.name not in shape]:
-            raise ValueError(f"{line} has no 'model.{missing[0]}'; {fix}")
+            raise InputError(f"{line} has no 'model.{missing[0]}'; {fix}")
         record_from(ModelConfig, shape, f"{line} field 'model'", fix, strict=True)
 
 

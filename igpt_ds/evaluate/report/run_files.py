@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.config import Recipe, recipe_from_dict
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json, read_json_lines
 from igpt_ds.schema import record_from
 
@@ -88,9 +89,9 @@ def read_plan(path: Path) -> list[PlanRow]:
     """
     values, fix = read_json(path, "planned table"), "write it with `python -m igpt_ds.plan --table --json`"
     if not isinstance(values, list) or len(values) < 2:
-        raise ValueError(f"{path} is no table of a plan; {fix}")
+        raise InputError(f"{path} is no table of a plan; {fix}")
     rows = [record_from(PlanRow, row, f"{path} row {number}", fix) for number, row in enumerate(values, start=1)]
     for number, row in enumerate(rows, start=1):
         if row.fits and (row.days is None or row.mfu is None):
-            raise ValueError(f"{path} row {number} fits and has no {'days' if row.days is None else 'mfu'}; {fix}")
+            raise InputError(f"{path} row {number} fits and has no {'days' if row.days is None else 'mfu'}; {fix}")
     return rows

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from igpt_ds.config import ModelConfig
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.json_files import read_json, write_json
 from igpt_ds.model.store import save_model, write_tensors
@@ -96,7 +97,7 @@ def write_hf(directory: Path, config: ModelConfig, weights: dict[str, Tensor], c
         ValueError: the weights are those of a BERT model (without sos), which HF does not have, or the directory exists.
     """
     if "sos" not in weights:
-        raise ValueError("a BERT model has no sos and sees all pixels; HF's ImageGPT is causal and cannot represent it")
+        raise InputError("a BERT model has no sos and sees all pixels; HF's ImageGPT is causal and cannot represent it")
     V = config.n_vocab
     names = {"architectures": ["ImageGPTForCausalImageModeling"], "model_type": "imagegpt", "dtype": "float32"}
     shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": None}
@@ -157,16 +158,16 @@ def read_hf(directory: Path) -> ImportedModel:
 def _hf_config(values: Any, path: Path) -> ModelConfig:
     if not isinstance(values, dict) or values.get("model_type") != "imagegpt":
         kind = values.get("model_type") if isinstance(values, dict) else None
-        raise ValueError(f"{path}: model_type={kind!r}; only HF's 'imagegpt' can be imported")
+        raise InputError(f"{path}: model_type={kind!r}; only HF's 'imagegpt' can be imported")
     for name, ours in _HF_ARITHMETIC.items():
         if values.get(name, ours) != ours:
-            raise ValueError(f"{path}: {name}={values[name]!r} is not what this project's model computes; it needs {ours!r}")
+            raise InputError(f"{path}: {name}={values[name]!r} is not what this project's model computes; it needs {ours!r}")
     shape = {name: values.get(name, default) for name, default in _HF_SHAPE.items()}
     for name, value in shape.items():
         if type(value) is not int or value < 1:
-            raise ValueError(f"{path}: {name}={value!r} must be a whole number of at least 1")
+            raise InputError(f"{path}: {name}={value!r} must be a whole number of at least 1")
     if values.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise ValueError(f"{path}: n_inner={values['n_inner']!r}; this project's MLP is 4 x n_embd = {4 * shape['n_embd']} wide")
+        raise InputError(f"{path}: n_inner={values['n_inner']!r}; this project's MLP is 4 x n_embd = {4 * shape['n_embd']} wide")
     sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
     return shape_of(sizes, shape["n_positions"], shape["vocab_size"] - 1, path)
 
@@ -175,11 +176,11 @@ def shape_of(sizes: dict[str, int], n_ctx: int, n_vocab: int, path: Path) -> Mod
     """The ModelConfig of n_layer, n_head, n_embd in `sizes`, n_ctx positions and n_vocab colours; ValueError names `path`."""
     n_px = math.isqrt(n_ctx)
     if n_px * n_px != n_ctx:
-        raise ValueError(f"{path}: {n_ctx} positions are no square image")
+        raise InputError(f"{path}: {n_ctx} positions are no square image")
     try:
         return ModelConfig(**sizes, n_px=n_px, n_vocab=n_vocab)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 Tensors = dict[str, Callable[[], Tensor]]  # name -> reads the tensor
@@ -192,44 +193,44 @@ def _hf_tensors(directory: Path) -> tuple[Tensors, list[Path]]:
         index = directory / f"{name}.index.json"
         if index.exists():
             return _open_shards(index)
-    raise ValueError(f"{directory} holds neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
+    raise InputError(f"{directory} holds neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
 
 
 def _open_shards(index: Path) -> tuple[Tensors, list[Path]]:
     values = read_json(index, "index of shards")
     places = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} has no 'weight_map'; download it again")
+        raise InputError(f"{index} has no 'weight_map'; download it again")
     foreign = [name for name in places.values() if not isinstance(name, str) or Path(name).name != name]
     if foreign:
-        raise ValueError(f"{index} names {foreign[0]!r}, which is not a file beside it")
+        raise InputError(f"{index} names {foreign[0]!r}, which is not a file beside it")
     files = {name: _open_tensors(index.parent / name) for name in sorted(set(places.values()))}
     missing = [name for name, file in places.items() if name not in files[file]]
     if missing:
-        raise ValueError(f"{index.parent / places[missing[0]]} does not hold {missing[0]!r}, as {index.name} says; download both")
+        raise InputError(f"{index.parent / places[missing[0]]} does not hold {missing[0]!r}, as {index.name} says; download both")
     return {name: files[file][name] for name, file in places.items()}, [index.parent / name for name in files]
 
 
 def _open_tensors(path: Path) -> Tensors:
     if not path.is_file():
-        raise ValueError(f"{path} is missing or not a file; download it again")
+        raise InputError(f"{path} is missing or not a file; download it again")
     check_file(path)
     if path.suffix == ".safetensors":
         try:
             with utf8_path(path) as name:
                 file = safe_open(name, "pt")
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short: {error}; download it again") from None
+            raise InputError(f"{path} is damaged or cut short: {error}; download it again") from None
         return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 - safe_open cannot be iterated
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or would run code when opened; only plain tensors are read") from None
+        raise InputError(f"{path} is damaged, or would run code when opened; only plain tensors are read") from None
     except Exception as error:  # torch raises a dozen kinds on damaged bytes
         reason = (str(error) or "it ends too early").splitlines()[0]
-        raise ValueError(f"{path} is damaged or cut short: {reason}; download it again") from None
+        raise InputError(f"{path} is damaged or cut short: {reason}; download it again") from None
     if not isinstance(values, dict) or not all(type(name) is str and isinstance(values[name], Tensor) for name in values):
-        raise ValueError(f"{path} is not a state dict of tensors")
+        raise InputError(f"{path} is not a state dict of tensors")
     return {name: partial(values.__getitem__, name) for name in values}
 
 
@@ -238,11 +239,11 @@ def _weights_from_hf(tensors: Tensors, config: ModelConfig, directory: Path) -> 
 
     def take(name: str, *shape: int) -> Tensor:
         if name not in left:
-            raise ValueError(f"{directory} has no tensor {name!r}; only a whole ImageGPTForCausalImageModeling can be imported")
+            raise InputError(f"{directory} has no tensor {name!r}; only a whole ImageGPTForCausalImageModeling can be imported")
         tensor = left.pop(name)()
         if tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
             found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            raise ValueError(f"{directory}: {name!r} is {found}; by config.json it must hold numbers of shape {list(shape)}")
+            raise InputError(f"{directory}: {name!r} is {found}; by config.json it must hold numbers of shape {list(shape)}")
         return tensor.float()
 
     table = take("transformer.wte.weight", V + 1, C)
@@ -258,12 +259,12 @@ def _weights_from_hf(tensors: Tensors, config: ModelConfig, directory: Path) -> 
             n_in, foreign = (4 * C if name == "mlp.c_proj" else C), f"transformer.h.{i}.{name}"
             weights[f"blocks.{i}.{name}.weight"] = take(f"{foreign}.weight", n_in, width * C).T.contiguous()
             if f"{foreign}.bias" in left and take(f"{foreign}.bias", width * C).any():
-                raise ValueError(f"{directory}: '{foreign}.bias' is not zero; this project's model, like OpenAI's, has no biases")
+                raise InputError(f"{directory}: '{foreign}.bias' is not zero; this project's model, like OpenAI's, has no biases")
         _drop_masks(left, f"transformer.h.{i}.attn", directory)
     weights["ln_f.weight"] = take("transformer.ln_f.weight", C)
     weights["head.weight"] = take("lm_head.weight", V, C)
     if left:
-        raise ValueError(f"{directory}: {min(left)!r} is a tensor that this project's model does not have")
+        raise InputError(f"{directory}: {min(left)!r} is a tensor that this project's model does not have")
     return weights
 
 
@@ -274,7 +275,7 @@ def _drop_masks(left: Tensors, attention: str, directory: Path) -> None:
         mask = left.pop(f"{attention}.bias")()
         square = mask.ndim == 4 and mask.dtype in (torch.bool, torch.uint8)
         if not square or not torch.equal(mask.bool()[0, 0], torch.ones(mask.shape[2:], dtype=torch.bool).tril()):
-            raise ValueError(f"{directory}: '{attention}.bias' is no causal mask [1, 1, T, T]; the attention has no bias itself")
+            raise InputError(f"{directory}: '{attention}.bias' is no causal mask [1, 1, T, T]; the attention has no bias itself")
 
 
 def _hf_colors(directory: Path, config: ModelConfig) -> np.ndarray | None:
@@ -286,11 +287,11 @@ def _hf_colors(directory: Path, config: ModelConfig) -> np.ndarray | None:
     try:
         colors = np.array(clusters, dtype=np.float64).astype(np.float32)
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{path}: 'clusters' is not a list of colours") from None
+        raise InputError(f"{path}: 'clusters' is not a list of colours") from None
     if colors.shape != (config.n_vocab, 3):
         shape = f"{list(colors.shape)}; config.json's vocab_size asks for {[config.n_vocab, 3]}"
-        raise ValueError(f"{path}: 'clusters' has shape {shape}, and one token more for sos")
+        raise InputError(f"{path}: 'clusters' has shape {shape}, and one token more for sos")
     if not -1 <= colors.min() < 0 or not colors.max() <= 1:  # also true for NaN
         low, high = colors.min(), colors.max()
-        raise ValueError(f"{path}: 'clusters' lies in [{low:g}, {high:g}], not in [-1, 1] as pixel / 127.5 - 1 does")
+        raise InputError(f"{path}: 'clusters' lies in [{low:g}, {high:g}], not in [-1, 1] as pixel / 127.5 - 1 does")
     return colors

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from igpt_ds.config import ModelConfig
+from igpt_ds.errors import InputError
 from igpt_ds.model.interchange.hf import ImportedModel, shape_of
 from igpt_ds.model.interchange.tf_bundle import Bundle
 
@@ -48,7 +49,7 @@ def read_openai(prefix: Path) -> ImportedModel:
     for name, ndim in {"wte": 2, "wpe": 2, "h0/attn/q_proj": 3}.items():
         if len(shapes.get(name, ())) != ndim:
             found = list(shapes[name]) if name in shapes else "missing"
-            raise ValueError(f"{bundle.index}: 'model/{name}' is {found}; this is no checkpoint of OpenAI's image-gpt")
+            raise InputError(f"{bundle.index}: 'model/{name}' is {found}; this is no checkpoint of OpenAI's image-gpt")
     (V, C), n_ctx, H = shapes["wte"], shapes["wpe"][0], shapes["h0/attn/q_proj"][0]
     n_layer = 1 + max(int(found[1]) for found in map(re.compile(r"h(\d+)/").match, shapes) if found)
     config = shape_of({"n_layer": n_layer, "n_head": H, "n_embd": C}, n_ctx, V, bundle.index)
@@ -61,11 +62,11 @@ def read_openai(prefix: Path) -> ImportedModel:
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             found = list(shapes[name]) if name in shapes else "missing"
-            raise ValueError(f"{bundle.index}: 'model/{name}' is {found}; with the other tensors it must be {list(shape)}")
+            raise InputError(f"{bundle.index}: 'model/{name}' is {found}; with the other tensors it must be {list(shape)}")
     wanted = {f"model/{name}" for name in expected}
     unknown = [name for name in bundle.entries if name not in wanted and not _SKIPPED.search(name)]
     if unknown:
-        raise ValueError(f"{bundle.index}: {unknown[0]!r} is a tensor that this project's model does not have")
+        raise InputError(f"{bundle.index}: {unknown[0]!r} is a tensor that this project's model does not have")
     number = re.search(r"-(\d+)$", prefix.name)
     step = int(number[1]) if number else 0
     files = [bundle.index, *sorted({bundle.data_file(bundle.entries[name].shard) for name in wanted})]

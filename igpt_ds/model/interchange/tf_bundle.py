@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
+from igpt_ds.errors import InputError
 from igpt_ds.plain_files import check_file
 
 _MAGIC = 0xDB4775248B80FB57
@@ -55,7 +56,7 @@ class Bundle:
             content = self.index.read_bytes()
         except OSError as error:
             where = f"{self.index} cannot be read: {error.strerror}"
-            raise ValueError(f"{where}; give the path without .index, as in model.ckpt-1000000") from None
+            raise InputError(f"{where}; give the path without .index, as in model.ckpt-1000000") from None
         try:
             values = dict(_table(content, self.index))
             header = _fields(values.pop(b"", b""))
@@ -64,9 +65,9 @@ class Bundle:
             # A name that starts with a zero byte is a slice of a variable; the whole variable has an entry of its own.
             self.entries = {name.decode(): _entry(value) for name, value in values.items() if name[0]}
         except (IndexError, struct.error, UnicodeDecodeError, TypeError) as error:
-            raise ValueError(f"{self.index} is not the index of a TensorFlow checkpoint ({error}); download it again") from None
+            raise InputError(f"{self.index} is not the index of a TensorFlow checkpoint ({error}); download it again") from None
         if endianness != 0:
-            raise ValueError(f"{self.index} was written on a big-endian machine; this reader knows little-endian files only")
+            raise InputError(f"{self.index} was written on a big-endian machine; this reader knows little-endian files only")
 
     def data_file(self, shard: int) -> Path:
         """The file that holds the tensors of a shard."""
@@ -79,25 +80,25 @@ class Bundle:
             ValueError: it is not there, not float32, cut into slices, or its bytes are missing or damaged.
         """
         if name not in self.entries:
-            raise ValueError(f"{self.index} has no tensor {name!r}")
+            raise InputError(f"{self.index} has no tensor {name!r}")
         entry = self.entries[name]
         if entry.dtype != _FLOAT32:
-            raise ValueError(f"{self.index}: {name!r} has TensorFlow's type {entry.dtype}; only float32 (1) is read")
+            raise InputError(f"{self.index}: {name!r} has TensorFlow's type {entry.dtype}; only float32 (1) is read")
         if entry.sliced:
-            raise ValueError(f"{self.index}: {name!r} is stored in slices; save the checkpoint with whole variables")
+            raise InputError(f"{self.index}: {name!r} is stored in slices; save the checkpoint with whole variables")
         if entry.size != 4 * math.prod(entry.shape):
-            raise ValueError(f"{self.index}: {name!r} of shape {list(entry.shape)} cannot have {entry.size} bytes")
+            raise InputError(f"{self.index}: {name!r} of shape {list(entry.shape)} cannot have {entry.size} bytes")
         path = self.data_file(entry.shard)
         check_file(path)
         try:
             values = np.fromfile(path, "<f4", math.prod(entry.shape), offset=entry.offset)
         except OSError as error:
             shards = f"download all {self.n_shards} data files beside {self.index.name}"
-            raise ValueError(f"{path} cannot be read: {error.strerror}; {shards}") from None
+            raise InputError(f"{path} cannot be read: {error.strerror}; {shards}") from None
         if values.nbytes != entry.size:
-            raise ValueError(f"{path} ends before {name!r} does; download it again")
+            raise InputError(f"{path} ends before {name!r} does; download it again")
         if masked_checksum(values.data.cast("B")) != entry.crc32c:
-            raise ValueError(f"{path} is damaged: the checksum of {name!r} differs; download it again")
+            raise InputError(f"{path} is damaged: the checksum of {name!r} differs; download it again")
         return values.astype(np.float32, copy=False).reshape(entry.shape)
 
 
@@ -110,7 +111,7 @@ def masked_checksum(content: bytes | memoryview) -> int:
 def _table(content: bytes, path: Path) -> Iterator[tuple[bytes, bytes]]:
     """All (key, value) pairs of a table file."""
     if len(content) < _FOOTER or struct.unpack("<Q", content[-8:])[0] != _MAGIC:
-        raise ValueError(f"{path} is not the index of a TensorFlow checkpoint, or its end is missing; download it again")
+        raise InputError(f"{path} is not the index of a TensorFlow checkpoint, or its end is missing; download it again")
     footer = content[-_FOOTER:]
     _, place = _handle(footer, 0)  # of the meta index, which these files leave empty
     root, _ = _handle(footer, place)
@@ -128,9 +129,9 @@ def _block(content: bytes, handle: tuple[int, int], path: Path) -> Iterator[tupl
     offset, size = handle
     raw = content[offset : offset + size + _TRAILER]
     if len(raw) != size + _TRAILER or masked_checksum(raw[: size + 1]) != struct.unpack_from("<I", raw, size + 1)[0]:
-        raise ValueError(f"{path} is damaged: the checksum of the block at byte {offset} differs; download it again")
+        raise InputError(f"{path} is damaged: the checksum of the block at byte {offset} differs; download it again")
     if raw[size] != 0:
-        raise ValueError(f"{path} is compressed (type {raw[size]}); TensorFlow's checkpoint writer never compresses its index")
+        raise InputError(f"{path} is compressed (type {raw[size]}); TensorFlow's checkpoint writer never compresses its index")
     end = size - 4 * (struct.unpack_from("<I", raw, size - 4)[0] + 1)  # restart points, which only a search needs
     key, place = b"", 0
     while place < end:

@@ -30,7 +30,7 @@ from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.data.shards.index import read_index
 from igpt_ds.data.shards.record import END
 from igpt_ds.ds_config import join, load_ds_config, precision_of
-from igpt_ds.errors import error_text, reason
+from igpt_ds.errors import InputError, error_text, reason
 from igpt_ds.files import atomic_file, sha256_file
 from igpt_ds.ops.preflight.record import GpuReport, NodeReport, ShardsReport, Space
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
@@ -221,7 +221,7 @@ def _matmul(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     if not torch.isfinite(product).all():
-        raise ValueError(f"a matrix product on {device} is not finite")
+        raise InputError(f"a matrix product on {device} is not finite")
     return 2 * n**3 / (statistics.median(seconds) if cuda else min(seconds)) / 1e12
 
 
@@ -257,11 +257,11 @@ def write_and_read(run_dir: Path, mark: str) -> bool:
         with atomic_file(file, "w") as out:
             out.write(content)
         if file.read_text(encoding="utf-8") != content:
-            raise ValueError(f"{file} does not hold what was written to it")
+            raise InputError(f"{file} does not hold what was written to it")
     finally:
         file.unlink(missing_ok=True)
     if not (run_dir / mark).exists():
-        raise ValueError(f"{run_dir} is another directory here than on rank 0's node")
+        raise InputError(f"{run_dir} is another directory here than on rank 0's node")
     return True
 
 

@@ -19,6 +19,7 @@ from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
 from igpt_ds.ds_config import DsConfig, join
+from igpt_ds.errors import InputError
 from igpt_ds.ops.preflight.record import StepLosses
 from igpt_ds.train.engine import build_engine, take_step
 from igpt_ds.train.loop import pretraining_loss
@@ -130,5 +131,5 @@ def training_step(recipe: Recipe, ds_config: DsConfig) -> StepLosses:
     first, second = (float(take_step(engine, [batch], loss_function, 1e-3)) for _ in range(2))
     known = math.log(small.model.n_vocab)  # ln V: the loss of fresh weights on any image
     if not math.isfinite(first + second) or (parts == 1 and abs(first - known) > LOSS_TOLERANCE):
-        raise ValueError(f"two small steps had the losses {first:.4f} and {second:.4f}; the first should be {known:.4f}")
+        raise InputError(f"two small steps had the losses {first:.4f} and {second:.4f}; the first should be {known:.4f}")
     return StepLosses(first, second, seconds=time.perf_counter() - start, same_image=float(parts == 1))

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
+from igpt_ds.errors import InputError
 from igpt_ds.ops.torture.mutate import WITHOUT_SILENT, damage
 from igpt_ds.ops.torture.trial import Ended, Trial, run_all, run_one
 from igpt_ds.ops.torture.world import Format, damaged_file, formats
@@ -26,7 +27,7 @@ def trials(world: Path, seed: int, n: int, cores: int) -> Iterator[tuple[str, st
     for one in formats():
         ended = run_one(partial(read_copy, world, one, None), world / "trials", one.seconds)
         if ended.how != "ok":
-            raise ValueError(f"an undamaged {one.name} cannot be read: {ended.how}: {ended.text}")
+            raise InputError(f"an undamaged {one.name} cannot be read: {ended.how}: {ended.text}")
         whole[one.name] = ended.text
     turns = list(islice((one for turn in count() for one in formats() if turn % one.every == 0), n))
     work = [

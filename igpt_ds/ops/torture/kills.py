@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from igpt_ds.errors import InputError
 from igpt_ds.ops.torture.damages import copy_parts
 from igpt_ds.ops.torture.trial import Ended, Trial, run_all, run_one, tool
 from igpt_ds.ops.torture.world import digest, make_shards, read_shards
@@ -131,7 +132,7 @@ def trials(world: Path, seed: int, n: int, cores: int) -> Iterator[tuple[str, st
     for one in found if n else ():
         ended = run_one(partial(_counted, world, one), world / "trials")
         if ended.how != "ok":
-            raise ValueError(f"{one.name} fails without a kill: {ended.how}: {ended.text}")
+            raise InputError(f"{one.name} fails without a kill: {ended.how}: {ended.text}")
         count, _, whole[one.name] = ended.text.partition(" ")
         calls[one.name] = int(count)
     random_ = random.Random(seed)

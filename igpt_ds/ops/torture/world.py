@@ -23,6 +23,7 @@ from igpt_ds.data.exclusion import ExclusionReason, read_exclusion, write_exclus
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, read_state, write_state
 from igpt_ds.evaluate.report.results import read_results
@@ -105,7 +106,7 @@ def _call(name: str, *words: object) -> str:
 
 def _made(work: Read, world: Path) -> None:
     if (ended := run_one(work, world / "trials")).how != "ok":
-        raise ValueError(f"the world of the trials could not be made: {ended.how}: {ended.text}")
+        raise InputError(f"the world of the trials could not be made: {ended.how}: {ended.text}")
 
 
 def _images(directory: Path) -> None:
@@ -124,7 +125,7 @@ def _train(world: Path) -> None:
     write_json(world / "recipe.json", recipe_to_dict(recipe))
     write_json(world / "ds_config.json", {"zero_optimization": {"stage": 3}})
     if (done := _trained(world, world / "run")).returncode:
-        raise ValueError(f"the world of the trials could not be made: {done.stdout[-1000:]}{done.stderr[-2000:]}")
+        raise InputError(f"the world of the trials could not be made: {done.stdout[-1000:]}{done.stderr[-2000:]}")
 
 
 def _trained(world: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.ops.torture.damages import copy_parts
@@ -30,7 +31,7 @@ def trials(world: Path, seed: int, n: int) -> Iterator[tuple[str, str, str]]:
     for name, work in kinds.items() if n else ():
         ended = run_one(partial(work, world, None), world / "trials")
         if ended.how != "ok":
-            raise ValueError(f"{name} fails with one writer: {ended.how}: {ended.text}")
+            raise InputError(f"{name} fails with one writer: {ended.how}: {ended.text}")
         whole[name] = ended.text
     names = [list(kinds)[number % len(kinds)] for number in range(n)]
     work_ = [Trial(name, partial(kinds[name], world, f"{seed}/{number}")) for number, name in enumerate(names)]

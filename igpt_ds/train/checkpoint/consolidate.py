@@ -14,6 +14,7 @@ import torch
 
 from igpt_ds.config import Recipe
 from igpt_ds.data.palette import load_palette
+from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import WeightStream, read_info, save_model
@@ -41,10 +42,10 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int,
     checkpoint = choose_checkpoint(run_dir, best_step(run_dir) if step is None else step)
     manifest, palette = checkpoint.manifest, run_dir / "palette.npy"
     if load_palette(palette).hash != manifest.data.palette_hash:
-        raise ValueError(f"{palette} is not the palette of the training shards; copy theirs to {run_dir}")
+        raise InputError(f"{palette} is not the palette of the training shards; copy theirs to {run_dir}")
     source = ZeroCheckpoint(checkpoint.path, manifest.world_size, manifest.stage)
     if source.shapes != _shapes(manifest.recipe):
-        raise ValueError(f"{checkpoint.path} does not hold the tensors of its own recipe; it was written by other code")
+        raise InputError(f"{checkpoint.path} does not hold the tensors of its own recipe; it was written by other code")
     save_model(out, WeightStream(source.shapes, source.blocks), _info(manifest), palette)
     return manifest.step, sum(shape.numel() for shape in source.shapes.values())
 
@@ -74,7 +75,7 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
     other, fix = f"--out {out} holds the model of another run", "choose another, or remove it"
     newest = newest_checkpoint(run_dir / "checkpoints")
     if newest is None:
-        raise ValueError(f"{other}: {run_dir} has no checkpoint yet; {fix}")
+        raise InputError(f"{other}: {run_dir} has no checkpoint yet; {fix}")
     manifest = newest.manifest
     ours = json.loads(json.dumps(_info(manifest), default=dataclasses.asdict))
     theirs = read_json(out / "config.json", "model config")
@@ -82,10 +83,10 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
         older = here if name in _LATER else None
         there = (theirs | (theirs.get("class_head") or {})).get(name, older)
         if name not in ("class_head", "step", "images_seen") and there != here:
-            raise ValueError(f"{other}: {name} is {there} there and {here} here; {fix}")
+            raise InputError(f"{other}: {name} is {there} there and {here} here; {fix}")
     best = _best_step(manifest) or manifest.step
     if ended and theirs["step"] != best:
-        raise ValueError(
+        raise InputError(
             f"--out {out} is of step {theirs['step']}, and step {best} is the best by now; remove it and start again"
         )
 

@@ -16,6 +16,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file, fsync_path
 from igpt_ds.locks import InUseError, locked
 from igpt_ds.train.checkpoint.manifest import (
@@ -58,7 +59,7 @@ def recover(final: Path) -> None:
     except InUseError:
         raise
     except OSError as error:
-        raise ValueError(f"{old} must be renamed to {final.name}, which fails: {error.strerror}; rename it yourself") from None
+        raise InputError(f"{old} must be renamed to {final.name}, which fails: {error.strerror}; rename it yourself") from None
 
 
 def _old(final: Path) -> Path:
@@ -180,14 +181,14 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
     if step is None:
         newest = newest_checkpoint(directory)
         if newest is None:
-            raise ValueError(f"{directory} holds no complete checkpoint; train first, or name another --run_dir")
+            raise InputError(f"{directory} holds no complete checkpoint; train first, or name another --run_dir")
         checkpoint = newest
     else:
         path = directory / checkpoint_name(step)
         recover(path)
         if not path.exists():
             steps = ", ".join(str(step_of(path)) for path in list_checkpoints(directory)) or "none"
-            raise ValueError(f"{path} does not exist; steps there: {steps}")
+            raise InputError(f"{path} does not exist; steps there: {steps}")
         checkpoint = read_checkpoint(path)
         refuse_copy(checkpoint)
     refuse_damaged(checkpoint)

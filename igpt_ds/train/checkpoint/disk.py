@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from igpt_ds.errors import error_text, naming
+from igpt_ds.errors import InputError, error_text, naming
 from igpt_ds.train.checkpoint.manifest import FileEntry
 
 SLACK = 1.02  # for what a file holds beside its tensors, and for estimates
@@ -30,7 +30,7 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ValueError(
+        raise InputError(
             f"{what} needs {needed:,} bytes and {directory} has {free:,} free; "
             "free some space there, lower --keep_last, or put --run_dir on another disk"
         )

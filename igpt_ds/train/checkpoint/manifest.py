@@ -13,6 +13,7 @@ from pathlib import Path
 from igpt_ds.config import Recipe
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import STAGES
+from igpt_ds.errors import InputError
 from igpt_ds.files import fsync_path, sha256_file
 from igpt_ds.json_files import parse_json, read_text
 from igpt_ds.plain_files import check_file
@@ -80,10 +81,10 @@ class Progress:
     def __post_init__(self) -> None:
         for name in ("step", "images_seen"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}, which is negative")
+                raise InputError(f"{name} {getattr(self, name)}, which is negative")
         for first, end in self.skipped_ranges:
             if not 0 <= first < end:
-                raise ValueError(f"skipped_ranges with [{first}, {end}], which is not a range of positions")
+                raise InputError(f"skipped_ranges with [{first}, {end}], which is not a range of positions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,9 @@ class Manifest(RunFacts, Progress):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.world_size < 1:
-            raise ValueError(f"world_size {self.world_size}, which is less than 1")
+            raise InputError(f"world_size {self.world_size}, which is less than 1")
         if self.stage not in STAGES:
-            raise ValueError(f"stage {self.stage}, which is not {' or '.join(map(str, STAGES))}")
+            raise InputError(f"stage {self.stage}, which is not {' or '.join(map(str, STAGES))}")
 
     @property
     def bytes(self) -> int:
@@ -116,7 +117,7 @@ class Checkpoint:
     manifest: Manifest
 
 
-class DamagedError(ValueError):
+class DamagedError(InputError):
     """The checkpoint is not what was written: incomplete, torn, or without a file. An older one may be used instead."""
 
 
@@ -191,4 +192,4 @@ def refuse_damaged(checkpoint: Checkpoint) -> None:
         ValueError: a file does not hold what was written.
     """
     if damaged := damaged_files(checkpoint.path, checkpoint.manifest.files):
-        raise ValueError(f"{checkpoint.path / damaged[0]} is damaged (sha256 differs); choose another --step")
+        raise InputError(f"{checkpoint.path / damaged[0]} is damaged (sha256 differs); choose another --step")

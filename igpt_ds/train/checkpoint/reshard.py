@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from igpt_ds.errors import InputError
 from igpt_ds.train.checkpoint.torch_files import BLOCK, NewTensor, StoredTensor, foreign_class, read_torch_file, write_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint, ZeroLayout, layout_of_sequences, layout_of_sub_groups, sub_groups
 
@@ -118,7 +119,7 @@ def _state(source: ZeroCheckpoint, target: ZeroLayout, rank: int, flat: int) -> 
             continue
         for other in states[1:]:
             if _plain((other or {}).get(key)) != _plain(value):
-                raise ValueError(f"{source.checkpoint} has parts of a group with different {key!r}; it cannot be resharded")
+                raise InputError(f"{source.checkpoint} has parts of a group with different {key!r}; it cannot be resharded")
         # Each vector gets its own tensor: torch would advance a shared step count once for every vector.
         found[key] = replace(value) if isinstance(value, StoredTensor) else value
     return found

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from igpt_ds.errors import InputError
 from igpt_ds.plain_files import check_file
 
 _NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")  # numpy 2 and numpy 1 name the same function
@@ -45,9 +46,9 @@ def refuse_foreign_names(paths: Iterable[Path]) -> None:
             except OSError:
                 raise
             except Exception as error:  # the parser raises whatever the damage leads to
-                raise ValueError(f"{path} is not a file of torch.save ({error!r}); remove the checkpoint") from None
+                raise InputError(f"{path} is not a file of torch.save ({error!r}); remove the checkpoint") from None
             if foreign:
-                raise ValueError(f"{path} names {foreign[0]!r}, which a checkpoint does not contain and which could run code; "
+                raise InputError(f"{path} names {foreign[0]!r}, which a checkpoint does not contain and which could run code; "
                                  "nothing was loaded; remove the checkpoint")  # fmt: skip
 
 

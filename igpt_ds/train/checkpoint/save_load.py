@@ -19,7 +19,7 @@ import torch
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import recipe_to_dict
-from igpt_ds.errors import error_text
+from igpt_ds.errors import InputError, error_text
 from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.train.checkpoint.directory import (
     checkpoint_name,
@@ -255,7 +255,7 @@ def _fits(engine: Engine, checkpoint: Checkpoint) -> bool:
     """Whether DeepSpeed can load the files as they are. Its loader checks the number of ranks, but not the sub-groups."""
     model_files = sorted(checkpoint.path.glob("*mp_rank_00_model_states.pt"))
     if not model_files:
-        raise ValueError(f"{checkpoint.path} has no file *mp_rank_00_model_states.pt; remove it and resume again")
+        raise InputError(f"{checkpoint.path} has no file *mp_rank_00_model_states.pt; remove it and resume again")
     saved = [list(group.items()) for group in read_torch_file(model_files[0])["param_shapes"]]
     ours = [list(group.items()) for group in engine._get_zero_param_shapes()]
     return checkpoint.manifest.world_size == dist.world_size() and saved == ours
@@ -273,7 +273,7 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
     try:
         source = ZeroCheckpoint(path, manifest.world_size, manifest.stage)
         write_rank(source, target_layout(source, ranks, engine.zero_sub_group_size()), dist.rank(), unfinished)
-    except (OSError, ValueError) as caught:
+    except (OSError, InputError) as caught:
         error = error_text(caught)
     what = f"{path} of {manifest.world_size} ranks could not be resharded for {ranks}"
     agree(dist.gather_objects(error), unfinished, what)
@@ -286,7 +286,7 @@ def _load(engine: Engine, checkpoint: Path) -> None:
     error = ""
     try:
         refuse_foreign_names(sorted(checkpoint.glob("*.pt"))[dist.rank() :: dist.world_size()])
-    except (OSError, ValueError) as caught:
+    except (OSError, InputError) as caught:
         error = error_text(caught)
     if errors := [error for error in dist.gather_objects(error) if error]:
         raise SharedError(errors[0])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_ds.errors import naming
+from igpt_ds.errors import InputError, naming
 from igpt_ds.plain_files import check_file
 
 BLOCK = 1 << 24  # bytes read or written at once
@@ -70,7 +70,7 @@ class StoredTensor:
             while left:
                 got = file.readinto(block[: min(left, BLOCK)])
                 if not got:
-                    raise ValueError(f"{self.path} ends in the middle of a tensor; choose another step")
+                    raise InputError(f"{self.path} ends in the middle of a tensor; choose another step")
                 left -= got
                 yield block[:got]
 
@@ -142,7 +142,7 @@ def read_torch_file(path: Path) -> Any:
             records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             return _Unpickler(path, records, file, archive.read(records["data.pkl"])).load()
     except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is not a file of torch.save that this code reads ({error!r}); choose another step") from None
+        raise InputError(f"{path} is not a file of torch.save that this code reads ({error!r}); choose another step") from None
 
 
 class _Unpickler(pickle.Unpickler):

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from igpt_ds.errors import InputError
 from igpt_ds.train.checkpoint.torch_files import StoredTensor, read_torch_file
 
 START_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: each rank's part of a flat sequence is a multiple of it
@@ -174,7 +175,7 @@ class ZeroCheckpoint:
     def _find(self, pattern: str) -> Path:
         matches = list(self.checkpoint.glob(pattern))
         if len(matches) != 1:
-            raise ValueError(f"{self.checkpoint} has {len(matches)} files {pattern} instead of 1; choose another step")
+            raise InputError(f"{self.checkpoint} has {len(matches)} files {pattern} instead of 1; choose another step")
         return matches[0]
 
     def _layout(self) -> ZeroLayout:
@@ -184,7 +185,7 @@ class ZeroCheckpoint:
             owner = {flat: number for number, flats_of_group in enumerate(members) for flat in flats_of_group}
             return layout_of_sub_groups(flats, [owner.get(flat, 0) for flat in range(len(flats))], self.ranks)
         if self.contents[0]["ds_config"].get("zero_optimization", {}).get("round_robin_gradients"):
-            raise ValueError(f"{self.checkpoint} was saved with round_robin_gradients, whose order this code does not read")
+            raise InputError(f"{self.checkpoint} was saved with round_robin_gradients, whose order this code does not read")
         none = [[0] * len(members) for members in flats]
         return layout_of_sequences(self.stage, flats, self.optimizer(0).get("param_alignment_paddings", none), self.ranks)
 
@@ -193,7 +194,7 @@ class ZeroCheckpoint:
         least = max((at + count for _, count, at in self._held(rank, flat)), default=0)
         # Stages 1 and 2 omit the padding at the end.
         if held.dtype != torch.float32 or not (held.numel == size or (self.stage < 3 and least <= held.numel <= size)):
-            raise ValueError(
+            raise InputError(
                 f"{self.files[rank]} holds {held.numel} numbers of vector {flat} instead of {size}; "
                 f"it is not of {self.ranks} ranks at stage {self.stage}"
             )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from igpt_ds.errors import InputError
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.sealed import Format
 from igpt_ds.train.checkpoint.directory import list_checkpoints
@@ -34,7 +35,7 @@ class Rollback:
     def __post_init__(self) -> None:
         first, end = self.skipped
         if not 0 <= first < end:
-            raise ValueError(f"skipped {[first, end]}, which is not a range of positions")
+            raise InputError(f"skipped {[first, end]}, which is not a range of positions")
 
 
 @dataclass(frozen=True)

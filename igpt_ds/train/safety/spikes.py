@@ -14,6 +14,7 @@ import statistics
 from dataclasses import dataclass
 
 from igpt_ds.config import Recipe
+from igpt_ds.errors import InputError
 
 MAX_SKIPS = 10  # in a row
 MAX_SKIPS_FP16 = 40  # the loss scale begins at 2^16 and is halved by skipping
@@ -63,7 +64,7 @@ class SpikeState:
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, self.losses)):
-            raise ValueError("losses that are not finite")
+            raise InputError("losses that are not finite")
 
 
 class Verdict(enum.Enum):
