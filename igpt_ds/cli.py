@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from igpt_ds.errors import InputError, error_text, naming
 from igpt_ds.launcher import RANK_VARIABLES, LaunchError
@@ -157,18 +157,7 @@ def run(main: Callable[[Sequence[str] | None], None], ranks: bool = False) -> No
         _discard_output()
         sys.exit(141)
     except (InputError, OSError) as error:
-        joined = _joined_ranks()
-        silent = isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0"
-        if not silent and (joined or isinstance(error, LaunchError) or os.environ.get("LOCAL_RANK", "0") == "0"):
-            line = "; ".join(part.strip() for part in error_text(error).split("\n") if part.strip())
-            with contextlib.suppress(OSError):
-                print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
-        if isinstance(error, OSError) and error.filename == _OUTPUT:
-            _discard_output()
-        _tell(error_text(error))
-        if joined:
-            _leave(2)  # without the barrier, which would wait for ranks that may be in a collective
-        sys.exit(2)
+        _refuse(error)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
         _tell("interrupted")
@@ -191,6 +180,22 @@ def run(main: Callable[[Sequence[str] | None], None], ranks: bool = False) -> No
     if joined := _joined_ranks():
         joined.destroy_process_group()
         _leave(0)
+
+
+def _refuse(error: InputError | OSError) -> NoReturn:
+    """Prints the error as one line and exits with status 2."""
+    joined = _joined_ranks()
+    silent = isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0"
+    if not silent and (joined or isinstance(error, LaunchError) or os.environ.get("LOCAL_RANK", "0") == "0"):
+        line = "; ".join(part.strip() for part in error_text(error).split("\n") if part.strip())
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    if isinstance(error, OSError) and error.filename == _OUTPUT:
+        _discard_output()
+    _tell(error_text(error))
+    if joined:
+        _leave(2)  # without the barrier, which would wait for ranks that may be in a collective
+    sys.exit(2)
 
 
 def _leave(status: int) -> None:

@@ -294,7 +294,8 @@ from pathlib import Path
 import numpy as np
 from igpt_ds import cli
 from igpt_ds.arrays import new_array, save_array
-from igpt_ds.files import atomic_dir, write_json
+from igpt_ds.files import atomic_dir
+from igpt_ds.json_files import write_json
 
 def directory(path):
     with atomic_dir(path) as partial:

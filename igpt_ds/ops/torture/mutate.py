@@ -294,6 +294,6 @@ def _gadget(random_: random.Random, file: Path, canary: Path, around: Path) -> N
     file.write_bytes(content)
     old, new = (hashlib.sha256(text).hexdigest() for text in (before, content))
     for manifest in around.rglob("*.json"):
-        text = manifest.read_text(errors="replace") if manifest.is_file() else ""
+        text = manifest.read_text(encoding="utf-8", errors="replace") if manifest.is_file() else ""
         if old in text:
-            manifest.write_text(text.replace(old, new).replace(f": {len(before)}", f": {len(content)}"))
+            manifest.write_text(text.replace(old, new).replace(f": {len(before)}", f": {len(content)}"), encoding="utf-8")
