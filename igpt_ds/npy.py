@@ -35,7 +35,8 @@ def read_npy(path: Path, what: str, fix: str, mapped: bool = False) -> np.ndarra
         with open(path, "rb") as file:
             return _read(file, where, fix, mapped)
     except OSError as error:
-        raise InputError(f"{where} cannot be read: {reason(error)}; {fix}") from None
+        said = error.strerror if isinstance(error, FileNotFoundError) else reason(error)
+        raise InputError(f"{where} cannot be read: {said}; {fix}") from None
 
 
 def parse_npy(content: bytes, where: str, fix: str) -> np.ndarray:

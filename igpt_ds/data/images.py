@@ -74,8 +74,8 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int | None = None
                 pixels = _jpeg_pixels(data, image)
                 return np.array(_rgb(_upright(image))) if pixels is None else pixels
     except UnidentifiedImageError:
-        known = pointer(data) or "bytes of no known format"
-        reason, why = (f"it is {known}", why) if data else ("it is empty", EMPTY)
+        found = f"it is {known}" if (known := pointer(data)) else "its bytes are of no known format"
+        reason, why = (found, why) if data else ("it is empty", EMPTY)
     except Image.DecompressionBombError as error:
         fix = "if it is no bomb, set --max_pixels of make_shards.py or --max_image_pixels of fit_palette.py"
         reason, why = f"{error}; {fix}", TOO_LARGE

@@ -148,7 +148,7 @@ def test_a_packed_weight_gives_the_same_product() -> None:
 
 @pytest.mark.parametrize(("vendor", "fastest"), [("GenuineIntel", "torch"), ("AuthenticAMD", "onednn"), (None, "onednn")])
 def test_the_vendor_decides(vendor: str | None, fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(_: Path) -> str:
+    def read(_: Path, **how: str) -> str:
         if vendor is None:
             raise FileNotFoundError
         return f"vendor_id\t: {vendor}\n"

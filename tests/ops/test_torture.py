@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 import pytest
 
 from igpt_ds.cli import HUNG
+from igpt_ds.errors import InputError
 from igpt_ds.ops.torture import damages, kills, trial, writers
 from igpt_ds.ops.torture.mutate import GADGET, SIGNED, damage
 from igpt_ds.ops.torture.trial import RAN, Ended, Figures, Trial, run_all, table
 
 
 def refuse(place: Path) -> NoReturn:
-    raise ValueError("no such thing")
+    raise InputError("no such thing")
 
 
 def crash(place: Path) -> NoReturn:

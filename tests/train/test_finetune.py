@@ -317,8 +317,8 @@ def test_why_a_step_was_kept(main: Any) -> None:
     assert why_kept(early) == "the last step, without a validation"
     for stop in (early, folded):
         stop.see(10, accuracy(0.5))
-    assert why_kept(early) == 'the best validation: {"val_loss": 1.0, "val_accuracy": 0.5}'
-    assert why_kept(folded).startswith("the last validation: {")
+    assert why_kept(early) == "the best validation: val_loss 1.0000, val_accuracy 0.5000"
+    assert why_kept(folded).startswith("the last validation: val_loss")
 
 
 def test_a_dry_run_prints_and_writes_nothing(

@@ -133,7 +133,7 @@ def _become(trial: Trial, place: Path) -> NoReturn:
 
 def judge(place: Path, how: int) -> Ended:
     """How a child ended that left its output in a directory; `how` is what waitpid said, -1 after the time limit."""
-    said = (place / "stderr").read_text(errors="replace") if (place / "stderr").exists() else ""
+    said = (place / "stderr").read_text(encoding="utf-8", errors="replace") if (place / "stderr").exists() else ""
     if (place / RAN).exists():
         return Ended("ran", said)
     if how == -1:
@@ -142,7 +142,7 @@ def judge(place: Path, how: int) -> Ended:
     if status == -signal.SIGKILL:
         return Ended("killed", said)
     if status == 0:
-        return Ended("ok", (place / "result").read_text())
+        return Ended("ok", (place / "result").read_text(encoding="utf-8"))
     lines = [line for line in said.splitlines() if ": error: " in line]
     if status in (1, 2) and len(lines) == 1 and "Traceback" not in said:
         return Ended("error", lines[0])

@@ -224,7 +224,7 @@ def _checkpoint(here: Path) -> str:
 
 def _resume(here: Path) -> str:
     """What a run says that goes on from the checkpoint: the world's recipe has no step left."""
-    world = Path(json.loads((here / "run" / "run.json").read_text())["data"]["datasets"][0]["path"]).parent
+    world = Path(json.loads((here / "run" / "run.json").read_text(encoding="utf-8"))["data"]["datasets"][0]["path"]).parent
     done = _trained(world, here / "run", "--resume", "auto")
     sys.stderr.write("".join(line for line in done.stderr.splitlines(True) if "warn" not in line.lower()))
     if done.returncode:
@@ -262,7 +262,7 @@ def _results(here: Path) -> str:
 
 def _paper(here: Path) -> str:
     tool("paper_plan", "--scale", "tiny", "--out", here / "paper", "--commands")
-    return (here / "paper" / "paper.json").read_text()
+    return (here / "paper" / "paper.json").read_text(encoding="utf-8")
 
 
 def _status(here: Path) -> str:

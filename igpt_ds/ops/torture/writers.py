@@ -71,10 +71,10 @@ def _two(command: Callable[..., tuple[Any, ...]], seed: str | None, place: Path)
         RuntimeError: one of them raised a traceback.
     """
     statuses = [1] if seed is None else _together([partial(tool, *command(number)) for number in range(2)], seed)
-    said = (place / "stderr").read_text()
+    said = (place / "stderr").read_text(encoding="utf-8")
     if "Traceback" in said:
         raise RuntimeError(f"statuses {statuses}: {said[-1000:]}")
-    (place / "stderr").write_text("")
+    (place / "stderr").write_text("", encoding="utf-8")
     if 0 not in statuses:
         tool(*command(0))
 
@@ -108,5 +108,5 @@ def _appenders(world: Path, seed: str | None, place: Path) -> str:
         for number in range(APPENDERS):
             append(number)
     elif any(_together([partial(append, number) for number in range(APPENDERS)], seed)):
-        raise RuntimeError((place / "stderr").read_text()[-1000:])
+        raise RuntimeError((place / "stderr").read_text(encoding="utf-8")[-1000:])
     return f"rows {len({repr(one) for one in read_results(path)})}"
