@@ -133,7 +133,9 @@ def _trained(world: Path, run_dir: Path, *more: str) -> subprocess.CompletedProc
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(ROOT / "train.py"), *words, "--log_every", "1", *more]
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    return subprocess.run(command, capture_output=True, text=True, env=environment | {"DS_ACCELERATOR": "cpu"})
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env=environment | {"DS_ACCELERATOR": "cpu"}
+    )
 
 
 def _small_files(world: Path) -> str:
