@@ -197,6 +197,7 @@ def test_tables_see_every_pre_training_and_the_report_one() -> None:
     assert "out/figures/layers.png" not in pictures, "the page draws it itself"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["tools/paper.sh", "slurm/story_paper.sh"])
 def test_a_finished_paper_ends_at_once(launch: Any, tmp_path: Path, script: str) -> None:
     """Standard input stays open, as a terminal's does: what reads from it waits for ever."""
@@ -290,6 +291,7 @@ def test_the_paper_at_toy_size(launch: Any, run_stages: Any, tmp_path: Path) -> 
     assert (other.returncode, "holds the paper of scale tiny, steps 4" in other.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_says_where_its_output_is(launch: Any, tmp_path: Path) -> None:
     out = tmp_path / "paper"
     done = launch(["bash", "tools/paper.sh", "cifar", out, "imagefolder:nothing"])
@@ -299,6 +301,7 @@ def test_a_stage_that_fails_says_where_its_output_is(launch: Any, tmp_path: Path
     assert launch(["bash", "tools/paper.sh"]).stderr.startswith("usage: bash tools/paper.sh SCALE OUT [DATA]")
 
 
+@pytest.mark.slow
 def test_the_full_paper_is_not_submitted_unasked(launch: Any, tmp_path: Path) -> None:
     done = launch(["make", "paper", "SCALE=full", f"DATA={tmp_path}", f"OUT={tmp_path / 'out'}", "SUBMIT="])
     assert done.returncode == 0, done.stderr

@@ -235,6 +235,7 @@ def test_a_whole_shard_of_unreadable_images_is_left_out(tmp_path, memory, palett
     assert ShardSet(tmp_path / "out", "train").n_images == 8
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path, folder, launch):
     """SIGKILL in the middle; the same command finishes with the same bytes, and makes no shard twice."""
     raw = folder({"cat": 300, "dog": 300})
