@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from igpt_ds import cli
 from igpt_ds.errors import InputError
-from igpt_ds.json_files import write_json
 from igpt_ds.ops.torture import damages, kills, writers
 from igpt_ds.ops.torture.trial import BARS, Figures, table, total
 from igpt_ds.ops.torture.world import make_world
 from igpt_ds.provenance import git_commit
+from igpt_ds.schema import record_from
+from igpt_ds.sealed import Format
 
+FIGURES = Format("igpt_ds.torture", "figures of trials", "try again with tools/torture.py --out", 1, 1, 1)
 QUICK = {"mutations": 200, "kills": 30, "pairs": 4}  # about a minute on two cores
 WHOLE = {"mutations": 2000, "kills": 300, "pairs": 40}
 
@@ -37,6 +39,10 @@ WHOLE = {"mutations": 2000, "kills": 300, "pairs": 40}
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes the world, runs the trials, prints and writes the table."""
     args = choose(argv)
+    if args.show:
+        saved = FIGURES.read(args.show)
+        print(table([record_from(Figures, row, f"figures {args.show}", FIGURES.fix) for row in saved["rows"]]))
+        return
     torch.set_num_threads(1)  # a forked process has only the thread that forked it
     temporary = Path(tempfile.mkdtemp(prefix="igpt_ds-torture-"))
     try:
@@ -46,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     print(table(rows))
     if args.out is not None:
-        values = {"format": "igpt_ds.torture", "version": 1, "git_commit": git_commit(), "seed": args.seed}
-        write_json(args.out, values | {"rows": [asdict(row) for row in [*rows, total(rows)]], "examples": examples})
+        values = {"git_commit": git_commit(), "seed": args.seed, "rows": [asdict(row) for row in rows], "examples": examples}
+        FIGURES.write(args.out, values)
     missed = [f"{name} {count}" for name in BARS if (count := getattr(total(rows), name))]
-    for example in examples[: args.show]:
+    for example in examples[: args.examples]:
         print(" ".join(example.split())[:300])
     if missed:
         raise SystemExit(f"missed: {', '.join(missed)}; each should be 0")
@@ -64,13 +70,14 @@ def choose(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, help=f"number of killed tools (default: {WHOLE['kills']})")
     parser.add_argument("--pairs", type=int, help=f"number of times that two or more write at once (default: {WHOLE['pairs']})")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="trials at the same time")
-    parser.add_argument("--show", type=int, default=20, help="failed trials to print")
+    parser.add_argument("--examples", type=int, default=20, help="failed trials to print")
     parser.add_argument("--out", type=Path, help="JSON file for the figures and all failed trials")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of such a file and do nothing else")
     args = parser.parse_args(argv)
     for name, number in (QUICK if args.quick else WHOLE).items():
         if getattr(args, name) is None:
             setattr(args, name, number)
-    for name in ("mutations", "kills", "pairs", "show"):
+    for name in ("mutations", "kills", "pairs", "examples"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 0")
     if args.cores < 1:
