@@ -16,7 +16,7 @@ from typing import Any
 
 from igpt_ds.errors import InputError, naming, reason
 from igpt_ds.files import atomic_file
-from igpt_ds.plain_files import check_file
+from igpt_ds.plain_files import check_file, is_missing
 
 MAX_JSON_BYTES = 1 << 26  # of one file, parsed to at most 30 times as many bytes of memory
 MAX_JSON_DEPTH = 64
@@ -168,12 +168,13 @@ def read_json_lines(path: Path, strict: bool = False) -> list[dict[str, Any]]:
     A torn line is the start of an object, or the zeros of a disk that lost power, without a newline.
 
     Args:
-        strict: refuses NaN and infinity, and leaves each "sha256" in its row, for a reader that checks it itself.
+        strict: for a file that is written whole, with a reader that checks each "sha256" itself: refuses a torn line, NaN and
+            infinity, and leaves the "sha256" in its row.
 
     Raises:
         ValueError: any other line that is not a JSON object or was changed since it was written, or the file is not text.
     """
-    if not path.exists():
+    if is_missing(path):
         return []
     rows = []
     lines = read_text(path, str(path), "name another file", MAX_ROWS_BYTES).split("\n")
@@ -181,7 +182,7 @@ def read_json_lines(path: Path, strict: bool = False) -> list[dict[str, Any]]:
         try:
             rows.append(parse_row(line, f"{path} line {number}", strict))
         except ValueError:
-            if number < len(lines) or line[:1] not in ("{", "\0") or line.rstrip().endswith("}"):
+            if strict or number < len(lines) or line[:1] not in ("{", "\0") or line.rstrip().endswith("}"):
                 raise
             print(f"{path} line {number} is torn and was left out", file=sys.stderr, flush=True)
     return rows

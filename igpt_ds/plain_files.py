@@ -43,6 +43,19 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path} is {words}")
 
 
+def is_missing(path: Path) -> bool:
+    """Whether a file that a directory may lack is missing.
+
+    Raises:
+        ValueError: it is a link to a file that does not exist, so the directory once had it.
+    """
+    if path.exists():
+        return False
+    if path.is_symlink():
+        raise InputError(f"{path} is a link to {path.readlink()}, which does not exist; restore that file, or remove the link")
+    return True
+
+
 @contextmanager
 def utf8_path(path: Path) -> Iterator[str]:
     """The path of a file or directory for a library that takes UTF-8 alone; a path of other bytes becomes a descriptor's path."""

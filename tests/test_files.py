@@ -29,7 +29,7 @@ from igpt_ds.files import atomic_dir, atomic_file, sha256_file
 from igpt_ds.json_files import json_line, read_json, read_json_lines, refuse_changed, seal, write_json, write_json_lines
 from igpt_ds.model.interchange.hf import _open_tensors
 from igpt_ds.model.store import _read_file, read_tensors, write_tensors
-from igpt_ds.plain_files import open_plain, utf8_path
+from igpt_ds.plain_files import is_missing, open_plain, utf8_path
 from igpt_ds.train.checkpoint.restricted import refuse_foreign_names
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 
@@ -367,3 +367,22 @@ def test_a_path_that_is_not_utf8_reaches_a_library_that_takes_utf8(tmp_path):
     assert _open_tensors(path)["a"]().tolist() == [1, 1]
     with utf8_path(tmp_path / "plain") as name:
         assert name == str(tmp_path / "plain")
+
+
+def test_a_link_to_nothing_is_no_missing_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert is_missing(path)
+    assert read_json_lines(path) == []
+    path.symlink_to("nothing")
+    for read in (is_missing, read_json_lines):
+        with pytest.raises(ValueError, match=r"a\.jsonl is a link to nothing, which does not exist; restore"):
+            read(path)
+
+
+def test_a_torn_line_of_a_file_that_is_written_whole_is_damage(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for torn in ('{"a": ', "\0\0"):
+        path.write_text(f'{{"a": 1}}\n{torn}')
+        assert read_json_lines(path) == [{"a": 1}]
+        with pytest.raises(ValueError, match=r"a\.jsonl line 2 is not valid JSON"):
+            read_json_lines(path, strict=True)

@@ -29,6 +29,7 @@ from igpt_ds.data.palette_table import (
 )
 from igpt_ds.errors import InputError, reason
 from igpt_ds.npy import read_npy
+from igpt_ds.plain_files import is_missing
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
@@ -213,7 +214,7 @@ def _vouched(palette: Palette) -> bool:
     """Whether a report is beside the palette, which must be the palette's own."""
     assert palette.file is not None
     path = report_path(palette.file)
-    if not path.exists():
+    if is_missing(path):
         return False
     report = record_from(PaletteReport, REPORT.read(path), f"palette report {path}", _AGAIN)
     if report.hash != palette.hash:

@@ -25,6 +25,7 @@ from igpt_ds.json_files import write_json
 from igpt_ds.model import cpu_kernels
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
+from igpt_ds.plain_files import is_missing
 from igpt_ds.plan import costs
 from igpt_ds.train import run_dir
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, RunFacts
@@ -225,7 +226,7 @@ def cpu_product(where: Path) -> str:
         ValueError: run.json names an unknown matrix product.
     """
     path = where / "run.json"
-    if not path.exists():
+    if is_missing(path):
         return cpu_kernels.fastest()
     product = run_dir.read_run(where).get("cpu_product", "onednn")
     if product not in cpu_kernels.PRODUCTS:

@@ -10,7 +10,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from igpt_ds.errors import InputError
-from igpt_ds.ops.torture.mutate import WITHOUT_SILENT, damage
+from igpt_ds.ops.torture.mutate import MISSING, WITHOUT_SILENT, damage
 from igpt_ds.ops.torture.trial import Ended, Trial, run_all, run_one
 from igpt_ds.ops.torture.world import Format, damaged_file, formats
 
@@ -36,11 +36,8 @@ def trials(world: Path, seed: int, n: int, cores: int) -> Iterator[tuple[str, st
     for trial, ended in run_all(work, world / "trials", cores):
         one = turns[int(trial.name)]
         kind, words = what(world, one, f"{seed}/{trial.name}")
-        yield (
-            one.name,
-            classify(ended, whole[one.name], one.ours and kind not in WITHOUT_SILENT),
-            f"{words}: {ended.text[-1500:]}",
-        )
+        noticed = one.ours and kind not in WITHOUT_SILENT and not (one.optional and kind == MISSING)
+        yield one.name, classify(ended, whole[one.name], noticed), f"{words}: {ended.text[-1500:]}"
 
 
 def copy_parts(world: Path, parts: Sequence[str], here: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from igpt_ds.ops.torture.trial import RAN
 
 Change = Callable[[random.Random, Path], None]
-SIGNED, GADGET = "a hostile text, signed", "a gadget"
+SIGNED, GADGET, MISSING = "a hostile text, signed", "a gadget", "missing"
 WITHOUT_SILENT = (SIGNED, GADGET)  # these files say the sha256 of their content: a reader cannot know that an enemy wrote them
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 27262976\n" % (b"4d" * 32)
 
@@ -123,7 +123,7 @@ _ANY: dict[str, Change] = {
     "more at the end": _edit(lambda random_, content: content + bytes(random_.randrange(256) for _ in range(20))),
     "empty": _edit(lambda random_, content: b""),
     "LFS pointer": _edit(lambda random_, content: LFS),
-    "missing": _replaced(lambda file: None),
+    MISSING: _replaced(lambda file: None),
     "a directory": _replaced(lambda file: file.mkdir()),
     "a fifo": _replaced(lambda file: os.mkfifo(file)),
     "a dangling link": _replaced(lambda file: file.symlink_to("nothing")),

@@ -45,7 +45,8 @@ class Format:
     """A format on disk.
 
     parts: what a trial copies from the world; files: patterns of what is damaged; read: gives the result of reading a copy.
-    ours: whether its files say their own sha256, so that no damage may change the result; every: 10 for each tenth turn alone.
+    ours: whether its files say their own sha256, so that no damage may change the result; every: 10 for each tenth turn alone;
+    optional: whether a run may be without the file, so that a missing one is no damage.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Format:
     read: Read
     ours: bool = True
     every: int = 1
+    optional: bool = False
     seconds: float | None = None  # limit of a trial
 
 
@@ -159,7 +161,11 @@ def formats() -> list[Format]:
         Format("features", ("features",), ("features/*.json", "features/*/*"), _features),
         Format("exclusion list", ("exclude.json", "shards"), ("exclude.json",), _exclusion),
         Format(
-            "rollbacks.json", ("run/rollbacks.json",), ("run/rollbacks.json",), lambda here: repr(read_rollbacks(here / "run"))
+            "rollbacks.json",
+            ("run/rollbacks.json",),
+            ("run/rollbacks.json",),
+            lambda here: repr(read_rollbacks(here / "run")),
+            optional=True,
         ),
         Format("run.json", ("run/run.json",), ("run/run.json",), lambda here: json.dumps(read_run(here / "run"), sort_keys=True)),
         Format("state of an SGD probe", ("probe.state",), ("probe.state",), _state),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.errors import InputError
+from igpt_ds.plain_files import is_missing
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.sealed import Format
 from igpt_ds.train.checkpoint.directory import list_checkpoints
@@ -52,7 +53,7 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
         ValueError: the file is damaged, or another version wrote it.
     """
     path = run_dir / "rollbacks.json"
-    if not path.exists():
+    if is_missing(path):
         return []
     return list(record_from(_Rollbacks, ROLLBACKS.read(path), str(path), _FIX, strict=True).rollbacks)
 
