@@ -49,16 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dist.rank():
         return
     measured = likelihood.summarise(nats)
-    report(args, info, shards, settings, measured, len(ids))
     size, failing = likelihood.compare_published(info.config, info.objective, shards, len(ids))
-    if size:
-        published = likelihood.PUBLISHED[size]
-        here = measured.nats_per_token.mean - published
-        print(f"published: {published} nats per token for iGPT-{size.upper()} after 1M steps (OpenAI's README); here {here:+.4f}")
-    elif info.objective == "ar":
-        known = " / ".join(map(str, likelihood.PUBLISHED.values()))
-        more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
-        print(f"published: {known} nats per token for S / M / L do not apply: {failing[0]}{more}")
     drawn = likelihood.MaskSettings(settings.mask_draws, settings.mask_prob, settings.seed)
     found = likelihood.Likelihood(
         commit=git_commit(),
@@ -82,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         likelihood.LIKELIHOOD.write(args.out, found.to_dict())
     if args.results:
         add_results(args.results, [likelihood_row(found, info.config)])
+    report(args, info, shards, settings, measured, len(ids))
+    if size:
+        published = likelihood.PUBLISHED[size]
+        here = measured.nats_per_token.mean - published
+        print(f"published: {published} nats per token for iGPT-{size.upper()} after 1M steps (OpenAI's README); here {here:+.4f}")
+    elif info.objective == "ar":
+        known = " / ".join(map(str, likelihood.PUBLISHED.values()))
+        more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
+        print(f"published: {known} nats per token for S / M / L do not apply: {failing[0]}{more}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

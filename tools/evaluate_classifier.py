@@ -51,13 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to(device, torch.bfloat16 if args.bf16 else torch.float32)
     row, confusion = result(model, info, held_out, evaluated, args.batch, device, args.mask_draws)
     row |= {"eval_precision": "bf16" if args.bf16 else "fp32"}
-    print(f"{args.val_split}: {100 * row.held_out_accuracy:.2f} % of {held_out.n_images} images")
-    single = f", {100 * row.single_accuracy:.2f} % with one mask" if row.single_accuracy is not None else ""
-    print(f"{args.eval_split}: {100 * row.accuracy:.2f} % of {evaluated.n_images} images{single}")
     if args.confusion:
         write_confusion(args.confusion, confusion)
     if args.results:
         add_results(args.results, [row])
+    print(f"{args.val_split}: {100 * row.held_out_accuracy:.2f} % of {held_out.n_images} images")
+    single = f", {100 * row.single_accuracy:.2f} % with one mask" if row.single_accuracy is not None else ""
+    print(f"{args.eval_split}: {100 * row.accuracy:.2f} % of {evaluated.n_images} images{single}")
+    if args.results:
         print(f"row added to {args.results}")
 
 

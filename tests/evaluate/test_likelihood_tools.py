@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import runpy
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.likelihood import LikelihoodSettings, shard_nats, summarise
+from igpt_ds.evaluate.report.results import read_results
 from igpt_ds.model.sampling import Filter, sample
 from igpt_ds.model.store import fresh_model, load_model, save_model
 
@@ -77,6 +80,18 @@ def test_evaluate_prints_and_writes(tool, speaking_dir, tiny_dataset, tmp_path):
         "published: 2.0895 / 2.0614 / 2.0466 nats per token for S / M / L do not apply: "
         "2 layers, 2 heads, width 16 are none of S, M, L (and 6 more)"
     )
+
+
+def test_the_row_is_there_when_nobody_reads_the_output(speaking_dir, tiny_dataset, tmp_path, monkeypatch):
+    main = runpy.run_path(str(TOOLS / "evaluate.py"))["main"]
+    monkeypatch.setattr("builtins.print", Mock(side_effect=BrokenPipeError))  # evaluate.py ... | head -1
+    files = [str(tmp_path / "results.jsonl"), str(tmp_path / "likelihood.json")]
+    with pytest.raises(BrokenPipeError):
+        main(
+            ["--model", str(speaking_dir), "--data", str(tiny_dataset), "--limit", "2", "--results", files[0], "--out", files[1]]
+        )
+    assert len(read_results(Path(files[0]))) == 1
+    assert Path(files[1]).exists()
 
 
 def test_evaluate_bert(tool, make_speaking, tiny_dataset, tmp_path):
