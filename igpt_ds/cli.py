@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -122,6 +122,15 @@ def _have_home() -> None:
         home = tempfile.mkdtemp(prefix="igpt_ds_home.")
         print(f"HOME is missing; libraries keep their caches in {home}; export HOME to keep them", file=sys.stderr)
     os.environ["HOME"] = home
+
+
+@contextlib.contextmanager
+def unread_output() -> Iterator[None]:
+    """For the lines of a long run, which continues without them if their reader, such as `tee`, has ended."""
+    try:
+        yield
+    except BrokenPipeError:
+        _discard_output()
 
 
 def _discard_output() -> None:

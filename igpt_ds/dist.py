@@ -20,7 +20,7 @@ import torch
 import torch.distributed as td
 from torch.distributed.rendezvous import rendezvous
 
-from igpt_ds.cli import SharedError
+from igpt_ds.cli import SharedError, unread_output
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.launcher import RANK_VARIABLES, LaunchError, check_address, map_environment
 
@@ -104,7 +104,8 @@ def world_size() -> int:
 def say(line: str) -> None:
     """Prints a line on rank 0 alone."""
     if rank() == 0:
-        print(line, flush=True)
+        with unread_output():
+            print(line, flush=True)
 
 
 def local_rank() -> int:

@@ -1,5 +1,6 @@
 """Messages between ranks, and how they meet."""
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ from igpt_ds.dist import (
 )
 from igpt_ds.errors import InputError
 from igpt_ds.launcher import LaunchError
+
+
+def test_a_run_continues_when_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        dist.say("step 1")
+        dist.say("step 2")
 
 
 def test_rank_0_answers_for_all() -> None:

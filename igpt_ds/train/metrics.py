@@ -29,6 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from igpt_ds import dist
+from igpt_ds.cli import unread_output
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.ds_config import Run
 from igpt_ds.errors import InputError, naming
@@ -219,7 +220,8 @@ class Metrics:
             self.wandb.log(shown | {"images_seen": row["images_seen"]}, step=row["step"])
 
     def _say(self, line: str) -> None:
-        self.bar.write(line)
+        with unread_output():
+            self.bar.write(line)
 
 
 def slowest(seconds: Sequence[float]) -> tuple[int, float]:
