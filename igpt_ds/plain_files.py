@@ -69,6 +69,12 @@ def utf8_path(path: Path) -> Iterator[str]:
             os.close(descriptor)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """The path beside `path` whose name is that of `path` with an ending. "." and ".." have the names of their directories."""
+    whole = path if path.name not in ("", "..") else path.resolve()
+    return whole.parent / f"{whole.name}{ending}"
+
+
 def is_inside(path: Path, directory: Path) -> bool:
     """Whether a path is a file in a directory or below it, also after links were followed."""
     return path.is_file() and path.resolve().is_relative_to(directory.resolve())

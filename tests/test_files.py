@@ -29,7 +29,7 @@ from igpt_ds.files import atomic_dir, atomic_file, sha256_file
 from igpt_ds.json_files import json_line, read_json, read_json_lines, refuse_changed, seal, write_json, write_json_lines
 from igpt_ds.model.interchange.hf import _open_tensors
 from igpt_ds.model.store import _read_file, read_tensors, write_tensors
-from igpt_ds.plain_files import is_missing, open_plain, utf8_path
+from igpt_ds.plain_files import beside, is_missing, open_plain, utf8_path
 from igpt_ds.train.checkpoint.restricted import refuse_foreign_names
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 
@@ -386,3 +386,11 @@ def test_a_torn_line_of_a_file_that_is_written_whole_is_damage(tmp_path):
         assert read_json_lines(path) == [{"a": 1}]
         with pytest.raises(ValueError, match=r"a\.jsonl line 2 is not valid JSON"):
             read_json_lines(path, strict=True)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "other", "other/."])
+def test_what_lies_beside_a_directory_is_found_by_every_name_of_it(tmp_path, monkeypatch, name):
+    (tmp_path / "run" / "other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    expected = Path(name).resolve()
+    assert beside(Path(name), ".making").resolve() == expected.parent / f"{expected.name}.making"

@@ -31,7 +31,7 @@ from igpt_ds.ops.diagnose import behind, catches, clues, errors, failures, likel
 from igpt_ds.ops.rank_status import WATCH_SECONDS, RankStatus
 from igpt_ds.ops.status import read_lost, read_status
 from igpt_ds.ops.status_text import status_text
-from igpt_ds.plain_files import check_file, is_inside, open_plain
+from igpt_ds.plain_files import beside, check_file, is_inside, open_plain
 
 TAIL_BYTES, MOST_BYTES = 1 << 20, 1 << 28  # read of a log; size of the largest file that is packed
 STACK_SECONDS = 3.0  # to wait for the stacks of a rank
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if causes:  # last: the kernel's lines may be from an earlier job
         causes += [f"{clue.cause} ({clue.where}: {clue.line})" for clue in clues("dmesg", kernel.splitlines())]
     texts |= {"dmesg": kernel}
-    report = args.run_dir.with_name(f"{args.run_dir.resolve().name}-diagnosis-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
+    report = beside(args.run_dir, f"-diagnosis-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
     lines = [
         status_text(status),
         f"first failure   {failed[0] if failed else 'none in logs and heartbeats'}",

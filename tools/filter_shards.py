@@ -32,6 +32,7 @@ from igpt_ds.evaluate.features.network import PRECISIONS, check_layers, open_mod
 from igpt_ds.evaluate.report.figures import score_histogram
 from igpt_ds.files import move_dir, reserved, scratch_dir
 from igpt_ds.json_files import write_json
+from igpt_ds.plain_files import beside
 
 COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows of kept and of dropped images, screen pixels of an image's side
 DRAWN = 10_000  # kept and dropped images each; the sheet shows some of them, evenly spread by score
@@ -127,7 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f"--batch {args.batch} must be at least 1")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed} must be at least 0")
-    args.report = args.report or args.out.with_name(f"{args.out.name}_report")
+    args.report = args.report or beside(args.out, "_report")
     return args
 
 

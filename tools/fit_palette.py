@@ -29,6 +29,7 @@ from igpt_ds import cli
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, save_grid, square
 from igpt_ds.data.left_out import Tally, reason_of
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, report_path, save_palette
+from igpt_ds.data.shards.layout import MAX_PX
 from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD
 from igpt_ds.data.sources import LABELS, Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
@@ -123,6 +124,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"{name}={value} must be at least 1")
+    if args.n_px is not None and args.n_px > MAX_PX:
+        raise InputError(f"n_px={args.n_px} must be at most {MAX_PX}")
     if args.seed < 0:
         raise InputError(f"seed={args.seed} must be at least 0")
     if args.n_px is None and args.crop != "none":

@@ -25,6 +25,7 @@ from igpt_ds.evaluate.probes.sgd_search import RATES, SGD_HELD_OUT, RateSearch, 
 from igpt_ds.evaluate.probes.sgd_state import StateFile
 from igpt_ds.evaluate.report.results import add_results, make_row, read_results
 from igpt_ds.evaluate.report.tables import markdown_table
+from igpt_ds.plain_files import beside
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             kind,
             settings,
             search,
-            StateFile(args.out.with_name(f"{args.out.name}.{layer:02d}_{kind}.state"), args.save_every),
+            StateFile(beside(args.out, f".{layer:02d}_{kind}.state"), args.save_every),
         )
         rows.append(make_row(probe, train, evaluated, "sgd"))
         add_results(args.out, rows[-1:])

@@ -14,6 +14,8 @@ from typing import Any
 
 from igpt_ds.errors import InputError
 
+MAX_WORKERS = 1024  # each opens files and takes memory; a system's own limits end in errors of its libraries
+
 
 @contextmanager
 def process_pool(
@@ -22,8 +24,10 @@ def process_pool(
     """A pool of `workers` processes, each of which calls begin(*words) first. On exit, tasks that have not begun are cancelled.
 
     Raises:
-        ValueError: a process died.
+        ValueError: a process died, or there are too many.
     """
+    if workers > MAX_WORKERS:
+        raise InputError(f"workers={workers} must be at most {MAX_WORKERS}; use the number of cores")
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), initializer=begin, initargs=words)
     try:
         yield pool

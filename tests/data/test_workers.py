@@ -11,12 +11,18 @@ import time
 import pytest
 
 from igpt_ds.data.workers import process_pool
+from igpt_ds.errors import InputError
 
 
 def test_results_come_from_other_processes() -> None:
     with process_pool(2) as pool:
         assert os.getpid() not in {pool.submit(os.getpid).result() for _ in range(4)}
     assert multiprocessing.active_children() == []
+
+
+def test_more_workers_than_a_system_has_are_refused() -> None:
+    with pytest.raises(InputError, match="workers=99999999999 must be at most"), process_pool(99999999999):
+        pass
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.05, 0.2])

@@ -59,6 +59,7 @@ from igpt_ds.data.sources import Source
 from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_dir, reserved
 from igpt_ds.locks import locked
+from igpt_ds.plain_files import beside
 
 IMAGES_PER_PROCESS = 2048  # for fewer images another process costs more than it saves
 
@@ -146,7 +147,7 @@ def write_shards(path: Path, source: Source, *, part: Part = WHOLE, workers: int
     """
     check_work(part, workers, max_bad)
     # Other parts may be written at the same time, but the shards are not merged meanwhile.
-    with locked(path, shared=True), locked(path.with_name(f"{path.name}.part-{part.i}-of-{part.n}")):
+    with locked(path, shared=True), locked(beside(path, f".part-{part.i}-of-{part.n}")):
         return _write_part(path, source, part, workers, max_bad)
 
 

@@ -18,6 +18,7 @@ from igpt_ds.data.shards.index import ShardEntry, ShardIndex, read_index, split_
 from igpt_ds.data.shards.layout import Planned, ShardPlan, ShardSettings
 from igpt_ds.errors import InputError
 from igpt_ds.files import fsync_path, remove, reserved
+from igpt_ds.plain_files import beside
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
@@ -33,7 +34,7 @@ _PACKAGES = ("numpy", "pillow", "simplejpeg", "torch")  # packages that decode a
 
 def making(path: Path) -> Path:
     """The directory that holds the dataset directory `path` until it is complete."""
-    return path.with_name(f"{path.name}.making")
+    return beside(path, ".making")
 
 
 def merge_shards(path: Path, name: str | None = None, max_bad: float = DEFAULT_MAX_BAD) -> ShardIndex:

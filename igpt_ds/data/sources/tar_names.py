@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from shlex import quote
 
@@ -18,6 +19,9 @@ from igpt_ds.errors import InputError
 
 _COMPRESSED = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "tbz2": "bunzip2", "xz": "unxz", "txz": "unxz", "zst": "unzstd"}
 
+_DOWNLOADS = dict.fromkeys(("http", "https", "ftp"), "curl -sfL {}") | {"s3": "aws s3 cp {} -", "gs": "gcloud storage cat {}"}
+MAX_TARS = 1 << 20
+
 
 def expand(spec: str) -> list[str]:
     """The commands or paths that braces stand for."""
@@ -25,6 +29,9 @@ def expand(spec: str) -> list[str]:
         raise InputError("webdataset:pipe: names no command; write for example 'webdataset:pipe:cat web/{00000..00099}.tar'")
     if "{" not in spec:
         return [spec]
+    ranges = re.findall(r"\{([-+]?\d{1,18})\.\.([-+]?\d{1,18})", spec)  # braceexpand makes them whole before it yields a name
+    if prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_TARS or re.search(r"\.\.[-+]?\d{19}", spec):
+        raise InputError(f"webdataset: the braces of {spec!r} stand for more than {MAX_TARS} tars; correct the range")
     try:
         return list(braceexpand(spec))
     except ValueError:
@@ -34,7 +41,13 @@ def expand(spec: str) -> list[str]:
 def find(spec: str, beside: Tally) -> list[str]:
     """The tars on disk that a spec names. What else lies in a folder of tars is counted."""
     if "://" in spec:
-        raise InputError(f"webdataset:{spec} is not on disk; write for example 'webdataset:pipe:curl -sfL {spec}'")
+        command = _DOWNLOADS.get(spec.partition("://")[0].lower())
+        fix = (
+            f"write for example 'webdataset:pipe:{command.format(spec)}'"
+            if command
+            else "copy the tars to a disk and name them there"
+        )
+        raise InputError(f"webdataset:{spec} is not on disk; {fix}")
     path = Path(spec)
     if path.is_dir():
         tars = _tars_in(path, beside)

@@ -36,7 +36,7 @@ from igpt_ds.evaluate.features.manifest import (
 )
 from igpt_ds.files import move_dir, reserved
 from igpt_ds.npy import read_npy
-from igpt_ds.plain_files import reserve
+from igpt_ds.plain_files import beside, reserve
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
@@ -55,7 +55,7 @@ def array_names(manifest: FeatureManifest, split: str) -> list[str]:
 
 def part_dir(out: Path, part: Part) -> Path:
     """Where a part of the features `out` is written; `out` itself for the whole."""
-    return out if part == WHOLE else out.with_name(f"{out.name}.part-{part.i}-of-{part.n}")
+    return out if part == WHOLE else beside(out, f".part-{part.i}-of-{part.n}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class FeatureWriter:
         self._reserved = ExitStack()
         self._reserved.enter_context(reserved(target))
         self.target, self.manifest = target, manifest
-        self.path = target.with_name(f"{target.name}.partial")
+        self.path = beside(target, ".partial")
         self._progress = self.path / "progress.json"
         self.done: dict[str, int] = dict.fromkeys(manifest.splits, 0)
         try:

@@ -25,6 +25,7 @@ from igpt_ds.evaluate.features.manifest import (
 )
 from igpt_ds.files import atomic_dir, remove, reserved
 from igpt_ds.npy import read_npy
+from igpt_ds.plain_files import beside
 
 _COPY_BYTES = 1 << 26
 
@@ -75,7 +76,7 @@ def _merge(out: Path, directories: list[Path]) -> FeatureManifest:
 
 def _part_manifest(directory: Path) -> FeatureManifest:
     if not (directory / "manifest.json").is_file():
-        state = "is not finished" if directory.with_name(f"{directory.name}.partial").exists() else "does not exist"
+        state = "is not finished" if beside(directory, ".partial").exists() else "does not exist"
         raise InputError(f"part {directory} {state}; extract it with --part before you merge")
     return read_feature_manifest(directory, part=True)
 

@@ -17,7 +17,7 @@ import numpy as np
 from crc32c import crc32c
 
 from igpt_ds.errors import InputError
-from igpt_ds.plain_files import check_file
+from igpt_ds.plain_files import beside, check_file
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
@@ -50,7 +50,7 @@ class Bundle:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self.index = prefix.with_name(prefix.name + ".index")
+        self.index = beside(prefix, ".index")
         check_file(self.index)
         try:
             content = self.index.read_bytes()
@@ -71,7 +71,7 @@ class Bundle:
 
     def data_file(self, shard: int) -> Path:
         """The file that holds the tensors of a shard."""
-        return self.prefix.with_name(f"{self.prefix.name}.data-{shard:05d}-of-{self.n_shards:05d}")
+        return beside(self.prefix, f".data-{shard:05d}-of-{self.n_shards:05d}")
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, float32 in its stored shape, and compares its checksum.

@@ -207,6 +207,9 @@ def test_a_path_may_hold_braces(tmp_path, write_tar):
             "https://host/0.tar",
             r"webdataset:https://host/0.tar is not on disk; write for example 'webdataset:pipe:curl",
         ),
+        ("s3://host/0.tar", "'webdataset:pipe:aws s3 cp s3://host/0.tar -'"),
+        ("hf://host/0.tar", "hf://host/0.tar is not on disk; copy the tars to a disk"),
+        ("{tmp}/{{0..99999999999}}.tar", "{tmp}/.* more than 1048576 tars"),
         ("{tmp}/{{0..2.tar", r"webdataset: the braces of '{tmp}/\{0..2.tar' do not match; write for example \{00000..00099\}"),
     ],
 )
