@@ -39,7 +39,17 @@ def parser(description: str) -> argparse.ArgumentParser:
             named = "(default" in (action.help or "") or action.default in (None, []) or action.default is False
             return action.help if named else super()._get_help_string(action)
 
-    return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
+    return _Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses whole numbers that numpy and torch cannot hold."""
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise InputError(f"{'/'.join(action.option_strings) or action.dest} {arg_string} must be below 2^63")
+        return value
 
 
 class SharedError(InputError):

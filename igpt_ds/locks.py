@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from igpt_ds.errors import InputError
+from igpt_ds.errors import InputError, naming
 
 _HOLDER = re.compile(rb"\S+ \(pid \d+\)\n")
 _LONGEST = 1000  # bytes of a lock file
@@ -98,8 +98,9 @@ def note_holder(descriptor: int, text: str = "") -> None:
     """Writes this process and a text into a lock file that it holds. A file that no lock wrote is left as it is."""
     content = os.pread(descriptor, _LONGEST, 0)
     if not content or _HOLDER.match(content):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{socket.gethostname()} (pid {os.getpid()})\n{text}".encode(), 0)
+        with naming(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{socket.gethostname()} (pid {os.getpid()})\n{text}".encode(), 0)
 
 
 @contextmanager

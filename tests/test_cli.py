@@ -254,3 +254,11 @@ def test_a_missing_home_is_replaced(home, capsys, monkeypatch, tmp_path):
 
 def failing_not(argv):
     pass
+
+
+def test_a_flag_takes_no_number_that_libraries_cannot_hold():
+    parser = cli.parser("a tool")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    assert parser.parse_args(["--seeds", "-7", str(2**63 - 1)]).seeds == [-7, 2**63 - 1]
+    with pytest.raises(InputError, match="--seeds 99999999999999999999 must be below 2"):
+        parser.parse_args(["--seeds", "1", "99999999999999999999"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -165,3 +166,13 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path: Path, umask: int) -> 
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == (tmp_path / "d" / "a").stat().st_mode & 0o777 == 0o666 & ~umask
     assert (tmp_path / "d").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_full_disk_names_the_lock_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"\.rows\.lock"), locked(tmp_path / "rows"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -182,8 +182,8 @@ def _check(features: Tensor, labels: np.ndarray, C_grid: Sequence[float], tol: f
         raise InputError("the features hold values that are not finite; extract them again in fp32")
     if not len(C_grid) or not all(value > 0 and math.isfinite(value) for value in C_grid):
         raise InputError(f"C_grid={list(C_grid)} must hold positive numbers")
-    if not tol > 0:
-        raise InputError(f"tol={tol} must be greater than 0")
+    if not 0 < tol < float("inf"):
+        raise InputError(f"tol={tol} must be greater than 0 and finite")
     classes, targets = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise InputError(f"the labels hold {len(classes)} class; a classifier needs at least 2")

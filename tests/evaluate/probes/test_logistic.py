@@ -187,5 +187,7 @@ def test_bad_input(arguments, complaint):
 
 
 def test_bad_tol():
+    with pytest.raises(ValueError, match="tol=inf must be greater than 0 and finite"):
+        fit_logistic(X, Y, [1.0], tol=float("inf"))
     with pytest.raises(ValueError, match="tol=0 must be greater than 0"):
         fit_logistic(X, Y, [1.0], tol=0)
