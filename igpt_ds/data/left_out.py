@@ -78,7 +78,7 @@ class LeftOut:
     def __str__(self) -> str:
         more = ", ..." if self.n > len(self.names) and self.reason != TORN else ""
         kind = f" {self.ending}" if self.ending else ""
-        return f"{self.reason}: {self.n}{kind} ({', '.join(self.names)}{more})"
+        return f"{self.reason}: {self.n}{kind} ({', '.join(self.names)}{more})".replace("\n", "\\n")  # one row is one line
 
 
 def ending_of(name: str) -> str:

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from igpt_ds.data.left_out import LOOSE, BadImageError, Tally, ending_of, why_not
+from igpt_ds.data.left_out import LOOSE, BadImageError, LeftOut, Tally, ending_of, why_not
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,7 @@ def test_rows_stay_few_and_join():
 def test_a_reason_travels_between_processes():
     error = pickle.loads(pickle.dumps(BadImageError("it is empty", "empty")))
     assert (str(error), error.reason) == ("it is empty", "empty")
+
+
+def test_a_line_break_in_a_name_makes_no_second_line():
+    assert "\n" not in str(LeftOut(".x", "cannot be decoded", 1, ["a\nleft out    nothing"], True))
