@@ -31,7 +31,7 @@ _sequence_groups: dict[str, td.ProcessGroup] = {}  # ours under "ours", once `st
 
 
 def join(backend: str, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Joins the process group with all ranks of the launch.
+    """Joins the process group with all ranks of the launch. A process that has joined already stays in its group.
 
     Args:
         backend: "gloo" or "nccl".
@@ -40,6 +40,8 @@ def join(backend: str, timeout: timedelta = timedelta(minutes=30)) -> None:
     Raises:
         LaunchError: MASTER_ADDR cannot be resolved, MASTER_PORT is taken, or not all ranks came in time.
     """
+    if td.is_initialized():
+        return
     map_environment(os.environ)
     check_address(os.environ)
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
