@@ -105,7 +105,8 @@ def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
     said = [line for line in failed.stderr.splitlines() if line.startswith("train.py: error")]
     assert len(said) == 1, failed.stderr[-3000:]
     assert "step-00000008 could not be saved: on rank 1" in said[0]
-    assert "File too large; its files were removed, and the previous checkpoint is unchanged" in said[0]
+    assert "File too large; raise the limit" in said[0]
+    assert "the previous checkpoint is unchanged; --resume auto continues" in said[0]
     assert "exitcode  : 2" in failed.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 

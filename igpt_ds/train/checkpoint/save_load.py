@@ -130,7 +130,7 @@ def agree(errors: list[str], unfinished: Path, what: str) -> None:
         dist.from_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         raise SharedError(
             f"{what}: on rank {failed[0][0]} {failed[0][1]}; its files were removed, and the previous checkpoint is "
-            "unchanged: free some space there (or repair the disk) and run the same command again with --resume auto"
+            "unchanged; --resume auto continues from it"
         )
 
 
