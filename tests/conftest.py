@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import launcher
 import numpy as np
 import pytest
 import torch
 from launcher import Launcher
 from PIL import Image
 
-from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.data.images import decode_image
 from igpt_ds.data.palette import fit_palette
@@ -83,7 +83,7 @@ def same_environment() -> Iterator[None]:
 @pytest.fixture
 def free_port() -> int:
     """A TCP port for a test that starts ranks by itself."""
-    return dist.free_port()
+    return launcher.free_port()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -20,8 +21,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from igpt_ds import dist
-
 ROOT = Path(__file__).parent.parent
 MARK = "IGPT_DS_TEST_LAUNCH"  # in the environment of every process that a test launches, and of its children
 
@@ -35,6 +34,19 @@ def server() -> socket.socket:
     theirs.close()
     atexit.register(process.kill)
     return ours
+
+
+_ports = itertools.count(13 * os.getpid())
+
+
+def free_port() -> int:
+    """A TCP port that no other worker of pytest-xdist gets, and that the system does not hand out by itself."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    while True:
+        port = 10_000 + 2_000 * worker + next(_ports) % 2_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Forked:
@@ -135,7 +147,7 @@ class Launcher:
         `by` is what starts a Python program: "ranks" is ranks.py; "deepspeed" is its launcher, six seconds slower; "python" is
         a new interpreter, for a program whose libraries read the environment when they are imported.
         """
-        words, port = [str(word) for word in command], str(dist.free_port())
+        words, port = [str(word) for word in command], str(free_port())
         environment = os.environ | {MARK: self._mark} | (env or {})
         if ranks is not None:
             environment["MASTER_PORT"] = port

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import launcher
 import psutil
 import pytest
 
-from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.json_files import read_json_lines
 
@@ -289,7 +289,7 @@ def alone() -> Callable[..., None]:
     """alone(2, "train.py", ...) runs a program on so many ranks, without SLURM, to its end."""
 
     def run(ranks: int, *words: str) -> None:
-        command = ["deepspeed", f"--num_gpus={ranks}", f"--master_port={dist.free_port()}", *words]
+        command = ["deepspeed", f"--num_gpus={ranks}", f"--master_port={launcher.free_port()}", *words]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
