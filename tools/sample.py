@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from igpt_ds import cli
-from igpt_ds.data.images import decode_image, save_gif, save_grid, square
+from igpt_ds.data.given_images import read_images
+from igpt_ds.data.images import save_gif, save_grid
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
@@ -86,7 +87,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="shard directory with images to complete (default: none)")
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
     parser.add_argument("--ids", type=int, nargs="+", help="ids of images in the split (default: --columns ids, evenly spread)")
-    parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="image files to complete, cropped to their centre")
+    parser.add_argument(
+        "--images", type=Path, nargs="+", metavar="PATH", help="image files or folders to complete, cropped to their centre"
+    )
     parser.add_argument(
         "--prefix_rows", type=int, help="upper pixel rows that a completion starts from (default: half of the image)"
     )
@@ -136,8 +139,9 @@ def given_images(model: Transformer, palette: Palette, args: argparse.Namespace)
     """The images to complete or to map, int64 [N, T]; None without --data and --images."""
     n_px = model.config.n_px
     if args.images:
-        pixels = [square(decode_image(file.read_bytes(), str(file)), n_px) for file in args.images]
-        return torch.from_numpy(palette.encode(np.stack(pixels)).reshape(len(pixels), -1).astype(np.int64))
+        images = read_images(args.images, palette, n_px)
+        images.print_left_out()
+        return torch.from_numpy(images.tokens(np.arange(images.n_images)).reshape(images.n_images, -1).astype(np.int64))
     if not args.data:
         return None
     shards = ShardSet(args.data, args.split)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
+from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.index import AGAIN, ShardEntry, ShardIndex, read_index
 from igpt_ds.data.shards.mapped import MappedRecords
 from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
@@ -24,6 +25,27 @@ from igpt_ds.errors import InputError
 from igpt_ds.plain_files import check_file
 
 _CHUNK = 1024  # images checked at once
+
+
+class ImageSet(Protocol):
+    """What evaluation reads: a split of shards (`ShardSet`), or images in memory (`data/given_images.GivenImages`)."""
+
+    path: Path
+    split: str
+    name: str
+    n_images: int
+    n_px: int
+    n_vocab: int
+    classes: list[str]
+    palette: Palette
+    palette_hash: str
+    dataset_hash: str
+
+    def tokens(self, ids: np.ndarray) -> np.ndarray:
+        """The token grids of some images: int64 [B] -> uint16 [B, n_px, n_px]."""
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """The class indices of some images: int64 [B] -> int64 [B]; -1 for an image without a class."""
 
 
 class DamagedImagesError(InputError):

@@ -16,7 +16,7 @@ from typing import cast
 import numpy as np
 from tqdm import tqdm
 
-from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.dataset import ImageSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureWriter, part_dir
@@ -27,7 +27,7 @@ from igpt_ds.model.objectives import draw_masks
 _SAVE_SECONDS = 30.0
 _FP16_MAX = float(np.finfo(np.float16).max)
 
-ReadMeans = Callable[[ShardSet, np.ndarray, "int | None"], LayerMeans]  # shards, ids, number of the mask -> features
+ReadMeans = Callable[[ImageSet, np.ndarray, "int | None"], LayerMeans]  # shards, ids, number of the mask -> features
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Extraction:
 
 def extract(
     out: Path,
-    shard_sets: Sequence[ShardSet],
+    shard_sets: Sequence[ImageSet],
     network: Network,
     origin: Origin,
     wanted: Extraction | None = None,
@@ -74,7 +74,7 @@ def extract(
     origin = replace(origin, precision=network.precision, dtype=wanted.dtype)
     origin = replace(origin, mask_seed=wanted.mask_seed) if any(draws) else replace(origin, mask_prob=None, mask_seed=None)
 
-    def read(shards: ShardSet, ids: np.ndarray, draw: int | None) -> LayerMeans:
+    def read(shards: ImageSet, ids: np.ndarray, draw: int | None) -> LayerMeans:
         mask = None
         if draw is not None:
             numbers = ids + (draw << 40)  # the masks of different draws are independent
@@ -87,7 +87,7 @@ def extract(
 
 def extract_pixels(
     out: Path,
-    shard_sets: Sequence[ShardSet],
+    shard_sets: Sequence[ImageSet],
     batch: int = 256,
     dtype: str = "fp32",
     report: Callable[[str], None] | None = None,
@@ -95,7 +95,7 @@ def extract_pixels(
     """Writes the palette colours of every image, [N, 3 T] in [-1, 1]: the input of a probe without a model."""
     colors = shard_sets[0].palette.colors
 
-    def read(shards: ShardSet, ids: np.ndarray, draw: int | None) -> LayerMeans:
+    def read(shards: ImageSet, ids: np.ndarray, draw: int | None) -> LayerMeans:
         return {(0, "pixels"): colors[shards.tokens(ids)].reshape(len(ids), -1)}
 
     origin = Origin("pixels", shard_sets[0].palette_hash, "none", dtype=dtype)
@@ -104,7 +104,7 @@ def extract_pixels(
 
 
 def _manifest(
-    shard_sets: Sequence[ShardSet], draws: Sequence[int], origin: Origin, layers: list[int], kinds: Sequence[str], n_features: int
+    shard_sets: Sequence[ImageSet], draws: Sequence[int], origin: Origin, layers: list[int], kinds: Sequence[str], n_features: int
 ) -> FeatureManifest:
     """The manifest of the whole."""
     splits = {
@@ -128,7 +128,7 @@ class _Job:
     """The share of one process: the images of each shard set, the writer, and the function that computes their features."""
 
     writer: FeatureWriter
-    shares: dict[ShardSet, range]
+    shares: dict[ImageSet, range]
     read: ReadMeans
     step: int
 
@@ -153,7 +153,7 @@ class _Job:
         rate = len(ids) / seconds
         report(f"{self.writer.target}: about {rate:.1f} images/s, {passes / rate / 60:.1f} minutes")
 
-    def _masks(self, shards: ShardSet) -> list[int | None]:
+    def _masks(self, shards: ImageSet) -> list[int | None]:
         return list(dict.fromkeys(mask for _, _, mask in self.writer.manifest.places(shards.split)))
 
     def run(self) -> None:
@@ -173,7 +173,7 @@ class _Job:
                         saved = time.monotonic()
         self.writer.finish({shards.split: shards.labels(np.asarray(share)) for shards, share in self.shares.items()})
 
-    def _write(self, shards: ShardSet, first: int, mask: int | None, means: LayerMeans) -> None:
+    def _write(self, shards: ImageSet, first: int, mask: int | None, means: LayerMeans) -> None:
         half = self.writer.manifest.origin.dtype == "fp16"
         for (layer, kind), array in means.items():
             if not np.isfinite(array).all():
@@ -186,7 +186,7 @@ class _Job:
 def _write(
     out: Path,
     whole: FeatureManifest,
-    shard_sets: Sequence[ShardSet],
+    shard_sets: Sequence[ImageSet],
     read: ReadMeans,
     step: int,
     part: Part,
@@ -206,7 +206,7 @@ def _write(
         raise
 
 
-def _share(shards: ShardSet, step: int, part: Part) -> range:
+def _share(shards: ImageSet, step: int, part: Part) -> range:
     """The images of part i of n: whole steps, as equal as possible."""
     part.check()
     steps = -(-shards.n_images // step)

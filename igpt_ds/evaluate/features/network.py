@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_ds.data.palette import load_palette
-from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.dataset import ImageSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.model.store import fresh_model, load_model, load_without_blocks, read_info, read_tensors
@@ -55,7 +55,7 @@ def check_layers(layers: Sequence[int] | None, n_layer: int) -> list[int]:
 
 
 def open_model(
-    model_dir: Path, shards: ShardSet, untrained: int | None = None, blocks_elsewhere: bool = False
+    model_dir: Path, shards: ImageSet, untrained: int | None = None, blocks_elsewhere: bool = False
 ) -> tuple[Transformer, Origin]:
     """The model of a model dir, or an untrained model of the same shape. The shards must have its n_px and palette.
 
