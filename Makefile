@@ -1,10 +1,9 @@
 # make demo, make test: each sets up .venv by itself when it is missing or out of date. No root, no activated environment.
 SHELL := bash
-PYTHON ?= python3
 INSTALLED := .venv/.installed
 # What a recipe runs sees .venv first, for DeepSpeed looks for ninja on PATH.
 IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH";
-SCRIPTS := .ci/run $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
+SCRIPTS := .ci/run .ci/fresh_machine $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
 
 .DELETE_ON_ERROR:
 .PHONY: help install demo paper test test_fast check bench
@@ -12,6 +11,7 @@ SCRIPTS := .ci/run $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z_]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'No CUDA: make TORCH=cpu install (demo, test ...); TORCH=cu126, rocm7.1 ... are other builds of PyTorch. .venv keeps its build.'
 	@echo 'Another Python: make PYTHON=/path/to/python3 install. From scratch: rm -rf .venv'
 
 install: $(INSTALLED) ## set up .venv with the pinned packages of requirements.txt
@@ -40,22 +40,13 @@ bench: $(INSTALLED) ## ours beside its peers, about two minutes: make bench IMAG
 check: $(INSTALLED) ## format, lint, types, shell scripts
 	@$(IN_VENV) ruff format --check . && ruff check . && mypy && shellcheck $(SCRIPTS) && echo "check: all clean"
 
-# The stamp holds the place that .venv was made for: scripts in a copied or moved one point to the old place.
+# The stamp's first line is the place that .venv was made for, the second PyTorch's build: another place or build installs anew.
 ifneq ($(wildcard $(INSTALLED)),)
-ifneq ($(shell .venv/bin/python -c '' 2>/dev/null && cat $(INSTALLED)),$(CURDIR))
-.PHONY: $(INSTALLED) .venv/bin/python
+STAMP := $(shell .venv/bin/python -c '' 2>/dev/null && cat $(INSTALLED))
+ifneq ($(STAMP),$(strip $(CURDIR) $(or $(TORCH),$(shell sed -n 2p $(INSTALLED)))))
+.PHONY: $(INSTALLED)
 endif
 endif
 
-$(INSTALLED): requirements.txt pyproject.toml | .venv/bin/python
-	@echo "installing the pinned packages into .venv (the first time takes minutes)"
-	@.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
-	@printf '%s' "$(CURDIR)" > $@
-
-ANOTHER := another Python: make PYTHON=/path/to/python3 install
-.venv/bin/python:
-	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; Python 3.10 or newer is needed. To name $(ANOTHER)" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), 3.10 or newer is needed. To name $(ANOTHER)" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments; Debian and Ubuntu: apt install python3-venv. To name $(ANOTHER)" >&2; exit 1; }
-	@[ ! -L .venv ] || { [ -d .venv ] && [ -z "$$(ls -A .venv/)" ]; } || { echo "error: .venv is a link to another directory, which would be emptied, or to none; rm .venv" >&2; exit 1; }
-	@"$(PYTHON)" -m venv --clear .venv
+$(INSTALLED): requirements.txt pyproject.toml
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash tools/install.sh

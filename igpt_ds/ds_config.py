@@ -17,6 +17,8 @@ from igpt_ds.config import CHECKPOINTING, Recipe, recipe_to_dict
 from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json
 
+SHIPPED = (Path(__file__).parent / "ds_configs").resolve()  # ds_configs/ of the repository, or its copy in an installed wheel
+
 
 class _OurSection(TypedDict, total=False):
     activation_checkpointing: str

@@ -18,14 +18,13 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.config import CHECKPOINTING, Recipe, get_recipe
-from igpt_ds.ds_config import DsConfig, Run, join, load_ds_config
+from igpt_ds.ds_config import SHIPPED, DsConfig, Run, join, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.plan.estimate import DOLLARS, Estimate, NoPlan, Price, estimate
 from igpt_ds.plan.step_time import GPUS, Cluster
 from igpt_ds.plan.text import describe_plan, describe_table
 
-DIRECTORY = Path(__file__).parents[2] / "ds_configs"
 TABLE = tuple(2**power for power in range(3, 12))  # 8 to 2048 GPUs
 # A plan with hpZ, or with ZeRO stage 1 or 2, must win by more than this share of the time: both have trained wrongly.
 MARGINS = {"hpz": 0.10, "sharded less": 0.05}
@@ -37,7 +36,7 @@ def shipped(checkpointing: str | None = None) -> dict[str, DsConfig]:
     Args:
         checkpointing: only those with this mode of activation checkpointing.
     """
-    found = {path.name: load_ds_config(path) for path in sorted(DIRECTORY.glob("*.json"))}
+    found = {path.name: load_ds_config(path) for path in sorted(SHIPPED.glob("*.json"))}
     wanted = {
         name: values
         for name, values in found.items()

@@ -15,12 +15,13 @@ from typing import Any
 from igpt_ds import cli
 from igpt_ds.config import INITS, ModelConfig, Recipe, get_recipe, override
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD
+from igpt_ds.ds_config import SHIPPED
 from igpt_ds.errors import InputError
 from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.train import run_dir
 from igpt_ds.train.metrics import require_wandb
 
-DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_bf16.json"
+DS_CONFIG = SHIPPED / "zero3_bf16.json"
 KNOBS = {  # help texts
     "batch_images": "images per step, over all ranks",
     "steps": "number of optimizer steps",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.config import RECIPES, get_recipe
+from igpt_ds.ds_config import SHIPPED
 from igpt_ds.evaluate.report.results import read_all
 from igpt_ds.json_files import read_json, write_json_lines
 from igpt_ds.paper import budget
@@ -20,7 +21,6 @@ from igpt_ds.paper.scales import SCALES, Images, Training, get_scale
 from igpt_ds.paper.stage import Stage, command_line
 from igpt_ds.paper.stages import stages
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
-from igpt_ds.plan.options import DIRECTORY
 from igpt_ds.plan.step_time import GPUS, Cluster
 
 H100S = Cluster(GPUS["h100-80g"])
@@ -221,7 +221,7 @@ def test_a_finished_paper_ends_at_once(launch: Any, tmp_path: Path, script: str)
 
 
 def test_the_commands_for_a_script(tool: Any, tmp_path: Path) -> None:
-    out, fp32 = tmp_path / "out", DIRECTORY / "zero3_fp32.json"
+    out, fp32 = tmp_path / "out", SHIPPED / "zero3_fp32.json"
     asked = ["--scale", "tiny", "--out", out, "--ds_config", fp32, "--commands"]
     lines = [line.split("\x1f") for line in tool("paper_plan", *asked)[1].splitlines()]
     assert lines[0][:4] == ["palette", "tool", "", ""]
@@ -263,7 +263,7 @@ def test_own_images_with_one_recipe_go_all_the_way_to_tables(tool: Any, tmp_path
 @pytest.mark.slow
 def test_the_paper_at_toy_size(launch: Any, run_stages: Any, tmp_path: Path) -> None:
     out = tmp_path / "paper"
-    run_stages(["--scale", "tiny", "--out", out, "--ds_config", DIRECTORY / "zero3_fp32.json", "--steps", "4"])
+    run_stages(["--scale", "tiny", "--out", out, "--ds_config", SHIPPED / "zero3_fp32.json", "--steps", "4"])
     tables = (out / "tables.md").read_text()
     assert [tables.count(f"### Table {number}") for number in range(1, 6)] == [1] * 5
     for ours in ("5 masks vote | val", "none, from scratch | joint", "digits, "):

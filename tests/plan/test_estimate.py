@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpt_ds.config import RECIPES, get_recipe, override
-from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.ds_config import SHIPPED, join, load_ds_config
 from igpt_ds.plan.costs import GIB, memory
 from igpt_ds.plan.estimate import Price, estimate, rank_layout
-from igpt_ds.plan.options import DIRECTORY, Request, dry_run, main, network, options
+from igpt_ds.plan.options import Request, dry_run, main, network, options
 from igpt_ds.plan.step_time import GPUS, Cluster
 
 XL = get_recipe("igpt_xl_ar_64")
@@ -27,7 +27,7 @@ def best(recipe, gpus, cluster=H100S):
 
 
 def test_a_layout_is_read_from_the_ds_config():
-    runs = {path.stem: join(XL, load_ds_config(path), 64) for path in DIRECTORY.glob("*.json")}
+    runs = {path.stem: join(XL, load_ds_config(path), 64) for path in SHIPPED.glob("*.json")}
     layouts = {name: rank_layout(run) for name, run in runs.items()}
     assert {name: one.stage for name, one in layouts.items() if one.stage != 3} == {"zero1_bf16": 1, "zero2_bf16": 2}
     assert {name for name, one in layouts.items() if one.hpz > 1} == {"zero3_hpz_bf16"}
@@ -58,7 +58,7 @@ def test_what_is_chosen_multiplies_out(name, gpus, gpu):
         parts, n_ctx = one.run.sequence_parallel, recipe.model.n_ctx
         assert recipe.model.n_head % parts == 0
         assert (parts - 1) * math.ceil(n_ctx / parts) < n_ctx, "the last of them may have fewer tokens, but some"
-        again = join(recipe, load_ds_config(DIRECTORY / one.ds_config), gpus, one.run.micro_batch, one.run.sequence_parallel)
+        again = join(recipe, load_ds_config(SHIPPED / one.ds_config), gpus, one.run.micro_batch, one.run.sequence_parallel)
         assert one.memory.total == memory(recipe.model, rank_layout(again)).total
 
 
@@ -66,7 +66,7 @@ def test_what_is_chosen_multiplies_out(name, gpus, gpu):
 @settings(deadline=None, max_examples=60)
 def test_the_numbers_of_gpus_that_are_named_do_divide(batch_images, gpus):
     recipe = dataclasses.replace(XL, batch_images=batch_images)
-    few = {"zero3_bf16.json": load_ds_config(DIRECTORY / "zero3_bf16.json")}
+    few = {"zero3_bf16.json": load_ds_config(SHIPPED / "zero3_bf16.json")}
     try:
         options(Request(recipe, gpus, H100S, few))
     except ValueError as error:
@@ -107,7 +107,7 @@ def test_where_nothing_fits_the_nearest_comes_first_and_says_so(capsys):
 
 
 def test_money_days_and_disk():
-    run = join(XL, load_ds_config(DIRECTORY / "zero3_bf16.json"), 64)
+    run = join(XL, load_ds_config(SHIPPED / "zero3_bf16.json"), 64)
     one = estimate(run, "zero3_bf16.json", H100S, Price(2.0, keep_last=3, keep_every=500_000))
     assert one.days == pytest.approx(one.step.seconds * 2_000_000 / 86400)
     assert one.gpu_hours == pytest.approx(64 * 24 * one.days)
@@ -135,7 +135,7 @@ def test_the_text_names_what_matters(capsys):
         "81.73 GB a checkpoint; 2 kept and one being written: 245.2 GB",
     ):
         assert words in text
-    names = [path.name for path in DIRECTORY.glob("*.json") if "bf16" in path.name and "sequence" not in path.name]
+    names = [path.name for path in SHIPPED.glob("*.json") if "bf16" in path.name and "sequence" not in path.name]
     assert all(text.count(name) >= 1 for name in names)
     assert "recommended" in text
 
@@ -145,7 +145,7 @@ def test_shared_images_and_rough_sums_are_told(capsys):
     text = capsys.readouterr().out
     assert "64 groups of 4 ranks that share an image x micro batch 1" in text
     assert "--sequence_parallel 4" in text
-    run = join(XL, load_ds_config(DIRECTORY / "zero1_bf16.json"), 8, micro_batch=1)
+    run = join(XL, load_ds_config(SHIPPED / "zero1_bf16.json"), 8, micro_batch=1)
     assert "accumulation 8 (gradients summed in half precision: choose another ds_config)" in dry_run(
         run, "zero1_bf16.json", 2, 0
     )
@@ -245,7 +245,7 @@ def test_a_recipe_with_other_knobs_is_planned_by_them():
 
 
 def test_what_is_offloaded_lies_in_the_hosts_memory(capsys):
-    file = DIRECTORY / "zero3_bf16_offload_optimizer.json"
+    file = SHIPPED / "zero3_bf16_offload_optimizer.json"
     main(["--recipe", "igpt_xl_ar_64", "--gpus", "16", "--ds_config", str(file), "--json"])
     (one,) = json.loads(capsys.readouterr().out)
     assert one["host_bytes_a_node"] == pytest.approx(16 * 6_810_875_904 / 2)
