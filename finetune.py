@@ -21,32 +21,37 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from igpt_ds import cli, dist, launcher
-from igpt_ds.data.loader import check_shards
+from igpt_ds import cli, launcher
+from igpt_ds.command_line import lazy
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.classification import result, write_confusion
 from igpt_ds.evaluate.report.results import add_results, read_results
-from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.plan.options import dry_run
-from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
 from igpt_ds.train.checkpoint.directory import choose_checkpoint
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts
-from igpt_ds.train.checkpoint.save_load import load_checkpoint
 from igpt_ds.train.early import EarlyStop
-from igpt_ds.train.engine import check_ds_config
-from igpt_ds.train.finetune_flags import finetune_recipe, parse, starting_point
-from igpt_ds.train.finetuning import finetuning_loss, measure
-from igpt_ds.train.loop import fit
-from igpt_ds.train.session import FinetuneStart, Session, open_session
-from igpt_ds.train.stream import batches
+from igpt_ds.train.finetune_flags import parse
+
+with lazy.imports():
+    from igpt_ds import dist
+    from igpt_ds.data.loader import check_shards
+    from igpt_ds.evaluate.classification import result, write_confusion
+    from igpt_ds.model.store import ModelInfo, read_info
+    from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
+    from igpt_ds.train.checkpoint.save_load import load_checkpoint
+    from igpt_ds.train.engine import check_ds_config
+    from igpt_ds.train.finetuning import finetune_recipe, finetuning_loss, measure, starting_point
+    from igpt_ds.train.loop import fit
+    from igpt_ds.train.session import FinetuneStart, Session, open_session
+    from igpt_ds.train.stream import batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tunes: images and weights, run, session, loop; then the model dir and the test split."""
     args = parse(__doc__ or "", argv)
+    lazy.load()
     launcher.map_environment(os.environ)
     images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)
     start = starting_point(args)

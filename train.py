@@ -24,25 +24,30 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from igpt_ds import cli, dist, launcher
+from igpt_ds import cli, launcher
+from igpt_ds.command_line import lazy
 from igpt_ds.config import with_warmup_epochs
-from igpt_ds.data.loader import check_shards
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.plan.options import dry_run
-from igpt_ds.train.engine import check_ds_config
 from igpt_ds.train.flags import choose_recipe, parse
-from igpt_ds.train.loop import fit, pretraining_loss
-from igpt_ds.train.session import open_session
-from igpt_ds.train.stream import batches
-from igpt_ds.train.validation import validation_loss
+
+with lazy.imports():
+    from igpt_ds import dist
+    from igpt_ds.data.loader import check_shards
+    from igpt_ds.data.streaming import ShardStream
+    from igpt_ds.train.engine import check_ds_config
+    from igpt_ds.train.loop import fit, pretraining_loss
+    from igpt_ds.train.session import open_session
+    from igpt_ds.train.stream import batches
+    from igpt_ds.train.validation import validation_loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains: opens the images, joins the run, opens a session, runs the loop."""
     args = parse(__doc__ or "", argv)
+    lazy.load()
     launcher.map_environment(os.environ)
     images = None if args.dry_run and args.warmup_epochs is None else open_images(args)
     run = choose_run(args, images)

@@ -1,8 +1,7 @@
-"""What every entry point shares: a strict argument parser, printable output, and one-line errors with a non-zero exit."""
+"""What every entry point shares: an argument parser, printable output, and one-line errors with a non-zero exit."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import locale
 import os
@@ -12,9 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from igpt_ds.command_line.parser import Parser, program
 from igpt_ds.errors import InputError, error_text, naming
 from igpt_ds.launcher import RANK_VARIABLES, LaunchError
 
@@ -29,27 +28,9 @@ _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 _BAR = re.compile(r"\r|\n*(\x1b\[A)*$")  # how tqdm starts a progress bar's line, or moves between the lines of several
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser that refuses abbreviated flags and shows defaults; `description` is the tool's docstring."""
-
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the docstring's line breaks. Adds each flag's default, except None, False, [] and what the help text names."""
-
-        def _get_help_string(self, action: argparse.Action) -> str | None:
-            named = "(default" in (action.help or "") or action.default in (None, []) or action.default is False
-            return action.help if named else super()._get_help_string(action)
-
-    return _Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses whole numbers that numpy and torch cannot hold."""
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        value = super()._get_value(action, arg_string)
-        if isinstance(value, int) and abs(value) >= 1 << 63:
-            raise InputError(f"{'/'.join(action.option_strings) or action.dest} {arg_string} must be below 2^63")
-        return value
+def parser(description: str) -> Parser:
+    """An argument parser whose mistakes are one line; `description` is the program's docstring."""
+    return Parser(description)
 
 
 class SharedError(InputError):
@@ -178,7 +159,7 @@ def run(main: Callable[[Sequence[str] | None], None], ranks: bool = False) -> No
     except (InputError, OSError) as error:
         _refuse(error)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        print(f"{program()}: interrupted", file=sys.stderr, flush=True)
         _tell("interrupted")
         if _joined_ranks():
             _leave(130)
@@ -208,7 +189,7 @@ def _refuse(error: InputError | OSError) -> NoReturn:
     if not silent and (joined or isinstance(error, LaunchError) or os.environ.get("LOCAL_RANK", "0") == "0"):
         line = "; ".join(part.strip() for part in error_text(error).split("\n") if part.strip())
         with contextlib.suppress(OSError):
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+            print(f"{program()}: error: {line}", file=sys.stderr, flush=True)
     if isinstance(error, OSError) and error.filename == _OUTPUT:
         _discard_output()
     _tell(error_text(error))

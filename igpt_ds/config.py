@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from igpt_ds.command_line.nearest import unknown_value
 from igpt_ds.errors import InputError
 
 CHECKPOINTING = ("none", "selective", "full")  # of activations: keep all, recompute the cheap ones, or recompute whole blocks
@@ -175,7 +176,7 @@ def get_recipe(name: str) -> Recipe:
         ValueError: there is none; the error lists the known ones.
     """
     if name not in RECIPES:
-        raise InputError(f"recipe {name!r} is unknown; known: {', '.join(RECIPES)}")
+        raise InputError(f"recipe {unknown_value(name, RECIPES)}")
     return RECIPES[name]
 
 

@@ -119,7 +119,10 @@ def test_override_reaches_knobs_and_shape_and_changes_nothing_else():
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"^recipe 'igpt_s' is unknown; known: .*, igpt_s_ar_32, .*igpt_l_bert_32$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^recipe 'igpt_s' is unknown; did you mean igpt_s_ar_32 or igpt_s_bert_32\? known: .*_32$",
+    ):
         get_recipe("igpt_s")
 
 

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.model.store import read_info
-from igpt_ds.train.checkpoint.consolidate import consolidate
+from igpt_ds.command_line import lazy
+
+with lazy.imports():
+    from igpt_ds.model.store import read_info
+    from igpt_ds.train.checkpoint.consolidate import consolidate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--step", type=int, help="step of the checkpoint (default: the newest complete one; after fine-tuning the best one)"
     )
     args = parser.parse_args(argv)
+    lazy.load()
 
     step, size = consolidate(args.run_dir, args.out, args.step)
     print(f"{args.out}: step {step}, {size:,} parameters, sha256 {read_info(args.out).model_hash[:16]}")

@@ -16,14 +16,20 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from igpt_ds import cli, dist
+from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate import likelihood
-from igpt_ds.evaluate.features.network import PRECISIONS, open_model, pick_device
+from igpt_ds.evaluate.features.manifest import PRECISIONS
 from igpt_ds.evaluate.report.results import add_results, likelihood_row, read_results
-from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.provenance import git_commit
+
+with lazy.imports():
+    from igpt_ds import dist
+    from igpt_ds.evaluate import likelihood
+    from igpt_ds.evaluate.features.network import open_model, pick_device
+    from igpt_ds.model.store import ModelInfo, read_info
+
 
 BERT_FLAGS = ("mask_draws", "mask_prob", "seed")
 UNITS = {"nats_per_token": "nats per token", "bits_per_token": "bits per token", "bits_per_sub_pixel": "bits per sub-pixel"}
@@ -32,6 +38,7 @@ UNITS = {"nats_per_token": "nats per token", "bits_per_token": "bits per token",
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures on all ranks; rank 0 prints and writes."""
     args = parse(argv)
+    lazy.load()
     device = pick_device(args.device)
     if args.results:
         read_results(args.results)  # finds a damaged file before the measurement

@@ -13,15 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from igpt_ds import cli
-from igpt_ds.data.loader import check_shards
+from igpt_ds.command_line import lazy
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.classification import check_classes, result, write_confusion
 from igpt_ds.evaluate.report.results import add_results, read_results
-from igpt_ds.model.store import load_classifier
+
+with lazy.imports():
+    import torch
+
+    from igpt_ds.data.loader import check_shards
+    from igpt_ds.evaluate.classification import check_classes, result, write_confusion
+    from igpt_ds.model.store import load_classifier
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("mask_draws", "batch"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    lazy.load()
 
     model, info = load_classifier(args.model)
     held_out, evaluated = ShardSet(args.data, args.val_split), ShardSet(args.data, args.eval_split)

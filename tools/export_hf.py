@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.data.palette import load_palette
 from igpt_ds.errors import InputError
-from igpt_ds.model.interchange.hf import write_hf
-from igpt_ds.model.store import load_model, read_info
+
+with lazy.imports():
+    from igpt_ds.model.interchange.hf import write_hf
+    from igpt_ds.model.store import load_model, read_info
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="model dir")
     parser.add_argument("--out", type=Path, required=True, help="HF directory to write")
     args = parser.parse_args(argv)
+    lazy.load()
 
     objective = read_info(args.model).objective
     if objective != "ar":

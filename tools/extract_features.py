@@ -29,13 +29,17 @@ from functools import partial
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
-from igpt_ds.evaluate.features.manifest import DTYPES
+from igpt_ds.evaluate.features.manifest import DTYPES, KINDS, PRECISIONS
 from igpt_ds.evaluate.features.merge import merge_parts
-from igpt_ds.evaluate.features.network import KINDS, PRECISIONS, Network, open_model, pick_device
+
+with lazy.imports():
+    from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
+    from igpt_ds.evaluate.features.network import Network, open_model, pick_device
+
 
 say = partial(print, flush=True)
 
@@ -43,6 +47,7 @@ say = partial(print, flush=True)
 def main(argv: Sequence[str] | None = None) -> None:
     """Merges parts, or extracts the features of the shards."""
     args = parse(argv)
+    lazy.load()
     if args.merge:
         images = sum(about.n_images for about in merge_parts(args.out, args.merge).splits.values())
         say(f"{args.out}: {images} images of {args.merge} parts")

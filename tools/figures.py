@@ -26,13 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.classification import read_confusion
 from igpt_ds.evaluate.features.files import open_features
-from igpt_ds.evaluate.neighbours import nearest_images, probe_confusion
-from igpt_ds.evaluate.probes.linear import ProbeSettings
 from igpt_ds.evaluate.report import figures_paper
 from igpt_ds.evaluate.report.figures import layer_curve, plan_curve, rate_curve, training_curve
 from igpt_ds.evaluate.report.results import best_row, by_layer, experiment, read_all
@@ -40,6 +38,12 @@ from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.evaluate.report.run_files import PlanRow, ReportedRun, read_curve, read_plan
 from igpt_ds.train.run_dir import read_run
 from igpt_ds.train.sweep import read_sweep
+
+with lazy.imports():
+    from igpt_ds.evaluate.classification import read_confusion
+    from igpt_ds.evaluate.neighbours import nearest_images, probe_confusion
+    from igpt_ds.evaluate.probes.linear import ProbeSettings
+
 
 # What each figure reads: in words, the flags that it needs, and the flags that it allows besides --title and --out.
 READS: dict[str, tuple[str, set[str], set[str]]] = {
@@ -63,6 +67,7 @@ FLAGS = ("runs", "results", "dataset", "features", "counts", "data", "kind", "qu
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the chosen figure."""
     args = parse(argv)
+    lazy.load()
     draw = {
         "layers": layers,
         "datasets": datasets,

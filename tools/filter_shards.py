@@ -22,17 +22,21 @@ from tqdm import tqdm
 
 from igpt_ds import cli
 from igpt_ds.arrays import new_array
+from igpt_ds.command_line import lazy
 from igpt_ds.data.images import save_grid
 from igpt_ds.data.shards.build import copy_images
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.domain import Domain, FeatureReader, fit_domain, keep_best, n_to_keep
-from igpt_ds.evaluate.features.manifest import Origin
-from igpt_ds.evaluate.features.network import PRECISIONS, check_layers, open_model, pick_device
+from igpt_ds.evaluate.features.manifest import PRECISIONS, Origin
 from igpt_ds.evaluate.report.figures import score_histogram
 from igpt_ds.files import move_dir, reserved, scratch_dir
 from igpt_ds.json_files import write_json
 from igpt_ds.plain_files import beside
+
+with lazy.imports():
+    from igpt_ds.evaluate.domain import Domain, FeatureReader, fit_domain, keep_best, n_to_keep
+    from igpt_ds.evaluate.features.network import check_layers, open_model, pick_device
+
 
 COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows of kept and of dropped images, screen pixels of an image's side
 DRAWN = 10_000  # kept and dropped images each; the sheet shows some of them, evenly spread by score
@@ -74,6 +78,7 @@ class FitReport:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits, scores every candidate, writes report and shards."""
     args = parse(argv)
+    lazy.load()
     reference, candidates = ShardSet(args.reference, args.reference_split), ShardSet(args.candidates, args.candidates_split)
     check(reference, candidates)
     n = n_to_keep(candidates.n_images, args.keep)

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.data.palette import Palette, load_palette, save_palette
 from igpt_ds.errors import InputError
 from igpt_ds.files import reserved, scratch_dir
-from igpt_ds.model.interchange.hf import ImportedModel, read_hf, save_imported
-from igpt_ds.model.store import read_info
+
+with lazy.imports():
+    from igpt_ds.model.interchange.hf import ImportedModel, read_hf, save_imported
+    from igpt_ds.model.store import read_info
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--palette", type=Path, help="palette.npy, where the directory has no 'clusters' (default: the directory's own)"
     )
     args = parser.parse_args(argv)
+    lazy.load()
 
     imported = read_hf(args.hf)
     palette = choose_palette(imported, args.hf, args.palette)

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH, load_palette
 from igpt_ds.errors import InputError
-from igpt_ds.model.interchange.hf import save_imported
-from igpt_ds.model.interchange.openai import read_openai
-from igpt_ds.model.store import read_info
+
+with lazy.imports():
+    from igpt_ds.model.interchange.hf import save_imported
+    from igpt_ds.model.interchange.openai import read_openai
+    from igpt_ds.model.store import read_info
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--palette", type=Path, required=True, help="kmeans_centers.npy of the release")
     parser.add_argument("--out", type=Path, required=True, help="model dir to write")
     args = parser.parse_args(argv)
+    lazy.load()
 
     palette = load_palette(args.palette)
     imported = read_openai(args.checkpoint)

@@ -22,24 +22,32 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
-from igpt_ds.evaluate.features.network import KINDS, pick_device
-from igpt_ds.evaluate.probes import variants
-from igpt_ds.evaluate.probes.linear import C_GRID, PROBE_DTYPES, Probe, ProbeSettings, linear_probe
+from igpt_ds.evaluate.features.manifest import KINDS
+from igpt_ds.evaluate.probes.settings import C_GRID, LABELS, N_MASKS, PROBE_PRECISIONS, SUBSETS
 from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.evaluate.report.tables import markdown_table
 
-Results = Iterator[Probe | variants.LowDataProbe]
+with lazy.imports():
+    from igpt_ds.evaluate.features.network import pick_device
+    from igpt_ds.evaluate.probes import variants
+    from igpt_ds.evaluate.probes.linear import Probe, ProbeSettings, linear_probe
+
+
+Results: TypeAlias = "Iterator[Probe | variants.LowDataProbe]"
 say = partial(print, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Probes and prints the table of best layers."""
     args = parse(argv)
+    lazy.load()
     read_results(args.out)  # finds a damaged file before the first probe
     settings = ProbeSettings.of(
         args.C_grid, tol=args.tol, seed=args.seed, device=pick_device(args.device), precision=args.precision
@@ -93,14 +101,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max_train", type=int, help="every_layer: fit on this many training images, classes in proportion (default: all)"
     )
     parser.add_argument(
-        "--n_labels", type=int, nargs="+", default=variants.LABELS, help="low_data: labels per subset, one result for each number"
+        "--n_labels", type=int, nargs="+", default=LABELS, help="low_data: labels per subset, one result for each number"
     )
-    parser.add_argument("--subsets", type=int, default=variants.SUBSETS, help="low_data: random subsets per number of labels")
-    parser.add_argument("--n_masks", type=int, default=variants.N_MASKS, help="mask_vote: masks per image that vote")
+    parser.add_argument("--subsets", type=int, default=SUBSETS, help="low_data: random subsets per number of labels")
+    parser.add_argument("--n_masks", type=int, default=N_MASKS, help="mask_vote: masks per image that vote")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
     )
-    parser.add_argument("--precision", choices=list(PROBE_DTYPES), default="fp32", help="precision of the features in memory")
+    parser.add_argument("--precision", choices=PROBE_PRECISIONS, default="fp32", help="precision of the features in memory")
     args = parser.parse_args(argv)
     if args.max_train is not None and args.protocol != "every_layer":
         raise InputError(f"--max_train is only for --protocol every_layer, not {args.protocol}; omit it")

@@ -24,19 +24,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from igpt_ds import cli, dist, launcher
+from igpt_ds import cli, launcher
+from igpt_ds.command_line import lazy
 from igpt_ds.ds_config import load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file
 from igpt_ds.json_files import write_json
 from igpt_ds.ops.preflight import verdict
-from igpt_ds.ops.preflight.board import Board
-from igpt_ds.ops.preflight.node import PlannedRun, attempt, host_of_rank, node_name, run_node_checks
-from igpt_ds.ops.preflight.ranks import all_reduce_speed, clock_offset, link_speeds, training_step
 from igpt_ds.ops.preflight.record import NodeReport, report_from_dict
 from igpt_ds.ops.preflight.report import result_text
-from igpt_ds.train.engine import start_ranks
 from igpt_ds.train.flags import choose_recipe, parse
+
+with lazy.imports():
+    from igpt_ds import dist
+    from igpt_ds.ops.preflight.board import Board
+    from igpt_ds.ops.preflight.node import PlannedRun, attempt, host_of_rank, node_name, run_node_checks
+    from igpt_ds.ops.preflight.ranks import all_reduce_speed, clock_offset, link_speeds, training_step
+    from igpt_ds.train.engine import start_ranks
+
 
 STAGES = 4  # each waits at most --timeout_s: arrival, checks alone, checks together, end
 
@@ -49,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--timeout_s {args.timeout_s:g} must be more than 0 seconds")
     if args.dry_run:
         raise InputError("--dry_run checks no nodes; give it to train.py")
+    lazy.load()
     launcher.map_environment(os.environ)
     ranks = args.ranks or dist.world_size()
     recipe = partial(choose_recipe, args)

@@ -18,15 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.errors import InputError
 from igpt_ds.files import reserved
 from igpt_ds.locks import locked
 from igpt_ds.train import run_lock
 from igpt_ds.train.checkpoint.directory import choose_checkpoint, commit, recover
-from igpt_ds.train.checkpoint.disk import SLACK, require_space
 from igpt_ds.train.checkpoint.manifest import Checkpoint, file_entry, read_checkpoint, refuse_damaged
-from igpt_ds.train.checkpoint.reshard import saved_sub_group_size, target_layout, write_rank
-from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
+
+with lazy.imports():
+    from igpt_ds.train.checkpoint.disk import SLACK, require_space
+    from igpt_ds.train.checkpoint.reshard import saved_sub_group_size, target_layout, write_rank
+    from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
+
 
 MOST_RANKS = 4096
 
@@ -55,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.checkpoint and args.step is not None:
         raise InputError(f"--step {args.step} goes with --run_dir; --checkpoint {args.checkpoint} is one step already")
+    lazy.load()
     if args.checkpoint:
         recover(args.checkpoint)
         checkpoint = read_checkpoint(args.checkpoint)

@@ -17,21 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.data.given_images import read_images
 from igpt_ds.data.images import save_gif, save_grid
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.features.network import PRECISIONS, pick_device
-from igpt_ds.evaluate.likelihood import pixel_nats
+from igpt_ds.evaluate.features.manifest import PRECISIONS
 from igpt_ds.evaluate.report.figures import heat_maps
-from igpt_ds.model.sampling import Filter, sample
-from igpt_ds.model.store import load_model
-from igpt_ds.model.transformer import Transformer
+
+with lazy.imports():
+    import torch
+
+    from igpt_ds.evaluate.features.network import pick_device
+    from igpt_ds.evaluate.likelihood import pixel_nats
+    from igpt_ds.model.sampling import Filter, sample
+    from igpt_ds.model.store import load_model
+    from igpt_ds.model.transformer import Transformer
+
 
 NOT_GIVEN, EMPTY = 200, 128  # grey levels of pixels to come, and of empty places
 GIF_FRAMES = 64
@@ -48,6 +54,8 @@ class Tile:
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the model, samples, writes the files."""
     args = parse(argv)
+    lazy.load()
+    args.device = pick_device(args.device)
     model, info = load_model(args.model, "ar")
     palette = load_palette(args.model / "palette.npy")
     if palette.hash != info.palette_hash:
@@ -114,7 +122,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision", choices=PRECISIONS, default="fp32", help="precision of weights and matrix products (default: fp32)"
     )
     args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
     least = {"rows": 0, "columns": 1, "completions": 1, "scale": 1, "batch": 1, "seed": 0}
     for name, smallest in least.items():
         if getattr(args, name) is not None and getattr(args, name) < smallest:

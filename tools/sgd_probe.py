@@ -18,19 +18,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
-from igpt_ds.evaluate.features.network import KINDS, pick_device
-from igpt_ds.evaluate.probes.sgd_search import RATES, SGD_HELD_OUT, RateSearch, SgdProbe, SgdSettings, sgd_probe
-from igpt_ds.evaluate.probes.sgd_state import StateFile
+from igpt_ds.evaluate.features.manifest import KINDS
+from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings
 from igpt_ds.evaluate.report.results import add_results, make_row, read_results
 from igpt_ds.evaluate.report.tables import markdown_table
 from igpt_ds.plain_files import beside
+
+with lazy.imports():
+    from igpt_ds.evaluate.features.network import pick_device
+    from igpt_ds.evaluate.probes.sgd_search import RateSearch, SgdProbe, sgd_probe
+    from igpt_ds.evaluate.probes.sgd_state import StateFile
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Probes layer by layer and prints the table of best layers."""
     args = parse(argv)
+    lazy.load()
     read_results(args.out)  # finds a damaged file before the first probe
     search = RateSearch(args.rates, args.together, args.held_out)
     settings = SgdSettings(

@@ -19,17 +19,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.errors import InputError
-from igpt_ds.ops.torture import damages, kills, writers
 from igpt_ds.ops.torture.trial import BARS, Figures, table, total
-from igpt_ds.ops.torture.world import make_world
 from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
+
+with lazy.imports():
+    import torch
+
+    from igpt_ds.ops.torture import damages, kills, writers
+    from igpt_ds.ops.torture.world import make_world
+
 
 FIGURES = Format("igpt_ds.torture", "figures of trials", "try again with tools/torture.py --out", 1, 1, 1)
 QUICK = {"mutations": 200, "kills": 30, "pairs": 4}  # about a minute on two cores
@@ -43,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         saved = FIGURES.read(args.show)
         print(table([record_from(Figures, row, f"figures {args.show}", FIGURES.fix) for row in saved["rows"]]))
         return
+    lazy.load()
     torch.set_num_threads(1)  # a forked process has only the thread that forked it
     temporary = Path(tempfile.mkdtemp(prefix="igpt_ds-torture-"))
     try:

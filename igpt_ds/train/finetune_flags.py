@@ -1,4 +1,4 @@
-"""The command line of finetune.py. In: words. Out: checked values and a recipe.
+"""The command line of finetune.py. In: words. Out: checked values, of which train/finetuning.py makes a recipe.
 
 train/flags.py adds the flags that finetune.py shares with train.py.
 """
@@ -6,17 +6,14 @@ train/flags.py adds the flags that finetune.py shares with train.py.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.config import GEN_SCALES, LOSSES, Finetune, Recipe, get_recipe
+from igpt_ds.config import GEN_SCALES, LOSSES
 from igpt_ds.errors import InputError
-from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.flags import add_cadence_flags, add_guard_flags, add_image_flags, add_machine_flags, check_numbers
-from igpt_ds.train.run_dir import read_recipe
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -96,47 +93,3 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("epochs", "warmup_epochs"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name):g} must be a number of at least 0")
-
-
-def starting_point(args: argparse.Namespace) -> ModelInfo:
-    """The shape and objective of --model, or of --recipe or --config, whose model_hash is "".
-
-    Raises:
-        ValueError: there is no such model dir or recipe, or the file holds none.
-    """
-    if args.model is not None:
-        return read_info(args.model)
-    recipe = get_recipe(args.recipe) if args.recipe else read_recipe(args.config)
-    return ModelInfo(recipe.model, recipe.objective, "", 0, 0, "", recipe.mask_prob, recipe.init)
-
-
-def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_classes: int) -> Recipe:
-    """The recipe of the fine-tuning.
-
-    Args:
-        info: the result of `starting_point`.
-        n_images: images of the training split. If each image is stored as several crops, each crop counts.
-
-    Raises:
-        ValueError: a value is out of range, or the shards have no classes.
-    """
-    steps = math.ceil(args.epochs * n_images / args.batch_images) if args.steps is None else args.steps
-    layer = info.config.n_layer if args.layer is None else args.layer
-    start = info.model_hash if args.untrained is None else ""
-    recipe = Recipe(
-        "finetune",
-        info.config,
-        args.batch_images,
-        steps,
-        args.lr,
-        min(steps, math.ceil(args.warmup_epochs * n_images / args.batch_images)),
-        info.objective,
-        init=info.init,
-        spike_sigmas=args.spike_sigmas,
-        clip=args.clip,
-        augment_pad=args.augment_pad,
-        augment_flip=args.augment_flip,
-        seed=args.seed if args.untrained is None else args.untrained,
-        finetune=Finetune(n_classes, layer, start, args.loss, args.gen_scale),
-    )
-    return recipe if info.mask_prob is None else dataclasses.replace(recipe, mask_prob=info.mask_prob)

@@ -1,21 +1,26 @@
-"""What fine-tuning adds to the loop (paper 2.3): its loss and its validation.
+"""What fine-tuning adds to the loop (paper 2.3): its start, its recipe, its loss and its validation.
 
 gen_loss and clf_loss come from one pass through a `Classifier`; batches carry labels. Called by finetune.py.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 
 from igpt_ds import dist
-from igpt_ds.config import Recipe
+from igpt_ds.config import Finetune, Recipe, get_recipe
 from igpt_ds.data.loader import Batch
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.model.classifier import class_loss, total
+from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.engine import LossFunction
 from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.run_dir import read_recipe
 from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
 
@@ -68,3 +73,47 @@ def measure(
     if finetune.loss == "clf":
         del measured["val_gen_loss"]
     return measured
+
+
+def starting_point(args: argparse.Namespace) -> ModelInfo:
+    """The shape and objective of --model, or of --recipe or --config, whose model_hash is "".
+
+    Raises:
+        ValueError: there is no such model dir or recipe, or the file holds none.
+    """
+    if args.model is not None:
+        return read_info(args.model)
+    recipe = get_recipe(args.recipe) if args.recipe else read_recipe(args.config)
+    return ModelInfo(recipe.model, recipe.objective, "", 0, 0, "", recipe.mask_prob, recipe.init)
+
+
+def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_classes: int) -> Recipe:
+    """The recipe of the fine-tuning.
+
+    Args:
+        info: the result of `starting_point`.
+        n_images: images of the training split. If each image is stored as several crops, each crop counts.
+
+    Raises:
+        ValueError: a value is out of range, or the shards have no classes.
+    """
+    steps = math.ceil(args.epochs * n_images / args.batch_images) if args.steps is None else args.steps
+    layer = info.config.n_layer if args.layer is None else args.layer
+    start = info.model_hash if args.untrained is None else ""
+    recipe = Recipe(
+        "finetune",
+        info.config,
+        args.batch_images,
+        steps,
+        args.lr,
+        min(steps, math.ceil(args.warmup_epochs * n_images / args.batch_images)),
+        info.objective,
+        init=info.init,
+        spike_sigmas=args.spike_sigmas,
+        clip=args.clip,
+        augment_pad=args.augment_pad,
+        augment_flip=args.augment_flip,
+        seed=args.seed if args.untrained is None else args.untrained,
+        finetune=Finetune(n_classes, layer, start, args.loss, args.gen_scale),
+    )
+    return recipe if info.mask_prob is None else dataclasses.replace(recipe, mask_prob=info.mask_prob)

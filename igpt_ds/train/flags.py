@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from igpt_ds.ds_config import SHIPPED
 from igpt_ds.errors import InputError
 from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.train import run_dir
-from igpt_ds.train.metrics import require_wandb
 
 DS_CONFIG = SHIPPED / "zero3_bf16.json"
 KNOBS = {  # help texts
@@ -190,6 +190,16 @@ def check_numbers(args: argparse.Namespace) -> None:
         require_wandb()
     if not 0 <= args.max_bad < 1:
         raise InputError(f"--max_bad {args.max_bad:g} must be at least 0 and below 1")
+
+
+def require_wandb() -> None:
+    """Refuses --wandb before anything starts if the package is missing.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave --wandb out")
 
 
 def knob_fields() -> list[dataclasses.Field[Any]]:

@@ -11,7 +11,6 @@ images, and one matrix product of fixed size per row. They show a throttled GPU,
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import os
 import resource
@@ -32,7 +31,7 @@ from igpt_ds import dist
 from igpt_ds.cli import unread_output
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.ds_config import Run
-from igpt_ds.errors import InputError, naming
+from igpt_ds.errors import naming
 from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plain_files import open_plain, utf8_path
@@ -229,16 +228,6 @@ def slowest(seconds: Sequence[float]) -> tuple[int, float]:
     rank = max(range(len(seconds)), key=lambda index: seconds[index])
     middle = statistics.median(seconds)
     return rank, seconds[rank] / middle if middle else 1.0
-
-
-def require_wandb() -> None:
-    """Refuses --wandb before anything starts if the package is missing.
-
-    Raises:
-        ValueError: wandb is not installed.
-    """
-    if importlib.util.find_spec("wandb") is None:
-        raise InputError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave --wandb out")
 
 
 def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:

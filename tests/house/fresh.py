@@ -3,7 +3,8 @@
     python tests/house/fresh.py            the JSON that the house tests read
     python tests/house/fresh.py --flags    one line a flag, for tests/house/flags.txt
 
-torch and numpy are loaded once, before the forks, so that the whole house takes seconds and not minutes.
+What many load is loaded once, before the forks, so that the whole house takes seconds and not minutes. The programs come first:
+they must answer --help and a wrong flag without torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import PIL.Image
+import tqdm  # noqa: F401  (loaded before the forks)
 
 ROOT = Path(__file__).parents[2]
 ENTRY = '\nif __name__ == "__main__":\n'
@@ -53,6 +55,8 @@ def _source(module: str) -> str:
 
 def import_module(name: str) -> dict[str, Any]:
     """What importing did besides defining names."""
+    import torch
+
     environment, rng, threads = dict(os.environ), torch.get_rng_state(), torch.get_num_threads()
     numbers, dtype = str(np.random.get_state()), torch.get_default_dtype()
     __import__(name)
@@ -63,11 +67,11 @@ def import_module(name: str) -> dict[str, Any]:
     }
 
 
-def ask_help(program: str) -> dict[str, Any]:
-    """Runs `program --help`; the long flags that it lists."""
-    sys.argv = [program, "--help"]
-    output, status = io.StringIO(), 0
-    with contextlib.redirect_stdout(output):
+def run_program(program: str, *words: str) -> tuple[int, str, str]:
+    """Runs a program in this process: its exit status and what it printed to stdout and stderr."""
+    sys.argv = [program, *words]
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
             if program.startswith("-m "):
                 runpy.run_module(program[3:], run_name="__main__", alter_sys=True)
@@ -76,9 +80,21 @@ def ask_help(program: str) -> dict[str, Any]:
                 runpy.run_path(str(ROOT / program), run_name="__main__")
         except SystemExit as end:
             status = end.code or 0
-    usage = output.getvalue()
+    return status, output.getvalue(), errors.getvalue()
+
+
+def ask_help(program: str) -> dict[str, Any]:
+    """Runs a program with a flag that none has, and with --help; its answers, and the long flags that it lists."""
+    refused, _, mistake = run_program(program, "--hepl")
+    status, usage, _ = run_program(program, "--help")
     listed = re.findall(r"^  (?:-\w(?: \w+)?, )?(--\w+)(?:, (--[\w-]+))?", usage, flags=re.MULTILINE)
-    return {"status": status, "help": usage, "flags": sorted({flag for pair in listed for flag in pair if flag} - {"--help"})}
+    return {
+        "refused": refused,
+        "mistake": mistake,
+        "status": status,
+        "help": usage,
+        "flags": sorted({flag for pair in listed for flag in pair if flag} - {"--help"}),
+    }
 
 
 def in_fork(work: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
@@ -107,7 +123,8 @@ def in_fork(work: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every module, every program."""
+    """Every program, then every module."""
+    PIL.Image.init()
     reports = {name: in_fork(ask_help, name) for name in programs()}
     if sys.argv[1:] == ["--flags"]:
         broken = [f"{name} --help\n{report['error']}" for name, report in reports.items() if report["error"]]
@@ -119,7 +136,10 @@ def main() -> None:
             print(program)
             print(*(f"    {flag}" for flag in report["flags"]), sep="\n")
     else:
-        print(json.dumps({"modules": {name: in_fork(import_module, name) for name in modules()}, "programs": reports}))
+        import torch  # noqa: F401  (loaded before the forks)
+
+        imported = {name: in_fork(import_module, name) for name in modules()}
+        print(json.dumps({"modules": imported, "programs": reports}))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
 
 
 def test_unknown_recipe(main: Any) -> None:
-    with pytest.raises(ValueError, match=r"recipe 'igpt_xxl' is unknown; known: .*igpt_xl_ar_64"):
+    with pytest.raises(ValueError, match=r"recipe 'igpt_xxl' is unknown; did you mean igpt_.*known: .*igpt_xl_ar_64"):
         main(["train.py", "--recipe", "igpt_xxl", "--dry_run"])
 
 
@@ -40,9 +40,8 @@ def test_the_mask_of_an_objective_that_hides_nothing(main: Any, capsys: pytest.C
         main(["train.py", "--recipe", "igpt_s_ar_32", "--mask_prob", "0.2", "--dry_run"])
     main(["train.py", "--recipe", "igpt_s_bert_32", "--mask_prob", "0.2", "--init", "sparse_transformer", "--dry_run"])
     assert "igpt_s_bert_32" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="--init 'xavier' is unknown; known: released"):
         main(["train.py", "--recipe", "igpt_s_bert_32", "--init", "xavier", "--dry_run"])
-    assert "invalid choice: 'xavier'" in capsys.readouterr().err
 
 
 def test_missing_paths(main: Any, command: Command, tmp_path: Path) -> None:
@@ -162,4 +161,4 @@ def test_a_user_sees_one_line_and_status_2(launch: Any, command: Command) -> Non
 def test_an_unknown_or_abbreviated_flag_is_refused(launch: Any, command: Command) -> None:
     done = launch(command("run", "--stepz", "8"))
     assert done.returncode == 2
-    assert "unrecognized arguments: --stepz" in done.stderr
+    assert "unknown flag --stepz; did you mean --steps?" in done.stderr

@@ -12,7 +12,8 @@ import pytest
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import join
 from igpt_ds.json_files import read_json_lines
-from igpt_ds.train.metrics import SLOW, Metrics, TrainingRow, memory_gib, require_wandb, slowest
+from igpt_ds.train.flags import require_wandb
+from igpt_ds.train.metrics import SLOW, Metrics, TrainingRow, memory_gib, slowest
 
 
 @pytest.fixture

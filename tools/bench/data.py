@@ -23,13 +23,12 @@ from typing import Any
 
 import harness
 import numpy as np
-import torch
 from harness import BenchRow, medians
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.data.images import DEFAULT_FILTER, decode_image, square
 from igpt_ds.data.kmeans import kmeans
-from igpt_ds.data.loader import BatchLayout, Loader
 from igpt_ds.data.palette import ColorCounts, Palette, fit_palette, prepare_table, save_palette
 from igpt_ds.data.palette_table import build_table, nearest
 from igpt_ds.data.shards.build import copy_images, write_dataset
@@ -37,6 +36,12 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.errors import InputError
+
+with lazy.imports():
+    import torch
+
+    from igpt_ds.data.loader import BatchLayout, Loader
+
 
 N_COLORS = 512  # the paper's (3.2)
 BATCH = 128  # images
@@ -75,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.images is None:
         raise InputError("--images is needed: a folder of JPEGs")
+    lazy.load()
 
     with harness.one_core(), tempfile.TemporaryDirectory() as directory:
         world = open_world(args.images, args.quick, Path(directory))

@@ -20,21 +20,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from device import BANDWIDTH, PEAK, DeviceSession
 from harness import BenchRow, read_bench
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.config import CHECKPOINTING, ModelConfig, get_recipe, override
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.errors import InputError
-from igpt_ds.model.objectives import autoregressive_loss
-from igpt_ds.model.sampling import Decoder, choose
-from igpt_ds.model.transformer import Transformer
 from igpt_ds.plan import costs
+
+with lazy.imports():
+    import torch
+    import torch.nn.functional as F
+    from device import BANDWIDTH, PEAK, DeviceSession
+    from torch import Tensor, nn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from igpt_ds.model.objectives import autoregressive_loss
+    from igpt_ds.model.sampling import Decoder, choose
+    from igpt_ds.model.transformer import Transformer
+
 
 TOTAL, FULL = 540.0, 150.0  # seconds for everything, and of these the seconds reserved for the whole XL
 DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3_bf16_full_checkpointing.json"
@@ -52,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(read_bench(args.show).table(with_cores=False))
         return
+    lazy.load()
     if not args.toy and not torch.cuda.is_available():
         raise InputError("torch sees no GPU here; --toy runs on a CPU")
     session = DeviceSession(args.toy, args.out, torch.device("cpu" if args.toy else "cuda"), time.monotonic() + TOTAL - FULL)
@@ -222,10 +228,10 @@ def sampling(session: DeviceSession) -> None:
     for size, n_px, B in (("xl", 64, 1), ("xl", 64, 16), ("s", 32, 512)):
         config = session.config(size, n_px)
         what = f"sampling {size.upper()} {n_px}x{n_px}, {B} at once"
-        session.attempt(what, 20, partial(_draw, session, what, config, 2 if session.toy else B))
+        with torch.inference_mode():
+            session.attempt(what, 20, partial(_draw, session, what, config, 2 if session.toy else B))
 
 
-@torch.inference_mode()
 def _draw(session: DeviceSession, what: str, config: ModelConfig, B: int) -> list[BenchRow]:
     steps = 4 if session.toy else 64
     P = config.n_ctx - 2 * steps

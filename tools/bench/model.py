@@ -19,17 +19,22 @@ from typing import Any
 
 import harness
 import numpy as np
-import torch
-import torch.nn.functional as F
 from harness import BenchRow, medians
-from torch import Tensor, nn
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.config import CHECKPOINTING, ModelConfig
-from igpt_ds.model.interchange.hf import write_hf
-from igpt_ds.model.objectives import autoregressive_loss
-from igpt_ds.model.sampling import sample
-from igpt_ds.model.transformer import Transformer
+
+with lazy.imports():
+    import torch
+    from plain import Plain
+    from torch import Tensor
+
+    from igpt_ds.model.interchange.hf import write_hf
+    from igpt_ds.model.objectives import autoregressive_loss
+    from igpt_ds.model.sampling import sample
+    from igpt_ds.model.transformer import Transformer
+
 
 PACKAGES = ("torch", "transformers")
 HF = "HF ImageGPT"
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(harness.read_bench(args.show).table())
         return
+    lazy.load()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory of the measured processes returns to the system at once
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the start and stop messages of the profiler
     with harness.one_core():
@@ -78,7 +84,7 @@ def our_model(config: ModelConfig, mode: str = "none") -> Transformer:
     """Our model with weights of one seed. The output matrix is random, because zeros would make every gradient zero."""
     torch.manual_seed(0)
     model = Transformer(config, activation_checkpointing=mode)
-    nn.init.normal_(model.head.weight, std=0.02)
+    torch.nn.init.normal_(model.head.weight, std=0.02)
     return model
 
 
@@ -97,41 +103,6 @@ def hf_model(config: ModelConfig) -> Any:
         )
 
 
-class _PlainBlock(nn.Module):  # of nanoGPT without biases; `ours` uses our norm and activation as plain operations
-    def __init__(self, config: ModelConfig, ours: bool) -> None:
-        super().__init__()
-        C = config.n_embd
-        self.n_head, self.ours = config.n_head, ours
-        self.ln_1, self.ln_2 = _plain_norm(C, ours), _plain_norm(C, ours)
-        self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
-        self.c_fc, self.mlp_proj = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(self.ln_1(x)).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
-        y = self.c_fc(self.ln_2(x))
-        return x + self.mlp_proj(y * torch.sigmoid(1.702 * y) if self.ours else F.gelu(y))
-
-
-class _Plain(nn.Module):  # of nanoGPT, without a start of sequence: tokens [B, T] -> logits [B, T, V]
-    def __init__(self, config: ModelConfig, ours: bool) -> None:
-        super().__init__()
-        C = config.n_embd
-        self.wte, self.wpe = nn.Embedding(config.n_vocab, C), nn.Embedding(config.n_ctx, C)
-        self.blocks = nn.Sequential(*(_PlainBlock(config, ours) for _ in range(config.n_layer)))
-        self.ln_f, self.lm_head = _plain_norm(C, ours), nn.Linear(C, config.n_vocab, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.wte(tokens) + self.wpe(torch.arange(tokens.size(1)))
-        return self.lm_head(self.ln_f(self.blocks(x)))
-
-
-def _plain_norm(C: int, ours: bool) -> nn.Module:
-    return nn.RMSNorm(C, eps=1e-5) if ours else nn.LayerNorm(C, bias=False)
-
-
 def _some_tokens(config: ModelConfig, B: int) -> Tensor:
     return torch.randint(config.n_vocab, (B, config.n_ctx), generator=torch.Generator().manual_seed(1))
 
@@ -141,7 +112,7 @@ def train_step(kind: str, config: ModelConfig) -> Step:
     if kind == HF:
         model = hf_model(config).train()
     else:
-        model = (_Plain(config, kind == "plain") if kind in ("nanoGPT", "plain") else our_model(config, kind)).train()
+        model = (Plain(config, kind == "plain") if kind in ("nanoGPT", "plain") else our_model(config, kind)).train()
     adam = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
     tokens = _some_tokens(config, 1)
 
@@ -249,9 +220,13 @@ def checkpointing(world: World) -> list[BenchRow]:
     return rows
 
 
-@torch.inference_mode()
 def sampling(world: World) -> list[BenchRow]:
     """Sampling whole images: with cached keys and values, without, and by HF's generate with its cache."""
+    with torch.inference_mode():
+        return _sampling(world)
+
+
+def _sampling(world: World) -> list[BenchRow]:
     rows, sizes = [], (16, 16 if world.quick else 32)  # without a cache 32x32 takes minutes
     for B, n_px, peer, bar in ((1, sizes[0], "no cache", 6.0), (4, sizes[1], "HF generate", 1.3)):
         shape = world.config(4, n_px)

@@ -23,14 +23,19 @@ from typing import Any
 
 import harness
 import numpy as np
-import torch
 from harness import BenchRow
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.evaluate.features.files import FeatureSet, FeatureWriter, open_features
 from igpt_ds.evaluate.features.manifest import FeatureManifest, FeatureSplit, Origin
-from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe, stratified_order
-from igpt_ds.evaluate.probes.logistic import fit_logistic
+
+with lazy.imports():
+    import torch
+
+    from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe, stratified_order
+    from igpt_ds.evaluate.probes.logistic import fit_logistic
+
 
 PACKAGES = ("torch", "scikit-learn", "numpy")
 SKLEARN = "scikit-learn LogisticRegression, one value after another"
@@ -79,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(harness.read_bench(args.show).table())
         return
+    lazy.load()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory of the measured processes returns to the system at once
     with tempfile.TemporaryDirectory() as directory:
         features = args.features or draw_features(Path(directory) / "drawn", args.quick, args.toy)

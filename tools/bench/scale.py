@@ -26,7 +26,8 @@ import numpy as np
 import psutil
 from harness import BenchRow
 
-from igpt_ds import cli, dist
+from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.config import Recipe, get_recipe, override, recipe_to_dict
 from igpt_ds.data.palette import fit_palette
 from igpt_ds.data.shards.build import write_dataset
@@ -35,6 +36,10 @@ from igpt_ds.data.sources import open_source
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.run_files import CurveRow, read_curve
 from igpt_ds.json_files import read_json, write_json
+
+with lazy.imports():
+    from igpt_ds import dist
+
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
@@ -78,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(harness.read_bench(args.show).table())
         return
+    lazy.load()
     chosen = args.only or [name for name in measures if not (args.quick and name in ("offload", "xl"))]
     with tempfile.TemporaryDirectory(prefix="bench_scale.", dir=args.work) as work:
         world = World(args.quick, args.toy, Path(work))

@@ -13,23 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import torch
 from harness import medians
 
-from igpt_ds import cli, dist
+from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.config import Recipe, recipe_from_dict
 from igpt_ds.data.facts import DataFacts
-from igpt_ds.data.loader import Batch, BatchLayout, Loader
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.json_files import read_json, write_json
-from igpt_ds.model.objectives import autoregressive_loss
-from igpt_ds.model.transformer import Transformer
 from igpt_ds.schema import record_from
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts, read_checkpoint
-from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
-from igpt_ds.train.engine import build_engine, build_model, start_ranks, take_step
-from igpt_ds.train.loop import pretraining_loss
+
+with lazy.imports():
+    import torch
+
+    from igpt_ds import dist
+    from igpt_ds.data.loader import Batch, BatchLayout, Loader
+    from igpt_ds.model.objectives import autoregressive_loss
+    from igpt_ds.model.transformer import Transformer
+    from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
+    from igpt_ds.train.engine import build_engine, build_model, start_ranks, take_step
+    from igpt_ds.train.loop import pretraining_loss
+
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -51,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--task", type=Path, required=True, help="task file that tools/bench/scale.py wrote")
     file = parser.parse_args(argv).task
+    lazy.load()
     values, fix = read_json(file, "task"), "run tools/bench/scale.py, which writes it"
     what = record_from(RankTask, values, f"task {file}", fix)
     device = start_ranks()

@@ -18,12 +18,17 @@ from pathlib import Path
 
 import harness
 import numpy as np
-import torch
 from harness import BenchRow
 
 from igpt_ds import cli
-from igpt_ds.evaluate.probes.rows import Blocks
-from igpt_ds.evaluate.probes.sgd import MOMENTUM, Sgd, cosine
+from igpt_ds.command_line import lazy
+
+with lazy.imports():
+    import torch
+
+    from igpt_ds.evaluate.probes.rows import Blocks
+    from igpt_ds.evaluate.probes.sgd import MOMENTUM, Sgd, cosine
+
 
 PACKAGES = ("torch", "numpy")
 RATES, BATCH = (30.0, 10.0, 3.0, 1.0), 128
@@ -40,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(harness.read_bench(args.show).table())
         return
+    lazy.load()
     turns, steps = (1, 5) if args.toy else (1, 40) if args.quick else (3, 200)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "features.npy"

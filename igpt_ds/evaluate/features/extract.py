@@ -20,8 +20,8 @@ from igpt_ds.data.shards.dataset import ImageSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureWriter, part_dir
-from igpt_ds.evaluate.features.manifest import FeatureManifest, FeatureSplit, Origin, PartOf, span
-from igpt_ds.evaluate.features.network import KINDS, LayerMeans, Network, check_layers
+from igpt_ds.evaluate.features.manifest import KINDS, FeatureManifest, FeatureSplit, Origin, PartOf, span
+from igpt_ds.evaluate.features.network import LayerMeans, Network, check_layers
 from igpt_ds.model.objectives import draw_masks
 
 _SAVE_SECONDS = 30.0

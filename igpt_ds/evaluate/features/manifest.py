@@ -21,6 +21,8 @@ from igpt_ds.json_files import read_json
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
+KINDS = ("normed", "raw")  # of features: after the layer norm of the next block, and before it
+PRECISIONS = ("fp32", "bf16")  # of the network
 DTYPES = {"fp32": "<f4", "fp16": "<f2"}
 EXTRACT_AGAIN = "make the features again with tools/extract_features.py"
 FEATURES = Format("igpt_ds.features", "feature manifest", EXTRACT_AGAIN, version=3, sealed=3, oldest=2)

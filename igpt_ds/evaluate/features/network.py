@@ -30,8 +30,6 @@ from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.model.store import fresh_model, load_model, load_without_blocks, read_info, read_tensors
 from igpt_ds.model.transformer import Block, Projection, Transformer
 
-KINDS = ("normed", "raw")
-PRECISIONS = ("fp32", "bf16")
 MASK_PROB = 0.15  # paper 2.1, for models without a recorded value
 
 LayerMeans = dict[tuple[int, str], np.ndarray]  # (layer, kind) -> float32 [B, C]

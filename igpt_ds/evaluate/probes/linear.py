@@ -20,12 +20,10 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.logistic import Fit, Spectrum, fit_logistic
 from igpt_ds.evaluate.probes.rows import FiniteRows
+from igpt_ds.evaluate.probes.settings import C_GRID, PROBE_PRECISIONS
 
-# scikit-learn's C, for standardised features. With 10,000 images the best C is 1e-2 for raw pixels and 1 to 100 for narrow
-# features. It falls as the number of images grows.
-C_GRID = tuple(10.0**power for power in range(-5, 4))
 HELD_OUT = 0.1  # of the training images: paper 3.1
-PROBE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+PROBE_DTYPES = dict(zip(PROBE_PRECISIONS, (torch.float64, torch.float32), strict=True))
 _CHUNK_BYTES = 1 << 21  # features that are read at once
 
 

@@ -22,33 +22,12 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.linear import check_labels, stratified_order, training_images
 from igpt_ds.evaluate.probes.rows import BLOCK_BYTES, Blocks, FiniteRows, moments
+from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings
 from igpt_ds.evaluate.probes.sgd import MOMENTUM, RowSource, RowSubset, Sgd, cosine, count
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, StateFile, UnfinishedGroup, read_state, write_state
 
 FORMAT, VERSION = "igpt_ds.sgd_probe", 2
-RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # paper 3.4: 30, 10, 3, ...
-SGD_HELD_OUT = 0.04  # of the training images: paper 3.1, for ImageNet
 _MADE_WITH = ("model_hash", "precision", "dtype", "mask_prob", "mask_seed")  # they decide the features of the same images
-
-
-@dataclass(frozen=True)
-class SgdSettings:
-    """How a probe is fitted. The paper gives no batch for probes; 1,000,000 steps of 128 are a hundred epochs of ImageNet."""
-
-    steps: int = 1_000_000  # paper 3.4
-    batch_images: int = 128
-    seed: int = 0
-    standardise: bool = False  # mean 0 and deviation 1 over the training images; the paper's rates are for features without it
-    views: int = 1  # neighbouring rows of one image, such as its crops; they are held out together
-    window_bytes: int = 1 << 30  # of features in memory; twice that while the next window is read
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_images", "window_bytes", "views"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed} must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,10 @@ from igpt_ds.evaluate.probes.linear import (
     training_images,
 )
 from igpt_ds.evaluate.probes.logistic import fit_logistic
+from igpt_ds.evaluate.probes.settings import N_MASKS, SUBSETS
 
 CONCATENATED = 5  # layers: paper 4.4
-LABELS, SUBSETS = (40, 250, 4000), 5  # paper 4.7
 FOLDS = 5  # of a subset, or fewer if a class has fewer labels
-N_MASKS = 5  # paper 4.6
 
 
 def best_layer(

@@ -98,7 +98,7 @@ def test_what_a_sheet_cannot_be(tool, three, tmp_path):
     refused(tool, "show_shards", "is no shard directory", "--data", tmp_path, "--out", tmp_path / "a.png")
     status, _, errors = tool("show_shards", *usual, "--seed", 1, "--first")
     assert status == 2
-    assert "not allowed with argument" in errors
+    assert "--first: not allowed with --seed" in errors
     assert not list(tmp_path.iterdir())
 
 
