@@ -52,9 +52,6 @@ _TURNS = {
 _SEPARATOR, _CAPTION_PX = 128, 14  # the grey of the lines between the images of a grid; height of a line of PIL's built-in font
 
 
-# --------------------------------------------------------------------------------------------------- decoding
-
-
 def decode_image(data: bytes, name: str = "image", max_pixels: int | None = None) -> np.ndarray:
     """Decodes an image file's bytes to uint8 [h, w, 3], in the orientation of its EXIF.
 
@@ -72,7 +69,7 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int | None = None
             with Image.open(io.BytesIO(without_notes(data)), formats=_formats()) as image:
                 _refuse_bomb(image.size)
                 pixels = _jpeg_pixels(data, image)
-                return np.array(_rgb(_upright(image))) if pixels is None else pixels
+                return np.array(as_rgb(upright(image))) if pixels is None else pixels
     except UnidentifiedImageError:
         found = f"it is {known}" if (known := pointer(data)) else "its bytes are of no known format"
         reason, why = (found, why) if data else ("it is empty", EMPTY)
@@ -125,7 +122,8 @@ def _jpeg_pixels(data: bytes, image: Image.Image) -> np.ndarray | None:
         return None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image in the orientation of its EXIF; the orientation is removed from its metadata."""
     image.load()  # a TIFF turns itself here, and forgets its tag
     turn = _turn(image)
     return image if turn is None else image.transpose(turn)
@@ -141,7 +139,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB, as `decode_image` says; an InputError if its pixels have no known range."""
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # PIL scales a PPM's numbers to 16 bits
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
         raise InputError(f"it holds {kind} pixels of unknown range; convert it to 8 or 16 bits")

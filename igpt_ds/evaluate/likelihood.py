@@ -113,19 +113,33 @@ def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: 
     return np.concatenate([together[start] for start in starts])
 
 
-@torch.inference_mode()
 def _batch_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: LikelihoodSettings) -> np.ndarray:
+    return token_batch_nats(model, shards.tokens(ids).reshape(len(ids), -1), ids, settings, f"of {shards.path} ")
+
+
+@torch.inference_mode()
+def token_batch_nats(
+    model: Transformer, tokens: np.ndarray, ids: np.ndarray, settings: LikelihoodSettings, where: str = ""
+) -> np.ndarray:
+    """The nats per token of one batch: tokens [B, T], and ids int64 [B], which choose the masks of a BERT model -> float64 [B].
+
+    Args:
+        where: the place of the images in an error.
+
+    Raises:
+        ValueError: a likelihood is not finite.
+    """
     device = model.wpe.device
-    tokens = torch.from_numpy(shards.tokens(ids).reshape(len(ids), -1)).to(device).long()
+    batch = torch.from_numpy(tokens).to(device).long()
     total = torch.zeros(len(ids), dtype=torch.float64)
     draws = settings.mask_draws if model.objective == "bert" else 1
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         for seed in _seeds(settings.seed, draws):
-            total += image_loss(model.objective, seed, settings.mask_prob)(model, tokens, torch.from_numpy(ids)).double().cpu()
+            total += image_loss(model.objective, seed, settings.mask_prob)(model, batch, torch.from_numpy(ids)).double().cpu()
     values = (total / draws).numpy()
     if not np.isfinite(values).all():
         wrong = ids[~np.isfinite(values)][0]
-        raise InputError(f"the likelihood of image {wrong} of {shards.path} is not finite; check the model, or use fp32")
+        raise InputError(f"the likelihood of image {wrong} {where}is not finite; check the model, or use fp32")
     return values
 
 

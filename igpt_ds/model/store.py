@@ -75,6 +75,7 @@ class ModelInfo:
     model_hash: str
     mask_prob: float | None = None  # masking probability of a "bert" model, where known
     init: str = "released"  # how its weights were drawn before the first step
+    recipe: str | None = None  # that it was trained by, where known
     class_head: ClassHead | None = None  # after fine-tuning
 
 
