@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from igpt_ds.api.arguments import device_name, layer_list, precision_name, whole
+from igpt_ds.api.encoding import Preparation
 from igpt_ds.api.found import FoundModel, best_layer, find_model
-from igpt_ds.api.given import Preparation
 from igpt_ds.api.predictions import Prediction, class_head, predicted
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.classification import MASK_SEED
@@ -75,8 +75,9 @@ class Model:
         and transparent pixels are blended with white. Each pixel becomes the nearest colour of the model's palette.
 
         Args:
-            images: a path; a PIL image; uint8 [h, w], [h, w, 3] or [h, w, 4]; floats in [0, 1] of these shapes; several as
-                [N, h, w, 3]; a tensor, whose channels may stand first; `Shards` or a part of them; or a list of such images.
+            images: a file; a folder, whose images are taken in the order of their names, subfolders last; a PIL image;
+                uint8 [h, w], [h, w, 3] or [h, w, 4]; floats in [0, 1] of these shapes; several as [N, h, w, 3]; a tensor,
+                whose channels may stand first; `Shards` or a part of them; or a list of such images.
                 Whole numbers of another type than uint8, [T] or [N, T], are tokens already.
 
         Raises:

@@ -1,6 +1,6 @@
-"""What a user gives as images -> tokens int64 [N, T]: paths, PIL images, arrays, tensors, shards, tokens, or a list of them.
+"""What a user gives as images -> tokens int64 [N, T].
 
-Called by `models.py`. Every fault is an InputError that names the entry and the fix.
+An image is a file, a PIL image, an array, a tensor or tokens; folders, shards and lists hold several. Called by `models.py`. Every fault is an InputError that names the entry and the fix.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from igpt_ds.api.stored import ShardImages, Shards
+from igpt_ds.data.given_images import read_images
 from igpt_ds.data.images import DEFAULT_FILTER, decode_image, square
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.pictures import on_white, picture_pixels
@@ -75,13 +76,20 @@ class Preparation:
         if isinstance(image, ShardImages):
             return self.checked(image.tokens, name)
         if isinstance(image, str | os.PathLike):
-            return self._encoded([_read(image, name)])
+            path = Path(image).expanduser()
+            return self._of_folder(path) if path.is_dir() else self._encoded([_read(path, name)])
         if (pixels := picture_pixels(image, name)) is not None:
             return self._encoded([pixels])
         array = _array(image, name)
         if array.dtype.kind in "iu" and array.dtype != np.uint8 and array.ndim <= 2:
             return self.checked(array, name)
         return self._encoded(_pixels(array, isinstance(image, torch.Tensor), name))
+
+    def _of_folder(self, folder: Path) -> np.ndarray:
+        options = {"crop": self.crop, "resize_filter": self.resize_filter}
+        images = read_images([folder], self.palette, self.n_px, **options)
+        images.print_left_out()
+        return images.tokens(np.arange(images.n_images)).reshape(images.n_images, -1).astype(np.int64)
 
     def _encoded(self, images: Iterable[np.ndarray]) -> np.ndarray:
         squares = [square(image, self.n_px, crop=self.crop, resize_filter=self.resize_filter) for image in images]
@@ -95,10 +103,7 @@ def _is_list(images: Any) -> bool:
     return hasattr(images, "__next__")
 
 
-def _read(path: str | os.PathLike[str], name: str) -> np.ndarray:
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise InputError(f"{name} is the folder {file}; give its files, such as sorted(Path({str(path)!r}).glob('*.png'))")
+def _read(file: Path, name: str) -> np.ndarray:
     try:
         return decode_image(file.read_bytes(), str(file))
     except OSError as error:
