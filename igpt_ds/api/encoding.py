@@ -1,6 +1,7 @@
 """What a user gives as images -> tokens int64 [N, T].
 
-An image is a file, a PIL image, an array, a tensor or tokens; folders, shards and lists hold several. Called by `models.py`. Every fault is an InputError that names the entry and the fix.
+An image is a file, a PIL image, an array, a tensor or tokens; folders, shards and lists hold several. Called by `models.py`.
+Every fault is an InputError that names the entry and the fix.
 """
 
 from __future__ import annotations

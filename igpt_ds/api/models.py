@@ -19,7 +19,8 @@ from igpt_ds.api.found import FoundModel, best_layer, find_model
 from igpt_ds.api.predictions import Prediction, class_head, predicted
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.classification import MASK_SEED
-from igpt_ds.evaluate.features.network import KINDS, Network
+from igpt_ds.evaluate.features.manifest import KINDS
+from igpt_ds.evaluate.features.network import Network
 from igpt_ds.evaluate.likelihood import LikelihoodSettings, token_batch_nats
 from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.sampling import Filter, sample
