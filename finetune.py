@@ -28,7 +28,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import add_results, read_results
-from igpt_ds.plan.options import dry_run
+from igpt_ds.plan.command import dry_run
 from igpt_ds.train.checkpoint.directory import choose_checkpoint
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts
 from igpt_ds.train.early import EarlyStop
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = starting_point(args)
     run = choose_run(args, start, images)
     if args.dry_run:
-        dist.say(dry_run(run, args.ds_config.name, args.keep_last + 1, args.keep_every))
+        dist.say(dry_run(run, args, models=1))
         return
     recipe, held_out = run.recipe, ShardSet(args.data, args.val_split)
     evaluated = ShardSet(args.data, args.eval_split) if args.results else None  # a missing split is an error now, not at the end
@@ -74,7 +74,7 @@ def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> R
     ds_config = load_ds_config(args.ds_config)
     check_ds_config(ds_config, args.ds_config)
     recipe = finetune_recipe(args, start, images.n_images, len(images.classes))
-    return join(recipe, ds_config, dist.world_size(), args.micro_batch, args.sequence_parallel)
+    return join(recipe, ds_config, args.gpus or dist.world_size(), args.micro_batch, args.sequence_parallel)
 
 
 def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> None:

@@ -1,11 +1,11 @@
 """Pre-trains an Image GPT on token shards under DeepSpeed ZeRO-3.
 
-    deepspeed train.py --recipe igpt_s_ar_32 --data shards/imagenet_32 --run_dir runs/s --ds_config ds_configs/zero3_bf16.json
+    deepspeed train.py --recipe igpt_s_ar_32 --data shards/imagenet_32 --run_dir runs/s --ds_config zero3_bf16
 
 starts one rank on every GPU of this machine; `deepspeed --num_gpus 2` starts two ranks, on CPUs if there is no GPU. `torchrun`,
 `srun python train.py`, `mpirun -np 2 python train.py` and plain `python train.py` work as well. After an interruption, the same
 command with `--resume auto` continues from the newest complete checkpoint. `--dry_run` prints the estimated memory, time and
-cost, and exits.
+cost of the run, or with `--gpu h100-80g --gpus 64` that of a cluster, and exits; `--list_recipes` lists the recipes.
 
 Each knob of the recipe is a flag (`--lr 0.001 --n_layer 12`), except the objective: `igpt_s_ar_32` predicts each pixel from the
 previous ones, `igpt_s_bert_32` predicts hidden pixels from all others.
@@ -30,7 +30,7 @@ from igpt_ds.config import with_warmup_epochs
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
-from igpt_ds.plan.options import dry_run
+from igpt_ds.plan.command import dry_run
 from igpt_ds.train.flags import choose_recipe, parse
 
 with lazy.imports():
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = None if args.dry_run and args.warmup_epochs is None else open_images(args)
     run = choose_run(args, images)
     if args.dry_run or images is None:
-        dist.say(dry_run(run, args.ds_config.name, args.keep_last, args.keep_every))
+        dist.say(dry_run(run, args))
         return
     recipe, val_shards = run.recipe, ShardSet(args.data[0], args.val_split)
     check_shards(images, recipe.model)
@@ -68,7 +68,7 @@ def choose_run(args: argparse.Namespace, images: Mixture | ShardStream | None) -
     check_ds_config(ds_config, args.ds_config)
     if images is not None and args.warmup_epochs is not None:
         recipe = with_warmup_epochs(recipe, args.warmup_epochs, images.n_images)
-    return join(recipe, ds_config, dist.world_size(), args.micro_batch, args.sequence_parallel)
+    return join(recipe, ds_config, args.gpus or dist.world_size(), args.micro_batch, args.sequence_parallel)
 
 
 def open_images(args: argparse.Namespace) -> Mixture | ShardStream:

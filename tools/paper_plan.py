@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.command_line.parser import completing
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.ds_config import load_ds_config
 from igpt_ds.errors import InputError
@@ -28,7 +29,8 @@ from igpt_ds.paper import budget
 from igpt_ds.paper.scales import SCALES, Scale, Training, get_scale
 from igpt_ds.paper.stage import Flags, Stage, command_line
 from igpt_ds.paper.stages import chosen, stages
-from igpt_ds.plan.options import network
+from igpt_ds.plan.command import network
+from igpt_ds.plan.shipped import ds_config_names, find_ds_config
 from igpt_ds.plan.step_time import GPUS, Cluster
 from igpt_ds.sealed import Format
 from igpt_ds.train import flags as train_flags
@@ -83,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--node_gpus", type=int, default=8, help="GPUs per node")
     parser.add_argument("--nodes_nic", default="8x400", help="network cards per node x Gbit/s of each")
     best = "ds_config of every training; the plan's choice for each recipe if not given"
-    parser.add_argument("--ds_config", type=Path, help=best)
+    completing(parser.add_argument("--ds_config", type=find_ds_config, metavar="NAME_OR_FILE", help=best), ds_config_names())
     parser.add_argument("--commands", action="store_true", help="print the unfinished stages as commands, for a script")
     given = list(sys.argv[1:] if argv is None else argv)
     cut = given.index("--") if "--" in given else len(given)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.console import duration
 from igpt_ds.errors import InputError
 from igpt_ds.ops.rank_status import WATCH_SECONDS
 from igpt_ds.ops.status import Status, read_status
-from igpt_ds.ops.status_text import duration, status_text
+from igpt_ds.ops.status_text import status_text
 
 HEADS = ("run", "state", "step", "of", "loss", "val", "images/s", "MFU %", "left", "saved", "restarts")
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,6 +95,24 @@ class Parser(argparse.ArgumentParser):
         formatter.add_usage(None, needed, groups, prefix="")
         self.usage = f"{formatter.format_help().strip()} [flags]".replace("%", "%%")
         return super().format_help()
+
+
+def switch(group: argparse._ActionsContainer, flag: str, default: bool | None, text: str) -> None:
+    """Adds `--flag` and `--no-flag`. The text names the default, which some Pythons would add a second time."""
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default).help = text
+
+
+class Print(argparse.Action):
+    """A flag that prints a text and ends the program, as --help does."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, text: Callable[[], str], help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self._text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Prints."""
+        print(self._text())
+        parser.exit()
 
 
 def program() -> str:

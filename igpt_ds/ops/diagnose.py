@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.console import duration
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status import DivergedRun, lost_words
-from igpt_ds.ops.status_text import duration
 
 # Meaning of the exit status of a rank or of its launcher. A launcher's -9 is 137 here.
 EXIT_CODES = {

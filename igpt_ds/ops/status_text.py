@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
+from igpt_ds.console import duration
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status import Status
 
@@ -67,14 +68,3 @@ def _rank_words(rank: RankStatus) -> str:
         return "none"
     age = duration(rank.age or 0.0)
     return f"{age} ({rank.beat.phase} {rank.beat.step}{', silent' if rank.silent else ''})"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the two largest units: "45 s", "3 min 20 s", "2 h 5 min", "8 d 14 h"."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    whole = round(seconds)
-    for place, (name, size) in enumerate(units[:-1]):
-        if whole >= size:
-            rest, small = divmod(whole % size, units[place + 1][1])[0], units[place + 1][0]
-            return f"{whole // size} {name} {rest} {small}" if rest else f"{whole // size} {name}"
-    return f"{whole} s"

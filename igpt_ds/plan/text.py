@@ -1,10 +1,11 @@
-"""A plan as plain text. In: estimates. Out: lines for the terminal or a proposal. Called by options.py and paper/budget.py."""
+"""A plan as plain text. In: estimates. Out: lines for the terminal or a proposal. Called by command.py and recipes.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from igpt_ds.console import duration
 from igpt_ds.plan.costs import GIB
 from igpt_ds.plan.estimate import Estimate, NoPlan
 
@@ -98,10 +99,15 @@ def _time(one: Estimate) -> list[str]:
         _line("network", network),
         _line("step", seconds),
         _line("MFU expected", f"{100 * step.mfu:.1f} % (full attention), {100 * one.mfu_causal:.1f} % (causal)"),
-        _line("time", f"{one.days:.1f} days on {one.gpus} {gpu}: {one.gpu_hours:,.0f} GPU-hours"),
+        _line("time", f"{planned_time(one)} on {one.gpus} {gpu}: {one.gpu_hours:,.0f} GPU-hours"),
         _line("cost", f"${one.dollars:,.0f} at ${one.price.dollars:g} a GPU-hour"),
         _line("disk", disk),
     ]
+
+
+def planned_time(one: Estimate) -> str:
+    """The duration of a run: days, or hours and minutes below a day."""
+    return f"{one.days:,.1f} days" if one.days >= 1 else duration(3600 * one.hours)
 
 
 def _choices(options: Sequence[Estimate]) -> list[str]:

@@ -11,9 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.config import GEN_SCALES, LOSSES
+from igpt_ds.command_line.parser import switch
+from igpt_ds.config import GEN_SCALES, LOSSES, get_recipe
 from igpt_ds.errors import InputError
-from igpt_ds.train.flags import add_cadence_flags, add_guard_flags, add_image_flags, add_machine_flags, check_numbers
+from igpt_ds.train.flags import (
+    add_checkpoint_flags,
+    add_data_flags,
+    add_machine_flags,
+    add_recipe_flags,
+    add_run_flags,
+    add_safety_flags,
+    check_numbers,
+)
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -23,60 +32,70 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
         ValueError: a value is out of range, or flags exclude each other.
     """
     parser = cli.parser(description)
-    start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--model", type=Path, help="model dir whose weights training starts from")
-    start.add_argument("--recipe", help="name of a recipe whose shape and objective are trained from scratch; needs --untrained")
-    config = "run.json of another run, or a recipe in JSON, whose shape and objective are trained from scratch; needs --untrained"
-    start.add_argument("--config", type=Path, help=config)
-    fresh = "train fresh weights in the model's shape, as a baseline, with this random seed instead of --seed"
-    parser.add_argument("--untrained", type=int, metavar="SEED", help=fresh)
-    parser.add_argument("--data", type=Path, required=True, help="directory of labelled token shards")
-    run_dir = "directory for checkpoints, curves and everything else that the run writes"
-    parser.add_argument("--run_dir", type=Path, required=True, help=run_dir)
-    parser.add_argument("--out", type=Path, help="model dir to write the best step to (default: RUN_DIR/model)")
-    results = "results.jsonl that gets a row with the accuracy on --eval_split, measured once at the end (default: no row)"
-    parser.add_argument("--results", type=Path, help=results)
-    parser.add_argument("--eval_split", default="test", help="split that the accuracy in --results is measured on")
-    parser.add_argument("--mask_draws", type=int, default=5, help="bert: masks per image that vote at the end (paper 4.6)")
-    add_image_flags(parser)
-    add_machine_flags(parser)
-    add_cadence_flags(parser, val_every=None, save_every=None)
-    add_guard_flags(parser)
     _add_learning_flags(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, metavar="DIR", required=True, help="directory of labelled token shards")
+    split = "split to train on; train+val adds the validation images, and then the last step is kept instead of the best"
+    data.add_argument("--train_split", metavar="SPLIT", default="train", help=split)
+    add_data_flags(data)
+    add_run_flags(parser, val_every=None, required=True)
+    result = parser.add_argument_group("result")
+    result.add_argument("--out", type=Path, metavar="DIR", help="model dir to write the best step to (default: RUN_DIR/model)")
+    results = "results.jsonl that gets a row with the accuracy on --eval_split, measured once at the end (default: no row)"
+    result.add_argument("--results", type=Path, metavar="FILE", help=results)
+    evaluated = "split that the accuracy in --results is measured on"
+    result.add_argument("--eval_split", metavar="SPLIT", default="test", help=evaluated)
+    draws = "bert: masks per image that vote at the end (paper 4.6)"
+    result.add_argument("--mask_draws", type=int, metavar="MASKS", default=5, help=draws)
+    add_checkpoint_flags(parser, save_every=None)
+    add_safety_flags(parser)
+    add_machine_flags(parser)
     args = parser.parse_args(argv)
     _check(args)
     return args
 
 
 def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
+    start = parser.add_argument_group("what training starts from")
+    fresh = "whose shape and objective are trained from scratch; needs --untrained"
+    config = f"run.json of another run, or a recipe in JSON, {fresh}"
+    what = add_recipe_flags(start, f"a recipe {fresh}", config)
+    what.add_argument("--model", type=Path, metavar="DIR", help="model dir whose weights training starts from")
+    untrained = "train fresh weights in the model's shape, as a baseline, with this random seed instead of --seed"
+    start.add_argument("--untrained", type=int, metavar="SEED", help=untrained)
     knobs = parser.add_argument_group("what is learned")
     loss = "loss to minimise; joint is gen_loss + clf_loss (paper 2.3)"
     knobs.add_argument("--loss", choices=LOSSES, default="joint", help=loss)
     scale = "gen_loss per token, as in the released code, or summed over an image's tokens, as in the paper's formula"
     knobs.add_argument("--gen_scale", choices=GEN_SCALES, default="mean", help=scale)
     layer = "layer that the class head reads: n^l for l in 0..n_layer (default: n_layer, the output of ln_f)"
-    knobs.add_argument("--layer", type=int, help=layer)
-    lr = "peak learning rate; often a tenth of pre-training's, tools/sweep_lr.py searches it"
-    knobs.add_argument("--lr", type=float, default=0.0003, help=lr)
-    knobs.add_argument("--batch_images", type=int, default=128, help="images per step, over all ranks; the paper uses 64 for XL")
-    knobs.add_argument("--epochs", type=float, default=20.0, help="largest number of epochs of the training images")
-    knobs.add_argument("--steps", type=int, help="largest number of optimizer steps (default: --epochs decides)")
-    knobs.add_argument("--warmup_epochs", type=float, default=1.0, help="epochs with a rising learning rate, constant later")
+    knobs.add_argument("--layer", type=int, metavar="LAYER", help=layer)
+    lr = "peak learning rate of Adam; often a tenth of pre-training's, tools/sweep_lr.py searches it"
+    knobs.add_argument("--lr", type=float, metavar="RATE", default=0.0003, help=lr)
+    batch = "images per step, over all ranks; the paper uses 64 for XL"
+    knobs.add_argument("--batch_images", type=int, metavar="IMAGES", default=128, help=batch)
+    epochs = "largest number of epochs of the training images"
+    knobs.add_argument("--epochs", type=float, metavar="EPOCHS", default=20.0, help=epochs)
+    steps = "largest number of optimizer steps (default: --epochs decides)"
+    knobs.add_argument("--steps", type=int, metavar="STEPS", help=steps)
+    warmup = "epochs with a rising learning rate, constant later"
+    knobs.add_argument("--warmup_epochs", type=float, metavar="EPOCHS", default=1.0, help=warmup)
     patience = "validations in a row without a new best before the run ends; 0 disables"
-    knobs.add_argument("--patience", type=int, default=5, help=patience)
-    split = "split to train on; train+val adds the validation images, and then the last step is kept instead of the best"
-    knobs.add_argument("--train_split", default="train", help=split)
+    knobs.add_argument("--patience", type=int, metavar="VALIDATIONS", default=5, help=patience)
     pad = "pixels of reflection padding before a random crop; 0 disables, 4 is the paper's for CIFAR (3.1)"
-    knobs.add_argument("--augment_pad", type=int, default=0, help=pad)
+    knobs.add_argument("--augment_pad", type=int, metavar="PIXELS", default=0, help=pad)
     flip = "mirror a random half of the images"
-    knobs.add_argument("--augment_flip", action=argparse.BooleanOptionalAction, default=False, help=flip)
-    knobs.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 disables clipping")
+    switch(knobs, "--augment_flip", False, f"{flip} (default: no)")
+    knobs.add_argument("--clip", type=float, metavar="NORM", default=1.0, help="largest gradient norm; 0 disables clipping")
     spike = "standard deviations above the mean of recent losses at which a loss is an outlier; 0 disables"
-    knobs.add_argument("--spike_sigmas", type=float, default=6.0, help=spike)
-    knobs.add_argument("--seed", type=int, default=0, help="random seed for the order of images, augmentation and masks")
+    knobs.add_argument("--spike_sigmas", type=float, metavar="DEVIATIONS", default=6.0, help=spike)
+    seed = "random seed for the order of images, augmentation and masks"
+    knobs.add_argument("--seed", type=int, metavar="SEED", default=0, help=seed)
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.recipe is not None:
+        get_recipe(args.recipe)
     check_numbers(args)
     if args.model is None and args.untrained is None:
         named = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config}"

@@ -9,40 +9,45 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli
-from igpt_ds.config import INITS, ModelConfig, Recipe, get_recipe, override
+from igpt_ds.command_line.parser import Print, completing, switch
+from igpt_ds.config import INITS, RECIPES, ModelConfig, Recipe, get_recipe, override
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD
-from igpt_ds.ds_config import SHIPPED
+from igpt_ds.ds_config import SHIPPED, load_ds_config
 from igpt_ds.errors import InputError
+from igpt_ds.plan.command import CLUSTER_FLAGS, add_cluster_flags, read_cluster
 from igpt_ds.plan.costs import KEEP_LAST
+from igpt_ds.plan.recipes import recipe_table
+from igpt_ds.plan.shipped import ds_config_names, find_ds_config
 from igpt_ds.train import run_dir
 
 DS_CONFIG = SHIPPED / "zero3_bf16.json"
-KNOBS = {  # help texts
-    "batch_images": "images per step, over all ranks",
-    "steps": "number of optimizer steps",
-    "lr": "peak learning rate",
-    "warmup_steps": "steps with a rising learning rate, before the cosine",
-    "mask_prob": "probability that bert hides a pixel, between 0 and 1",
-    "init": "how fresh weights are drawn",
-    "betas": "the two decay rates of Adam",
-    "eps": "epsilon of Adam",
-    "spike_window": "number of recent normal losses that the spike guard compares with",
-    "spike_sigmas": "standard deviations above their mean at which a loss is an outlier; 0 disables",
-    "spike_patience": "outliers in a row that count as a spike",
-    "clip": "largest gradient norm; 0 disables clipping",
-    "augment_pad": "pixels of reflection padding before a random crop; 0 disables",
-    "augment_flip": "mirror a random half of the images",
-    "seed": "random seed for weights, order of images, augmentation and masks",
-    "n_layer": "number of transformer blocks",
-    "n_head": "number of attention heads",
-    "n_embd": "width of the transformer",
-    "n_px": "width and height of an image in pixels",
-    "n_vocab": "number of palette colours",
+KNOBS = {  # unit and help text
+    "batch_images": ("IMAGES", "images per step, over all ranks"),
+    "steps": ("STEPS", "number of optimizer steps"),
+    "lr": ("RATE", "peak learning rate of Adam"),
+    "warmup_steps": ("STEPS", "steps with a rising learning rate, before the cosine"),
+    "mask_prob": ("PROBABILITY", "probability that bert hides a pixel, between 0 and 1"),
+    "init": (None, "how fresh weights are drawn"),
+    "betas": (("BETA_1", "BETA_2"), "the two decay rates of Adam"),
+    "eps": ("EPSILON", "epsilon of Adam"),
+    "spike_window": ("STEPS", "number of recent normal losses that the spike guard compares with"),
+    "spike_sigmas": ("DEVIATIONS", "standard deviations above their mean at which a loss is an outlier; 0 disables"),
+    "spike_patience": ("STEPS", "outliers in a row that count as a spike"),
+    "clip": ("NORM", "largest gradient norm; 0 disables clipping"),
+    "augment_pad": ("PIXELS", "pixels of reflection padding before a random crop; 0 disables"),
+    "augment_flip": (None, "mirror a random half of the images"),
+    "seed": ("SEED", "random seed for weights, order of images, augmentation and masks"),
+    "n_layer": ("BLOCKS", "number of transformer blocks"),
+    "n_head": ("HEADS", "number of attention heads"),
+    "n_embd": ("CHANNELS", "width of the transformer"),
+    "n_px": ("PIXELS", "width and height of an image in pixels"),
+    "n_vocab": ("COLOURS", "number of palette colours"),
 }
 LEAST = {
     "sequence_parallel": 1,
@@ -71,26 +76,20 @@ def parse(
         ValueError: a value is out of range, or flags exclude each other.
     """
     parser = cli.parser(description)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--recipe", help="name of the recipe to train")
-    what.add_argument("--config", type=Path, help="run.json of another run, or a recipe in JSON, to take the recipe from")
-    parser.add_argument("--data", type=Path, nargs="+", help="directories of token shards; validation uses the first one")
-    weights = "relative sampling frequency of each --data directory (default: proportional to its number of images)"
-    parser.add_argument("--data_weights", type=float, nargs="+", help=weights)
-    add_image_flags(parser)
-    stream = "URL of training shards to read in sequence, with {shard} for the shard's name (default: the shards in --data)"
-    parser.add_argument("--stream", metavar="URL", help=stream)
-    parser.add_argument("--run_dir", type=Path, help="directory for checkpoints, curves and everything else that the run writes")
-    add_machine_flags(parser)
-    add_cadence_flags(parser)
-    add_guard_flags(parser)
-    warmup = (
-        "epochs of the training shards with a rising learning rate; replaces --warmup_steps (default: the recipe's warmup_steps)"
+    _add_knobs(parser, _named_early(sys.argv[1:] if argv is None else argv))
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", type=Path, nargs="+", metavar="DIR", help="directories of token shards; validation uses the first"
     )
-    parser.add_argument("--warmup_epochs", type=float, help=warmup)
-    knobs = parser.add_argument_group("knobs of the recipe (default: the recipe's value)")
-    for field in knob_fields():
-        _add_knob(knobs, field.name)
+    weights = "relative sampling frequency of each --data directory (default: proportional to its number of images)"
+    data.add_argument("--data_weights", type=float, nargs="+", metavar="WEIGHT", help=weights)
+    stream = "URL of training shards to read in sequence, with {shard} for the shard's name (default: the shards in --data)"
+    data.add_argument("--stream", metavar="URL", help=stream)
+    add_data_flags(data)
+    add_run_flags(parser)
+    add_checkpoint_flags(parser)
+    add_safety_flags(parser)
+    add_machine_flags(parser)
     if add_more is not None:
         add_more(parser)
     args = parser.parse_args(argv)
@@ -98,69 +97,104 @@ def parse(
     return args
 
 
-def add_image_flags(parser: argparse.ArgumentParser) -> None:
-    """Which training images are left out."""
-    parser.add_argument("--exclude", type=Path, nargs="+", default=[], help="files that list training images to leave out")
+def add_recipe_flags(group: argparse._ArgumentGroup, use: str, config: str) -> argparse._MutuallyExclusiveGroup:
+    """--list_recipes, and the required choice of a --recipe or a --config, to which a program may add more choices."""
+    text = "print the recipes with their shape, batch, steps and time on one H100, and exit"
+    group.add_argument("--list_recipes", action=Print, text=recipe_table, help=text)
+    what = group.add_mutually_exclusive_group(required=True)
+    completing(what.add_argument("--recipe", metavar="NAME", help=f"name of {use}; --list_recipes shows all"), RECIPES)
+    what.add_argument("--config", type=Path, metavar="FILE", help=config)
+    return what
+
+
+def add_data_flags(group: argparse._ArgumentGroup) -> None:
+    """Which training images are left out, and which images validation reads."""
+    group.add_argument(
+        "--exclude", type=Path, nargs="+", metavar="FILE", default=[], help="files that list training images to leave out"
+    )
     bad = "what to do about a damaged training image: stop the run, or skip the image and train on the next one"
-    parser.add_argument("--on_bad", choices=ON_BAD, default="stop", help=bad)
+    group.add_argument("--on_bad", choices=ON_BAD, default="stop", help=bad)
     most = "largest fraction of a dataset's images that --on_bad skip may skip"
-    parser.add_argument("--max_bad", type=float, default=MAX_BAD, help=most)
+    group.add_argument("--max_bad", type=float, metavar="FRACTION", default=MAX_BAD, help=most)
+    group.add_argument("--val_split", metavar="SPLIT", default="val", help="split that validation uses")
+    images = "number of validation images, evenly spread over the split (default: all)"
+    group.add_argument("--val_images", type=int, metavar="IMAGES", help=images)
+    verify = "before the first step, compare every shard's sha256 with the index"
+    switch(group, "--verify_shards", True, f"{verify} (default: yes)")
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """How the run fits the machines, and how it starts and ends."""
-    ds_config = f"DeepSpeed configuration: ZeRO stage, precision, offload (default: ds_configs/{DS_CONFIG.name})"
-    parser.add_argument("--ds_config", type=Path, default=DS_CONFIG, help=ds_config)
-    micro_batch = "images per rank and micro_step (default: the ds_config's, else all of the rank's share of a step)"
-    parser.add_argument("--micro_batch", type=int, help=micro_batch)
-    parser.add_argument("--sequence_parallel", type=int, help="ranks that share each image (default: the ds_config's, else 1)")
-    resume = "auto continues from the newest complete checkpoint; never refuses a run directory that holds a run"
-    parser.add_argument("--resume", choices=("never", "auto"), default="never", help=resume)
-    parser.add_argument("--dry_run", action="store_true", help="print the estimated memory, time and cost, and exit")
-    last = "step to stop at, with a checkpoint; the learning rate follows the full schedule (default: the last step)"
-    parser.add_argument("--stop_at_step", type=int, help=last)
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher and ignored; LOCAL_RANK counts")
-
-
-def add_cadence_flags(parser: argparse.ArgumentParser, val_every: int | None = 1000, save_every: int | None = 1000) -> None:
-    """How often the run validates, saves and logs, and on which images it validates.
+def add_run_flags(parser: argparse.ArgumentParser, val_every: int | None = 1000, required: bool = False) -> None:
+    """Where the run writes, how it starts and ends, and how often it validates and logs.
 
     Args:
         val_every: the default; None for an epoch.
-        save_every: the default; None for that of val_every.
+        required: whether even --dry_run needs a --run_dir.
     """
-    verify = "before the first step, compare every shard's sha256 with the index"
-    parser.add_argument("--verify_shards", action=argparse.BooleanOptionalAction, default=True, help=verify)
-    parser.add_argument("--val_split", default="val", help="split that validation uses")
-    images = "number of validation images, evenly spread over the split (default: all)"
-    parser.add_argument("--val_images", type=int, help=images)
+    group = parser.add_argument_group("this run")
+    directory = "directory for checkpoints, curves and everything else that the run writes"
+    group.add_argument("--run_dir", type=Path, metavar="DIR", required=required, help=directory)
+    resume = "auto continues from the newest complete checkpoint; never refuses a run directory that holds a run"
+    group.add_argument("--resume", choices=("never", "auto"), default="never", help=resume)
+    group.add_argument("--dry_run", action="store_true", help="print the estimated memory, time and cost, and exit")
+    last = "step to stop at, with a checkpoint; the learning rate follows the full schedule (default: the last step)"
+    group.add_argument("--stop_at_step", type=int, metavar="STEP", help=last)
+    limit = "minutes after which the run saves a checkpoint and exits with status 85 (default: no limit)"
+    group.add_argument("--max_minutes", type=float, metavar="MINUTES", help=limit)
     validate = "steps between validations; 0: only before the first step and after the last"
     validate += " (default: an epoch)" if val_every is None else ""
-    parser.add_argument("--val_every", type=int, default=val_every, help=validate)
-    save = "steps between checkpoints; 0 saves only at the end" + (" (default: --val_every)" if save_every is None else "")
-    parser.add_argument("--save_every", type=int, default=save_every, help=save)
-    parser.add_argument("--keep_last", type=int, default=KEEP_LAST, help="number of newest checkpoints to keep")
-    keep_every = "keep every checkpoint whose step is a multiple of this number; 0 disables"
-    parser.add_argument("--keep_every", type=int, default=0, help=keep_every)
-    parser.add_argument("--log_every", type=int, default=10, help="steps between rows of train.jsonl; 0 logs only the last step")
-
-
-def add_guard_flags(parser: argparse.ArgumentParser) -> None:
-    """What may stop the run, and where else its curves are shown."""
-    limit = "minutes after which the run saves a checkpoint and exits with status 85 (default: no limit)"
-    parser.add_argument("--max_minutes", type=float, help=limit)
-    hang = "minutes without progress before the run writes all stacks to RUN_DIR/stacks and exits with status 86; 0 disables"
-    parser.add_argument("--hang_minutes", type=float, default=20.0, help=hang)
-    spike = "what to do when the loss diverges: stop with suggestions, or roll back to the last good checkpoint and skip images"
-    parser.add_argument("--on_spike", choices=("stop", "rollback"), default="stop", help=spike)
-    skip = "number of most recent images that a rollback skips, rounded up to batches (default: all since the checkpoint)"
-    parser.add_argument("--spike_skip_images", type=int, help=skip)
-    parser.add_argument("--max_rollbacks", type=int, default=3, help="number of rollbacks in this run before it stops")
+    group.add_argument("--val_every", type=int, metavar="STEPS", default=val_every, help=validate)
+    log = "steps between rows of train.jsonl; 0 logs only the last step"
+    group.add_argument("--log_every", type=int, metavar="STEPS", default=10, help=log)
     wandb = "project in Weights and Biases that also shows the curves (default: none)"
-    parser.add_argument("--wandb", metavar="PROJECT", help=wandb)
+    group.add_argument("--wandb", metavar="PROJECT", help=wandb)
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None = 1000) -> None:
+    """How often the run saves, and what it keeps. save_every is the default; None for that of --val_every."""
+    group = parser.add_argument_group("checkpoints")
+    save = "steps between checkpoints; 0 saves only at the end" + (" (default: --val_every)" if save_every is None else "")
+    group.add_argument("--save_every", type=int, metavar="STEPS", default=save_every, help=save)
+    last = "number of newest checkpoints to keep"
+    group.add_argument("--keep_last", type=int, metavar="CHECKPOINTS", default=KEEP_LAST, help=last)
+    keep_every = "keep every checkpoint whose step is a multiple of this number; 0 disables"
+    group.add_argument("--keep_every", type=int, metavar="STEPS", default=0, help=keep_every)
+
+
+def add_safety_flags(parser: argparse.ArgumentParser) -> None:
+    """What is done about a rank that hangs and a loss that diverges."""
+    group = parser.add_argument_group("safety")
+    hang = "minutes without progress before the run writes all stacks to RUN_DIR/stacks and exits with status 86; 0 disables"
+    group.add_argument("--hang_minutes", type=float, metavar="MINUTES", default=20.0, help=hang)
+    spike = "what to do when the loss diverges: stop with suggestions, or roll back to the last good checkpoint and skip images"
+    group.add_argument("--on_spike", choices=("stop", "rollback"), default="stop", help=spike)
+    skip = "number of most recent images that a rollback skips, rounded up to batches (default: all since the checkpoint)"
+    group.add_argument("--spike_skip_images", type=int, metavar="IMAGES", help=skip)
+    most = "number of rollbacks in this run before it stops"
+    group.add_argument("--max_rollbacks", type=int, metavar="ROLLBACKS", default=3, help=most)
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """How the run fits the machines, and the machines that --dry_run plans for."""
+    group = parser.add_argument_group("machines")
+    text = f"DeepSpeed configuration: ZeRO stage, precision, offload; a file, or one of {', '.join(ds_config_names())}"
+    ds_config = group.add_argument(
+        "--ds_config",
+        type=find_ds_config,
+        metavar="NAME_OR_FILE",
+        default=DS_CONFIG,
+        help=f"{text} (default: {DS_CONFIG.stem})",
+    )
+    completing(ds_config, ds_config_names())
+    micro_batch = "images per rank and micro_step (default: the ds_config's, else all of the rank's share of a step)"
+    group.add_argument("--micro_batch", type=int, metavar="IMAGES", help=micro_batch)
+    parts = "ranks that share each image (default: the ds_config's, else 1)"
+    group.add_argument("--sequence_parallel", type=int, metavar="RANKS", help=parts)
+    group.add_argument("--local_rank", type=int, help="set by the deepspeed launcher and ignored; LOCAL_RANK counts")
+    add_cluster_flags(parser.add_argument_group("machines that --dry_run plans for, from any machine"))
 
 
 def _check(args: argparse.Namespace) -> None:
+    choose_recipe(args)
     if not args.dry_run and (args.data is None or args.run_dir is None):
         raise InputError("--data and --run_dir are required, except with --dry_run")
     check_numbers(args)
@@ -190,6 +224,12 @@ def check_numbers(args: argparse.Namespace) -> None:
         require_wandb()
     if not 0 <= args.max_bad < 1:
         raise InputError(f"--max_bad {args.max_bad:g} must be at least 0 and below 1")
+    if args.dry_run:
+        read_cluster(args)
+    elif planned := [f"--{name} {getattr(args, name)}" for name in CLUSTER_FLAGS if getattr(args, name) is not None]:
+        fix = f"; deepspeed --num_gpus {args.gpus} {cli.program()} starts as many ranks" if args.gpus else ""
+        raise InputError(f"{planned[0]} is only for --dry_run{fix}")
+    load_ds_config(args.ds_config)
 
 
 def require_wandb() -> None:
@@ -208,16 +248,39 @@ def knob_fields() -> list[dataclasses.Field[Any]]:
     return [field for field in fields if field.name not in ("name", "model", "objective", "finetune")]
 
 
-def _add_knob(group: argparse._ArgumentGroup, name: str) -> None:
-    flag, text = f"--{name}", KNOBS[name]
+def _named_early(words: Sequence[str]) -> Recipe | None:
+    """The recipe that a command line names, for its help; None if it names none that exists."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?")
+    return RECIPES.get(parser.parse_known_args(words)[0].recipe)
+
+
+def _add_knobs(parser: argparse.ArgumentParser, recipe: Recipe | None) -> None:
+    """The recipe, and a flag for each of its values; the help shows the values of `recipe`."""
+    values = f"values of {recipe.name}" if recipe else "default: the recipe's value; --recipe NAME --help shows it"
+    group = parser.add_argument_group(f"what is learned ({values})")
+    add_recipe_flags(group, "the recipe to train", "run.json of another run, or a recipe in JSON, to take the recipe from")
+    for field in knob_fields():
+        _add_knob(group, field.name, recipe)
+    warmup = "epochs of the training shards with a rising learning rate; replaces --warmup_steps"
+    group.add_argument("--warmup_epochs", type=float, metavar="EPOCHS", help=warmup)
+
+
+def _add_knob(group: argparse._ArgumentGroup, name: str, recipe: Recipe | None) -> None:
+    flag, (metavar, text) = f"--{name}", KNOBS[name]
+    if recipe:
+        value = getattr(recipe, name) if hasattr(recipe, name) else getattr(recipe.model, name)
+        shown = " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
+        text += f" ({recipe.name}: {'no' if value is False else 'yes' if value is True else shown})"
     if name == "betas":
-        group.add_argument(flag, type=float, nargs=2, help=text)
+        group.add_argument(flag, type=float, nargs=2, metavar=metavar, help=text)
     elif name == "augment_flip":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        switch(group, flag, None, text)
     elif name == "init":
         group.add_argument(flag, choices=INITS, help=text)
     else:
-        group.add_argument(flag, type=float if name in ("lr", "eps", "clip", "mask_prob", "spike_sigmas") else int, help=text)
+        kind = float if name in ("lr", "eps", "clip", "mask_prob", "spike_sigmas") else int
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
+from igpt_ds.console import duration
 from igpt_ds.json_files import write_json, write_json_lines
 from igpt_ds.ops import status
 from igpt_ds.ops.rank_status import RankStatus
-from igpt_ds.ops.status_text import duration, heartbeats_line, status_text
+from igpt_ds.ops.status_text import heartbeats_line, status_text
 from igpt_ds.train.heartbeat import Heartbeat
 
 ROOT = Path(__file__).parents[2]

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from igpt_ds.config import RECIPES, get_recipe, override
 from igpt_ds.ds_config import SHIPPED, join, load_ds_config
+from igpt_ds.plan.command import dry_run, main, network
 from igpt_ds.plan.costs import GIB, memory
 from igpt_ds.plan.estimate import Price, estimate, rank_layout
-from igpt_ds.plan.options import Request, dry_run, main, network, options
+from igpt_ds.plan.options import Request, options
 from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.train import flags as train_flags
 
 XL = get_recipe("igpt_xl_ar_64")
 H100S = Cluster(GPUS["h100-80g"])
@@ -147,7 +149,7 @@ def test_shared_images_and_rough_sums_are_told(capsys):
     assert "--sequence_parallel 4" in text
     run = join(XL, load_ds_config(SHIPPED / "zero1_bf16.json"), 8, micro_batch=1)
     assert "accumulation 8 (gradients summed in half precision: choose another ds_config)" in dry_run(
-        run, "zero1_bf16.json", 2, 0
+        run, train_flags.parse("", ["--recipe", "igpt_xl_ar_64", "--ds_config", "zero1_bf16", "--dry_run"])
     )
 
 
