@@ -33,10 +33,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from igpt_ds.api import models, stored
 
-    globals().update({word: getattr(models, word) for word in ("Model", "Prediction", "load")})
-    globals().update({word: getattr(stored, word) for word in __all__ if hasattr(stored, word)})
-    return globals()[name]
+    home = next(module for module in (models, stored) if hasattr(module, name))
+    return globals().setdefault(name, getattr(home, name))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

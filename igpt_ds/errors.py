@@ -12,6 +12,10 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Bad input: the text names the value, the file and the fix. A plain ValueError of a library keeps its traceback."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: one line."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 _FIXES = {
     errno.ENOSPC: "free some space there and run the same command again",

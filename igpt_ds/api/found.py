@@ -60,6 +60,8 @@ def find_model(path: str | os.PathLike[str]) -> FoundModel:
         return _from_hugging_face(directory)
     if (directory / "config.json").is_file():
         return _read(directory, directory)
+    if directory.name == "checkpoints":
+        return _consolidated(directory.parent, directory.parent, None)
     if directory.parent.name == "checkpoints" and (directory / "manifest.json").is_file():
         return _consolidated(directory, directory.parent.parent, step_of(directory))
     if (directory / "model" / "config.json").is_file():

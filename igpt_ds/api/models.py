@@ -46,7 +46,7 @@ class Model:
         self.path, self.info, self.config = found.path, found.info, found.info.config
         self.device, self.dtype = device, dtype
         self._network = Network(found.network, device, dtype)
-        self._prepared = Preparation(self.config.n_px, found.palette)
+        self._prepared = Preparation(self.config.n_px, found.palette, self.info.crop, self.info.resize_filter)
         self._told: set[str] = set()
 
     @property

@@ -76,6 +76,8 @@ class ModelInfo:
     mask_prob: float | None = None  # masking probability of a "bert" model, where known
     init: str = "released"  # how its weights were drawn before the first step
     recipe: str | None = None  # that it was trained by, where known
+    crop: str = "none"  # of other images for it, as `data/images.square` does it
+    resize_filter: str = "bicubic"
     class_head: ClassHead | None = None  # after fine-tuning
 
 

@@ -43,6 +43,14 @@ def test_one_image_in_every_form_has_the_same_tokens(model, photo, tmp_path):
     np.testing.assert_array_equal(model.encode(np.stack([photo] * 5)), np.repeat(expected, 5, axis=0))
 
 
+def test_the_crop_is_the_models_own(make_model_dir, photo, tmp_path):
+    model = igpt_ds.load(make_model_dir(tmp_path / "model", crop="center", resize_filter="box"))
+    prepared = square(photo, 4, crop="center", resize_filter="box")
+    np.testing.assert_array_equal(model.encode(photo), model.encode(prepared))
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    np.testing.assert_array_equal(model.encode(tmp_path / "photo.png"), model.encode(photo))
+
+
 def test_a_folder_is_read_as_by_the_tools(model, tiny_images):
     files = sorted(tiny_images.rglob("*.png"))
     np.testing.assert_array_equal(model.encode(tiny_images), model.encode(files))

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from igpt_ds.config import Recipe
+from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.palette import load_palette
+from igpt_ds.data.shards.index import read_index
 from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json
 from igpt_ds.model.classifier import Classifier
@@ -24,6 +26,7 @@ from igpt_ds.train.checkpoint.directory import choose_checkpoint, newest_checkpo
 from igpt_ds.train.checkpoint.manifest import Manifest
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 
+_OF_DATA = ("crop", "resize_filter")  # read where the training data lies, if it is still there
 _LATER = ("warmup_steps", "clip")  # of a class head's training; older code did not record them
 
 
@@ -82,7 +85,7 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
     for name, here in (ours | (ours.get("class_head") or {})).items():
         older = here if name in _LATER else None
         there = (theirs | (theirs.get("class_head") or {})).get(name, older)
-        if name not in ("class_head", "step", "images_seen") and there != here:
+        if name not in ("class_head", "step", "images_seen", *_OF_DATA) and there != here:
             raise InputError(f"{other}: {name} is {there} there and {here} here; {fix}")
     best = _best_step(manifest) or manifest.step
     if ended and theirs["step"] != best:
@@ -94,7 +97,7 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
 def _info(manifest: Manifest) -> dict[str, object]:
     """The config.json of the model dir, without its hashes."""
     recipe = manifest.recipe
-    info = {
+    info: dict[str, object] = {
         "config": recipe.model,
         "recipe": recipe.name,
         "objective": recipe.objective,
@@ -104,8 +107,22 @@ def _info(manifest: Manifest) -> dict[str, object]:
         "dataset_hash": manifest.data.dataset_hash,
         "step": manifest.step,
         "images_seen": manifest.images_seen,
+        **_preparation(manifest.data),
     }
     return info if recipe.finetune is None else info | {"class_head": _class_head(manifest)}
+
+
+def _preparation(data: DataFacts) -> dict[str, str]:
+    """The crop and the filter of other images for the model: those of its training images, "center" where those were random."""
+    directory = Path(data.datasets[0].path if data.datasets else data.path)
+    try:
+        index = read_index(directory)
+    except (InputError, OSError):  # moved, or a stream's
+        return {}
+    if index.palette_hash != data.palette_hash:
+        return {}
+    crop = "center" if index.crop == "random" else index.crop
+    return {name: value for name, value in zip(_OF_DATA, (crop, index.filter), strict=True) if value is not None}
 
 
 def _shapes(recipe: Recipe) -> dict[str, torch.Size]:
