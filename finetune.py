@@ -23,11 +23,14 @@ from functools import partial
 
 from igpt_ds import cli, launcher
 from igpt_ds.command_line import lazy
+from igpt_ds.console import next_command
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.index import read_index
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import add_results, read_results
+from igpt_ds.files import check_writable
 from igpt_ds.plan.command import dry_run
 from igpt_ds.train.checkpoint.directory import choose_checkpoint
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts
@@ -42,7 +45,7 @@ with lazy.imports():
     from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
     from igpt_ds.train.checkpoint.save_load import load_checkpoint
     from igpt_ds.train.engine import check_ds_config
-    from igpt_ds.train.finetuning import finetune_recipe, finetuning_loss, measure, starting_point
+    from igpt_ds.train.finetuning import finetune_recipe, finetuning_loss, measure, starting_point, warmup_note
     from igpt_ds.train.loop import fit
     from igpt_ds.train.session import FinetuneStart, Session, open_session
     from igpt_ds.train.stream import batches
@@ -56,17 +59,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)
     start = starting_point(args)
     run = choose_run(args, start, images)
+    note = warmup_note(args, run.recipe, images.n_images)
     if args.dry_run:
-        dist.say(dry_run(run, args, models=1))
+        dist.say("\n".join(filter(None, [dry_run(run, args, models=1), note])))
         return
     recipe, held_out = run.recipe, ShardSet(args.data, args.val_split)
     evaluated = ShardSet(args.data, args.eval_split) if args.results else None  # a missing split is an error now, not at the end
     check_start(args, start, images)
-    with open_session(args, run, images, held_out, finetune_start(args, start, images)) as session:
+    with open_session(args, run, images, held_out, finetune_start(args, start, images), note) as session:
         validate = partial(measure, session.engine, recipe, held_out, run.micro_batch, args.val_images)
         fit(session, batches(images, run, with_labels=True), finetuning_loss(recipe), validate)
         if session.finished:
             conclude(args, session, held_out, evaluated)
+    dist.say(next_step(args, session))
+
+
+def next_step(args: argparse.Namespace, session: Session) -> str:
+    """The command that follows this one."""
+    if not session.finished:  # --stop_at_step ended it
+        return f"next: {session.watch.stop.resume}"
+    if args.results:
+        return next_command("python", "tools/tables.py", "--results", args.results)
+    model, evaluated = args.out or args.run_dir / "model", args.eval_split
+    if evaluated not in read_index(args.data).splits:
+        evaluated = args.val_split
+    splits = ("--val_split", args.val_split, "--eval_split", evaluated)
+    return next_command("python", "tools/evaluate_classifier.py", "--model", model, "--data", args.data, *splits)
 
 
 def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> Run:
@@ -96,6 +114,7 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
         raise InputError(f"--out {out} exists already; choose another name or remove it")
     if args.results:
         read_results(args.results)
+    check_writable(args.results, directories=[args.run_dir, out])
 
 
 def finetune_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> FinetuneStart:

@@ -27,11 +27,13 @@ from functools import partial
 from igpt_ds import cli, launcher
 from igpt_ds.command_line import lazy
 from igpt_ds.config import with_warmup_epochs
+from igpt_ds.console import next_command
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
+from igpt_ds.files import check_writable
 from igpt_ds.plan.command import dry_run
-from igpt_ds.train.flags import choose_recipe, parse
+from igpt_ds.train.flags import choose_recipe, parse, warmup_note
 
 with lazy.imports():
     from igpt_ds import dist
@@ -39,7 +41,7 @@ with lazy.imports():
     from igpt_ds.data.streaming import ShardStream
     from igpt_ds.train.engine import check_ds_config
     from igpt_ds.train.loop import fit, pretraining_loss
-    from igpt_ds.train.session import open_session
+    from igpt_ds.train.session import Session, open_session
     from igpt_ds.train.stream import batches
     from igpt_ds.train.validation import validation_loss
 
@@ -52,14 +54,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = None if args.dry_run and args.warmup_epochs is None else open_images(args)
     run = choose_run(args, images)
     if args.dry_run or images is None:
-        dist.say(dry_run(run, args))
+        dist.say("\n".join(filter(None, [dry_run(run, args), warmup_note(args, run.recipe)])))
         return
     recipe, val_shards = run.recipe, ShardSet(args.data[0], args.val_split)
+    check_writable(directories=[args.run_dir])
     check_shards(images, recipe.model)
     check_shards(val_shards, recipe.model)
-    with open_session(args, run, images, val_shards) as session:
+    with open_session(args, run, images, val_shards, note=warmup_note(args, recipe)) as session:
         validate = partial(validation_loss, session.engine, recipe, val_shards, run.micro_batch, args.val_images)
         fit(session, batches(images, run), pretraining_loss(recipe), validate)
+    dist.say(next_step(session))
+
+
+def next_step(session: Session) -> str:
+    """The command that follows this one."""
+    if not session.finished:  # --stop_at_step ended it
+        return f"next: {session.watch.stop.resume}"
+    return next_command("python", "tools/consolidate.py", "--run_dir", session.run_dir, "--out", session.run_dir / "model")
 
 
 def choose_run(args: argparse.Namespace, images: Mixture | ShardStream | None) -> Run:

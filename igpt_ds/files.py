@@ -12,15 +12,16 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from igpt_ds.cli import FinishedError
-from igpt_ds.errors import InputError, naming
+from igpt_ds.errors import InputError, naming, reason
 from igpt_ds.locks import locked, open_lock, try_lock
 from igpt_ds.plain_files import check_file
 
@@ -93,6 +94,26 @@ def _remove_unlocked(path: Path) -> None:
                     left.unlink()
             finally:
                 os.close(descriptor)
+
+
+def check_writable(*files: Path | None, directories: Sequence[Path | None] = ()) -> None:
+    """Checks before the work that its results can be written. It leaves nothing behind; None is skipped.
+
+    Raises:
+        ValueError: a file is a directory, a part of a path is a file, or the directory that exists cannot be written.
+    """
+    for path in filter(None, (*files, *directories)):
+        if path in files and path.is_dir():
+            raise InputError(f"{path} is a directory; name a file")
+        parent = path if path.is_dir() else path.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise InputError(f"{path} cannot be written: {parent} is a file; choose another path")
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {parent}: {reason(error)}") from None
 
 
 def remove(path: Path) -> None:

@@ -25,7 +25,7 @@ from igpt_ds.errors import error_text
 from igpt_ds.evaluate.features.files import _open_array
 from igpt_ds.evaluate.probes.sgd_state import read_state
 from igpt_ds.evaluate.report.page import _figure
-from igpt_ds.files import atomic_dir, atomic_file, sha256_file
+from igpt_ds.files import atomic_dir, atomic_file, check_writable, sha256_file
 from igpt_ds.json_files import json_line, read_json, read_json_lines, refuse_changed, seal, write_json, write_json_lines
 from igpt_ds.model.interchange.hf import _open_tensors
 from igpt_ds.model.store import _read_file, read_tensors, write_tensors
@@ -40,6 +40,18 @@ def names(directory):
 
 def fail(_):
     raise RuntimeError("half way")
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dir").mkdir()
+    check_writable(tmp_path / "new" / "a.json", tmp_path / "file", None, directories=[tmp_path / "dir", tmp_path / "x" / "y"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dir", "file"]
+    for path in (tmp_path / "file" / "a.json", tmp_path / "dir", Path("/proc/a.json")):
+        with pytest.raises(ValueError, match=str(path)):
+            check_writable(path)
+    with pytest.raises(ValueError, match="is a file; choose another path"):
+        check_writable(directories=[tmp_path / "file" / "run"])
 
 
 def test_atomic_file_replaces_only_when_the_block_ends_well(tmp_path):

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
+from igpt_ds.console import next_command
 
 with lazy.imports():
     from igpt_ds.model.store import read_info
     from igpt_ds.train.checkpoint.consolidate import consolidate
+    from igpt_ds.train.run_dir import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     lazy.load()
 
     step, size = consolidate(args.run_dir, args.out, args.step)
-    print(f"{args.out}: step {step}, {size:,} parameters, sha256 {read_info(args.out).model_hash[:16]}")
+    info, data = read_info(args.out), read_run(args.run_dir)["data"]["path"]
+    print(f"{args.out}: step {step}, {size:,} parameters, sha256 {info.model_hash[:16]}")
+    if info.class_head is not None:
+        print(next_command("python", "tools/evaluate_classifier.py", "--model", args.out, "--data", data))
+        return
+    features = f"{args.out}_features"
+    print(next_command("python", "tools/extract_features.py", "--model", args.out, "--data", data, "--out", features))
+    if info.objective == "ar":
+        print(next_command("python", "tools/sample.py", "--model", args.out, "--out", f"{args.out}_samples.png", label="or"))
 
 
 if __name__ == "__main__":

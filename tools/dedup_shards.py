@@ -26,6 +26,7 @@ from igpt_ds.data.exclusion import ExclusionReason, write_exclusion
 from igpt_ds.data.images import save_grid, square
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
+from igpt_ds.files import check_writable
 
 MAX_DISTANCE = 4  # CIFAR-10 in 512 colours: finds 97 % of images made JPEGs of quality 40, and one wrong pair in 400 million
 SUSPICIOUS = 0.001  # share of the training set near a single evaluation image
@@ -35,6 +36,7 @@ PAIRS_A_ROW, CELL = 4, 96
 def main(argv: Sequence[str] | None = None) -> None:
     """Compares both sets, writes the list and the sheet, prints a summary."""
     args = parse(argv)
+    check_writable(args.out, args.sheet)
     train, evaluated = ShardSet(args.train, args.train_split), ShardSet(args.eval, args.eval_split)
     start = time.perf_counter()
     found = find_duplicates(train, evaluated, args.method, args.max_distance, args.workers)

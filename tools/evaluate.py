@@ -22,6 +22,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import PRECISIONS
 from igpt_ds.evaluate.report.results import add_results, likelihood_row, read_results
+from igpt_ds.files import check_writable
 from igpt_ds.provenance import git_commit
 
 with lazy.imports():
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(args.device)
     if args.results:
         read_results(args.results)  # finds a damaged file before the measurement
+    check_writable(args.out, args.results)
     shards = ShardSet(args.data, args.split)
     info = read_info(args.model)
     if given := [f"--{name}" for name in BERT_FLAGS if getattr(args, name) is not None and info.objective != "bert"]:

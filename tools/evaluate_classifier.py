@@ -18,6 +18,7 @@ from igpt_ds.command_line import lazy
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import add_results, read_results
+from igpt_ds.files import check_writable
 
 with lazy.imports():
     import torch
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_classes(info, evaluated)
     if args.results:
         read_results(args.results)  # finds a damaged file before the images are classified
+    check_writable(args.confusion, args.results)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device, torch.bfloat16 if args.bf16 else torch.float32)
     row, confusion = result(model, info, held_out, evaluated, args.batch, device, args.mask_draws)
@@ -59,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_confusion(args.confusion, confusion)
     if args.results:
         add_results(args.results, [row])
-    print(f"{args.val_split}: {100 * row.held_out_accuracy:.2f} % of {held_out.n_images} images")
+    if args.val_split != args.eval_split:
+        print(f"{args.val_split}: {100 * row.held_out_accuracy:.2f} % of {held_out.n_images} images")
     single = f", {100 * row.single_accuracy:.2f} % with one mask" if row.single_accuracy is not None else ""
     print(f"{args.eval_split}: {100 * row.accuracy:.2f} % of {evaluated.n_images} images{single}")
     if args.results:

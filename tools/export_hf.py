@@ -16,6 +16,7 @@ from igpt_ds import cli
 from igpt_ds.command_line import lazy
 from igpt_ds.data.palette import load_palette
 from igpt_ds.errors import InputError
+from igpt_ds.files import check_writable
 
 with lazy.imports():
     from igpt_ds.model.interchange.hf import write_hf
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="HF directory to write")
     args = parser.parse_args(argv)
     lazy.load()
+    check_writable(directories=[args.out])
 
     objective = read_info(args.model).objective
     if objective != "ar":

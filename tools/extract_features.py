@@ -30,11 +30,13 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
+from igpt_ds.console import next_command
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import DTYPES, KINDS, PRECISIONS
 from igpt_ds.evaluate.features.merge import merge_parts
+from igpt_ds.files import check_writable
 
 with lazy.imports():
     from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
@@ -48,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Merges parts, or extracts the features of the shards."""
     args = parse(argv)
     lazy.load()
+    check_writable(directories=[args.out])
     if args.merge:
-        images = sum(about.n_images for about in merge_parts(args.out, args.merge).splits.values())
-        say(f"{args.out}: {images} images of {args.merge} parts")
+        splits = merge_parts(args.out, args.merge).splits
+        say(f"{args.out}: {sum(about.n_images for about in splits.values())} images of {args.merge} parts")
+        say_next(args.out, list(splits))
         return
     shard_sets = [ShardSet(args.data, split) for split in args.splits]
     start = time.perf_counter()
@@ -59,7 +63,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         from_model(args, shard_sets)
     seconds, images = time.perf_counter() - start, sum(shards.n_images for shards in shard_sets)
-    say(f"{args.out}: {images} images in {seconds:.1f} s" if args.part == WHOLE else f"part {args.part.i}: {seconds:.1f} s")
+    if args.part != WHOLE:
+        say(f"part {args.part.i}: {seconds:.1f} s")
+        return
+    say(f"{args.out}: {images} images in {seconds:.1f} s")
+    say_next(args.out, args.splits)
+
+
+def say_next(out: Path, splits: Sequence[str]) -> None:
+    """Prints the command that probes these features: fitted on their first split, read on their last."""
+    flags = [] if list(splits[:2]) == ["train", "val"] else ["--train_split", splits[0], "--eval_split", splits[-1]]
+    results = out.with_name("results.jsonl")
+    say(next_command("python", "tools/linear_probe.py", "--features", out, *flags, "--out", results))
 
 
 def from_model(args: argparse.Namespace, shard_sets: Sequence[ShardSet]) -> None:

@@ -36,6 +36,7 @@ from igpt_ds.evaluate.report.figures import layer_curve, plan_curve, rate_curve,
 from igpt_ds.evaluate.report.results import best_row, by_layer, experiment, read_all
 from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.evaluate.report.run_files import PlanRow, ReportedRun, read_curve, read_plan
+from igpt_ds.files import check_writable
 from igpt_ds.train.run_dir import read_run
 from igpt_ds.train.sweep import read_sweep
 
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rates": rates,
         "plan": planned,
     }
+    check_writable(args.out)
     draw[args.figure](args)
     print(args.out)
 

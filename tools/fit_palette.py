@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds import cli
+from igpt_ds.console import next_command
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, save_grid, square
 from igpt_ds.data.left_out import Tally, reason_of
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, report_path, save_palette
@@ -34,7 +35,7 @@ from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD
 from igpt_ds.data.sources import LABELS, Entry, Source, open_source
 from igpt_ds.data.workers import process_pool
 from igpt_ds.errors import InputError
-from igpt_ds.files import reserved
+from igpt_ds.files import check_writable, reserved
 
 _BATCH = 64  # images per job of a worker
 _SWATCH_COLUMNS, _N_PREVIEW, _PREVIEW_PX = 32, 12, 64
@@ -43,6 +44,7 @@ _SWATCH_COLUMNS, _N_PREVIEW, _PREVIEW_PX = 32, 12, 64
 def main(argv: Sequence[str] | None = None) -> None:
     """Counts and clusters colours, writes the palette and its pictures, prints its quality."""
     args = _arguments(argv)
+    check_writable(args.swatch, args.preview)
     with reserved(args.out, report_path(args.out)):
         _fit(args)
 
@@ -88,6 +90,11 @@ def _fit(args: argparse.Namespace) -> None:
     print(f"palette     {len(palette)} colours in {fitted - counted:.1f} s: {args.out}, {report_path(args.out).name}")
     print(f"inertia     {report.inertia:.6g} (model space)   PSNR {report.psnr:.2f} dB")
     print(f"hash        {palette.hash}")
+    how_made = [] if args.crop == "none" else ["--crop", args.crop]
+    how_made += [] if args.labels == "use" else ["--labels", args.labels]
+    n_px, shards = str(args.n_px or 32), args.out.with_name(f"{args.out.stem}_shards")
+    words = ("--source", args.source, "--palette", args.out, "--n_px", n_px, *how_made, "--out", shards)
+    print(next_command("python", "tools/make_shards.py", *words))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,6 +15,7 @@ from igpt_ds import cli
 from igpt_ds.command_line import lazy
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH, load_palette
 from igpt_ds.errors import InputError
+from igpt_ds.files import check_writable
 
 with lazy.imports():
     from igpt_ds.model.interchange.hf import save_imported
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="model dir to write")
     args = parser.parse_args(argv)
     lazy.load()
+    check_writable(directories=[args.out])
 
     palette = load_palette(args.palette)
     imported = read_openai(args.checkpoint)

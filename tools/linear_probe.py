@@ -26,6 +26,7 @@ from typing import TypeAlias
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
+from igpt_ds.console import count, next_command
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.manifest import KINDS
@@ -33,6 +34,7 @@ from igpt_ds.evaluate.probes.settings import C_GRID, LABELS, N_MASKS, PROBE_PREC
 from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.evaluate.report.tables import markdown_table
+from igpt_ds.files import check_writable
 
 with lazy.imports():
     from igpt_ds.evaluate.features.network import pick_device
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     lazy.load()
     read_results(args.out)  # finds a damaged file before the first probe
+    check_writable(args.out)
     settings = ProbeSettings.of(
         args.C_grid, tol=args.tol, seed=args.seed, device=pick_device(args.device), precision=args.precision
     )
@@ -68,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             report(rows[-1], train)
     if by_layer(rows):
         say(markdown_table(rows))
-    say(f"{args.out}: {len(rows)} rows")
+    say(f"{args.out}: {count(len(rows), 'row')}")
+    say(next_command("python", "tools/tables.py", "--results", args.out))
+    if args.protocol == "every_layer" and any(row.features != "pixels" for row in rows):
+        figure = ("--out", args.out.with_name("layers.png"), "layers", "--results", args.out)
+        say(next_command("python", "tools/figures.py", *figure, label="or"))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.config import RECIPES
+from igpt_ds.console import count, next_command
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
 from igpt_ds.data.left_out import LeftOut
 from igpt_ds.data.palette import load_palette
@@ -26,6 +28,7 @@ from igpt_ds.data.shards.layout import IMAGES_PER_SHARD, WHOLE, Part, ShardOptio
 from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD, finish_begun, making, merge_shards
 from igpt_ds.data.sources import LABELS, open_source
 from igpt_ds.errors import InputError
+from igpt_ds.files import check_writable
 
 CROP_HELP = (
     "none: the shorter side to n_px, then the central square; center: the shorter side to 224, the central 224x224, then n_px; "
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--part belongs to --stage write, not {args.stage}")
 
     check_work(args.part, args.workers, args.max_bad)
+    check_writable(directories=[args.out])
     source, palette, start = open_source(args.source, args.labels), load_palette(args.palette), time.perf_counter()
     shape = args.filter, args.crop, args.views, args.max_pixels
     options = ShardOptions(args.n_px, args.val_fraction, args.images_per_shard, args.seed, *shape)
@@ -61,9 +65,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.stage in ("all", "write"):
         made = write_shards(args.out, source, part=args.part, workers=args.workers, max_bad=args.max_bad)
         seconds = time.perf_counter() - start
-        print(f"made        {made} images at {made / seconds:.0f}/s by {args.workers} processes: part {args.part}")
+        workers = count(args.workers, "process", "processes")
+        print(f"made        {made} images at {made / seconds:.0f}/s by {workers}: part {args.part}")
     if args.stage in ("all", "merge"):
-        print_index(args.out, merge_shards(args.out, args.name, args.max_bad))
+        index = merge_shards(args.out, args.name, args.max_bad)
+        print_index(args.out, index)
+        print(next_command("deepspeed", "train.py", *train_flags(index), "--data", args.out, "--run_dir", f"{args.out}_run"))
+
+
+def train_flags(index: ShardIndex) -> list[str]:
+    """The flags of train.py that fit these shards: a recipe of their size, or a small one with their size and colours."""
+    known = [recipe for recipe in RECIPES.values() if recipe.objective == "ar"]
+    recipe = next((recipe for recipe in known if recipe.model.n_px == index.n_px), RECIPES["cifar10_nano_ar_16"])
+    flags = ["--recipe", recipe.name]
+    for name in ("n_px", "n_vocab"):
+        if getattr(index, name) != getattr(recipe.model, name):
+            flags += [f"--{name}", str(getattr(index, name))]
+    return flags if "val" in index.splits else [*flags, "--val_split", next(iter(index.splits))]
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -103,8 +121,8 @@ def part(text: str) -> Part:
 def print_index(out: Path, index: ShardIndex) -> None:
     """Prints what the dataset directory holds."""
     for split, about in index.splits.items():
-        shards = f"{len(about.shards)} shard{'s' * (len(about.shards) != 1)}"
-        print(f"{split:<11} {about.n_images} images in {shards}, dataset hash {about.dataset_hash[:16]}")
+        made = f"{about.n_images} images in {count(len(about.shards), 'shard')}"
+        print(f"{split:<11} {made}, dataset hash {about.dataset_hash[:16]}")
     print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
     print(f"unreadable  {index.n_unreadable} images")
     print_left_out(index.left_out or [])

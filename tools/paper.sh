@@ -22,6 +22,7 @@ if (($#)) && [[ $1 != -* ]]; then
 fi
 cd "$(dirname "$0")/.."
 [[ -d .venv/bin ]] && PATH=$PWD/.venv/bin:$PATH
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait leave their core to others: igpt_ds/threads.py
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus > 0)); then
   ranks=$gpus ds_config=ds_configs/zero3_bf16.json
@@ -55,7 +56,7 @@ while IFS=$'\x1f' read -r -a fields <&3; do
     echo "paper.sh: error: $name ended with status $status; its output is in $log. The same command continues from there" >&2
     exit "$status"
   fi
-  tail -n 1 "$log"
+  sed -E '/^(next|or): /d' "$log" | tail -n 1
   [[ -z $printed ]] || mv "$log" "$printed"
 done 3<<<"$plan"
 printf '\ntables: %s\nfigures: %s\nreport: %s\n' "$out/tables.md" "$out/figures" "$out/report.html"

@@ -22,7 +22,7 @@ from igpt_ds.evaluate.report.results import by_layer, read_all
 from igpt_ds.evaluate.report.row_types import Row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun, read_curve
 from igpt_ds.evaluate.report.tables import TITLES
-from igpt_ds.files import atomic_file
+from igpt_ds.files import atomic_file, check_writable
 from igpt_ds.plain_files import is_inside
 from igpt_ds.train.run_dir import read_run
 
@@ -32,6 +32,7 @@ DRAWN = ("layers.png", "training.png")  # figures of these names are drawn again
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the run, draws its curves, writes the page."""
     args = parse(argv)
+    check_writable(args.out)
     run, training = ReportedRun.of(read_run(args.run_dir), args.run_dir / "run.json"), read_curve(args.run_dir)
     own = args.run_dir / "results.jsonl"
     results = read_all(args.results or ([own] if own.exists() else []))

@@ -28,6 +28,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import PRECISIONS
 from igpt_ds.evaluate.report.figures import heat_maps
+from igpt_ds.files import check_writable
 
 with lazy.imports():
     import torch
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Loads the model, samples, writes the files."""
     args = parse(argv)
     lazy.load()
+    check_writable(args.out, args.gif, args.heat_map)
     args.device = pick_device(args.device)
     model, info = load_model(args.model, "ar")
     palette = load_palette(args.model / "palette.npy")

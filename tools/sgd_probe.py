@@ -19,12 +19,14 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
+from igpt_ds.console import count, next_command
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.manifest import KINDS
 from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings
 from igpt_ds.evaluate.report.results import add_results, make_row, read_results
 from igpt_ds.evaluate.report.tables import markdown_table
+from igpt_ds.files import check_writable
 from igpt_ds.plain_files import beside
 
 with lazy.imports():
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     lazy.load()
     read_results(args.out)  # finds a damaged file before the first probe
+    check_writable(args.out)
     search = RateSearch(args.rates, args.together, args.held_out)
     settings = SgdSettings(
         steps=args.steps,
@@ -65,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         add_results(args.out, rows[-1:])
         report(probe, args.features, time.perf_counter() - start)
     print(markdown_table(rows))
-    print(f"{args.out}: {len(rows)} rows")
+    print(f"{args.out}: {count(len(rows), 'row')}")
+    print(next_command("python", "tools/tables.py", "--results", args.out))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

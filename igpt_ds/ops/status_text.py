@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from igpt_ds.console import duration
+from igpt_ds.console import count, duration
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status import Status
 
@@ -18,12 +18,13 @@ def status_text(status: Status) -> str:
     where = f" on {', '.join(hosts[:MOST_RANKS])}{' ...' if len(hosts) > MOST_RANKS else ''}" if hosts else ""
     validation = f"; validation {status.val_loss:.4f} at step {status.val_step:,}" if status.val_loss is not None else ""
     saved, slow = status.checkpoint, status.slowest
-    counts = f"{status.restarts} restarts, {status.rollbacks} rollbacks, {status.skipped_steps or 0} steps skipped"
+    what = ((status.restarts, "restart"), (status.rollbacks, "rollback"), (status.skipped_steps or 0, "skipped step"))
+    counts = ", ".join(count(n, thing) for n, thing in what)
     newest = f"step {saved.step:,}, {duration(saved.age)} old" if saved else "none yet"
     slowest = f"rank {slow.rank}, {slow.ratio:.2f} times the median" if slow else "-"
     return "\n".join(
         (
-            f"{status.run_dir}: {status.state}, {status.recipe} on {status.world_size} ranks{where}",
+            f"{status.run_dir}: {status.state}, {status.recipe} on {count(status.world_size, 'rank')}{where}",
             f"  step        {status.step:,} of {status.steps:,} ({100 * status.step / status.steps:.1f} %), "
             f"{status.images_seen:,} images",
             f"  loss        {_number(status.loss, '{:.4f} nats/token')}{validation}",

@@ -24,6 +24,8 @@ from igpt_ds.train.flags import (
     check_numbers,
 )
 
+EPOCHS = 20
+
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses and checks the command line.
@@ -75,11 +77,11 @@ def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
     batch = "images per step, over all ranks; the paper uses 64 for XL"
     knobs.add_argument("--batch_images", type=int, metavar="IMAGES", default=128, help=batch)
     epochs = "largest number of epochs of the training images"
-    knobs.add_argument("--epochs", type=float, metavar="EPOCHS", default=20.0, help=epochs)
+    knobs.add_argument("--epochs", type=float, metavar="EPOCHS", default=float(EPOCHS), help=epochs)
     steps = "largest number of optimizer steps (default: --epochs decides)"
     knobs.add_argument("--steps", type=int, metavar="STEPS", help=steps)
-    warmup = "epochs with a rising learning rate, constant later"
-    knobs.add_argument("--warmup_epochs", type=float, metavar="EPOCHS", default=1.0, help=warmup)
+    warmup = "epochs with a rising learning rate, constant later (default: 1, or a twentieth of a run that is shorter than that)"
+    knobs.add_argument("--warmup_epochs", type=float, metavar="EPOCHS", help=warmup)
     patience = "validations in a row without a new best before the run ends; 0 disables"
     knobs.add_argument("--patience", type=int, metavar="VALIDATIONS", default=5, help=patience)
     pad = "pixels of reflection padding before a random crop; 0 disables, 4 is the paper's for CIFAR (3.1)"
@@ -110,5 +112,5 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
     for name in ("epochs", "warmup_epochs"):
-        if not 0 <= getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name):g} must be a number of at least 0")

@@ -16,10 +16,13 @@ from igpt_ds import dist
 from igpt_ds.config import Finetune, Recipe, get_recipe
 from igpt_ds.data.loader import Batch
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.errors import InputError
 from igpt_ds.model.classifier import class_loss, total
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.engine import LossFunction
 from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.finetune_flags import EPOCHS
+from igpt_ds.train.flags import shorter_note, shorter_warmup
 from igpt_ds.train.run_dir import read_recipe
 from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
@@ -87,6 +90,28 @@ def starting_point(args: argparse.Namespace) -> ModelInfo:
     return ModelInfo(recipe.model, recipe.objective, "", 0, 0, "", recipe.mask_prob, recipe.init)
 
 
+def warmup_steps(args: argparse.Namespace, steps: int, n_images: int) -> int:
+    """The steps of --warmup_epochs. Without that flag an epoch, or in a run that is shorter a twentieth of the run.
+
+    Raises:
+        ValueError: --warmup_epochs is longer than the run.
+    """
+    found = math.ceil((1.0 if args.warmup_epochs is None else args.warmup_epochs) * n_images / args.batch_images)
+    if found <= steps:
+        return found
+    if args.warmup_epochs is None:
+        return shorter_warmup(1, steps, EPOCHS)
+    raise InputError(
+        f"--warmup_epochs {args.warmup_epochs:g} of {n_images} images is {found} steps, more than the run's {steps}; shorten it"
+    )
+
+
+def warmup_note(args: argparse.Namespace, recipe: Recipe, n_images: int) -> str:
+    """One line about a warm-up that `warmup_steps` shortened; "" if it did not."""
+    planned = math.ceil(n_images / args.batch_images)
+    return shorter_note(planned, recipe) if args.warmup_epochs is None and planned > recipe.steps else ""
+
+
 def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_classes: int) -> Recipe:
     """The recipe of the fine-tuning.
 
@@ -106,7 +131,7 @@ def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_
         args.batch_images,
         steps,
         args.lr,
-        min(steps, math.ceil(args.warmup_epochs * n_images / args.batch_images)),
+        warmup_steps(args, steps, n_images),
         info.objective,
         init=info.init,
         spike_sigmas=args.spike_sigmas,

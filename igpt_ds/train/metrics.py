@@ -1,4 +1,4 @@
-"""The curves of a run: train.jsonl, TensorBoard, a console line and, with --wandb, Weights and Biases. Rank 0 writes.
+"""The curves of a run: train.jsonl, TensorBoard, the rows on the console and, with --wandb, Weights and Biases. Rank 0 writes.
 
 A training row holds the loss of one step, in nats per token, over the global batch; a validation row holds the mean over the
 validation images. `step` counts completed steps and `images_seen` their images. No step appears twice.
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from igpt_ds import dist
 from igpt_ds.cli import unread_output
 from igpt_ds.config import recipe_to_dict
+from igpt_ds.console import count
 from igpt_ds.ds_config import Run
 from igpt_ds.errors import naming
 from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
@@ -38,8 +39,10 @@ from igpt_ds.plain_files import open_plain, utf8_path
 from igpt_ds.plan import costs
 from igpt_ds.plan.costs import GIB, train_flops_per_token
 from igpt_ds.schema import record_from, to_json
+from igpt_ds.train.screen import Table
 
 SLOW = 1.2  # times the median: the console names the slowest rank
+WAIT = 0.1  # share of the time that rank 0 waits for images: the console says so
 Value = float | int | None
 
 
@@ -62,23 +65,16 @@ class TrainingRow:
     slowest_rank: int | None = None
     slowest_ratio: float | None = None
 
-    def console_line(self, steps: int, unit: str = "nats/token") -> str:
-        """The row in one line of text."""
-        parts = [
-            f"step {self.step}/{steps}",
-            f"loss {self.loss:.4f} {unit}",
-            f"lr {self.lr:.2e}",
-            f"grad norm {self.grad_norm:.3f}",
-            f"{self.images_per_s:.1f} images/s",
-            f"MFU {100 * self.mfu:.1f} %",
-            f"{self.memory_gib:.2f} GiB",
-            f"data wait {100 * self.data_wait:.1f} %",
-        ]
+    def notes(self) -> str:
+        """What is worth a look, after the columns of the console's row; "" if nothing is."""
+        parts = []
         if self.skipped_steps:
-            parts.append(f"{self.skipped_steps} steps skipped")
+            parts.append(f"{count(self.skipped_steps, 'step')} skipped")
+        if self.data_wait > WAIT:
+            parts.append(f"{100 * self.data_wait:.0f} % of the time waiting for data")
         if self.slowest_ratio is not None and self.slowest_ratio > SLOW:
             parts.append(f"rank {self.slowest_rank} takes {self.slowest_ratio:.1f} times the median")
-        return " | ".join(parts)
+        return "".join(f"  {part}" for part in parts)
 
 
 @dataclass(frozen=True)
@@ -100,14 +96,16 @@ class Metrics:
     def __init__(self, run_dir: Path, run: Run, start_step: int, peak: float, wandb_project: str | None = None) -> None:
         self.run, self.run_dir, self.peak, self.speaks = run, run_dir, peak, dist.rank() == 0
         self.product = _matrix(_device(), torch.float32) if run.world_size > 1 else None
-        self.unit = "nats/token" if run.recipe.finetune is None else "nats"  # the loss of a class is not per token
         self.restart_clock(start_step)
         self.data_seconds = self.save_seconds = 0.0
         self.board: SummaryWriter | None = None
         if not self.speaks:
             return
+        self.table = Table(run.recipe.steps, start_step)
         self.bar = tqdm(total=run.recipe.steps, initial=start_step, unit="step", disable=None)
         self._open(start_step)
+        for line in self.table.heading(run.recipe):
+            self._say(line)
         self.wandb = _start_wandb(wandb_project, run_dir, run) if wandb_project else None
 
     def _open(self, start_step: int) -> None:
@@ -130,6 +128,7 @@ class Metrics:
         if self.speaks:
             self._close_files()
             self._open(step)
+            self.table.rewind(step)
             self.bar.n = step
             self.bar.refresh()
 
@@ -165,17 +164,15 @@ class Metrics:
             return
         self._write(to_json(row), "train")
         self.bar.update(step - self.bar.n)
-        self._say(row.console_line(recipe.steps, self.unit))
+        self._say(self.table.training(step, loss, lr, images_per_s, recipe.batch_images) + row.notes())
 
     def validation(self, step: int, val_loss: float, more: Mapping[str, float] | None = None) -> None:
         """Logs a validation loss and other measured values. The speed leaves out the time of the validation."""
         if self.speaks:
             row: dict[str, Value] = {"step": step, "images_seen": step * self.run.recipe.batch_images, "val_loss": val_loss}
             self._write(row | dict(more or {}), "val")
-            uniform = math.log(self.run.recipe.model.n_vocab)
-            words = f"{val_loss:.4f} {self.unit}" + (f" (uniform {uniform:.4f})" if self.run.recipe.finetune is None else "")
-            others = "".join(f" | {name} {value:.4f}" for name, value in (more or {}).items())
-            self._say(f"step {step}/{self.run.recipe.steps} | validation {words}{others}")
+            others = "".join(f"  {name.removeprefix('val_')} {value:.4f}" for name, value in (more or {}).items())
+            self._say(self.table.validation(step, val_loss) + others)
         self.restart_clock(step)
 
     def waited(self, seconds: float) -> None:

@@ -28,6 +28,7 @@ from igpt_ds.sealed import Format
 from igpt_ds.train.run_lock import take
 
 RUN = Format("igpt_ds.run", "run config", "restore the file, or choose another --run_dir", version=2, sealed=2, oldest=1)
+_NO_FLAGS = ("name", "objective", "finetune", "n_classes", "start", "dataset_hash", "palette_hash", "order")
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,35 @@ def check(run_dir: Path, run: Run, data: DataFacts, palette: Path, resume: bool)
         data: what identifies the training data.
         resume: whether the user asked to continue.
 
+    A run that stopped before its first checkpoint has nothing to lose: any other run may take its place.
+
     Raises:
         ValueError: the directory holds another run (the first difference is named), this run without `resume`, another palette,
             or checkpoints without run.json; or another run uses it; or it cannot be made.
     """
     refuse_file(run_dir)
-    path = run_dir / "run.json"
-    if path.exists():
+    path, saved = run_dir / "run.json", has_checkpoints(run_dir)
+    if path.exists() and saved:
         _check_same(run_dir, run, data)
         if not resume:
             raise InputError(f"{run_dir} already holds a run; continue it with --resume auto or choose another --run_dir")
+    elif path.exists():
+        read_run(run_dir)  # refuses a damaged or foreign file
     elif (run_dir / "checkpoints").exists():
         raise InputError(f"{run_dir} holds checkpoints but no run.json, so their run is unknown; choose another --run_dir")
     copy = run_dir / "palette.npy"
-    if copy.exists() and copy.read_bytes() != palette.read_bytes():
+    if (saved or not path.exists()) and copy.exists() and copy.read_bytes() != palette.read_bytes():
         raise InputError(f"{copy} differs from the palette {palette}; choose another --run_dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--run_dir {run_dir} cannot be made: {error.strerror}; choose another directory") from None
     take(run_dir, owned=bool(this_start()) and _owner(run_dir) == this_start())
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a run directory holds a checkpoint, complete or damaged; an interrupted save is none."""
+    return any(not path.name.endswith(".partial") for path in (run_dir / "checkpoints").glob("step-*"))
 
 
 def refuse_file(run_dir: Path) -> None:
@@ -91,12 +101,17 @@ def refuse_file(run_dir: Path) -> None:
         raise InputError(f"--run_dir {run_dir} is a file; choose a directory or a new name")
 
 
-def record(run_dir: Path, run: Run, data: DataFacts, palette: Path, cpu_product: str) -> None:
-    """Writes run.json and the palette, and removes what a killed save left. Called when nothing can refuse the run any more."""
-    if not (run_dir / "palette.npy").exists():
+def record(run_dir: Path, run: Run, data: DataFacts, palette: Path, cpu_product: str, note: str = "") -> None:
+    """Writes run.json and the palette, and removes what a killed save left. Called when nothing can refuse the run any more.
+
+    Args:
+        note: what the program changed by itself.
+    """
+    if not has_checkpoints(run_dir) or not (run_dir / "palette.npy").exists():
         with atomic_file(run_dir / "palette.npy") as file:
             file.write(palette.read_bytes())
     about = {"git_commit": git_commit(), "data": to_json(data), "cpu_product": cpu_product}
+    about |= {"note": note} if note else {}
     RUN.write(run_dir / "run.json", about | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(torn)
@@ -131,7 +146,16 @@ def _check_same(run_dir: Path, run: Run, data: DataFacts) -> None:
     pairs = [(name, getattr(before, name), getattr(data, name)) for name in ("dataset_hash", "palette_hash", "order")]
     for name, there, here in [*differences, *pairs]:
         if there != here:
-            raise InputError(f"{path} belongs to another run: {name} is {there} there and {here} here; choose another --run_dir")
+            what = _first_difference(name, there, here)
+            raise InputError(f"{path} belongs to another run: {what}; choose another --run_dir")
+
+
+def _first_difference(name: str, there: object, here: object) -> str:
+    """The flag with both values: of a record, that of its first field that differs."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        field = next(field for field in here if there.get(field) != here[field])
+        return _first_difference(field, there.get(field), here[field])
+    return f"{'' if name in _NO_FLAGS else '--'}{name} is {there} there and {here} here"
 
 
 def recipe_differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[tuple[str, object, object]]:

@@ -6,7 +6,6 @@ train.py and finetune.py open the session, train/loop.py works with it.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from igpt_ds import cli, dist
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
-from igpt_ds.ds_config import Run, run_to_dict
+from igpt_ds.ds_config import Run
 from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file
 from igpt_ds.json_files import write_json
@@ -26,8 +25,8 @@ from igpt_ds.model import cpu_kernels
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.plain_files import is_missing
-from igpt_ds.plan import costs
 from igpt_ds.train import run_dir
+from igpt_ds.train.checkpoint.directory import complete_checkpoints
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, RunFacts
 from igpt_ds.train.checkpoint.save_load import check_space, load_checkpoint, verified_checkpoint
 from igpt_ds.train.ds_effective import check_effective, effective_config
@@ -39,6 +38,7 @@ from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, read_rollba
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
+from igpt_ds.train.screen import device_line, habits, introduction
 from igpt_ds.train.stream import Range, verify
 
 
@@ -130,10 +130,14 @@ def open_session(
     images: Mixture | ShardStream,
     val_shards: ShardSet,
     finetune: FinetuneStart | None = None,
+    note: str = "",
 ) -> Iterator[Session]:
     """Joins the ranks and opens a run; `--resume auto` loads the newest checkpoint. On exit it marks the end of the run.
 
     The run directory must be free or hold this run.
+
+    Args:
+        note: what the program changed by itself, for the console and run.json.
 
     Raises:
         SharedError: another run's directory, damaged shards, too little disk space, or no checkpoint that can be used.
@@ -155,16 +159,18 @@ def open_session(
         watchdog.alive("verifying", 0)
         verify(images, val_shards)
     watchdog.alive("building", 0)
-    dist.say(json.dumps(run_to_dict(run), indent=1))
+    cadence = choose_cadence(args, run, images.n_images)
+    lines = introduction(args, run, images, val_shards, note)
+    dist.say("\n".join([*lines, *habits(args.run_dir, cadence.save_every, cadence.val_every, args.keep_last)]))
     engine = engine_of_run(run, args.run_dir, pretrained)
     watchdog.alive("loading", 0)
     found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else None
     check_space(engine, args.run_dir / "checkpoints", args.keep_last + (early is not None))  # the best checkpoint stays too
-    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, palette, cpu_kernels.used()))
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, palette, cpu_kernels.used(), note))
     start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
-    session = Session(engine, run, args.run_dir, facts, choose_cadence(args, run, images.n_images), metrics, watch, start_step)
+    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step)
     yield session
     finish(session)
 
@@ -191,17 +197,11 @@ def engine_of_run(run: Run, where: Path, pretrained: Path | None) -> Engine:
 
 
 def introduce(run: Run, device: torch.device) -> float:
-    """Prints the size of the network, the device and the speed; returns FLOP/s of all ranks together."""
+    """Prints the devices and their speed; returns FLOP/s of all ranks together."""
     peak, source = peak_of_all_ranks(device, run.precision)
-    weights = costs.parameters(run.recipe.model, run.recipe.objective)
-    attention = attention_backend(
-        run.recipe.model,
-        run.recipe.objective == "ar",
-        device,
-        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision, torch.float32),
-    )
-    speed = f"{peak / 1e12:.2f} TFLOP/s over {run.world_size} ranks ({source})"
-    dist.say(f"{weights:,} parameters; {speed}; attention by torch's {attention} kernel on {device.type}")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision, torch.float32)
+    attention = attention_backend(run.recipe.model, run.recipe.objective == "ar", device, dtype)
+    dist.say(device_line(run, device, peak, source, attention))
     return peak
 
 
@@ -285,5 +285,7 @@ def finish(session: Session) -> None:
         with atomic_file(session.run_dir / "FINISHED", "w") as file:
             file.write("all steps done\n")
     if why:
-        dist.say(f"stopped by {why}; everything is saved; continue with: {session.watch.stop.resume}")
+        saved = dist.from_rank_0(lambda: bool(complete_checkpoints(session.checkpoints)))
+        what = "everything is saved; continue with" if saved else "no step is trained yet, so nothing is saved; start again with"
+        dist.say(f"stopped by {why}; {what}: {session.watch.stop.resume}")
         raise SystemExit(cli.STOPPED)

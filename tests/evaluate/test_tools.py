@@ -84,10 +84,9 @@ def test_parts_and_streams_through_the_tool(tool, model_dir, tiny_dataset, tmp_p
         status, said, _ = tool("extract_features", *common, "--part", part, "--out", tmp_path / "parts")
         assert status == 0
         assert f"part {part[0]}: " in said
-    assert tool("extract_features", "--merge", 2, "--out", tmp_path / "parts")[:2] == (
-        0,
-        f"{tmp_path}/parts: 48 images of 2 parts\n",
-    )
+    status, said, _ = tool("extract_features", "--merge", 2, "--out", tmp_path / "parts")
+    assert (status, said.splitlines()[0]) == (0, f"{tmp_path}/parts: 48 images of 2 parts")
+    assert said.splitlines()[1].startswith(f"next: python tools/linear_probe.py --features {tmp_path}/parts ")
     assert tool("extract_features", *common, "--stream_layers", 8, "--out", tmp_path / "streamed")[0] == 0
     for path in ("parts", "streamed"):
         features = open_features(tmp_path / path, "train")

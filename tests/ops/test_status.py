@@ -78,7 +78,7 @@ def test_everything_that_is_known(run_dir: Path):
     assert "  step        20 of 100 (20.0 %), 160 images\n" in text
     assert "  loss        2.8000 nats/token; validation 2.9500 at step 10\n" in text
     assert "  speed       41.0 images/s, MFU 25.0%, waiting for data 2.0%\n" in text
-    assert "  checkpoint  step 16, 3 min 20 s old; 2 restarts, 0 rollbacks, 1 steps skipped\n" in text
+    assert "  checkpoint  step 16, 3 min 20 s old; 2 restarts, 0 rollbacks, 1 skipped step\n" in text
     assert "  end         in 16 s, 1970-01-" in text
     assert text.endswith("  heartbeats  0: 3 s (step 20), 1: 3 s (step 20)")
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from igpt_ds.config import Recipe
+from igpt_ds.train import flags
+
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., list[str]]
 
@@ -123,6 +126,23 @@ def test_ds_config_keys(main: Any, command: Command, tmp_path: Path, keys: dict[
     with pytest.raises(ValueError, match=message) as error:
         main(command("run", "--ds_config", str(path)))
     assert str(path) in str(error.value)
+
+
+def test_a_warm_up_longer_than_the_run_shrinks_with_it(command: Command, recipe: Recipe) -> None:
+    """The recipe's is 3 of 12 steps; a flag for it is taken as it is, and a longer run changes nothing."""
+
+    def chosen(*words: str) -> tuple[int, str]:
+        args = flags.parse("", command("run", *words)[1:])
+        found = flags.choose_recipe(args)
+        return found.warmup_steps, flags.warmup_note(args, found)
+
+    steps, note = chosen("--steps", "2")
+    assert steps == 1
+    assert note.startswith("--steps 2 is below the warm-up of 3 steps, which is now 1")
+    assert chosen("--steps", "3") == chosen("--steps", "400") == chosen() == (3, "")
+    assert chosen("--steps", "2", "--warmup_steps", "2") == (2, "")
+    with pytest.raises(ValueError, match="warmup_steps=3 must lie between 0 and steps=2"):
+        chosen("--steps", "2", "--warmup_steps", "3")
 
 
 def test_warm_up_by_epochs(main: Any, command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from igpt_ds.train.checkpoint.consolidate import _info, check_own
 from igpt_ds.train.checkpoint.directory import prune
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, write_manifest
 from igpt_ds.train.early import EarlyState, EarlyStop
+from igpt_ds.train.finetune_flags import parse, warmup_steps
 from igpt_ds.train.run_dir import recipe_differences
 from igpt_ds.train.safety.spikes import Guard, chance_loss
 from igpt_ds.train.schedule import learning_rate
@@ -206,6 +207,18 @@ def test_a_recipe_has_no_weights(main: Any, words: list[str]) -> None:
         main(["--recipe", "igpt_s_ar_32", *words[2:]])
     with pytest.raises(ValueError, match="n_px=4 but the model has n_px=32"):
         main(["--recipe", "igpt_s_ar_32", "--untrained", "0", *words[2:]])
+
+
+def test_a_warm_up_longer_than_the_run_shrinks_with_it(words: list[str]) -> None:
+    """An epoch is ten steps here; twenty epochs are planned."""
+
+    def chosen(steps: int, *more: str) -> int:
+        return warmup_steps(parse("", [*words, "--batch_images", "4", *more]), steps, n_images=40)
+
+    assert [chosen(steps) for steps in (200, 10, 9, 1)] == [10, 10, 1, 1]
+    assert chosen(10, "--warmup_epochs", "0.5") == 5
+    with pytest.raises(ValueError, match="--warmup_epochs 3 of 40 images is 30 steps, more than the run's 20"):
+        chosen(20, "--warmup_epochs", "3")
 
 
 def test_a_recipe_of_ones_own(

@@ -31,6 +31,10 @@ def start(where: Path, run: Run, palette: Path, resume: bool = False, data: Data
     run_dir.record(where, run, data, palette, cpu_kernels.used())
 
 
+def save(where: Path, step: int = 4) -> None:
+    (where / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+
 def test_a_run_is_written_down_and_can_be_given_back(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
     where = tmp_path / "runs" / "a"
     start(where, join(recipe, ZERO, 2), palette, resume=False)
@@ -43,6 +47,7 @@ def test_the_same_run_continues_only_when_asked(tmp_path: Path, recipe: Recipe, 
     where, run = tmp_path / "a", join(recipe, ZERO, 2)
     start(where, run, palette, resume=False)
     (where / "checkpoints" / "step-00000004.partial").mkdir(parents=True)
+    save(where, 2)
     with pytest.raises(ValueError, match="already holds a run; continue it with --resume auto"):
         start(where, run, palette, resume=False)
     start(where, run, palette, resume=True)
@@ -52,18 +57,36 @@ def test_the_same_run_continues_only_when_asked(tmp_path: Path, recipe: Recipe, 
 def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
     where = tmp_path / "a"
     start(where, join(recipe, ZERO, 2), palette, resume=False)
+    save(where)
     other = join(dataclasses.replace(recipe, lr=0.02), ZERO, 2)
-    with pytest.raises(ValueError, match=r"run.json belongs to another run: lr is 0.01 there and 0.02 here"):
+    with pytest.raises(
+        ValueError, match=r"run.json belongs to another run: --lr is 0.01 there and 0.02 here; choose another --run_dir"
+    ):
         start(where, other, palette, resume=True)
     masked = join(dataclasses.replace(recipe, name="other", objective="bert"), ZERO, 2)
     with pytest.raises(
         ValueError, match=r"run.json belongs to another run: objective is ar there and bert here; choose another --run"
     ):
         start(where, masked, palette, resume=True)
+    deeper = join(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, n_layer=7)), ZERO, 2)
+    with pytest.raises(ValueError, match=f"--n_layer is {recipe.model.n_layer} there and 7 here"):
+        start(where, deeper, palette, resume=True)
     with pytest.raises(ValueError, match=r"dataset_hash is d there and e here"):
         start(where, join(recipe, ZERO, 2), palette, True, dataclasses.replace(DATA, dataset_hash="e"))
     with pytest.raises(ValueError, match=r"order is 2 there and stream here"):
         start(where, join(recipe, ZERO, 2), palette, True, dataclasses.replace(DATA, order="stream"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_before_the_first_checkpoint_anything_may_change(tmp_path: Path, recipe: Recipe, palette: Path, resume: bool) -> None:
+    where = tmp_path / "a"
+    start(where, join(recipe, ZERO, 2), palette)
+    (where / "checkpoints" / "step-00000004.partial").mkdir(parents=True)  # a save that was interrupted
+    other = tmp_path / "other.npy"
+    np.save(other, np.ones((8, 3), np.float32))
+    start(where, join(dataclasses.replace(recipe, lr=0.02), ZERO, 2), other, resume, dataclasses.replace(DATA, dataset_hash="e"))
+    assert run_dir.read_recipe(where / "run.json").lr == 0.02
+    assert (where / "palette.npy").read_bytes() == other.read_bytes()
 
 
 def test_a_run_of_older_code_continues(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
@@ -74,6 +97,7 @@ def test_a_run_of_older_code_continues(tmp_path: Path, recipe: Recipe, palette: 
     values = json.loads(path.read_text())
     del values["recipe"]["mask_prob"], values["recipe"]["init"], values["sha256"]
     path.write_text(json.dumps(values | {"version": 1}))
+    save(where)
     start(where, run, palette, resume=True)
     path.write_text(json.dumps(values | {"version": 1}))
     with pytest.raises(ValueError, match="init is released there and sparse_transformer here"):

@@ -9,6 +9,7 @@ In: feature sets. Out: a `Probe` for each layer and kind. Called by `variants.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,13 @@ class ProbeSettings:
     seed: int = 0
     device: str = "cpu"
     precision: str = "fp32"  # of the features in memory and most products; results are exact to float64
+
+    def __post_init__(self) -> None:
+        for name, values in (("C_grid", self.C_grid), ("tol", (self.tol,))):
+            if wrong := [value for value in values if not 0 < value < math.inf]:
+                raise InputError(f"{name}={wrong[0]:g} must be greater than 0 and finite")
+        if not self.C_grid:
+            raise InputError("C_grid is empty; name at least one value")
 
     @staticmethod
     def of(C_grid: Sequence[float], **others: object) -> ProbeSettings:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.probes.lbfgs import Minimum, minimise
+from igpt_ds.threads import threads_for
 
 _LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits in memory at once; on a CPU they stay in the cache
 _COPIED = {"cpu": 1 << 19, "cuda": 1 << 26}  # features that are copied at once
@@ -75,6 +76,12 @@ class Spectrum:
     def of(features: Tensor) -> Spectrum:
         """The spectrum of features [N, C]: two passes, then an eigendecomposition of [C, C]."""
         N, width = features.shape
+        with threads_for(2.0 * min(N, _chunk_rows(features, 1, copied=True)) * width**2):
+            return Spectrum._of(features)
+
+    @staticmethod
+    def _of(features: Tensor) -> Spectrum:
+        N, width = features.shape
         parts = features.split(_chunk_rows(features, 1, copied=True))  # in parts, because a copy of all would be too large
         mean = torch.stack([x.sum(0, dtype=torch.float64) for x in parts]).sum(0) / N
         covariance = torch.zeros(width, width, dtype=torch.float64, device=features.device)
@@ -115,7 +122,24 @@ def fit_logistic(
         ValueError: shapes that do not match, features that are not finite, fewer than two labels, a bad grid or tol.
     """
     classes, targets = _check(features, labels, C_grid, tol)
-    spectrum = spectrum or Spectrum.of(features)
+    with threads_for(_product_flops(features, len(classes) * len(C_grid))):
+        return _fit(features, (classes, targets), C_grid, tol, max_iterations, spectrum, start)
+
+
+def _product_flops(features: Tensor, columns: int) -> float:
+    return 2.0 * min(len(features), _chunk_rows(features, columns, copied=False)) * features.shape[1] * columns
+
+
+def _fit(
+    features: Tensor,
+    labels: tuple[np.ndarray, np.ndarray],
+    C_grid: Sequence[float],
+    tol: float,
+    max_iterations: int,
+    spectrum: Spectrum | None,
+    start: Fit | None,
+) -> Fit:
+    spectrum, (classes, targets) = spectrum or Spectrum.of(features), labels
     grid, N = torch.tensor(list(C_grid), dtype=torch.float64, device=features.device), len(features)
     problem = _Softmax(features, torch.as_tensor(targets, device=features.device), len(classes), grid, spectrum)
     if start is not None or len(grid) < 3:

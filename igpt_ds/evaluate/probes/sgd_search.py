@@ -25,7 +25,9 @@ from igpt_ds.evaluate.probes.rows import BLOCK_BYTES, Blocks, FiniteRows, moment
 from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings
 from igpt_ds.evaluate.probes.sgd import MOMENTUM, RowSource, RowSubset, Sgd, cosine, count
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, StateFile, UnfinishedGroup, read_state, write_state
+from igpt_ds.threads import threads_for
 
+MOST_EPOCHS = 10_000  # the paper's probes of ImageNet see it a hundred times
 FORMAT, VERSION = "igpt_ds.sgd_probe", 2
 _MADE_WITH = ("model_hash", "precision", "dtype", "mask_prob", "mask_seed")  # they decide the features of the same images
 
@@ -106,12 +108,13 @@ class _Fitting:
         sgd = Sgd(self.values.shape[1], self.n_classes, rates, settings.device)
         step = self._resume(sgd, name)
         saved_at = step
-        for x, ids in blocks.batches(step, settings.steps, settings.batch_images, settings.device):
-            sgd.step(x, self.labels[ids], cosine(step, settings.steps))
-            step += 1
-            if self.file and step - saved_at >= self.file.save_every and step < settings.steps:
-                self._save(SgdState(self.state.done, UnfinishedGroup(name, step, sgd.state())))
-                saved_at = step
+        with threads_for(2.0 * settings.batch_images * self.values.shape[1] * self.n_classes * len(rates)):
+            for x, ids in blocks.batches(step, settings.steps, settings.batch_images, settings.device):
+                sgd.step(x, self.labels[ids], cosine(step, settings.steps))
+                step += 1
+                if self.file and step - saved_at >= self.file.save_every and step < settings.steps:
+                    self._save(SgdState(self.state.done, UnfinishedGroup(name, step, sgd.state())))
+                    saved_at = step
         finite, found = sgd.finite().tolist(), {}
         for what, (values, labels) in counted.items():
             right = count(sgd, values, labels, standard, settings.device)
@@ -181,6 +184,16 @@ class RateSearch:
             raise InputError(f"--together {self.together} must be at least 1")
 
 
+def _check_length(settings: SgdSettings, n: int) -> None:
+    """Refuses a fit on n images whose batch is larger than these, or that sees them absurdly often."""
+    batch, epochs = settings.batch_images, settings.steps * settings.batch_images / n
+    if batch > n:
+        raise InputError(f"--batch_images {batch} is more than the {n} images that the probe is fitted on; choose at most {n}")
+    if epochs > MOST_EPOCHS:
+        what = f"--steps {settings.steps} of {batch} images are {epochs:,.0f} epochs of the {n} images of the fit"
+        raise InputError(f"{what}, and at most {MOST_EPOCHS:,} are allowed; choose at most --steps {MOST_EPOCHS * n // batch}")
+
+
 def sgd_probe(
     train: FeatureSet,
     evaluated: FeatureSet,
@@ -202,8 +215,9 @@ def sgd_probe(
     search = search or RateSearch()
     training_images(train, None, settings.seed)  # checks the labels; all images are used
     check_labels(evaluated)
-    fitting = _Fitting(train, evaluated, layer, kind, settings, search.held_out, file)
     mask = held_out_rows(train.labels, search.held_out, settings.views, settings.seed)
+    _check_length(settings, int((~mask).sum()))
+    fitting = _Fitting(train, evaluated, layer, kind, settings, search.held_out, file)
     tried = _search_rates(fitting, search, ~mask, (RowSubset(fitting.values, np.flatnonzero(mask)), train.labels[mask]))
     everything = {"train": (fitting.values, train.labels), "evaluated": (FiniteRows(evaluated, layer, kind), evaluated.labels)}
     last = fitting.accuracies("all", [tried.rate], None, everything)

@@ -17,13 +17,14 @@ from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.index import read_index
 from igpt_ds.errors import InputError
+from igpt_ds.files import reserved
 from igpt_ds.json_files import read_json
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import WeightStream, read_info, save_model
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.schema import to_json
 from igpt_ds.train.checkpoint.directory import choose_checkpoint, newest_checkpoint
-from igpt_ds.train.checkpoint.manifest import Manifest
+from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 
 _OF_DATA = ("crop", "resize_filter")  # read where the training data lies, if it is still there
@@ -42,7 +43,11 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int,
     Raises:
         ValueError: the checkpoint is missing or damaged, the palette differs, or the tensors do not match the recipe.
     """
-    checkpoint = choose_checkpoint(run_dir, best_step(run_dir) if step is None else step)
+    with reserved(out):  # refuses a taken name before the files are read
+        return _gather(run_dir, out, choose_checkpoint(run_dir, step, best=True))
+
+
+def _gather(run_dir: Path, out: Path, checkpoint: Checkpoint) -> tuple[int, int]:
     manifest, palette = checkpoint.manifest, run_dir / "palette.npy"
     if load_palette(palette).hash != manifest.data.palette_hash:
         raise InputError(f"{palette} is not the palette of the training shards; copy theirs to {run_dir}")
@@ -51,12 +56,6 @@ def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int,
         raise InputError(f"{checkpoint.path} does not hold the tensors of its own recipe; it was written by other code")
     save_model(out, WeightStream(source.shapes, source.blocks), _info(manifest), palette)
     return manifest.step, sum(shape.numel() for shape in source.shapes.values())
-
-
-def best_step(run_dir: Path) -> int | None:
-    """The step with the best validation, as the newest checkpoint records it; None without early stopping."""
-    newest = newest_checkpoint(run_dir / "checkpoints")
-    return None if newest is None else _best_step(newest.manifest)
 
 
 def _best_step(manifest: Manifest) -> int | None:

@@ -171,8 +171,11 @@ def refuse_to_start_over(directory: Path, reasons: list[str]) -> None:
         )
 
 
-def choose_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
+def choose_checkpoint(run_dir: Path, step: int | None, best: bool = False) -> Checkpoint:
     """A run's checkpoint of a step (None: the newest undamaged one). Every file is compared with its sha256.
+
+    Args:
+        best: without a step, take the best one so far of a fine-tuning.
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -182,8 +185,9 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
         newest = newest_checkpoint(directory)
         if newest is None:
             raise InputError(f"{directory} holds no complete checkpoint; train first, or name another --run_dir")
-        checkpoint = newest
-    else:
+        checkpoint, early = newest, newest.manifest.guards.early
+        step = early.best_step if best and early is not None else None
+    if step is not None:
         path = directory / checkpoint_name(step)
         recover(path)
         if not path.exists():

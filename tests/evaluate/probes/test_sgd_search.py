@@ -131,6 +131,18 @@ def of_origin(features, **changes):
     return described(features, origin=dataclasses.replace(features.manifest.origin, **changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("batch_images", 10**6, "--batch_images 1000000 is more than the .* images that the probe is fitted on"),
+        ("steps", 10**12, "--steps 1000000000000 of 16 images are .* epochs .* choose at most --steps "),
+    ],
+)
+def test_a_fit_that_would_never_end_is_refused_before_it_begins(sets, name, value, said):
+    with pytest.raises(ValueError, match=said):
+        sgd_search.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, **{name: value}), RateSearch([0.1]))
+
+
 QUICK = SgdSettings(steps=200, batch_images=16)
 
 
