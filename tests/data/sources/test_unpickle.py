@@ -53,7 +53,7 @@ def test_the_names_of_both_numpys_are_known(python2_pickle):
         (Call(os.mkdir, "MARK"), r"posix\.mkdir"),
         (Call(eval, "open('MARK', 'w')"), r"(builtins|__builtin__)\.eval"),
         (Call(exec, "open('MARK', 'w')"), r"(builtins|__builtin__)\.exec"),
-        (Call(open, "MARK", "w"), r"io\.open"),
+        (Call(open, "MARK", "w"), rf"{open.__module__}\.open"),
         (Call(getattr, "x", "upper"), r"(builtins|__builtin__)\.getattr"),
         (Call(subprocess.getoutput, "touch MARK"), r"(subprocess|commands)\.getoutput"),
         (Call(np.save, "MARK", 1), r"numpy\.save"),
