@@ -6,7 +6,7 @@ IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH";
 SCRIPTS := .ci/run .ci/fresh_machine $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo paper test test_fast check bench
+.PHONY: help install demo paper test test_fast check bench docs
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ test_fast: $(INSTALLED) ## the tests that launch no ranks
 bench: $(INSTALLED) ## ours beside its peers, about two minutes: make bench IMAGES=a/folder/of/JPEGs
 	@$(IN_VENV) python tools/bench/data.py --images "$(IMAGES)" --quick
 
+docs: .venv/.docs ## README and docs/ as a site in site/; a link that leads nowhere is an error
+	@$(IN_VENV) rm -rf site && python -m sphinx -W --keep-going -q -c docs -d .venv/doctrees . site && echo "site/index.html"
+
 check: $(INSTALLED) ## format, lint, types, shell scripts
 	@$(IN_VENV) ruff format --check . && ruff check . && mypy && shellcheck $(SCRIPTS) && echo "check: all clean"
 
@@ -50,3 +53,7 @@ endif
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash tools/install.sh
+
+.venv/.docs: docs/requirements.txt $(INSTALLED)
+	@.venv/bin/python -m pip install --disable-pip-version-check --quiet --requirement docs/requirements.txt
+	@touch $@

@@ -9,15 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doc_commands import TEXTS, Call, calls, commands
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def shown_calls() -> list[Call]:
+    """The calls of our programs that the texts show."""
+    return [call for path in TEXTS for command in commands(path.read_text()) for call in calls(command)]
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory, shown_calls: list[Call]) -> dict[str, dict[str, Any]]:
     """What importing each module, and asking each program for --help, did in a process of its own (see fresh.py)."""
     here = tmp_path_factory.mktemp("fresh")
-    command = [sys.executable, str(ROOT / "tests" / "house" / "fresh.py")]
+    by_program: dict[str, list[list[str]]] = {}
+    for program, words in shown_calls:
+        by_program.setdefault(program, []).append(words)
+    asked = tmp_path_factory.mktemp("calls") / "calls.json"
+    asked.write_text(json.dumps(by_program))
+    command = [sys.executable, str(ROOT / "tests" / "house" / "fresh.py"), str(asked)]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert not list(here.iterdir()), "importing the package wrote files"

@@ -2,6 +2,7 @@
 
     python tests/house/fresh.py            the JSON that the house tests read
     python tests/house/fresh.py --flags    one line a flag, for tests/house/flags.txt
+    python tests/house/fresh.py CALLS      the same, with what each program's parser says to the arguments in CALLS, a JSON file
 
 What many load is loaded once, before the forks, so that the whole house takes seconds and not minutes. The programs come first:
 they must answer --help and a wrong flag without torch.
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import sys
 import tempfile
 import traceback
@@ -83,9 +85,32 @@ def run_program(program: str, *words: str) -> tuple[int, str, str]:
     return status, output.getvalue(), errors.getvalue()
 
 
-def ask_help(program: str) -> dict[str, Any]:
-    """Runs a program with a flag that none has, and with --help; its answers, and the long flags that it lists."""
+def parsing_first(calls: list[list[str]]) -> list[str]:
+    """Makes the next parser take the arguments of each call before its own. The errors are in the list once it has."""
+    from igpt_ds.command_line.parser import Parser
+
+    errors: list[str] = []
+    real = Parser.parse_args
+
+    def parse_args(parser: Parser, *given: Any) -> Any:
+        Parser.parse_args = real  # type: ignore[method-assign]
+        for words in calls:
+            try:
+                real(parser, words)
+            except ValueError as error:
+                errors.append(f"{shlex.join(words)}: {error}")
+            except SystemExit:  # --help and --list_recipes
+                pass
+        return real(parser, *given)
+
+    Parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+    return errors
+
+
+def ask_help(program: str, calls: list[list[str]]) -> dict[str, Any]:
+    """Runs a program with a flag that none has, and with --help; its answers, its flags, what its parser says to the calls."""
     refused, _, mistake = run_program(program, "--hepl")
+    errors = parsing_first(calls)
     status, usage, _ = run_program(program, "--help")
     listed = re.findall(r"^  (?:-\w(?: \w+)?, )?(--\w+)(?:, (--[\w-]+))?", usage, flags=re.MULTILINE)
     return {
@@ -93,6 +118,7 @@ def ask_help(program: str) -> dict[str, Any]:
         "mistake": mistake,
         "status": status,
         "help": usage,
+        "wrong_calls": errors,
         "flags": sorted({flag for pair in listed for flag in pair if flag} - {"--help"}),
     }
 
@@ -125,7 +151,8 @@ def in_fork(work: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
 def main() -> None:
     """Every program, then every module."""
     PIL.Image.init()
-    reports = {name: in_fork(ask_help, name) for name in programs()}
+    calls = json.loads(Path(sys.argv[1]).read_text()) if sys.argv[1:] and sys.argv[1] != "--flags" else {}
+    reports = {name: in_fork(lambda name: ask_help(name, calls.get(name, [])), name) for name in programs()}
     if sys.argv[1:] == ["--flags"]:
         broken = [f"{name} --help\n{report['error']}" for name, report in reports.items() if report["error"]]
         if broken:

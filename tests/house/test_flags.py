@@ -8,13 +8,28 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from doc_commands import TEXTS, Call, calls, commands
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "runs"} & set(path.relative_to(ROOT).parts)]
 SCRIPTS = [*sorted((ROOT / "slurm").glob("*.s*")), *sorted((ROOT / "tools").glob("*.sh")), ROOT / ".ci" / "run"]
 # What else may stand in a text's command: its first word is not ours to check.
-FOREIGN = {"git", "cd", "tar", "export", "source", "squeue", "scancel", "pip", "tensorboard", "ls", "mkdir", "cp"}
-STARTERS = {"python", "python3", ".venv/bin/python", "deepspeed", "torchrun", "srun", "sbatch", "exec"}
+FOREIGN = {
+    "git",
+    "cd",
+    "tar",
+    "export",
+    "source",
+    "squeue",
+    "scancel",
+    "pip",
+    "tensorboard",
+    "ls",
+    "mkdir",
+    "cp",
+    "touch",
+    "xdg-open",
+}
+STARTERS = {"python", "python3", ".venv/bin/python", "deepspeed", "torchrun", "mpirun", "srun", "sbatch", "exec"}
 
 
 def test_flags_are_the_frozen_ones(flags):
@@ -22,13 +37,6 @@ def test_flags_are_the_frozen_ones(flags):
     blocks = [block.splitlines() for block in re.split(r"^(?=\S)", text, flags=re.MULTILINE) if block]
     frozen = {program: {flag.strip() for flag in listed} for program, *listed in blocks}
     assert flags == frozen, "changed on purpose? python tests/house/fresh.py --flags > tests/house/flags.txt"
-
-
-def commands(text: str) -> list[str]:
-    """The commands of the ```bash blocks, continuation lines joined, comments left out."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def check_command(command: str, flags: dict[str, set[str]]) -> None:
@@ -73,6 +81,31 @@ def check_arguments(words: list[str], flags: dict[str, set[str]], command: str) 
 def test_commands_in_texts_exist(path, flags):
     for command in commands(path.read_text()):
         check_command(command, flags)
+
+
+def test_programs_take_the_arguments_that_texts_show(fresh, shown_calls: list[Call]):
+    assert len(shown_calls) > 80
+    assert {name for name, _ in shown_calls} <= set(fresh["programs"])
+    wrong = [f"{name} {error}" for name, report in fresh["programs"].items() for error in report["wrong_calls"]]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        ("A=1 deepspeed --num_gpus 2 train.py --lr 1 > out", [("train.py", ["--lr", "1"])]),
+        (
+            "make paper SCALE=own DATA=D OUT=O ARGS='-- --lr 1'",
+            [("tools/paper_plan.py", ["--scale", "own", "--data", "D", "--out", "O"])],
+        ),
+        ("bash slurm/submit.sh --time=1 --nodes=2 probe --out r", [("tools/linear_probe.py", ["--out", "r"])]),
+        ("bash slurm/submit.sh tool tools/tables.py --paper 1", [("tools/tables.py", ["--paper", "1"])]),
+        ("sbatch -n 2 slurm/finetune.sbatch --lr 1", [("finetune.py", ["--lr", "1"])]),
+        ("make check && python -m igpt_ds.plan --gpus 8 | head", [("-m igpt_ds.plan", ["--gpus", "8"])]),
+    ],
+)
+def test_calls_of_a_command(command, found):
+    assert calls(command)[:1] == found
 
 
 def test_example_commands_of_programs_exist(fresh, flags):

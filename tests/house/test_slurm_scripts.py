@@ -37,7 +37,7 @@ def program(name: str, words: list[str]) -> tuple[str, list[str]]:
 def submissions() -> list[tuple[str, str, list[str]]]:
     """(where, script's name, words for it) of each command in a text or a comment."""
     found = []
-    for path in [*SCRIPTS, SLURM / "README.md"]:
+    for path in [*SCRIPTS, SLURM / "README.md", SLURM.parent / "docs" / "cluster.md"]:
         for line in path.read_text().replace("\\\n", " ").splitlines():
             command = re.search(
                 r"bash slurm/submit\.sh ((?:--\S+ )*)([a-z_]+) (.*)|sbatch (?:--\S+ )*slurm/()([a-z_]+)\.sbatch (.*)", line
