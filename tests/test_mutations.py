@@ -24,6 +24,7 @@ from igpt_ds.data.shards.index import read_index, write_index
 from igpt_ds.evaluate.classification import Confusion, read_confusion, write_confusion
 from igpt_ds.evaluate.features.files import FeatureWriter, open_features
 from igpt_ds.evaluate.features.manifest import FeatureManifest, FeatureSplit, Origin
+from igpt_ds.evaluate.probes.saved import ProbeAbout, SavedProbe, load_probe, save_probe
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, UnfinishedGroup, read_state, write_state
 from igpt_ds.evaluate.report.results import add_results, finetune_row, read_results
 from igpt_ds.evaluate.report.run_files import read_curve
@@ -188,8 +189,42 @@ def sgd_state(where: Path, _: Path) -> Case:
     return file, read
 
 
+def probe(where: Path, _: Path) -> Case:
+    about = ProbeAbout(
+        model_hash="m",
+        objective="ar",
+        step=7,
+        palette_hash="p",
+        n_px=2,
+        layers=[1],
+        kind="raw",
+        precision="fp32",
+        dtype="fp32",
+        classes=["a", "b", "c"],
+        labels=[0, 2],
+        protocol="every_layer",
+        dataset="d",
+        dataset_hash={"train": "t", "val": "v"},
+        train_split="train",
+        eval_split="val",
+        n_train=6,
+        C=0.1,
+        seed=0,
+        held_out_accuracy=0.5,
+        accuracy=0.25,
+    )
+    weights = np.arange(8.0).reshape(2, 4), np.array([0.5, -0.5]), np.ones(4), np.full(4, 2.0)
+    save_probe(where / "p.safetensors", SavedProbe(about, *weights))
+
+    def read() -> Any:
+        found = load_probe(where / "p.safetensors")
+        return found.about, [getattr(found, name).tolist() for name in ("weights", "intercepts", "mean", "scale")]
+
+    return where / "p.safetensors", read
+
+
 CASES = (index, exclusion, manifest, rollbacks, run_config, sweep, lost, confusion, results, curve, model_config, model_weights)
-CASES += (palette_colors, palette_report, feature_manifest, feature_array, feature_labels, sgd_state)
+CASES += (palette_colors, palette_report, feature_manifest, feature_array, feature_labels, sgd_state, probe)
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)

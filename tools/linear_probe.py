@@ -12,6 +12,10 @@ the penalty and the layer. The reported accuracy is that on --eval_split. The pr
     mask_vote   the best layer of a bert model: the most frequent prediction over five masks of each image (paper 4.6)
 
 All protocols except every_layer search the best layer among --layers. If --layers names one layer, they use it.
+
+--save_probe writes the fitted probe with the highest held-out accuracy of all, for new images (every_layer and concat):
+
+    python tools/linear_probe.py --features features/s --out results.jsonl --save_probe probe.safetensors
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ with lazy.imports():
     from igpt_ds.evaluate.features.network import pick_device
     from igpt_ds.evaluate.probes import variants
     from igpt_ds.evaluate.probes.linear import Probe, ProbeSettings, linear_probe
+    from igpt_ds.evaluate.probes.saved import check_savable, save_probe, saved_probe
 
 
 Results: TypeAlias = "Iterator[Probe | variants.LowDataProbe]"
@@ -56,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.C_grid, tol=args.tol, seed=args.seed, device=pick_device(args.device), precision=args.precision
     )
     sets = [(open_features(path, args.train_split), open_features(path, args.eval_split)) for path in args.features]
+    if args.save_probe:
+        check_saved(args, sets)
     work = [(train, evaluated, kind, layers) for train, evaluated in sets for kind, layers in asked(train, args)]
     protocol: Callable[..., Results] = {
         "every_layer": every_layer,
@@ -64,13 +71,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "mask_vote": mask_vote,
     }[args.protocol]
     rows = []
+    best: tuple[Probe, FeatureSet, FeatureSet] | None = None
     for train, evaluated, kind, layers in work:
         for probe in protocol(args, train, evaluated, kind, layers, settings):
             rows.append(make_row(probe, train, evaluated, args.protocol))
             add_results(args.out, rows[-1:])
             report(rows[-1], train)
+            if isinstance(probe, Probe) and is_model(train) and (not best or best[0].held_out_accuracy < probe.held_out_accuracy):
+                best = probe, train, evaluated
     if by_layer(rows):
         say(markdown_table(rows))
+    if args.save_probe and best:
+        save_best(args, *best)
     say(f"{args.out}: {count(len(rows), 'row')}")
     say(next_command("python", "tools/tables.py", "--results", args.out))
     if args.protocol == "every_layer" and any(row.features != "pixels" for row in rows):
@@ -113,6 +125,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--subsets", type=int, default=SUBSETS, help="low_data: random subsets per number of labels")
     parser.add_argument("--n_masks", type=int, default=N_MASKS, help="mask_vote: masks per image that vote")
     parser.add_argument(
+        "--save_probe",
+        type=Path,
+        metavar="FILE",
+        help="every_layer, concat: .safetensors file for the best probe of a trained model",
+    )
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
     )
     parser.add_argument("--precision", choices=PROBE_PRECISIONS, default="fp32", help="precision of the features in memory")
@@ -123,6 +141,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name) < least:
             raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
     return args
+
+
+def is_model(features: FeatureSet) -> bool:
+    """Whether features are of trained weights: probes of others are baselines, which are not saved."""
+    return features.manifest.origin.weights == "trained"
+
+
+def check_saved(args: argparse.Namespace, sets: Sequence[tuple[FeatureSet, FeatureSet]]) -> None:
+    """Refuses a --save_probe that could save nothing, before the first probe."""
+    if args.save_probe.suffix != ".safetensors":
+        raise InputError(f"--save_probe {args.save_probe} has another suffix than its format; use .safetensors")
+    if args.protocol not in ("every_layer", "concat"):
+        raise InputError(f"--save_probe is for --protocol every_layer and concat, not {args.protocol}, which fits several probes")
+    if not any(is_model(train) for train, _ in sets):
+        raise InputError(f"--save_probe needs features of a trained model, and {args.features[0]} has none; extract some")
+    for train, _ in sets:
+        check_savable(train)
+
+
+def save_best(args: argparse.Namespace, probe: Probe, train: FeatureSet, evaluated: FeatureSet) -> None:
+    """Saves the probe and says which one it is."""
+    saved = saved_probe(probe, train, evaluated, args.protocol)
+    save_probe(args.save_probe, saved)
+    layers = "+".join(map(str, saved.about.layers))
+    accuracies = f"held out {100 * probe.held_out_accuracy:.2f} %, {probe.eval_split} {100 * probe.accuracy:.2f} %"
+    say(f"{args.save_probe}: the probe of {train.path} layer {layers} {probe.kind}, {accuracies}")
 
 
 def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[str, list[int]]]:

@@ -29,7 +29,7 @@ DOORS = {
     "simplejpeg": ["data/images.py"],
     "sklearn": ["evaluate/", "data/sources/digits.py", "tools/bench/"],
     "matplotlib": ["evaluate/report/"],
-    "safetensors": ["model/store.py", "model/interchange/hf.py"],
+    "safetensors": ["model/store.py", "evaluate/probes/saved.py", "model/interchange/hf.py"],
     "crc32c": ["model/interchange/tf_bundle.py"],
     "tensorboard": ["train/metrics.py"],
     "wandb": ["train/metrics.py"],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -114,6 +114,14 @@ class Standard:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """The last fit of a probe, with one grid value, and the scaling of its features."""
+
+    fit: Fit
+    standard: Standard
+
+
+@dataclass(frozen=True)
 class Probe:
     """The result of one probe. Accuracies lie in 0..1; objective, grad_norm and iterations are those of the last fit."""
 
@@ -139,6 +147,7 @@ class Probe:
     seed: int
     tol: float
     precision: str
+    fitted: Fitted | None = field(default=None, kw_only=True, repr=False, compare=False)  # no part of a row
 
 
 @dataclass
@@ -217,6 +226,7 @@ def probe_view(view: View, evaluated: Sequence[View], ids: np.ndarray, settings:
         seed=settings.seed,
         tol=settings.tol,
         precision=settings.precision,
+        fitted=Fitted(final, standard),
     )
     return probe, predictions
 

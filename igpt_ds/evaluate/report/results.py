@@ -89,7 +89,7 @@ def make_row(
 ) -> ProbeRow:
     """The row of a probe: the origin of the features, then the fields of the probe."""
     origin = train.manifest.origin
-    found = dataclasses.asdict(probe)
+    found = {name: value for name, value in vars(probe).items() if name != "fitted"}
     kind, layer = found.pop("kind"), found.pop("layer")
     values = {
         "format": RESULT.name,
