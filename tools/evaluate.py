@@ -1,12 +1,14 @@
-"""Measures a model's likelihood on shards: nats and bits per token, bits per sub-pixel, each with its standard error.
+"""Measures a model's likelihood on images: nats and bits per token, bits per sub-pixel, each with its standard error.
 
     python tools/evaluate.py --model models/s --data shards/imagenet_32 --split test --out likelihood.json
     torchrun --nproc_per_node 8 tools/evaluate.py --model models/s --data shards/imagenet_32 --split test
     python tools/evaluate.py --model models/bert --data shards/imagenet_32 --mask_draws 5
+    python tools/evaluate.py --model models/s --images cat.jpg photos
 
 Bits per sub-pixel are bits per token / 3, because one token stands for three colour values. They describe palette colours and do
-not compare with the bits per dimension of raw 8-bit images. For an auto-regressive model the published likelihood is printed too,
-if it compares. Under a launcher the ranks share the images; the result is bit-identical for any number of ranks.
+not compare with the bits per dimension of raw 8-bit images. For an auto-regressive model on --data the published likelihood is
+printed too, if it compares. With --images, the nats per token of each image are printed too. Under a launcher the ranks share the
+images; the result is bit-identical for any number of ranks.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
-from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.given_images import GivenImages
+from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import PRECISIONS
 from igpt_ds.evaluate.report.results import add_results, likelihood_row, read_results
@@ -28,7 +33,7 @@ from igpt_ds.provenance import git_commit
 with lazy.imports():
     from igpt_ds import dist
     from igpt_ds.evaluate import likelihood
-    from igpt_ds.evaluate.features.network import open_model, pick_device
+    from igpt_ds.evaluate.features.network import model_images, open_model, pick_device
     from igpt_ds.model.store import ModelInfo, read_info
 
 
@@ -44,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.results:
         read_results(args.results)  # finds a damaged file before the measurement
     check_writable(args.out, args.results)
-    shards = ShardSet(args.data, args.split)
     info = read_info(args.model)
     if given := [f"--{name}" for name in BERT_FLAGS if getattr(args, name) is not None and info.objective != "bert"]:
         raise InputError(
             f"{given[0]} is for BERT models, and {args.model} was trained with objective {info.objective!r}; omit it"
         )
+    shards: ShardSet | GivenImages = model_images(args.model, args.images) if args.images else ShardSet(args.data, args.split)
     masks = {name: getattr(args, name) for name in ("mask_draws", "seed") if getattr(args, name) is not None}
     settings = likelihood.LikelihoodSettings(args.batch, args.precision, mask_prob=mask_prob(args.mask_prob, info), **masks)
     ids = likelihood.choose_ids(shards.n_images, args.limit)
@@ -58,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dist.rank():
         return
     measured = likelihood.summarise(nats)
-    size, failing = likelihood.compare_published(info.config, info.objective, shards, len(ids))
+    size, failing = None, ["the images are named by the user"]
+    if isinstance(shards, ShardSet):
+        size, failing = likelihood.compare_published(info.config, info.objective, shards, len(ids))
     drawn = likelihood.MaskSettings(settings.mask_draws, settings.mask_prob, settings.seed)
     found = likelihood.Likelihood(
         commit=git_commit(),
@@ -82,7 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         likelihood.LIKELIHOOD.write(args.out, found.to_dict())
     if args.results:
         add_results(args.results, [likelihood_row(found, info.config)])
+    if isinstance(shards, GivenImages):
+        shards.print_left_out()
+        print_each(shards.keys(ids), nats)
     report(args, info, shards, settings, measured, len(ids))
+    if args.images:
+        return
     if size:
         published = likelihood.PUBLISHED[size]
         here = measured.nats_per_token.mean - published
@@ -97,7 +109,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--model", type=Path, required=True, help="model dir")
-    parser.add_argument("--data", type=Path, required=True, help="shard directory with the images")
+    parser.add_argument("--data", type=Path, help="shard directory with the images; this or --images is required")
+    parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files or folders to measure")
     parser.add_argument("--split", default="val", help="split of --data: train, val, test or train+val")
     parser.add_argument("--limit", type=int, help="number of images to measure, evenly spread over the split (default: all)")
     parser.add_argument("--batch", type=int, default=32, help="images per forward pass")
@@ -117,7 +130,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--local_rank", type=int, help="set by the deepspeed launcher and ignored; the environment has the same number"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.data) == bool(args.images):
+        raise InputError("--data and --images both give images; give one of them" if args.data else "give --data or --images")
+    if args.images and args.results:
+        raise InputError("--results is for rows of data sets; give --data, or omit it")
+    return args
 
 
 def mask_prob(asked: float | None, info: ModelInfo) -> float:
@@ -126,17 +144,26 @@ def mask_prob(asked: float | None, info: ModelInfo) -> float:
     return trained if asked is None else asked
 
 
+def print_each(files: Sequence[str], nats: np.ndarray) -> None:
+    """A line for each image."""
+    width = max(map(len, [*files, "file"]))
+    print(f"{'file'.ljust(width)}  nats per token")
+    for file, value in zip(files, nats, strict=True):
+        print(f"{file.ljust(width)}  {value:.4f}")
+
+
 def report(
     args: argparse.Namespace,
     info: ModelInfo,
-    shards: ShardSet,
+    shards: ImageSet,
     settings: likelihood.LikelihoodSettings,
     measured: likelihood.Summary,
     n_images: int,
 ) -> None:
     """Prints the model, the images and one line for each unit."""
     masks = f", {settings.mask_draws} masks of {settings.mask_prob:g} each" if info.objective == "bert" else ""
-    print(f"{args.model} (step {info.step}) on {args.data} split {args.split}: {n_images} images{masks}, {args.precision}")
+    where = "" if args.images else f"{args.data} split {args.split}: "
+    print(f"{args.model} (step {info.step}) on {where}{n_images} images{masks}, {args.precision}")
     for unit, words in UNITS.items():
         mean, error = getattr(measured, unit).mean, getattr(measured, unit).standard_error
         print(f"{words:<18} {mean:.4f}" + ("" if error is None else f" +- {error:.4f}"))

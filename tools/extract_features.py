@@ -3,10 +3,13 @@
     python tools/extract_features.py --model models/s --data shards/cifar32 --out features/s
     python tools/extract_features.py --model models/s --untrained 0 --data shards/cifar32 --out features/untrained
     python tools/extract_features.py --pixels --data shards/cifar32 --out features/pixels
+    python tools/extract_features.py --model models/s --images cat.jpg photos --out features/photos
 
 The first command extracts from the trained model, the second from fresh weights in the same shape, the third takes the colours
-alone. A bert model sees whole images, or images through masks (paper 4.6). One mask for each training image and five for each
-evaluated image:
+alone. The last one reads image files; its features are the split "images", and class folders are labels.
+
+A bert model sees whole images, or images through masks (paper 4.6). One mask for each training image and five for each evaluated
+image:
 
     python tools/extract_features.py --model models/b --data shards/cifar32 --mask_draws 1 5 --out features/b
 
@@ -31,7 +34,7 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
 from igpt_ds.console import next_command
-from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import DTYPES, KINDS, PRECISIONS
@@ -40,7 +43,7 @@ from igpt_ds.files import check_writable
 
 with lazy.imports():
     from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
-    from igpt_ds.evaluate.features.network import Network, open_model, pick_device
+    from igpt_ds.evaluate.features.network import Network, model_images, open_model, pick_device
 
 
 say = partial(print, flush=True)
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"{args.out}: {sum(about.n_images for about in splits.values())} images of {args.merge} parts")
         say_next(args.out, list(splits))
         return
-    shard_sets = [ShardSet(args.data, split) for split in args.splits]
+    shard_sets = image_sets(args)
     start = time.perf_counter()
     if args.pixels:
         extract_pixels(args.out, shard_sets, dtype=args.dtype, report=say)
@@ -67,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"part {args.part.i}: {seconds:.1f} s")
         return
     say(f"{args.out}: {images} images in {seconds:.1f} s")
-    say_next(args.out, args.splits)
+    if not args.images:
+        say_next(args.out, args.splits)
 
 
 def say_next(out: Path, splits: Sequence[str]) -> None:
@@ -77,7 +81,16 @@ def say_next(out: Path, splits: Sequence[str]) -> None:
     say(next_command("python", "tools/linear_probe.py", "--features", out, *flags, "--out", results))
 
 
-def from_model(args: argparse.Namespace, shard_sets: Sequence[ShardSet]) -> None:
+def image_sets(args: argparse.Namespace) -> Sequence[ImageSet]:
+    """The splits of --data, or the images that the user names."""
+    if not args.images:
+        return [ShardSet(args.data, split) for split in args.splits]
+    images = model_images(args.model, args.images)
+    images.print_left_out()
+    return [images]
+
+
+def from_model(args: argparse.Namespace, shard_sets: Sequence[ImageSet]) -> None:
     """Extracts from the model of the command line."""
     device = pick_device(args.device)
     model, origin = open_model(args.model, shard_sets[0], args.untrained, blocks_elsewhere=bool(args.stream_layers))
@@ -102,7 +115,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pixels", action="store_true", help="write the palette colours of the images as features, without a model"
     )
-    parser.add_argument("--data", type=Path, help="shard directory with the images; required without --merge")
+    parser.add_argument("--data", type=Path, help="shard directory with the images; this, --images or --merge is required")
+    parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files or folders to extract from")
     parser.add_argument("--splits", nargs="+", default=["train", "val"], help="splits of --data to extract")
     parser.add_argument("--out", type=Path, required=True, help="feature directory to make")
     parser.add_argument("--layers", type=int, nargs="+", help="layers to extract, 0..n_layer (default: all)")
@@ -167,8 +181,11 @@ def check(args: argparse.Namespace) -> None:
         if args.merge < 1:
             raise InputError(f"--merge {args.merge} must be at least 1")
         return
-    if args.data is None:
-        raise InputError("--data is missing; name the shards, or give --merge")
+    if args.data is None and args.images is None:
+        raise InputError("--data is missing; name the shards, or give --images or --merge")
+    if args.images and (args.data or args.pixels):
+        other, fix = ("--data", "give one of them") if args.data else ("--pixels", "take the pixels of shards")
+        raise InputError(f"--images does not go with {other}; {fix}")
     for name in ("splits", "kinds"):
         if twice := [value for value in getattr(args, name) if getattr(args, name).count(value) > 1]:
             raise InputError(f"--{name} {' '.join(getattr(args, name))} names {twice[0]!r} twice; name each once")

@@ -16,6 +16,7 @@ All protocols except every_layer search the best layer among --layers. If --laye
 --save_probe writes the fitted probe with the highest held-out accuracy of all, for new images (every_layer and concat):
 
     python tools/linear_probe.py --features features/s --out results.jsonl --save_probe probe.safetensors
+    python tools/evaluate_classifier.py --model models/s --probe probe.safetensors --images photo.jpg more_photos
 """
 
 from __future__ import annotations

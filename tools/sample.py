@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
-from igpt_ds.data.given_images import read_images
 from igpt_ds.data.images import save_gif, save_grid
-from igpt_ds.data.palette import Palette, load_palette
+from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import PRECISIONS
@@ -33,7 +32,7 @@ from igpt_ds.files import check_writable
 with lazy.imports():
     import torch
 
-    from igpt_ds.evaluate.features.network import pick_device
+    from igpt_ds.evaluate.features.network import model_images, model_palette, pick_device
     from igpt_ds.evaluate.likelihood import pixel_nats
     from igpt_ds.model.sampling import Filter, sample
     from igpt_ds.model.store import load_model
@@ -59,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(args.out, args.gif, args.heat_map)
     args.device = pick_device(args.device)
     model, info = load_model(args.model, "ar")
-    palette = load_palette(args.model / "palette.npy")
-    if palette.hash != info.palette_hash:
-        raise InputError(f"{args.model / 'palette.npy'} is not the palette that the model was trained with; consolidate again")
+    palette = model_palette(args.model, info)
     Filter(args.temperature, args.top_k, args.top_p).check(info.config.n_vocab)
     n_px = model.config.n_px
     rows = n_px // 2 if args.prefix_rows is None else args.prefix_rows
@@ -148,7 +145,7 @@ def given_images(model: Transformer, palette: Palette, args: argparse.Namespace)
     """The images to complete or to map, int64 [N, T]; None without --data and --images."""
     n_px = model.config.n_px
     if args.images:
-        images = read_images(args.images, palette, n_px)
+        images = model_images(args.model, args.images)
         images.print_left_out()
         return torch.from_numpy(images.tokens(np.arange(images.n_images)).reshape(images.n_images, -1).astype(np.int64))
     if not args.data:

@@ -35,15 +35,25 @@ MASK_SEED = 0
 ClassifyingNetwork = Callable[..., tuple[Any, torch.Tensor]]  # of a model.classifier.Classifier
 
 
+def check_head(info: ModelInfo) -> None:
+    """Refuses a class head that was not trained.
+
+    Raises:
+        ValueError: the model was fine-tuned with gen_loss only.
+    """
+    assert info.class_head is not None
+    if info.class_head.loss == "gen":
+        raise InputError("the model was fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf")
+
+
 def check_classes(info: ModelInfo, shards: ShardSet) -> None:
     """Refuses shards with other classes or colours than those of the fine-tuning, and a class head that was not trained.
 
     Raises:
         ValueError: they differ, or the model was fine-tuned with gen_loss only.
     """
+    check_head(info)
     assert info.class_head is not None
-    if info.class_head.loss == "gen":
-        raise InputError("the model was fine-tuned with --loss gen, which trains no class head; fine-tune it with joint or clf")
     if shards.classes != info.class_head.classes:
         raise InputError(f"{shards.path} has other classes than the model was fine-tuned on; name shards of that dataset")
     if shards.palette_hash != info.palette_hash:

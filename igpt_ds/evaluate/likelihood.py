@@ -32,7 +32,7 @@ from igpt_ds.cli import SharedError
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH
-from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.data.shards.index import read_index
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.evaluate.report.row_types import MeanWithError
@@ -87,7 +87,7 @@ def choose_ids(n_images: int, limit: int | None) -> np.ndarray:
     return np.arange(n) * n_images // n
 
 
-def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: LikelihoodSettings) -> np.ndarray:
+def shard_nats(model: Transformer, shards: ImageSet, ids: np.ndarray, settings: LikelihoodSettings) -> np.ndarray:
     """The nats per token of some images of a split, on every rank: ids int64 [N] -> float64 [N]. Computed on the model's device.
 
     For a BERT model: of the masked tokens, averaged over the mask draws. Masks depend only on (seed, draw, id, pixel).
@@ -113,7 +113,7 @@ def shard_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: 
     return np.concatenate([together[start] for start in starts])
 
 
-def _batch_nats(model: Transformer, shards: ShardSet, ids: np.ndarray, settings: LikelihoodSettings) -> np.ndarray:
+def _batch_nats(model: Transformer, shards: ImageSet, ids: np.ndarray, settings: LikelihoodSettings) -> np.ndarray:
     return token_batch_nats(model, shards.tokens(ids).reshape(len(ids), -1), ids, settings, f"of {shards.path} ")
 
 

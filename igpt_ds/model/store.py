@@ -203,7 +203,7 @@ def load_classifier(model_dir: Path) -> tuple[Classifier, ModelInfo]:
     """
     info = read_info(model_dir)
     if info.class_head is None:
-        raise InputError(f"{model_dir} has no class head; fine-tune it with finetune.py first, or name another model")
+        raise InputError(f"{model_dir} has no class head; fine-tune it with finetune.py first, or give a saved probe")
     files = [model_dir / "model.safetensors", model_dir / HEAD_FILE]
     for path, expected in zip(files, (info.model_hash, info.class_head.hash), strict=True):
         _check_file(path, expected)

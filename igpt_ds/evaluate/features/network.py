@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from igpt_ds.data.palette import load_palette
+from igpt_ds.data.given_images import GivenImages, read_images
+from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ImageSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import Origin
-from igpt_ds.model.store import fresh_model, load_model, load_without_blocks, read_info, read_tensors
+from igpt_ds.model.store import ModelInfo, fresh_model, load_model, load_without_blocks, read_info, read_tensors
 from igpt_ds.model.transformer import Block, Projection, Transformer
 
 MASK_PROB = 0.15  # paper 2.1, for models without a recorded value
@@ -71,8 +72,7 @@ def open_model(
     if info.palette_hash != shards.palette_hash:
         hashes = f"palette {info.palette_hash[:12]}, {shards.path} was made with {shards.palette_hash[:12]}"
         raise InputError(f"{model_dir} was trained with {hashes}; make the shards with {model_dir / 'palette.npy'}")
-    if load_palette(model_dir / "palette.npy").hash != info.palette_hash:
-        raise InputError(f"{model_dir / 'palette.npy'} is not the palette the model was trained with; consolidate again")
+    model_palette(model_dir, info)
     origin = Origin("trained", info.palette_hash, objective=info.objective, model=asdict(info.config))
     origin = replace(origin, mask_prob=(info.mask_prob or MASK_PROB) if info.objective == "bert" else None)
     if untrained is not None:
@@ -80,6 +80,24 @@ def open_model(
         return model, replace(origin, weights="untrained", model_hash=_hash(model), step=0, seed=untrained)
     origin = replace(origin, model_hash=info.model_hash, step=info.step)
     return (load_without_blocks if blocks_elsewhere else load_model)(model_dir)[0], origin
+
+
+def model_palette(model_dir: Path, info: ModelInfo) -> Palette:
+    """The palette of a model dir.
+
+    Raises:
+        ValueError: it is not the one that the model was trained with.
+    """
+    palette = load_palette(model_dir / "palette.npy")
+    if palette.hash != info.palette_hash:
+        raise InputError(f"{model_dir / 'palette.npy'} is not the palette that the model was trained with; consolidate again")
+    return palette
+
+
+def model_images(model_dir: Path, paths: Sequence[Path]) -> GivenImages:
+    """Image files and folders as a model sees them, in its palette and size; raises like `read_images`."""
+    info = read_info(model_dir)
+    return read_images(paths, model_palette(model_dir, info), info.config.n_px)
 
 
 def _hash(model: Transformer) -> str:

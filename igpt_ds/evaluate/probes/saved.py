@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from igpt_ds.data.shards.dataset import ImageSet
 from igpt_ds.errors import InputError, naming, reason
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.features.manifest import DTYPES
@@ -106,9 +105,9 @@ class SavedProbe:
                 f"name that model, or fit a probe on this one with tools/linear_probe.py --save_probe"
             )
 
-    def features(self, network: Network, images: ImageSet, ids: np.ndarray) -> np.ndarray:
-        """The features of some images as the probe reads them: int64 [B] -> float64 [B, C]."""
-        means = network.pooled(images.tokens(ids), self.about.layers, [self.about.kind])
+    def features(self, network: Network, grids: np.ndarray) -> np.ndarray:
+        """The features of some images as the probe reads them: uint16 [B, n_px, n_px] -> float64 [B, C]."""
+        means = network.pooled(grids, self.about.layers, [self.about.kind])
         layers = [means[layer, self.about.kind].astype(DTYPES[self.about.dtype]) for layer in self.about.layers]
         return np.concatenate(layers, axis=1, dtype=np.float64)
 

@@ -64,7 +64,7 @@ def test_the_features_of_new_images_are_those_of_the_fit(sets, file: Path, model
     model, _ = open_model(model_dir, val)
     info = read_info(model_dir)
     loaded.check_model(info.model_hash, info.palette_hash, model_dir, file)
-    found = loaded.features(Network(model), val, np.arange(val.n_images))
+    found = loaded.features(Network(model), val.tokens(np.arange(val.n_images)))
     assert np.allclose(found, rows(loaded, sets[1]), atol=1e-6)
     assert loaded.about.classes == val.classes
 
@@ -80,7 +80,7 @@ def test_layers_side_by_side(make_model_dir, tiny_dataset: Path, tool, tmp_path:
     assert loaded.about.layers == [0, 1, 2, 3, 4]
     assert (loaded.predict(rows(loaded, both[1])) == both[1].labels).mean() == probe.accuracy
     val = ShardSet(tiny_dataset, "val")
-    found = loaded.features(Network(open_model(tmp_path / "deep", val)[0]), val, np.arange(val.n_images))
+    found = loaded.features(Network(open_model(tmp_path / "deep", val)[0]), val.tokens(np.arange(val.n_images)))
     assert np.allclose(found, rows(loaded, both[1]), atol=1e-3)
 
 
