@@ -163,7 +163,7 @@ def report(
     """Prints the model, the images and one line for each unit."""
     masks = f", {settings.mask_draws} masks of {settings.mask_prob:g} each" if info.objective == "bert" else ""
     where = "" if args.images else f"{args.data} split {args.split}: "
-    print(f"{args.model} (step {info.step}) on {where}{n_images} images{masks}, {args.precision}")
+    print(f"{args.model} (step {info.step}) on {where}{n_images} image{'s' * (n_images != 1)}{masks}, {args.precision}")
     for unit, words in UNITS.items():
         mean, error = getattr(measured, unit).mean, getattr(measured, unit).standard_error
         print(f"{words:<18} {mean:.4f}" + ("" if error is None else f" +- {error:.4f}"))

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.images import DEFAULT_FILTER, decode_image, square
-from igpt_ds.data.left_out import LeftOut, Tally, reason_of
+from igpt_ds.data.left_out import UNREADABLE, LeftOut, Tally, reason_of
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.sources.base import Entry, split_word, walk_images
 from igpt_ds.data.sources.places import read_places
@@ -150,7 +150,10 @@ def _pixels(
             image = square(decode_image(data, file.path), n_px, crop=crop, resize_filter=resize_filter)
         except InputError as error:
             if file.by_user:
-                raise InputError(f"{error}; leave it out, or name its folder, where other files are left out") from None
+                fix = (
+                    "" if reason_of(error) == UNREADABLE else "; leave it out, or name its folder, where other files are left out"
+                )
+                raise InputError(f"{error}{fix}") from None
             tally.add(file.path, reason_of(error))
             yield file, None
         else:

@@ -275,7 +275,8 @@ def check_labels(features: FeatureSet) -> None:
     bad = np.flatnonzero((features.labels < 0) | (features.labels >= len(features.classes)))
     if len(bad):
         what = f"image {bad[0]} of split {features.split!r} in {features.path} has label {features.labels[bad[0]]}"
-        raise InputError(f"{what}, not one of 0..{len(features.classes) - 1}; a probe needs labelled images")
+        known = f"not one of 0..{len(features.classes) - 1}" if features.classes else "and no image has a class"
+        raise InputError(f"{what}, {known}; a probe needs labelled images")
 
 
 def training_images(train: FeatureSet, max_train: int | None, seed: int) -> np.ndarray:

@@ -33,7 +33,7 @@ from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
-PROBE = Format("igpt_ds.probe", "saved probe", "save it again with tools/linear_probe.py --save_probe", 1, 1, 1)
+PROBE = Format("igpt_ds.probe", "saved probe", "make one with tools/linear_probe.py --save_probe", 1, 1, 1)
 TENSORS = ("weights", "intercepts", "mean", "scale")
 _KEY = "igpt_ds"  # in the metadata
 _MAX_BYTES = 1 << 31  # 1,000 classes x 5 layers of iGPT-XL are 0.1 GiB
