@@ -25,6 +25,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import open_features
+from igpt_ds.evaluate.probes.saved import load_probe
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, read_state, write_state
 from igpt_ds.evaluate.report.results import read_results
 from igpt_ds.json_files import write_json
@@ -82,10 +83,11 @@ def make_world(world: Path) -> None:
     ):
         _made(lambda place, name=name, words=words: _call(name, *words), world)  # type: ignore[misc]
     _train(world)
+    probed = ("--out", world / "results.jsonl", "--save_probe", world / "probe.safetensors")
     for name, *words in (
         ("consolidate", "--run_dir", world / "run", "--out", world / "model"),
         ("extract_features", "--model", world / "model", "--data", world / "shards", "--out", world / "features"),
-        ("linear_probe", "--features", world / "features", "--layers", 1, "--C_grid", 1, "--out", world / "results.jsonl"),
+        ("linear_probe", "--features", world / "features", "--layers", 1, "--C_grid", 1, *probed),
         ("export_hf", "--model", world / "model", "--out", world / "hf"),
         ("paper_plan", "--scale", "tiny", "--out", world / "paper", "--commands"),
     ):
@@ -169,6 +171,7 @@ def formats() -> list[Format]:
         ),
         Format("run.json", ("run/run.json",), ("run/run.json",), lambda here: json.dumps(read_run(here / "run"), sort_keys=True)),
         Format("state of an SGD probe", ("probe.state",), ("probe.state",), _state),
+        Format("saved probe", ("probe.safetensors",), ("probe.safetensors",), _probe),
         Format("results", ("results.jsonl",), ("results.jsonl",), _results),
         Format("sweep", ("sweep.json",), ("sweep.json",), lambda here: repr(read_sweep(here / "sweep.json"))),
         Format("paper.json", ("paper",), ("paper/paper.json",), _paper),
@@ -261,6 +264,11 @@ def _exclusion(here: Path) -> str:
 
 def _state(here: Path) -> str:
     return repr(read_state(here / "probe.state", PROBE, "cpu"))
+
+
+def _probe(here: Path) -> str:
+    probe = load_probe(here / "probe.safetensors")
+    return _text(probe.about, probe.weights, probe.intercepts, probe.mean, probe.scale)
 
 
 def _results(here: Path) -> str:
