@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     lazy.load()
     read_results(args.out)  # finds a damaged file before the first probe
-    check_writable(args.out)
+    check_writable(args.out, args.save_probe)
     settings = ProbeSettings.of(
         args.C_grid, tol=args.tol, seed=args.seed, device=pick_device(args.device), precision=args.precision
     )

@@ -95,9 +95,10 @@ def model_palette(model_dir: Path, info: ModelInfo) -> Palette:
 
 
 def model_images(model_dir: Path, paths: Sequence[Path]) -> GivenImages:
-    """Image files and folders as a model sees them, in its palette and size; raises like `read_images`."""
+    """Image files and folders as a model sees them, in its palette, size and crop; raises like `read_images`."""
     info = read_info(model_dir)
-    return read_images(paths, model_palette(model_dir, info), info.config.n_px)
+    palette = model_palette(model_dir, info)
+    return read_images(paths, palette, info.config.n_px, crop=info.crop, resize_filter=info.resize_filter)
 
 
 def _hash(model: Transformer) -> str:
