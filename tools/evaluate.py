@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         add_results(args.results, [likelihood_row(found, info.config)])
     if isinstance(shards, GivenImages):
         shards.print_left_out()
-        print_each(shards.keys(ids), nats)
+        print_each(shards.keys_of(ids), nats)
     report(args, info, shards, settings, measured, len(ids))
     if args.images:
         return

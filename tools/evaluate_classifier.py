@@ -107,7 +107,7 @@ def new_images(args: argparse.Namespace) -> None:
         about = {"model": str(args.model), "probe": str(args.probe) if args.probe else None}
         print(json.dumps(about | found.to_dict(images)))
         return
-    print(found.table(images.files))
+    print(found.table(images.keys))
     accuracy, n = found.accuracy(images.labels_among(found.classes))
     if accuracy is not None:
         others = f"; {images.n_images - n} others have no label" if n < images.n_images else ""

@@ -32,7 +32,7 @@ class GivenImages:
     """Images in memory, read by number 0 .. n_images - 1 like a ShardSet.
 
     Attributes:
-        files: the path of each image; they are its keys.
+        keys: a name for each image, such as its path.
         left_out: what folders hold besides images that can be read, by ending and reason.
         labelled: whether any image has a class.
         name, path, split, n_images, n_px, n_vocab, classes, palette, palette_hash, dataset_hash: as in ShardSet.
@@ -44,7 +44,7 @@ class GivenImages:
         self,
         tokens: np.ndarray,
         palette: Palette,
-        files: Sequence[str],
+        keys: Sequence[str],
         class_names: Sequence[str | None] | None = None,
         *,
         path: Path = Path("images"),
@@ -52,14 +52,14 @@ class GivenImages:
     ) -> None:
         """tokens: uint16 [N, n_px, n_px]. class_names: the class of each image, None where it has none."""
         assert tokens.dtype == np.uint16
-        assert len(tokens) == len(files) > 0
-        self._tokens, self._class_names = tokens, list(class_names or [None] * len(files))
-        self.files, self.left_out, self.path, self.name = list(files), list(left_out), path, path.name or "images"
+        assert len(tokens) == len(keys) > 0
+        self._tokens, self._class_names = tokens, list(class_names or [None] * len(keys))
+        self.keys, self.left_out, self.path, self.name = list(keys), list(left_out), path, path.name or "images"
         self.palette, self.palette_hash, self.n_vocab = palette, palette.hash, len(palette)
         self.n_images, self.n_px = tokens.shape[:2]
         self.classes = sorted({name for name in self._class_names if name is not None})
         self.labelled = bool(self.classes)
-        lines = [palette.hash, str(self.n_px), *self.files, *map(str, self._class_names)]
+        lines = [palette.hash, str(self.n_px), *self.keys, *map(str, self._class_names)]
         start = "\n".join(lines).encode("utf-8", "surrogateescape")
         self.dataset_hash = hashlib.sha256(start + tokens.astype("<u2").tobytes()).hexdigest()
 
@@ -71,9 +71,9 @@ class GivenImages:
         """The class indices of some images: int64 [B] -> int64 [B]; -1 for an image without a class."""
         return self.labels_among(self.classes)[ids]
 
-    def keys(self, ids: np.ndarray) -> list[str]:
+    def keys_of(self, ids: np.ndarray) -> list[str]:
         """The keys of some images: int64 [B] -> B strings."""
-        return [self.files[number] for number in ids]
+        return [self.keys[number] for number in ids]
 
     def labels_among(self, classes: Sequence[str]) -> np.ndarray:
         """The indices of all images' classes among others, such as those of a model: int64 [N]; -1 where there is none."""
@@ -120,8 +120,8 @@ def read_images(
         parts.append(palette.encode(np.stack([image for _, image in chunk])))
     _refuse_nothing(paths, [file.path for file in kept], tally)
     path = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.absolute() for path in paths]))
-    names, class_names = [file.path for file in kept], [file.class_name for file in kept]
-    return GivenImages(np.concatenate(parts), palette, names, class_names, path=path, left_out=tally.rows())
+    keys, class_names = [file.path for file in kept], [file.class_name for file in kept]
+    return GivenImages(np.concatenate(parts), palette, keys, class_names, path=path, left_out=tally.rows())
 
 
 def _files(path: Path, tally: Tally, among_others: bool) -> Iterator[_Named]:
@@ -150,10 +150,8 @@ def _pixels(
             image = square(decode_image(data, file.path), n_px, crop=crop, resize_filter=resize_filter)
         except InputError as error:
             if file.by_user:
-                fix = (
-                    "" if reason_of(error) == UNREADABLE else "; leave it out, or name its folder, where other files are left out"
-                )
-                raise InputError(f"{error}{fix}") from None
+                fix = "leave it out, or name its folder, where other files are left out"
+                raise InputError(f"{error}; {fix}" if reason_of(error) != UNREADABLE else str(error)) from None
             tally.add(file.path, reason_of(error))
             yield file, None
         else:

@@ -67,7 +67,7 @@ class Predictions:
         labels = images.labels_among(self.classes)
         accuracy, n_labelled = self.accuracy(labels)
         rows = []
-        for image, (file, label) in enumerate(zip(images.files, labels, strict=True)):
+        for image, (file, label) in enumerate(zip(images.keys, labels, strict=True)):
             rows.append(
                 {
                     "file": file,

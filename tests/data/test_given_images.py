@@ -26,7 +26,7 @@ def save(path: Path, seed: int = 0) -> Path:
 
 
 def below(images: GivenImages, root: Path) -> list[str]:
-    return [str(Path(key).relative_to(root)) for key in images.files]
+    return [str(Path(key).relative_to(root)) for key in images.keys]
 
 
 def test_they_are_the_images_of_shards(tiny_images: Path, tiny_dataset: Path, palette: Palette) -> None:
@@ -46,10 +46,10 @@ def test_files_and_folders_keep_their_order(tmp_path: Path, palette: Palette) ->
     files = {name: save(tmp_path / name, seed) for seed, name in enumerate(names)}
     images = read_images([tmp_path / "z.png", tmp_path / "b"], palette, 3)
     assert below(images, tmp_path) == ["z.png", "b/10.png", "b/2.png", "b/a.jpg", "b/deep/x.png"]
-    for number, key in enumerate(images.files):
+    for number, key in enumerate(images.keys):
         expected = palette.encode(square(decode_image(Path(key).read_bytes()), 3))
         assert (images.tokens(np.array([number]))[0] == expected).all()
-        assert images.keys(np.array([number])) == [key]
+        assert images.keys_of(np.array([number])) == [key]
     assert read_images([files["z.png"], tmp_path / "b"], palette, 3).dataset_hash == images.dataset_hash
 
 

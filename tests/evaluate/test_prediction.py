@@ -56,8 +56,8 @@ def test_a_fine_tuned_model_names_the_classes_of_files(tool, tuned_dir: Path, ti
     model, info = load_classifier(tuned_dir)
     expected = classify(model, info, images, 48, "cpu")
     labels = images.labels_among(found["classes"])
-    assert [row["file"] for row in found["images"]] == images.files
-    assert [row["label"] for row in found["images"]] == [Path(file).parent.name for file in images.files]
+    assert [row["file"] for row in found["images"]] == images.keys
+    assert [row["label"] for row in found["images"]] == [Path(file).parent.name for file in images.keys]
     assert [row["class"] for row in found["images"]] == [info.class_head.classes[label] for label in expected.labels]
     assert np.allclose([row["probabilities"] for row in found["images"]], expected.probabilities, atol=1e-6)
     assert np.allclose(expected.probabilities.sum(1), 1)
@@ -69,7 +69,7 @@ def test_a_fine_tuned_model_names_the_classes_of_files(tool, tuned_dir: Path, ti
     assert (votes == expected.labels).any(0).all()
     status, said, _ = tool("evaluate_classifier", *words)
     assert status == 0
-    assert said.splitlines()[1].split()[:2] == [images.files[0], found["images"][0]["class"]]
+    assert said.splitlines()[1].split()[:2] == [images.keys[0], found["images"][0]["class"]]
     assert f"accuracy {100 * found['accuracy']:.2f} % of 48 images" in said
 
 
@@ -115,7 +115,7 @@ def test_the_likelihood_of_files(tool, model_dir: Path, tiny_images: Path, tmp_p
     assert status == 0
     images = model_images(model_dir, [folder])
     nats = shard_nats(load_model(model_dir)[0], images, np.arange(16), LikelihoodSettings())
-    assert said.splitlines()[1].split() == [images.files[0], f"{nats[0]:.4f}"]
+    assert said.splitlines()[1].split() == [images.keys[0], f"{nats[0]:.4f}"]
     assert f"{nats.mean():.4f} +- " in said
     assert "published" not in said
     written = read_json(out, "likelihood")
