@@ -28,7 +28,7 @@ from tqdm import tqdm
 from igpt_ds.data.palette import Palette, load_palette, prepare_table, report_path, save_palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.encode import CHUNK, Bad, Prepared, Task, Unreadable, prepared
-from igpt_ds.data.shards.index import ShardIndex, read_index, split_entry, write_index
+from igpt_ds.data.shards.index import ShardIndex, keys_file, read_index, split_entry, write_index
 from igpt_ds.data.shards.layout import (
     IMAGES_PER_SHARD,
     WHOLE,
@@ -57,7 +57,8 @@ from igpt_ds.data.shards.record import pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
 from igpt_ds.errors import InputError
-from igpt_ds.files import atomic_dir, reserved
+from igpt_ds.files import atomic_dir, reserved, sha256_file
+from igpt_ds.keys import write_keys
 from igpt_ds.locks import locked
 from igpt_ds.plain_files import beside
 
@@ -224,7 +225,11 @@ def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | Non
                     shard.add(pack(first + start + np.arange(len(some)), *shards.read(some)))
                 entries.append(shard.close())
         save_palette(partial / "palette.npy", shards.palette)
-        splits = {"train": split_entry(entries, shards.palette_hash, shards.n_px)}
+        split = split_entry(entries, shards.palette_hash, shards.n_px)
+        if (keys := shards.keys(ids)) is not None:
+            write_keys(partial / keys_file("train"), keys)
+            split = replace(split, keys=sha256_file(partial / keys_file("train")))
+        splits = {"train": split}
         index = replace(read_index(shards.path), name=name or out.resolve().name, derived=note, splits=splits)
         write_index(partial, index)
         check_tars(partial, entries)

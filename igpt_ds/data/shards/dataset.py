@@ -17,11 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.palette import Palette
-from igpt_ds.data.shards.index import AGAIN, ShardEntry, ShardIndex, read_index
+from igpt_ds.data.shards.index import AGAIN, ShardEntry, ShardIndex, keys_file, read_index
 from igpt_ds.data.shards.mapped import MappedRecords
 from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
 from igpt_ds.data.shards.verify import all_damage
 from igpt_ds.errors import InputError
+from igpt_ds.keys import Keys
 from igpt_ds.plain_files import check_file
 
 _CHUNK = 1024  # images checked at once
@@ -46,6 +47,9 @@ class ImageSet(Protocol):
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """The class indices of some images: int64 [B] -> int64 [B]; -1 for an image without a class."""
+
+    def keys(self, ids: np.ndarray) -> list[str] | None:
+        """The keys of some images: int64 [B] -> B strings; None if they have none."""
 
 
 class DamagedImagesError(InputError):
@@ -101,6 +105,11 @@ class ShardSet:
             _check_size(file, entry, dtype.itemsize)
         self._records = MappedRecords(files, [shard.n_images for shard in self._entries], dtype)
         self.n_images = self._records.n_records
+        self._keys = [
+            Keys(path / keys_file(part), about.n_images, about.keys, AGAIN) if about.keys else None
+            for part in parts
+            for about in [index.splits[part]]
+        ]
         self._checked: np.ndarray = np.zeros(self.n_images, dtype=bool)
 
     def _exclude(self, ids: np.ndarray) -> None:
@@ -132,6 +141,22 @@ class ShardSet:
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """The class indices of some images: int64 [B] -> int64 [B]; raises as `tokens` does."""
         return self.read(ids)[1]
+
+    def keys(self, ids: np.ndarray) -> list[str] | None:
+        """The keys of some images in their source, int64 [B] -> B strings; None for shards of older versions, which have none.
+
+        All random crops of one image have its key.
+
+        Raises:
+            ValueError: the file of the keys is missing or damaged.
+        """
+        parts = [part for part in self._keys if part is not None]
+        if len(parts) < len(self._keys):
+            return None
+        first = np.cumsum([0, *map(len, parts)])
+        stored = self._stored(ids)
+        places = zip(first.searchsorted(stored, side="right") - 1, stored, strict=True)
+        return [parts[part][int(row - first[part])] for part, row in places]
 
     def _stored(self, ids: np.ndarray) -> np.ndarray:
         """Ids among all images of the split, including excluded ones."""

@@ -36,11 +36,12 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """What the index says of one split. dataset_hash: see `split_entry`."""
+    """What the index says of one split. dataset_hash: see `split_entry`. keys: the sha256 of its `keys_file`; older have none."""
 
     n_images: int
     dataset_hash: str
     shards: list[ShardEntry]
+    keys: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,11 @@ def read_index(path: Path) -> ShardIndex:
 def write_index(path: Path, index: ShardIndex) -> None:
     """Writes the index of a dataset directory, atomically, in the newest version."""
     INDEX.write(path / "index.json", to_json(index))
+
+
+def keys_file(split: str) -> str:
+    """The name of the file with the keys of a split's images."""
+    return f"{split}-keys.jsonl"
 
 
 def split_entry(shards: list[ShardEntry], palette_hash: str, n_px: int) -> SplitEntry:

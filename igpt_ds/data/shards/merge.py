@@ -7,17 +7,19 @@ Called by `data/shards/build.py` and `tools/make_shards.py`.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from igpt_ds.data.left_out import EMPTY_CLASS
 from igpt_ds.data.palette import load_palette, report_path
 from igpt_ds.data.shards.encode import Bad, Unreadable
-from igpt_ds.data.shards.index import ShardEntry, ShardIndex, read_index, split_entry, write_index
+from igpt_ds.data.shards.index import ShardEntry, ShardIndex, SplitEntry, keys_file, read_index, split_entry, write_index
 from igpt_ds.data.shards.layout import Planned, ShardPlan, ShardSettings
 from igpt_ds.errors import InputError
-from igpt_ds.files import fsync_path, remove, reserved
+from igpt_ds.files import fsync_path, remove, reserved, sha256_file
+from igpt_ds.keys import write_keys
 from igpt_ds.plain_files import beside
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
@@ -82,6 +84,7 @@ def _publish(work: Path, path: Path, index: ShardIndex) -> None:
     if (work / "plan").exists():
         os.replace(work / "plan", work / "plan.used")  # at once, because half a plan is damage
     kept = {"index.json", index.palette, report_path(Path(index.palette)).name, *(shard.name for shard in entries)}
+    kept |= {keys_file(split) for split in index.splits}
     for file in work.iterdir():
         if file.name not in kept:
             remove(file)
@@ -132,7 +135,7 @@ def _index_of(work: Path, name: str, max_bad: float) -> ShardIndex:
         palette="palette.npy",
         palette_hash=palette.hash,
         classes=plan.classes,
-        splits={split: split_entry(entries, palette.hash, plan.settings.n_px) for split, entries in splits.items()},
+        splits={split: _split(work, split, entries, plan, palette.hash) for split, entries in splits.items()},
         source=plan.settings.source,
         source_hash=plan.source_hash,
         made_with={package: version(package) for package in _PACKAGES},
@@ -140,6 +143,21 @@ def _index_of(work: Path, name: str, max_bad: float) -> ShardIndex:
         left_out=unreadable.tally.rows() or None,
         **{key: getattr(plan.settings, key) for key in _RECORDED},
     )
+
+
+def _split(work: Path, split: str, entries: list[ShardEntry], plan: ShardPlan, palette_hash: str) -> SplitEntry:
+    """The entry of a split. Writes the file of its keys."""
+    write_keys(work / keys_file(split), _keys(work, split, plan))
+    entry = split_entry(entries, palette_hash, plan.settings.n_px)
+    return replace(entry, keys=sha256_file(work / keys_file(split)))
+
+
+def _keys(work: Path, split: str, plan: ShardPlan) -> Iterator[str]:
+    views = plan.settings.crop_spec(split).views
+    for shard in plan.shards():
+        if shard.split == split:
+            unreadable = {bad.key for bad in read_made(work, shard).unreadable}
+            yield from (entry.key for entry in shard.entries() if entry.key not in unreadable for _ in range(views))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     manifest.json                             what the features are of, and the size and sha256 of each array (`manifest.py`)
     {split}/labels.npy                        int64 [N]
+    {split}/keys.jsonl                        the images' keys in their source, N lines (`igpt_ds/keys.py`); older ones lack it
     {split}/layer_{l:02d}_{kind}.npy          [N, C], float32 or float16
     {split}/layer_{l:02d}_{kind}_mask{m}.npy  the same for images seen through their m-th mask (bert models, paper 4.6)
 
@@ -15,9 +16,10 @@ In: values by rows, from `extract.py`. Out: a `FeatureSet` for the probes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from igpt_ds.evaluate.features.manifest import (
     span,
 )
 from igpt_ds.files import move_dir, reserved
+from igpt_ds.keys import Keys, write_keys
 from igpt_ds.npy import read_npy
 from igpt_ds.plain_files import beside, reserve
 from igpt_ds.schema import record_from
@@ -51,6 +54,11 @@ def _file(split: str, place: FeaturePlace) -> str:
 def array_names(manifest: FeatureManifest, split: str) -> list[str]:
     """The arrays of a split."""
     return [f"{split}/labels.npy", *(_file(split, place) for place in manifest.places(split))]
+
+
+def keys_name(split: str) -> str:
+    """The file of a split's keys."""
+    return f"{split}/keys.jsonl"
 
 
 def part_dir(out: Path, part: Part) -> Path:
@@ -142,12 +150,16 @@ class FeatureWriter:
         self.done[split] = done
         self._save_progress()
 
-    def finish(self, labels: dict[str, np.ndarray]) -> None:
-        """Gives the directory its name; labels int64 [N] for each split."""
+    def finish(self, labels: dict[str, np.ndarray], keys: Mapping[str, Iterable[str] | None] | None = None) -> None:
+        """Gives the directory its name; labels int64 [N] and N keys for each split, or None where the images have no keys."""
         assert self.done == {split: about.n_images for split, about in self.manifest.splits.items()}
         for split, values in labels.items():
             save_array(self.path / split / "labels.npy", values.astype("<i8"))
         names = [name for split in self.manifest.splits for name in array_names(self.manifest, split)]
+        for split, some in (keys or {}).items():
+            if some is not None:
+                write_keys(self.path / keys_name(split), some)
+                names.append(keys_name(split))
         replace(self.manifest, files=describe_files(self.path, names)).write(self.path)
         self._progress.unlink(missing_ok=True)
         move_dir(self.path, self.target)
@@ -189,6 +201,12 @@ class FeatureSet:
     def dataset_hash(self) -> str:
         """The hash of the split whose features these are."""
         return self.manifest.splits[self.split].dataset_hash
+
+    @cached_property
+    def keys(self) -> Keys | None:
+        """The images' keys in their source, in the order of the rows; None if the directory has none. Read at the first use."""
+        entry = self.manifest.files.get(keys_name(self.split))
+        return Keys(self.path / keys_name(self.split), len(self.labels), entry.sha256, EXTRACT_AGAIN) if entry else None
 
     @property
     def mask_draws(self) -> int:

@@ -14,7 +14,7 @@ from igpt_ds.arrays import new_array
 from igpt_ds.cli import FinishedError
 from igpt_ds.data.shards.layout import Part
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.features.files import array_names, part_dir
+from igpt_ds.evaluate.features.files import array_names, keys_name, part_dir
 from igpt_ds.evaluate.features.manifest import (
     EXTRACT_AGAIN,
     FeatureManifest,
@@ -23,7 +23,7 @@ from igpt_ds.evaluate.features.manifest import (
     describe_files,
     read_feature_manifest,
 )
-from igpt_ds.files import atomic_dir, remove, reserved
+from igpt_ds.files import atomic_dir, atomic_file, remove, reserved
 from igpt_ds.npy import read_npy
 from igpt_ds.plain_files import beside
 
@@ -69,9 +69,20 @@ def _merge(out: Path, directories: list[Path]) -> FeatureManifest:
         for name in names:
             (partial / name).parent.mkdir(exist_ok=True)
             _concatenate([directory / name for directory in directories], partial / name)
+        for name in map(keys_name, whole.splits):
+            if all(name in part.files for part in parts):
+                _join([directory / name for directory in directories], partial / name)
+                names.append(name)
         whole = replace(whole, files=describe_files(partial, names))
         whole.write(partial)
     return whole
+
+
+def _join(sources: Sequence[Path], target: Path) -> None:
+    with atomic_file(target) as file:
+        for source in sources:
+            with open(source, "rb") as part:
+                shutil.copyfileobj(part, file)
 
 
 def _part_manifest(directory: Path) -> FeatureManifest:

@@ -71,7 +71,8 @@ def test_index_tells_what_a_reader_must_know(tiny, palette8):
     }
     assert list(splits) == ["train", "val"]
     named = [shard["name"] for split in splits.values() for shard in split["shards"]]
-    assert sorted([*named, "index.json", "palette.npy"]) == sorted(file.name for file in tiny.iterdir())
+    keys = [f"{split}-keys.jsonl" for split in splits]
+    assert sorted([*named, *keys, "index.json", "palette.npy"]) == sorted(file.name for file in tiny.iterdir())
     for split in splits.values():
         assert [shard["n_images"] for shard in split["shards"][:-1]] == [7] * (len(split["shards"]) - 1)
         assert sum(shard["n_images"] for shard in split["shards"]) == split["n_images"]
@@ -281,7 +282,44 @@ def test_copied_images_are_the_ones_asked_for(tmp_path, tiny):
     assert (index.name, index.derived, list(index.splits)) == ("some", {"kept": 11}, ["train"])
     for found, expected in zip(everything(tmp_path / "some"), whole.read(ids), strict=True):
         np.testing.assert_array_equal(found, expected)
-    ShardSet(tmp_path / "some", "train").verify()
+    some = ShardSet(tmp_path / "some", "train")
+    some.verify()
+    assert some.keys(np.arange(11)) == whole.keys(ids)
+
+
+def test_keys_name_the_images_of_the_rows(tmp_path, memory, palette8):
+    source = memory(60, n_test=20, unreadable=(3, 50))
+    write_dataset(tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.25, images_per_shard=7), max_bad=0.1)
+    for split in ("train", "val", "test", "train+val"):
+        shards = ShardSet(tmp_path / "out", split, exclude=np.array([0, 4]))
+        tokens, keys = shards.tokens(np.arange(shards.n_images)), shards.keys(np.arange(shards.n_images))
+        numbers = [int(key.removeprefix("image")) for key in keys]
+        np.testing.assert_array_equal(tokens, palette8.encode(source.images[numbers]))
+    ids = np.arange(60 - 20 - 1)
+    assert len(set(ShardSet(tmp_path / "out", "train+val").keys(ids))) == len(ids)
+
+
+def test_all_crops_of_an_image_have_its_key(tmp_path, folder, palette8):
+    source = open_source(f"imagefolder:{folder({'cat': 5, 'dog': 5})}")
+    write_dataset(tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.3, crop="random", views=3))
+    keys = ShardSet(tmp_path / "out", "train").keys(np.arange(6))
+    assert keys[:3] == [keys[0]] * 3
+    assert keys[3:] == [keys[3]] * 3
+    assert keys[0] != keys[3]
+
+
+def test_shards_of_older_versions_have_no_keys(tmp_path, tiny):
+    old = shutil.copytree(tiny, tmp_path / "old")
+    index = json.loads((old / "index.json").read_text())
+    for split in index["splits"].values():
+        del split["keys"]
+    (old / "index.json").write_text(json.dumps(seal(index)))
+    for file in old.glob("*-keys.jsonl"):
+        file.unlink()
+    assert ShardSet(old, "train").keys(np.arange(2)) is None
+    assert ShardSet(old, "train").dataset_hash == ShardSet(tiny, "train").dataset_hash
+    copied = copy_images(tmp_path / "some", ShardSet(old, "train"), np.arange(2), note={})
+    assert copied.splits["train"].keys is None
 
 
 def test_nothing_to_copy(tmp_path, tiny):
@@ -472,9 +510,9 @@ def test_a_merge_killed_after_its_index_is_ended_with_the_same_settings(begun, m
     with pytest.raises(ValueError, match=r"out.making was begun with other settings \(seed 0, now 1\)"):
         finish_begun(out, dataclasses.replace(same, seed=1))
     index = finish_begun(out, same)
-    assert sorted(file.name for file in out.iterdir()) == sorted(
-        ["index.json", "palette.npy", *(shard.name for split in index.splits.values() for shard in split.shards)]
-    )
+    kept = ["index.json", "palette.npy", *(f"{split}-keys.jsonl" for split in index.splits)]
+    kept += [shard.name for split in index.splits.values() for shard in split.shards]
+    assert sorted(file.name for file in out.iterdir()) == sorted(kept)
     ShardSet(out, "val").verify()
 
 

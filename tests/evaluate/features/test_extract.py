@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -54,6 +55,22 @@ def test_parts_merge_to_the_bytes_of_one_process(model_dir, both_splits, feature
     np.testing.assert_allclose(
         open_features(out, "val").layer(2, "raw"), open_features(features_dir, "val").layer(2, "raw"), atol=1e-6
     )
+
+
+def test_rows_have_the_keys_of_their_images(features_dir, both_splits, tmp_path):
+    for shards in both_splits:
+        keys = open_features(features_dir, shards.split).keys
+        assert list(keys) == shards.keys(np.arange(shards.n_images))
+        assert len(set(keys)) == shards.n_images
+    damaged = shutil.copytree(features_dir, tmp_path / "damaged")
+    (damaged / "val" / "keys.jsonl").write_text("")
+    features = open_features(damaged, "val")  # keys are read when they are wanted
+    with pytest.raises(ValueError, match=r"val/keys\.jsonl is missing or damaged"):
+        features.keys[0]
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    del manifest["files"]["val/keys.jsonl"]
+    (damaged / "manifest.json").write_text(json.dumps(seal(manifest)))
+    assert open_features(damaged, "val").keys is None, "as in directories of older versions"
 
 
 def test_parts_that_do_not_make_a_whole(model_dir, both_splits, tmp_path):

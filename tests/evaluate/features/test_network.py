@@ -121,6 +121,11 @@ def test_what_is_written_says_what_it_is(features_dir, model_dir, both_splits, t
                 ("labels", 8 * shards.n_images),
                 *((f"layer_{layer:02d}_{kind}", 64 * shards.n_images) for layer in range(3) for kind in ("normed", "raw")),
             ]
+        }
+        | {
+            f"{split}/keys.jsonl": {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            for split in ("train", "val")
+            for file in [features_dir / split / "keys.jsonl"]
         },
     }
     assert (features_dir / "manifest.json").read_text() == json.dumps(seal(expected), indent=1) + "\n"
