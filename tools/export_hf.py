@@ -3,8 +3,14 @@
     python tools/export_hf.py --model models/s --out hf/imagegpt-s
 
 HF does not add the start-of-sequence token; the caller adds it. For n pixels the input is [sos, x_0 .. x_{n-2}] with
-sos = vocab_size - 1, and the logits at i predict x_i. Without sos every prediction is shifted by one position. This tool does not
-need transformers. HF has no ImageGPT for BERT models.
+sos = vocab_size - 1, and the logits at i predict x_i. Without sos every prediction is shifted by one position. HF's processor
+squashes an image that is not square, and this project crops its centre: most tokens differ. Crop the PIL image before the
+processor, for n = n_px:
+
+    w, h = (round(side * n / min(image.size)) for side in image.size)
+    image = image.resize((w, h), Image.BICUBIC).crop(((w - n) // 2, (h - n) // 2, (w - n) // 2 + n, (h - n) // 2 + n))
+
+This tool does not need transformers. HF has no ImageGPT for BERT models.
 """
 
 from __future__ import annotations
@@ -45,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     write_hf(args.out, info.config, model.state_dict(), palette.colors)
     print(f"{args.out}: vocab_size {info.config.n_vocab + 1}; start every image with token {info.config.n_vocab} (sos)")
+    n = info.config.n_px
+    print(f"crop images to {n}x{n} before HF's processor, which squashes them: two lines in tools/export_hf.py --help")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python tools/make_shards.py --source cifar10:cifar-10-python.tar.gz --palette palette.npy --n_px 32 --out shards/cifar10_32
     python tools/make_shards.py --source imagenet:ILSVRC2012 --crop random --palette palette.npy --n_px 64 --out shards/in64
 
-Sources: digits:, imagefolder:DIR, imagenet:DIR, cifar10:PATH, cifar100:PATH, stl10:PATH, webdataset:TARS. The tool writes
-OUT.making and renames it to OUT when all shards exist. The same command continues after an interruption. To share the work among
-machines, run `--stage list` once, then `--stage write --part 0/16` to `15/16`, then `--stage merge`, with the same other flags.
+Sources: digits:, imagefolder:DIR, imagenet:DIR, cifar10:PATH, cifar100:PATH, stl10:PATH, webdataset:TARS. A source
+may have test images of its own; others come from another folder, imagefolder:DIR,test=DIR2, or are split off by --test_fraction.
+The tool writes OUT.making and renames it to OUT when all shards exist. The same command continues after an interruption. To share
+the work among machines, run `--stage list` once, then `--stage write --part 0/16` to `15/16`, then `--stage merge`, with the same
+other flags.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from igpt_ds.data.shards.build import check_work, list_images, write_shards
 from igpt_ds.data.shards.index import ShardIndex
 from igpt_ds.data.shards.layout import IMAGES_PER_SHARD, WHOLE, Part, ShardOptions
 from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD, finish_begun, making, merge_shards
-from igpt_ds.data.sources import LABELS, open_source
+from igpt_ds.data.sources import LABELS, dataset_name, open_source
 from igpt_ds.errors import InputError
 from igpt_ds.files import check_writable
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(directories=[args.out])
     source, palette, start = open_source(args.source, args.labels), load_palette(args.palette), time.perf_counter()
     shape = args.filter, args.crop, args.views, args.max_pixels
-    options = ShardOptions(args.n_px, args.val_fraction, args.images_per_shard, args.seed, *shape)
+    options = ShardOptions(args.n_px, args.val_fraction, args.images_per_shard, args.seed, *shape, args.test_fraction)
     settings = options.settings(source, palette)
     if index := finish_begun(args.out, settings):
         print_index(args.out, index)
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers = count(args.workers, "process", "processes")
         print(f"made        {made} images at {made / seconds:.0f}/s by {workers}: part {args.part}")
     if args.stage in ("all", "merge"):
-        index = merge_shards(args.out, args.name, args.max_bad)
+        index = merge_shards(args.out, args.name or dataset_name(args.source), args.max_bad)
         print_index(args.out, index)
         print(next_command("deepspeed", "train.py", *train_flags(index), "--data", args.out, "--run_dir", f"{args.out}_run"))
 
@@ -91,9 +93,11 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--palette", type=Path, required=True, help="palette file, .npy")
     parser.add_argument("--n_px", type=int, required=True, help="side of the square images in pixels")
     parser.add_argument("--out", type=Path, required=True, help="dataset directory to make, new or empty")
-    parser.add_argument("--name", help="name of the images in tables and figures (default: the name of --out)")
+    parser.add_argument("--name", help="name of the images in tables and figures (default: the folder's, or the data set's)")
     what = "share of the training images for validation; 0: no validation split (default: imagenet 0.04, others 0.1; paper 3.1)"
     parser.add_argument("--val_fraction", type=float, help=what)
+    what = "share of the training images for testing, where the source has no test images (default: none)"
+    parser.add_argument("--test_fraction", type=float, help=what)
     parser.add_argument("--crop", choices=CROPS, default="none", help=CROP_HELP)
     parser.add_argument("--views", type=int, default=1, help="random crops of each training image")
     parser.add_argument("--filter", choices=list(FILTERS), default=DEFAULT_FILTER, help="resizing filter")

@@ -2,12 +2,14 @@
 # From images to tables on this machine: every stage of a scale, one after another, on every GPU or on two CPU processes.
 #
 #     bash tools/paper.sh SCALE OUT [DATA] [more flags of tools/paper_plan.py]
-#     bash tools/paper.sh own runs/photos imagefolder:photos -- --recipe cifar10_nano_ar_16 --lr 0.001
+#     bash tools/paper.sh own runs/photos imagefolder:photos --test_fraction 0.1 -- --recipe cifar10_nano_ar_16 --lr 0.001
 #     bash tools/paper.sh tiny runs/paper_tiny
 #     bash tools/paper.sh cifar runs/paper_cifar cifar10:cifar-10-batches-bin
 #
-# Scale own trains one model on your images; flags of train.py follow "--". Finished stages are skipped, and an interrupted training
-# continues from its newest checkpoint: the same command finishes the work. Paths are relative to the repository root.
+# Scale own trains one model on your images; flags of train.py follow "--". With test images (--test_fraction, a folder "test" or
+# imagefolder:DIR,test=DIR2), probes are fitted on all others, choose layer and penalty on a tenth of them, and read the test images
+# at the end. Finished stages are skipped, and an interrupted training continues from its newest checkpoint: the same command
+# finishes the work. Paths are relative to the repository root.
 set -euo pipefail
 if (($# < 2)); then
   echo "usage: bash tools/paper.sh SCALE OUT [DATA] [more flags of tools/paper_plan.py]" >&2
@@ -59,4 +61,7 @@ while IFS=$'\x1f' read -r -a fields <&3; do
   sed -E '/^(next|or): /d' "$log" | tail -n 1
   [[ -z $printed ]] || mv "$log" "$printed"
 done 3<<<"$plan"
-printf '\ntables: %s\nfigures: %s\nreport: %s\n' "$out/tables.md" "$out/figures" "$out/report.html"
+echo
+for left in tables.md figures report.html card.md; do
+  [[ ! -e $out/$left ]] || printf '%s: %s\n' "${left%.*}" "$out/$left"
+done

@@ -1,7 +1,7 @@
 """Prints the stages of the paper at a scale and which of them are done; at full scale also GPU-hours and disk.
 
     python tools/paper_plan.py --scale tiny
-    python tools/paper_plan.py --scale own --data imagefolder:photos --out runs/photos -- --recipe cifar10_nano_ar_16 --lr 0.001
+    python tools/paper_plan.py --scale own --data imagefolder:photos --test_fraction 0.1 -- --recipe cifar10_nano_ar_16 --lr 0.001
     python tools/paper_plan.py --scale full --data /data --gpus 64 --gpu h100-80g
     python tools/paper_plan.py --scale tiny --out runs/paper_tiny --gpus 2 --ds_config ds_configs/zero3_fp32.json --commands
 
@@ -17,11 +17,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.command_line.parser import completing
 from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.data.sources import LABELS, has_classes, has_test_images, open_source
+from igpt_ds.data.sources.base import UNLABELLED
 from igpt_ds.ds_config import load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.json_files import write_json
@@ -42,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the plan, or the commands."""
     args = parse(argv)
     cluster = Cluster(GPUS[args.gpu], args.node_gpus, network(args.nodes_nic))
-    scale = get_scale(args.scale, args.data, args.n_px, args.steps, cluster.gpu.memory, args.training)
-    out = args.out or Path("runs") / f"paper_{scale.name}"
+    out = args.out or Path("runs") / f"paper_{args.scale}"
+    training = with_images(args) if args.training and args.scale == "own" and args.data else args.training
+    scale = get_scale(args.scale, args.data, args.n_px, args.steps, cluster.gpu.memory, training)
     if scale.name == "full" and not Path(args.data).is_dir():  # it may exist on the machine that runs the stages
         print(
             f"warning: --data {args.data} is not a directory on this machine; give another --data if it should be",
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     found = stages(scale, out, machine)
     if args.commands:
-        begin(out, scale, asked(args))
+        begin(out, scale, asked(args, scale))
         left = {stage.name: stage for stage in found if not stage.done}
         for stage in left.values():
             line = command_line(stage, [name for name in stage.needs if name in left])
@@ -75,6 +79,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", required=True, choices=SCALES, help=scale)
     data = "own: KIND:WHERE; cifar: KIND:WHERE of CIFAR-10; full: the directory with ILSVRC2012, CIFAR-10, CIFAR-100, STL-10"
     parser.add_argument("--data", help=data)
+    parser.add_argument("--name", help="own: name of the images in tables and figures (default: that of their folder)")
+    parser.add_argument("--labels", choices=LABELS, default="use", help="own: ignore: train without labels, and probe nothing")
+    what = "own: share of the images for testing; probes then are fitted on all others, and read the test images once"
+    parser.add_argument("--test_fraction", type=float, help=what)
     parser.add_argument("--out", type=Path, help="directory for all results; runs/paper_SCALE if not given")
     parser.add_argument("--n_px", type=int, help="cifar: image size in pixels, 16 or 32; 16 if not given")
     parser.add_argument(
@@ -91,6 +99,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cut = given.index("--") if "--" in given else len(given)
     args = parser.parse_args(given[:cut])
     args.training = asked_training(given[cut + 1 :]) if cut < len(given) else None
+    if args.scale != "own" and (args.name or args.labels != "use" or args.test_fraction is not None):
+        raise InputError(f"--name, --labels and --test_fraction belong to scale own; leave them out for scale {args.scale}")
     for name in ("gpus", "node_gpus"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -116,10 +126,32 @@ def asked_training(words: Sequence[str]) -> Training:
     return Training(train_flags.choose_recipe(args), tuple(words))
 
 
-def asked(args: argparse.Namespace) -> dict[str, object]:
-    """The flags that must stay the same in one directory."""
+def with_images(args: argparse.Namespace) -> Training:
+    """The training with what the images have: labels, test images. Warns where they have no labels, or cannot be read here."""
+    images = {"name": args.name, "labels": args.labels, "test_fraction": args.test_fraction}
+    try:
+        source = open_source(args.data, args.labels)
+        probes, tests = has_classes(source), bool(args.test_fraction) or has_test_images(source)
+    except (ValueError, OSError) as error:  # the machine that runs the stages may have it
+        print(f"warning: {error}; the plan is that of labelled images", file=sys.stderr)
+        return replace(args.training, tests=bool(args.test_fraction), **images)
+    if not probes:
+        why = "the images have no labels" if source.classes == UNLABELLED else f"all images are of class {source.classes[0]!r}"
+        print(f"no probes: {why}, in {args.data}; training, features, samples and the report need none", file=sys.stderr)
+    return replace(args.training, probes=probes, tests=tests, **images)
+
+
+def asked(args: argparse.Namespace, scale: Scale) -> dict[str, object]:
+    """The flags that must stay the same in one directory. What earlier versions did not know is there only where it differs."""
     flags: dict[str, object] = {name: getattr(args, name) or None for name in ("scale", "data", "n_px", "steps")}
-    return flags | ({"training": " ".join(args.training.words)} if args.training else {})
+    if not args.training:
+        return flags
+    images, recipe = scale.images[0], args.training.recipe
+    word = recipe.name.split("_")[0]
+    earlier = args.data.split(":")[0] if word == "igpt" else word  # the name that earlier versions gave
+    more = {"name": images.name if images.name != earlier else None, "labels": args.labels if args.labels != "use" else None}
+    more |= {"test_fraction": args.test_fraction, "eval_split": images.eval_split if images.eval_split != "val" else None}
+    return flags | {"training": " ".join(args.training.words)} | {key: value for key, value in more.items() if value is not None}
 
 
 def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
@@ -133,7 +165,9 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
         found = PAPER.read(file)
         if found != wanted:
             words = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
-            raise InputError(f"{out} holds the paper of {words}; choose another directory, or remove this one")
+            names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+            now = ", ".join(f"{name} {wanted.get(name) or 'not given'}" for name in names)
+            raise InputError(f"{out} holds the paper of {words}; choose another directory, or remove this one (now: {now})")
     for system in scale.systems if scale.name != "own" else ():
         if target := chosen(system.recipe, out).get("config"):
             Path(str(target)).parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 config.json holds the shape and what a reader must check; model.safetensors the float32 weights; palette.npy the colours
 that the tokens stand for. After fine-tuning a fourth file, class_head.safetensors, holds the class head; readers of the
-transformer ignore it.
+transformer ignore it. README.md is the model card, which no reader needs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from igpt_ds.config import OBJECTIVES, ModelConfig
 from igpt_ds.errors import InputError, naming
 from igpt_ds.files import atomic_dir, sha256_file
+from igpt_ds.model.card import CardFacts, write_card
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.plain_files import utf8_path
@@ -89,13 +90,19 @@ class WeightStream:
     blocks: Callable[[str], Iterable[bytes | memoryview]]
 
 
-def save_model(model_dir: Path, weights: dict[str, Tensor] | WeightStream, info: Mapping[str, Any], palette: Path) -> None:
+def save_model(
+    model_dir: Path,
+    weights: dict[str, Tensor] | WeightStream,
+    info: Mapping[str, Any],
+    palette: Path,
+    facts: CardFacts | None = None,
+) -> None:
     """Writes a model dir, completely or not at all.
 
     Args:
         weights: the float32 state dict of a Transformer, or its tensors one at a time.
         info: the fields of ModelInfo except model_hash and class_head's "hash", which are taken from the written files.
-        palette: the palette file to carry along.
+        palette: the palette file to carry along. facts: what the model card says beside `info`.
     """
     with atomic_dir(model_dir) as partial:
         if isinstance(weights, WeightStream):
@@ -113,9 +120,9 @@ def save_model(model_dir: Path, weights: dict[str, Tensor] | WeightStream, info:
         if info.get("class_head"):
             info = {**info, "class_head": info["class_head"] | {"hash": sha256_file(partial / HEAD_FILE)}}
         shutil.copyfile(palette, partial / "palette.npy")
-        model_hash = sha256_file(partial / "model.safetensors")
-        config = dataclasses.asdict(info["config"])
-        MODEL.write(partial / "config.json", {**info, "config": config, "model_hash": model_hash})
+        values = {**info, "config": dataclasses.asdict(info["config"]), "model_hash": sha256_file(partial / "model.safetensors")}
+        MODEL.write(partial / "config.json", values)
+        write_card(partial, model_dir.resolve().name, values, facts or CardFacts())
 
 
 def _parted(weights: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:

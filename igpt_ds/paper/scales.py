@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from igpt_ds.config import Recipe, get_recipe
+from igpt_ds.data.sources import dataset_name
 from igpt_ds.errors import InputError
 
+NOT_PLAIN = r"[^\w.-]"  # characters of a name that its directory does not have
 SCALES = ("own", "tiny", "cifar", "full")
 VARIANTS = ("untrained", "concat", "low_data")
 _CONCATENATED, _HEADROOM = 5, 1.5  # concatenated layers (paper 4.4); memory of a probe relative to its features
@@ -33,18 +36,21 @@ class Images:
     source: str  # KIND:WHERE
     n_px: int
     counts: dict[str, int]  # images of each split; empty if unknown
+    labels: str = "use"  # or "ignore"
+    probes: bool = True  # whether images have labels of at least two classes
     crop: str = "none"
     views: int = 1  # random crops of each training image
     train_split: str = "train"  # split that probes are fitted to
     eval_split: str = "val"  # split that accuracies are measured on
     sgd: bool = False  # probe by SGD, and only the middle layers (paper 3.4: ImageNet)
     val_fraction: float | None = None  # share of train that becomes val, instead of the source's own split
+    test_fraction: float | None = None  # share of train that becomes test, of a source without test images
     augment: bool = False  # shift and mirror images during fine-tuning (paper 3.1: CIFAR)
 
     @property
     def id(self) -> str:
         """The name of the directory."""
-        return f"{self.name}_{self.n_px}{'_views' if self.views > 1 else ''}"
+        return f"{re.sub(NOT_PLAIN, '_', self.name)}_{self.n_px}{'_views' if self.views > 1 else ''}"
 
     def probed(self, recipe: Recipe) -> tuple[int, ...]:
         """The layers of a model that are probed on these images."""
@@ -105,10 +111,19 @@ class Scale:
 
 @dataclass(frozen=True)
 class Training:
-    """A training that the user asks for: its recipe, and the flags of train.py that name and change it."""
+    """A training that the user asks for: its recipe, the flags of train.py that name and change it, and how images are read.
+
+    name: of the images; None: that of their source.
+    probes, tests: whether the images have labels of at least two classes, and whether some are test images.
+    """
 
     recipe: Recipe
     words: tuple[str, ...]
+    name: str | None = None
+    labels: str = "use"
+    test_fraction: float | None = None
+    probes: bool = True
+    tests: bool = False
 
 
 def get_scale(
@@ -195,11 +210,16 @@ def _small(images: Images, recipes: tuple[Recipe, Recipe, Recipe], stages: int, 
 
 
 def _own(training: Training, data: str) -> Scale:
-    """One model on any images; every layer is probed, beside an untrained network and raw pixels."""
+    """One model on any images; every layer is probed, beside an untrained network and raw pixels.
+
+    With test images, probes are fitted on train and val together, of which they hold out a tenth to choose layer and penalty.
+    """
     recipe = training.recipe
-    name = recipe.name.split("_")[0]
-    images = Images(data.split(":")[0] if name == "igpt" else name, data, recipe.model.n_px, {})
-    system = System(recipe, images.id, (images.id,), variants=("untrained",), train_words=training.words)
+    about: dict[str, Any] = {"labels": training.labels, "probes": training.probes, "test_fraction": training.test_fraction}
+    about |= {"train_split": "train+val", "eval_split": "test"} if training.tests else {}
+    images = Images(training.name or dataset_name(data), data, recipe.model.n_px, {}, **about)
+    variants = ("untrained",) if training.probes else ()
+    system = System(recipe, images.id, (images.id,), variants=variants, train_words=training.words)
     return Scale("own", images, recipe.model.n_vocab, (images,), (system,), recipe.name, kinds=("normed", "raw"))
 
 

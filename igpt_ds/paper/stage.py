@@ -73,5 +73,6 @@ def words(program: str, flags: Flags, *first: object) -> tuple[str, ...]:
         if value is None or value is False:
             continue
         values = () if value is True else value if isinstance(value, (tuple, list)) else (value,)
-        found += [f"--{name}", *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
+        texts = [f"{one:g}" if isinstance(one, float) else str(one) for one in values]
+        found += [f"--{name}={texts[0]}"] if len(texts) == 1 and texts[0].startswith("-") else [f"--{name}", *texts]
     return tuple(found)

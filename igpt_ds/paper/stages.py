@@ -44,6 +44,11 @@ def chosen(recipe: Recipe, out: Path) -> Flags:
     return {"recipe": recipe.name} if known else {"config": out / "recipes" / f"{recipe.name}.json"}
 
 
+def ignored(images: Images) -> Flags:
+    """The flag of the tools that read the source of images whose labels are ignored."""
+    return {"labels": "ignore" if images.labels == "ignore" else None}
+
+
 class _StageMaker:
     """Makes the stages of a scale, and knows the paths of their files."""
 
@@ -88,15 +93,17 @@ class _StageMaker:
         """The palette, the shards of each data set, and a probe of raw pixels on each."""
         scale, palette = self.scale, self.out / "palette.npy"
         flags: Flags = {"source": scale.palette.source, "n_px": scale.palette.n_px, "crop": scale.palette.crop}
+        flags |= ignored(scale.palette)
         flags |= {"n_colors": scale.n_colors, "max_images": scale.palette_images, "out": palette}
         yield self.stage("palette", "tools/fit_palette.py", flags, palette)
         for images in scale.images:
             flags = {"source": images.source, "n_px": images.n_px, "crop": images.crop, "palette": palette}
             flags |= {"views": images.views if images.views > 1 else None, "val_fraction": images.val_fraction}
+            flags |= {"test_fraction": images.test_fraction} | ignored(images)
             flags |= {"name": images.name, "out": self.shards(images)}
             yield self.stage(f"shards-{images.id}", "tools/make_shards.py", flags, self.shards(images))
         probed = {id for system in scale.systems for id in system.probed}
-        for images in (images for images in scale.images if images.id in probed and not images.sgd):
+        for images in (images for images in scale.images if images.id in probed and images.probes and not images.sgd):
             features = self.features("pixels", images)
             flags = {"pixels": True, "data": self.shards(images), "splits": (images.train_split, images.eval_split)}
             yield self.stage(f"features-pixels-{images.id}", "tools/extract_features.py", flags | {"out": features}, features)
@@ -143,6 +150,8 @@ class _StageMaker:
         name, layers = model.name, images.probed(system.recipe)
         features = self.features(name, images)
         yield self.extract(system, model, images, name, {})
+        if not images.probes:
+            return
         if images.sgd:
             for first in range(0, len(layers), SGD_LAYERS):
                 some = layers[first : first + SGD_LAYERS]
@@ -207,13 +216,15 @@ class _StageMaker:
         images, model = scale.of(main.probed[0]), self.model(main, main.recipe.steps)
         features = self.features(model.name, images)
         own = [self.results(f"{one}-{images.id}") for one in (model.name, f"{main.recipe.name}-untrained", "pixels")]
-        yield self.figure("layers", "layers", {"results": own})
+        if images.probes:
+            yield self.figure("layers", "layers", {"results": own})
         readers = [system for system in scale.systems if system.recipe.objective == "ar"]
         if len(scale.systems) > 1:
             yield from self.comparisons(main, readers)
-        look: Flags = {"results": own[:1], "features": features}
-        yield self.figure("confusion", "confusion", look)
-        yield self.figure("neighbours", "neighbours", look | {"data": self.shards(images)})
+        if images.probes:
+            look: Flags = {"results": own[:1], "features": features}
+            yield self.figure("confusion", "confusion", look)
+            yield self.figure("neighbours", "neighbours", look | {"data": self.shards(images)})
         for id in main.finetuned[:1]:
             counts = self.run_dir(f"{main.recipe.name}-{id}-finetuned") / "confusion.json"
             title = f"{main.recipe.name} fine-tuned on {scale.of(id).name}, {scale.of(id).eval_split}"
@@ -242,18 +253,25 @@ class _StageMaker:
     def pages(self) -> Iterator[Stage]:
         """Tables with all models at their last step (the paper's if there are several), and the report of the main run."""
         main, tables = self.scale.of_recipe(self.scale.main), self.out / "tables.md"
+        images = self.scale.of(main.data)
         name, last = main.recipe.name, f"{self.model(main, main.recipe.steps).name}-"
         early = tuple(f"{self.model(system, step).name}-" for system in self.scale.systems for step in system.steps[:-1])
         rows = [file for file in self.rows if not file.stem.startswith(early)]
         runs = [self.run_dir(system.recipe.name) for system in self.scale.systems]
         paper = (1, 2, 3, 4, 5) if len(runs) > 1 else None
         flags: Flags = {"results": rows, "paper": paper, "run_dir": runs}
-        yield self.stage("tables", "tools/tables.py", flags, tables, printed=True)
+        if rows:
+            yield self.stage("tables", "tools/tables.py", flags, tables, printed=True)
         own = (last, f"{name}-untrained-", "pixels-")
-        flags["results"] = [file for file in rows if file.stem.startswith(own) or file.parent.name.startswith(f"{name}-")]
+        shown = [file for file in rows if file.stem.startswith(own) or file.parent.name.startswith(f"{name}-")]
+        flags["results"] = shown or None
+        if self.scale.name == "own":
+            model, measured = self.model(main, main.recipe.steps), [file for file in rows if file.stem.startswith(last)]
+            asked: Flags = {"model": model, "run_dir": self.run_dir(name), "results": measured or None}
+            yield self.stage("card", "tools/model_card.py", asked, self.out / "card.md", printed=True)
         flags["run_dir"] = self.run_dir(name)
         drawn = ("layers",) if paper else ("layers", "training")  # the report draws these itself
         pictures = tuple(path for path in self.figures if path.stem not in drawn)
-        flags |= {"pictures": pictures, "title": f"The paper at scale {self.scale.name}" if paper else name}
+        flags |= {"pictures": pictures, "title": f"The paper at scale {self.scale.name}" if paper else f"{images.name}: {name}"}
         report = self.out / "report.html"
         yield self.stage("report", "tools/report.py", flags | {"out": report}, report)

@@ -47,7 +47,7 @@ def test_each_stage_needs_what_was_made_before(name: str) -> None:
         stray = [file for file in files if not any(file == one or one in file.parents for one in there)]
         assert not stray, f"{stage.name} reads {stray}, which no stage leaves"
         before[stage.name] = stage.leaves
-    last = {"report", "tables", "figure-layers"} | ({"figure-training"} if name == "own" else set())
+    last = {"report", "tables", "figure-layers"} | ({"figure-training", "card"} if name == "own" else set())
     assert not (set(before) - {need for stage in found for need in stage.needs} - last), "made and never used"
 
 
@@ -248,7 +248,7 @@ def test_own_images_with_one_recipe_go_all_the_way_to_tables(tool: Any, tmp_path
     assert ("--save_every", "5000") in itertools.pairwise(train)
     assert lines["train-igpt_xl_ar_64"][1] == "shards-imagenet_64"
     assert "--kinds normed raw" in " ".join(lines["features-igpt_xl_ar_64-2000000-imagenet_64"])
-    assert list(lines)[-2:] == ["tables", "report"]
+    assert list(lines)[-3:] == ["tables", "card", "report"]
     assert "--paper" not in lines["tables"]
     assert not {"figure-loss", "figure-datasets", "figure-objectives"} & set(lines)
     assert f"{out} holds the paper of scale own" in tool("paper_plan", *asked, *flags, "--clip", 1)[2]
@@ -258,6 +258,59 @@ def test_own_images_with_one_recipe_go_all_the_way_to_tables(tool: Any, tmp_path
     drawn = [stage.name for stage in stages(bert, out, lambda recipe: {})]
     assert "figure-training" in drawn
     assert "samples" not in drawn, "a BERT model makes none"
+
+
+def planned_words(tool: Any, *flags: object) -> tuple[dict[str, str], str]:
+    """The commands of scale own by their names, and what is said beside them."""
+    status, lines, said = tool("paper_plan", "--scale", "own", "--commands", *flags, "--", "--recipe", "cifar10_nano_ar_16")
+    assert status == 0, said
+    return {line.split("\x1f")[0]: " ".join(line.split("\x1f")[4:]) for line in lines.splitlines()}, said
+
+
+def images_in(directory: Path, *folders: str) -> Path:
+    for folder in folders:
+        (directory / folder).mkdir(parents=True, exist_ok=True)
+        (directory / folder / "0.png").touch()
+    return directory
+
+
+def test_own_images_are_called_as_their_folder(tool: Any, tmp_path: Path) -> None:
+    photos = images_in(tmp_path / "my photos|1", "cat", "dog")
+    words, said = planned_words(tool, "--data", f"imagefolder:{photos}", "--out", tmp_path / "out", "--gpus", 2)
+    assert "--name my photos|1 --out" in words["shards-my_photos_1_16"]
+    assert (said, "probe-pixels-my_photos_1_16" in words) == ("", True)
+    words, _ = planned_words(tool, "--data", f"imagefolder:{photos}", "--name=-pets", "--out", tmp_path / "pets", "--gpus", 2)
+    assert "--name=-pets --out" in words["shards--pets_16"]
+    status, _, said = tool("paper_plan", "--scale", "tiny", "--name", "pets")
+    assert (status, "--name, --labels and --test_fraction belong to scale own" in said) == (2, True)
+
+
+@pytest.mark.parametrize("folders", [(".",), ("cat",), ("cat", "dog")])
+def test_images_without_labels_are_trained_on_and_not_probed(tool: Any, tmp_path: Path, folders: tuple[str, ...]) -> None:
+    photos, flags = images_in(tmp_path / "photos", *folders), ["--labels", "ignore"] if len(folders) > 1 else []
+    words, said = planned_words(tool, "--data", f"imagefolder:{photos}", "--out", tmp_path / "out", *flags)
+    assert said.startswith("no probes: all images are of class 'cat'" if folders == ("cat",) else "no probes: the images have no")
+    assert len(said.splitlines()) == 1
+    names = ["palette", "shards-photos_16", "train-cifar10_nano_ar_16", "model-cifar10_nano_ar_16-2400"]
+    assert list(words)[: len(names)] == names
+    assert {"features-cifar10_nano_ar_16-2400-photos_16", "samples", "figure-training", "card", "report"} <= set(words)
+    assert not [name for name in words if name.startswith(("probe", "tables", "figure-layers", "figure-confusion"))]
+    assert "--results" not in words["report"]
+    assert all(("--labels ignore" in words[name]) == bool(flags) for name in names[:2])
+
+
+def test_test_images_are_read_by_probes_of_all_others(tool: Any, tmp_path: Path) -> None:
+    photos, other = images_in(tmp_path / "photos", "cat", "dog"), images_in(tmp_path / "other", "cat", "dog")
+    for number, flags in enumerate((["--test_fraction", 0.1], [])):
+        data = f"imagefolder:{photos}" + ("" if flags else f",test={other}")
+        words, _ = planned_words(tool, "--data", data, "--out", tmp_path / f"{number}", *flags)
+        assert ("--test_fraction 0.1" in words["shards-photos_16"]) == bool(flags)
+        assert "--train_split train+val --eval_split test" in words["probe-pixels-photos_16"]
+        assert "--splits train+val test" in words["features-cifar10_nano_ar_16-2400-photos_16"]
+    again = ["--scale", "own", "--data", f"imagefolder:{photos}", "--out", tmp_path / "0", "--commands"]
+    said = tool("paper_plan", *again, "--", "--recipe", "cifar10_nano_ar_16")[2]
+    assert "test_fraction 0.1" in said
+    assert "(now: test_fraction not given, eval_split not given)" in said
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ class ShardIndex:
     source_hash: str | None = None
     labels: str | None = None
     val_fraction: float | None = None
+    test_fraction: float | None = None
     images_per_shard: int | None = None
     seed: int | None = None
     filter: str | None = None

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
@@ -33,6 +34,7 @@ from igpt_ds.sealed import Format
 
 PLAN = Format("igpt_ds.plan", "plan", "remove its directory and begin again", version=1, sealed=1, oldest=1)
 IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
+_READ_AT_ONCE = 1024  # images whose files are hashed together
 MAX_PX = 1024  # a million tokens per image; the paper's largest images have 4,096
 
 
@@ -67,6 +69,8 @@ class ShardOptions:
     val_fraction: fraction of the training images, chosen by a hash of the key, that becomes the split "val"; 0 makes no such
         split. None means the source's own fraction: 10 % for CIFAR and STL-10, 4 % for ImageNet (paper 3.1).
     seed: of the split and the random crops.
+    test_fraction: fraction of the training images that becomes the split "test", for a source without test images. With it, all
+        splits are chosen by a hash of the file instead of the key, so that equal files are in one split.
     filter, crop, views: the resizing filter, how an image becomes a square, random crops per training image.
     max_pixels: the largest image, or None for PIL's limit against decompression bombs.
     """
@@ -79,10 +83,12 @@ class ShardOptions:
     crop: str = "none"
     views: int = 1
     max_pixels: int | None = None
+    test_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
-            raise InputError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+        for name in ("val_fraction", "test_fraction"):
+            if (share := getattr(self, name)) is not None and not 0 <= share < 1:
+                raise InputError(f"{name}={share} must be at least 0 and below 1")
         for name in ("n_px", "images_per_shard", "views", "max_pixels"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
@@ -146,10 +152,43 @@ class Planned:
         yield from (Entry(*json.loads(line)) for line in content.splitlines())
 
 
-def split_of(key: str, seed: int, val_fraction: float) -> str:
-    """The split of a training image, by a hash of its key: it does not depend on other images (paper 3.1)."""
-    digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+def split_of(key: str, seed: int, val_fraction: float, test_fraction: float = 0.0) -> str:
+    """The split of a training image, by a hash of its key: it does not depend on other images (paper 3.1).
+
+    val_fraction is that of the images that are not test images.
+    """
+    if _drawn(f"{seed}/test/{key}", test_fraction):
+        return "test"
+    return "val" if _drawn(f"{seed}/{key}", val_fraction) else "train"
+
+
+def _drawn(key: str, fraction: float) -> bool:
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _in_splits(source: Source, settings: ShardSettings) -> Iterator[tuple[str, Entry]]:
+    """Every image of the source and its split."""
+    fractions = settings.val_fraction, settings.test_fraction or 0.0
+    for entry, key in _identified(source, by_content=bool(settings.test_fraction)):
+        if entry.split == "val" and settings.val_fraction:
+            own = f"has validation images of its own, such as {entry.key}"
+            raise InputError(f"{source.name} {own}; leave out --val_fraction {settings.val_fraction:g}")
+        if entry.split == "test" and settings.test_fraction:
+            own = f"has test images of its own, such as {entry.key}"
+            raise InputError(f"{source.name} {own}; leave out --test_fraction {settings.test_fraction:g}")
+        yield split_of(key, settings.seed, *fractions) if entry.split == "train" else entry.split, entry
+
+
+def _identified(source: Source, by_content: bool) -> Iterator[tuple[Entry, str]]:
+    """Every image and what its split is drawn by: its key, or the sha256 of its file. An unreadable image has its key."""
+    if not by_content:
+        yield from ((entry, entry.key) for entry in source.entries())
+        return
+    for some in chunks(source.entries(), _READ_AT_ONCE):
+        for entry, raw in zip(some, source.read(some), strict=True):
+            content = raw.tobytes() if isinstance(raw, np.ndarray) else raw
+            yield entry, hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else entry.key
 
 
 def make_plan(path: Path, source: Source, settings: ShardSettings, max_bad: float = 1) -> None:
@@ -163,8 +202,7 @@ def make_plan(path: Path, source: Source, settings: ShardSettings, max_bad: floa
         digest, counts, by_label = hashlib.sha256(), dict.fromkeys(SPLITS, 0), Counter[int]()
         with ExitStack() as stack:
             files: dict[str, IO[str]] = {}
-            for entry in tqdm(source.entries(), "list", unit=" images", leave=False, disable=None):
-                split = entry.split if entry.split == "test" else split_of(entry.key, settings.seed, settings.val_fraction)
+            for split, entry in tqdm(_in_splits(source, settings), "list", unit=" images", leave=False, disable=None):
                 number, place = divmod(counts[split], settings.entries_per_shard(split))
                 if place == 0:
                     if split in files:
@@ -190,9 +228,11 @@ def _check_counts(counts: dict[str, int], source: Source, settings: ShardSetting
     n_images = counts["train"] + counts["val"]
     if not n_images:
         raise InputError(f"source {source.name} holds no training images")
-    for split in ("train", "val") if settings.val_fraction else ("train",):
+    wanted = {"train": 1.0, "val": settings.val_fraction, "test": settings.test_fraction}
+    for split in (split for split, fraction in wanted.items() if fraction):
         if not counts[split]:
-            fix = f"change val_fraction={settings.val_fraction} or the seed"
+            fractions = {"test_fraction": settings.test_fraction} if split == "test" else {"val_fraction": settings.val_fraction}
+            fix = f"change {' or '.join(f'{name}={value}' for name, value in fractions.items())} or the seed"
             raise InputError(f"none of the {n_images} images of {source.name} falls to {split}; {fix}")
     for split, count in counts.items():
         if count * settings.crop_spec(split).views >= MAX_IMAGES:

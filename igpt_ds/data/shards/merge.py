@@ -30,7 +30,17 @@ MADE = Format(
 
 DEFAULT_MAX_BAD = 0.001  # more than one unreadable image in a thousand means a broken copy
 AGAIN = "run the same command again, which makes it again"
-_RECORDED = ("val_fraction", "images_per_shard", "seed", "filter", "crop", "views", "max_pixels", "labels")  # in the index too
+_RECORDED = (
+    "val_fraction",
+    "test_fraction",
+    "images_per_shard",
+    "seed",
+    "filter",
+    "crop",
+    "views",
+    "max_pixels",
+    "labels",
+)  # in the index too
 _PACKAGES = ("numpy", "pillow", "simplejpeg", "torch")  # packages that decode and resize
 
 

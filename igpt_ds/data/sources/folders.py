@@ -1,8 +1,9 @@
 """`imagefolder:DIR`: images in one folder per class, or without classes.
 
 In: `DIR/<class>/<image>`, where all images are "train", or `DIR/train/<class>/<image>` with or without
-`DIR/test/<class>/<image>`, or `DIR/<image>`, which has no labels. Out: a source. DIR has the second layout if its only folders
-are `train` and optionally `test`, and these hold class folders instead of images. A class may be called "train".
+`DIR/val/<class>/<image>` and `DIR/test/<class>/<image>`, or the same without classes, `DIR/<image>` or `DIR/train/<image>`, which
+has no labels. Out: a source. DIR has splits if its only folders are `train` and `val` (or `valid`, `validation`) or `test`, and
+all of them hold class folders, or all of them images. A class may be called "train".
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from igpt_ds.data.sources.base import (
 from igpt_ds.data.sources.places import read_places
 from igpt_ds.errors import InputError
 
+_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
 
 class ImageFolder:
     """Classes and images are sorted by name. Keys are the paths below DIR: `<class>/<image>` or `train/<class>/<image>`.
 
     Every file is tried as an image that is not known to be something else (`data/left_out.py`). Images beside or below the class
-    folders are left out and counted. With labels "ignore", images count at any depth, and folders called train and test are
-    splits.
+    folders are left out and counted. With labels "ignore", images count at any depth, and folders called train, val and test are
+    splits. No validation images are drawn from train where there is a folder of them.
 
     Raises:
         ValueError: DIR does not exist, holds no images, mixes the two layouts, or has a class in `test` that `train` lacks.
     """
-
-    val_fraction = VAL_FRACTION
 
     def __init__(self, directory: Path, labels: str = "use") -> None:
         self.name, self.labels = f"imagefolder:{directory}", labels
@@ -46,16 +47,19 @@ class ImageFolder:
         self._directory = directory
         if not directory.is_dir():
             raise InputError(f"source directory {directory} does not exist; expected {directory}/<class>/<image>.jpg")
-        self._divided = self._is_divided()
         self._flat = labels == "ignore"
+        self._divided = self._is_divided()
+        self._splits = {split: name for name, split in _SPLITS.items() if self._divided and (directory / name).is_dir()}
+        self.val_fraction = 0.0 if "val" in self._splits else VAL_FRACTION
         self.classes = UNLABELLED if self._flat else self._classes("train" if self._divided else "")
         if not self.classes and has_images(directory):
             self.classes, self._flat = UNLABELLED, True
         if not self.classes:
             raise InputError(f"source directory {directory} holds no images; {self._advice()}")
-        extra = set(self._classes("test")) - set(self.classes) if self._has_test() and not self._flat else set()
-        if extra:
-            raise InputError(f"{directory}/test has the class {min(extra)!r}, which {directory}/train lacks; remove or rename it")
+        for name in self._splits.values() if not self._flat else ():
+            if extra := set(self._classes(name)) - set(self.classes):
+                lacks = f"has the class {min(extra)!r}, which {directory}/train lacks"
+                raise InputError(f"{directory}/{name} {lacks}; remove or rename it")
 
     def entries(self) -> Iterator[Entry]:
         """Images class by class. Memory holds the names of one class folder."""
@@ -68,9 +72,8 @@ class ImageFolder:
             yield from (Entry("train", path, 0, [path]) for path in loose)
         else:
             self._leave_out(loose, LOOSE)
-        yield from self._entries("train", "train")
-        if self._has_test():
-            yield from self._entries("test", "test")
+        for split, name in self._splits.items():
+            yield from self._entries(split, name)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Result]:
         """The files' bytes, or a ValueError for a file that cannot be read."""
@@ -104,13 +107,16 @@ class ImageFolder:
         folder = self._directory / below
         return [name for name in visible_folders(folder) if has_images(folder / name)]
 
-    def _has_test(self) -> bool:
-        return self._divided and (self._directory / "test").is_dir()
-
     def _is_divided(self) -> bool:
-        """Whether DIR holds train and test instead of classes. Refuses ambiguous folders."""
+        """Whether DIR holds splits instead of classes. Refuses ambiguous folders."""
         directory, folders = self._directory, visible_folders(self._directory)
-        if self.labels == "ignore" and "train" in folders and not set(folders) - {"train", "test"}:
+        only_splits = "train" in folders and not set(folders) - set(_SPLITS)
+        if only_splits and len({_SPLITS[name] for name in folders}) < len(folders):
+            raise InputError(f"{directory} holds {', '.join(folders)}, of which two are validation images; keep one of them")
+        if only_splits and self.labels == "ignore":
+            return True
+        if only_splits and len(folders) > 1 and all(self._holds_only_images(name) for name in folders):
+            self._flat = True
             return True
         if "train" not in folders or not self._classes("train"):
             self._refuse_splits(folders)
@@ -118,11 +124,14 @@ class ImageFolder:
         if has_images(directory / "train"):
             both = "holds both images and folders of images"
             raise InputError(f"{directory}/train {both}, so it is neither a class nor a split; move one of the two away")
-        extra = [name for name in folders if name not in ("train", "test")]
+        extra = [name for name in folders if name not in _SPLITS]
         if extra:
-            fix = "only train and test are read, since validation images are drawn from train; move the others away"
+            fix = "only train, val and test are read; move the others away"
             raise InputError(f"{directory}/train holds class folders, but {directory}/{extra[0]} lies beside it: {fix}")
         return True
+
+    def _holds_only_images(self, name: str) -> bool:
+        return has_images(self._directory / name) and not self._classes(name)
 
     def _refuse_splits(self, folders: list[str]) -> None:
         """Refuses folders that are all named like splits, whose images would otherwise become classes of one split."""
@@ -130,7 +139,7 @@ class ImageFolder:
         if len(splits) < 2 or None in splits:
             return
         if self.labels == "ignore" or any(has_images(self._directory / name) for name in folders):
-            fix = "keep only train and test and add --labels ignore, name one of them, or rename them if they are classes"
+            fix = "call them train, val and test, name one of them as the source, or rename them if they are classes"
             raise InputError(f"{self._directory} holds the splits {', '.join(folders)} instead of classes; {fix}")
 
     def _advice(self) -> str:

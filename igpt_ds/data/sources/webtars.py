@@ -58,16 +58,16 @@ class WebTars:
         self.name, self.labels = f"webdataset:{spec}", labels
         self._pipe = spec.startswith("pipe:")
         self._beside = Tally()  # what lies beside the tars
-        self._urls = expand(spec.removeprefix("pipe:")) if self._pipe else find(spec, self._beside)
-        self._stems = stems(self._urls, self._pipe)
-        self._splits = splits(self._urls)
+        self.urls = expand(spec.removeprefix("pipe:")) if self._pipe else find(spec, self._beside)
+        self._stems = stems(self.urls, self._pipe)
+        self.splits = splits(self.urls)
         self._highest: int | None = None  # the highest label, known after a complete listing
         self.left_out = Tally()
 
     @cached_property
     def classes(self) -> list[str]:
         """The names of the classes. May list all tars."""
-        if not self._labelled:
+        if not self.labelled:
             return UNLABELLED
         if self._class_file:
             return self._class_file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -79,12 +79,12 @@ class WebTars:
     def entries(self) -> Iterator[Entry]:
         """Images tar by tar, in the order of SPEC; tars of a folder are sorted by name."""
         tally, torn = Tally(self._beside.rows()), dict[str, str]()
-        highest, known = 0, len(self.classes) if self._class_file or not self._labelled else None
-        counts = dict.fromkeys(self._urls, 0)
-        tars = sorted(zip(self._urls, self._stems, self._splits, strict=True), key=lambda tar: tar[2] == "test")
+        highest, known = 0, len(self.classes) if self._class_file or not self.labelled else None
+        counts = dict.fromkeys(self.urls, 0)
+        tars = sorted(zip(self.urls, self._stems, self.splits, strict=True), key=lambda tar: tar[2] == "test")
         for url, stem, split in tars:
             for image in self._images(url, tally, torn):
-                if (image.label is not None) != self._labelled:
+                if (image.label is not None) != self.labelled:
                     fix = "label all or none, or add --labels ignore"
                     raise InputError(f"{url}: {image.key} {_has(image.label)} .cls member, unlike the first image; {fix}")
                 label = image.label or 0
@@ -107,7 +107,7 @@ class WebTars:
         Raises:
             ValueError: an entry names another tar or command than the spec. A list of images is data and runs nothing.
         """
-        if foreign := {entry.place[0] for entry in entries} - set(self._urls):
+        if foreign := {entry.place[0] for entry in entries} - set(self.urls):
             raise InputError(f"the list of images names {min(foreign)!r}, which {self.name} does not; list the images again")
         if not self._pipe:
             yield from read_places(Path(), entries)
@@ -126,17 +126,17 @@ class WebTars:
             with opened as window:
                 yield from _images(window, url, tally, self.labels == "use")
         except TornError as error:
-            if len(self._urls) == 1:
+            if len(self.urls) == 1:
                 raise
             torn[url] = str(error)
 
     @cached_property
-    def _labelled(self) -> bool:
+    def labelled(self) -> bool:
         """Whether the first image has a .cls member; all other images must match it."""
         if self.labels == "ignore":
             return False
         torn: dict[str, str] = {}
-        first = next((image for url in self._urls for image in self._images(url, Tally(), torn)), None)
+        first = next((image for url in self.urls for image in self._images(url, Tally(), torn)), None)
         if first is None:
             raise InputError(
                 next(iter(torn.values()), f"{self.name} holds no images; expected members that end in .jpg, .jpeg, .png, .webp")
@@ -145,7 +145,7 @@ class WebTars:
 
     @property
     def _class_file(self) -> Path | None:
-        file = Path(self._urls[0]).parent / "classes.txt"
+        file = Path(self.urls[0]).parent / "classes.txt"
         return file if not self._pipe and file.is_file() else None
 
 

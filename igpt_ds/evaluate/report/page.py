@@ -20,6 +20,7 @@ from igpt_ds.evaluate.report.results import best_row, by_layer, label, model_nam
 from igpt_ds.evaluate.report.row_types import ProbeRow, Row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun
 from igpt_ds.evaluate.report.tables import layer_table, markdown_table, paper_table
+from igpt_ds.markdown import as_table, read_cells
 from igpt_ds.plain_files import check_file
 from igpt_ds.plan.costs import parameters
 
@@ -106,7 +107,7 @@ def _figure(path: Path, caption: str, kind: str = "") -> str:
 
 def html_table(markdown: str) -> str:
     """An HTML table from a Markdown one; rows with a cell in bold are marked as ours."""
-    lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in markdown.splitlines()]
+    lines = [read_cells(line) for line in markdown.splitlines()]
     header = "".join(f"<th>{_cell(cell)}</th>" for cell in lines[0])
     body = []
     for line in lines[2:]:
@@ -151,8 +152,4 @@ def _short(recipe: Recipe, training: Sequence[CurveRow], probes: Sequence[ProbeR
         what = f"{100 * row.accuracy:.1f} % on {row.dataset} {row.eval_split}"
         layer = "" if row.weights == "pixels" else f", layer {row.layer}"
         facts.append((label(row, probes), f"{what}{layer}"))
-    return html_table("\n".join(["| | |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in facts)]))
-
-
-def _plain(text: str) -> str:
-    return text.replace("|", "/").replace("*", "")
+    return html_table(as_table(["", ""], facts))

@@ -23,6 +23,7 @@ from igpt_ds.evaluate.report.results import (
     series,
 )
 from igpt_ds.evaluate.report.row_types import FinetuneRow, ProbeRow, Row
+from igpt_ds.markdown import as_table
 from igpt_ds.paper.published import FIGURE_4, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
 
 TITLES = {
@@ -38,45 +39,36 @@ _WORDS = {"unsupervised": "ImageNet, no labels", "supervised": "ImageNet, with l
 def paper_table(number: int, rows: Sequence[Row], recipes: Iterable[Recipe] = ()) -> str:
     """A table of the paper with its title."""
     if number == 5:
-        table = _rates(recipes)
+        text = _rates(recipes)
     elif number == 4:
-        table = _low_data(rows)
+        text = _low_data(rows)
     else:
-        table = {1: _probes, 2: _imagenet, 3: _finetunes}[number](rows)
-    return f"### {TITLES[number]}\n\n{table}"
+        text = {1: _probes, 2: _imagenet, 3: _finetunes}[number](rows)
+    return f"### {TITLES[number]}\n\n{text}"
 
 
 def markdown_table(rows: Sequence[ProbeRow]) -> str:
     """The best layer of each series as a Markdown table, accuracies in percent."""
     penalty = "C or lr" if any(row.protocol == "sgd" for row in rows) else "C"
-    lines = [
-        f"| images | features | best layer | width | {penalty} | held out | accuracy |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for one in series(rows):
         row = best_row(one)
         images = f"{row.dataset}: {row.n_train} {row.train_split}, {row.n_eval} {row.eval_split}"
         layers = "-" if row.weights == "pixels" else f"{row.layer} of {span([other.layer for other in one])}"
-        percent = f"{100 * row.held_out_accuracy:.1f} | {100 * row.accuracy:.1f}"
+        percent = [f"{100 * row.held_out_accuracy:.1f}", f"{100 * row.accuracy:.1f}"]
         unit, value = ("lr ", row.rate) if row.protocol == "sgd" else ("", row.C)
         chosen = "-" if value is None else f"{unit}{value:g}"
-        lines.append(f"| {images} | {label(row, rows)} | {layers} | {row.n_features} | {chosen} | {percent} |")
-    return "\n".join(lines)
+        lines.append([images, label(row, rows), layers, f"{row.n_features}", chosen, *percent])
+    return as_table(["images", "features", "best layer", "width", penalty, "held out", "accuracy"], lines)
 
 
 def layer_table(rows: Sequence[ProbeRow]) -> str:
     """The accuracy of every layer as a Markdown table in percent, a column for each series; pixels have no layers."""
     columns = [one for one in series(rows) if one[0].weights != "pixels"]
     names = [label(one[0], rows) for one in columns]
-    lines = [f"| layer | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
     accuracies = [{row.layer: f"{100 * row.accuracy:.1f}" for row in one} for one in columns]
-    for layer in sorted(set().union(*accuracies)):
-        lines.append(f"| {layer} | {' | '.join(column.get(layer, '-') for column in accuracies)} |")
-    return "\n".join(lines)
-
-
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)).replace("| --- ", "|---")
+    layers = sorted(set().union(*accuracies))
+    return as_table(["layer", *names], [[f"{layer}", *(column.get(layer, "-") for column in accuracies)] for layer in layers])
 
 
 def _best_probes(rows: Sequence[Row], datasets: Iterable[str]) -> list[ProbeRow]:
@@ -151,7 +143,7 @@ def _probes(rows: Sequence[Row]) -> str:
             percent = 100 * row.accuracy
             about = [dataset, _ours(row), f"no labels, step {row.step}", _where(row), row.eval_split]
             lines.append([*about, f"{percent:.1f}", _difference(percent, paper)])
-    return _markdown(["images", "model", "pre-training", "layer", "split", "accuracy", "minus iGPT-L"], lines)
+    return as_table(["images", "model", "pre-training", "layer", "split", "accuracy", "minus iGPT-L"], lines)
 
 
 def _imagenet(rows: Sequence[Row]) -> str:
@@ -165,7 +157,7 @@ def _imagenet(rows: Sequence[Row]) -> str:
         about = [_ours(row), "-" if shape is None else f"{shape['n_px']}x{shape['n_px']}", _millions(row)]
         against = _difference(percent, _best(TABLE_2, "imagenet", row))
         lines.append([*about, f"{row.n_features}", _where(row), row.eval_split, f"{percent:.1f}", against])
-    return _markdown(header, lines)
+    return as_table(header, lines)
 
 
 def _finetunes(rows: Sequence[Row]) -> str:
@@ -183,7 +175,7 @@ def _finetunes(rows: Sequence[Row]) -> str:
             masks = f", {row.n_masks} masks vote" if row.n_masks else ""
             about = [dataset, _ours(row), start, f"{row.loss}, lr {row.lr:g}{labels}{masks}", row.eval_split]
             lines.append([*about, f"{percent:.1f}", _difference(percent, _best_finetuned(dataset, row))])
-    return _markdown(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's"], lines)
+    return as_table(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's"], lines)
 
 
 def _low_data(rows: Sequence[Row]) -> str:
@@ -212,7 +204,7 @@ def _low_data(rows: Sequence[Row]) -> str:
         images = "" if row.dataset == "cifar10" else f"{row.dataset}, "
         apart = differences(row, few, but=("n_labels",))
         lines.append([name, f"{images}{row.layer} {row.features}, {row.eval_split}{apart}", *cells])
-    return _markdown(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
+    return as_table(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
 
 
 def _rates(recipes: Iterable[Recipe]) -> str:
@@ -226,4 +218,4 @@ def _rates(recipes: Iterable[Recipe]) -> str:
         shape = {"n_layer": recipe.model.n_layer, "n_head": recipe.model.n_head, "n_embd": recipe.model.n_embd}
         about = [model_name(shape), {"ar": "auto-regressive", "bert": "BERT"}[recipe.objective]]
         lines.append([*about, f"{recipe.model.n_px}x{recipe.model.n_px}", "", f"`{recipe.name}`: {recipe.lr:g}", ""])
-    return _markdown(["model", "objective", "input", "paper", "ours", "difference"], lines)
+    return as_table(["model", "objective", "input", "paper", "ours", "difference"], lines)

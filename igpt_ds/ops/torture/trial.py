@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from igpt_ds import cli
+from igpt_ds.markdown import as_table
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 30.0  # limit of one trial
@@ -200,7 +201,4 @@ def total(rows: Iterable[Figures]) -> Figures:
 def table(rows: Iterable[Figures]) -> str:
     """The rows as a Markdown table, with their sums."""
     found = list(rows)
-    lines = [f"| {' | '.join(HEADINGS.values())} |", f"|{'---|' * len(HEADINGS)}"]
-    return "\n".join(
-        lines + [f"| {' | '.join(str(getattr(row, name)) for name in HEADINGS)} |" for row in [*found, total(found)]]
-    )
+    return as_table(list(HEADINGS.values()), [[str(getattr(row, name)) for name in HEADINGS] for row in [*found, total(found)]])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +20,8 @@ from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.index import read_index
 from igpt_ds.errors import InputError
 from igpt_ds.files import reserved
-from igpt_ds.json_files import read_json
+from igpt_ds.json_files import read_json, read_json_lines
+from igpt_ds.model.card import CardFacts
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import WeightStream, read_info, save_model
 from igpt_ds.model.transformer import Transformer
@@ -54,8 +57,27 @@ def _gather(run_dir: Path, out: Path, checkpoint: Checkpoint) -> tuple[int, int]
     source = ZeroCheckpoint(checkpoint.path, manifest.world_size, manifest.stage)
     if source.shapes != _shapes(manifest.recipe):
         raise InputError(f"{checkpoint.path} does not hold the tensors of its own recipe; it was written by other code")
-    save_model(out, WeightStream(source.shapes, source.blocks), _info(manifest), palette)
+    save_model(out, WeightStream(source.shapes, source.blocks), _info(manifest), palette, card_facts(run_dir, manifest))
     return manifest.step, sum(shape.numel() for shape in source.shapes.values())
+
+
+def card_facts(run_dir: Path, manifest: Manifest) -> CardFacts:
+    """What the model card says of the images and the last validation of a checkpoint. What cannot be read is not said."""
+    if manifest.finetune is not None:
+        return CardFacts(manifest.finetune.dataset, manifest.finetune.n_train)
+    datasets = manifest.data.datasets or ()
+    names = " + ".join(_name_of(Path(one.path)) for one in datasets) or None
+    rows: list[dict[str, Any]] = []
+    with suppress(InputError):
+        rows = [row for row in read_json_lines(run_dir / "train.jsonl") if "val_loss" in row and row["step"] <= manifest.step]
+    last = rows[-1] if rows else {}
+    return CardFacts(names, sum(one.n_images for one in datasets) or None, last.get("val_loss"), last.get("step"))
+
+
+def _name_of(shards: Path) -> str:
+    with suppress(InputError, OSError):
+        return read_index(shards).name
+    return shards.name
 
 
 def _best_step(manifest: Manifest) -> int | None:

@@ -358,6 +358,43 @@ def test_the_split_of_an_image_does_not_depend_on_the_others(tmp_path_factory, m
     assert found == {f"image{number}": split_of(f"image{number}", 0, 0.4) for number in present}
 
 
+def test_equal_files_are_in_one_split(tmp_path, folder, palette8):
+    raw = folder({"cat": 60, "dog": 60})
+    for number in range(60):
+        shutil.copy(raw / "cat" / f"{number}.png", raw / "dog" / f"copy of {number}.png")
+    source = open_source(f"imagefolder:{raw}")
+    index = write_dataset(tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.3, test_fraction=0.2))
+    assert index.test_fraction == 0.2
+    found = {}
+    for split in index.splits:
+        shards = ShardSet(tmp_path / "out", split)
+        found |= dict.fromkeys(shards.keys(np.arange(shards.n_images)), split)
+    assert {split: list(found.values()).count(split) for split in ("train", "val", "test")} == {
+        "train": 101,
+        "val": 29,
+        "test": 50,
+    }
+    assert len(found) == 180
+    assert all(found[f"cat/{number}.png"] == found[f"dog/copy of {number}.png"] for number in range(60))
+    (raw / "cat" / "0.png").rename(raw / "cat" / "zzz.png")
+    make_plan(tmp_path / "plan", source, ShardOptions(4, test_fraction=0.2).settings(source, palette8))
+    split = next(s.split for s in ShardPlan(tmp_path / "plan").shards() for e in s.entries() if e.key == "cat/zzz.png")
+    assert (split == "test") == (found["cat/0.png"] == "test"), "the name does not choose"
+
+
+def test_splits_that_the_source_has_are_not_drawn(tmp_path, memory, palette8, folder):
+    with pytest.raises(ValueError, match=r"memory: has test images of its own, such as image40; leave out --test_fraction 0.2"):
+        write_dataset(tmp_path / "out", memory(60, n_test=20), palette8, ShardOptions(4, test_fraction=0.2))
+    with pytest.raises(ValueError, match=r"none of the 60 images of memory: falls to test; change test_fraction=1e-09"):
+        write_dataset(tmp_path / "out", memory(60), palette8, ShardOptions(4, test_fraction=1e-9))
+    source = open_source(f"imagefolder:{folder({'train/cat': 4, 'val/cat': 3, 'test/cat': 2})}")
+    with pytest.raises(ValueError, match=r"has validation images of its own, such as val/.*; leave out --val_fraction 0.1"):
+        write_dataset(tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.1))
+    index = write_dataset(tmp_path / "out", source, palette8, ShardOptions(4))
+    assert {split: about.n_images for split, about in index.splits.items()} == {"train": 4, "val": 3, "test": 2}
+    assert ShardSet(tmp_path / "out", "val").keys(np.arange(1)) == ["val/cat/0.png"]
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 

@@ -40,6 +40,29 @@ def test_train_and_test_folders_are_splits(tree, everything, with_test):
     assert results == [b"1", b"2", b"3", b"4"][: len(entries)]
 
 
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_validation_images_of_their_own(tree, val):
+    files = {"train/cat/0.jpg": b"1", "train/dog/0.jpg": b"2", f"{val}/dog/0.jpg": b"3", "test/cat/0.jpg": b"4"}
+    source = open_source(f"imagefolder:{tree('raw', files)}")
+    assert source.val_fraction == 0
+    assert [(entry.split, entry.key, entry.label) for entry in source.entries()] == [
+        ("train", "train/cat/0.jpg", 0),
+        ("train", "train/dog/0.jpg", 1),
+        ("val", f"{val}/dog/0.jpg", 1),
+        ("test", "test/cat/0.jpg", 0),
+    ]
+
+
+def test_splits_without_classes(tree):
+    source = open_source(f"imagefolder:{tree('raw', dict.fromkeys(['train/0.jpg', 'val/1.jpg', 'test/2.jpg'], b'x'))}")
+    assert source.classes == ["unlabelled"]
+    assert [(entry.split, entry.key) for entry in source.entries()] == [
+        ("train", "train/0.jpg"),
+        ("val", "val/1.jpg"),
+        ("test", "test/2.jpg"),
+    ]
+
+
 def test_a_class_may_be_called_train(tree, everything):
     directory = tree("raw", {"train/0.jpg": b"1", "plane/0.jpg": b"2", "plane/deeper/0.jpg": b"-"})
     entries, results = everything(f"imagefolder:{directory}")
@@ -77,15 +100,16 @@ def test_images_need_no_classes(tree, everything):
             r"raw/train holds both images and folders.*neither a class nor a split; move",
         ),
         (
-            ["train/cat/0.jpg", "val/cat/0.jpg"],
-            r"raw/train holds class folders, but .*raw/val lies beside it: only train",
+            ["train/cat/0.jpg", "extra/cat/0.jpg"],
+            r"raw/train holds class folders, but .*raw/extra lies beside it: only train, val and test",
         ),
+        (["train/0.jpg", "val/0.jpg", "valid/0.jpg"], r"raw holds train, val, valid, of which two are validation images; keep"),
+        (["train/cat/0.jpg", "val/dog/0.jpg"], r"raw/val has the class 'dog', which .*raw/train lacks; remove or rename it"),
         (["train/cat/0.jpg", "test/dog/0.jpg"], r"raw/test has the class 'dog', which .*raw/train lacks; remove or rename it"),
         (["class/notes.txt"], r"source directory .*raw holds no images; expected .*raw/<class>/<image>.jpg"),
         (["a/b/0.jpg"], r"source directory .*raw holds no images; expected .*, found .*raw/a/b/0.jpg; name the folder above"),
-        (["train/0.jpg", "validation/0.jpg"], r"raw holds the splits train, validation instead of classes; keep only"),
-        (["train2017/0.jpg", "val2017/0.jpg"], r"raw holds the splits train2017, val2017 instead of classes; keep only"),
-        (["Training/0.jpg", "TEST/0.jpg"], r"raw holds the splits TEST, Training instead of classes; keep only"),
+        (["train2017/0.jpg", "val2017/0.jpg"], r"raw holds the splits train2017, val2017 instead of classes; call them"),
+        (["Training/0.jpg", "TEST/0.jpg"], r"raw holds the splits TEST, Training instead of classes; call them"),
     ],
 )
 def test_layouts_that_say_two_things_or_nothing_are_refused(tree, files, message):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "USE_TORCH_XLA": "0"}
@@ -17,6 +18,7 @@ from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTI
 from transformers.utils import torch_float
 
 from igpt_ds.config import SIZES, ModelConfig
+from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, save_palette
 from igpt_ds.model.interchange.hf import ImportedModel, read_hf, write_hf
 from igpt_ds.model.store import load_model, read_info, save_model
@@ -178,12 +180,31 @@ def test_hfs_processor_gives_our_tokens(model_dir: Path, tool, tmp_path: Path) -
     assert tokens.tolist() == Palette(colors_of(ODD)).encode(image).ravel().tolist()
 
 
+@pytest.mark.parametrize("size", [(90, 61), (50, 151)])
+def test_hfs_processor_gives_our_tokens_of_an_image_that_the_documented_lines_crop(size, model_dir, tool, tmp_path) -> None:
+    assert tool("export_hf", "--model", model_dir, "--out", tmp_path / "out")[0] == 0
+    processor, n = ImageGPTImageProcessorPil.from_pretrained(tmp_path / "out"), ODD.n_px
+    small = np.random.default_rng(6).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+    ours = Palette(colors_of(ODD)).encode(square(np.asarray(image), n)).ravel()
+    squashed = np.ravel(processor(image, return_tensors="np")["input_ids"])
+    page = (Path(__file__).parents[3] / "docs" / "interchange.md").read_text()
+    names = {"n": n, "image": image, "Image": Image}
+    lines = [line for line in page.splitlines() if line.startswith(("w, h = ", "image = image.resize"))]
+    exec("\n".join(lines), names)
+    cropped = np.ravel(processor(names["image"], return_tensors="np")["input_ids"])
+    assert len(lines) == 2
+    assert (squashed != ours).mean() > 0.1
+    assert (cropped != ours).sum() <= 1, "the two bicubic filters round a few colours differently"
+
+
 # --------------------------------------------------------------------------------------------------- the two tools
 
 
 def test_round_trip_is_the_same_model(model_dir: Path, tool, tmp_path: Path) -> None:
     status, said, _ = tool("export_hf", "--model", model_dir, "--out", tmp_path / "out")
-    assert (status, said) == (0, f"{tmp_path / 'out'}: vocab_size 8; start every image with token 7 (sos)\n")
+    crop = "crop images to 5x5 before HF's processor, which squashes them: two lines in tools/export_hf.py --help\n"
+    assert (status, said) == (0, f"{tmp_path / 'out'}: vocab_size 8; start every image with token 7 (sos)\n{crop}")
     status, said, _ = tool("import_hf", "--hf", tmp_path / "out", "--out", tmp_path / "again")
     before, after = read_info(model_dir), read_info(tmp_path / "again")
     assert status == 0

@@ -1,0 +1,46 @@
+"""`KIND:WHERE,test=WHERE2`: a source whose test images are another source of the same kind.
+
+In: the two sources. Out: a source. Called by `open_source`. The test images' keys begin with "test/".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from igpt_ds.data.left_out import Tally
+from igpt_ds.data.sources.base import Entry, Result, Source
+from igpt_ds.errors import InputError
+
+
+class WithTest:
+    """The images of `train`, then all images of `test` as the split "test".
+
+    Raises:
+        ValueError: the test images have a class that the others lack. Listing raises it if `train` has test images of its own.
+    """
+
+    def __init__(self, name: str, train: Source, test: Source) -> None:
+        self.name, self.labels, self.val_fraction = name, train.labels, train.val_fraction
+        self.classes = train.classes
+        self.left_out = Tally()
+        self._train, self._test = train, test
+        if extra := set(test.classes) - set(self.classes):
+            fix = "remove or rename it, or add --labels ignore"
+            raise InputError(f"{test.name} has the class {min(extra)!r}, which {train.name} lacks; {fix}")
+
+    def entries(self) -> Iterator[Entry]:
+        """Those of both, the test images last."""
+        for entry in self._train.entries():
+            if entry.split == "test":
+                raise InputError(f"{self._train.name} has test images of its own, such as {entry.key}; leave out ',test='")
+            yield entry
+        labels = [self.classes.index(name) for name in self._test.classes]
+        for entry in self._test.entries():
+            yield entry._replace(split="test", key=f"test/{entry.key}", label=labels[entry.label])
+        self.left_out = Tally([*self._train.left_out.rows(), *self._test.left_out.rows()])
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Result]:
+        """Each entry from its source."""
+        for of_test, some in groupby(entries, key=lambda entry: entry.split == "test"):
+            yield from (self._test if of_test else self._train).read(list(some))
