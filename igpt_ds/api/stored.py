@@ -30,7 +30,7 @@ class Features:
     Attributes:
         labels: class indices, int64 [N].
         classes: the names of the classes.
-        keys: the names of the images, N strings; None in a directory of an earlier version.
+        keys: the names of the images, N strings, read when they are wanted; None in a directory of an earlier version.
         layers, kinds: what there is; kinds are "normed" and "raw", or "pixels".
         split, splits: this split, and all of the directory.
     """
@@ -40,7 +40,7 @@ class Features:
         self.path, self.split, self.splits = path, split, list(splits)
         self.labels, self.classes = self._set.labels, list(self._set.classes)
         self.layers, self.kinds = list(self._set.layers), list(self._set.kinds)
-        self.keys: list[str] | None = None
+        self.keys: Sequence[str] | None = self._set.keys
 
     def layer(self, layer: int, kind: str | None = None, mask: int = 0) -> np.ndarray:
         """The features of one layer: a read-only memory map [N, C], float32 or float16 as on disk.
@@ -141,7 +141,7 @@ class Shards:
         ids = np.arange(len(self))[index]  # an IndexError ends loops over the images
         tokens, labels = self._set.read(np.atleast_1d(ids))
         flat = tokens.reshape(len(tokens), self.n_px**2).astype(np.int64)
-        keys = [f"{number:09d}" for number in np.atleast_1d(ids)]
+        keys = self._set.keys_of(np.atleast_1d(ids)) or [f"{number:09d}" for number in np.atleast_1d(ids)]
         return ShardImages(flat, labels, keys) if ids.ndim else ShardImages(flat[0], int(labels[0]), keys[0])
 
     def __repr__(self) -> str:

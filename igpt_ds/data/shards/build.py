@@ -226,7 +226,7 @@ def copy_images(out: Path, shards: ShardSet, ids: np.ndarray, *, name: str | Non
                 entries.append(shard.close())
         save_palette(partial / "palette.npy", shards.palette)
         split = split_entry(entries, shards.palette_hash, shards.n_px)
-        if (keys := shards.keys(ids)) is not None:
+        if (keys := shards.keys_of(ids)) is not None:
             write_keys(partial / keys_file("train"), keys)
             split = replace(split, keys=sha256_file(partial / keys_file("train")))
         splits = {"train": split}

@@ -48,7 +48,7 @@ class ImageSet(Protocol):
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """The class indices of some images: int64 [B] -> int64 [B]; -1 for an image without a class."""
 
-    def keys(self, ids: np.ndarray) -> list[str] | None:
+    def keys_of(self, ids: np.ndarray) -> list[str] | None:
         """The keys of some images: int64 [B] -> B strings; None if they have none."""
 
 
@@ -142,7 +142,7 @@ class ShardSet:
         """The class indices of some images: int64 [B] -> int64 [B]; raises as `tokens` does."""
         return self.read(ids)[1]
 
-    def keys(self, ids: np.ndarray) -> list[str] | None:
+    def keys_of(self, ids: np.ndarray) -> list[str] | None:
         """The keys of some images in their source, int64 [B] -> B strings; None for shards of older versions, which have none.
 
         All random crops of one image have its key.

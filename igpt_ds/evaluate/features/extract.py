@@ -173,7 +173,7 @@ class _Job:
                         saved = time.monotonic()
         mine = {shards: np.asarray(share) for shards, share in self.shares.items()}
         labels = {shards.split: shards.labels(some) for shards, some in mine.items()}
-        self.writer.finish(labels, {shards.split: shards.keys(some) for shards, some in mine.items()})
+        self.writer.finish(labels, {shards.split: shards.keys_of(some) for shards, some in mine.items()})
 
     def _write(self, shards: ImageSet, first: int, mask: int | None, means: LayerMeans) -> None:
         half = self.writer.manifest.origin.dtype == "fp16"
@@ -198,7 +198,7 @@ def _write(
         raise InputError(f"--batch {step} must be at least 1")
     shares = {shards: _share(shards, step, part) for shards in shard_sets}
     for shards in shard_sets:
-        shards.keys(np.zeros(1, dtype=np.int64))  # a damaged file of keys is refused before the work
+        shards.keys_of(np.zeros(1, dtype=np.int64))  # a damaged file of keys is refused before the work
     manifest = whole if part == WHOLE else _of_part(whole, {shards.split: share for shards, share in shares.items()})
     job = _Job(FeatureWriter(part_dir(out, part), manifest), shares, read, step)
     try:

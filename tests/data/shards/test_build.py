@@ -284,7 +284,7 @@ def test_copied_images_are_the_ones_asked_for(tmp_path, tiny):
         np.testing.assert_array_equal(found, expected)
     some = ShardSet(tmp_path / "some", "train")
     some.verify()
-    assert some.keys(np.arange(11)) == whole.keys(ids)
+    assert some.keys_of(np.arange(11)) == whole.keys_of(ids)
 
 
 def test_keys_name_the_images_of_the_rows(tmp_path, memory, palette8):
@@ -292,17 +292,17 @@ def test_keys_name_the_images_of_the_rows(tmp_path, memory, palette8):
     write_dataset(tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.25, images_per_shard=7), max_bad=0.1)
     for split in ("train", "val", "test", "train+val"):
         shards = ShardSet(tmp_path / "out", split, exclude=np.array([0, 4]))
-        tokens, keys = shards.tokens(np.arange(shards.n_images)), shards.keys(np.arange(shards.n_images))
+        tokens, keys = shards.tokens(np.arange(shards.n_images)), shards.keys_of(np.arange(shards.n_images))
         numbers = [int(key.removeprefix("image")) for key in keys]
         np.testing.assert_array_equal(tokens, palette8.encode(source.images[numbers]))
     ids = np.arange(60 - 20 - 1)
-    assert len(set(ShardSet(tmp_path / "out", "train+val").keys(ids))) == len(ids)
+    assert len(set(ShardSet(tmp_path / "out", "train+val").keys_of(ids))) == len(ids)
 
 
 def test_all_crops_of_an_image_have_its_key(tmp_path, folder, palette8):
     source = open_source(f"imagefolder:{folder({'cat': 5, 'dog': 5})}")
     write_dataset(tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.3, crop="random", views=3))
-    keys = ShardSet(tmp_path / "out", "train").keys(np.arange(6))
+    keys = ShardSet(tmp_path / "out", "train").keys_of(np.arange(6))
     assert keys[:3] == [keys[0]] * 3
     assert keys[3:] == [keys[3]] * 3
     assert keys[0] != keys[3]
@@ -316,7 +316,7 @@ def test_shards_of_older_versions_have_no_keys(tmp_path, tiny):
     (old / "index.json").write_text(json.dumps(seal(index)))
     for file in old.glob("*-keys.jsonl"):
         file.unlink()
-    assert ShardSet(old, "train").keys(np.arange(2)) is None
+    assert ShardSet(old, "train").keys_of(np.arange(2)) is None
     assert ShardSet(old, "train").dataset_hash == ShardSet(tiny, "train").dataset_hash
     copied = copy_images(tmp_path / "some", ShardSet(old, "train"), np.arange(2), note={})
     assert copied.splits["train"].keys is None
@@ -368,7 +368,7 @@ def test_equal_files_are_in_one_split(tmp_path, folder, palette8):
     found = {}
     for split in index.splits:
         shards = ShardSet(tmp_path / "out", split)
-        found |= dict.fromkeys(shards.keys(np.arange(shards.n_images)), split)
+        found |= dict.fromkeys(shards.keys_of(np.arange(shards.n_images)), split)
     assert {split: list(found.values()).count(split) for split in ("train", "val", "test")} == {
         "train": 101,
         "val": 29,
@@ -392,7 +392,7 @@ def test_splits_that_the_source_has_are_not_drawn(tmp_path, memory, palette8, fo
         write_dataset(tmp_path / "out", source, palette8, ShardOptions(4, val_fraction=0.1))
     index = write_dataset(tmp_path / "out", source, palette8, ShardOptions(4))
     assert {split: about.n_images for split, about in index.splits.items()} == {"train": 4, "val": 3, "test": 2}
-    assert ShardSet(tmp_path / "out", "val").keys(np.arange(1)) == ["val/cat/0.png"]
+    assert ShardSet(tmp_path / "out", "val").keys_of(np.arange(1)) == ["val/cat/0.png"]
 
 
 # --------------------------------------------------------------------------------------------------- refusals

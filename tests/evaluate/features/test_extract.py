@@ -60,7 +60,7 @@ def test_parts_merge_to_the_bytes_of_one_process(model_dir, both_splits, feature
 def test_rows_have_the_keys_of_their_images(features_dir, both_splits, tmp_path):
     for shards in both_splits:
         keys = open_features(features_dir, shards.split).keys
-        assert list(keys) == shards.keys(np.arange(shards.n_images))
+        assert list(keys) == shards.keys_of(np.arange(shards.n_images))
         assert len(set(keys)) == shards.n_images
     damaged = shutil.copytree(features_dir, tmp_path / "damaged")
     (damaged / "val" / "keys.jsonl").write_text("")
