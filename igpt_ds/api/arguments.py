@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import os
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from igpt_ds.errors import InputError
+from igpt_ds.evaluate.features.manifest import KINDS
+from igpt_ds.model.sampling import Filter
 
 _PRECISIONS = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16"}
+
+
+def directory_path(path: str | os.PathLike[str]) -> Path:
+    """A path of a user, with ~ replaced by the home directory."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise InputError(f"path={path!r} must be the path of a directory")
+    return Path(path).expanduser()
+
+
+def check_kind(kind: Any) -> None:
+    """Refuses an unknown kind of features."""
+    if kind not in KINDS:
+        raise InputError(f"kind={kind!r} is unknown; known: {', '.join(KINDS)}")
+
+
+def pixel_filter(temperature: Any, top_k: Any = None, top_p: Any = None) -> Filter:
+    """How samples are drawn, of numbers alone."""
+    for name, value in (("temperature", temperature), ("top_p", 1.0 if top_p is None else top_p)):
+        if not isinstance(value, Real):
+            raise InputError(f"{name}={value!r} must be a number")
+    return Filter(temperature, None if top_k is None else whole("top_k", top_k, 1), top_p)
 
 
 def whole(name: str, value: Any, least: int) -> int:
@@ -33,7 +58,7 @@ def layer_list(layer: Any, n_layer: int) -> list[int]:
 
 def device_name(asked: str | torch.device | None) -> str:
     """The name of a device; None and "auto" take a GPU if one exists, else the CPU."""
-    name = str(asked or "auto")
+    name = "auto" if asked is None else str(asked)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -46,7 +71,7 @@ def device_name(asked: str | torch.device | None) -> str:
 
 def precision_name(asked: str | torch.dtype | None) -> str:
     """ "fp32" or "bf16"; None is "fp32"."""
-    name = str(asked or "fp32").removeprefix("torch.")
+    name = ("fp32" if asked is None else str(asked)).removeprefix("torch.")
     if name not in _PRECISIONS:
         raise InputError(f"dtype={asked!r} is unknown; use 'fp32' or 'bf16'")
     return _PRECISIONS[name]

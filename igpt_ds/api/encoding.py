@@ -23,7 +23,7 @@ from igpt_ds.data.pictures import on_white, picture_pixels
 from igpt_ds.errors import InputError, error_text
 
 _CHANNELS = (3, 1, 4)  # RGB, grey, RGBA
-_LAYOUTS = "[h, w], [h, w, 3], [h, w, 4] or [N, h, w, 3]; a tensor may have its channels first"
+_LAYOUTS = "[h, w], [h, w, 3], [h, w, 4], [N, h, w, 3] or [N, h, w, 1]; a tensor may have its channels first"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Preparation:
 
     def checked(self, tokens: Any, name: str = "tokens") -> np.ndarray:
         """Tokens [T], [N, T] or [N, n_px, n_px] -> int64 [N, T]; an InputError if they are not those of the palette."""
-        array, T = _array(tokens, name), self.n_px**2
+        if isinstance(tokens, Shards | ShardImages):
+            return self._tokens(tokens, name)
+        array, T = _array(_stacked(tokens, name), name), self.n_px**2
         if array.dtype.kind not in "iu":
             raise InputError(f"{name} holds {array.dtype}; tokens are whole numbers, as encode() returns them")
         if array.shape[-2:] == (self.n_px, self.n_px) and T > 1:
@@ -115,12 +117,20 @@ def _array(values: Any, name: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    if isinstance(values, list | tuple) and name == "tokens":
-        values = np.array(values)
     if not hasattr(values, "__array__"):
-        kinds = "a path, a PIL image, an array, a tensor, or a list of them"
+        kinds = "an array of tokens" if name == "tokens" else "a path, a PIL image, an array, a tensor, or a list of them"
         raise InputError(f"{name} is of type {type(values).__name__}; give {kinds}")
     return np.asarray(values)
+
+
+def _stacked(tokens: Any, name: str) -> Any:
+    """Lists of numbers or of equal arrays as one array; anything else as it is."""
+    if not isinstance(tokens, list | tuple):
+        return tokens
+    try:
+        return np.array(tokens)
+    except ValueError:
+        raise InputError(f"{name} holds rows of different lengths; give an array [N, T]") from None
 
 
 def _pixels(array: np.ndarray, first: bool, name: str) -> list[np.ndarray]:

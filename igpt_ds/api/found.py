@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from igpt_ds.api.arguments import directory_path
 from igpt_ds.data.palette import Palette, load_palette, save_palette
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import best_row, by_layer, read_results
@@ -50,7 +51,7 @@ def find_model(path: str | os.PathLike[str]) -> FoundModel:
     Raises:
         ValueError: there is none, there are several, or it is damaged.
     """
-    directory = Path(path).expanduser()
+    directory = directory_path(path)
     if directory.is_file():
         raise InputError(f"{directory} is a file; name the directory that holds the model: {directory.parent}")
     if not directory.is_dir():
@@ -72,9 +73,10 @@ def find_model(path: str | os.PathLike[str]) -> FoundModel:
 
 
 def _only_model_below(directory: Path) -> FoundModel:
-    below = sorted(file.parent for depth in ("*", "*/*") for file in directory.glob(f"{depth}/config.json"))
+    below = sorted(file.parent for place in ("*", "models/*") for file in directory.glob(f"{place}/config.json"))
+    below = below or sorted(file.parent for file in directory.glob("*/run.json"))
     if len(below) == 1:
-        return _read(below[0], below[0])
+        return find_model(below[0])
     if below:
         raise InputError(f"{directory} holds {len(below)} models; name one: {', '.join(map(str, below))}")
     for name, what in _OTHERS.items():

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from igpt_ds.api.arguments import device_name, layer_list, precision_name, whole
+from igpt_ds.api.arguments import check_kind, device_name, layer_list, pixel_filter, precision_name, whole
 from igpt_ds.api.encoding import Preparation
 from igpt_ds.api.found import FoundModel, best_layer, find_model
 from igpt_ds.api.predictions import Prediction, class_head, predicted
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.classification import MASK_SEED
-from igpt_ds.evaluate.features.manifest import KINDS
 from igpt_ds.evaluate.features.network import Network
 from igpt_ds.evaluate.likelihood import LikelihoodSettings, token_batch_nats
 from igpt_ds.model.objectives import draw_masks
@@ -108,8 +107,7 @@ class Model:
             batch: images per forward pass.
             progress: show a progress bar.
         """
-        if kind not in KINDS:
-            raise InputError(f"kind={kind!r} is unknown; known: {', '.join(KINDS)}")
+        check_kind(kind)
         layers = layer_list(self._best_or_middle(kind) if _is_best(layer) else layer, self.config.n_layer)
         wanted, rising = sorted(set(layers)), []
         for tokens in self._batches(self.encode(images), batch, progress, "features"):
@@ -124,6 +122,7 @@ class Model:
 
         Probes are rows of results.jsonl or results/*.jsonl, in the model's directory or in the two above it.
         """
+        check_kind(kind)
         return best_layer(self.path, self.info, kind)
 
     def nats(self, images: Any, batch: int = 32, mask_draws: int = 1, seed: int = 0, progress: bool = False) -> np.ndarray:
@@ -165,7 +164,7 @@ class Model:
             top_p: sample among the fewest colours whose probabilities sum to this.
         """
         whole("n", n, 1)
-        return self._drawn(np.zeros((n, 0), dtype=np.int64), seed, Filter(temperature, top_k, top_p), batch, progress)
+        return self._drawn(np.zeros((n, 0), dtype=np.int64), seed, pixel_filter(temperature, top_k, top_p), batch, progress)
 
     def complete(
         self,
@@ -191,7 +190,7 @@ class Model:
             raise InputError(f"keep={keep} is less than one row of {n_px}; use at least {1 / n_px:g}")
         tokens = self.encode(images)
         prefixes = np.tile(tokens[:, : rows * n_px], (n, 1))
-        drawn = self._drawn(prefixes, seed, Filter(temperature), batch, progress)
+        drawn = self._drawn(prefixes, seed, pixel_filter(temperature), batch, progress)
         return drawn.reshape(n, len(tokens), *drawn.shape[1:]).swapaxes(0, 1).reshape(drawn.shape)
 
     def predict(self, images: Any, mask_draws: int = 5, batch: int = 32, progress: bool = False) -> Prediction:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from igpt_ds.api.arguments import directory_path
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.index import read_index
@@ -72,7 +73,7 @@ def open_features(path: PathLike, split: str | None = None) -> Features:
     Raises:
         InputError: it is no feature directory, it has no such split, or it is damaged.
     """
-    directory = Path(path).expanduser()
+    directory = directory_path(path)
     splits = list(read_feature_manifest(directory).splits)
     return Features(directory, _choose(split, splits), splits)
 
@@ -158,6 +159,6 @@ def open_shards(path: PathLike, split: str | None = None) -> Shards:
     Raises:
         InputError: it is no shard directory, it has no such split, or a shard is torn.
     """
-    directory = Path(path).expanduser()
+    directory = directory_path(path)
     splits = list(read_index(directory).splits)
     return Shards(directory, _choose(split, splits), splits)

@@ -182,6 +182,8 @@ def test_tokens_and_images_are_inverse(model, val):
     assert (images.shape, images.dtype) == ((len(val), 4, 4, 3), np.uint8)
     np.testing.assert_array_equal(images, val.pixels())
     np.testing.assert_array_equal(model.encode(images), tokens)
+    for form in (val, val[:], tokens.tolist(), torch.from_numpy(tokens)):
+        np.testing.assert_array_equal(model.decode(form), images)
     np.testing.assert_array_equal(model.decode(tokens.reshape(-1, 4, 4)), images)
     np.testing.assert_array_equal(model.decode(torch.from_numpy(tokens[0])), images[:1])
 
@@ -203,6 +205,11 @@ WRONG = {
     "n 0": (lambda m, i: m.sample(0), r"n=0 must be a whole number of at least 1"),
     "n of completions": (lambda m, i: m.complete(i, n=0), r"n=0"),
     "temperature": (lambda m, i: m.sample(1, temperature=0), r"temperature=0 .*top_k=1"),
+    "temperature a word": (lambda m, i: m.sample(1, temperature="hot"), r"temperature='hot' must be a number"),
+    "top_k a fraction": (lambda m, i: m.sample(1, top_k=2.5), r"top_k=2\.5"),
+    "kind of the best layer": (lambda m, i: m.best_layer("norm"), r"kind='norm'"),
+    "tokens of different lengths": (lambda m, i: m.decode([[1, 2], [3]]), r"tokens holds rows of different lengths"),
+    "tokens that are a word": (lambda m, i: m.decode("x"), r"tokens is of type str; give an array of tokens"),
     "top_k": (lambda m, i: m.sample(1, top_k=9), r"top_k=9 .*8"),
     "seed": (lambda m, i: m.sample(1, seed=None), r"seed=None"),
     "no class head": (lambda m, i: m.predict(i), r"has no class head; .*finetune.py"),
@@ -231,10 +238,14 @@ def test_a_path_that_is_no_model_is_named_with_what_it_is(tmp_path, tiny_dataset
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "probes.jsonl").touch()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").touch()
+    (tmp_path / "images").mkdir()
     wrong = {
         tmp_path / "none": r"none does not exist; name a model dir",
         "openai/imagegpt-small": r"imagegpt-small does not exist; .*from disk, download it first",
-        tmp_path: r"holds no model",
+        tmp_path: r"holds no complete checkpoint",  # of the only run in it
+        tmp_path / "images": r"holds no model",
+        None: r"path=None must be the path of a directory",
         tmp_path / "results": r"holds results and no model",
         tmp_path / "run": r"run/checkpoints holds no complete checkpoint",
         tiny_dataset: r"is a shard directory; open it with igpt_ds.open_shards",
@@ -245,6 +256,7 @@ def test_a_path_that_is_no_model_is_named_with_what_it_is(tmp_path, tiny_dataset
             igpt_ds.load(path)
     for arguments, pattern in (
         ({"device": "gpu"}, "device='gpu'"),
+        ({"device": 0}, "device='0'"),
         ({"dtype": "fp16"}, "dtype='fp16'"),
         ({"dtype": torch.half}, "use 'fp32' or 'bf16'"),
     ):
