@@ -50,8 +50,11 @@ def test_the_notebook_runs_in_a_kernel(tiny_runs, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.fspath(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
+    wrong = nbformat.v4.new_code_cell("model.features(val, kind='norm')", metadata={"tags": ["raises-exception"]})
+    notebook.cells.append(wrong)
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tiny_runs)}}).execute()
     texts = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert wrong.outputs[-1].traceback == ["InputError: kind='norm' is unknown; known: normed, raw"]
     assert "layer=99 does not exist; layers of this model are 0..2" in texts
 
 
