@@ -31,7 +31,7 @@ NAVIGATION = {
         "docs/paper",
     ],
     "Results": ["docs/results", "docs/measured"],
-    "Reference": ["ds_configs/README", "slurm/README", "docs/troubleshooting", "docs/glossary"],
+    "Reference": ["docs/reference", "ds_configs/README", "slurm/README", "docs/troubleshooting", "docs/glossary"],
     "Contributing": ["docs/architecture", "LOG"],
 }
 
@@ -43,6 +43,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 
 myst_heading_anchors = 3  # GitHub's anchors, of headings down to ###
 autodoc_typehints = "description"
+napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "igpt_ds"

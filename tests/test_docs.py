@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from doc_commands import TEXTS
 
+import igpt_ds
 from igpt_ds.config import RECIPES
 from igpt_ds.evaluate.report.results import read_all
 from igpt_ds.plan.costs import parameters
@@ -74,6 +75,20 @@ def test_quoted_errors_are_those_of_the_code() -> None:
     known = messages()
     assert len(QUOTED) > 30
     assert not [line for line in QUOTED if not any(line in message for message in known)]
+
+
+def test_python_examples_use_names_that_exist() -> None:
+    blocks = [
+        block for path in TEXTS for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    trees = [ast.parse(block) for block in blocks]
+    used = [
+        node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    ]
+    assert {node.attr for node in used if node.value.id == "igpt_ds"} <= set(igpt_ds.__all__)
+    assert {node.attr for node in used if node.value.id == "model"} <= set(dir(igpt_ds.Model)) | {
+        "config"
+    }  # config: Hugging Face's
 
 
 def test_recipes_are_those_of_the_code() -> None:

@@ -120,7 +120,7 @@ class Model:
     def best_layer(self, kind: str = "normed") -> int | None:
         """The layer whose linear probe has the best held-out accuracy; None if no probe of this model is known.
 
-        Probes are rows of results.jsonl or results/*.jsonl, in the model's directory or in the two above it.
+        Probes are rows of `results.jsonl` or `results/*.jsonl`, in the model directory or in the two above it.
         """
         check_kind(kind)
         return best_layer(self.path, self.info, kind)
