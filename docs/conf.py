@@ -31,7 +31,15 @@ NAVIGATION = {
         "docs/paper",
     ],
     "Results": ["docs/results", "docs/measured"],
-    "Reference": ["docs/reference", "ds_configs/README", "slurm/README", "docs/troubleshooting", "docs/glossary"],
+    "Reference": [
+        "docs/api",
+        "docs/reference",
+        "docs/quickstart",
+        "ds_configs/README",
+        "slurm/README",
+        "docs/troubleshooting",
+        "docs/glossary",
+    ],
     "Contributing": ["docs/architecture", "LOG"],
 }
 
@@ -44,6 +52,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_heading_anchors = 3  # GitHub's anchors, of headings down to ###
 autodoc_typehints = "description"
 napoleon_use_ivar = True
+default_role = "code"  # `text` in docstrings
 
 html_theme = "furo"
 html_title = "igpt_ds"
