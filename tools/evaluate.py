@@ -22,7 +22,6 @@ import numpy as np
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
-from igpt_ds.data.given_images import GivenImages
 from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import PRECISIONS
@@ -32,6 +31,7 @@ from igpt_ds.provenance import git_commit
 
 with lazy.imports():
     from igpt_ds import dist
+    from igpt_ds.data.given_images import GivenImages
     from igpt_ds.evaluate import likelihood
     from igpt_ds.evaluate.features.network import model_images, open_model, pick_device
     from igpt_ds.model.store import ModelInfo, read_info
