@@ -129,6 +129,8 @@ def test_the_features_of_files(
     assert tool("extract_features", *words)[0] == 0
     found, images = open_features(tmp_path / "f", "images"), read_images([tiny_images], ShardSet(tiny_dataset, "val").palette, 4)
     assert found.classes == ["blue", "green", "red"]
+    assert found.keys is not None
+    assert list(found.keys) == images.keys
     assert np.array_equal(found.labels, images.labels(np.arange(48)))
     known = np.concatenate([open_features(features_dir, split).layer(2, "raw") for split in ("train", "val")])
     assert np.allclose(np.sort(found.layer(2, "raw"), axis=0), np.sort(known, axis=0), atol=1e-5)
