@@ -17,6 +17,7 @@ search the learning rate:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -36,6 +37,7 @@ from igpt_ds.train.checkpoint.directory import choose_checkpoint
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.finetune_flags import parse
+from igpt_ds.train.schedule import warmup_note
 
 with lazy.imports():
     from igpt_ds import dist
@@ -45,7 +47,7 @@ with lazy.imports():
     from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
     from igpt_ds.train.checkpoint.save_load import load_checkpoint
     from igpt_ds.train.engine import check_ds_config
-    from igpt_ds.train.finetuning import finetune_recipe, finetuning_loss, measure, starting_point, warmup_note
+    from igpt_ds.train.finetuning import finetune_recipe, finetuning_loss, measure, starting_point
     from igpt_ds.train.loop import fit
     from igpt_ds.train.session import FinetuneStart, Session, open_session
     from igpt_ds.train.stream import batches
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)
     start = starting_point(args)
     run = choose_run(args, start, images)
-    note = warmup_note(args, run.recipe, images.n_images)
+    note = warmup_note(args, math.ceil(images.n_images / args.batch_images), run.recipe)
     if args.dry_run:
         dist.say("\n".join(filter(None, [dry_run(run, args, models=1), note])))
         return
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def next_step(args: argparse.Namespace, session: Session) -> str:
     """The command that follows this one."""
     if not session.finished:  # --stop_at_step ended it
-        return f"next: {session.watch.stop.resume}"
+        return session.resume
     if args.results:
         return next_command("python", "tools/tables.py", "--results", args.results)
     model, evaluated = args.out or args.run_dir / "model", args.eval_split

@@ -33,7 +33,8 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.files import check_writable
 from igpt_ds.plan.command import dry_run
-from igpt_ds.train.flags import choose_recipe, parse, warmup_note
+from igpt_ds.train.flags import choose_recipe, named_recipe, parse
+from igpt_ds.train.schedule import warmup_note
 
 with lazy.imports():
     from igpt_ds import dist
@@ -53,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     launcher.map_environment(os.environ)
     images = None if args.dry_run and args.warmup_epochs is None else open_images(args)
     run = choose_run(args, images)
+    note = warmup_note(args, named_recipe(args).warmup_steps, run.recipe)
     if args.dry_run or images is None:
-        dist.say("\n".join(filter(None, [dry_run(run, args), warmup_note(args, run.recipe)])))
+        dist.say("\n".join(filter(None, [dry_run(run, args), note])))
         return
     recipe, val_shards = run.recipe, ShardSet(args.data[0], args.val_split)
     check_writable(directories=[args.run_dir])
     check_shards(images, recipe.model)
     check_shards(val_shards, recipe.model)
-    with open_session(args, run, images, val_shards, note=warmup_note(args, recipe)) as session:
+    with open_session(args, run, images, val_shards, note=note) as session:
         validate = partial(validation_loss, session.engine, recipe, val_shards, run.micro_batch, args.val_images)
         fit(session, batches(images, run), pretraining_loss(recipe), validate)
     dist.say(next_step(session))
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def next_step(session: Session) -> str:
     """The command that follows this one."""
     if not session.finished:  # --stop_at_step ended it
-        return f"next: {session.watch.stop.resume}"
+        return session.resume
     return next_command("python", "tools/consolidate.py", "--run_dir", session.run_dir, "--out", session.run_dir / "model")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from igpt_ds.config import CHECKPOINTING, Recipe, recipe_to_dict
+from igpt_ds.console import count
 from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json
 
@@ -163,7 +164,7 @@ def batch_layout(batch_images: int, micro_batch: int | None, world_size: int) ->
     if batch_images % per_micro_step:
         below = batch_images // per_micro_step * per_micro_step
         nearest = [batch for batch in (below, below + per_micro_step) if batch > 0]
-        what = f"{world_size} ranks" + (f" x micro batch {micro_batch}" if micro_batch else "")
+        what = count(world_size, "rank") + (f" x micro batch {micro_batch}" if micro_batch else "")
         nearest_text = " or ".join(map(str, nearest))
         raise InputError(f"batch_images={batch_images} does not divide into {what}; nearest that does: {nearest_text}")
     micro_batch = micro_batch or batch_images // world_size

@@ -23,6 +23,7 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.command_line.parser import completing
 from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.console import count
 from igpt_ds.data.sources import LABELS, has_classes, has_test_images, open_source
 from igpt_ds.data.sources.base import UNLABELLED
 from igpt_ds.ds_config import load_ds_config
@@ -37,6 +38,7 @@ from igpt_ds.plan.shipped import ds_config_names, find_ds_config
 from igpt_ds.plan.step_time import GPUS, Cluster
 from igpt_ds.sealed import Format
 from igpt_ds.train import flags as train_flags
+from igpt_ds.train import run_dir
 
 PAPER = Format("igpt_ds.paper", "paper", "choose another directory, or remove this one", version=1, sealed=1, oldest=0)
 
@@ -163,7 +165,7 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
     file = out / "paper.json"
     if file.exists():
         found = PAPER.read(file)
-        if found != wanted:
+        if found != wanted and not may_change(out, found, wanted):
             words = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
             names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
             now = ", ".join(f"{name} {wanted.get(name) or 'not given'}" for name in names)
@@ -176,13 +178,24 @@ def begin(out: Path, scale: Scale, wanted: dict[str, object]) -> None:
     PAPER.write(file, wanted)
 
 
+def may_change(out: Path, found: dict[str, object], wanted: dict[str, object]) -> bool:
+    """Whether only the training differs, on the same shards, and has no checkpoint yet."""
+    old, new = found.get("training"), wanted.get("training")
+    if not old or not new or found | {"training": new} != wanted:
+        return False
+    if any(run_dir.has_checkpoints(run) for run in (out / "runs").glob("*")):
+        return False
+    before, after = (asked_training(str(words).split()).recipe.model for words in (old, new))
+    return (before.n_px, before.n_vocab) == (after.n_px, after.n_vocab)
+
+
 def describe_stages(found: Sequence[Stage], out: Path, scale: Scale) -> str:
     """One line per stage, after a summary by kind."""
     kinds = {stage.job: [one for one in found if one.job == stage.job] for stage in found}
     counted = ", ".join(f"{len(some)} {job}" for job, some in kinds.items())
     done = sum(stage.done for stage in found)
     lines = [f"{'done' if stage.done else 'to do':<6}{stage.name}" for stage in found]
-    models = f"{len(scale.systems)} model{'s' * (len(scale.systems) != 1)}"
+    models = count(len(scale.systems), "model")
     head = f"the paper at scale {scale.name} in {out}: {models}, {len(found)} stages ({counted}), {done} done"
     return "\n".join([head, *lines])
 

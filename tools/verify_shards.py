@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from igpt_ds import cli
+from igpt_ds.console import count
 from igpt_ds.data.shards.index import SPLITS, read_index
 from igpt_ds.data.shards.verify import all_damage
 from igpt_ds.errors import InputError
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         n_damages += len(found)
     size, seconds = sum(shard.bytes for shard in shards), time.perf_counter() - start
     n_images = sum(shard.n_images for shard in shards)
-    checked = f"{len(shards)} shard{'s' * (len(shards) != 1)} of {', '.join(splits)}"
+    checked = f"{count(len(shards), 'shard')} of {', '.join(splits)}"
     print(f"verified    {checked}: {n_images} images, {size / 1e6:.1f} MB")
     print(f"speed       {size / 1e6 / seconds:.0f} MB/s")
     print(f"damaged     {n_damages} images or byte ranges")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from igpt_ds.console import duration
+from igpt_ds.console import count, duration
 from igpt_ds.plan.costs import GIB
 from igpt_ds.plan.estimate import Estimate, NoPlan
 
@@ -44,9 +44,7 @@ def _layout(one: Estimate) -> list[str]:
     run, recipe = one.run, one.recipe
     shared = run.sequence_parallel
     groups = one.gpus // shared
-    ranks = (
-        f"{groups} rank{'s' if groups > 1 else ''}" if shared == 1 else f"{groups} groups of {shared} ranks that share an image"
-    )
+    ranks = count(groups, "rank") if shared == 1 else f"{groups} groups of {shared} ranks that share an image"
     flags = f"--ds_config {one.ds_config} --micro_batch {run.micro_batch}"
     cast = " (gradients summed in half precision: choose another ds_config)" if one.half_precision_sum else ""
     return [

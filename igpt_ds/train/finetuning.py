@@ -22,8 +22,8 @@ from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.engine import LossFunction
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.finetune_flags import EPOCHS
-from igpt_ds.train.flags import shorter_note, shorter_warmup
 from igpt_ds.train.run_dir import read_recipe
+from igpt_ds.train.schedule import shorter_warmup
 from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
 
@@ -97,19 +97,13 @@ def warmup_steps(args: argparse.Namespace, steps: int, n_images: int) -> int:
         ValueError: --warmup_epochs is longer than the run.
     """
     found = math.ceil((1.0 if args.warmup_epochs is None else args.warmup_epochs) * n_images / args.batch_images)
+    if args.warmup_epochs is None:
+        return found if found <= steps else shorter_warmup(found, steps, EPOCHS * found)
     if found <= steps:
         return found
-    if args.warmup_epochs is None:
-        return shorter_warmup(1, steps, EPOCHS)
     raise InputError(
         f"--warmup_epochs {args.warmup_epochs:g} of {n_images} images is {found} steps, more than the run's {steps}; shorten it"
     )
-
-
-def warmup_note(args: argparse.Namespace, recipe: Recipe, n_images: int) -> str:
-    """One line about a warm-up that `warmup_steps` shortened; "" if it did not."""
-    planned = math.ceil(n_images / args.batch_images)
-    return shorter_note(planned, recipe) if args.warmup_epochs is None and planned > recipe.steps else ""
 
 
 def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_classes: int) -> Recipe:

@@ -25,6 +25,7 @@ from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.plan.recipes import recipe_table
 from igpt_ds.plan.shipped import ds_config_names, find_ds_config
 from igpt_ds.train import run_dir
+from igpt_ds.train.schedule import shorter_warmup
 
 DS_CONFIG = SHIPPED / "zero3_bf16.json"
 KNOBS = {  # unit and help text
@@ -284,37 +285,14 @@ def _add_knob(group: argparse._ArgumentGroup, name: str, recipe: Recipe | None) 
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe of --recipe or --config, changed by the knobs on the command line.
-
-    --steps below the recipe's warm-up shortens the warm-up in proportion, unless a flag sets the warm-up.
-    """
-    recipe = _named_recipe(args)
+    """The recipe of --recipe or --config, changed by the knobs on the command line. Fewer --steps may shorten the warm-up."""
+    recipe = named_recipe(args)
     given = {field.name: getattr(args, field.name) for field in knob_fields() if getattr(args, field.name) is not None}
-    given |= {"betas": tuple(given["betas"])} if "betas" in given else {}
-    if args.warmup_steps is None and args.steps is not None and 0 < args.steps < recipe.warmup_steps:
-        given["warmup_steps"] = (
-            0 if args.warmup_epochs is not None else shorter_warmup(recipe.warmup_steps, args.steps, recipe.steps)
-        )
-    return override(recipe, **given)
+    if args.steps is not None and args.warmup_steps is None:
+        given["warmup_steps"] = shorter_warmup(recipe.warmup_steps, args.steps, recipe.steps)
+    return override(recipe, **given | ({"betas": tuple(given["betas"])} if "betas" in given else {}))
 
 
-def _named_recipe(args: argparse.Namespace) -> Recipe:
+def named_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe of --recipe or --config, unchanged."""
     return get_recipe(args.recipe) if args.recipe else run_dir.read_recipe(args.config)
-
-
-def shorter_warmup(warmup_steps: int, steps: int, planned: int) -> int:
-    """The warm-up of a run of `steps` instead of `planned` steps, in proportion; at least one step."""
-    return max(1, round(warmup_steps * steps / planned))
-
-
-def warmup_note(args: argparse.Namespace, recipe: Recipe) -> str:
-    """One line about a warm-up that `choose_recipe` shortened; "" if it did not."""
-    planned = _named_recipe(args).warmup_steps
-    if args.warmup_steps is not None or args.warmup_epochs is not None or recipe.warmup_steps == planned:
-        return ""
-    return shorter_note(planned, recipe)
-
-
-def shorter_note(planned: int, recipe: Recipe) -> str:
-    """One line about a warm-up that is shorter than planned."""
-    return f"--steps {recipe.steps} is below the warm-up of {planned} steps, which is now {recipe.warmup_steps}, in proportion"

@@ -17,6 +17,7 @@ import torch
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import Recipe
+from igpt_ds.console import count
 from igpt_ds.data.loader import Batches
 from igpt_ds.json_files import seal, write_json
 from igpt_ds.model.objectives import image_loss
@@ -180,7 +181,7 @@ def give_up(session: Session, outcome: StepOutcome, since: int, lost: str, good:
     report = {"step": outcome.step, "since": since, "loss": loss, "lr": outcome.lr, "why": why, "time": time.time()}
     dist.from_rank_0(lambda: write_json(session.run_dir / "LOST.json", seal(report)))
     so_far = len(watch.rollbacks)
-    done = f" after {so_far} rollback{'s' * (so_far > 1)}" if so_far else ""
+    done = f" after {count(so_far, 'rollback')}" if so_far else ""
     kept = f"the last good checkpoint is {good}" if good else f"no checkpoint is older than step {max(0, since - 1)}"
     raise SharedError(f"{lost}{done}; {kept}; {advice(so_far, watch.max_rollbacks, good is not None)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 
 from igpt_ds.config import Recipe
@@ -18,3 +19,19 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return recipe.lr
     done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
     return recipe.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def shorter_warmup(warmup_steps: int, steps: int, planned: int) -> int:
+    """A warm-up that was planned for a run of `planned` steps. In a run that is shorter than it, its share of the steps."""
+    return warmup_steps if warmup_steps <= steps else max(1, round(warmup_steps * steps / planned))
+
+
+def warmup_note(args: argparse.Namespace, planned: int, recipe: Recipe) -> str:
+    """One line about a warm-up that `shorter_warmup` shortened; "" if it did not.
+
+    Args:
+        planned: the steps of the warm-up if no flag says anything.
+    """
+    if planned <= recipe.steps or any(getattr(args, name, None) is not None for name in ("warmup_steps", "warmup_epochs")):
+        return ""
+    return f"--steps {recipe.steps} is below the warm-up of {planned} steps, which is now {recipe.warmup_steps}, in proportion"

@@ -6,6 +6,7 @@ train.py and finetune.py open the session, train/loop.py works with it.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,11 @@ class Session:
     def finished(self) -> bool:
         """Whether the run reached its recipe's last step, or early stopping ended it."""
         return not self.watch.stopped and (self.cadence.last_step == self.run.recipe.steps or self.watch.over)
+
+    @property
+    def resume(self) -> str:
+        """The command that continues after --stop_at_step."""
+        return "next: " + re.sub(r" --stop_at_step[ =]\d+", "", self.watch.stop.resume)
 
 
 @dataclass(frozen=True)

@@ -306,7 +306,7 @@ def test_two_good_ranks_under_torchrun(launch: Any, command: Any, tmp_path: Path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = launch([*torchrun, "tools/preflight.py", *command("run")[1:], "--json", str(tmp_path / "out.json")])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "preflight of 2 ranks on 1 nodes: all checks passed; all-reduce over all ranks at " in done.stdout
+    assert "preflight of 2 ranks on 1 node: all checks passed; all-reduce over all ranks at " in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["findings"] == []
 
 

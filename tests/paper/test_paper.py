@@ -251,7 +251,11 @@ def test_own_images_with_one_recipe_go_all_the_way_to_tables(tool: Any, tmp_path
     assert list(lines)[-3:] == ["tables", "card", "report"]
     assert "--paper" not in lines["tables"]
     assert not {"figure-loss", "figure-datasets", "figure-objectives"} & set(lines)
-    assert f"{out} holds the paper of scale own" in tool("paper_plan", *asked, *flags, "--clip", 1)[2]
+    assert f"{out} holds the paper of scale own" in tool("paper_plan", *asked, *flags, "--n_px", 32)[2]
+    status, said, _ = tool("paper_plan", *asked, *flags, "--clip", 1)  # no checkpoint yet, and the same shards
+    assert (status, "--clip\x1f1" in said) == (0, True)
+    (out / "runs" / "igpt_xl_ar_64" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert "(now: training --recipe igpt_xl_ar_64 --lr 0.001 --clip 0.5)" in tool("paper_plan", *asked, *flags, "--clip", 0.5)[2]
     assert "--data after -- is given by the stages themselves" in tool("paper_plan", *asked, *flags, "--data", "x")[2]
     assert "--stop_at_step after -- would end the training" in tool("paper_plan", *asked, *flags, "--stop_at_step=3")[2]
     bert = get_scale("own", "x:", training=Training(get_recipe("igpt_s_bert_32"), ("--recipe", "igpt_s_bert_32")))

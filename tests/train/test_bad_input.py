@@ -14,6 +14,7 @@ import pytest
 
 from igpt_ds.config import Recipe
 from igpt_ds.train import flags
+from igpt_ds.train.schedule import warmup_note
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., list[str]]
@@ -134,7 +135,7 @@ def test_a_warm_up_longer_than_the_run_shrinks_with_it(command: Command, recipe:
     def chosen(*words: str) -> tuple[int, str]:
         args = flags.parse("", command("run", *words)[1:])
         found = flags.choose_recipe(args)
-        return found.warmup_steps, flags.warmup_note(args, found)
+        return found.warmup_steps, warmup_note(args, recipe.warmup_steps, found)
 
     steps, note = chosen("--steps", "2")
     assert steps == 1

@@ -21,7 +21,8 @@ from igpt_ds.train.checkpoint.consolidate import _info, check_own
 from igpt_ds.train.checkpoint.directory import prune
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, write_manifest
 from igpt_ds.train.early import EarlyState, EarlyStop
-from igpt_ds.train.finetune_flags import parse, warmup_steps
+from igpt_ds.train.finetune_flags import parse
+from igpt_ds.train.finetuning import warmup_steps
 from igpt_ds.train.run_dir import recipe_differences
 from igpt_ds.train.safety.spikes import Guard, chance_loss
 from igpt_ds.train.schedule import learning_rate
@@ -194,7 +195,7 @@ def words(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> list[
         ),
         (["--train_split", "trian"], "has no split 'trian'"),
         (["--lr", "-1"], "lr=-1.0 must be a positive number"),
-        (["--batch_images", "5", "--micro_batch", "2"], "batch_images=5 does not divide into 1 ranks x micro batch 2"),
+        (["--batch_images", "5", "--micro_batch", "2"], "batch_images=5 does not divide into 1 rank x micro batch 2"),
     ],
 )
 def test_what_does_not_go(main: Any, words: list[str], more: list[str], message: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from igpt_ds.config import Recipe
+from igpt_ds.console import count
 from igpt_ds.data.png import SIGNATURE
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import best_row, by_layer, label, model_name, series
@@ -124,7 +125,7 @@ def _cell(text: str) -> str:
 def _headline(run: ReportedRun) -> str:
     recipe, ranks = run.recipe, run.world_size
     commit = f", commit {run.git_commit[:12]}" if run.git_commit else ""
-    how = f"{ranks} rank{'s' if ranks > 1 else ''}, {run.precision}"
+    how = f"{count(ranks, 'rank')}, {run.precision}"
     work = f"objective {recipe.objective}, {recipe.steps} steps of {recipe.batch_images} images"
     return f"recipe {recipe.name}: {work}; {how}{commit}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from igpt_ds.console import count
 from igpt_ds.ops.preflight.verdict import PreflightResult
 
 HEADS = ("node", "ranks", "GPUs", "free GiB", "driver", "TFLOP/s", "inside GB/s", "across GB/s", "clock s", "disk GB", "shards")
@@ -19,7 +20,9 @@ def result_text(result: PreflightResult, seconds: float) -> str:
     end = {0: "all checks passed", 2: "bad input, the same on all nodes", 3: "some nodes are not fit"}[result.status]
     speeds = [report.all_reduce for report in result.reports.values() if report.all_reduce]
     together = f"; all-reduce over all ranks at {min(speeds):.3g} GB/s" if speeds else ""
-    lines.append(f"preflight of {len(result.nodes)} ranks on {len(names)} nodes: {end}{together}; {seconds:.1f} s")
+    lines.append(
+        f"preflight of {count(len(result.nodes), 'rank')} on {count(len(names), 'node')}: {end}{together}; {seconds:.1f} s"
+    )
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ import torch
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import recipe_to_dict
+from igpt_ds.console import count
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.train.checkpoint.directory import (
@@ -275,10 +276,10 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
         write_rank(source, target_layout(source, ranks, engine.zero_sub_group_size()), dist.rank(), unfinished)
     except (OSError, InputError) as caught:
         error = error_text(caught)
-    what = f"{path} of {manifest.world_size} ranks could not be resharded for {ranks}"
+    what = f"{path} of {count(manifest.world_size, 'rank')} could not be resharded for {ranks}"
     agree(dist.gather_objects(error), unfinished, what)
     if dist.rank() == 0:
-        print(f"{path} of {manifest.world_size} ranks was resharded for {ranks}", flush=True)
+        print(f"{path} of {count(manifest.world_size, 'rank')} was resharded for {ranks}", flush=True)
 
 
 def _load(engine: Engine, checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from igpt_ds.console import count
 from igpt_ds.errors import InputError
 from igpt_ds.train.checkpoint.torch_files import StoredTensor, read_torch_file
 
@@ -196,7 +197,7 @@ class ZeroCheckpoint:
         if held.dtype != torch.float32 or not (held.numel == size or (self.stage < 3 and least <= held.numel <= size)):
             raise InputError(
                 f"{self.files[rank]} holds {held.numel} numbers of vector {flat} instead of {size}; "
-                f"it is not of {self.ranks} ranks at stage {self.stage}"
+                f"it is not of {count(self.ranks, 'rank')} at stage {self.stage}"
             )
 
     def _held(self, rank: int, flat: int) -> Iterator[tuple[int, int, int]]:

@@ -3,7 +3,7 @@
 USR1 (sent by SLURM's --signal), TERM, Ctrl-C, a file STOP in the run directory and --max_minutes have the same effect: the run
 finishes the step, saves, and exits with status 85 (`cli.STOPPED`); --resume auto continues it. An interrupted validation is rerun
 on resume. A save in progress is finished first. A second signal changes nothing, but a second Ctrl-C ends the process at once,
-even inside a collective. A stop before the first step exits at once, because everything is saved already.
+even inside a collective. A stop before the first step exits at once: nothing is trained yet, or everything is saved already.
 
 What the launchers do with Ctrl-C, which a terminal sends to all processes of the command:
 - `deepspeed` ends with a traceback of its own. Its second process sends TERM to the ranks one by one, and kills each that still

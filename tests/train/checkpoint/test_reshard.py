@@ -174,7 +174,7 @@ def test_runs_of_a_parameter_cross_ranks() -> None:
         (lambda path: flip(next(path.glob("*rank_1*optim*"))), r"is damaged \(sha256 differs\)"),
         (lambda path: (path / "COMPLETE").unlink(), "is not complete"),
         (lambda path: change(path, world_size=3), r"0 files \*zero_pp_rank_2_mp_rank_00_optim_states\.pt instead of 1"),
-        (lambda path: change(path, world_size=1), "it is not of 1 ranks at stage 3"),
+        (lambda path: change(path, world_size=1), "it is not of 1 rank at stage 3"),
     ],
 )
 def test_the_tool_refuses_damage(whole: Path, tmp_path: Path, tool: Any, damage: Any, message: str) -> None:
