@@ -238,7 +238,7 @@ def test_training_figure(tool, run_dir, tmp_path):
         ("linear_probe", ["--features", "FEATURES", "--eval_split", "test", "--out", "OUT"], "has no split 'test'"),
         ("linear_probe", ["--features", "FEATURES", "--layers", 9, "--out", "OUT"], "features hold layers 0..2, in"),
         ("linear_probe", ["--features", "FEATURES", "--device", "cuda", "--out", "OUT"], "torch sees no GPU"),
-        ("linear_probe", ["--features", "FEATURES", "--C_grid", 0, "--out", "OUT"], "C_grid=[0.0] must hold positive numbers"),
+        ("linear_probe", ["--features", "FEATURES", "--C_grid", 0, "--out", "OUT"], "C_grid=0 must be greater than 0"),
         ("figures", ["layers", "--out", "OUT.png"], "layers reads --results FILE"),
         ("figures", ["layers", "RUN", "--results", "x", "--out", "OUT.png"], "layers reads --results FILE"),
         ("figures", ["layers", "--results", "none", "--out", "OUT.png"], "--results none does not exist; make it with"),
