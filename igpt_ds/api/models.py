@@ -16,7 +16,7 @@ from tqdm import tqdm
 from igpt_ds.api.arguments import check_kind, device_name, layer_list, pixel_filter, precision_name, whole
 from igpt_ds.api.encoding import Preparation
 from igpt_ds.api.found import FoundModel, best_layer, find_model
-from igpt_ds.api.predictions import Prediction, class_head, predicted
+from igpt_ds.api.predictions import Prediction, class_head, opened_probe, predicted
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.classification import MASK_SEED
 from igpt_ds.evaluate.features.network import Network
@@ -193,15 +193,31 @@ class Model:
         drawn = self._drawn(prefixes, seed, pixel_filter(temperature), batch, progress)
         return drawn.reshape(n, len(tokens), *drawn.shape[1:]).swapaxes(0, 1).reshape(drawn.shape)
 
-    def predict(self, images: Any, mask_draws: int = 5, batch: int = 32, progress: bool = False) -> Prediction:
-        """The classes of images by the class head of a fine-tuned model.
+    def predict(
+        self,
+        images: Any,
+        probe: str | os.PathLike[str] | None = None,
+        mask_draws: int = 5,
+        batch: int = 32,
+        progress: bool = False,
+    ) -> Prediction:
+        """The classes of images by the class head of a fine-tuned model, or by a saved probe.
 
         Args:
-            mask_draws: masks of each image that vote; for BERT models only.
+            probe: file of tools/linear_probe.py --save_probe that was fitted on this model; None takes the class head.
+            mask_draws: masks of each image that vote; for fine-tuned BERT models only.
 
         Raises:
-            InputError: the model was not fine-tuned.
+            InputError: the model was not fine-tuned, or the probe is of another model.
         """
+        if probe is not None:
+            saved, found = opened_probe(self._found, self.dtype, probe), []
+            for tokens in self._batches(self.encode(images), batch, progress, "predict"):
+                found.append(saved.features(replace(self._network, batch=batch), tokens))
+            features = np.concatenate(found)
+            return Prediction(
+                saved.predict(features), saved.probabilities(features).astype(np.float32), list(saved.about.classes)
+            )
         head = class_head(self._found)
         whole("mask_draws", mask_draws, 1)
         prob = self.info.mask_prob if self.info.objective == "bert" else None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_ds.api.arguments import directory_path
 from igpt_ds.api.found import FoundModel
 from igpt_ds.errors import InputError
+from igpt_ds.evaluate.probes.saved import SavedProbe, load_probe
 from igpt_ds.evaluate.probes.variants import vote
 
 
@@ -70,3 +73,18 @@ def predicted(logits: Tensor, classes: list[str]) -> Prediction:
     probabilities = logits.softmax(dim=2)
     labels = vote(probabilities.argmax(dim=2).numpy(), len(classes), 0)
     return Prediction(labels, probabilities.mean(dim=0).float().numpy(), classes)
+
+
+def opened_probe(found: FoundModel, dtype: str, path: str | os.PathLike[str]) -> SavedProbe:
+    """A saved probe for a model that was loaded with this dtype.
+
+    Raises:
+        ValueError: it was fitted on another model or on features of another dtype, or it is damaged.
+    """
+    file = directory_path(path)
+    probe = load_probe(file)
+    probe.check_model(found.info.model_hash, found.info.palette_hash, found.path, file)
+    if probe.about.precision != dtype:
+        precision = probe.about.precision
+        raise InputError(f"{file} was fitted on features in {precision}; load the model with dtype={precision!r}")
+    return probe

@@ -17,7 +17,7 @@ SIGNATURES = {
     "Model.nats": "(self, images, batch=32, mask_draws=1, seed=0, progress=False)",
     "Model.sample": "(self, n=1, seed=0, temperature=1.0, top_k=None, top_p=None, batch=64, progress=False)",
     "Model.complete": "(self, images, keep=0.5, n=1, seed=0, temperature=1.0, batch=64, progress=False)",
-    "Model.predict": "(self, images, mask_draws=5, batch=32, progress=False)",
+    "Model.predict": "(self, images, probe=None, mask_draws=5, batch=32, progress=False)",
     "Features.layer": "(self, layer, kind=None, mask=0)",
     "Shards.tokens": "(self)",
     "Shards.pixels": "(self)",

@@ -116,6 +116,27 @@ def test_predictions_are_those_of_the_class_head(classifier_dir, tiny_dataset, v
     assert plain.sample(1).shape == (1, 4, 4, 3)
 
 
+def test_a_saved_probe_predicts_as_the_tool_does(tool, tmp_path, model_dir, model, tiny_dataset, tiny_images, val):
+    features, probe = tmp_path / "features", tmp_path / "probe.safetensors"
+    assert tool("extract_features", "--model", model_dir, "--data", tiny_dataset, "--out", features)[0] == 0
+    asked = ["--features", features, "--eval_split", "val", "--out", tmp_path / "rows.jsonl", "--save_probe", probe]
+    status, _, stderr = tool("linear_probe", *asked)
+    assert status == 0, stderr
+    status, printed, stderr = tool(
+        "evaluate_classifier", "--model", model_dir, "--probe", probe, "--images", tiny_images, "--json"
+    )
+    assert status == 0, stderr
+    found = model.predict(tiny_images, probe=probe)
+    rows = json.loads(printed)["images"]
+    assert [row["class"] for row in rows] == found.names
+    assert (len(found), found.classes) == (48, ["blue", "green", "red"])
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-6)
+    with pytest.raises(igpt_ds.InputError, match="fitted on features in fp32; load the model with dtype='fp32'"):
+        igpt_ds.load(model_dir, dtype="bf16").predict(val, probe=probe)
+    with pytest.raises(igpt_ds.InputError, match=r"none\.safetensors does not exist"):
+        model.predict(val, probe="none.safetensors")
+
+
 def test_a_bert_model_lets_masks_vote(tmp_path, make_model_dir, tiny_dataset, val):
     head = {"classes": ["blue", "green", "red"], "layer": 2, "loss": "clf"}
     path = make_model_dir(tmp_path / "fine", objective="bert", mask_prob=0.4, class_head=head)
