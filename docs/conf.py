@@ -37,6 +37,7 @@ NAVIGATION = {
         "docs/quickstart",
         "ds_configs/README",
         "slurm/README",
+        "docs/formats",
         "docs/troubleshooting",
         "docs/glossary",
     ],

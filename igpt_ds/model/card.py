@@ -168,4 +168,4 @@ def _quoted(text: str) -> str:
 def _text(text: str) -> str:
     """Text in Markdown, in one line and without meaning."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in shown)
+    return "".join(f"\\{c}" if c in "\\`*[]<>#|" else c for c in shown)
