@@ -16,14 +16,16 @@ help: ## this list
 
 install: $(INSTALLED) ## set up .venv with the pinned packages of requirements.txt
 
+# DRY_RUN=1: demo and paper print their stages with commands and times, and run nothing.
+DRY := $(if $(DRY_RUN),--dry_run)
 demo: $(INSTALLED) ## from images to tables on small images: shards, training, features, probes, pictures in runs/demo
-	@$(IN_VENV) bash tools/paper.sh own runs/demo digits: -- --recipe digits_nano_ar_8 && cat runs/demo/tables.md
+	@$(IN_VENV) bash tools/paper.sh own runs/demo digits: $(DRY) -- --recipe digits_nano_ar_8 $(if $(DRY),,&& cat runs/demo/tables.md)
 
 SCALE ?= tiny
 OUT ?= runs/paper_$(SCALE)
 paper: $(INSTALLED) ## all tables and figures: SCALE=own DATA=imagefolder:DIR ARGS="-- --recipe NAME", SCALE=tiny (minutes), SCALE=cifar DATA=cifar10:PATH (a night), SCALE=full DATA=DIR (its plan; SUBMIT=1 submits)
-	@$(IN_VENV) if [ "$(SCALE)" = full ]; then SUBMIT="$(SUBMIT)" bash slurm/story_paper.sh full "$(OUT)" "$(DATA)" $(ARGS); \
-	else bash tools/paper.sh "$(SCALE)" "$(OUT)" "$(DATA)" $(ARGS); fi
+	@$(IN_VENV) if [ "$(SCALE)" = full ]; then SUBMIT="$(SUBMIT)" bash slurm/story_paper.sh full "$(OUT)" "$(DATA)" $(DRY) $(ARGS); \
+	else bash tools/paper.sh "$(SCALE)" "$(OUT)" "$(DATA)" $(DRY) $(ARGS); fi
 
 # Launches mostly wait, so three workers keep two cores busy. A run narrowed by -k starts no workers, for they take seconds.
 WORKERS ?= $(if $(filter -k%,$(ARGS)),0,3)

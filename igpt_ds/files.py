@@ -10,12 +10,13 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -59,7 +60,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path not in _swept:
                 _swept.add(path)
-                _remove_unlocked(path)
+                _remove_unlocked(_partials(path))
             partial, file = _new_file(path, mode)
             with file:
                 yield file
@@ -85,8 +86,14 @@ def _new_file(path: Path, mode: str) -> tuple[Path, IO[Any]]:
         file.close()
 
 
-def _remove_unlocked(path: Path) -> None:
-    for left in _partials(path):
+def sweep_dated(path: Path) -> None:
+    """Removes what killed writers left of files whose names differ from this one in their digits, such as a date."""
+    name = re.sub(r"\d", "[0-9]", glob.escape(path.name))
+    _remove_unlocked(path.parent.glob(f".{name}.{'[0-9a-f]' * 12}.partial"))
+
+
+def _remove_unlocked(partials: Iterable[Path]) -> None:
+    for left in partials:
         with suppress(OSError, ValueError):  # a directory, or removed at this moment
             descriptor = open_lock(left)
             try:

@@ -97,7 +97,7 @@ set_up() { # RUN_DIR: everything before the ranks start
     exit 0
   fi
   prepare
-  restarts begin --run_dir "$run_dir" --nodes "$node_list" --ranks "$ranks" || exit
+  restarts begin --run_dir "$run_dir" --nodes "$node_list" --ranks "$ranks" || { status=$?; exit $((status == STOPPED ? 0 : status)); }
 }
 
 finish() { # queues the job again, or says why not

@@ -30,7 +30,7 @@ plan() { # [FLAG ...] [-- FLAG of train.py ...]
   python tools/paper_plan.py --scale "$scale" --data "$data" --out "$out" --gpus $((${nodes##*-} * a_node)) "${machine[@]}" "$@"
 }
 plan "$@"
-if [[ ${SUBMIT:-} != 1 ]]; then
+if [[ ${SUBMIT:-} != 1 || " $* " == *' --dry_run '* ]]; then
   echo "nothing was submitted; to do so: SUBMIT=1 before the same command"
   exit
 fi
@@ -47,7 +47,7 @@ fi
 : >"$out/jobs.txt"
 declare -A job_of # stage -> number of its last job
 while IFS=$'\x1f' read -r -a fields <&3; do
-  name=${fields[0]} job=${fields[1]} needs=${fields[2]} printed=${fields[3]} words=("${fields[@]:4}")
+  name=${fields[0]} job=${fields[1]} needs=${fields[2]} printed=${fields[3]} words=("${fields[@]:5}")
   before='' options=(--job-name="$name")
   for need in ${needs//,/ }; do
     before+=${before:+:}${job_of[$need]}

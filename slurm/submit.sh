@@ -6,6 +6,7 @@
 #
 # NAME: pretrain, finetune, sweep_lr, make_shards, extract_features, probe, tool. The FLAGs go to the program. Logs are in LOGS.
 # Prints the name and number of each job. A job that needs the result of another waits for it, and is cancelled if that job fails.
+# A training whose RUN_DIR a queued job uses is refused. RUN_DIR/submitted has the number of each job that was submitted for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/env.sh
@@ -70,8 +71,28 @@ wants() { # FLAG...: whether the command line has one of these flags or sbatch o
   return 1
 }
 
+in_use() { # RUN_DIR: prints "JOB (STATE)" of the job in the queue that uses the directory; status 1 without one
+  local job state jobs
+  mapfile -t jobs < <(cat "$1/submitted" "$1/owner" 2>/dev/null | grep -oE '^[0-9]+' | sort -u)
+  for job in "${jobs[@]}"; do
+    state=$(squeue -h -j "$job" -o '%A %T' 2>/dev/null | awk -v job="$job" '$1 == job && $2 != "COMPLETING" {print $2; exit}') || true
+    [[ -z $state ]] || { echo "$job ($state)" && return; }
+  done
+  return 1
+}
+
 words=("$@")
 case $name in
+  pretrain | finetune)
+    run_dir=$(flag --run_dir "$@") || true
+    # A job with a --dependency waits until the directory is free.
+    if [[ -n $run_dir ]] && ! flag --dependency "${asked[@]}" >/dev/null && busy=$(in_use "$run_dir"); then
+      echo "submit.sh: error: job $busy uses $run_dir; wait for it, scancel ${busy%% *}, or choose another --run_dir" >&2
+      exit 2
+    fi
+    put -- "$@"
+    if [[ -n $run_dir ]]; then mkdir -p "$run_dir" && echo "$job" >>"$run_dir/submitted"; fi
+    ;;
   make_shards)
     if wants --stage --array; then
       put -- "$@"

@@ -159,7 +159,7 @@ def run_stages(launch: Launcher, tool: Callable[..., tuple[Any, str, str]]) -> C
 
     def run(asked: list[object], before: str = "-") -> None:
         for line in tool("paper_plan", "--commands", *asked)[1].splitlines():
-            name, job, _, printed, *words = line.split("\x1f")
+            name, job, _, printed, _, *words = line.split("\x1f")
             if name.startswith(before):
                 return
             if job in ("pretrain", "finetune"):

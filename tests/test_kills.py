@@ -10,7 +10,7 @@ from pathlib import Path
 
 import killed
 import pytest
-from killed import Case
+from killed import ROOT, Case
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +34,21 @@ def test_make_shards(tools: killed.Tools, tmp_path: Path, tiny_images: Path, tin
     case = Case(tools, "tools/make_shards.py", lambda out: [*source, *fixed, "--out", out / "shards"], tmp_path)
     case.kills(5)
     case.two_at_once()
+
+
+def test_figures(tools: killed.Tools, tmp_path: Path) -> None:
+    words = lambda out: ["confusion", "--counts", ROOT / "docs/cifar10/confusion.json", "--out", out / "c.png"]  # noqa: E731
+    Case(tools, "tools/figures.py", words, tmp_path).kills(1)
+
+
+def test_diagnose_leaves_no_part_of_an_earlier_report(tools: killed.Tools, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run-7"
+    run_dir.mkdir()
+    for name in ("run.json", "train.jsonl"):
+        (run_dir / name).write_bytes((ROOT / "docs/cifar10" / name).read_bytes())
+    whole = tools.run("tools/diagnose.py", run_dir, under=tmp_path)
+    assert whole.code == 0, whole.output
+    for at in range(1, whole.calls):
+        tools.run("tools/diagnose.py", run_dir, under=tmp_path, at=at)
+    assert tools.run("tools/diagnose.py", run_dir, under=tmp_path).code == 0
+    assert not list(tmp_path.glob(".*"))

@@ -23,14 +23,15 @@ import numpy as np
 from igpt_ds import cli
 from igpt_ds.data.duplicates import METHODS, Found, find_duplicates
 from igpt_ds.data.exclusion import ExclusionReason, write_exclusion
-from igpt_ds.data.images import save_grid, square
+from igpt_ds.data.grids import Texts, cell_scale, save_grid
+from igpt_ds.data.images import square
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.files import check_writable
 
 MAX_DISTANCE = 4  # CIFAR-10 in 512 colours: finds 97 % of images made JPEGs of quality 40, and one wrong pair in 400 million
 SUSPICIOUS = 0.001  # share of the training set near a single evaluation image
-PAIRS_A_ROW, CELL = 4, 96
+PAIRS_A_ROW = 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,7 +131,7 @@ def sheet(path: Path, found: Found, train: ShardSet, evaluated: ShardSet, pairs:
         ]
         mirror = " mirror" if found.mirrored[place] else ""
         captions += [f"train {number[0]}", f"{other[0]}: {found.distances[place]} bits{mirror}"]
-    save_grid(path, np.stack(images), 2 * PAIRS_A_ROW, max(1, CELL // n_px), captions)
+    save_grid(path, np.stack(images), 2 * PAIRS_A_ROW, cell_scale(n_px), Texts(captions))
     return len(shown)
 
 

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.files import atomic_file
+from igpt_ds.files import atomic_file, sweep_dated
 from igpt_ds.ops.diagnose import behind, catches, clues, errors, failures, likely_causes, process_state
 from igpt_ds.ops.rank_status import WATCH_SECONDS, RankStatus
 from igpt_ds.ops.status import read_lost, read_status
@@ -181,6 +181,7 @@ def pack(report: Path, run_dir: Path, texts: dict[str, str]) -> None:
     files = [path for kind in kinds for path in sorted(run_dir.glob(kind)) if _is_ours(path, run_dir)]
     rows = run_dir / "train.jsonl"
     texts = texts | ({"train.jsonl": tail(rows)} if is_inside(rows, run_dir) else {})
+    sweep_dated(report)
     with atomic_file(report) as out, tarfile.open(fileobj=out, mode="w:gz") as tar:
         for name, text in texts.items():
             content = text.encode("utf-8", "backslashreplace")

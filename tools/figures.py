@@ -27,7 +27,7 @@ import numpy as np
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
-from igpt_ds.data.images import save_grid
+from igpt_ds.data.grids import Texts, cell_scale, save_grid
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import open_features
@@ -137,7 +137,7 @@ def datasets(args: argparse.Namespace) -> None:
 
 def loss(args: argparse.Namespace) -> None:
     """Figure 3."""
-    title = args.title or "Linear probe accuracy against generative loss"
+    title = args.title or "Linear probe accuracy against generative loss; numbers are steps of training"
     figures_paper.loss_curves(read_all(args.results), args.out, title, args.dataset)
 
 
@@ -192,9 +192,10 @@ def neighbours(args: argparse.Namespace) -> None:
     for query, ids in zip(queries, found, strict=True):
         grids = np.concatenate([shards.tokens(np.array([query])), train_shards.tokens(ids)])
         pictures.append(shards.palette.decode(grids))
-        captions += [f"> {evaluated.classes[evaluated.labels[query]]}", *(train.classes[label] for label in train.labels[ids])]
-    scale = max(1, 64 // shards.n_px)
-    save_grid(args.out, np.concatenate(pictures), found.shape[1] + 1, scale, captions)
+        captions += [f"{evaluated.classes[evaluated.labels[query]]}", *(train.classes[label] for label in train.labels[ids])]
+    labels = [f"image {query}, then its neighbours" for query in queries]
+    texts = Texts(captions, labels)
+    save_grid(args.out, np.concatenate(pictures), found.shape[1] + 1, cell_scale(shards.n_px), texts)
 
 
 def training(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from igpt_ds import cli
 from igpt_ds.arrays import new_array
 from igpt_ds.command_line import lazy
-from igpt_ds.data.images import save_grid
+from igpt_ds.data.grids import Texts, cell_scale, save_grid
 from igpt_ds.data.shards.build import copy_images
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
@@ -38,7 +38,7 @@ with lazy.imports():
     from igpt_ds.evaluate.features.network import check_layers, open_model, pick_device
 
 
-COLUMNS, ROWS, CELL = 8, 4, 96  # of the sheet: rows of kept and of dropped images, screen pixels of an image's side
+COLUMNS, ROWS = 8, 4  # of the sheet: rows of kept and of dropped images
 DRAWN = 10_000  # kept and dropped images each; the sheet shows some of them, evenly spread by score
 
 
@@ -200,7 +200,7 @@ def sheet(path: Path, candidates: ShardSet, scores: np.ndarray, kept: np.ndarray
             words += [word] * n
     ids = np.concatenate(shown)
     captions = [f"{scores[number]:+.2f} {word}" for number, word in zip(ids, words, strict=True)]
-    save_grid(path, candidates.palette.decode(candidates.tokens(ids)), COLUMNS, max(1, CELL // candidates.n_px), captions)
+    save_grid(path, candidates.palette.decode(candidates.tokens(ids)), COLUMNS, cell_scale(candidates.n_px), Texts(captions))
 
 
 if __name__ == "__main__":

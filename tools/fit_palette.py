@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from igpt_ds import cli
 from igpt_ds.console import next_command
-from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, save_grid, square
+from igpt_ds.data.grids import Texts, save_grid
+from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, square
 from igpt_ds.data.left_out import Tally, reason_of
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, report_path, save_palette
 from igpt_ds.data.shards.layout import MAX_PX
@@ -230,7 +231,7 @@ def _preview(args: argparse.Namespace, source: Source, how: _How, palette: Palet
         images += [image, after]
         captions += [entry.key, f"{10 * np.log10(255**2 / error):.1f} dB" if error else "equal"]
     if images:
-        save_grid(args.preview, np.stack(images), columns=6, scale=max(1, 128 // n_px), captions=captions)
+        save_grid(args.preview, np.stack(images), columns=6, scale=max(1, 128 // n_px), texts=Texts(captions))
 
 
 if __name__ == "__main__":

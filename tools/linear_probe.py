@@ -25,9 +25,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias
+
+from tqdm import tqdm
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
@@ -36,6 +37,7 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.manifest import KINDS
 from igpt_ds.evaluate.probes.settings import C_GRID, LABELS, N_MASKS, PROBE_PRECISIONS, SUBSETS
+from igpt_ds.evaluate.report.cautions import cautions
 from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.evaluate.report.tables import markdown_table
@@ -49,7 +51,6 @@ with lazy.imports():
 
 
 Results: TypeAlias = "Iterator[Probe | variants.LowDataProbe]"
-say = partial(print, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,15 +72,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         "low_data": low_data,
         "mask_vote": mask_vote,
     }[args.protocol]
-    rows = []
+    rows, paths = [], []
     best: tuple[Probe, FeatureSet, FeatureSet] | None = None
-    for train, evaluated, kind, layers in work:
-        for probe in protocol(args, train, evaluated, kind, layers, settings):
-            rows.append(make_row(probe, train, evaluated, args.protocol))
-            add_results(args.out, rows[-1:])
-            report(rows[-1], train)
-            if isinstance(probe, Probe) and is_model(train) and (not best or best[0].held_out_accuracy < probe.held_out_accuracy):
-                best = probe, train, evaluated
+    each = {"every_layer": None, "low_data": len(args.n_labels)}.get(args.protocol, 1)  # rows of each; None: one a layer
+    total = sum(each or len(layers) for *_, layers in work)
+    with tqdm(total=total, desc="probes", unit=" probes", leave=False, disable=None) as bar:
+        for train, evaluated, kind, layers in work:
+            for probe in protocol(args, train, evaluated, kind, layers, settings):
+                rows.append(make_row(probe, train, evaluated, args.protocol))
+                paths.append(train.path)
+                add_results(args.out, rows[-1:])
+                report(rows[-1], train)
+                bar.update()
+                better = isinstance(probe, Probe) and (not best or best[0].held_out_accuracy < probe.held_out_accuracy)
+                if isinstance(probe, Probe) and better and is_model(train):
+                    best = probe, train, evaluated
+    for line in cautions(list(zip(paths, rows, strict=True))):
+        print(line, file=sys.stderr)
     if by_layer(rows):
         say(markdown_table(rows))
     if args.save_probe and best:
@@ -89,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.protocol == "every_layer" and any(row.features != "pixels" for row in rows):
         figure = ("--out", args.out.with_name("layers.png"), "layers", "--results", args.out)
         say(next_command("python", "tools/figures.py", *figure, label="or"))
+
+
+def say(line: str) -> None:
+    """Prints a line at once, above a progress bar."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -220,7 +235,7 @@ def mask_vote(
 
 
 def report(row: ProbeRow, train: FeatureSet) -> None:
-    """Prints one line on a result, and a warning if the grid or the convergence is insufficient."""
+    """Prints one line on a result."""
     layers = "+".join(map(str, row.layers or [row.layer]))
     what = f"{train.path} layer {layers} {row.features}"
     accuracy = f"{row.eval_split} {100 * row.accuracy:.2f} %"
@@ -232,12 +247,6 @@ def report(row: ProbeRow, train: FeatureSet) -> None:
         ended = f"objective {row['objective']:.6g}, gradient {row['grad_norm']:.1e} after {row['iterations']} iterations"
         vote = f", one mask {100 * row.single_accuracy:.2f} %" if row.single_accuracy is not None else ""
         say(f"{what}: C {row.C:g}, held out {100 * row.held_out_accuracy:.2f} %, {accuracy}{vote}; {ended}")
-    if row["grid_edge"]:
-        C = row["C_grid"][0 if row["grid_edge"] == "low" else -1]
-        print(f"warning: {what}: C {C:g} is the grid's {row['grid_edge']} end; widen --C_grid", file=sys.stderr)
-    if not row["converged"]:
-        left = f", gradient {row['grad_norm']:.1e} after {row['iterations']} iterations" if "grad_norm" in row else ""
-        print(f"warning: {what}: not converged{left}; leave the largest values out of --C_grid", file=sys.stderr)
 
 
 if __name__ == "__main__":

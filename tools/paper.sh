@@ -6,6 +6,8 @@
 #     bash tools/paper.sh tiny runs/paper_tiny
 #     bash tools/paper.sh cifar runs/paper_cifar cifar10:cifar-10-batches-bin
 #
+# --dry_run prints each stage, its command and about how long it takes, and runs nothing.
+#
 # Scale own trains one model on your images; flags of train.py follow "--". With test images (--test_fraction, a folder "test" or
 # imagefolder:DIR,test=DIR2), probes are fitted on all others, choose layer and penalty on a tenth of them, and read the test images
 # at the end. Finished stages are skipped, and an interrupted training continues from its newest checkpoint: the same command
@@ -34,25 +36,54 @@ else
   threads=1 # of each rank: two ranks use two cores
 fi
 
+lasted() { # SECONDS: prints "45 s", "3 min 20 s" or "2 h 5 min"
+  if (($1 < 60)); then
+    echo "$1 s"
+  elif (($1 < 3600)); then
+    echo "$(($1 / 60)) min $(($1 % 60)) s"
+  else
+    echo "$(($1 / 3600)) h $(($1 % 3600 / 60)) min"
+  fi
+}
+
 on_ranks() { # PROGRAM FLAG...: the program on all ranks
   local port
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$@"
 }
 
-plan=$(python tools/paper_plan.py --scale "$scale" "${data[@]}" --out "$out" --gpus "$ranks" --ds_config "$ds_config" --commands "$@")
+asked=(--scale "$scale" "${data[@]}" --out "$out" --gpus "$ranks" --ds_config "$ds_config")
+if [[ " $* " == *' --dry_run '* ]]; then
+  exec python tools/paper_plan.py "${asked[@]}" "$@"
+fi
+plan=$(python tools/paper_plan.py "${asked[@]}" --commands "$@")
 mkdir -p "$out/log"
+interrupted=0
+trap 'interrupted=1' INT
 number=0 total=$(grep -c . <<<"$plan" || true)
 ((total)) || echo "everything is there already"
 while IFS=$'\x1f' read -r -a fields <&3; do
   ((${#fields[@]})) || continue # the only line of an empty plan
-  name=${fields[0]} job=${fields[1]} printed=${fields[3]} words=("${fields[@]:4}")
-  printf '\n== %s (%d s)\n' "$((++number)) of $total: $name" "$SECONDS"
+  name=${fields[0]} job=${fields[1]} printed=${fields[3]} purpose=${fields[4]} words=("${fields[@]:5}")
+  printf '\n== %s (%s)\n%s\n' "$((++number)) of $total: $name" "after $(lasted "$SECONDS")" "$purpose"
   log=$out/log/$name.log status=0
+  # Ctrl-C ends `deepspeed` before its ranks have saved. The writer of the log ends when every rank has.
+  exec 4> >(trap '' INT && exec cat >"$log")
+  writer=$!
   case $job in
-    pretrain | finetune) on_ranks "${words[@]}" >"$log" 2>&1 || status=$? ;;
-    *) python "${words[@]}" >"$log" 2>&1 || status=$? ;;
+    pretrain | finetune) on_ranks "${words[@]}" >&4 2>&1 4>&- || status=$? ;;
+    *) python "${words[@]}" >&4 2>&1 4>&- || status=$? ;;
   esac
+  exec 4>&-
+  ((interrupted == 0)) || echo "paper.sh: Ctrl-C: waiting until $name has saved and ended"
+  while kill -0 "$writer" 2>/dev/null; do # a signal ends `wait`
+    wait "$writer" 2>/dev/null || sleep 0.1
+  done
+  if ((interrupted)); then
+    saved=$(sed -n 's/.*\(everything is saved\).*/; \1/p' "$log" | tail -n 1)
+    echo "paper.sh: stopped by Ctrl-C in $name$saved; the same command continues from there"
+    exit 130
+  fi
   if ((status)); then
     tail -n 20 "$log" >&2
     echo "paper.sh: error: $name ended with status $status; its output is in $log. The same command continues from there" >&2

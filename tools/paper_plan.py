@@ -1,4 +1,4 @@
-"""Prints the stages of the paper at a scale and which of them are done; at full scale also GPU-hours and disk.
+"""Prints the stages of a scale: what each is for, its command, about its time; at full scale also GPU-hours and disk.
 
     python tools/paper_plan.py --scale tiny
     python tools/paper_plan.py --scale own --data imagefolder:photos --test_fraction 0.1 -- --recipe cifar10_nano_ar_16 --lr 0.001
@@ -6,9 +6,9 @@
     python tools/paper_plan.py --scale tiny --out runs/paper_tiny --gpus 2 --ds_config ds_configs/zero3_fp32.json --commands
 
 With --commands (for tools/paper.sh and slurm/story_paper.sh) it writes changed recipes into OUT/recipes and prints one line per
-unfinished stage: name, batch script, needed stages, file for the printed output, and the words of the command, separated by the
-control character 1F. OUT belongs to one scale, data, size and number of steps; the flags of the machines may change. Scale own
-trains one model on any images; flags of train.py follow "--" and name its recipe.
+unfinished stage: name, batch script, needed stages, file for the printed output, purpose, and the words of the command, separated
+by the control character 1F. OUT belongs to one scale, data, size and number of steps; the flags of the machines may change. Scale
+own trains one model on any images; flags of train.py follow "--" and name its recipe.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.command_line.parser import completing
 from igpt_ds.config import Recipe, recipe_to_dict
-from igpt_ds.console import count
+from igpt_ds.console import count, duration
 from igpt_ds.data.sources import LABELS, has_classes, has_test_images, open_source
 from igpt_ds.data.sources.base import UNLABELLED
 from igpt_ds.ds_config import load_ds_config
-from igpt_ds.errors import InputError
+from igpt_ds.errors import InputError, error_text
 from igpt_ds.json_files import write_json
-from igpt_ds.paper import budget
-from igpt_ds.paper.scales import SCALES, Scale, Training, get_scale
+from igpt_ds.paper import budget, forecast
+from igpt_ds.paper.scales import SCALES, Images, Scale, Training, get_scale
 from igpt_ds.paper.stage import Flags, Stage, command_line
 from igpt_ds.paper.stages import chosen, stages
 from igpt_ds.plan.command import network
@@ -62,14 +62,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return budget.machine_flags(budget.trained(recipe, args.gpus, cluster))
 
     found = stages(scale, out, machine)
-    if args.commands:
+    if args.commands and not args.dry_run:
         begin(out, scale, asked(args, scale))
         left = {stage.name: stage for stage in found if not stage.done}
         for stage in left.values():
-            line = command_line(stage, [name for name in stage.needs if name in left])
+            line = command_line(stage, [name for name in stage.needs if name in left], forecast.purpose(stage))
             sys.stdout.buffer.write(os.fsencode(f"{line}\n"))  # for a script: as it is, with its separators
         return
-    print(describe_stages(found, out, scale))
+    on_cpu = args.ds_config and not (load_ds_config(args.ds_config).get("bf16") or {}).get("enabled")
+    print(describe_stages(found, out, scale, forecast.cpu(args.gpus) if on_cpu else forecast.gpus(args.gpus, cluster)))
     if scale.name == "full":
         print(f"\n{budget.describe_costs(budget.costs(scale, args.gpus, cluster), args.gpus, cluster)}")
 
@@ -96,11 +97,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes_nic", default="8x400", help="network cards per node x Gbit/s of each")
     best = "ds_config of every training; the plan's choice for each recipe if not given"
     completing(parser.add_argument("--ds_config", type=find_ds_config, metavar="NAME_OR_FILE", help=best), ds_config_names())
+    parser.add_argument("--dry_run", action="store_true", help="print the plan, also with --commands; nothing is run or written")
     parser.add_argument("--commands", action="store_true", help="print the unfinished stages as commands, for a script")
     given = list(sys.argv[1:] if argv is None else argv)
     cut = given.index("--") if "--" in given else len(given)
-    args = parser.parse_args(given[:cut])
-    args.training = asked_training(given[cut + 1 :]) if cut < len(given) else None
+    args = parser.parse_args([*given[:cut], *(["--dry_run"] if "--dry_run" in given[cut:] else [])])
+    args.training = asked_training([word for word in given[cut + 1 :] if word != "--dry_run"]) if cut < len(given) else None
     if args.scale != "own" and (args.name or args.labels != "use" or args.test_fraction is not None):
         raise InputError(f"--name, --labels and --test_fraction belong to scale own; leave them out for scale {args.scale}")
     for name in ("gpus", "node_gpus"):
@@ -121,9 +123,10 @@ def asked_training(words: Sequence[str]) -> Training:
     for name in ("--data", "--run_dir", "--resume"):
         if name in given:
             raise InputError(f"{name} after -- is given by the stages themselves; leave it out")
-    for name in ("--dry_run", "--stop_at_step"):
-        if name in given:
-            raise InputError(f"{name} after -- would end the training before its last step; leave it out, or run train.py alone")
+    if "--stop_at_step" in given:
+        raise InputError(
+            "--stop_at_step after -- would end the training before its last step; leave it out, or run train.py alone"
+        )
     args = train_flags.parse("flags of train.py, after --", [*words, "--dry_run"])
     return Training(train_flags.choose_recipe(args), tuple(words))
 
@@ -189,15 +192,45 @@ def may_change(out: Path, found: dict[str, object], wanted: dict[str, object]) -
     return (before.n_px, before.n_vocab) == (after.n_px, after.n_vocab)
 
 
-def describe_stages(found: Sequence[Stage], out: Path, scale: Scale) -> str:
-    """One line per stage, after a summary by kind."""
+def describe_stages(found: Sequence[Stage], out: Path, scale: Scale, machine: forecast.Machine) -> str:
+    """After a summary by kind, for each stage its time, its purpose and its command; then the sum of the times."""
     kinds = {stage.job: [one for one in found if one.job == stage.job] for stage in found}
     counted = ", ".join(f"{len(some)} {job}" for job, some in kinds.items())
     done = sum(stage.done for stage in found)
-    lines = [f"{'done' if stage.done else 'to do':<6}{stage.name}" for stage in found]
+    counts = {images.id: images_of(images, out / "shards" / images.id) for images in scale.images}
+    times = [0.0 if stage.done else forecast.seconds(stage, scale, machine, counts) for stage in found]
+    lines = []
+    for stage, time in zip(found, times, strict=True):
+        told = "finished" if stage.done else "time unknown" if time is None else f"about {rounded(time)}"
+        lines.append(f"{'done' if stage.done else 'to do':<6}{stage.name}: {forecast.purpose(stage)}; {told}")
+        if not stage.done:
+            lines.append(f"      {shortened(' '.join(stage.words))}")
     models = count(len(scale.systems), "model")
     head = f"the paper at scale {scale.name} in {out}: {models}, {len(found)} stages ({counted}), {done} done"
-    return "\n".join([head, *lines])
+    unknown = times.count(None)
+    more = f", and {count(unknown, 'stage')} of unknown time" if unknown else ""
+    total = f"about {rounded(sum(time or 0.0 for time in times))}{more} on {machine.words}, one stage after another"
+    return "\n".join([head, *lines, f"to do: {count(len(found) - done, 'stage')}, {total}; estimated, an idle machine assumed"])
+
+
+def images_of(images: Images, shards: Path) -> dict[str, int]:
+    """The images of each split; empty, with a warning, if the source cannot be read on this machine."""
+    try:
+        return forecast.count_images(images, shards)
+    except (InputError, OSError) as error:
+        print(f"warning: the images of {images.id} cannot be counted: {error_text(error)}", file=sys.stderr)
+        return {}
+
+
+def rounded(seconds: float) -> str:
+    """A duration in steps that an estimate deserves."""
+    step = 5 if seconds < 60 else 60 if seconds < 7200 else 600
+    return duration(max(step, step * round(seconds / step)))
+
+
+def shortened(command: str, most: int = 116) -> str:
+    """A command in one line of a terminal."""
+    return command if len(command) <= most else f"{command[:most]} ..."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes one HTML page about one run: configuration, curves, tables and pictures in one file that needs no network.
+"""Writes one HTML page about one run: pictures, tables and configuration in one file that needs no network.
 
     python tools/report.py --run_dir runs/s --out runs/s/report.html
     python tools/report.py --run_dir runs/s --results runs/s/results.jsonl --paper 1 4 5 --out report.html
@@ -17,7 +17,7 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.figures import layer_curve, training_curve
-from igpt_ds.evaluate.report.page import page
+from igpt_ds.evaluate.report.page import Picture, page
 from igpt_ds.evaluate.report.results import by_layer, read_all
 from igpt_ds.evaluate.report.row_types import Row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun, read_curve
@@ -44,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             pictures.remove(path)
     name = args.title or args.run_dir.resolve().name
     with tempfile.TemporaryDirectory() as scratch:
-        figures = curves(Path(scratch), name, run.recipe.model.n_vocab, training, results)
-        text = page(name, run, training, results, figures, pictures, args.paper or ())
+        layers, losses = curves(Path(scratch), name, run.recipe.model.n_vocab, training, results)
+        samples = [Picture.of(path) for path in pictures if "sample" in path.stem]
+        others = [Picture.of(path) for path in pictures if "sample" not in path.stem]
+        text = page(name, run, training, results, [*layers, *samples, *losses, *others], args.paper or ())
     with atomic_file(args.out, "w") as file:
         file.write(text)
-    print(f"{args.out}: {len(figures)} curves, {len(results)} results, {len(pictures)} pictures, {len(text) / 2**20:.1f} MiB")
+    drawn = len(layers) + len(losses)
+    print(f"{args.out}: {drawn} curves, {len(results)} results, {len(pictures)} pictures, {len(text) / 2**20:.1f} MiB")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,19 +78,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def curves(scratch: Path, name: str, n_vocab: int, training: list[CurveRow], results: list[Row]) -> list[tuple[str, Path]]:
-    """Draws each figure that has rows: captions and files."""
-    found = []
-    if any(row.loss is not None or row.val_loss is not None for row in training):
-        training_curve({name: training}, n_vocab, scratch / "training.png", "Loss")
-        found.append(("Training and validation loss, nats per token", scratch / "training.png"))
+def curves(
+    scratch: Path, name: str, n_vocab: int, training: list[CurveRow], results: list[Row]
+) -> tuple[list[Picture], list[Picture]]:
+    """Draws each figure that has rows: accuracies by layer, and losses."""
+    layers, losses = list[Picture](), list[Picture]()
     probes = by_layer(results)
     for dataset in sorted({row.dataset for row in probes}):
-        path = scratch / f"layers-{len(found)}.png"
-        rows = [row for row in probes if row.dataset == dataset]
-        layer_curve(rows, path, f"Linear probes on {dataset}")
-        found.append((f"Linear probe accuracy by layer, {dataset}", path))
-    return found
+        path = scratch / f"layers-{len(layers)}.png"
+        layer_curve([row for row in probes if row.dataset == dataset], path, f"Linear probes on {dataset}")
+        caption = f"Accuracy of a linear probe of each layer on {dataset}. A star marks the layer that held-out images choose"
+        layers.append(Picture(path, caption, curve=True))
+    if any(row.loss is not None or row.val_loss is not None for row in training):
+        training_curve({name: training}, n_vocab, scratch / "training.png", f"Loss of {name}")
+        caption = "Training and validation loss in nats per token against images seen; the dotted line is a uniform guess"
+        losses.append(Picture(scratch / "training.png", caption, curve=True))
+    return layers, losses
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
     python tools/sample.py --model models/s --data shards/cifar10_32 --split test --ids 3 14 15 --heat_map costs.png
 
 The upper rows of the PNG are samples without a prefix. With --data or --images, the lower rows are the originals, their prefixes
-(the upper half, or --prefix_rows), and one row per completion. --heat_map shows each original beside the negative log-likelihood
-of each pixel in nats, given the pixels before it. The same seed gives the same images for every --batch.
+(the upper half, or --prefix_rows), and one row per completion. Each row has its label, each original its file name, or its id and
+class. --heat_map shows each original beside the negative log-likelihood of each pixel in nats, given the pixels before it. The
+same seed gives the same images for every --batch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
-from igpt_ds.data.images import save_gif, save_grid
+from igpt_ds.data.grids import BACKGROUND, CELL, Texts, cell_scale, save_gif, save_grid
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
@@ -39,16 +40,26 @@ with lazy.imports():
     from igpt_ds.model.transformer import Transformer
 
 
-NOT_GIVEN, EMPTY = 200, 128  # grey levels of pixels to come, and of empty places
+NOT_GIVEN = 200  # grey level of pixels to come
 GIF_FRAMES = 64
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One image of the grid, uint8 [n_px, n_px, 3], and the number of its pixels that are prefix."""
+class Row:
+    """One row of the grid: images, uint8 [N, n_px, n_px, 3], and how many pixels of each are shown from the start, int64 [N]."""
 
-    image: np.ndarray
-    given: int
+    label: str
+    images: np.ndarray
+    given: np.ndarray
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The images to complete or to map: tokens int64 [N, T], and a name for each."""
+
+    tokens: torch.Tensor
+    names: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,21 +77,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--prefix_rows {rows} must lie between 1 and {n_px - 1}; the model's images are {n_px}x{n_px}")
     model = model.to(args.device)
     originals = given_images(model, palette, args)
-    scale = args.scale or max(1, 64 // n_px)
+    scale = args.scale or cell_scale(n_px)
+    about = f", {args.completions} completions of {len(originals.names)} images" if originals else ""
     if args.out or args.gif:
-        tiles = [Tile(image, 0) for image in decode(draw_from_nothing(model, args), palette, n_px)]
-        if originals is not None:
-            tiles += completions(model, palette, originals, rows, args)
+        rows_shown = list(sample_rows(decode(draw_from_nothing(model, args), palette, n_px), args.columns))
+        if originals:
+            rows_shown += completions(model, palette, originals, rows, args)
+        grid = np.concatenate([row.images for row in rows_shown])
+        texts = Texts([text for row in rows_shown for text in row.captions], [row.label for row in rows_shown])
         if args.out:
-            save_grid(args.out, np.stack([tile.image for tile in tiles]), args.columns, scale)
-            about = f", {args.completions} completions of {len(originals)} images" if originals is not None else ""
+            save_grid(args.out, grid, args.columns, scale, texts)
             print(f"{args.out}: {args.rows * args.columns} samples{about}")
         if args.gif:
-            save_gif(args.gif, frames(tiles), args.columns, scale)
-            print(f"{args.gif}: {args.rows * args.columns} samples{' and completions' if originals is not None else ''} drawn")
-    if args.heat_map and originals is not None:
-        nats = np.concatenate([pixel_nats(model, part.to(args.device)) for part in originals.split(args.batch)])
-        heat_maps(decode(originals, palette, n_px), nats.reshape(-1, n_px, n_px), args.heat_map)
+            given = np.concatenate([row.given for row in rows_shown])
+            save_gif(args.gif, frames(grid, given), args.columns, scale, texts)
+            print(f"{args.gif}: {args.rows * args.columns} samples{' and completions' if originals else ''} drawn")
+    if args.heat_map and originals:
+        parts = tqdm(originals.tokens.split(args.batch), "likelihood", unit=" batches", leave=False, disable=None)
+        nats = np.concatenate([pixel_nats(model, part.to(args.device)) for part in parts])
+        heat_maps(decode(originals.tokens, palette, n_px), nats.reshape(-1, n_px, n_px), originals.names, args.heat_map)
         print(f"{args.heat_map}: {len(nats)} images, {nats.mean(dtype=np.float64):.4f} nats per token")
 
 
@@ -109,7 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--top_p", type=float, help="sample among the fewest colours whose probabilities sum to this (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (default: 0)")
-    parser.add_argument("--scale", type=int, help="screen pixels per image pixel (default: images of at least 64 screen pixels)")
+    parser.add_argument("--scale", type=int, help=f"screen pixels per image pixel (default: images of at least {CELL})")
     parser.add_argument("--batch", type=int, default=64, help="images per batch (default: 64)")
     parser.add_argument(
         "--device",
@@ -141,13 +156,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def given_images(model: Transformer, palette: Palette, args: argparse.Namespace) -> torch.Tensor | None:
-    """The images to complete or to map, int64 [N, T]; None without --data and --images."""
+def given_images(model: Transformer, palette: Palette, args: argparse.Namespace) -> Originals | None:
+    """The images to complete or to map; None without --data and --images."""
     n_px = model.config.n_px
     if args.images:
         images = model_images(args.model, args.images)
         images.print_left_out()
-        return torch.from_numpy(images.tokens(np.arange(images.n_images)).reshape(images.n_images, -1).astype(np.int64))
+        drawn = images.tokens(np.arange(images.n_images)).reshape(images.n_images, -1).astype(np.int64)
+        return Originals(torch.from_numpy(drawn), [Path(key).name for key in images.keys])
     if not args.data:
         return None
     shards = ShardSet(args.data, args.split)
@@ -159,7 +175,9 @@ def given_images(model: Transformer, palette: Palette, args: argparse.Namespace)
     ids = np.array(args.ids, dtype=np.int64) if args.ids else spread(shards.n_images, args)
     if outside := [str(number) for number in ids if not 0 <= number < shards.n_images]:
         raise InputError(f"--ids {' '.join(outside)} not in {args.data} split {args.split!r}: it has 0..{shards.n_images - 1}")
-    return torch.from_numpy(shards.tokens(ids).reshape(len(ids), -1).astype(np.int64))
+    tokens = torch.from_numpy(shards.tokens(ids).reshape(len(ids), -1).astype(np.int64))
+    labels = [shards.classes[label] if 0 <= label < len(shards.classes) else "" for label in shards.labels(ids)]
+    return Originals(tokens, [f"{number}: {label}" for number, label in zip(ids, labels, strict=True)])
 
 
 def spread(n_images: int, args: argparse.Namespace) -> np.ndarray:
@@ -180,37 +198,52 @@ def draw(model: Transformer, prefix: torch.Tensor, args: argparse.Namespace, wha
     T, P, drawn = model.config.n_ctx, prefix.size(1), [torch.zeros(0, model.config.n_ctx, dtype=torch.int64)]
     keep = Filter(args.temperature, args.top_k, args.top_p)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    for part in prefix.split(args.batch) if len(prefix) else ():
-        positions = tqdm(range(P, T), desc=what, unit="pixel", disable=None)
-        drawn.append(sample(model, part.to(args.device), generator, keep, progress=positions, dtype=dtype).cpu())
+    with tqdm(total=len(prefix) * (T - P), desc=what, unit=" pixels", unit_scale=True, leave=False, disable=None) as bar:
+
+        def positions(images: int) -> Iterator[int]:
+            for position in range(P, T):
+                yield position
+                bar.update(images)
+
+        for part in prefix.split(args.batch) if len(prefix) else ():
+            progress = positions(len(part))
+            drawn.append(sample(model, part.to(args.device), generator, keep, progress=progress, dtype=dtype).cpu())
     return torch.cat(drawn)
 
 
-def completions(
-    model: Transformer, palette: Palette, originals: torch.Tensor, rows: int, args: argparse.Namespace
-) -> Iterator[Tile]:
-    """For each row of originals [N, T]: originals, prefixes, completions. Empty tiles fill the last row."""
-    n_px, N = model.config.n_px, len(originals)
-    drawn = draw(model, originals[:, : rows * n_px].repeat(args.completions, 1), args, "completions")
-    upper = decode(originals, palette, n_px)
+def sample_rows(images: np.ndarray, columns: int) -> Iterator[Row]:
+    """The rows of the samples without a prefix."""
+    for start in range(0, len(images), columns):
+        yield Row("sample", images[start : start + columns], np.zeros(columns, dtype=np.int64), ("",) * columns)
+
+
+def completions(model: Transformer, palette: Palette, originals: Originals, rows: int, args: argparse.Namespace) -> Iterator[Row]:
+    """For each row of originals: originals, prefixes, completions. Empty places fill the last row."""
+    n_px, N = model.config.n_px, len(originals.names)
+    drawn = draw(model, originals.tokens[:, : rows * n_px].repeat(args.completions, 1), args, "completions")
+    whole = decode(originals.tokens, palette, n_px)
+    upper = whole.copy()
     upper[:, rows:] = NOT_GIVEN
-    bands = [(decode(originals, palette, n_px), n_px**2), (upper, n_px**2)]
-    bands += [(decode(part, palette, n_px), rows * n_px) for part in drawn.split(N)]
-    blank = Tile(np.full((n_px, n_px, 3), EMPTY, dtype=np.uint8), n_px**2)
+    bands = [("original", whole, n_px**2), (f"given: {rows} of {n_px} rows", upper, n_px**2)]
+    for number, part in enumerate(drawn.split(N), start=1):
+        bands.append((f"completion {number}", decode(part, palette, n_px), rows * n_px))
     for start in range(0, N, args.columns):
-        for images, given in bands:
-            row = [Tile(image, given) for image in images[start : start + args.columns]]
-            yield from row + [blank] * (args.columns - len(row))
+        names = originals.names[start : start + args.columns]
+        empty = args.columns - len(names)
+        blank = np.full((empty, n_px, n_px, 3), BACKGROUND, dtype=np.uint8)
+        for label, images, given in bands:
+            captions = (*(names if label == "original" else [""] * len(names)), *[""] * empty)
+            shown = np.array([given] * len(names) + [n_px**2] * empty)
+            yield Row(label, np.concatenate([images[start : start + args.columns], blank]), shown, captions)
 
 
-def frames(tiles: Sequence[Tile]) -> Iterator[np.ndarray]:
+def frames(images: np.ndarray, given: np.ndarray) -> Iterator[np.ndarray]:
     """The frames of the GIF, uint8 [N, n_px, n_px, 3] each: every image grows evenly from its prefix to the whole."""
-    n_px = tiles[0].image.shape[0]
+    n_px = images.shape[1]
     for number in range(GIF_FRAMES + 1):
-        frame = np.stack([tile.image for tile in tiles])
-        for image, tile in zip(frame, tiles, strict=True):
-            shown = tile.given + (n_px**2 - tile.given) * number // GIF_FRAMES
-            image.reshape(-1, 3)[shown:] = NOT_GIVEN
+        frame = images.copy()
+        for image, first in zip(frame, given, strict=True):
+            image.reshape(-1, 3)[first + (n_px**2 - first) * number // GIF_FRAMES :] = NOT_GIVEN
         yield frame
 
 

@@ -24,6 +24,7 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.manifest import KINDS
 from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings
+from igpt_ds.evaluate.report.cautions import cautions
 from igpt_ds.evaluate.report.results import add_results, make_row, read_results
 from igpt_ds.evaluate.report.tables import markdown_table
 from igpt_ds.files import check_writable
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(make_row(probe, train, evaluated, "sgd"))
         add_results(args.out, rows[-1:])
         report(probe, args.features, time.perf_counter() - start)
+    for line in cautions([(args.features, row) for row in rows]):
+        print(line, file=sys.stderr)
     print(markdown_table(rows))
     print(f"{args.out}: {count(len(rows), 'row')}")
     print(next_command("python", "tools/tables.py", "--results", args.out))
@@ -122,7 +125,7 @@ def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[int, str
 
 
 def report(probe: SgdProbe, path: Path, seconds: float) -> None:
-    """Prints one line on a probe, and a warning if the best rate is at an end of --rates."""
+    """Prints one line on a probe."""
     what = f"{path} layer {probe.layer} {probe.kind}"
     found = (
         f"rate {probe.rate:g}, held out {100 * probe.held_out_accuracy:.2f} %, {probe.eval_split} {100 * probe.accuracy:.2f} %"
@@ -130,8 +133,6 @@ def report(probe: SgdProbe, path: Path, seconds: float) -> None:
     print(f"{what}: {found}, {len(probe.rates)} rates tried, {seconds:.1f} s", flush=True)
     if probe.diverged:
         print(f"{what}: diverged at {' '.join(f'{rate:g}' for rate in probe.diverged)}", flush=True)
-    if probe.grid_edge:
-        print(f"warning: {what}: rate {probe.rate:g} is the {probe.grid_edge} end of --rates; widen them", file=sys.stderr)
 
 
 if __name__ == "__main__":

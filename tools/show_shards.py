@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from igpt_ds import cli
-from igpt_ds.data.images import save_grid
+from igpt_ds.data.grids import CELL, Texts, cell_scale, save_grid
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 
 MOST_IMAGES = 10_000  # a sheet of more is no sheet to look at, and fills the memory
 NAMED = 12  # classes that are printed
-CELL = 96  # screen pixels of an image's side without --scale: room for a caption
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ids = pick(shards.n_images, args)
     tokens, labels = shards.tokens(ids), shards.labels(ids)
     names = [shards.classes[label] if 0 <= label < len(shards.classes) else f"label {label}" for label in labels]
-    captions = [f"{number} {name}" for number, name in zip(ids, names, strict=True)]
-    save_grid(args.out, shards.palette.decode(tokens), args.columns, args.scale or max(1, CELL // shards.n_px), captions)
+    captions = [f"{number}: {name}" for number, name in zip(ids, names, strict=True)]
+    save_grid(args.out, shards.palette.decode(tokens), args.columns, args.scale or cell_scale(shards.n_px), Texts(captions))
     print(f"{args.data} split {args.split!r}: {shards.n_images} images, n_px {shards.n_px}, {shards.n_vocab} colours")
     shown = sorted(set(names))
     listed = ", ".join(shown[:NAMED]) + (", ..." if len(shown) > NAMED else "")
@@ -52,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--first", action="store_true", help="show the first images of the split")
     parser.add_argument("--columns", type=int, default=8, help="images per row")
     parser.add_argument(
-        "--scale", type=int, help=f"screen pixels per image pixel (default: images of about {CELL} screen pixels)"
+        "--scale", type=int, help=f"screen pixels per image pixel (default: images of at least {CELL} screen pixels)"
     )
     args = parser.parse_args(argv)
     for name in ("images", "columns", "scale"):

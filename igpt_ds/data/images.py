@@ -1,7 +1,7 @@
-"""Pixels in and out: an image file's bytes become uint8 [h, w, 3], then squares of n_px; grids of images become one PNG or GIF.
+"""Pixels in: an image file's bytes become uint8 [h, w, 3], then squares of n_px.
 
-Only this module uses PIL and simplejpeg to read images. `tools/fit_palette.py` and the shard writer decode and crop with it;
-sampling and contact sheets save grids with it. The same bytes give the same pixels on every machine and any number of threads.
+Only this module uses PIL and simplejpeg to read images. `tools/fit_palette.py` and the shard writer decode and crop with it. The
+same bytes give the same pixels on every machine and any number of threads.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from igpt_ds.data.left_out import EMPTY, TOO_LARGE, UNDECODABLE, BadImageError
 from igpt_ds.data.png import without_notes
 from igpt_ds.errors import InputError
-from igpt_ds.files import atomic_file
 from igpt_ds.plain_files import pointer
 
 # Resizing filters; each one widens with the reduction (antialias). The paper names none.
@@ -49,7 +47,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SEPARATOR, _CAPTION_PX = 128, 14  # the grey of the lines between the images of a grid; height of a line of PIL's built-in font
 
 
 def decode_image(data: bytes, name: str = "image", max_pixels: int | None = None) -> np.ndarray:
@@ -245,55 +242,3 @@ def _resize(image: np.ndarray, height: int, width: int, resize_filter: str) -> n
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(pixels, (height, width), mode=resize_filter, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
-
-
-def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> None:
-    """Writes images, uint8 [N, h, w, 3], row by row into one PNG; each pixel becomes scale x scale, grey bars separate images.
-
-    captions: a short text per image, drawn below it in one line and truncated to its width.
-    """
-    assert captions is None or len(captions) == len(images)
-    if path.suffix.lower() != ".png":
-        raise InputError(f"{path} would hold a PNG; give it a name that ends in .png")
-    canvas, corners = _grid(images, columns, scale, _CAPTION_PX if captions else 0)
-    _, height, width, _ = images.shape
-    picture = Image.fromarray(canvas)
-    if captions:
-        draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
-        for caption, (top, left) in zip(captions, corners, strict=True):
-            line = " ".join(caption.split())
-            while line and draw.textlength(line, font=font) > width * scale:
-                line = line[:-1]
-            draw.text((left, top + height * scale), line, fill="black", font=font)
-    with atomic_file(path) as file:
-        picture.save(file, format="PNG")
-
-
-def save_gif(
-    path: Path, frames: Iterable[np.ndarray], columns: int, scale: int = 1, frame_ms: int = 60, last_ms: int = 3000
-) -> None:
-    """Writes a looping GIF of grids laid out as by `save_grid`: frames of uint8 [N, h, w, 3]; the last one is shown longer.
-
-    All frames use the 256 colours that fit the last frame best, so nothing flickers.
-    """
-    pictures = [Image.fromarray(_grid(images, columns, scale, 0)[0]) for images in frames]
-    colors = pictures[-1].quantize(256)
-    indexed = [picture.quantize(palette=colors, dither=Image.Dither.NONE) for picture in pictures]
-    durations = [frame_ms] * (len(indexed) - 1) + [last_ms]
-    with atomic_file(path) as file:
-        indexed[0].save(file, format="GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
-
-
-def _grid(images: np.ndarray, columns: int, scale: int, caption_px: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The canvas, uint8 [H, W, 3], and the top left corner of each image; there is room for a caption below each image."""
-    n, height, width, _ = images.shape
-    assert min(n, columns, scale) > 0
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    bar = max(1, scale // 2)
-    cell_height, cell_width = height * scale + bar + caption_px, width * scale + bar
-    canvas = np.full((rows * cell_height + bar, columns * cell_width + bar, 3), _SEPARATOR, dtype=np.uint8)
-    corners = [(index // columns * cell_height + bar, index % columns * cell_width + bar) for index in range(n)]
-    for image, (top, left) in zip(images, corners, strict=True):
-        canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, axis=0).repeat(scale, axis=1)
-    return canvas, corners

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from igpt_ds import dist
 from igpt_ds.data.loader import one_pass
@@ -79,7 +80,10 @@ def predict(
     found = np.zeros((draws, shards.n_images), dtype=np.int64)
     mine: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.no_grad():
-        for ids, _ in one_pass(shards.n_images, batch, dist.data_rank(), dist.data_world_size()):
+        total = -(-shards.n_images // (batch * dist.data_world_size()))
+        batches = one_pass(shards.n_images, batch, dist.data_rank(), dist.data_world_size())
+        silent = True if dist.rank() else None
+        for ids, _ in tqdm(batches, f"classify {shards.split}", total, unit=" batches", leave=False, disable=silent):
             tokens = torch.from_numpy(shards.tokens(ids).reshape(batch, -1)).to(device).long()
             classes = []
             for draw in range(draws):

@@ -9,13 +9,15 @@ slurm/launch.sh runs it in the job, at the repository root, with TERM and USR1 i
 
 `begin` and `finish` exit with the status of the job; after a 0 of `begin` the ranks may start. `outcome` prints the status of the
 ranks and the bad nodes, `cause` the first error of a log. RUN_DIR/owner names the start that may write checkpoints; IGPT_DS_OWNER
-is a rank's own start. Both are JOB.RESTART. RUN_DIR/restarts.jsonl has a row for each start and each end.
+is a rank's own start. Both are JOB.RESTART. RUN_DIR/restarts.jsonl has a row for each start and each end (restart_log.py).
+
+A job that was asked to stop by RUN_DIR/STOP ends with status 0, unless other jobs wait for its result (afterok): then with 85, so
+that SLURM cancels them. `begin` exits with 85 if the job must end with 0.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -24,31 +26,32 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
 
 from igpt_ds import cli
-from igpt_ds.errors import InputError, error_text, naming
+from igpt_ds.errors import InputError, error_text
 from igpt_ds.files import atomic_file
 from igpt_ds.ops import requeue
 from igpt_ds.ops.requeue import End, Start
-from igpt_ds.plain_files import open_plain
-from igpt_ds.train.checkpoint.directory import list_checkpoints
+from igpt_ds.ops.restart_log import (
+    images_at_starts,
+    newest_images,
+    read_text,
+    record,
+    record_end,
+    record_lost_ends,
+    write_line,
+)
 
 OWNER_TRIES, OWNER_SECONDS, LOCK_TRIES, LOCK_SECONDS = 60, 5.0, 60, 1.0  # how often, and after how long, the owner is asked for
 LOCK_BROKEN, LOCK_MISSING = 30, 5  # tries: then the lock is a killed process's; without a lock, the disk cannot be written
 
 
+_NEEDED = "; it ends as FAILED, so that SLURM cancels the jobs that need its result"
+
+
 def say(start: Start, words: str) -> None:
     """A line of the job's log."""
     write_line(f"== {datetime.now():%Y-%m-%dT%H:%M:%S} job {start.job}, restart {start.restart}: {words}", sys.stdout)
-
-
-def write_line(line: str, log: TextIO) -> None:
-    """Writes a line to the job's log. A log on a full disk must not keep the job from queueing again."""
-    try:
-        print(line, file=log, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())  # otherwise Python writes the line again when it ends
 
 
 def ask(*command: str) -> tuple[bool, str]:
@@ -75,14 +78,6 @@ def state_of(job: str) -> str:
     if done.returncode:
         return "" if "Invalid job id" in done.stderr else "UNKNOWN"
     return dict(line.split(maxsplit=1) for line in done.stdout.splitlines()).get(job, "")
-
-
-def read_text(path: Path) -> str:
-    """A file's text; "" if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def take(start: Start) -> None:
@@ -133,46 +128,10 @@ def lock(path: Path) -> None:
         time.sleep(LOCK_SECONDS)
 
 
-def newest_images(run_dir: Path) -> int:
-    """`images_seen` of the newest complete checkpoint; 0 without one, or if its manifest cannot be read."""
-    try:
-        complete = [path for path in list_checkpoints(run_dir / "checkpoints") if (path / "COMPLETE").exists()]
-        return int(json.loads((complete[-1] / "manifest.json").read_text(encoding="utf-8"))["images_seen"])
-    except (IndexError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return 0
-
-
-def record(start: Start, event: str, **more: object) -> None:
-    """Adds a row to restarts.jsonl.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    now, path = datetime.now().astimezone().isoformat(timespec="seconds"), start.run_dir / "restarts.jsonl"
-    row = {"event": event, "job": start.job, "restart": start.restart, "time": now, "nodes": start.nodes}
-    with naming(path), open(path, "a", encoding="utf-8", opener=open_plain) as file:
-        file.write(json.dumps(row | {"images_seen": newest_images(start.run_dir)} | more) + "\n")
-
-
-def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) -> None:
-    """Adds the last row of a start. If the disk is full, the job goes on without it."""
-    try:
-        record(start, "end", status=status, reason=reason, bad_nodes=",".join(bad))
-    except OSError as error:
-        write_line(f"error: {error_text(error)}", sys.stderr)
-
-
-def images_at_starts(start: Start) -> list[int]:
-    """The images that each start of the job began with; empty if this start could not be written down."""
-    images, last = list[int](), -1
-    for line in read_text(start.run_dir / "restarts.jsonl").splitlines():
-        try:
-            row = json.loads(line[max(0, line.rfind('{"event"')) :])  # a row may follow one that a full disk tore
-            if row["event"] == "start" and row["job"] == start.job:
-                images, last = [*images, int(row["images_seen"])], row["restart"]
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-    return images if last == start.restart else []
+def has_dependents(start: Start) -> bool:
+    """Whether another job waits for the result of this one (afterok)."""
+    waiting = ask("squeue", "-h", "-o", "%E")[1]
+    return re.search(rf"afterok:{start.job}(?!\d)", waiting) is not None
 
 
 def stop_requested(start: Start) -> bool:
@@ -197,10 +156,14 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
     """
     try:
         take(start)
-        if stop_requested(start):
+        stop = stop_requested(start)  # which looks at the time of the last row
+        record_lost_ends(start)
+        if stop:
             record_end(start, cli.STOPPED, reason := "it was asked to stop before it started")
-            say(start, f"{reason}; not queued again: {start.run_dir}/STOP exists; submit again to continue")
-            return cli.STOPPED
+            needed = has_dependents(start)
+            words = f"{start.run_dir}/STOP exists; submit again to continue{_NEEDED if needed else ''}"
+            say(start, f"{reason}; not queued again: {words}")
+            return 1 if needed else cli.STOPPED
         nodes = ask("scontrol", "show", "hostnames", start.nodes)[1].split()
         with atomic_file(hostfile, "w") as file:
             file.writelines(f"{node} slots={ranks}\n" for node in nodes)
@@ -229,11 +192,14 @@ def finish(start: Start, end: End, signal_option: str | None = None, least_nodes
         return 0
     facts = facts_of(start.job)
     too_late = "" if signal_option is None else requeue.always_too_late(facts, signal_option)
-    decision = requeue.decide(start, end, facts.get("JobState", ""), (start.run_dir / "STOP").exists(), too_late)
+    stop = (start.run_dir / "STOP").exists()
+    decision = requeue.decide(start, end, facts.get("JobState", ""), stop, too_late)
+    asked = stop and status == cli.STOPPED and facts.get("JobState") == "RUNNING"
+    needed = asked and has_dependents(start)
     if not (decision.requeue and end.bad):
-        say(start, f"{reason}; {decision.words}")
+        say(start, f"{reason}; {decision.words}{_NEEDED if needed else ''}")
     if not decision.requeue:
-        return status
+        return 0 if asked and not needed else status
     if not ask("scontrol", "requeue", start.job)[0]:  # then SLURM ends this process
         return 1
     if end.bad:  # only a waiting job takes another list of nodes

@@ -51,15 +51,15 @@ class Stage:
 SEPARATOR = "\x1f"  # ASCII's unit separator, which no path or flag contains
 
 
-def command_line(stage: Stage, needs: Sequence[str]) -> str:
-    """One line for a script: name, batch script, needed stages, file for the printed output, then the words of the command.
+def command_line(stage: Stage, needs: Sequence[str], purpose: str) -> str:
+    """One line for a script: name, batch script, needed stages, file for the printed output, purpose, the words of the command.
 
     A script splits the line at SEPARATOR. No shell interprets what a path says.
 
     Raises:
         ValueError: a path or flag contains a line break or the separator.
     """
-    fields = (stage.name, stage.job, ",".join(needs), str(stage.leaves) if stage.printed else "", *stage.words)
+    fields = (stage.name, stage.job, ",".join(needs), str(stage.leaves) if stage.printed else "", purpose, *stage.words)
     for field in fields:
         if SEPARATOR in field or len(field.splitlines()) > 1:
             raise InputError(f"{field!r} contains a line break or a control character; rename the file or directory")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from igpt_ds.data import images
-from igpt_ds.data.images import CROPS, FILTERS, decode_image, save_grid, square
+from igpt_ds.data.images import CROPS, FILTERS, decode_image, square
 from igpt_ds.data.left_out import BadImageError
 
 RED, GREEN, WHITE = [255, 0, 0], [0, 255, 0], [255, 255, 255]
@@ -468,42 +468,3 @@ def test_unknown_filter_crop_and_size_are_refused(picture):
         square(picture, 4, crop="ten")
     with pytest.raises(ValueError, match="n_px=0 must be at least 1"):
         square(picture, 0)
-
-
-# --------------------------------------------------------------------------------------------------- grids
-
-
-def test_grid_shows_each_pixel_and_separates_images(tmp_path):
-    pictures = np.random.default_rng(3).integers(0, 100, (5, 2, 3, 3), dtype=np.uint8)
-    save_grid(tmp_path / "new" / "grid.png", pictures, columns=2, scale=4)
-    grid = decode_image((tmp_path / "new" / "grid.png").read_bytes())
-    assert grid.shape == (3 * 10 + 2, 2 * 14 + 2, 3)
-    for index, image in enumerate(pictures):
-        top, left = index // 2 * 10 + 2, index % 2 * 14 + 2
-        np.testing.assert_array_equal(grid[top : top + 8 : 4, left : left + 12 : 4], image)
-        np.testing.assert_array_equal(grid[top + 3 : top + 8 : 4, left + 3 : left + 12 : 4], image)
-    assert (grid[::10] == 128).all()
-    assert (grid[:, ::14] == 128).all()
-    assert (grid[22:, 16:] == 128).all()  # the empty sixth place
-
-
-def test_captions_stand_under_their_images_and_stay_in_their_cells(tmp_path):
-    pictures = np.full((3, 8, 8, 3), 200, dtype=np.uint8)
-    save_grid(
-        tmp_path / "grid.png", pictures, columns=2, scale=5, captions=["cat", "", "a name far too long for its cell \u2603\n!"]
-    )
-    grid = decode_image((tmp_path / "grid.png").read_bytes())
-    assert grid.shape == (2 * (42 + 14) + 2, 2 * 42 + 2, 3)
-    strips = [grid[row * 56 + 42 : row * 56 + 56, column * 42 : column * 42 + 44] for row in (0, 1) for column in (0, 1)]
-    assert [bool((strip != 128).any()) for strip in strips] == [True, False, True, False]
-    for row in (0, 1):
-        for column in (0, 1):
-            cell = grid[row * 56 + 2 : row * 56 + 42, column * 42 + 2 : column * 42 + 42]
-            assert (cell == (200 if (row, column) != (1, 1) else 128)).all()
-    assert (grid[:, ::42][:, :2] == 128).all()  # no letter in the bars
-
-
-def test_a_grid_is_a_png_by_name_too(tmp_path):
-    with pytest.raises(ValueError, match=r"index.json would hold a PNG; give it a name that ends in .png"):
-        save_grid(tmp_path / "index.json", np.zeros((1, 4, 4, 3), dtype=np.uint8), 1)
-    assert not list(tmp_path.iterdir())

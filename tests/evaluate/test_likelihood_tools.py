@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from igpt_ds.data.grids import BACKGROUND
 from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ShardSet
@@ -23,7 +24,7 @@ from igpt_ds.model.sampling import Filter, sample
 from igpt_ds.model.store import fresh_model, load_model, save_model
 
 TOOLS = Path(__file__).parents[2] / "tools"
-BAR = 1  # screen pixels between the images of a grid of scale 1
+BAR, LINE = 1, 16  # screen pixels between the images of a grid of scale 1, and of a line of captions
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,16 @@ def speaking_dir(make_speaking):
     return make_speaking()
 
 
-def cells(path, n_px=4):
-    """The images of a grid PNG of scale 1: uint8 [rows, columns, n_px, n_px, 3]."""
+def cells(path, columns, captioned=(), n_px=4):
+    """The images of a grid PNG of scale 1: uint8 [rows, columns, n_px, n_px, 3]. Left of them are the labels of the rows."""
     canvas = np.asarray(Image.open(path).convert("RGB"))
-    rows, columns = ((side - BAR) // (n_px + BAR) for side in canvas.shape[:2])
-    inner = canvas[BAR:, BAR:].reshape(rows, n_px + BAR, columns, n_px + BAR, 3)
-    return inner[:, :n_px, :, :n_px].transpose(0, 2, 1, 3, 4)
+    left, top, rows = canvas.shape[1] - columns * (n_px + BAR), BAR, []
+    while top < len(canvas):
+        places = [left + column * (n_px + BAR) for column in range(columns)]
+        rows.append([canvas[top : top + n_px, place : place + n_px] for place in places])
+        assert (canvas[top : top + n_px, : left - BAR] < BACKGROUND).any()  # a label
+        top += n_px + BAR + LINE * (len(rows) - 1 in captioned)
+    return np.array(rows)
 
 
 # ------------------------------------------------------------------------------------------------ evaluate.py
@@ -118,7 +123,7 @@ def test_grid_of_samples_and_completions(tool, speaking_dir, tiny_dataset, tmp_p
     given = ["--data", tiny_dataset, "--ids", 2, 7, 3, 0, "--prefix_rows", 3, "--completions", 2]
     status, said, _ = tool("sample", *words, *given, "--batch", 4)
     assert (status, said) == (0, f"{out}: 6 samples, 2 completions of 4 images\n")
-    grid = cells(out)
+    grid = cells(out, 3, captioned=(2, 6))
     assert grid.shape[:2] == (2 + 2 * 4, 3)
     palette, val = load_palette(speaking_dir / "palette.npy"), ShardSet(tiny_dataset, "val")
     model, _ = load_model(speaking_dir)
@@ -138,7 +143,7 @@ def test_grid_of_samples_and_completions(tool, speaking_dir, tiny_dataset, tmp_p
         assert np.array_equal(grid[band + 2, column], completed[0, number])
         assert np.array_equal(grid[band + 3, column], completed[1, number])
         assert np.array_equal(grid[band + 3, column, :3], originals[number, :3])
-    assert (grid[6:, 1:] == 128).all()  # the fourth image has two empty places beside it
+    assert (grid[6:, 1:] == BACKGROUND).all()  # the fourth image has two empty places beside it
 
 
 def test_drawing_flags_reach_their_place(tool, speaking_dir, tmp_path):
@@ -153,7 +158,7 @@ def test_drawing_flags_reach_their_place(tool, speaking_dir, tmp_path):
         "bf16": ["--top_k", 1, "--precision", "bf16"],
     }.items():
         assert tool("sample", *words, *more, "--out", tmp_path / f"{name}.png")[0] == 0
-        made[name] = cells(tmp_path / f"{name}.png")[0]
+        made[name] = cells(tmp_path / f"{name}.png", 6)[0]
     likeliest = made["top_k"]
     assert all(np.array_equal(likeliest[0], image) for name in ("top_k", "top_p", "cold", "bf16") for image in made[name])
     for name in ("plain", "seed"):
@@ -170,8 +175,8 @@ def test_image_files_are_prepared_as_shards_are(tool, speaking_dir, tmp_path):
     status, said, _ = tool("sample", "--model", speaking_dir, *words, "--out", out, "--heat_map", heat)
     assert status == 0
     palette = load_palette(speaking_dir / "palette.npy")
-    assert np.array_equal(cells(out)[0, 0], palette.decode(palette.encode(square(pixels, 4))))
-    assert cells(out).shape[:2] == (4, 2)
+    assert np.array_equal(cells(out, 2, captioned=(0,))[0, 0], palette.decode(palette.encode(square(pixels, 4))))
+    assert cells(out, 2, captioned=(0,)).shape[:2] == (4, 2)
     assert f"{heat}: 2 images, " in said
     assert heat.read_bytes().startswith(b"\x89PNG")
 
@@ -187,6 +192,7 @@ def test_heat_map_alone_says_the_likelihood(tool, speaking_dir, tiny_dataset, tm
 def test_gif_ends_in_the_grid_and_begins_with_what_was_given(tool, speaking_dir, tiny_dataset, tmp_path):
     out, gif = tmp_path / "out.png", tmp_path / "out.gif"
     words = ["--model", speaking_dir, "--data", tiny_dataset, "--rows", 1, "--columns", 2, "--scale", 1, "--out", out]
+    words += ["--ids", 0, 5, 9]  # the third has an empty place beside it
     status, said, _ = tool("sample", *words, "--gif", gif)
     assert status == 0
     assert f"{gif}: 2 samples and completions drawn" in said
@@ -197,11 +203,13 @@ def test_gif_ends_in_the_grid_and_begins_with_what_was_given(tool, speaking_dir,
         picture.seek(picture.n_frames - 1)
         last = np.asarray(picture.convert("RGB")).astype(int)
     drawn = np.asarray(Image.open(out).convert("RGB")).astype(int)
-    assert np.abs(last - drawn).max() <= 2
-    assert np.abs(first[1:5, 1:5] - 200).max() <= 2
-    upper = slice(1 + 3 * 5, 1 + 3 * 5 + 2)  # of the first completions
-    assert np.abs(first[upper] - drawn[upper]).max() <= 2
-    assert np.abs(first[18:20, 1:5] - 200).max() <= 2
+    assert np.abs(last - drawn).max() <= 8
+    left, top = drawn.shape[1] - 10, 1 + 3 * 5 + LINE  # of the first completions
+    assert np.abs(first[1:5, left : left + 4] - 200).max() <= 8
+    assert np.abs(first[top : top + 2] - drawn[top : top + 2]).max() <= 8
+    assert np.abs(first[top + 2 : top + 4, left : left + 4] - 200).max() <= 8
+    assert np.abs(first[:, : left - 1] - drawn[:, : left - 1]).max() <= 8  # the labels of all frames
+    assert np.abs(first[-4 * 5 :, left + 5 :] - BACKGROUND).max() <= 8  # no pixels come to an empty place
 
 
 def test_the_palette_of_the_model_dir_is_checked(tool, make_speaking, tmp_path):

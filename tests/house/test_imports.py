@@ -22,6 +22,7 @@ DOORS = {
     "PIL": [
         "data/images.py",
         "data/pictures.py",
+        "data/grids.py",
         "data/duplicates.py",
         "tools/bench/",
     ],  # duplicates hands images to imagehash, which takes no else

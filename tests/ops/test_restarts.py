@@ -15,7 +15,7 @@ import pytest
 
 from igpt_ds.cli import STOPPED
 from igpt_ds.json_files import read_json_lines, write_json
-from igpt_ds.ops import restarts
+from igpt_ds.ops import restart_log, restarts
 from igpt_ds.ops.requeue import BAD_INPUT, BAD_NODES, Start
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +230,39 @@ def test_a_stop_is_for_a_job_that_was_submitted_before_it(slurm: FakeSlurm):
     stop.touch()  # after the first start: for this job, whenever it was submitted
     os.utime(slurm.run_dir / "restarts.jsonl", (0, 0))
     assert slurm.begin(restart=1)[0] == STOPPED
+
+
+def test_a_requested_stop_is_no_failure_unless_jobs_wait_for_the_result(slurm: FakeSlurm):
+    slurm.begin()
+    save(slurm.run_dir, 1, 12)
+    stop = slurm.run_dir / "STOP"
+    stop.touch()
+    status, said = slurm.finish(STOPPED)
+    assert (status, slurm.calls()) == (0, ["squeue -h -o %E"])
+    (slurm.where / "queue").write_text("(null)\nafterok:71(unfulfilled)\n")
+    status, said = slurm.finish(STOPPED)
+    assert status == 0
+    assert said == f"it was stopped and saved its state; not queued again: {stop} exists; submit again to continue\n"
+    assert slurm.finish(1)[0] == 1
+    (slurm.where / "queue").write_text("afterany:5,afterok:7(unfulfilled)\n")
+    status, said = slurm.finish(STOPPED)
+    assert status == STOPPED
+    assert "SLURM cancels the jobs that need its result" in said
+    os.utime(slurm.run_dir / "restarts.jsonl", (0, 0))
+    assert slurm.begin(restart=1)[0] == 1
+    slurm.job("CANCELLED")
+    assert slurm.finish(STOPPED)[0] == STOPPED
+
+
+def test_the_next_start_writes_the_end_of_one_that_slurm_ended(slurm: FakeSlurm):
+    slurm.begin()
+    slurm.begin(restart=1)
+    slurm.finish(1, restart=1)
+    slurm.begin(restart=2)
+    rows = [(row["event"], row["restart"], row.get("status")) for row in slurm.rows()]
+    assert rows == [("start", 0, None), ("end", 0, None), ("start", 1, None), ("end", 1, 1), ("start", 2, None)]
+    assert slurm.rows()[1]["reason"] == restart_log.LOST
+    assert slurm.rows()[1]["nodes"] == "node[1-2]"
 
 
 def test_a_disk_that_cannot_be_written_is_said_and_tried_again_a_few_times(slurm: FakeSlurm):

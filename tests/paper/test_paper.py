@@ -82,9 +82,9 @@ def test_a_stage_is_done_when_all_its_rows_are_there(tmp_path: Path) -> None:
 
 def test_a_script_gets_the_words_as_they_are() -> None:
     stage = planned("full", Path("$(touch x) '"))[0]
-    assert "$(touch x) '/palette.npy" in command_line(stage, ["a", "b"]).split("\x1f")[4:]
+    assert "$(touch x) '/palette.npy" in command_line(stage, ["a", "b"], "why").split("\x1f")[5:]
     with pytest.raises(ValueError, match=r"'a\\nb/palette.npy' contains a line break"):
-        command_line(planned("full", Path("a\nb"))[0], [])
+        command_line(planned("full", Path("a\nb"))[0], [], "why")
 
 
 def test_the_full_plan_counts_as_the_cost_model_does() -> None:

@@ -246,7 +246,7 @@ class Training:
         return [row for row in read_json_lines(self.run_dir / "restarts.jsonl") if row["event"] == "start"]
 
     def ends(self) -> list[dict[str, Any]]:
-        """What restarts.jsonl tells of each end that the job itself lived to see."""
+        """What restarts.jsonl tells of each end; the next start writes that of one that SLURM ended."""
         return [row for row in read_json_lines(self.run_dir / "restarts.jsonl") if row["event"] == "end"]
 
 

@@ -100,6 +100,7 @@ def test_a_node_loses_power_one_goes_on_is_preempted_and_two_end_it(training: Tr
     job.is_preempted()
     assert job.ended() == "COMPLETED"
     assert [row["status"] for row in job.ends()][-2:] == [85, 0]
+    assert [row["restart"] for row in job.ends()] == [0, 1, 2], "also of the start that SLURM ended"
     assert [row["nodes"] for row in job.starts()] == ["node[1-2]", "node1", "node[1-2]"]
     assert_close(job.curves(), undisturbed)
 
@@ -141,8 +142,9 @@ def test_a_cancelled_job_stays_cancelled_and_a_new_one_goes_on(training: Trainin
 
 def test_what_ends_a_job_before_its_first_step(training: Trainings) -> None:
     job = training()
-    waits = job.submit(options=("--hold",))
-    job.run_dir.mkdir()
+    waits = job.submit_by_script("--hold")
+    with pytest.raises(AssertionError, match=rf"submit\.sh: error: job {waits} \(PENDING\) uses {job.run_dir}"):
+        job.submit_by_script()
     (job.run_dir / "owner").write_text(f"{waits}.0\n")
     job.submit()
     assert job.ended() == "FAILED"
@@ -151,14 +153,14 @@ def test_what_ends_a_job_before_its_first_step(training: Trainings) -> None:
     stop = job.run_dir / "STOP"
     stop.touch()
     job.slurm.run("scontrol", "release", waits)
-    assert job.slurm.ended(waits, job.log) == "FAILED"
+    assert job.slurm.ended(waits, job.log) == "COMPLETED"
     assert f"it was asked to stop before it started; not queued again: {stop} exists" in job.text()
     (row,) = read_json_lines(job.run_dir / "restarts.jsonl")
     assert (row["event"], row["job"], row["status"], row["bad_nodes"]) == ("end", waits, 85, "")
     assert row["reason"] == "it was asked to stop before it started"
 
     os.utime(stop, (0, 0))
-    job.submit(options=("--time=11",))
+    job.submit_by_script("--time=11")
     job.usr1_before_its_ranks()  # SLURM itself would send it in a minute
     assert job.ended() == "FAILED"
     assert f"removed {stop}" in job.text()

@@ -171,6 +171,11 @@ def check_files(directory: Path, files: dict[str, FeatureFile]) -> None:
 
 
 def span(layers: Sequence[int]) -> str:
-    """Layers in words: "0..8" if none is missing, else "0, 4, 8"."""
-    whole = len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}..{layers[-1]}" if whole else ", ".join(map(str, layers))
+    """Rising layers in words: "0..8" if none is missing, else "0, 4, 8" or "0..3, 8"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

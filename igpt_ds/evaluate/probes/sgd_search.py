@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
@@ -108,8 +109,10 @@ class _Fitting:
         sgd = Sgd(self.values.shape[1], self.n_classes, rates, settings.device)
         step = self._resume(sgd, name)
         saved_at = step
+        batches = blocks.batches(step, settings.steps, settings.batch_images, settings.device)
+        what = f"layer {self.identity['layer']} {self.identity['kind']}, {name.split()[0]}, {len(rates)} rates"
         with threads_for(2.0 * settings.batch_images * self.values.shape[1] * self.n_classes * len(rates)):
-            for x, ids in blocks.batches(step, settings.steps, settings.batch_images, settings.device):
+            for x, ids in tqdm(batches, what, settings.steps, unit=" steps", initial=step, leave=False, disable=None):
                 sgd.step(x, self.labels[ids], cosine(step, settings.steps))
                 step += 1
                 if self.file and step - saved_at >= self.file.save_every and step < settings.steps:

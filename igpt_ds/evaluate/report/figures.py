@@ -34,7 +34,7 @@ def layer_curve(rows: Sequence[ProbeRow], path: Path, title: str) -> None:
     Args:
         rows: of one experiment (`results.experiment`).
     """
-    figure, axes = canvas.new_axes(title, "layer", f"{rows[0].eval_split} accuracy (%)")
+    figure, axes = canvas.new_axes(title, "layer", f"linear probe accuracy on {rows[0].eval_split} (%)")
     lines = series(rows)
     looks = [name for name in SERIES if name != "features"]  # normed and raw features of one model share a colour
     models = list(dict.fromkeys(key(one[0], looks) for one in lines if one[0].weights == "trained"))
@@ -181,24 +181,32 @@ def score_histogram(scores: dict[str, np.ndarray], threshold: float, path: Path,
     canvas.save_with_legend(figure, axes, path)
 
 
-def heat_maps(images: np.ndarray, nats: np.ndarray, path: Path, columns: int = 2) -> None:
+def heat_maps(images: np.ndarray, nats: np.ndarray, names: Sequence[str], path: Path, columns: int = 2) -> None:
     """Each image beside the map of its nats per pixel, dark for few nats, on one scale, as a PNG.
 
     Args:
         images: uint8 [N, h, w, 3]
         nats: float [N, h, w], the negative log-likelihood of each pixel given those before it
+        names: of the images
         columns: pairs of image and map per row
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = canvas.new_figure((4.4 * columns + 1.2, 2.4 * rows + 0.2))
+    figure = canvas.new_figure((4.4 * columns + 1.2, 2.4 * rows + 0.5))
+    figure.suptitle("Images, and the nats of each pixel given those before it (bright: unexpected)", fontsize="medium")
     grid = figure.subplots(rows, 2 * columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for number, (image, cost) in enumerate(zip(images, nats, strict=True)):
         left, right = grid[number // columns, 2 * (number % columns) :][:2]
         left.imshow(image, interpolation="nearest")
+        left.set_title(_shortened(names[number]), fontsize="small")
         drawn = right.imshow(cost, cmap="magma", vmin=0.0, vmax=float(nats.max()), interpolation="nearest")
         right.set_title(f"{cost.mean():.3f} nats per token", fontsize="small")
-    figure.colorbar(drawn, ax=grid, label="nats of a pixel given those before it", shrink=0.9)
+    figure.colorbar(drawn, ax=grid, label="nats per pixel", shrink=0.9)
     canvas.save_png(figure, path)
+
+
+def _shortened(name: str, most: int = 28) -> str:
+    """The start and the end of a long name."""
+    return name if len(name) <= most else f"{name[: most // 2]}\u2026{name[-(most // 2) + 1 :]}"

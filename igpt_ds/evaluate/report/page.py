@@ -1,4 +1,4 @@
-"""One run as one HTML page: configuration, loss curves, linear probes and pictures.
+"""One run as one HTML page: pictures first, then tables of linear probes and the configuration.
 
 In: a run's config, its training rows, result rows, PNG files. Out: one HTML file with pictures as data URIs, without scripts and
 without requests to the network. Called by `tools/report.py`.
@@ -11,6 +11,7 @@ import html
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.config import Recipe
@@ -29,15 +30,46 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
   padding: 0 1.2rem }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #ddd }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } p { margin: .4rem 0 } .quiet { color: #666 }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } p { margin: .4rem 0; overflow-wrap: anywhere } .quiet { color: #666 }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
 th, td { padding: .22rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: left; vertical-align: top }
 th { background: #f4f4f4 }
-tr.ours td { background: #eef5fb; font-weight: 600 } figure { margin: 1rem 0 } figcaption { color: #666; font-size: .88rem }
-img { max-width: 100%; border: 1px solid #eee } img.pixels { image-rendering: pixelated }
+tr.ours td { background: #eef5fb; font-weight: 600 } figure { margin: 1.4rem 0 2rem; overflow-x: auto }
+figcaption { color: #444; font-size: .95rem; position: sticky; left: 0 }
+img { border: 1px solid #eee; display: block; margin-bottom: .4rem }
+img.curve { width: 100%; min-width: 34rem } img.pixels { image-rendering: pixelated }
+@media (min-width: 56rem) { img.pixels { max-width: 100% } }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; line-height: 1.35 }
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+# What pictures show, by the name of their file without .png.
+_CAPTIONS = {
+    "samples": "Images that the model draws; with completions also the originals and the rows that were given",
+    "confusion": "How often the best probe takes each class (row) for another (column), in percent of the row",
+    "confusion_finetuned": "The same for the fine-tuned model",
+    "neighbours": "Held-out images, each followed by the training images nearest to it in the features of the best layer",
+    "datasets": "Linear probe accuracy by layer for each data set, as the paper's Figure 2",
+    "loss": "Linear probe accuracy against validation loss, as the paper's Figure 3",
+    "objectives": "Auto-regressive beside BERT, as the paper's Figure 4",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file and its caption. A curve fills the page's width; other pictures keep their pixels."""
+
+    path: Path
+    caption: str
+    curve: bool = False
+
+    @staticmethod
+    def of(path: Path) -> Picture:
+        """A picture whose caption comes from the name of its file."""
+        words = _CAPTIONS.get(path.stem)
+        curve = words is not None and path.stem not in ("samples", "neighbours")
+        return Picture(path, f"{words} ({path.name})" if words else path.name, curve)
 
 
 def page(
@@ -45,8 +77,7 @@ def page(
     run: ReportedRun,
     training: Sequence[CurveRow],
     results: Sequence[Row],
-    figures: Sequence[tuple[str, Path]],
-    pictures: Sequence[Path] = (),
+    pictures: Sequence[Picture],
     tables: Iterable[int] = (),
 ) -> str:
     """The page.
@@ -54,19 +85,17 @@ def page(
     Args:
         training: training steps and validations.
         results: rows of any kind; may be empty.
-        figures: captions and their PNG files.
-        pictures: other PNG files, shown under their names.
+        pictures: in the order of the page.
         tables: numbers of the paper's tables to show with our rows.
     """
     probes = by_layer(results)
     parts = [
         f"<h1>{_text(name)}</h1>",
         f'<p class="quiet">{_text(_headline(run))}</p>',
+        *map(_figure, pictures),
         "<h2>In short</h2>",
         _short(run.recipe, training, probes),
     ]
-    if figures:
-        parts += ["<h2>Curves</h2>", *(_figure(path, caption) for caption, path in figures)]
     if probes:
         parts += [
             "<h2>Linear probes</h2>",
@@ -81,10 +110,11 @@ def page(
         for number in numbers:
             title, _, lines = paper_table(number, results, [run.recipe]).partition("\n\n")
             parts += [f"<h3>{_text(title.lstrip('# '))}</h3>", html_table(lines)]
-    if pictures:
-        parts += ["<h2>Pictures</h2>", *(_figure(path, path.name, "pixels") for path in pictures)]
     parts += ["<h2>Configuration</h2>", f"<pre>{_text(run.text)}</pre>"]
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(name)}</title>'
+    fit = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        f'<meta charset="utf-8">{fit}<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(name)}</title>'
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n'
         + "\n".join(parts)
@@ -96,11 +126,11 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _figure(path: Path, caption: str, kind: str = "") -> str:
-    check_file(path)
-    content = path.read_bytes()
+def _figure(picture: Picture) -> str:
+    check_file(picture.path)
+    content, caption, kind = picture.path.read_bytes(), picture.caption, "curve" if picture.curve else "pixels"
     if not content.startswith(SIGNATURE):
-        raise InputError(f"{path} is not a PNG file; name pictures with --pictures")
+        raise InputError(f"{picture.path} is not a PNG file; name pictures with --pictures")
     data = base64.b64encode(content).decode()
     image = f'<img class="{kind}" alt="{_text(caption)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"

@@ -65,7 +65,8 @@ def test_layer_curve(tmp_path, drawn):
         "untrained, normed (60.0 at 4)",
         "raw pixels (60.0)",
     ]
-    assert (axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()) == ("a title", "layer", "val accuracy (%)")
+    assert (axes.get_title(loc="left"), axes.get_xlabel()) == ("a title", "layer")
+    assert axes.get_ylabel() == "linear probe accuracy on val (%)"
     normed, star, raw, *_ = axes.get_lines()
     assert list(normed.get_ydata()) == pytest.approx([50 + 40 * (1 - abs(layer / 8 - 0.5)) for layer in range(9)])
     assert (normed.get_linestyle(), raw.get_linestyle()) == ("-", "--")
@@ -165,8 +166,8 @@ def test_heat_maps(tmp_path, monkeypatch, n):
     monkeypatch.setattr(canvas, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
     images = np.random.default_rng(0).integers(0, 255, (n, 4, 4, 3), dtype=np.uint8)
     nats = np.arange(n * 16.0).reshape(n, 4, 4)
-    heat_maps(images, nats, tmp_path / "a.png")
-    heat_maps(images, nats, tmp_path / "b.png")
+    heat_maps(images, nats, [f"image {number}" for number in range(n)], tmp_path / "a.png")
+    heat_maps(images, nats, [f"image {number}" for number in range(n)], tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     *pairs, scale = caught[0].axes
     shown = [axes for axes in pairs if axes.images]
@@ -176,7 +177,8 @@ def test_heat_maps(tmp_path, monkeypatch, n):
         assert np.array_equal(right.images[0].get_array(), nats[number])
         assert right.images[0].get_clim() == (0, 16 * n - 1)  # one scale for all
         assert right.get_title() == f"{nats[number].mean():.3f} nats per token"
-    assert scale.get_ylabel() == "nats of a pixel given those before it"
+        assert left.get_title() == f"image {number}"
+    assert scale.get_ylabel() == "nats per pixel"
 
 
 def test_plan_curve_draws_what_fits_beside_the_ideal(drawn, tmp_path):

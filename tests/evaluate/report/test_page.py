@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from igpt_ds.config import get_recipe, recipe_to_dict
-from igpt_ds.data.images import save_grid
-from igpt_ds.evaluate.report.page import html_table, page
+from igpt_ds.data.grids import save_grid
+from igpt_ds.evaluate.report.page import Picture, html_table, page
 from igpt_ds.evaluate.report.row_types import as_row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun
 
@@ -90,10 +90,13 @@ def picture(tmp_path):
 
 
 def test_a_page_stands_alone(picture):
-    text = page("a & b", RUN, TRAINING, [PROBE], [("the loss", picture)], [picture], [1, 5])
+    text = page("a & b", RUN, TRAINING, [PROBE], [Picture(picture, "the loss", curve=True), Picture.of(picture)], [1, 5])
     reader = read(text)
     images = [attributes for tag, attributes in reader.tags if tag == "img"]
-    assert [image["alt"] for image in images] == ["the loss", "samples.png"]
+    assert images[0]["alt"] == "the loss"
+    assert images[1]["alt"].startswith("Images that the model draws")
+    assert images[1]["alt"].endswith("(samples.png)")
+    assert [tag for tag, _ in reader.tags if tag in ("figure", "h2", "table")][:3] == ["figure", "figure", "h2"], "pictures first"
     assert all(image["src"].startswith("data:image/png;base64,iVBOR") for image in images)
     assert not re.search(r"https?:|//|@import|url\(", re.sub(r"base64,[^\"]*", "", text)), "nothing is fetched"
     assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object"}
@@ -119,7 +122,7 @@ def test_a_page_of_a_run_that_has_just_begun():
     words = " ".join(reader.texts)
     assert "Configuration" in words
     assert "1 rank, bf16" in words
-    assert not any(word in words for word in ("Curves", "Linear probes", "Beside the paper", "Pictures", "speed"))
+    assert not any(word in words for word in ("Linear probes", "Beside the paper", "speed"))
 
 
 def test_pixels_have_no_table_of_layers():

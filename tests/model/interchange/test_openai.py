@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import killed
 import numpy as np
 import pytest
 import torch
@@ -100,6 +101,15 @@ def test_the_tool_makes_a_model_dir(write_bundle, released, run, tmp_path: Path)
     files = [f"model.ckpt-1000.{end}" for end in ("index", "data-00000-of-00002", "data-00001-of-00002")]
     source = json.loads((tmp_path / "model" / "config.json").read_text())["source"]
     assert source == {name: sha256_file(tmp_path / name) for name in files}
+
+
+def test_a_killed_import_finishes_when_it_is_run_again(write_bundle, released, tmp_path: Path) -> None:
+    prefix = write_bundle(tmp_path / "model.ckpt-1000", released(2, 3, 24, 5, 7), n_shards=2)
+    write_palette(tmp_path / "p.npy", 7)
+    given = ["--checkpoint", prefix, "--palette", tmp_path / "p.npy"]
+    (tmp_path / "world").mkdir()
+    with killed.Tools() as tools:
+        killed.Case(tools, "tools/import_openai.py", lambda out: [*given, "--out", out / "m"], tmp_path / "world").kills(3)
 
 
 def test_a_bert_model_dir_says_so(write_bundle, released, run, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""What a batch job writes of itself: lines of its log, and a row of RUN_DIR/restarts.jsonl for each start and each end.
+
+In: a `Start` and what happened. Out: rows. The standard library is enough. Called by ops/restarts.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from igpt_ds.errors import error_text, naming
+from igpt_ds.ops.requeue import Start
+from igpt_ds.plain_files import open_plain
+from igpt_ds.train.checkpoint.directory import list_checkpoints
+
+LOST = "SLURM ended it before it could write its end: a preemption, a lost node or a cancelled job"
+
+
+def write_line(line: str, log: TextIO) -> None:
+    """Writes a line to the job's log. A log on a full disk must not keep the job from queueing again."""
+    try:
+        print(line, file=log, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())  # otherwise Python writes the line again when it ends
+
+
+def read_text(path: Path) -> str:
+    """A file's text; "" if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def newest_images(run_dir: Path) -> int:
+    """`images_seen` of the newest complete checkpoint; 0 without one, or if its manifest cannot be read."""
+    try:
+        complete = [path for path in list_checkpoints(run_dir / "checkpoints") if (path / "COMPLETE").exists()]
+        return int(json.loads((complete[-1] / "manifest.json").read_text(encoding="utf-8"))["images_seen"])
+    except (IndexError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
+
+
+def record(start: Start, event: str, **more: object) -> None:
+    """Adds a row to restarts.jsonl.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    now, path = datetime.now().astimezone().isoformat(timespec="seconds"), start.run_dir / "restarts.jsonl"
+    row = {"event": event, "job": start.job, "restart": start.restart, "time": now, "nodes": start.nodes}
+    with naming(path), open(path, "a", encoding="utf-8", opener=open_plain) as file:
+        file.write(json.dumps(row | {"images_seen": newest_images(start.run_dir)} | more) + "\n")
+
+
+def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) -> None:
+    """Adds the last row of a start. If the disk is full, the job goes on without it."""
+    try:
+        record(start, "end", status=status, reason=reason, bad_nodes=",".join(bad))
+    except OSError as error:
+        write_line(f"error: {error_text(error)}", sys.stderr)
+
+
+def images_at_starts(start: Start) -> list[int]:
+    """The images that each start of the job began with; empty if this start could not be written down."""
+    images, last = list[int](), -1
+    for row in _rows(start.run_dir):
+        try:
+            if row["event"] == "start" and row["job"] == start.job:
+                images, last = [*images, int(row["images_seen"])], row["restart"]
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue
+    return images if last == start.restart else []
+
+
+def record_lost_ends(start: Start) -> None:
+    """Adds the end of each earlier start that SLURM ended before the job could: its status is None, its time is now.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    begun: dict[tuple[str, int], Start] = {}
+    for row in _rows(start.run_dir):
+        try:
+            which = str(row["job"]), int(row["restart"])
+            if row["event"] == "start":
+                begun[which] = replace(start, job=which[0], restart=which[1], nodes=str(row["nodes"]))
+            else:
+                begun.pop(which, None)
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue
+    begun.pop((start.job, start.restart), None)
+    for lost in begun.values():
+        record(lost, "end", status=None, reason=LOST, bad_nodes="")
+
+
+def _rows(run_dir: Path) -> Iterator[dict[str, Any]]:
+    for line in read_text(run_dir / "restarts.jsonl").splitlines():
+        try:
+            row = json.loads(line[max(0, line.rfind('{"event"')) :])  # a row may follow one that a full disk tore
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row
