@@ -26,7 +26,7 @@ class MappedRecords:
         # Views of the maps' memory, which lives as long as this object.
         self._maps = [np.memmap(file, dtype, mode="r", shape=count) for file, count in zip(files, counts, strict=True)]
         address = np.array([mapped.__array_interface__["data"][0] for mapped in self._maps])
-        self._origin = self._maps[int(np.argmin(address))]
+        self._origin = self._maps[int(address.argmin())]
         self._span = int(address.max() - address.min()) + dtype.itemsize * max(counts)
         self._shift = address - address.min() - self._first * dtype.itemsize  # address of record 0, if it were in that file
         self._windows = {name: self._window(*field[:2]) for name, field in (dtype.fields or {}).items()}

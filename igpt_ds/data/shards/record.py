@@ -80,7 +80,7 @@ def checksum(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     flat = np.ascontiguousarray(tokens).reshape(len(tokens), tokens.shape[1] * tokens.shape[2])
     words = flat.view("<u8") if flat.shape[1] % 4 == 0 else flat
-    return words.sum(axis=1, dtype=np.uint64) + labels.astype(np.uint64) * _LABEL_WEIGHT
+    return np.add.reduce(words, axis=1, dtype=np.uint64) + labels.astype(np.uint64) * _LABEL_WEIGHT
 
 
 def _ascii(values: np.ndarray) -> np.ndarray:
