@@ -5,7 +5,8 @@
 starts one rank on every GPU of this machine; `deepspeed --num_gpus 2` starts two ranks, on CPUs if there is no GPU. `torchrun`,
 `srun python train.py`, `mpirun -np 2 python train.py` and plain `python train.py` work as well. After an interruption, the same
 command with `--resume auto` continues from the newest complete checkpoint. `--dry_run` prints the estimated memory, time and
-cost of the run, or with `--gpu h100-80g --gpus 64` that of a cluster, and exits; `--list_recipes` lists the recipes.
+cost of the run, or with `--gpu h100-80g --gpus 64` that of a cluster, and exits; `--list_recipes` lists the recipes. In bash,
+`source tools/completion.sh` completes flags and values by Tab.
 
 Each knob of the recipe is a flag (`--lr 0.001 --n_layer 12`), except the objective: `igpt_s_ar_32` predicts each pixel from the
 previous ones, `igpt_s_bert_32` predicts hidden pixels from all others.

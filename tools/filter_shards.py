@@ -23,6 +23,7 @@ from tqdm import tqdm
 from igpt_ds import cli
 from igpt_ds.arrays import new_array
 from igpt_ds.command_line import lazy
+from igpt_ds.console import duration
 from igpt_ds.data.grids import Texts, cell_scale, save_grid
 from igpt_ds.data.shards.build import copy_images
 from igpt_ds.data.shards.dataset import ShardSet
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(report / "report.json", note)
         move_dir(report, args.report)  # before the shards, which are there only if everything is
         copy_images(args.out, candidates, kept, note=note)
-    print(f"{candidates.n_images} candidates scored in {seconds:.1f} s, {candidates.n_images / seconds:.1f} images/s")
+    print(f"{candidates.n_images} candidates scored in {duration(seconds)}, {candidates.n_images / seconds:.1f} images/s")
     print(f"{args.out}: {n} images ({n / candidates.n_images:.2%}), score {threshold:.3f} and above")
     print(f"{args.report}: report.json, scores.npy, histogram.png, sheet.png")
 

@@ -36,14 +36,8 @@ else
   threads=1 # of each rank: two ranks use two cores
 fi
 
-lasted() { # SECONDS: prints "45 s", "3 min 20 s" or "2 h 5 min"
-  if (($1 < 60)); then
-    echo "$1 s"
-  elif (($1 < 3600)); then
-    echo "$(($1 / 60)) min $(($1 % 60)) s"
-  else
-    echo "$(($1 / 3600)) h $(($1 % 3600 / 60)) min"
-  fi
+lasted() { # SECONDS: prints a duration
+  python -c "from igpt_ds.console import duration; print(duration($1))"
 }
 
 on_ranks() { # PROGRAM FLAG...: the program on all ranks

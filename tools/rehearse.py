@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import cli
+from igpt_ds.console import duration
 from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops.compare import compare_runs
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     until_the_end(args.command, alone)
     seconds = time.monotonic() - start
-    print(f"left alone: {seconds:.0f} s", flush=True)
+    print(f"left alone: {duration(seconds)}", flush=True)
     dice = random.Random(args.seed)
     first, last = args.save_every, last_step(alone)
     if first >= 0.9 * last:

@@ -18,7 +18,7 @@ from igpt_ds.plan.costs import KEEP_LAST, forward_flops_per_token, parameters
 from igpt_ds.plan.estimate import DOLLARS, Estimate, Price
 from igpt_ds.plan.options import Request, options
 from igpt_ds.plan.step_time import EFFICIENCY, Cluster
-from igpt_ds.plan.text import columns
+from igpt_ds.plan.text import columns, run_time
 
 SGD_STEPS, SGD_FITS, SGD_SECONDS = 1_000_000, 3, 1e-3  # paper 3.4; two groups of rates and the final fit; assumed, per step
 BLOCK = 512  # bytes of a tar block; a record is three blocks and the .npy file (data/shards/record.py)
@@ -121,7 +121,7 @@ def describe_costs(found: Sequence[Cost], gpus: int, cluster: Cluster) -> str:
     return "\n".join(
         [
             *lines,
-            f"in total {hours:,.0f} GPU-hours (${dollars:,.0f} at ${DOLLARS:g} each), {hours / gpus / 24:.1f} days on {where}",
+            f"in total {hours:,.0f} GPU-hours (${dollars:,.0f} at ${DOLLARS:g} each), {run_time(hours / gpus)} on {where}",
             f"disk {disk / 1e12:.1f} TB",
         ]
     )

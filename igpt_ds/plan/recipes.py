@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from igpt_ds.config import RECIPES, Recipe
+from igpt_ds.console import duration
 from igpt_ds.plan.options import Request, options
 from igpt_ds.plan.step_time import GPUS, Cluster
-from igpt_ds.plan.text import columns, planned_time
+from igpt_ds.plan.text import columns, run_time
 
 GPU = "h100-80g"
 IMAGES_PER_S = {"cifar10_nano_ar_16": 69.0}  # measured on two CPU cores; LOG.md, 2026-11-20
@@ -32,11 +33,11 @@ def _rows() -> Iterator[tuple[str, ...]]:
             str(recipe.batch_images),
             f"{recipe.steps:,}",
             f"{recipe.lr:g}",
-            planned_time(best),
+            run_time(best.hours),
             _measured(recipe),
         )
 
 
 def _measured(recipe: Recipe) -> str:
     rate = IMAGES_PER_S.get(recipe.name)
-    return f"{recipe.steps * recipe.batch_images / rate / 60:.0f} min" if rate else ""
+    return duration(60 * round(recipe.steps * recipe.batch_images / rate / 60)) if rate else ""

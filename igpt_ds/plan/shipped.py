@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from igpt_ds.command_line.nearest import unknown_value
+from igpt_ds.command_line.nearest import did_you_mean, nearest, unknown_value
 from igpt_ds.ds_config import SHIPPED, DsConfig, load_ds_config
 from igpt_ds.errors import InputError
 
@@ -23,6 +23,8 @@ def find_ds_config(text: str) -> Path:
     path = Path(text)
     name = path.name.removesuffix(".json")
     if not path.is_file() and str(path.parent) in (".", SHIPPED.name):
+        if name not in ds_config_names() and path.suffix:
+            raise InputError(f"{path} does not exist{did_you_mean(nearest(name, ds_config_names()))}")
         if name not in ds_config_names():
             raise InputError(f"{unknown_value(name, ds_config_names())}, or the path of a file")
         return SHIPPED / f"{name}.json"

@@ -97,15 +97,15 @@ def _time(one: Estimate) -> list[str]:
         _line("network", network),
         _line("step", seconds),
         _line("MFU expected", f"{100 * step.mfu:.1f} % (full attention), {100 * one.mfu_causal:.1f} % (causal)"),
-        _line("time", f"{planned_time(one)} on {one.gpus} {gpu}: {one.gpu_hours:,.0f} GPU-hours"),
+        _line("time", f"{run_time(one.hours)} on {one.gpus} {gpu}: {one.gpu_hours:,.0f} GPU-hours"),
         _line("cost", f"${one.dollars:,.0f} at ${one.price.dollars:g} a GPU-hour"),
         _line("disk", disk),
     ]
 
 
-def planned_time(one: Estimate) -> str:
+def run_time(hours: float) -> str:
     """The duration of a run: days, or hours and minutes below a day."""
-    return f"{one.days:,.1f} days" if one.days >= 1 else duration(3600 * one.hours)
+    return f"{hours / 24:,.1f} days" if hours >= 24 else duration(3600 * hours)
 
 
 def _choices(options: Sequence[Estimate]) -> list[str]:

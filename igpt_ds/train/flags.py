@@ -273,6 +273,8 @@ def _add_knob(group: argparse._ArgumentGroup, name: str, recipe: Recipe | None) 
         value = getattr(recipe, name) if hasattr(recipe, name) else getattr(recipe.model, name)
         shown = " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
         text += f" ({recipe.name}: {'no' if value is False else 'yes' if value is True else shown})"
+    if name == "mask_prob" and recipe and recipe.objective != "bert":
+        text = text.replace(f": {recipe.mask_prob})", ": has none)")
     if name == "betas":
         group.add_argument(flag, type=float, nargs=2, metavar=metavar, help=text)
     elif name == "augment_flip":

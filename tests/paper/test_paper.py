@@ -178,7 +178,7 @@ def test_the_plan_as_a_user_sees_it(tool: Any, tmp_path: Path) -> None:
 def test_what_is_not_there_is_told_before_anything_is_written(tool: Any, tmp_path: Path) -> None:
     out, nowhere = tmp_path / "out", tmp_path / "nowhere"
     status, _, said = tool("paper_plan", "--scale", "tiny", "--out", out, "--ds_config", "nosuch.json", "--commands")
-    assert (status, said) == (2, "paper_plan.py: error: ds_config nosuch.json does not exist\n")
+    assert (status, said) == (2, "paper_plan.py: error: --ds_config: nosuch.json does not exist\n")
     assert not out.exists()
     status, _, said = tool("paper_plan", "--scale", "full", "--data", nowhere, "--out", out)
     assert (status, f"warning: --data {nowhere} is not a directory on this machine" in said) == (0, True)

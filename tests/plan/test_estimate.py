@@ -219,7 +219,7 @@ def test_what_is_asked_for_is_taken(capsys, tmp_path):
             ["--gpus", "8", "--sequence_parallel", "3"],
             r"^sequence_parallel=3 does not divide ranks=8; here it may be 1, 2, 4, 8$",
         ),
-        (["--ds_config", "nowhere.json"], r"^ds_config nowhere\.json does not exist$"),
+        (["--ds_config", "nowhere.json"], r"^--ds_config: nowhere\.json does not exist$"),
     ],
 )
 def test_what_is_refused(words, message):

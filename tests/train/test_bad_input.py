@@ -53,7 +53,7 @@ def test_missing_paths(main: Any, command: Command, tmp_path: Path) -> None:
         main(["train.py", "--recipe", "igpt_s_ar_32"])
     with pytest.raises(ValueError, match=r"nowhere is no shard directory.*tools/make_shards.py"):
         main(command("run", "--data", str(tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match=r"ds_config nothing\.json does not exist"):
+    with pytest.raises(ValueError, match=r"^--ds_config: nothing\.json does not exist$"):
         main(command("run", "--ds_config", "nothing.json"))
 
 

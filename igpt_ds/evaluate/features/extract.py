@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 from tqdm import tqdm
 
+from igpt_ds.console import duration
 from igpt_ds.data.shards.dataset import ImageSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
@@ -151,7 +152,7 @@ class _Job:
             seconds = time.perf_counter() - start
         passes = sum(len(share) * len(self._masks(shards)) for shards, share in self.shares.items()) * (1 - done / images)
         rate = len(ids) / seconds
-        report(f"{self.writer.target}: about {rate:.1f} images/s, {passes / rate / 60:.1f} minutes")
+        report(f"{self.writer.target}: about {rate:.1f} images/s, {duration(passes / rate)}")
 
     def _masks(self, shards: ImageSet) -> list[int | None]:
         return list(dict.fromkeys(mask for _, _, mask in self.writer.manifest.places(shards.split)))
