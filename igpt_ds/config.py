@@ -168,6 +168,29 @@ RECIPES = {
 _KNOBS = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("name", "model", "finetune")]
 _SHAPE = [field.name for field in dataclasses.fields(ModelConfig)]
 
+KNOBS: dict[str, tuple[str | tuple[str, ...] | None, str]] = {  # the unit of each knob, and what it is
+    "batch_images": ("IMAGES", "images per step, over all ranks"),
+    "steps": ("STEPS", "number of optimizer steps"),
+    "lr": ("RATE", "peak learning rate of Adam"),
+    "warmup_steps": ("STEPS", "steps with a rising learning rate, before the cosine"),
+    "mask_prob": ("PROBABILITY", "probability that bert hides a pixel, between 0 and 1"),
+    "init": (None, "how fresh weights are drawn"),
+    "betas": (("BETA_1", "BETA_2"), "the two decay rates of Adam"),
+    "eps": ("EPSILON", "epsilon of Adam"),
+    "spike_window": ("STEPS", "number of recent normal losses that the spike guard compares with"),
+    "spike_sigmas": ("DEVIATIONS", "standard deviations above their mean at which a loss is an outlier; 0 disables"),
+    "spike_patience": ("STEPS", "outliers in a row that count as a spike"),
+    "clip": ("NORM", "largest gradient norm; 0 disables clipping"),
+    "augment_pad": ("PIXELS", "pixels of reflection padding before a random crop; 0 disables"),
+    "augment_flip": (None, "mirror a random half of the images"),
+    "seed": ("SEED", "random seed for weights, order of images, augmentation and masks"),
+    "n_layer": ("BLOCKS", "number of transformer blocks"),
+    "n_head": ("HEADS", "number of attention heads"),
+    "n_embd": ("CHANNELS", "width of the transformer"),
+    "n_px": ("PIXELS", "width and height of an image in pixels"),
+    "n_vocab": ("COLOURS", "number of palette colours"),
+}
+
 
 def get_recipe(name: str) -> Recipe:
     """The recipe of a name.

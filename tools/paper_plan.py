@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.command_line.parser import completing
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.console import count, duration
 from igpt_ds.data.sources import LABELS, has_classes, has_test_images, open_source
@@ -33,8 +32,7 @@ from igpt_ds.paper import budget, forecast
 from igpt_ds.paper.scales import SCALES, Images, Scale, Training, get_scale
 from igpt_ds.paper.stage import Flags, Stage, command_line
 from igpt_ds.paper.stages import chosen, stages
-from igpt_ds.plan.command import network
-from igpt_ds.plan.shipped import ds_config_names, find_ds_config
+from igpt_ds.plan.command import add_ds_config_flag, network
 from igpt_ds.plan.step_time import GPUS, Cluster
 from igpt_ds.sealed import Format
 from igpt_ds.train import flags as train_flags
@@ -86,17 +84,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--labels", choices=LABELS, default="use", help="own: ignore: train without labels, and probe nothing")
     what = "own: share of the images for testing; probes then are fitted on all others, and read the test images once"
     parser.add_argument("--test_fraction", type=float, help=what)
-    parser.add_argument("--out", type=Path, help="directory for all results; runs/paper_SCALE if not given")
-    parser.add_argument("--n_px", type=int, help="cifar: image size in pixels, 16 or 32; 16 if not given")
+    parser.add_argument("--out", type=Path, help="directory for all results (default: runs/paper_SCALE)")
+    parser.add_argument("--n_px", type=int, help="cifar: image size in pixels, 16 or 32 (default: 16)")
     parser.add_argument(
-        "--steps", type=int, help="steps of each training and fine-tuning, for a rehearsal; the scale's own if not given"
+        "--steps", type=int, help="steps of each training and fine-tuning, for a rehearsal (default: the scale's own)"
     )
     parser.add_argument("--gpus", type=int, default=64, help="ranks of each training")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80g", help="kind of GPU")
     parser.add_argument("--node_gpus", type=int, default=8, help="GPUs per node")
     parser.add_argument("--nodes_nic", default="8x400", help="network cards per node x Gbit/s of each")
-    best = "ds_config of every training; the plan's choice for each recipe if not given"
-    completing(parser.add_argument("--ds_config", type=find_ds_config, metavar="NAME_OR_FILE", help=best), ds_config_names())
+    best = "ds_config of every training (default: the plan's choice for each recipe)"
+    add_ds_config_flag(parser, best)
     parser.add_argument("--dry_run", action="store_true", help="print the plan, also with --commands; nothing is run or written")
     parser.add_argument("--commands", action="store_true", help="print the unfinished stages as commands, for a script")
     given = list(sys.argv[1:] if argv is None else argv)

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.command_line.parser import Print, completing
@@ -64,6 +65,12 @@ def add_cluster_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--dollars_per_gpu_hour", type=float, metavar="DOLLARS", help=dollars)
 
 
+def add_ds_config_flag(group: argparse._ActionsContainer, text: str, default: Path | None = None) -> None:
+    """--ds_config, by name or by path."""
+    flag = group.add_argument("--ds_config", type=find_ds_config, metavar="NAME_OR_FILE", default=default, help=text)
+    completing(flag, ds_config_names())
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
@@ -76,13 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     machines = parser.add_argument_group("machines")
     add_cluster_flags(machines)
     how = parser.add_argument_group("how the run fits the machines")
-    ds_config = how.add_argument(
-        "--ds_config",
-        type=find_ds_config,
-        metavar="NAME_OR_FILE",
-        help="plan with this ds_config (default: the best shipped one)",
-    )
-    completing(ds_config, ds_config_names())
+    add_ds_config_flag(how, "plan with this ds_config (default: the best shipped one)")
     mode = "only consider shipped ds_configs with this mode of activation checkpointing (default: all)"
     how.add_argument("--activation_checkpointing", choices=CHECKPOINTING, help=mode)
     how.add_argument("--micro_batch", type=int, metavar="IMAGES", help="images per rank and micro_step (default: the best)")

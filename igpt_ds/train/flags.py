@@ -16,40 +16,18 @@ from typing import Any
 
 from igpt_ds import cli
 from igpt_ds.command_line.parser import Print, completing, switch
-from igpt_ds.config import INITS, RECIPES, ModelConfig, Recipe, get_recipe, override
+from igpt_ds.config import INITS, KNOBS, RECIPES, ModelConfig, Recipe, get_recipe, override
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD
 from igpt_ds.ds_config import SHIPPED, load_ds_config
 from igpt_ds.errors import InputError
-from igpt_ds.plan.command import CLUSTER_FLAGS, add_cluster_flags, read_cluster
+from igpt_ds.plan.command import CLUSTER_FLAGS, add_cluster_flags, add_ds_config_flag, read_cluster
 from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.plan.recipes import recipe_table
-from igpt_ds.plan.shipped import ds_config_names, find_ds_config
+from igpt_ds.plan.shipped import ds_config_names
 from igpt_ds.train import run_dir
 from igpt_ds.train.schedule import shorter_warmup
 
 DS_CONFIG = SHIPPED / "zero3_bf16.json"
-KNOBS = {  # unit and help text
-    "batch_images": ("IMAGES", "images per step, over all ranks"),
-    "steps": ("STEPS", "number of optimizer steps"),
-    "lr": ("RATE", "peak learning rate of Adam"),
-    "warmup_steps": ("STEPS", "steps with a rising learning rate, before the cosine"),
-    "mask_prob": ("PROBABILITY", "probability that bert hides a pixel, between 0 and 1"),
-    "init": (None, "how fresh weights are drawn"),
-    "betas": (("BETA_1", "BETA_2"), "the two decay rates of Adam"),
-    "eps": ("EPSILON", "epsilon of Adam"),
-    "spike_window": ("STEPS", "number of recent normal losses that the spike guard compares with"),
-    "spike_sigmas": ("DEVIATIONS", "standard deviations above their mean at which a loss is an outlier; 0 disables"),
-    "spike_patience": ("STEPS", "outliers in a row that count as a spike"),
-    "clip": ("NORM", "largest gradient norm; 0 disables clipping"),
-    "augment_pad": ("PIXELS", "pixels of reflection padding before a random crop; 0 disables"),
-    "augment_flip": (None, "mirror a random half of the images"),
-    "seed": ("SEED", "random seed for weights, order of images, augmentation and masks"),
-    "n_layer": ("BLOCKS", "number of transformer blocks"),
-    "n_head": ("HEADS", "number of attention heads"),
-    "n_embd": ("CHANNELS", "width of the transformer"),
-    "n_px": ("PIXELS", "width and height of an image in pixels"),
-    "n_vocab": ("COLOURS", "number of palette colours"),
-}
 LEAST = {
     "sequence_parallel": 1,
     "val_images": 1,
@@ -178,14 +156,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """How the run fits the machines, and the machines that --dry_run plans for."""
     group = parser.add_argument_group("machines")
     text = f"DeepSpeed configuration: ZeRO stage, precision, offload; a file, or one of {', '.join(ds_config_names())}"
-    ds_config = group.add_argument(
-        "--ds_config",
-        type=find_ds_config,
-        metavar="NAME_OR_FILE",
-        default=DS_CONFIG,
-        help=f"{text} (default: {DS_CONFIG.stem})",
-    )
-    completing(ds_config, ds_config_names())
+    add_ds_config_flag(group, f"{text} (default: {DS_CONFIG.stem})", DS_CONFIG)
     micro_batch = "images per rank and micro_step (default: the ds_config's, else all of the rank's share of a step)"
     group.add_argument("--micro_batch", type=int, metavar="IMAGES", help=micro_batch)
     parts = "ranks that share each image (default: the ds_config's, else 1)"
