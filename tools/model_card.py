@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.command_line import lazy
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.cards import card_results
 from igpt_ds.evaluate.report.results import read_all
 from igpt_ds.model.card import CARD_FILE, CardFacts, write_card
-from igpt_ds.model.store import MODEL, read_info
-from igpt_ds.train.checkpoint.consolidate import card_facts
 from igpt_ds.train.checkpoint.directory import choose_checkpoint
+
+with lazy.imports():
+    from igpt_ds.model.store import MODEL, read_info
+    from igpt_ds.train.checkpoint.consolidate import card_facts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run_dir", type=Path, help="run that the model is of, for its images and validation loss")
     parser.add_argument("--results", type=Path, nargs="+", default=[], help="results.jsonl files with rows of the model")
     args = parser.parse_args(argv)
+    lazy.load()
     info = read_info(args.model)
     facts = CardFacts() if args.run_dir is None else card_facts(args.run_dir, choose_checkpoint(args.run_dir, info.step).manifest)
     hashes = {info.model_hash} | ({info.class_head.start} if info.class_head else set())
