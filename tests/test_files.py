@@ -24,7 +24,7 @@ from igpt_ds.data.sources.tars import tar_window, walk
 from igpt_ds.errors import error_text
 from igpt_ds.evaluate.features.files import _open_array
 from igpt_ds.evaluate.probes.sgd_state import read_state
-from igpt_ds.evaluate.report.page import _figure
+from igpt_ds.evaluate.report.page import Picture, _figure
 from igpt_ds.files import atomic_dir, atomic_file, check_writable, sha256_file
 from igpt_ds.json_files import json_line, read_json, read_json_lines, refuse_changed, seal, write_json, write_json_lines
 from igpt_ds.model.interchange.hf import _open_tensors
@@ -256,7 +256,7 @@ READERS = {
     "weights": lambda path: _open_tensors(path),
     "tar": lambda path: list(walk_tar(path)),
     "features": lambda path: _open_array(path, np.dtype("<f4"), (1,)),
-    "picture": lambda path: _figure(path, "caption"),
+    "picture": lambda path: _figure(Picture(path, "caption")),
     "image": lambda path: decode_image(path.read_bytes(), str(path)),
 }
 

@@ -93,13 +93,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         shards.print_left_out()
         print_each(shards.keys_of(ids), nats)
     report(args, info, shards, settings, measured, len(ids))
-    if args.images:
-        return
+    if not args.images:
+        print_published(found, failing, size)
+
+
+def print_published(found: likelihood.Likelihood, failing: Sequence[str], size: str | None) -> None:
+    """The measured nats beside OpenAI's, or the first reason why they do not compare."""
     if size:
         published = likelihood.PUBLISHED[size]
-        here = measured.nats_per_token.mean - published
+        here = found.summary.nats_per_token.mean - published
         print(f"published: {published} nats per token for iGPT-{size.upper()} after 1M steps (OpenAI's README); here {here:+.4f}")
-    elif info.objective == "ar":
+    elif found.objective == "ar":
         known = " / ".join(map(str, likelihood.PUBLISHED.values()))
         more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
         print(f"published: {known} nats per token for S / M / L do not apply: {failing[0]}{more}")

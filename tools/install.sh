@@ -63,7 +63,7 @@ install() {
 if [[ $torch ]]; then
   # The version with its build (2.13.0+cpu) is never PyPI's, so an index out of reach is an error and no download of CUDA.
   version=$(sed -nE 's/^torch==([^ ;]+).*/\1/p' requirements.txt)
-  install --no-deps --extra-index-url "$index/$torch" "torch==$version+$torch" ||
+  PIP_EXTRA_INDEX_URL=$index/$torch UV_TORCH_BACKEND=$torch install --no-deps "torch==$version+$torch" ||
     die "TORCH=$torch: PyTorch $version+$torch is not at $index/$torch, or this machine cannot reach it"
 elif [[ ! -e /proc/driver/nvidia && $(uname -sm) == "Linux x86_64" ]]; then
   echo "note: PyPI's PyTorch brings 3 GB of CUDA, and this machine shows no NVIDIA GPU; make TORCH=cpu install leaves CUDA out"

@@ -105,13 +105,13 @@ def switch(group: argparse._ActionsContainer, flag: str, default: bool | None, t
 class Print(argparse.Action):
     """A flag that prints a text and ends the program, as --help does."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, text: Callable[[], str], help: str) -> None:
+    def __init__(self, option_strings: Sequence[str], dest: str, table: Callable[[], str], help: str) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
-        self._text = text
+        self._table = table
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         """Prints."""
-        print(self._text())
+        print(self._table())
         parser.exit()
 
 

@@ -1,8 +1,7 @@
 """The model dir: a trained transformer as three plain files, written by consolidation and read by every offline tool.
 
 config.json holds the shape and what a reader must check; model.safetensors the float32 weights; palette.npy the colours
-that the tokens stand for. After fine-tuning a fourth file, class_head.safetensors, holds the class head; readers of the
-transformer ignore it. README.md is the model card, which no reader needs.
+that the tokens stand for. class_head.safetensors, only after fine-tuning, holds the class head. README.md is the model card.
 """
 
 from __future__ import annotations
@@ -265,8 +264,7 @@ def _load(model: Transformer, files: Iterable[Path], model_dir: Path) -> None:
         weights = {name: weight for path in files for name, weight in _read_file(path).items()}
         model.load_state_dict(weights, strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} does not fit {model_dir / 'config.json'}: {reason}") from None
+        raise InputError(f"{path} does not fit {model_dir / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
 def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:
@@ -281,8 +279,7 @@ def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:
     with torch.device("meta"):
         model = Transformer(info.config, objective=info.objective)
     for name in ("wte.", "wpe", "sos", "ln_f.", "head."):
-        weights = {name + end: weight for end, weight in read_tensors(path, name).items()}
-        model.load_state_dict(weights, strict=False, assign=True)
+        model.load_state_dict({name + end: part for end, part in read_tensors(path, name).items()}, strict=False, assign=True)
     return model.eval(), info
 
 

@@ -75,7 +75,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--list_recipes", action=Print, text=recipe_table, help="print the recipes with time on one H100, and exit")
+    what.add_argument(
+        "--list_recipes", action=Print, table=recipe_table, help="print the recipes with time on one H100, and exit"
+    )
     recipe = what.add_argument("--recipe", metavar="NAME", required=True, help="name of a recipe")
     completing(recipe, RECIPES)
     batch = "images per step; the steps change so that the run sees as many images (default: the recipe's)"

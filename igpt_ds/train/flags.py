@@ -79,7 +79,7 @@ def parse(
 def add_recipe_flags(group: argparse._ArgumentGroup, use: str, config: str) -> argparse._MutuallyExclusiveGroup:
     """--list_recipes, and the required choice of a --recipe or a --config, to which a program may add more choices."""
     text = "print the recipes with their shape, batch, steps and time on one H100, and exit"
-    group.add_argument("--list_recipes", action=Print, text=recipe_table, help=text)
+    group.add_argument("--list_recipes", action=Print, table=recipe_table, help=text)
     what = group.add_mutually_exclusive_group(required=True)
     completing(what.add_argument("--recipe", metavar="NAME", help=f"name of {use}; --list_recipes shows all"), RECIPES)
     what.add_argument("--config", type=Path, metavar="FILE", help=config)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.config import Recipe, get_recipe
+from igpt_ds.config import Recipe, get_recipe, recipe_to_dict
+from igpt_ds.json_files import write_json
 from igpt_ds.paper.budget import machine_flags, trained
-from igpt_ds.paper.scales import SCALES, Training, get_scale
+from igpt_ds.paper.scales import SCALES, Scale, Training, get_scale
 from igpt_ds.paper.stage import Flags, Stage
 from igpt_ds.paper.stages import stages
 from igpt_ds.plan.step_time import GPUS, Cluster
@@ -22,13 +23,16 @@ PARSED = ("tables", "figures", "evaluate", "extract_features", "linear_probe", "
 GPU = GPUS["h200-141g"]  # on which nothing is left out
 
 
+def experiments(scale: str) -> Scale:
+    training = Training(get_recipe("igpt_s_ar_32"), ("--recipe", "igpt_s_ar_32")) if scale == "own" else None
+    return get_scale(scale, None if scale == "tiny" else "data", gpu_bytes=GPU.memory, training=training)
+
+
 def planned(scale: str) -> list[Stage]:
     def machine(recipe: Recipe) -> Flags:
         return machine_flags(trained(recipe, 64, Cluster(GPU)))
 
-    training = Training(get_recipe("igpt_s_ar_32"), ("--recipe", "igpt_s_ar_32")) if scale == "own" else None
-    data = None if scale == "tiny" else "data"
-    return stages(get_scale(scale, data, gpu_bytes=GPU.memory, training=training), Path("out"), machine)
+    return stages(experiments(scale), Path("out"), machine)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -39,7 +43,11 @@ def test_flags_exist(scale: str, flags: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_parsers_take_the_values(scale: str) -> None:
+def test_parsers_take_the_values(scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "recipes").mkdir(parents=True)
+    for system in experiments(scale).systems:
+        write_json(tmp_path / "out" / "recipes" / f"{system.recipe.name}.json", recipe_to_dict(system.recipe))
     tools = {f"tools/{name}.py": runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["parse"] for name in PARSED}
     trainings = {"train.py": train_flags.parse, "finetune.py": finetune_flags.parse}
     seen = set()

@@ -81,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.images is None:
         raise InputError("--images is needed: a folder of JPEGs")
     lazy.load()
-
     with harness.one_core(), tempfile.TemporaryDirectory() as directory:
         world = open_world(args.images, args.quick, Path(directory))
         rows = [row for name in args.only or measures for row in measures[name](world)]
@@ -97,9 +96,6 @@ def open_world(directory: Path, quick: bool, work: Path) -> World:
     pixels = np.concatenate([square(decode_image(data), 64).reshape(-1, 3) for data in files[:100]])
     save_palette(work / "palette.npy", *fit_palette(pixels, N_COLORS))
     return World(files, prepare_table(work / "palette.npy"), quick, work)
-
-
-# --------------------------------------------------------------------------------------------------- measurements
 
 
 def quantise(world: World) -> list[BenchRow]:
@@ -125,8 +121,9 @@ def quantise(world: World) -> list[BenchRow]:
         rate = {name: len(batch) / value for name, value in medians(contenders, world.turns).items()}
         ours = rate.pop("ours")
         bars = {"HF formula": 200.0} if images[0] is batch else {}  # it takes images in batches
-        what = "quantise 32x32"
-        rows += [BenchRow(what, "images/s", ours, value, name, bars.get(name), note=how) for name, value in rate.items()]
+        rows += [
+            BenchRow("quantise 32x32", "images/s", ours, value, name, bars.get(name), note=how) for name, value in rate.items()
+        ]
     built = medians({"table": partial(build_table, world.palette.colors)}, world.turns)["table"]
     return [*rows, BenchRow("table of 256^3 colours", "s", built, 1.0, "a second", 1.0, at_most=True)]
 
@@ -176,9 +173,8 @@ def palette(world: World) -> list[BenchRow]:
 
     seconds = medians({"ours": ours, "sklearn": sklearn}, 1 if world.quick else 3, warm_up=False)
     inertia = {name: _inertia(points, pixels, centres) for name, centres in found.items()}
-    N = len(pixels)
+    N, peer = len(pixels), "sklearn KMeans lloyd, same first centres"
     size = f"{N:,} pixels, k = {N_COLORS}"
-    peer = "sklearn KMeans lloyd, same first centres"
     return [
         BenchRow("palette fit", "pixels/s", N / seconds["ours"], N / seconds["sklearn"], peer, 10.0, note=size),
         BenchRow("palette inertia", "", inertia["ours"], inertia["sklearn"], peer, 1.005, at_most=True),
