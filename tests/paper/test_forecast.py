@@ -66,7 +66,7 @@ def test_a_dry_run_prints_times_and_a_sum_and_writes_nothing(tool: Any, tmp_path
     status, said, _ = tool("paper_plan", *flags, "--", "--recipe", "digits_nano_ar_8", "--dry_run")
     assert status == 0
     assert "to do train-digits_nano_ar_8: pre-training" in said
-    assert said.splitlines()[-1].startswith("to do: 17 stages, about ")
+    assert said.splitlines()[-1].startswith("to do: 18 stages, about ")
     assert "on 2 CPU processes" in said
     assert not (tmp_path / "out").exists()
     status, said, warned = tool(

@@ -227,7 +227,7 @@ def loader(world: World) -> list[BenchRow]:
         n = 4 * n_images // BATCH  # four epochs
         contenders = {
             "ours": (n, partial(read_ours, verified, n)),
-            "ours, unverified": (n // 4, partial(read_first_time, path, n // 4)),
+            "ours, unverified": (n // 4, partial(read_ours, path, n // 4)),
             "np.memmap gather": (n, partial(read_memmap, flat, n)),
             "webdataset .npy": (n // 32, partial(read_webdataset, path, n // 32)),
         }
@@ -252,13 +252,9 @@ def small_jpegs(world: World, n_images: int, n_px: int) -> Path:
     return folder
 
 
-def read_first_time(path: Path, n_batches: int) -> None:
-    """The training loader on unverified shards: each image is checked when it is read."""
-    read_ours(ShardSet(path, "train"), n_batches)
-
-
-def read_ours(shards: ShardSet, n_batches: int) -> None:
-    """The training loader."""
+def read_ours(data: ShardSet | Path, n_batches: int) -> None:
+    """The training loader. On unverified shards, which a path opens, each image is checked when it is read."""
+    shards = ShardSet(data, "train") if isinstance(data, Path) else data
     for batch in islice(Loader(shards, BatchLayout(BATCH, BATCH), with_labels=False).stream(0), n_batches):
         assert batch.tokens.shape == (BATCH, shards.n_px**2)
 
