@@ -88,9 +88,9 @@ def _fit(args: argparse.Namespace) -> None:
     for row in left_out.rows():
         print(f"left out    {row}")
     print(f"pixels      {report.n_pixels} of {counts.n_pixels} clustered, {report.n_unique} different colours")
-    print(f"palette     {len(palette)} colours in {fitted - counted:.1f} s: {args.out}, {report_path(args.out).name}")
     print(f"inertia     {report.inertia:.6g} (model space)   PSNR {report.psnr:.2f} dB")
     print(f"hash        {palette.hash}")
+    print(f"palette     {len(palette)} colours in {fitted - counted:.1f} s: {args.out}, {report_path(args.out).name}")
     how_made = [] if args.crop == "none" else ["--crop", args.crop]
     how_made += [] if args.labels == "use" else ["--labels", args.labels]
     n_px, shards = str(args.n_px or 32), args.out.with_name(f"{args.out.stem}_shards")

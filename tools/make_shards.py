@@ -127,10 +127,10 @@ def print_index(out: Path, index: ShardIndex) -> None:
     for split, about in index.splits.items():
         made = f"{about.n_images} images in {count(len(about.shards), 'shard')}"
         print(f"{split:<11} {made}, dataset hash {about.dataset_hash[:16]}")
-    print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
     print(f"unreadable  {index.n_unreadable} images")
     print_left_out(index.left_out or [])
     print(f"palette     {index.load_palette(out).name.removeprefix('palette ')}")
+    print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
 
 
 def print_left_out(rows: Sequence[LeftOut]) -> None:

@@ -13,8 +13,12 @@
 # at the end. Finished stages are skipped, and an interrupted training continues from its newest checkpoint: the same command
 # finishes the work. Paths are relative to the repository root.
 set -euo pipefail
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+  exit
+fi
 if (($# < 2)); then
-  echo "usage: bash tools/paper.sh SCALE OUT [DATA] [more flags of tools/paper_plan.py]" >&2
+  echo "usage: bash tools/paper.sh SCALE OUT [DATA] [more flags of tools/paper_plan.py]; --help explains" >&2
   exit 2
 fi
 scale=$1 out=$2
@@ -38,6 +42,13 @@ fi
 
 lasted() { # SECONDS: prints a duration
   python -c "from igpt_ds.console import duration; print(duration($1))"
+}
+
+last_line() { # LOG: what the stage said last, a row of training under the names of its columns
+  sed -E '/^(next|or): /d' "$1" | awk '
+    /^ *step +loss/ { columns = $0 "\n" }
+    { last = $0; row = $1 ~ /^[0-9,]+\/[0-9,]+$/ }
+    END { if (NR) print (row ? columns : "") last }'
 }
 
 on_ranks() { # PROGRAM FLAG...: the program on all ranks
@@ -83,7 +94,7 @@ while IFS=$'\x1f' read -r -a fields <&3; do
     echo "paper.sh: error: $name ended with status $status; its output is in $log. The same command continues from there" >&2
     exit "$status"
   fi
-  sed -E '/^(next|or): /d' "$log" | tail -n 1
+  last_line "$log"
   [[ -z $printed ]] || mv "$log" "$printed"
 done 3<<<"$plan"
 echo

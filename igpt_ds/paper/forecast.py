@@ -37,7 +37,7 @@ _FIGURES = {
     "loss": "accuracy against loss (Figure 3)",
     "objectives": "AR beside BERT (Figure 4)",
     "confusion": "which classes are taken for which",
-    "neighbours": "images that the features hold for alike",
+    "neighbours": "the images whose features are most alike",
     "training": "loss against images seen",
 }
 _PROTOCOLS = {

@@ -358,6 +358,13 @@ def test_a_stage_that_fails_says_where_its_output_is(launch: Any, tmp_path: Path
     assert launch(["bash", "tools/paper.sh"]).stderr.startswith("usage: bash tools/paper.sh SCALE OUT [DATA]")
 
 
+def test_paper_sh_explains_itself(launch: Any) -> None:
+    told = launch(["bash", "tools/paper.sh", "--help"])
+    assert told.returncode == 0
+    assert "    bash tools/paper.sh tiny runs/paper_tiny\n" in told.stdout
+    assert "set -euo" not in told.stdout
+
+
 @pytest.mark.slow
 def test_the_full_paper_is_not_submitted_unasked(launch: Any, tmp_path: Path) -> None:
     done = launch(["make", "paper", "SCALE=full", f"DATA={tmp_path}", f"OUT={tmp_path / 'out'}", "SUBMIT="])

@@ -162,7 +162,7 @@ def _images(window: Window, name: str, tally: Tally, labels: bool) -> Iterator[_
         for number, member, _, extension in group:
             if labels and extension == "cls":
                 label = _label(window, member, name)
-            if reason := why_not(member.name):
+            elif reason := why_not(member.name):
                 tally.add(member.name, reason, lost=False)
             else:  # the usual endings first, then those without a dot, as `jpg` before `seg.png`
                 usual = extension.lower().rpartition(".")[2] in _USUAL

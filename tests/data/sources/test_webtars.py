@@ -307,6 +307,12 @@ def test_keys_and_extensions_follow_webdataset(tmp_path, write_tar, everything):
     ]
 
 
+def test_labels_that_are_read_are_not_left_out(tmp_path, write_tar):
+    path = write_tar(tmp_path / "web.tar", {"a.jpg": b"x", "a.cls": b"0"})
+    assert left_out(open_source(f"webdataset:{path}")) == []
+    assert left_out(open_source(f"webdataset:{path}", labels="ignore")) == [(".cls", "not images by name", 1, False)]
+
+
 @pytest.mark.parametrize("pipe", [False, True])
 def test_a_torn_tar_among_others_is_counted(tmp_path, write_tar, everything, pipe):
     members = {f"{name}.jpg": b"x" * 600 for name in "abcd"}
