@@ -17,10 +17,10 @@ from igpt_ds.model.sampling import Filter
 _PRECISIONS = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16"}
 
 
-def directory_path(path: str | os.PathLike[str]) -> Path:
-    """A path of a user, with ~ replaced by the home directory."""
+def directory_path(path: str | os.PathLike[str], name: str = "path", kind: str = "directory") -> Path:
+    """The path that a user gives as the argument `name`, with ~ replaced by the home directory."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise InputError(f"path={path!r} must be the path of a directory")
+        raise InputError(f"{name}={path!r} must be the path of a {kind}")
     return Path(path).expanduser()
 
 

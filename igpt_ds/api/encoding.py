@@ -39,7 +39,7 @@ class Preparation:
         """What a user gives -> int64 [N, T].
 
         Raises:
-            ValueError: there is no image, or an entry is none; the entry is named.
+            ValueError: there is no image, or an entry is not an image; the entry is named.
         """
         if not _is_list(images):
             return self._tokens(images, "images")
@@ -63,7 +63,8 @@ class Preparation:
         if array.shape[-2:] == (self.n_px, self.n_px) and T > 1:
             array = array.reshape(*array.shape[:-2], T)
         if array.ndim not in (1, 2) or array.shape[-1] != T:
-            raise InputError(f"{name} has shape {list(array.shape)}; tokens of this model are [N, {T}]")
+            colours = "" if name == "tokens" else "; colours are uint8 in 0..255 or floats in [0, 1]"
+            raise InputError(f"{name} has shape {list(array.shape)}; tokens of this model are [N, {T}]{colours}")
         array = np.atleast_2d(array).astype(np.int64)
         if not len(array):
             raise InputError(f"{name} is empty; give at least one image")
@@ -79,8 +80,10 @@ class Preparation:
         if isinstance(image, ShardImages):
             return self.checked(image.tokens, name)
         if isinstance(image, str | os.PathLike):
+            if "://" in os.fsdecode(image):
+                raise InputError(f"{name}: {image} is a URL; images are read from disk, download it first")
             path = Path(image).expanduser()
-            return self._of_folder(path) if path.is_dir() else self._encoded([_read(path, name)])
+            return self._of_folder(path) if _is_folder(path) else self._encoded([_read(path, name)])
         if (pixels := picture_pixels(image, name)) is not None:
             return self._encoded([pixels])
         array = _array(image, name)
@@ -104,6 +107,13 @@ def _is_list(images: Any) -> bool:
     if isinstance(images, list | tuple):
         return not isinstance(images, ShardImages)
     return hasattr(images, "__next__")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # the name is too long; reading it says so
+        return False
 
 
 def _read(file: Path, name: str) -> np.ndarray:

@@ -81,7 +81,7 @@ class Model:
                 Whole numbers of another type than uint8, [T] or [N, T], are tokens already.
 
         Raises:
-            InputError: there is no image, or an entry is none.
+            InputError: there is no image, or an entry is not an image.
         """
         return self._prepared.tokens(images)
 
@@ -181,6 +181,7 @@ class Model:
         Args:
             keep: the part of the rows that is kept, between 0 and 1.
             n: completions of each image.
+            temperature: divides the logits.
         """
         n_px = self.config.n_px
         whole("n", n, 1)

@@ -16,7 +16,7 @@ from igpt_ds.evaluate.probes.saved import SavedProbe, load_probe
 from igpt_ds.evaluate.probes.variants import vote
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """The classes of N images.
 
@@ -37,6 +37,10 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        first = ", ".join(self.names[:8]) + (", ..." if len(self) > 8 else "")
+        return f"<igpt_ds.Prediction of {len(self)} images, {len(self.classes)} classes: {first}>"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ def class_head(found: FoundModel) -> LinearHead:
     """
     head, weight = found.info.class_head, found.class_head
     if head is None or weight is None:
-        raise InputError(f"{found.path} has no class head; fine-tune the model with finetune.py, or load a fine-tuned one")
+        raise InputError(
+            f"{found.path} has no class head; load a model of finetune.py, or give probe=FILE of tools/linear_probe.py"
+        )
     if head.loss == "gen":
         raise InputError(f"{found.path} was fine-tuned with --loss gen, which trains no class head; fine-tune with joint or clf")
     return LinearHead(head.layer, "normed", weight, torch.zeros(len(weight)), list(head.classes))
@@ -81,7 +87,7 @@ def opened_probe(found: FoundModel, dtype: str, path: str | os.PathLike[str]) ->
     Raises:
         ValueError: it was fitted on another model or on features of another dtype, or it is damaged.
     """
-    file = directory_path(path)
+    file = directory_path(path, "probe", "file")
     probe = load_probe(file)
     probe.check_model(found.info.model_hash, found.info.palette_hash, found.path, file)
     if probe.about.precision != dtype:

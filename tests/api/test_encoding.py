@@ -101,6 +101,8 @@ def test_grey_and_transparent_arrays(model, photo):
 WRONG = {
     "an empty list": ([], r"images is empty; give at least one image"),
     "a file that is missing": ("nowhere.png", r"images: nowhere.png: No such file"),
+    "a path that is too long": ("x" * 5000, r"images: x+: File name too long"),
+    "a URL": ("https://host/cat.png", r"https://host/cat.png is a URL; .*download it first"),
     "a folder of code": (str(Path(__file__).parent), r"holds no image that can be read"),
     "no image": (__file__, r"test_encoding.py cannot be read as an image"),
     "None": (None, r"images is of type NoneType; give a path"),
@@ -119,7 +121,10 @@ WRONG = {
     "many grey images": (np.zeros((6, 9, 7), np.uint8), r"shape \[6, 9, 7\]"),
     "no pixels": (np.zeros((0, 4, 4, 3), np.uint8), r"shape \[0, 4, 4, 3\]"),
     "one dimension": (np.zeros(5, np.uint8), r"shape \[5\]"),
-    "tokens of another size": (np.zeros((3, 9), dtype=np.int64), r"shape \[3, 9\]; tokens of this model are \[N, 16\]"),
+    "tokens of another size": (
+        np.zeros((3, 9), dtype=np.int64),
+        r"shape \[3, 9\]; tokens of this model are \[N, 16\]; colours are uint8",
+    ),
     "tokens of another palette": (np.full((3, 16), 8), r"holds 8; tokens of this model are 0..7"),
     "no tokens": (np.zeros((0, 16), dtype=np.int64), r"images is empty"),
 }

@@ -130,6 +130,8 @@ def test_a_saved_probe_predicts_as_the_tool_does(tool, tmp_path, model_dir, mode
     rows = json.loads(printed)["images"]
     assert [row["class"] for row in rows] == found.names
     assert (len(found), found.classes) == (48, ["blue", "green", "red"])
+    assert repr(found).startswith(f"<igpt_ds.Prediction of 48 images, 3 classes: {found.names[0]}, ")
+    assert found != model.predict(tiny_images, probe=probe)
     np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-6)
     with pytest.raises(igpt_ds.InputError, match="fitted on features in fp32; load the model with dtype='fp32'"):
         igpt_ds.load(model_dir, dtype="bf16").predict(val, probe=probe)
@@ -233,7 +235,8 @@ WRONG = {
     "tokens that are a word": (lambda m, i: m.decode("x"), r"tokens is of type str; give an array of tokens"),
     "top_k": (lambda m, i: m.sample(1, top_k=9), r"top_k=9 .*8"),
     "seed": (lambda m, i: m.sample(1, seed=None), r"seed=None"),
-    "no class head": (lambda m, i: m.predict(i), r"has no class head; .*finetune.py"),
+    "no class head": (lambda m, i: m.predict(i), r"has no class head; .*finetune.py, or give probe=FILE"),
+    "a probe that is no path": (lambda m, i: m.predict(i, probe=5), r"probe=5 must be the path of a file"),
     "tokens of another palette": (lambda m, i: m.decode(np.full((1, 16), 8)), r"tokens holds 8; .*0\.\.7"),
     "tokens of another size": (lambda m, i: m.decode(np.zeros((1, 9), dtype=int)), r"shape \[1, 9\]; .*\[N, 16\]"),
     "tokens that are none": (lambda m, i: m.decode(np.zeros((1, 16))), r"holds float64; tokens are whole numbers"),

@@ -239,7 +239,7 @@ class FeatureSet:
         if kind not in self.kinds:
             raise InputError(f"kind {kind!r} does not exist; the features hold {', '.join(self.kinds)}, in {self.path}")
         if layer not in self.layers:
-            raise InputError(f"layer {layer} does not exist; the features hold layers {span(self.layers)}, in {self.path}")
+            raise InputError(f"layer {layer!r} does not exist; the features hold layers {span(self.layers)}, in {self.path}")
         if not 0 <= mask < max(1, self.mask_draws):
             raise InputError(f"mask {mask} does not exist; split {self.split!r} of {self.path} has {self.mask_draws} mask draws")
         return _file(self.split, (layer, kind, mask if self.mask_draws else None))
