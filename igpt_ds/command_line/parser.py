@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(prog=program(), description=description, formatter_class=Formatter, allow_abbrev=False)
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's has no exponent
+        self._negative_number_matcher = re.compile(r"^-(inf|(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)$")  # argparse's has no exponent
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The values of the flags. An unknown flag is reported before a missing one, which may be the same misspelt."""
@@ -45,6 +45,9 @@ class Parser(argparse.ArgumentParser):
             import argcomplete
 
             argcomplete.autocomplete(self)
+        if {"-h", "--help"} & set(_before_dashes(words)):  # whatever else is wrong
+            self.print_help()
+            self.exit()
         self._refuse_unknown(words)
         found, more = self.parse_known_args(words, namespace)
         if more:
@@ -53,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         known = self._option_string_actions
-        flags = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
+        flags = [word.partition("=")[0] for word in _before_dashes(words)]
         unknown = [flag for flag in dict.fromkeys(flags) if flag not in known and _is_flag(flag)]
         if unknown:
             long = [flag for flag in known if flag.startswith("--")]
@@ -71,6 +74,8 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         kind = self._registry_get("type", action.type, action.type)
         flag = _name(action)
+        if kind is Path and not arg_string:  # would be the current directory; a variable of the shell may be unset
+            raise InputError(f"{flag} '' is empty; name a file or a directory")
         try:
             value = kind(arg_string)
         except (argparse.ArgumentTypeError, InputError) as error:
@@ -127,6 +132,10 @@ def completing(action: argparse.Action, words: Iterable[str]) -> None:
     """A shell completes the values of a flag from these words, which are no choices: other values may follow."""
     known = list(words)
     action.completer = lambda **_: known  # type: ignore[attr-defined]  # of argcomplete
+
+
+def _before_dashes(words: Sequence[str]) -> Sequence[str]:
+    return words[: words.index("--") if "--" in words else None]
 
 
 def _is_flag(word: str) -> bool:

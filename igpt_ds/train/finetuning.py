@@ -86,7 +86,7 @@ def starting_point(args: argparse.Namespace) -> ModelInfo:
     """
     if args.model is not None:
         return read_info(args.model)
-    recipe = get_recipe(args.recipe) if args.recipe else read_recipe(args.config)
+    recipe = get_recipe(args.recipe) if args.recipe is not None else read_recipe(args.config)
     return ModelInfo(recipe.model, recipe.objective, "", 0, 0, "", recipe.mask_prob, recipe.init)
 
 

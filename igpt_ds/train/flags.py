@@ -268,4 +268,4 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 
 def named_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe of --recipe or --config, unchanged."""
-    return get_recipe(args.recipe) if args.recipe else run_dir.read_recipe(args.config)
+    return get_recipe(args.recipe) if args.recipe is not None else run_dir.read_recipe(args.config)

@@ -45,6 +45,7 @@ def parser():
         ),
         (["--run_dir", "x", "--lr"], r"^--lr needs a value \("),
         (["--run_dir", "x", "--ids"], r"^--ids needs at least a value \("),
+        (["--run_dir", ""], r"^--run_dir '' is empty; name "),
         (["--run_dir", "x", "igpt_s"], r"^unexpected 'igpt_s': no flag takes it \("),
     ],
 )
@@ -54,7 +55,20 @@ def test_a_mistake_is_one_line(parser, words, line):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("words", [["--nonsense", "-h"], ["--lr", "fast", "--help"], ["--steps", "--help"], ["x", "-h", "y"]])
+def test_help_is_printed_whatever_else_is_wrong(parser, words, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parser.parse_args(words)
+    assert "--batch_images" in capsys.readouterr().out
+
+
+def test_words_after_two_dashes_ask_for_no_help(parser):
+    with pytest.raises(InputError, match=r"unexpected .*'--help'"):
+        parser.parse_args(["--run_dir", "x", "--", "--help"])
+
+
 def test_values_may_look_like_flags(parser):
+    assert parser.parse_args(["--run_dir", "x", "--lr", "-inf"]).lr == float("-inf")
     assert parser.parse_args(["--run_dir", "x", "--lr", "-1e-3", "--ids", "-4", "5"]).ids == [-4, 5]
 
 

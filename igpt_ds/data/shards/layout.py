@@ -35,6 +35,7 @@ from igpt_ds.sealed import Format
 PLAN = Format("igpt_ds.plan", "plan", "remove its directory and begin again", version=1, sealed=1, oldest=1)
 IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
 _READ_AT_ONCE = 1024  # images whose files are hashed together
+_FRACTIONS = {"train": ("val_fraction", "test_fraction"), "val": ("val_fraction",), "test": ("test_fraction",)}
 MAX_PX = 1024  # a million tokens per image; the paper's largest images have 4,096
 
 
@@ -225,15 +226,16 @@ def _new_file(directory: Path, split: str, number: int) -> IO[str]:
 
 
 def _check_counts(counts: dict[str, int], source: Source, settings: ShardSettings) -> None:
-    n_images = counts["train"] + counts["val"]
-    if not n_images:
+    drawn = sum(counts.values()) if settings.test_fraction else counts["train"] + counts["val"]
+    if not drawn:
         raise InputError(f"source {source.name} holds no training images")
     wanted = {"train": 1.0, "val": settings.val_fraction, "test": settings.test_fraction}
     for split in (split for split, fraction in wanted.items() if fraction):
         if not counts[split]:
-            fractions = {"test_fraction": settings.test_fraction} if split == "test" else {"val_fraction": settings.val_fraction}
-            fix = f"change {' or '.join(f'{name}={value}' for name, value in fractions.items())} or the seed"
-            raise InputError(f"none of the {n_images} images of {source.name} falls to {split}; {fix}")
+            of = [f"{name}={value}" for name in _FRACTIONS[split] if (value := getattr(settings, name))]
+            equal = "; equal files are in one split" if settings.test_fraction else ""
+            fix = f"change {' or '.join(of)} or the seed{equal}"
+            raise InputError(f"none of the {drawn} images of {source.name} falls to {split}; {fix}")
     for split, count in counts.items():
         if count * settings.crop_spec(split).views >= MAX_IMAGES:
             raise InputError(f"{split} would have {count} images x {settings.views} views; at most {MAX_IMAGES - 1}")

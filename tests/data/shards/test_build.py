@@ -382,6 +382,16 @@ def test_equal_files_are_in_one_split(tmp_path, folder, palette8):
     assert (split == "test") == (found["cat/0.png"] == "test"), "the name does not choose"
 
 
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_test_split_of_equal_files_names_its_fractions(tmp_path, palette8, folder, seed):
+    raw = folder({"cat": 1})
+    for number in range(4):
+        shutil.copy(raw / "cat" / "0.png", raw / "cat" / f"copy{number}.png")
+    chosen = ShardOptions(4, val_fraction=0, test_fraction=0.5, seed=seed)
+    with pytest.raises(ValueError, match=r"none of the 5 images of .*change test_fraction=0.5 or the seed; equal files are in"):
+        write_dataset(tmp_path / "out", open_source(f"imagefolder:{raw}"), palette8, chosen)
+
+
 def test_splits_that_the_source_has_are_not_drawn(tmp_path, memory, palette8, folder):
     with pytest.raises(ValueError, match=r"memory: has test images of its own, such as image40; leave out --test_fraction 0.2"):
         write_dataset(tmp_path / "out", memory(60, n_test=20), palette8, ShardOptions(4, test_fraction=0.2))
