@@ -101,7 +101,7 @@ def card(name: str, config: Mapping[str, Any], facts: CardFacts) -> str:
 
 
 def _front_matter(name: str, config: Mapping[str, Any], facts: CardFacts) -> list[str]:
-    """The YAML block. JSON strings are YAML strings."""
+    """The YAML block. Texts are quoted."""
     head, datasets = config.get("class_head"), sorted({*filter(None, [facts.dataset]), *(one.dataset for one in facts.results)})
     task = "image-classification" if head else "unconditional-image-generation" if config["objective"] == "ar" else None
     lines = ["---", "license: apache-2.0", "library_name: igpt_ds", *([f"pipeline_tag: {task}"] if task else [])]
@@ -117,7 +117,7 @@ def _front_matter(name: str, config: Mapping[str, Any], facts: CardFacts) -> lis
         lines += [
             "    dataset:",
             *(f"      {key}: {_quoted(one.dataset)}" for key in ("name", "type")),
-            f"      split: {one.split}",
+            f"      split: {_quoted(one.split)}",
         ]
         lines += ["    metrics:", f"    - type: {one.metric.replace(' ', '_')}", f"      value: {one.value:.4f}"]
         lines += [f"      name: {_quoted(one.details)}"]
@@ -161,8 +161,12 @@ def _results(results: Sequence[CardResult]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of YAML in double quotes. Bytes of file names that are no UTF-8 are shown as escapes."""
-    return json.dumps(text.encode("utf-8", "backslashreplace").decode())
+    """A string of YAML in double quotes. Bytes of file names that are no UTF-8 are shown as escapes.
+
+    JSON writes a character beyond U+FFFF as two, which YAML does not join.
+    """
+    quoted = json.dumps(text.encode("utf-8", "backslashreplace").decode(), ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in quoted)
 
 
 def _text(text: str) -> str:

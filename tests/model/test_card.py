@@ -13,7 +13,17 @@ from huggingface_hub import ModelCard
 from igpt_ds.model.card import CARD_FILE, CardFacts, CardResult, write_card
 from igpt_ds.model.store import MODEL, fresh_model, load_model, read_info, save_model
 
-NAMES = ["photos", 'a: "b" |c\n- d', "größe 写真", os.fsdecode(b"\xff"), "# [x](y) <b>", "yes", "1", "--- "]
+NAMES = [
+    "photos",
+    'a: "b" |c\n- d',
+    "größe 写真",
+    os.fsdecode(b"\xff"),
+    "# [x](y) <b>",
+    "yes",
+    "1",
+    "--- ",
+    "\U0001f600 \x7f\x85\u2028\ufffe",
+]
 
 
 @pytest.fixture
@@ -49,7 +59,7 @@ def test_no_reader_needs_the_card(model_dir):
 def test_names_and_numbers_come_back(name, model_dir, tmp_path):
     before = read_info(model_dir)
     results = (
-        CardResult("linear probe", name, "test", "accuracy", 61.25, "layer 3, normed"),
+        CardResult("linear probe", name, name, "accuracy", 61.25, "layer 3, normed"),
         CardResult("likelihood", name, "val", "nats per token", 2.125, "step 7"),
     )
     facts = CardFacts(name, 1234, 2.5, 7, results)
@@ -61,7 +71,7 @@ def test_names_and_numbers_come_back(name, model_dir, tmp_path):
     assert front["metrics"] == ["accuracy", "nats_per_token"]
     found = ModelCard.load(model_dir / CARD_FILE).data.eval_results
     assert [(one.dataset_name, one.dataset_split, one.metric_type, one.metric_value) for one in found] == [
-        (shown, "test", "accuracy", 61.25),
+        (shown, shown, "accuracy", 61.25),
         (shown, "val", "nats_per_token", 2.125),
     ]
     body = text.split("\n---\n", 1)[1].splitlines()

@@ -197,7 +197,7 @@ def load_probe(path: Path) -> SavedProbe:
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{where} is not a safetensors file: {' '.join(str(error).split())}; {PROBE.fix}") from None
     header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")].decode(), where, PROBE.fix)
-    metadata = header.get("__metadata__", {})
+    metadata = header.get("__metadata__") or {}
     if _KEY not in metadata:
         raise InputError(f"{where} is another safetensors file: its metadata has no {_KEY!r}; {PROBE.fix}")
     about = record_from(ProbeAbout, PROBE.opened(parse_json(metadata[_KEY], where, PROBE.fix), where), where, PROBE.fix)
