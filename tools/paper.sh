@@ -94,8 +94,12 @@ while IFS=$'\x1f' read -r -a fields <&3; do
     echo "paper.sh: error: $name ended with status $status; its output is in $log. The same command continues from there" >&2
     exit "$status"
   fi
-  last_line "$log"
-  [[ -z $printed ]] || mv "$log" "$printed"
+  if [[ -z $printed ]]; then
+    last_line "$log"
+  else
+    mv "$log" "$printed"
+    echo "$printed"
+  fi
 done 3<<<"$plan"
 echo
 for left in tables.md figures report.html card.md; do
