@@ -37,7 +37,7 @@ th { background: #f4f4f4 }
 tr.ours td { background: #eef5fb; font-weight: 600 } figure { margin: 1.4rem 0 2rem; overflow-x: auto }
 figcaption { color: #444; font-size: .95rem; position: sticky; left: 0 }
 img { border: 1px solid #eee; display: block; margin-bottom: .4rem }
-img.curve { width: 100%; min-width: 34rem } img.pixels { image-rendering: pixelated }
+img.curve { width: 100%; min-width: 34rem; box-sizing: border-box } img.pixels { image-rendering: pixelated }
 @media (min-width: 56rem) { img.pixels { max-width: 100% } }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; line-height: 1.35 }
 """
