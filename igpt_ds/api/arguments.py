@@ -19,7 +19,7 @@ _PRECISIONS = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "b
 
 def directory_path(path: str | os.PathLike[str], name: str = "path", kind: str = "directory") -> Path:
     """The path that a user gives as the argument `name`, with ~ replaced by the home directory."""
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
         raise InputError(f"{name}={path!r} must be the path of a {kind}")
     return Path(path).expanduser()
 

@@ -22,6 +22,8 @@ PathLike = str | os.PathLike[str]
 
 def _choose(split: str | None, splits: Sequence[str]) -> str:
     """ "train", or the first split of a directory without it."""
+    if not isinstance(split, str | None):
+        raise InputError(f"split={split!r} must be the name of a split: {', '.join(splits)}")
     return split or ("train" if "train" in splits else splits[0])
 
 

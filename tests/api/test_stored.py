@@ -65,6 +65,8 @@ def test_what_cannot_be_opened_is_named(features_dir, tiny_dataset, tmp_path):
         (igpt_ds.open_features, (tiny_dataset,), "is no feature directory"),
         (igpt_ds.open_features, (tmp_path / "none",), "none is no feature directory"),
         (igpt_ds.open_features, (features_dir, "test"), "has no split 'test'; it has train, val"),
+        (igpt_ds.open_shards, (tiny_dataset, 3), "split=3 must be the name of a split: train, val"),
+        (igpt_ds.open_shards, ("a\0b",), "must be the path of a directory"),
         (igpt_ds.open_shards, (features_dir,), "is no shard directory"),
         (igpt_ds.open_shards, (tiny_dataset, "test"), "has no split 'test'; it has train, val"),
     ]

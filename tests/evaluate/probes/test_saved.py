@@ -107,7 +107,7 @@ def test_another_model_is_refused(file: Path) -> None:
             loaded.check_model(model_hash, palette_hash, Path("models/s"), file)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "model", "tensor", "shape", "dtype", "directory"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "model", "tensor", "shape", "dtype", "directory", "null"])
 def test_other_files_are_one_line(kind: str, file: Path, model_dir: Path) -> None:
     content, good = file.read_bytes(), load_probe(file)
     if kind in ("missing", "directory"):
@@ -126,6 +126,9 @@ def test_other_files_are_one_line(kind: str, file: Path, model_dir: Path) -> Non
         file.write_bytes(damaged[kind])
     if kind == "dtype":
         save_file({"weights": torch.from_numpy(good.weights).float()}, file, {"igpt_ds": "{}"})
+    if kind == "null":
+        header = b'{"__metadata__":null}'
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ValueError, match=str(file)) as found:
         load_probe(file)
     assert "\n" not in str(found.value)
