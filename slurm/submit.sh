@@ -75,7 +75,7 @@ in_use() { # RUN_DIR: prints "JOB (STATE)" of the job in the queue that uses the
   local job state jobs
   mapfile -t jobs < <(cat "$1/submitted" "$1/owner" 2>/dev/null | grep -oE '^[0-9]+' | sort -u)
   for job in "${jobs[@]}"; do
-    state=$(squeue -h -j "$job" -o '%A %T' 2>/dev/null | awk -v job="$job" '$1 == job && $2 != "COMPLETING" {print $2; exit}') || true
+    state=$(timeout 20 squeue -h -j "$job" -o '%A %T' 2>/dev/null | awk -v job="$job" '$1 == job && $2 != "COMPLETING" {print $2; exit}') || true
     [[ -z $state ]] || { echo "$job ($state)" && return; }
   done
   return 1

@@ -72,7 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.stage in ("all", "merge"):
         index = merge_shards(args.out, args.name or dataset_name(args.source), args.max_bad)
         print_index(args.out, index)
-        print(next_command("deepspeed", "train.py", *train_flags(index), "--data", args.out, "--run_dir", f"{args.out}_run"))
+        launch = (
+            ["deepspeed", "train.py"] if has_gpu() else ["deepspeed", "--num_gpus", "2", "train.py", "--ds_config", "zero3_fp32"]
+        )
+        print(next_command(*launch, *train_flags(index), "--data", args.out, "--run_dir", f"{args.out}_run"))
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU of NVIDIA or AMD."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 
 
 def train_flags(index: ShardIndex) -> list[str]:

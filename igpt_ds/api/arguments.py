@@ -41,7 +41,7 @@ def pixel_filter(temperature: Any, top_k: Any = None, top_p: Any = None) -> Filt
 def whole(name: str, value: Any, least: int) -> int:
     """A whole number of at least `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) < 2**63:
-        raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
+        raise InputError(f"{name}={value!r} must be a whole number of at least {least}, below 2^63")
     return int(value)
 
 

@@ -37,7 +37,6 @@ from igpt_ds.data.shards.layout import (
     ShardOptions,
     ShardPlan,
     ShardSettings,
-    chunks,
     make_plan,
 )
 from igpt_ds.data.shards.merge import (
@@ -56,6 +55,7 @@ from igpt_ds.data.shards.merge import (
 from igpt_ds.data.shards.record import pack
 from igpt_ds.data.shards.tar_writer import shard_file
 from igpt_ds.data.sources import Source
+from igpt_ds.data.sources.copies import chunks
 from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_dir, reserved, sha256_file
 from igpt_ds.keys import write_keys

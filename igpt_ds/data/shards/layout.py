@@ -13,11 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
@@ -27,6 +25,7 @@ from igpt_ds.data.shards.encode import CropSpec
 from igpt_ds.data.shards.index import SPLITS
 from igpt_ds.data.shards.record import MAX_IMAGES
 from igpt_ds.data.sources import Entry, Source
+from igpt_ds.data.sources.copies import hashed
 from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.schema import record_from
@@ -34,7 +33,6 @@ from igpt_ds.sealed import Format
 
 PLAN = Format("igpt_ds.plan", "plan", "remove its directory and begin again", version=1, sealed=1, oldest=1)
 IMAGES_PER_SHARD = 16384  # 64 MiB of 32x32 images, 160 MiB of 64x64
-_READ_AT_ONCE = 1024  # images whose files are hashed together
 _FRACTIONS = {"train": ("val_fraction", "test_fraction"), "val": ("val_fraction",), "test": ("test_fraction",)}
 MAX_PX = 1024  # a million tokens per image; the paper's largest images have 4,096
 
@@ -186,10 +184,7 @@ def _identified(source: Source, by_content: bool) -> Iterator[tuple[Entry, str]]
     if not by_content:
         yield from ((entry, entry.key) for entry in source.entries())
         return
-    for some in chunks(source.entries(), _READ_AT_ONCE):
-        for entry, raw in zip(some, source.read(some), strict=True):
-            content = raw.tobytes() if isinstance(raw, np.ndarray) else raw
-            yield entry, hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else entry.key
+    yield from ((entry, digest or entry.key) for entry, digest in hashed(source.entries(), source.read))
 
 
 def make_plan(path: Path, source: Source, settings: ShardSettings, max_bad: float = 1) -> None:
@@ -292,9 +287,3 @@ class ShardPlan:
         """The settings that differ from those of this plan, each in words."""
         old, new = asdict(self.settings), asdict(settings)
         return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if old[name] != new[name]]
-
-
-def chunks(entries: Iterator[Entry], size: int) -> Iterator[list[Entry]]:
-    """Entries in lists of `size`, the last one shorter."""
-    while chunk := list(islice(entries, size)):
-        yield chunk

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from igpt_ds.data.left_out import DEEP, EMPTY_CLASS, LOOSE, Tally
+from igpt_ds.data.left_out import COPY, DEEP, EMPTY_CLASS, LOOSE, Tally
 from igpt_ds.data.sources.base import (
     UNLABELLED,
     VAL_FRACTION,
@@ -24,6 +24,7 @@ from igpt_ds.data.sources.base import (
     visible_folders,
     walk_images,
 )
+from igpt_ds.data.sources.copies import without_copies
 from igpt_ds.data.sources.places import read_places
 from igpt_ds.errors import InputError
 
@@ -62,7 +63,12 @@ class ImageFolder:
                 raise InputError(f"{directory}/{name} {lacks}; remove or rename it")
 
     def entries(self) -> Iterator[Entry]:
-        """Images class by class. Memory holds the names of one class folder."""
+        """Images class by class. A copy of an image of another split is left out. Memory holds the names of one class folder."""
+        if len(self._splits) > 1:
+            return without_copies(self._all, self.read, lambda key: self.left_out.add(key, COPY, lost=False))
+        return self._all()
+
+    def _all(self) -> Iterator[Entry]:
         self.left_out = Tally()
         if not self._divided:
             yield from self._entries("train", "")

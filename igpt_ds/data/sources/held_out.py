@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from igpt_ds.data.left_out import Tally
+from igpt_ds.data.left_out import COPY, Tally
 from igpt_ds.data.sources.base import Entry, Result, Source
+from igpt_ds.data.sources.copies import without_copies
 from igpt_ds.errors import InputError
 
 
@@ -30,7 +31,12 @@ class WithTest:
             raise InputError(f"{test.name} has the class {min(extra)!r}, which {train.name} lacks; {fix}")
 
     def entries(self) -> Iterator[Entry]:
-        """Those of both, the test images last."""
+        """Those of both, the test images last. A copy of a test image is left out."""
+        copies = Tally()
+        yield from without_copies(self._all, self.read, lambda key: copies.add(key, COPY, lost=False))
+        self.left_out = Tally([*self._train.left_out.rows(), *self._test.left_out.rows(), *copies.rows()])
+
+    def _all(self) -> Iterator[Entry]:
         for entry in self._train.entries():
             if entry.split == "test":
                 raise InputError(f"{self._train.name} has test images of its own, such as {entry.key}; leave out ',test='")
@@ -38,7 +44,6 @@ class WithTest:
         labels = [self.classes.index(name) for name in self._test.classes]
         for entry in self._test.entries():
             yield entry._replace(split="test", key=f"test/{entry.key}", label=labels[entry.label])
-        self.left_out = Tally([*self._train.left_out.rows(), *self._test.left_out.rows()])
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Result]:
         """Each entry from its source."""

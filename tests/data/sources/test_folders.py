@@ -54,7 +54,7 @@ def test_validation_images_of_their_own(tree, val):
 
 
 def test_splits_without_classes(tree):
-    source = open_source(f"imagefolder:{tree('raw', dict.fromkeys(['train/0.jpg', 'val/1.jpg', 'test/2.jpg'], b'x'))}")
+    source = open_source(f"imagefolder:{tree('raw', {'train/0.jpg': b'1', 'val/1.jpg': b'2', 'test/2.jpg': b'3'})}")
     assert source.classes == ["unlabelled"]
     assert [(entry.split, entry.key) for entry in source.entries()] == [
         ("train", "train/0.jpg"),
