@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Tab completion of flags and values in bash, for `python train.py`, `deepspeed --num_gpus 2 train.py`, `python -m igpt_ds.plan`:
 #
 #     source tools/completion.sh

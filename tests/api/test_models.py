@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import igpt_ds
+from igpt_ds.data.grids import Texts, _Layout
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.classification import predict
 from igpt_ds.evaluate.features.files import open_features
@@ -76,10 +77,13 @@ def test_nats_of_a_bert_model_are_those_of_masked_tokens(bert_dir, tiny_dataset,
     np.testing.assert_array_equal(igpt_ds.load(bert_dir).nats(val, mask_draws=3, seed=4, batch=32), expected)
 
 
-def _tiles(path: Path, rows: int, columns: int) -> np.ndarray:
-    """The 4x4 images of a grid that tools/sample.py wrote at scale 1, bars of one pixel between them."""
+def _tiles(path: Path) -> np.ndarray:
+    """The 4x4 images of the three columns that tools/sample.py wrote at scale 1."""
+    labels = ["sample", "sample", "original", "given: 2 of 4 rows", "completion 1", "completion 2"]
+    captions = ["below" if label == "original" else "" for label in labels for _ in range(3)]
+    corners = _Layout((len(captions), 4, 4, 3), 3, 1, Texts(captions, labels)).corners
     grid = np.asarray(Image.open(path).convert("RGB"))
-    return np.array([[grid[1 + 5 * r : 5 + 5 * r, 1 + 5 * c : 5 + 5 * c] for c in range(columns)] for r in range(rows)])
+    return np.array([grid[top : top + 4, left : left + 4] for top, left in corners]).reshape(len(labels), 3, 4, 4, 3)
 
 
 def test_samples_and_completions_are_those_of_the_tool(tool, tmp_path, tiny_dataset, model_dir, model, val):
@@ -87,7 +91,7 @@ def test_samples_and_completions_are_those_of_the_tool(tool, tmp_path, tiny_data
     asked = ["--model", model_dir, "--data", tiny_dataset, "--ids", 0, 3, 5, "--rows", 2, "--columns", 3, "--completions", 2]
     status, _, stderr = tool("sample", *asked, "--scale", 1, "--seed", 9, "--out", out, "--device", "cpu")
     assert status == 0, stderr
-    tiles = _tiles(out, 6, 3)
+    tiles = _tiles(out)
     drawn = model.sample(6, seed=9, batch=4)
     assert (drawn.shape, drawn.dtype) == ((6, 4, 4, 3), np.uint8)
     np.testing.assert_array_equal(drawn, tiles[:2].reshape(6, 4, 4, 3))
