@@ -117,7 +117,7 @@ def test_submit_says_what_is_missing(slurm: Any, settings: Path, tmp_path: Path)
     assert "usage: bash slurm/submit.sh" in slurm.run(*command, status=2, IGPT_DS_CLUSTER=str(settings))
 
 
-def test_a_range_of_nodes_is_what_sbatch_gets(slurm: Any, submit: Submit) -> None:
+def test_a_range_of_nodes_is_what_sbatch_gets(slurm: Any, submit: Submit, tmp_path: Path) -> None:
     for option in ("--nodes=1-2", "-N1-2"):
-        (job,) = submit("--hold", option, "pretrain", "--run_dir=unused")
+        (job,) = submit("--hold", option, "pretrain", f"--run_dir={tmp_path / option}")
         assert slurm.facts(job)["NumNodes"] == "1-2"

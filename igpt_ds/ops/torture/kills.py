@@ -107,7 +107,7 @@ def _fit_palette(here: Path) -> tuple[object, ...]:
 
 
 def _sgd_probe(here: Path) -> tuple[object, ...]:
-    few = ("--layers", 1, "--steps", 20, "--save_every", 5, "--rates", 0.1)
+    few = ("--layers", 1, "--steps", 20, "--batch_images", 16, "--save_every", 5, "--rates", 0.1)
     return ("sgd_probe", "--features", here / "features", *few, "--out", here / "out.jsonl")
 
 
