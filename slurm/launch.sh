@@ -149,7 +149,8 @@ check_nodes() { # PROGRAM WORD...: checks every node before the ranks start; set
 
 pass_on() { # sends USR1 to all ranks every second until they end, since a rank may not listen yet
   [[ -n $step ]] || return 0
-  (while kill -USR1 "$step" 2>/dev/null; do sleep 1; done) &
+  # In its first moments a task would die of the signal, for it ignores USR1 only once its shell runs.
+  (while kill -0 "$step" 2>/dev/null; do ((SECONDS - begun < 3)) || kill -USR1 "$step" 2>/dev/null; sleep 1; done) &
 }
 
 follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `status`, and `bad` to the nodes where a rank was killed
@@ -161,7 +162,7 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
   fi
   # srun passes USR1 to the ranks. At TERM it would kill all ranks, so it runs in its own session, which TERM does not reach.
   (trap '' USR1 && exec setsid "${srun[@]}" bash -c "trap '' USR1; $script" bash "$@") 2> >(tee "$errors" >&2) &
-  step=$!
+  step=$! begun=$SECONDS
   ((usr1 == 0)) || pass_on
   while :; do # a signal ends `wait`, not the step
     wait "$step"
