@@ -232,7 +232,11 @@ def test_the_palette_of_the_model_dir_is_checked(tool, make_speaking, tmp_path):
         ("evaluate", ["--model", "OTHER", "--data", "SHARDS"], "palette 000000000000, "),
         ("evaluate", ["--data", "SHARDS", "--mask_prob", 0.5], "--mask_prob is for BERT models, and "),
         ("evaluate", ["--data", "SHARDS", "--seed", 1], "was trained with objective 'ar'; omit it"),
-        ("evaluate", ["--model", "STRANGE", "--data", "SHARDS"], "palette.npy is not the palette the model was trained with"),
+        (
+            "evaluate",
+            ["--model", "STRANGE", "--data", "SHARDS"],
+            "palette.npy is not the palette that the model was trained with",
+        ),
         ("sample", ["--out", "OUT", "--seed", 2**63], "--seed 9223372036854775808 must be below 2^63"),
         ("sample", [], "there is nothing to write"),
         ("sample", ["--out", "x.jpg"], "--out x.jpg has another suffix than its format; use .png"),
