@@ -180,7 +180,7 @@ def test_training_figure(tool, run_dir, tmp_path):
             "--layers 3 does not exist",
         ),
         ("extract_features", ["--model", "MODEL", "--data", "SHARDS", "--out", "FEATURES"], "exists already"),
-        ("extract_features", ["--out", "OUT"], "--data is missing; name the shards, or give --merge"),
+        ("extract_features", ["--out", "OUT"], "--data is missing; name the shards, or give --images or --merge"),
         ("extract_features", ["--merge", 0, "--out", "OUT"], "--merge 0 must be at least 1"),
         ("extract_features", ["--merge", 2, "--out", "OUT"], "out.part-0-of-2 does not exist; extract it with --part"),
         ("extract_features", ["--pixels", "--part", "0/2", "--data", "SHARDS", "--out", "OUT"], "--pixels needs no model"),

@@ -28,7 +28,7 @@ def test_load_gives_what_was_saved(model: Transformer, model_dir: Path, tokens: 
     loaded, info = load_model(model_dir)
     assert torch.equal(loaded(tokens), model(tokens))
     assert (info.config, info.objective, info.palette_hash, info.step, info.images_seen) == (model.config, "ar", "abc", 7, 70)
-    assert sorted(path.name for path in model_dir.iterdir()) == ["config.json", "model.safetensors", "palette.npy"]
+    assert sorted(path.name for path in model_dir.iterdir()) == ["README.md", "config.json", "model.safetensors", "palette.npy"]
 
 
 def test_weights_that_come_in_blocks_make_the_same_file(model: Transformer, model_dir: Path, tmp_path: Path) -> None:
