@@ -135,7 +135,7 @@ def test_recipe_survives_json(recipe):
     ("damage", "complaint"),
     [
         (lambda values: values.pop("model"), r"^run\.json is not a recipe: 'model'$"),
-        (lambda values: values.update(lrr=1), r"^run\.json is not a recipe: .*'lrr'$"),
+        (lambda values: values.update(lrr=1), r"^run\.json is not a recipe: .*'lrr'"),
         (lambda values: values.update(lr="fast"), r"^run\.json is not a recipe: "),
         (lambda values: values.update(lr=10**400), r"^run\.json is not a recipe: "),
         (lambda values: values["model"].update(n_layer=json.loads("[" * 900 + "]" * 900)), r"^run\.json"),
