@@ -9,10 +9,14 @@ import re
 from collections.abc import Iterable, Sequence
 
 
+def one_line(text: str) -> str:
+    """Text in which a line break or a control character stands as `\\n` or `\\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def markdown_cell(text: str) -> str:
     """Text for a cell: a "|" does not end it, and a line break or a control character stands there as `\\n` or `\\x1b`."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return re.sub(r"[\\|]", r"\\\g<0>", shown)
+    return re.sub(r"[\\|]", r"\\\g<0>", one_line(text))
 
 
 def as_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -29,7 +29,7 @@ from igpt_ds import cli
 from igpt_ds.console import next_command
 from igpt_ds.data.grids import Texts, save_grid
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS, decode_image, square
-from igpt_ds.data.left_out import Tally, reason_of
+from igpt_ds.data.left_out import Tally, print_left_out, reason_of
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, report_path, save_palette
 from igpt_ds.data.shards.layout import MAX_PX
 from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD
@@ -85,8 +85,7 @@ def _fit(args: argparse.Namespace) -> None:
     save_palette(args.out, palette, replace(report, **made, n_images=n_images))  # last: who finds it finds all
 
     print(f"images      {n_images} at {n_images / (counted - start):.0f}/s, {n_bad} unreadable")
-    for row in left_out.rows():
-        print(f"left out    {row}")
+    print_left_out(left_out.rows())
     print(f"pixels      {report.n_pixels} of {counts.n_pixels} clustered, {report.n_unique} different colours")
     print(f"inertia     {report.inertia:.6g} (model space)   PSNR {report.psnr:.2f} dB")
     print(f"hash        {palette.hash}")

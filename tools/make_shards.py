@@ -22,7 +22,7 @@ from igpt_ds import cli
 from igpt_ds.config import RECIPES
 from igpt_ds.console import count, next_command
 from igpt_ds.data.images import CROPS, DEFAULT_FILTER, FILTERS
-from igpt_ds.data.left_out import LeftOut
+from igpt_ds.data.left_out import print_left_out
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.build import check_work, list_images, write_shards
 from igpt_ds.data.shards.index import ShardIndex
@@ -139,12 +139,6 @@ def print_index(out: Path, index: ShardIndex) -> None:
     print_left_out(index.left_out or [])
     print(f"palette     {index.load_palette(out).name.removeprefix('palette ')}")
     print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
-
-
-def print_left_out(rows: Sequence[LeftOut]) -> None:
-    """Prints one line per ending and reason, with the first names."""
-    for row in rows:
-        print(f"left out    {row}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from igpt_ds.api.encoding import Preparation
 from igpt_ds.api.found import FoundModel, best_layer, find_model
 from igpt_ds.api.predictions import Prediction, class_head, opened_probe, predicted
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.classification import MASK_SEED
+from igpt_ds.evaluate.classification import voting_mask
 from igpt_ds.evaluate.features.network import Network
 from igpt_ds.evaluate.likelihood import LikelihoodSettings, token_batch_nats
-from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.sampling import Filter, sample
 from igpt_ds.plan.costs import parameters
 
@@ -226,7 +225,7 @@ class Model:
         for tokens in self._batches(self.encode(images), batch, progress, "predict"):
             ids = np.arange(first, first + len(tokens))
             drawn = range(mask_draws if prob is not None else 1)
-            masks = [draw_masks(MASK_SEED, ids + (m << 40), tokens.shape[1], prob) if prob is not None else None for m in drawn]
+            masks = [voting_mask(ids, draw, tokens.shape[1], prob) for draw in drawn]
             logits.append(torch.stack([head.logits(self._pooled(tokens, [head.layer], head.kind, mask)[0]) for mask in masks]))
             first += len(tokens)
         return predicted(torch.cat(logits, dim=1), head.classes)

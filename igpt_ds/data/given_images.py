@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.images import DEFAULT_FILTER, decode_image, square
-from igpt_ds.data.left_out import UNREADABLE, LeftOut, Tally, reason_of
+from igpt_ds.data.left_out import UNREADABLE, LeftOut, Tally, print_left_out, reason_of
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.sources.base import Entry, split_word, walk_images
 from igpt_ds.data.sources.places import read_places
@@ -83,8 +83,7 @@ class GivenImages:
 
     def print_left_out(self) -> None:
         """Prints one line on stderr for each ending and reason, with the first names."""
-        for row in self.left_out:
-            print(f"left out    {row}", file=sys.stderr)
+        print_left_out(self.left_out, sys.stderr)
 
 
 class _Named(NamedTuple):

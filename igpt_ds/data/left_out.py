@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TextIO
 
 from igpt_ds.errors import InputError
 
@@ -94,6 +95,12 @@ def why_not(name: str) -> str | None:
     if file.startswith("."):
         return HIDDEN
     return NOT_IMAGE if ending_of(file) in _OTHER_ENDINGS or file.lower() in _OTHER_NAMES else None
+
+
+def print_left_out(rows: Iterable[LeftOut], to: TextIO | None = None) -> None:
+    """Prints one line for each ending and reason, with the first names; `to` None is standard output."""
+    for row in rows:
+        print(f"left out    {row}", file=to)
 
 
 class Tally:

@@ -61,6 +61,11 @@ def check_classes(info: ModelInfo, shards: ShardSet) -> None:
         raise InputError(f"{shards.path} has another palette than the model; make the shards again with the model's palette.npy")
 
 
+def voting_mask(ids: np.ndarray, draw: int, T: int, mask_prob: float | None) -> torch.Tensor | None:
+    """The mask of one of the votes on some images, bool [B, T]; None if mask_prob is None, which masks nothing."""
+    return None if mask_prob is None else draw_masks(MASK_SEED, ids + (draw << 40), T, mask_prob)
+
+
 def predict(
     network: ClassifyingNetwork,
     shards: ShardSet,
@@ -87,10 +92,8 @@ def predict(
             tokens = torch.from_numpy(shards.tokens(ids).reshape(batch, -1)).to(device).long()
             classes = []
             for draw in range(draws):
-                mask = None
-                if mask_prob is not None:
-                    mask = draw_masks(MASK_SEED, ids + (draw << 40), tokens.size(1), mask_prob).to(device)
-                classes.append(network(tokens, mask, with_pixels=False)[1].argmax(1))
+                mask = voting_mask(ids, draw, tokens.size(1), mask_prob)
+                classes.append(network(tokens, None if mask is None else mask.to(device), with_pixels=False)[1].argmax(1))
             mine.append((ids, torch.stack(classes).cpu().numpy()))
     for ids, classes_of in (pair for rank in dist.gather_objects(mine) for pair in rank):
         found[:, ids] = classes_of

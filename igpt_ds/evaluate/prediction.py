@@ -18,11 +18,10 @@ from tqdm import tqdm
 from igpt_ds.data.given_images import GivenImages
 from igpt_ds.data.shards.dataset import ImageSet
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.classification import MASK_SEED, ClassifyingNetwork, check_head
+from igpt_ds.evaluate.classification import MASK_SEED, ClassifyingNetwork, check_head, voting_mask
 from igpt_ds.evaluate.features.network import Network
 from igpt_ds.evaluate.probes.saved import SavedProbe
 from igpt_ds.evaluate.probes.variants import vote
-from igpt_ds.model.objectives import draw_masks
 from igpt_ds.model.store import ModelInfo
 
 TOP = 3  # classes of an image in a table
@@ -96,15 +95,14 @@ def classify(
     """
     check_head(info)
     assert info.class_head is not None
-    classes, parts = list(info.class_head.classes), []
+    mask_prob = info.mask_prob if info.objective == "bert" else None
+    draws, classes, parts = mask_draws if mask_prob is not None else 1, list(info.class_head.classes), []
     with torch.inference_mode():
         for ids in _batches(images, batch):
             tokens = torch.from_numpy(images.tokens(ids).reshape(len(ids), -1)).to(device).long()
-            masks: list[torch.Tensor | None] = [None]
-            if info.objective == "bert" and info.mask_prob is not None:
-                numbers = (ids + (draw << 40) for draw in range(mask_draws))
-                masks = [draw_masks(MASK_SEED, some, tokens.size(1), info.mask_prob).to(device) for some in numbers]
-            found = [network(tokens, mask, with_pixels=False)[1].double().softmax(1) for mask in masks]
+            masks = [voting_mask(ids, draw, tokens.size(1), mask_prob) for draw in range(draws)]
+            on_device = [None if mask is None else mask.to(device) for mask in masks]
+            found = [network(tokens, mask, with_pixels=False)[1].double().softmax(1) for mask in on_device]
             parts.append(torch.stack(found).cpu().numpy())
     probabilities = _finite(np.concatenate(parts, axis=1), images)
     return Predictions(classes, vote(probabilities.argmax(2), len(classes), MASK_SEED), probabilities.mean(0))

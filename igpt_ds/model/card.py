@@ -14,7 +14,7 @@ from typing import Any
 
 from igpt_ds.config import ModelConfig
 from igpt_ds.files import atomic_file
-from igpt_ds.markdown import as_table
+from igpt_ds.markdown import as_table, one_line
 from igpt_ds.plan.costs import parameters
 
 CARD_FILE = "README.md"
@@ -171,5 +171,4 @@ def _quoted(text: str) -> str:
 
 def _text(text: str) -> str:
     """Text in Markdown, in one line and without meaning."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(f"\\{c}" if c in "\\`*[]<>#|" else c for c in shown)
+    return "".join(f"\\{c}" if c in "\\`*[]<>#|" else c for c in one_line(text))

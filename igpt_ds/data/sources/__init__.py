@@ -66,7 +66,8 @@ def has_test_images(source: Source) -> bool:
     """Whether some images are test images. Lists the source unless its tars tell."""
     if isinstance(source, WithTest | WebTars):
         return isinstance(source, WithTest) or "test" in source.splits
-    return any(entry.split == "test" for entry in source.entries())
+    listed = source.listed() if isinstance(source, ImageFolder) else source.entries()  # a copy of a test image is no matter here
+    return any(entry.split == "test" for entry in listed)
 
 
 def open_source(spec: str, labels: str = "use") -> Source:

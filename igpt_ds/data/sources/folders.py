@@ -65,10 +65,11 @@ class ImageFolder:
     def entries(self) -> Iterator[Entry]:
         """Images class by class. A copy of an image of another split is left out. Memory holds the names of one class folder."""
         if len(self._splits) > 1:
-            return without_copies(self._all, self.read, lambda key: self.left_out.add(key, COPY, lost=False))
-        return self._all()
+            return without_copies(self.listed, self.read, lambda key: self.left_out.add(key, COPY, lost=False))
+        return self.listed()
 
-    def _all(self) -> Iterator[Entry]:
+    def listed(self) -> Iterator[Entry]:
+        """Images class by class, copies included, which only the files' contents show."""
         self.left_out = Tally()
         if not self._divided:
             yield from self._entries("train", "")
