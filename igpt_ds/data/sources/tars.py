@@ -95,7 +95,7 @@ def walk(window: Window, name: str) -> Iterator[Member]:
         tar = tarfile.TarFile(fileobj=cast(Any, window))
     except BROKEN as error:
         raise TornError(f"{name} is not a plain tar ({error}); decompress it, or copy it again") from None
-    while True:
+    while cast(Any, tar).firstmember is not None or tar.offset:  # Python 3.10 seeks to byte -1 of an empty tar
         try:
             member = tar.next()
         except BROKEN as error:
