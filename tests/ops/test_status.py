@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -60,7 +61,9 @@ def beat(where: Path, rank: int, **changes: Any) -> None:
     """Writes a heartbeat: of a second ago, by a process that does not exist."""
     usual = {"step": 20, "phase": "step", "time": NOW - 3, "host": "node1", "pid": 2**22 + 1, "step_seconds": 0.2}
     (where / "heartbeat").mkdir(exist_ok=True)
-    (where / "heartbeat" / f"rank-{rank:05d}.json").write_text(json.dumps(usual | {"written": NOW - 1} | changes))
+    new = where / f"rank-{rank:05d}.new"
+    new.write_text(json.dumps(usual | {"written": NOW - 1} | changes))
+    new.rename(where / "heartbeat" / f"rank-{rank:05d}.json")
 
 
 def test_everything_that_is_known(run_dir: Path):
@@ -230,12 +233,20 @@ def test_a_rank_with_a_wrong_clock_lives_if_its_heartbeat_moves(run_dir: Path, s
     for rank in (0, 1):
         beat(run_dir, rank, written=NOW + skew, time=NOW + skew - 2)
     assert status.read_status(run_dir, NOW, watch=0.3).state == "dead"
-    moving = [
-        threading.Timer(0.2, beat, (run_dir, rank), {"written": NOW + skew + 10, "time": NOW + skew + 9}) for rank in (0, 1)
-    ]
-    for timer in moving:
-        timer.start()
+    found_out = threading.Event()
+
+    def move() -> None:
+        for tick in itertools.count(1):  # until the reader, however late it starts, has seen two of them
+            for rank in (0, 1):
+                beat(run_dir, rank, written=NOW + skew + 10 * tick, time=NOW + skew + 10 * tick - 1)
+            if found_out.wait(0.2):
+                return
+
+    moving = threading.Thread(target=move)
+    moving.start()
     found = status.read_status(run_dir, NOW, watch=60)
+    found_out.set()
+    moving.join()
     assert (found.state, [(rank.age, rank.silent) for rank in found.ranks]) == ("running", [(1, False), (1, False)])
 
 
