@@ -19,61 +19,154 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from igpt_ds import cli, launcher
 from igpt_ds.command_line import lazy
-from igpt_ds.console import next_command
+from igpt_ds.console import count, next_command
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.index import read_index
+from igpt_ds.data.subsets import SUBSETS, few
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import add_results, read_results
+from igpt_ds.evaluate.report.row_types import FinetuneRow
 from igpt_ds.files import check_writable
 from igpt_ds.plan.command import dry_run
 from igpt_ds.train.checkpoint.directory import choose_checkpoint
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.finetune_flags import parse
+from igpt_ds.train.run_dir import check_same, write_finished
 from igpt_ds.train.schedule import warmup_note
 
 with lazy.imports():
     from igpt_ds import dist
     from igpt_ds.data.loader import check_shards
-    from igpt_ds.evaluate.classification import result, write_confusion
+    from igpt_ds.evaluate.classification import over_subsets, result, write_confusion
     from igpt_ds.model.store import ModelInfo, read_info
     from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
     from igpt_ds.train.checkpoint.save_load import load_checkpoint
     from igpt_ds.train.engine import check_ds_config
-    from igpt_ds.train.finetuning import finetune_recipe, finetuning_loss, measure, starting_point
+    from igpt_ds.train.finetuning import (
+        finetune_recipe,
+        finetuning_loss,
+        measure,
+        of_subset,
+        starting_point,
+    )
     from igpt_ds.train.loop import fit
     from igpt_ds.train.session import FinetuneStart, Session, open_session
     from igpt_ds.train.stream import batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fine-tunes: images and weights, run, session, loop; then the model dir and the test split."""
+    """Fine-tunes on all labels, or on random subsets of them."""
     args = parse(__doc__ or "", argv)
     lazy.load()
     launcher.map_environment(os.environ)
-    images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split)
+    images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split, one_view=True)
     start = starting_point(args)
+    if args.labels is not None:
+        few_labels(args, start, images)
+        return
     run = choose_run(args, start, images)
-    note = warmup_note(args, math.ceil(images.n_images / args.batch_images), run.recipe)
+    note = warmup_note(args, math.ceil(images.n_originals / args.batch_images), run.recipe)
     if args.dry_run:
         dist.say("\n".join(filter(None, [dry_run(run, args, models=1), note])))
         return
-    recipe, held_out = run.recipe, ShardSet(args.data, args.val_split)
-    evaluated = ShardSet(args.data, args.eval_split) if args.results else None  # a missing split is an error now, not at the end
+    session, _ = tune(args, start, images, run, note)
+    dist.say(next_step(args, session))
+
+
+def tune(
+    args: argparse.Namespace, start: ModelInfo, images: Mixture, run: Run, note: str = "", stop_in: Path | None = None
+) -> tuple[Session, FinetuneRow | None]:
+    """One fine-tuning: run, session, loop; then the model dir and the test split, whose row it returns if it was evaluated."""
+    recipe, held_out = run.recipe, ShardSet(args.data, args.val_split).one_view()
+    evaluated = ShardSet(args.data, args.eval_split).one_view() if args.results else None  # a missing split is an error now
     check_start(args, start, images)
-    with open_session(args, run, images, held_out, finetune_start(args, start, images), note) as session:
+    row = None
+    begin = finetune_start(args, start, images, stop_in or args.run_dir)
+    with open_session(args, run, images, held_out, begin, note) as session:
         validate = partial(measure, session.engine, recipe, held_out, run.micro_batch, args.val_images)
         fit(session, batches(images, run, with_labels=True), finetuning_loss(recipe), validate)
         if session.finished:
-            conclude(args, session, held_out, evaluated)
-    dist.say(next_step(args, session))
+            row = conclude(args, session, held_out, evaluated)
+    return session, row
+
+
+def few_labels(args: argparse.Namespace, start: ModelInfo, pool: Mixture) -> None:
+    """Fine-tunes on random subsets of the labels, one after another, each in its own RUN_DIR/subset-N (paper 4.7).
+
+    The subsets are those of the low_data probes with the same seed. `--resume auto` skips the finished ones. --results gets one
+    row with mean and deviation.
+    """
+    began, shards = time.monotonic(), pool.shard_sets[0]
+    parts = [few(pool, args.labels, args.seed, number) for number in range(args.subsets or SUBSETS)]
+    if args.dry_run:
+        run = choose_run(of_subset(args, 0, parts[0]), start, parts[0])
+        dist.say(f"{dry_run(run, args, models=1)}\n{len(parts)} such runs, one for each subset; the disk holds all of them")
+        return
+    if (args.run_dir / "run.json").exists():
+        raise InputError(f"--run_dir {args.run_dir} holds a run with all labels; choose another for --labels {args.labels}")
+    each = [of_subset(args, number, images) for number, images in enumerate(parts)]
+    known = [finished_row(one, start, images) for one, images in zip(each, parts, strict=True)]
+    check_writable(args.results)
+    if args.results:
+        read_results(args.results)  # finds a damaged file before the first step
+    rows = []
+    for number, (one, images, row) in enumerate(zip(each, parts, known, strict=True)):
+        if row is None:
+            dist.say(f"subset {number + 1} of {len(parts)}: {args.labels} labels, in {one.run_dir}")
+            if args.max_minutes is not None:
+                one.max_minutes = max(0.0, args.max_minutes - (time.monotonic() - began) / 60)
+            session, row = tune(one, start, images, choose_run(one, start, images), stop_in=args.run_dir)
+            if not session.finished:  # --stop_at_step ended it
+                dist.say(session.resume)
+                return
+            go_on(session, last=number == len(parts) - 1)
+        rows += [] if row is None else [row]
+    if rows:
+        joined = over_subsets(rows, shards, pool.n_originals, args.seed)
+        dist.from_rank_0(lambda: add_results(args.results, [joined]))
+        spread = "" if joined.deviation is None else f" +- {100 * joined.deviation:.2f}"
+        dist.say(
+            f"{args.eval_split} {100 * joined.accuracy:.2f} %{spread} over {count(len(rows), 'subset')} of {args.labels} labels"
+        )
+        dist.say(next_command("python", "tools/tables.py", "--results", args.results))
+    dist.from_rank_0(lambda: write_finished(args.run_dir))
+
+
+def finished_row(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> FinetuneRow | None:
+    """The row of a subset's run that an earlier start has finished; None if there is something left to do.
+
+    Raises:
+        ValueError: the directory holds another run.
+    """
+    if args.resume != "auto" or args.results is None or not (args.run_dir / "FINISHED").exists():
+        return None
+    check_same(args.run_dir, choose_run(args, start, images), images.facts())
+    own = read_info(args.run_dir / "model").model_hash
+    found = [row for row in read_results(args.results) if isinstance(row, FinetuneRow) and row.model_hash == own]
+    same = [row for row in found if row.eval_split == args.eval_split and row.n_masks in (None, args.mask_draws)]
+    return same[-1] if same else None
+
+
+def go_on(session: Session, last: bool) -> None:
+    """Frees the engine of a finished subset, for the next one.
+
+    Raises:
+        SystemExit: STOPPED, if something stops the run now and it is not the last subset.
+    """
+    if not last and session.watch.stop.now(session.engine.device):
+        dist.say(f"stopped by {session.watch.stop.reason}; continue with: {session.watch.stop.resume}")
+        raise SystemExit(cli.STOPPED)
+    session.engine.destroy()
 
 
 def next_step(args: argparse.Namespace, session: Session) -> str:
@@ -93,7 +186,7 @@ def choose_run(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> R
     """The recipe joined with the ds_config."""
     ds_config = load_ds_config(args.ds_config)
     check_ds_config(ds_config, args.ds_config)
-    recipe = finetune_recipe(args, start, images.n_images, len(images.classes))
+    recipe = finetune_recipe(args, start, images.n_originals, len(images.classes))
     return join(recipe, ds_config, args.gpus or dist.world_size(), args.micro_batch, args.sequence_parallel)
 
 
@@ -119,17 +212,17 @@ def check_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> 
     check_writable(args.results, directories=[args.run_dir, out])
 
 
-def finetune_start(args: argparse.Namespace, start: ModelInfo, images: Mixture) -> FinetuneStart:
+def finetune_start(args: argparse.Namespace, start: ModelInfo, images: Mixture, stop_in: Path) -> FinetuneStart:
     """What fine-tuning adds to a session: facts for manifests and the model dir, the weights to start from, early stopping."""
     facts = FinetuneFacts(
         classes=tuple(images.classes),
         dataset=images.shard_sets[0].name,
         dataset_hash=images.dataset_hash,
         train_split=args.train_split,
-        n_train=images.n_images,
+        n_train=images.n_originals,
         start_step=start.step if args.untrained is None else 0,
     )
-    return FinetuneStart(facts, args.model if args.untrained is None else None, early_stop(args))
+    return FinetuneStart(facts, args.model if args.untrained is None else None, early_stop(args), stop_in)
 
 
 def early_stop(args: argparse.Namespace) -> EarlyStop:
@@ -146,8 +239,8 @@ def why_kept(early: EarlyStop) -> str:
     return f"{'the best validation' if early.keep_best else 'the last validation'}: {measured}"
 
 
-def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, evaluated: ShardSet | None) -> None:
-    """Makes a model dir of the best step. With --results, all ranks together evaluate it on the test split."""
+def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, evaluated: ShardSet | None) -> FinetuneRow | None:
+    """Makes a model dir of the best step. With --results, all ranks together evaluate it on the test split; the row."""
     engine, watch = session.engine, session.watch
     early, out = watch.early, args.out or args.run_dir / "model"
     assert early is not None
@@ -159,7 +252,7 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
     info = dist.from_rank_0(lambda: read_info(out))
     dist.say(f"{out}: step {info.step}, {why_kept(early)}")
     if evaluated is None:
-        return
+        return None
     found = dist.from_rank_0(lambda: choose_checkpoint(args.run_dir, info.step))
     load_checkpoint(engine, found, session.facts, verified=True)
     watch.watchdog.alive("evaluation", info.step)
@@ -169,6 +262,7 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
     dist.from_rank_0(lambda: add_results(args.results, [row]))
     words = f"held out {100 * row.held_out_accuracy:.2f} %, {args.eval_split} {100 * row.accuracy:.2f} %"
     dist.say(f"{words} ({evaluated.n_images} images); row added to {args.results}")
+    return row
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def choose_run(args: argparse.Namespace, images: Mixture | ShardStream | None) -
     recipe, ds_config = choose_recipe(args), load_ds_config(args.ds_config)
     check_ds_config(ds_config, args.ds_config)
     if images is not None and args.warmup_epochs is not None:
-        recipe = with_warmup_epochs(recipe, args.warmup_epochs, images.n_images)
+        recipe = with_warmup_epochs(recipe, args.warmup_epochs, images.n_originals)
     return join(recipe, ds_config, args.gpus or dist.world_size(), args.micro_batch, args.sequence_parallel)
 
 

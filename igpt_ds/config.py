@@ -223,7 +223,7 @@ def with_warmup_epochs(recipe: Recipe, epochs: float, n_images: int) -> Recipe:
     """The recipe with a warm-up of some epochs of the training images (paper 3.4: one), rounded up to whole steps.
 
     Args:
-        n_images: images of the training shards. If each image is stored as several crops, each crop counts.
+        n_images: images of the training shards. The stored views of an image count once.
 
     Raises:
         ValueError: epochs is negative or not finite, or longer than the whole training.

@@ -33,10 +33,11 @@ from tqdm import tqdm
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
 from igpt_ds.console import count, next_command
+from igpt_ds.data.subsets import SUBSETS
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.manifest import KINDS
-from igpt_ds.evaluate.probes.settings import C_GRID, LABELS, N_MASKS, PROBE_PRECISIONS, SUBSETS
+from igpt_ds.evaluate.probes.settings import C_GRID, LABELS, N_MASKS, PROBE_PRECISIONS
 from igpt_ds.evaluate.report.cautions import cautions
 from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow

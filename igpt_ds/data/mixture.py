@@ -2,7 +2,7 @@
 
 In: ShardSets, weights, exclusion lists. Out: tokens and labels of stream positions. Called by `data/loader.py`,
 `train/stream.py`, train.py and finetune.py. The stream depends on (seed, position) alone; memory does not grow with the
-number of images.
+number of images, except for 8 bytes an image that is stored in several views.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from igpt_ds.data.exclusion import read_exclusion
 from igpt_ds.data.facts import DataFacts, DatasetFacts
-from igpt_ds.data.order import MAX_IMAGES, ORDER_VERSION, mixed, shares_of
+from igpt_ds.data.order import MAX_IMAGES, ONE_VIEW_ORDER, ORDER_VERSION, mixed, one_view, shares_of
 from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
 from igpt_ds.errors import InputError
 
@@ -29,6 +29,7 @@ class Mixture:
     """Datasets for one training, each in its own shuffled order, in constant proportions.
 
     Attributes: shard_sets; shares, the positions of each dataset in a block of order.BLOCK; n_images, the sum over datasets;
+    n_originals, the same with the stored views of an image counted once: an epoch is as many images;
     path, all paths joined; n_px, n_vocab, classes, palette_hash; dataset_hash: that of the only dataset, or a hash of all dataset
     hashes and shares in order.
 
@@ -38,6 +39,7 @@ class Mixture:
             replacement depends on the image id alone, so it is the same on every rank. Each damaged image is named once on
             stderr.
         max_bad: the fraction of a dataset's images that may be skipped.
+        one_view: an epoch of the only dataset has one view of each image, as `order.one_view` says; False: all stored views.
 
     Raises:
         ValueError: the datasets differ in n_px or palette, the weights do not match the datasets, or a dataset has more than
@@ -50,8 +52,10 @@ class Mixture:
         weights: Sequence[float] | None = None,
         on_bad: str = "stop",
         max_bad: float = MAX_BAD,
+        one_view: bool = False,
     ) -> None:
         assert shard_sets
+        assert not one_view or len(shard_sets) == 1
         assert on_bad in ON_BAD
         self.shard_sets, self.on_bad, self.max_bad = list(shard_sets), on_bad, max_bad
         first = self.shard_sets[0]
@@ -68,6 +72,11 @@ class Mixture:
         self._sizes = [shards.n_images for shards in self.shard_sets]
         self.shares = shares_of(list(weights) if weights is not None else [float(size) for size in self._sizes])
         self.n_images = sum(self._sizes)
+        first_views = [shards.first_views() for shards in self.shard_sets]
+        self.n_originals = sum(
+            size if views is None else len(views) for size, views in zip(self._sizes, first_views, strict=True)
+        )
+        self._first_views = first_views[0] if one_view else None
         self.n_px, self.n_vocab, self.palette_hash = first.n_px, first.n_vocab, first.palette_hash
         self.classes = first.classes
         self.path = " + ".join(str(shards.path) for shards in self.shard_sets)
@@ -85,10 +94,13 @@ class Mixture:
             DatasetFacts(str(shards.path), shards.dataset_hash, shards.n_images, share)
             for shards, share in zip(self.shard_sets, self.shares, strict=True)
         )
-        return DataFacts(self.path, self.dataset_hash, self.palette_hash, ORDER_VERSION, datasets=parts)
+        order = ORDER_VERSION if self._first_views is None else ONE_VIEW_ORDER
+        return DataFacts(self.path, self.dataset_hash, self.palette_hash, order, datasets=parts)
 
     def images_at(self, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The images at some positions of the stream: int64 [B] -> number of the dataset [B], image ids in it [B]."""
+        if self._first_views is not None:
+            return np.zeros_like(positions), one_view(positions, self._first_views, self.n_images, seed)
         return mixed(positions, self.shares, self._sizes, seed)
 
     def read(self, which: np.ndarray, ids: np.ndarray, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -180,8 +192,9 @@ def open_mixture(
     on_bad: str = "stop",
     max_bad: float = MAX_BAD,
     split: str = "train",
+    one_view: bool = False,
 ) -> Mixture:
-    """Opens a split of dataset directories, without the images that exclusion lists name.
+    """Opens a split of dataset directories, without the images that exclusion lists name; the rest as `Mixture`.
 
     Raises:
         ValueError: the reasons of ShardSet and Mixture; an exclusion list matches none of the datasets, two lists match one
@@ -197,7 +210,7 @@ def open_mixture(
             raise InputError(f"exclusion lists {lists[k]} and {file} are both about {paths[k]}; join them into one")
         lists[k] = file
         shard_sets[k] = ShardSet(paths[k], split, exclude=ids)
-    return Mixture(shard_sets, weights, on_bad, max_bad)
+    return Mixture(shard_sets, weights, on_bad, max_bad, one_view)
 
 
 def _matching(file: Path, shard_sets: list[ShardSet]) -> tuple[int, np.ndarray]:

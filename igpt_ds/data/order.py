@@ -15,13 +15,14 @@ from igpt_ds.counter_random import random_words
 from igpt_ds.errors import InputError
 
 ORDER_VERSION = 2  # raise this if any number below changes, because the order changes too
+ONE_VIEW_ORDER = 3  # of `one_view`
 
 MAX_IMAGES = 2**32 - 1
 BLOCK = 4096  # positions in which several datasets have exactly their shares
 
 _ROUNDS = 6  # four rounds make a Feistel network hard to distinguish from random
 _SMALL, _SMALL_ROUNDS = 1024, 16  # halves of only a few bits need more rounds
-_ORDER, _SLOTS, _DATASET = 0, 4, 5  # purposes of random words
+_ORDER, _SLOTS, _DATASET, _VIEW = 0, 4, 5, 10  # purposes of random words
 
 
 def shuffled(positions: np.ndarray, n_images: int, seed: int) -> np.ndarray:
@@ -30,6 +31,22 @@ def shuffled(positions: np.ndarray, n_images: int, seed: int) -> np.ndarray:
     Position p is place p % n_images of epoch p // n_images. Each epoch has every image exactly once, in a different order.
     """
     return _permuted(positions, n_images, seed, _ORDER)
+
+
+def one_view(positions: np.ndarray, first_views: np.ndarray, n_views: int, seed: int) -> np.ndarray:
+    """The stored view at each position of a stream that has each image once an epoch: int64 [B] -> int64 [B] in 0 .. n_views - 1.
+
+    The images have the order of `shuffled`. Each epoch takes the next view of an image, from a random one on, so that as many
+    epochs as an image has views use all of them.
+
+    Args:
+        first_views: the first view of each image, as `ShardSet.first_views` gives it.
+        n_views: of all images together.
+    """
+    images = shuffled(positions, len(first_views), seed)
+    views = np.append(first_views[1:], n_views)[images] - first_views[images]
+    start = (random_words(seed, _VIEW, images) % views.astype(np.uint64)).astype(np.int64)
+    return first_views[images] + (start + positions // len(first_views)) % views
 
 
 def mixed(positions: np.ndarray, shares: list[int], sizes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:

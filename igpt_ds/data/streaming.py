@@ -55,7 +55,8 @@ class ShardStream:
         path: directory of index.json and palette.npy.
         url: where webdataset reads a shard; {shard} is replaced by the shard's name.
 
-    Attributes: path, url, shards, n_images, n_px, n_vocab, palette_hash, dataset_hash.
+    Attributes: path, url, shards, n_images, n_originals (the stored views of an image counted once), n_px, n_vocab,
+    palette_hash, dataset_hash.
 
     Raises:
         ValueError: the URL has no {shard}, the index or the train split is missing, or the palette has another hash.
@@ -71,6 +72,7 @@ class ShardStream:
         self.path, self.url = path, url
         self.shards: list[ShardEntry] = about.shards
         self.n_images = sum(shard.n_images for shard in self.shards)
+        self.n_originals = self.n_images // (index.views or 1) if index.derived is None else self.n_images
         self.n_px, self.n_vocab = index.n_px, index.n_vocab
         self.palette_hash, self.dataset_hash = index.load_palette(path, "copy theirs").hash, about.dataset_hash
 

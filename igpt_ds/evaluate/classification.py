@@ -9,7 +9,8 @@ masks (paper 4.6). It runs on all ranks or in one process. Called by finetune.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,36 @@ def result(
         **masks,
     )
     return row, Confusion(info.model_hash, evaluated.split, list(head.classes), counts.tolist())
+
+
+def over_subsets(rows: Sequence[FinetuneRow], pool: ShardSet, n_pool: int, subset_seed: int) -> FinetuneRow:
+    """The row of fine-tunings on several random subsets of the labels, from the row of each (paper 4.7).
+
+    The deviation is that of a sample, with n - 1, as in the rows of low_data probes.
+
+    Args:
+        pool: the images that the subsets are drawn from.
+        n_pool: their number, where the stored views of an image count once.
+    """
+    first = {name: value for name, value in rows[0].json.items() if name not in ("best_step", "single_accuracy", "git_commit")}
+    hashes, accuracies = [row.model_hash for row in rows], [row.accuracy for row in rows]
+    single = [row.single_accuracy for row in rows if row.single_accuracy is not None]
+    hash_of = {pool.split: pool.dataset_hash}
+    changes = {
+        "model_hash": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        "dataset_hash": rows[0].dataset_hash | hash_of,
+        "n_train": n_pool,
+        "n_labels": rows[0].n_train,
+        "n_subsets": len(rows),
+        "subset_seed": subset_seed,
+        "subset_model_hashes": hashes,
+        "subset_accuracies": accuracies,
+        "best_steps": [row["best_step"] for row in rows],
+        "accuracy": float(np.mean(accuracies)),
+        "deviation": float(np.std(accuracies, ddof=1)) if len(rows) > 1 else None,
+        "held_out_accuracy": float(np.mean([row.held_out_accuracy for row in rows])),
+    }
+    return finetune_row(**(first | changes | ({"single_accuracy": float(np.mean(single))} if single else {})))
 
 
 @dataclass(frozen=True)

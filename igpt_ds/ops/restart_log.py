@@ -39,12 +39,16 @@ def read_text(path: Path) -> str:
 
 
 def newest_images(run_dir: Path) -> int:
-    """`images_seen` of the newest complete checkpoint; 0 without one, or if its manifest cannot be read."""
+    """`images_seen` of the newest complete checkpoint; 0 without one, or if its manifest cannot be read.
+
+    That of a fine-tuning with few labels is the sum over its subsets (finetune.py --labels).
+    """
+    subsets = sum(map(newest_images, run_dir.glob("subset-*")))
     try:
         complete = [path for path in list_checkpoints(run_dir / "checkpoints") if (path / "COMPLETE").exists()]
-        return int(json.loads((complete[-1] / "manifest.json").read_text(encoding="utf-8"))["images_seen"])
+        return subsets + int(json.loads((complete[-1] / "manifest.json").read_text(encoding="utf-8"))["images_seen"])
     except (IndexError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return 0
+        return subsets
 
 
 def record(start: Start, event: str, **more: object) -> None:

@@ -195,9 +195,7 @@ class _StageMaker:
             start = chosen(recipe, self.out) | {"untrained": 0}
         flags = start | {"data": self.shards(images), "run_dir": run_dir, "resume": "auto"}
         flags |= {"lr": recipe.lr if fresh else system.finetune_lr, "batch_images": recipe.batch_images}
-        flags |= {"steps": scale.finetune_steps} if scale.finetune_steps else {"epochs": scale.epochs / images.views}
-        if images.views > 1:  # one epoch of the shards has all crops of each image
-            flags["val_every"] = -(-images.counts["train"] // recipe.batch_images)
+        flags |= {"steps": scale.finetune_steps} if scale.finetune_steps else {"epochs": scale.epochs}
         flags |= {"augment_pad": 4 if images.augment else None, "augment_flip": images.augment}
         file = run_dir / "results.jsonl"
         self.rows.append(file)

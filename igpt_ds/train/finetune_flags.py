@@ -13,6 +13,7 @@ from pathlib import Path
 from igpt_ds import cli
 from igpt_ds.command_line.parser import switch
 from igpt_ds.config import GEN_SCALES, LOSSES, get_recipe
+from igpt_ds.data.subsets import SUBSETS
 from igpt_ds.errors import InputError
 from igpt_ds.train.flags import (
     add_checkpoint_flags,
@@ -25,6 +26,7 @@ from igpt_ds.train.flags import (
 )
 
 EPOCHS = 20
+LABEL_STEPS = 400  # of a run with few labels, whose epochs are of a step or two
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,6 +39,10 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     _add_learning_flags(parser)
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, metavar="DIR", required=True, help="directory of labelled token shards")
+    labels = "fine-tune on a random balanced subset of this many labels, the same as a low_data probe's (default: all; paper 4.7)"
+    data.add_argument("--labels", type=int, metavar="LABELS", help=labels)
+    subsets = f"number of random subsets of --labels, one run each, with the mean in --results (default: {SUBSETS})"
+    data.add_argument("--subsets", type=int, metavar="SUBSETS", help=subsets)
     split = "split to train on; train+val adds the validation images, and then the last step is kept instead of the best"
     data.add_argument("--train_split", metavar="SPLIT", default="train", help=split)
     add_data_flags(data)
@@ -66,8 +72,8 @@ def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
     untrained = "train fresh weights in the model's shape, as a baseline, with this random seed instead of --seed"
     start.add_argument("--untrained", type=int, metavar="SEED", help=untrained)
     knobs = parser.add_argument_group("what is learned")
-    loss = "loss to minimise; joint is gen_loss + clf_loss (paper 2.3)"
-    knobs.add_argument("--loss", choices=LOSSES, default="joint", help=loss)
+    loss = "loss to minimise; joint is gen_loss + clf_loss (default: joint, paper 2.3; with --untrained clf, paper 4.5)"
+    knobs.add_argument("--loss", choices=LOSSES, help=loss)
     scale = "gen_loss per token, as in the released code, or summed over an image's tokens, as in the paper's formula"
     knobs.add_argument("--gen_scale", choices=GEN_SCALES, default="mean", help=scale)
     layer = "layer that the class head reads: n^l for l in 0..n_layer (default: n_layer, the output of ln_f)"
@@ -76,11 +82,13 @@ def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
     knobs.add_argument("--lr", type=float, metavar="RATE", default=0.0003, help=lr)
     batch = "images per step, over all ranks; the paper uses 64 for XL"
     knobs.add_argument("--batch_images", type=int, metavar="IMAGES", default=128, help=batch)
-    epochs = "largest number of epochs of the training images"
-    knobs.add_argument("--epochs", type=float, metavar="EPOCHS", default=float(EPOCHS), help=epochs)
+    epochs = f"largest number of epochs; one has each training image once (default: {EPOCHS}, with --labels at least "
+    knobs.add_argument("--epochs", type=float, metavar="EPOCHS", help=f"{epochs}{LABEL_STEPS} steps)")
     steps = "largest number of optimizer steps (default: --epochs decides)"
     knobs.add_argument("--steps", type=int, metavar="STEPS", help=steps)
-    warmup = "epochs with a rising learning rate, constant later (default: 1, or a twentieth of a run that is shorter than that)"
+    warmup = (
+        "epochs with a rising learning rate, constant later (default: 1; a twentieth of a run that is shorter or has --labels)"
+    )
     knobs.add_argument("--warmup_epochs", type=float, metavar="EPOCHS", help=warmup)
     patience = "validations in a row without a new best before the run ends; 0 disables"
     knobs.add_argument("--patience", type=int, metavar="VALIDATIONS", default=5, help=patience)
@@ -108,8 +116,14 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(
             f"--results {args.results} needs an accuracy, and --loss gen trains no class head; leave out one of them"
         )
-    for name, least in (("patience", 0), ("mask_draws", 1), ("batch_images", 1)):
-        if getattr(args, name) < least:
+    if args.subsets is not None and args.labels is None:
+        raise InputError(f"--subsets {args.subsets} needs --labels, the number of labels in each")
+    if args.labels is not None and (args.out is not None or args.loss == "gen"):
+        wrong = f"--out {args.out}" if args.out else "--loss gen"
+        why = "each subset has its model in RUN_DIR/subset-N/model" if args.out else "it uses no labels"
+        raise InputError(f"{wrong} does not go with --labels {args.labels}: {why}; leave it out")
+    for name, least in (("patience", 0), ("mask_draws", 1), ("batch_images", 1), ("labels", 1), ("subsets", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
     for name in ("epochs", "warmup_epochs"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:

@@ -13,16 +13,17 @@ from collections.abc import Callable
 import torch
 
 from igpt_ds import dist
-from igpt_ds.config import Finetune, Recipe, get_recipe
+from igpt_ds.config import Finetune, Recipe, get_recipe, recipe_from_dict
 from igpt_ds.data.loader import Batch
+from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.model.classifier import class_loss, total
 from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.engine import LossFunction
 from igpt_ds.train.engine_protocol import Engine
-from igpt_ds.train.finetune_flags import EPOCHS
-from igpt_ds.train.run_dir import read_recipe
+from igpt_ds.train.finetune_flags import EPOCHS, LABEL_STEPS
+from igpt_ds.train.run_dir import has_checkpoints, read_recipe, read_run
 from igpt_ds.train.schedule import shorter_warmup
 from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
@@ -90,15 +91,30 @@ def starting_point(args: argparse.Namespace) -> ModelInfo:
     return ModelInfo(recipe.model, recipe.objective, "", 0, 0, "", recipe.mask_prob, recipe.init)
 
 
+def last_step(args: argparse.Namespace, n_images: int) -> int:
+    """The steps of --steps or --epochs; --labels without either trains for LABEL_STEPS steps at least."""
+    if args.steps is not None:
+        return int(args.steps)
+    steps = math.ceil((EPOCHS if args.epochs is None else args.epochs) * n_images / args.batch_images)
+    return max(steps, LABEL_STEPS) if args.labels is not None and args.epochs is None else steps
+
+
+def usual_epoch(args: argparse.Namespace, steps: int, n_images: int) -> int:
+    """The steps of an epoch, or with --labels of a twentieth of the run if that is longer."""
+    epoch = math.ceil(n_images / args.batch_images)
+    return epoch if args.labels is None else max(epoch, steps // EPOCHS)
+
+
 def warmup_steps(args: argparse.Namespace, steps: int, n_images: int) -> int:
-    """The steps of --warmup_epochs. Without that flag an epoch, or in a run that is shorter a twentieth of the run.
+    """The steps of --warmup_epochs. Without that flag the `usual_epoch`, or in a run that is shorter a twentieth of the run.
 
     Raises:
         ValueError: --warmup_epochs is longer than the run.
     """
-    found = math.ceil((1.0 if args.warmup_epochs is None else args.warmup_epochs) * n_images / args.batch_images)
     if args.warmup_epochs is None:
+        found = usual_epoch(args, steps, n_images)
         return found if found <= steps else shorter_warmup(found, steps, EPOCHS * found)
+    found = math.ceil(args.warmup_epochs * n_images / args.batch_images)
     if found <= steps:
         return found
     raise InputError(
@@ -106,19 +122,45 @@ def warmup_steps(args: argparse.Namespace, steps: int, n_images: int) -> int:
     )
 
 
+def of_subset(args: argparse.Namespace, number: int, images: Mixture) -> argparse.Namespace:
+    """The flags of the run of one subset."""
+    run_dir = args.run_dir / f"subset-{number}"
+    one = argparse.Namespace(**(vars(args) | {"run_dir": run_dir, "results": args.results and run_dir / "results.jsonl"}))
+    if one.val_every is None:
+        one.val_every = usual_epoch(args, last_step(args, images.n_originals), images.n_originals)
+    return one
+
+
+def as_begun(args: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The recipe of a run that `--resume auto` continues keeps its warm-up and its loss where no flag gives them.
+
+    Earlier versions chose them otherwise: a warm-up as long as the run where an epoch is longer, and the joint loss from scratch.
+    """
+    if args.resume != "auto" or not has_checkpoints(args.run_dir) or not (args.run_dir / "run.json").exists():
+        return recipe
+    begun = recipe_from_dict(read_run(args.run_dir)["recipe"], str(args.run_dir / "run.json"))
+    if args.warmup_epochs is None and begun.steps == recipe.steps:
+        recipe = dataclasses.replace(recipe, warmup_steps=begun.warmup_steps)
+    if args.loss is None and begun.finetune is not None and begun.finetune.loss == "joint":
+        assert recipe.finetune is not None
+        recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, loss="joint"))
+    return recipe
+
+
 def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_classes: int) -> Recipe:
     """The recipe of the fine-tuning.
 
     Args:
         info: the result of `starting_point`.
-        n_images: images of the training split. If each image is stored as several crops, each crop counts.
+        n_images: images of the training split. The stored views of an image count once.
 
     Raises:
         ValueError: a value is out of range, or the shards have no classes.
     """
-    steps = math.ceil(args.epochs * n_images / args.batch_images) if args.steps is None else args.steps
+    steps = last_step(args, n_images)
     layer = info.config.n_layer if args.layer is None else args.layer
     start = info.model_hash if args.untrained is None else ""
+    loss = args.loss or ("joint" if args.untrained is None else "clf")  # paper 2.3, 4.5
     recipe = Recipe(
         "finetune",
         info.config,
@@ -133,6 +175,6 @@ def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_
         augment_pad=args.augment_pad,
         augment_flip=args.augment_flip,
         seed=args.seed if args.untrained is None else args.untrained,
-        finetune=Finetune(n_classes, layer, start, args.loss, args.gen_scale),
+        finetune=Finetune(n_classes, layer, start, loss, args.gen_scale),
     )
-    return recipe if info.mask_prob is None else dataclasses.replace(recipe, mask_prob=info.mask_prob)
+    return as_begun(args, recipe if info.mask_prob is None else dataclasses.replace(recipe, mask_prob=info.mask_prob))

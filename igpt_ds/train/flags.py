@@ -234,7 +234,7 @@ def _add_knobs(parser: argparse.ArgumentParser, recipe: Recipe | None) -> None:
     add_recipe_flags(group, "the recipe to train", "run.json of another run, or a recipe in JSON, to take the recipe from")
     for field in knob_fields():
         _add_knob(group, field.name, recipe)
-    warmup = "epochs of the training shards with a rising learning rate; replaces --warmup_steps"
+    warmup = "epochs of the training images with a rising learning rate; replaces --warmup_steps"
     group.add_argument("--warmup_epochs", type=float, metavar="EPOCHS", help=warmup)
 
 

@@ -69,7 +69,7 @@ def check(run_dir: Path, run: Run, data: DataFacts, palette: Path, resume: bool)
     refuse_file(run_dir)
     path, saved = run_dir / "run.json", has_checkpoints(run_dir)
     if path.exists() and saved:
-        _check_same(run_dir, run, data)
+        check_same(run_dir, run, data)
         if not resume:
             raise InputError(f"{run_dir} already holds a run; continue it with --resume auto or choose another --run_dir")
     elif path.exists():
@@ -117,6 +117,12 @@ def record(run_dir: Path, run: Run, data: DataFacts, palette: Path, cpu_product:
         shutil.rmtree(torn)
 
 
+def write_finished(run_dir: Path) -> None:
+    """Marks a finished run."""
+    with atomic_file(run_dir / "FINISHED", "w") as file:
+        file.write("all steps done\n")
+
+
 def this_start() -> str:
     """The name that slurm/launch.sh gave this start of the job; "" without it."""
     return os.environ.get("IGPT_DS_OWNER", "")
@@ -139,7 +145,12 @@ def _owner(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
 
 
-def _check_same(run_dir: Path, run: Run, data: DataFacts) -> None:
+def check_same(run_dir: Path, run: Run, data: DataFacts) -> None:
+    """Refuses a run directory of another run, by its run.json.
+
+    Raises:
+        ValueError: a value differs (the first difference is named), or run.json is missing or damaged.
+    """
     old, path = read_run(run_dir), run_dir / "run.json"
     differences = recipe_differences(old["recipe"], recipe_to_dict(run.recipe))
     before = record_from(DataFacts, old.get("data"), f"{path} field 'data'", "choose another --run_dir")

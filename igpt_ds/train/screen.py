@@ -35,15 +35,17 @@ def introduction(
     ranks = count(groups, "rank") if parts == 1 else f"{count(groups, 'group')} of {parts} ranks"
     n_val = min(val_shards.n_images, args.val_images or val_shards.n_images)
     held_out = f"{n_val:,} for validation ({val_shards.split})"
+    views = f" in {images.n_images:,} stored views" if images.n_originals < images.n_images else ""
+    shown = f"{count(images.n_originals, 'image')}{views}"
     activations = "" if run.activation_checkpointing == "none" else f", {run.activation_checkpointing} activation checkpointing"
     return [
         _line("model", f"{recipe.name}: {model}"),
-        _line("data", f"{images.facts().path}: {count(images.n_images, 'image')}, {held_out}; {shape.n_px}x{shape.n_px} pixels"),
+        _line("data", f"{images.facts().path}: {shown}, {held_out}; {shape.n_px}x{shape.n_px} pixels"),
         _line(
             "batch", f"{recipe.batch_images} images = micro batch {run.micro_batch} x {ranks} x accumulation {run.accumulation}"
         ),
         _line("precision", f"{run.precision}, ZeRO stage {run.stage}{activations} ({args.ds_config})"),
-        _line("schedule", _schedule(recipe, images.n_images)),
+        _line("schedule", _schedule(recipe, images.n_originals)),
         *([_line("note", note)] if note else []),
     ]
 

@@ -20,7 +20,6 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run
 from igpt_ds.errors import InputError
-from igpt_ds.files import atomic_file
 from igpt_ds.json_files import write_json
 from igpt_ds.model import cpu_kernels
 from igpt_ds.model.store import verified_info
@@ -127,6 +126,7 @@ class FinetuneStart:
     facts: FinetuneFacts  # in every manifest
     pretrained: Path | None  # the model dir whose weights training starts from; None for fresh weights
     early: EarlyStop
+    stop_in: Path  # where a file STOP is looked for
 
 
 @contextmanager
@@ -149,7 +149,7 @@ def open_session(
         SharedError: another run's directory, damaged shards, too little disk space, or no checkpoint that can be used.
         SystemExit: STOPPED at the end, if something stopped the run before its last step.
     """
-    stop = Stop(args.run_dir, args.max_minutes)
+    stop = Stop(args.run_dir if finetune is None else finetune.stop_in, args.max_minutes)
     stop.listen()
     watchdog = Watchdog(args.run_dir, args.hang_minutes)
     watchdog.start()  # it writes no file before `settle`: the run directory may be another run's
@@ -165,7 +165,7 @@ def open_session(
         watchdog.alive("verifying", 0)
         verify(images, val_shards)
     watchdog.alive("building", 0)
-    cadence = choose_cadence(args, run, images.n_images)
+    cadence = choose_cadence(args, run, images.n_originals)
     lines = introduction(args, run, images, val_shards, note)
     dist.say("\n".join([*lines, *habits(args.run_dir, cadence.save_every, cadence.val_every, args.keep_last)]))
     engine = engine_of_run(run, args.run_dir, pretrained)
@@ -288,8 +288,7 @@ def finish(session: Session) -> None:
     session.watch.watchdog.close("stopped" if why else "end")
     dist.barrier()
     if dist.rank() == 0 and session.finished:
-        with atomic_file(session.run_dir / "FINISHED", "w") as file:
-            file.write("all steps done\n")
+        run_dir.write_finished(session.run_dir)
     if why:
         saved = dist.from_rank_0(lambda: bool(complete_checkpoints(session.checkpoints)))
         what = "everything is saved; continue with" if saved else "no step is trained yet, so nothing is saved; start again with"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from igpt_ds.data.exclusion import ExclusionReason, write_exclusion
 from igpt_ds.data.loader import BatchLayout, Loader
 from igpt_ds.data.mixture import Mixture, open_mixture
-from igpt_ds.data.order import BLOCK, ORDER_VERSION
-from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.order import BLOCK, ONE_VIEW_ORDER, ORDER_VERSION
+from igpt_ds.data.shards.build import copy_images, write_dataset
 from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
 from igpt_ds.data.shards.layout import ShardOptions
 
@@ -268,3 +268,50 @@ def test_the_last_whole_image_is_never_left_out(dataset):
     spoil(path, 0, 1, 2)
     with pytest.raises(ValueError, match=r"--max_bad 0\.999 allows 2"):
         everything(open_mixture([path], on_bad="skip", max_bad=0.999), 3)
+
+
+# --------------------------------------------------------------------------------------------------- stored views
+
+
+@pytest.fixture(scope="module")
+def viewed(tmp_path_factory, memory, palette8):
+    """Twelve images of which four are for validation and one is unreadable, three views of each training image."""
+    path = tmp_path_factory.mktemp("views") / "shards"
+    options = ShardOptions(4, val_fraction=0.34, images_per_shard=7, crop="random", views=3)
+    write_dataset(path, memory(12, 9, unreadable=(5,)), palette8, options, max_bad=0.5)
+    return path
+
+
+def test_an_epoch_of_one_view_has_each_image_once_and_three_have_every_view(viewed):
+    images = open_mixture([viewed], one_view=True)
+    shards, n = images.shard_sets[0], images.n_originals
+    assert (images.n_images, images.facts().order) == (3 * n, ONE_VIEW_ORDER)
+    epochs = images.images_at(np.arange(4 * n), seed=3)[1].reshape(4, n)
+    for epoch in epochs:
+        assert len(set(shards.keys_of(epoch))) == n
+    assert sorted(epochs[:3].ravel()) == list(range(3 * n))
+    assert len(set(epochs[0] % 3)) > 1  # an epoch mixes first, second and third views
+    np.testing.assert_array_equal(images.images_at(np.arange(n + 2, n + 5), 3)[1], epochs.ravel()[n + 2 : n + 5])
+    plain = open_mixture([viewed])
+    assert (plain.n_images, plain.n_originals, plain.facts().order) == (3 * n, n, ORDER_VERSION)
+    assert sorted(plain.images_at(np.arange(3 * n), 3)[1]) == list(range(3 * n))
+
+
+def test_views_are_counted_once_with_exclusions_joined_splits_and_chosen_images(viewed, tmp_path):
+    whole = ShardSet(viewed, "train")
+    n, n_val = whole.n_images // 3, ShardSet(viewed, "val").n_images
+    assert whole.first_views().tolist() == list(range(0, 3 * n, 3))
+    assert ShardSet(viewed, "val").first_views() is None
+    fewer = ShardSet(viewed, "train", exclude=np.array([0, 3, 4, 5]))  # a view of the first image, all of the second
+    assert fewer.first_views().tolist() == [0, *range(2, 3 * n - 4, 3)]
+    both = open_mixture([viewed], split="train+val", one_view=True)
+    assert both.n_originals == n + n_val
+    ids = both.images_at(np.arange(both.n_originals), 0)[1]
+    assert set(range(3 * n, 3 * n + n_val)) <= set(ids.tolist())
+    copy_images(tmp_path / "some", whole, np.array([1, 2, 6, 10, 11]), note={"how": "by hand"})
+    assert ShardSet(tmp_path / "some", "train").first_views().tolist() == [0, 2, 3]
+
+    taken = fewer.take(np.array([0, 2]))
+    assert taken.dataset_hash not in (whole.dataset_hash, fewer.dataset_hash)
+    np.testing.assert_array_equal(taken.tokens(np.arange(2)), whole.tokens(np.array([1, 6])))
+    np.testing.assert_array_equal(whole.one_view().tokens(np.arange(n)), whole.tokens(np.arange(0, 3 * n, 3)))

@@ -12,7 +12,7 @@ import torch
 
 from igpt_ds.config import ModelConfig
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.classification import check_classes, predict, result, score_predictions
+from igpt_ds.evaluate.classification import check_classes, over_subsets, predict, result, score_predictions
 from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.objectives import draw_masks
@@ -76,6 +76,23 @@ def test_a_row_is_one_that_results_take(tiny_config: ModelConfig, shards: ShardS
     assert (row["n_masks"], row["augmentation"], row["weights"], row["best_step"]) == (5, "none", "untrained", 8)
     assert row["held_out_accuracy"] == row["accuracy"]
     assert np.sum(confusion.counts) == shards.n_images
+
+
+def test_the_row_of_several_subsets_has_mean_and_deviation(tiny_config: ModelConfig, shards: ShardSet, tmp_path: Path) -> None:
+    heads = [dataclasses.replace(head_of(shards), n_train=6, dataset_hash=f"d{number}") for number in range(3)]
+    infos = [
+        ModelInfo(tiny_config, "bert", shards.palette_hash, 8, 80, f"h{n}", 0.3, class_head=head) for n, head in enumerate(heads)
+    ]
+    rows = [result(classifier(tiny_config, "bert"), info, shards, shards, 4, "cpu", 5)[0] for info in infos]
+    rows = [row | {"accuracy": accuracy} for row, accuracy in zip(rows, (0.2, 0.4, 0.6), strict=True)]
+    joined = over_subsets(rows, ShardSet(shards.path, "train"), 36, subset_seed=2)
+    assert (joined.accuracy, joined.deviation) == (pytest.approx(0.4), pytest.approx(0.2))  # of a sample
+    assert (joined.n_labels, joined.n_subsets, joined.n_train, joined["best_steps"]) == (6, 3, 36, [8, 8, 8])
+    assert joined["subset_accuracies"] == [0.2, 0.4, 0.6]
+    assert joined.dataset_hash["train"] == ShardSet(shards.path, "train").dataset_hash
+    add_results(tmp_path / "results.jsonl", [*rows, joined])
+    assert read_results(tmp_path / "results.jsonl") == [*rows, joined], "each is a measurement of its own"
+    assert over_subsets(rows[:1], shards, 36, 2).deviation is None
 
 
 def test_other_classes_or_colours_are_refused(tiny_config: ModelConfig, shards: ShardSet) -> None:

@@ -6,26 +6,35 @@ import dataclasses
 import importlib.util
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from igpt_ds.config import Finetune, ModelConfig, Recipe, recipe_from_dict, recipe_to_dict
 from igpt_ds.data.facts import DataFacts
+from igpt_ds.data.mixture import open_mixture
+from igpt_ds.data.palette import load_palette
+from igpt_ds.data.shards.build import write_dataset
+from igpt_ds.data.shards.layout import ShardOptions
+from igpt_ds.data.sources import open_source
+from igpt_ds.data.subsets import few
 from igpt_ds.json_files import seal, write_json
 from igpt_ds.model.classifier import Classifier
-from igpt_ds.model.store import fresh_model, save_model
+from igpt_ds.model.store import ModelInfo, fresh_model, save_model
 from igpt_ds.train.checkpoint.consolidate import _info, check_own
 from igpt_ds.train.checkpoint.directory import prune
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, write_manifest
 from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.finetune_flags import parse
-from igpt_ds.train.finetuning import warmup_steps
-from igpt_ds.train.run_dir import recipe_differences
+from igpt_ds.train.finetuning import finetune_recipe, of_subset, starting_point, warmup_steps
+from igpt_ds.train.run_dir import RUN, recipe_differences
 from igpt_ds.train.safety.spikes import Guard, chance_loss
 from igpt_ds.train.schedule import learning_rate
+from igpt_ds.train.session import choose_cadence
 from igpt_ds.train.sweep import Result, best, finished, read_result, table
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +203,10 @@ def words(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> list[
             r"test_finetune\.py line 1 is not valid JSON: .*; remove the line",
         ),
         (["--train_split", "trian"], "has no split 'trian'"),
+        (["--subsets", "5"], "--subsets 5 needs --labels"),
+        (["--labels", "0"], "--labels 0 must be at least 1"),
+        (["--labels", "6", "--out", "x"], "--out x does not go with --labels 6: each subset has its model in RUN_DIR"),
+        (["--labels", "6", "--loss", "gen"], "--loss gen does not go with --labels 6"),
         (["--lr", "-1"], "lr=-1.0 must be a positive number"),
         (["--batch_images", "5", "--micro_batch", "2"], "batch_images=5 does not divide into 1 rank x micro batch 2"),
     ],
@@ -220,6 +233,76 @@ def test_a_warm_up_longer_than_the_run_shrinks_with_it(words: list[str]) -> None
     assert chosen(10, "--warmup_epochs", "0.5") == 5
     with pytest.raises(ValueError, match="--warmup_epochs 3 of 40 images is 30 steps, more than the run's 20"):
         chosen(20, "--warmup_epochs", "3")
+
+
+def test_few_labels_train_for_enough_steps_and_from_scratch_has_the_class_loss(
+    words: list[str], tiny_config: ModelConfig
+) -> None:
+    """A pass over 40 images is a third of a step of 128."""
+    info = ModelInfo(tiny_config, "ar", "p", 1, 1, "abc")
+
+    def made(*more: str) -> tuple[int, int, str | None]:
+        args = parse("", [*words, *more])
+        recipe = finetune_recipe(args, info, 40, 3)
+        assert recipe.finetune is not None
+        return recipe.steps, recipe.warmup_steps, recipe.finetune.loss
+
+    assert made() == (7, 1, "joint")
+    assert made("--labels", "40") == (400, 20, "joint")
+    assert made("--labels", "40", "--steps", "60", "--untrained", "0") == (60, 3, "clf")
+    assert made("--labels", "40", "--epochs", "30", "--batch_images", "4", "--warmup_epochs", "2") == (300, 20, "joint")
+    assert made("--untrained", "0", "--loss", "joint") == (7, 1, "joint")
+    few = of_subset(parse("", [*words, "--labels", "40", "--results", "r.jsonl"]), 2, SimpleNamespace(n_originals=40))  # type: ignore[arg-type]
+    assert (few.run_dir.name, few.results.parent.name, few.val_every) == ("subset-2", "subset-2", 20)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_warm_up_and_its_loss(
+    words: list[str], tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    """An earlier version warmed up for the whole run where an epoch is longer, and started from scratch with the joint loss."""
+    info, more = ModelInfo(tiny_config, "ar", "p", 1, 1, ""), ["--untrained", "0", "--steps", "6", "--batch_images", "4"]
+    new = finetune_recipe(parse("", [*words, *more]), info, 40, 3)
+    assert (new.warmup_steps, new.finetune) == (1, Finetune(3, 2, "", "clf"))
+    begun = dataclasses.replace(new, warmup_steps=6, finetune=Finetune(3, 2, "", "joint"))
+    values = {"recipe": recipe_to_dict(begun), "world_size": 1}
+    RUN.write(tmp_path / "run" / "run.json", values)
+    resumed = [*words, *more, "--resume", "auto"]
+    assert finetune_recipe(parse("", resumed), info, 40, 3) == new, "without a checkpoint there is nothing to continue"
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert finetune_recipe(parse("", resumed), info, 40, 3) == begun
+    other = finetune_recipe(parse("", [*resumed, "--warmup_epochs", "0.1", "--loss", "clf"]), info, 40, 3)
+    assert other == new, "flags decide, and the run directory refuses what differs"
+
+
+def test_the_stored_views_of_an_image_are_one_image(
+    main: Any, tiny_config: ModelConfig, tiny_images: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """37 training images in 3 views: an epoch of 12 images a step has 4 steps; ten of each class are 30 labels in 90 views."""
+    options = ShardOptions(4, val_fraction=0.25, images_per_shard=16, crop="random", views=3)
+    write_dataset(
+        tmp_path / "views", open_source(f"imagefolder:{tiny_images}"), load_palette(tiny_dataset / "palette.npy"), options
+    )
+    images = open_mixture([tmp_path / "views"], one_view=True)
+    recipe = Recipe("r", tiny_config, 12, 100, 0.01, 3)
+    write_json(tmp_path / "recipe.json", recipe_to_dict(recipe))
+    words = ["--config", str(tmp_path / "recipe.json"), "--untrained", "0", "--data", str(tmp_path / "views")]
+    words += ["--run_dir", str(tmp_path / "run"), "--batch_images", "12", "--epochs", "5"]
+    args = parse("", words)
+    tuned = finetune_recipe(args, starting_point(args), images.n_originals, 3)
+    assert (images.n_originals, tuned.steps, tuned.warmup_steps) == (37, 16, 4)
+    assert choose_cadence(args, SimpleNamespace(recipe=tuned), images.n_originals).val_every == 4  # type: ignore[arg-type]
+
+    subset = few(images, 30, seed=0, number=1)
+    assert (subset.n_originals, subset.n_images) == (30, 90)
+    assert Counter(subset.shard_sets[0].all_labels().tolist()) == {0: 30, 1: 30, 2: 30}
+    main([*words, "--labels", "30", "--dry_run"])
+    assert "5 such runs, one for each subset" in capsys.readouterr().out
+    for wrong, message in (
+        (31, "a multiple of the 3 classes, with at least 1 and at most 1[0-9] images"),
+        (39, "--labels 39 must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*words, "--labels", str(wrong)])
 
 
 def test_a_recipe_of_ones_own(

@@ -142,6 +142,10 @@ class ShardSet:
         """The class indices of some images: int64 [B] -> int64 [B]; raises as `tokens` does."""
         return self.read(ids)[1]
 
+    def all_labels(self) -> np.ndarray:
+        """The class index of every image, int64 [n_images]; reads no tokens, so a damaged image is not noticed."""
+        return self._labels(self._stored(np.arange(self.n_images)))
+
     def keys_of(self, ids: np.ndarray) -> list[str] | None:
         """The keys of some images in their source, int64 [B] -> B strings; None for shards of older versions, which have none.
 
@@ -157,6 +161,40 @@ class ShardSet:
         stored = self._stored(ids)
         places = zip(first.searchsorted(stored, side="right") - 1, stored, strict=True)
         return [parts[part][int(row - first[part])] for part, row in places]
+
+    def first_views(self) -> np.ndarray | None:
+        """The id of the first view of each image: int64 [images], rising. None if each image is stored once.
+
+        Views are the stored random crops of one training image (make_shards.py --views). They are neighbours.
+
+        Raises:
+            ValueError: images were chosen from shards with views, and the file of their keys is missing or damaged.
+        """
+        index = read_index(self.path)
+        views = {part: index.views or 1 if part == "train" else 1 for part in self.split.split("+")}
+        if max(views.values()) == 1:
+            return None
+        begins = []  # whether another image begins at a stored view
+        for (part, every), keys in zip(views.items(), self._keys, strict=True):
+            n = index.splits[part].n_images
+            if index.derived is None:
+                begins.append(np.arange(n) % every == 0)
+            else:  # some views of some images: those of one image have its key
+                texts = None if keys is None else ["", *keys]
+                begins.append(np.array([texts is None or texts[i] != texts[i + 1] for i in range(n)]))
+        image = np.cumsum(np.concatenate(begins))[self._stored(np.arange(self.n_images))]
+        return np.flatnonzero(np.diff(image, prepend=-1))
+
+    def one_view(self) -> ShardSet:
+        """The same split with the first view of each image; itself if each image is stored once."""
+        first = self.first_views()
+        return self if first is None else self.take(first)
+
+    def take(self, ids: np.ndarray) -> ShardSet:
+        """The same split with these images alone: sorted ids, int64 [B], of this set. The dataset_hash names them."""
+        left_out = np.ones(len(self._checked), dtype=bool)
+        left_out[self._stored(ids)] = False
+        return ShardSet(self.path, self.split, exclude=np.flatnonzero(left_out))
 
     def _stored(self, ids: np.ndarray) -> np.ndarray:
         """Ids among all images of the split, including excluded ones."""

@@ -10,7 +10,7 @@ from igpt_ds.errors import InputError
 # features. It falls as the number of images grows.
 C_GRID = tuple(10.0**power for power in range(-5, 4))
 PROBE_PRECISIONS = ("fp64", "fp32")  # of the features in memory
-LABELS, SUBSETS = (40, 250, 4000), 5  # paper 4.7
+LABELS = (40, 250, 4000)  # paper 4.7
 N_MASKS = 5  # paper 4.6
 RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # of SGD; paper 3.4: 30, 10, 3, ...
 SGD_HELD_OUT = 0.04  # of the training images: paper 3.1, for ImageNet

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from igpt_ds.data import subsets as random_subsets
+from igpt_ds.data.subsets import SUBSETS
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.features.manifest import span
@@ -31,7 +33,7 @@ from igpt_ds.evaluate.probes.linear import (
     training_images,
 )
 from igpt_ds.evaluate.probes.logistic import fit_logistic
-from igpt_ds.evaluate.probes.settings import N_MASKS, SUBSETS
+from igpt_ds.evaluate.probes.settings import N_MASKS
 
 CONCATENATED = 5  # layers: paper 4.4
 FOLDS = 5  # of a subset, or fewer if a class has fewer labels
@@ -172,14 +174,10 @@ def low_data(
 
 
 def balanced_subset(train: FeatureSet, n_labels: int, seed: int, number: int) -> np.ndarray:
-    """The images of a random balanced subset: int64 [n_labels], rising."""
-    K = len(train.classes)
-    each, fewest = n_labels // K, int(np.bincount(train.labels, minlength=K).min())
-    if n_labels % K or each < 2 or each > fewest:
-        need = f"a multiple of the {K} classes, with at least 2 and at most {fewest} images of each"
-        raise InputError(f"--n_labels {n_labels} must be {need}, as {train.path} has")
-    random = np.random.default_rng([seed, number, n_labels])
-    return np.sort(np.concatenate([random.choice(np.flatnonzero(train.labels == k), each, replace=False) for k in range(K)]))
+    """The images of a random balanced subset: int64 [n_labels], rising. Two labels of a class make two folds."""
+    return random_subsets.balanced_subset(
+        train.labels, len(train.classes), n_labels, seed, number, f"--n_labels {n_labels}", least=2
+    )
 
 
 def _folds(each: int) -> int:

@@ -8,7 +8,7 @@ There are three kinds of row, each with the names that identify a measurement (`
                 (n_labels, n_subsets, subset_accuracies, accuracy their mean, the sample's deviation), "mask_vote" (n_masks,
                 accuracy of the vote, single_accuracy of one mask)
     finetune    accuracy, held_out_accuracy, loss ("joint", "clf" or "gen"), lr, lrs (those tried), head_layer, best_step;
-                n_masks and single_accuracy where masks vote
+                n_masks and single_accuracy where masks vote; with few labels those of "low_data", and model_hash is one of all
     likelihood  what tools/evaluate.py measures
 
 `model` is the shape of the transformer, if known: Figure 3 and Tables 1 to 4 need it. Called by `tools/linear_probe.py`,
@@ -64,7 +64,7 @@ IDENTITY = {
             "n_subsets",
         ),
     ),
-    "finetune": (*_SAME_MODEL, "loss", "lr", "head_layer", "augmentation", "n_train", "seed", "n_labels", "n_masks"),
+    "finetune": (*_SAME_MODEL, "loss", "lr", "head_layer", "augmentation", "n_train", "seed", "n_labels", "n_masks", "n_subsets"),
     "likelihood": (*_SAME_MODEL, "split", "n_images", "batch", "masks"),
 }
 _MEASURED = ("weights", "model_hash", "step", "dataset", "dataset_hash", "n_train", "seed", "accuracy", "held_out_accuracy")

@@ -103,10 +103,18 @@ class FinetuneRow(ResultRow):
     n_train: int
     loss: str  # "joint", "clf" or "gen"
     lr: float
+    head_layer: int | None  # whose features the class head reads
+    start_hash: str | None  # of the pre-trained model; "" for fresh weights
+    train_split: str | None
+    held_out_split: str | None
+    n_labels: int | None  # of each random subset of the n_train images; None: all
+    n_subsets: int | None
+    deviation: float | None  # of the sample of subsets
     n_masks: int | None  # that vote
     single_accuracy: float | None  # the mean of one mask
     held_out_accuracy: float
     accuracy: float
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ so the table gives our size. Called by `tools/tables.py` and `tools/report.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from igpt_ds.config import Recipe, get_recipe
 from igpt_ds.evaluate.features.manifest import span
@@ -24,7 +25,7 @@ from igpt_ds.evaluate.report.results import (
 )
 from igpt_ds.evaluate.report.row_types import FinetuneRow, ProbeRow, Row
 from igpt_ds.markdown import as_table
-from igpt_ds.paper.published import FIGURE_4, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
+from igpt_ds.paper.published import FIGURE_4, FINETUNED_ON_40, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy
 
 TITLES = {
     1: "Table 1: linear probes on CIFAR and STL-10",
@@ -33,6 +34,13 @@ TITLES = {
     4: "Table 4: few labels on CIFAR-10, error in percent",
     5: "Table 5: learning rates",
 }
+_FINETUNED_40 = 100 - FINETUNED_ON_40
+_CHOSEN = {"held-out tenth of all labels": ", chosen with all labels"}  # how a low_data probe got its layer
+_SAME_TUNING = (  # of fine-tunings that differ only in the number of labels
+    *("weights", "start_hash", "model", "model_objective", "dataset", "dataset_hash", "n_train", "eval_split", "n_subsets"),
+    *("loss", "lr", "head_layer", "augmentation", "batch_images", "precision", "seed"),
+)
+_R = TypeVar("_R", ProbeRow, FinetuneRow)
 _WORDS = {"unsupervised": "ImageNet, no labels", "supervised": "ImageNet, with labels", "": "none"}
 
 
@@ -128,7 +136,7 @@ def _best_finetuned(dataset: str, row: FinetuneRow) -> float | None:
 
 def _datasets(table: Iterable[Accuracy], rows: Sequence[Row], kind: str) -> list[str]:
     """The data sets of a table, then those of our rows only. Probes on ImageNet have their own table."""
-    others = sorted({row.dataset for row in rows if row.kind == kind})
+    others = sorted({row.dataset for row in rows if row.kind == kind and not row.get("n_labels")})
     ours = [dataset for dataset in others if kind == "finetune" or not dataset.startswith("imagenet")]
     return list(dict.fromkeys([*(one.dataset for one in table), *ours]))
 
@@ -166,7 +174,7 @@ def _finetunes(rows: Sequence[Row]) -> str:
         for one in (one for one in TABLE_3 if one.dataset == dataset):
             name = one.model if one.n_px is None else f"{one.model}, {one.n_px}x{one.n_px}"
             lines.append([dataset, name, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
-        ours = [row for row in rows if isinstance(row, FinetuneRow) and row.dataset == dataset]
+        ours = [row for row in rows if isinstance(row, FinetuneRow) and row.dataset == dataset and row.n_labels is None]
         several = len({row.n_train for row in ours}) > 1
         for row in ours:
             percent = 100 * row.accuracy
@@ -184,27 +192,57 @@ def _low_data(rows: Sequence[Row]) -> str:
     for one in TABLE_4:
         cells = ["{:.1f} ± {:.1f}".format(*one.errors[n]) if n in one.errors else "" for n in LABELS]
         lines.append([one.model, "", *cells])
-    found: dict[tuple[str, ...], dict[int, ProbeRow]] = {}
-    same = [name for name in (*SERIES, "layer") if name != "n_labels"]
-    few = [row for row in rows if isinstance(row, ProbeRow) and row.protocol == "low_data"]
-    for row in few:
-        found.setdefault(key(row, same), {})[row.n_labels] = row
-    for by_labels in found.values():
+        if one is paper:
+            fine = [f"{_FINETUNED_40:.1f}" if n == 40 else "" for n in LABELS]
+            lines.append(["iGPT-L, fine-tuned (4.7)", "", *fine])
+    probes = [row for row in rows if isinstance(row, ProbeRow) and row.protocol == "low_data"]
+    same = [name for name in (*SERIES, "layer", "layer_chosen_by") if name != "n_labels"]
+    of_paper = {n: paper.errors[n][0] for n in LABELS}
+    for by_labels in _by_labels(probes, same):
         row = next(iter(by_labels.values()))
-        cells = []
-        for n in LABELS:
-            if n not in by_labels:
-                cells.append("")
-                continue
-            error, deviation = 100 * (1 - by_labels[n].accuracy), by_labels[n].deviation
-            spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-            against = f" ({error - paper.errors[n][0]:+.1f})" if row.dataset == "cifar10" else ""
-            cells.append(f"{error:.1f}{spread}{against}")
         name = {"trained": _ours(row), "untrained": "**ours: untrained**", "pixels": "**ours: raw pixels**"}[row.weights]
-        images = "" if row.dataset == "cifar10" else f"{row.dataset}, "
-        apart = differences(row, few, but=("n_labels",))
-        lines.append([name, f"{images}{row.layer} {row.features}, {row.eval_split}{apart}", *cells])
+        apart = differences(row, probes, but=("n_labels",))
+        chosen = "" if row.weights == "pixels" else _CHOSEN.get(str(row.get("layer_chosen_by")), "")
+        lines.append([name, f"{_elsewhere(row)}{row.layer} {row.features}{chosen}, {row.eval_split}{apart}"])
+        lines[-1] += _errors(by_labels, of_paper)
+    tuned = [row for row in rows if isinstance(row, FinetuneRow) and row.n_labels is not None]
+    for of_tuned in _by_labels(tuned, _SAME_TUNING):
+        tuning = next(iter(of_tuned.values()))
+        start = "fine-tuned" if tuning.weights == "trained" else "from scratch"
+        folded = tuning.held_out_split in str(tuning.train_split).split("+")
+        step = "the last step" if folded else f"step chosen by all of {tuning.held_out_split}"
+        about = f"{_elsewhere(tuning)}{tuning.head_layer}, {start}, {tuning.loss}, lr {tuning.lr:g}, {step}, {tuning.eval_split}"
+        against = {40: _FINETUNED_40} if tuning.weights == "trained" and tuning.model_objective == "ar" else {}
+        lines.append([_ours(tuning), about, *_errors(of_tuned, against)])
     return as_table(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
+
+
+def _by_labels(rows: Sequence[_R], same: Iterable[str]) -> list[dict[int, _R]]:
+    """The rows that differ only in the number of labels, by that number."""
+    found: dict[tuple[str, ...], dict[int, _R]] = {}
+    for row in rows:
+        found.setdefault(key(row, list(same)), {})[row.n_labels or 0] = row
+    return list(found.values())
+
+
+def _elsewhere(row: ProbeRow | FinetuneRow) -> str:
+    """The images, where they are not those of Table 4."""
+    return "" if row.dataset == "cifar10" else f"{row.dataset}, "
+
+
+def _errors(by_labels: Mapping[int, ProbeRow | FinetuneRow], paper: Mapping[int, float]) -> list[str]:
+    """The error and its deviation for each number of labels, and on the paper's images the difference to the paper's error."""
+    cells = []
+    for n in LABELS:
+        row = by_labels.get(n)
+        if row is None:
+            cells.append("")
+            continue
+        error = 100 * (1 - row.accuracy)
+        spread = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
+        against = f" ({error - paper[n]:+.1f})" if row.dataset == "cifar10" and n in paper else ""
+        cells.append(f"{error:.1f}{spread}{against}")
+    return cells
 
 
 def _rates(recipes: Iterable[Recipe]) -> str:

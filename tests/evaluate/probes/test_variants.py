@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from igpt_ds.data.mixture import open_mixture
+from igpt_ds.data.subsets import few
 from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe
 from igpt_ds.evaluate.probes.variants import balanced_subset, best_layer, concat, low_data, mask_vote, vote, window
@@ -151,3 +153,13 @@ def test_a_vote_over_masks(many):
         mask_vote(train, val, 2, "normed", GRID, n_masks=6)
     with pytest.raises(ValueError, match=r"split 'train' of .* has 0 mask draws, and a vote needs 1"):
         mask_vote(*many(), 2, "normed", GRID)
+
+
+def test_fine_tunings_draw_the_same_subsets(pixels_dir, tiny_dataset):
+    """Features have a row for each image of their split, in its order: a row's number is the image's."""
+    train, images = open_features(pixels_dir, "train"), open_mixture([tiny_dataset], one_view=True)
+    for number in range(3):
+        ids = balanced_subset(train, 6, 5, number)
+        subset = few(images, 6, 5, number).shard_sets[0]
+        assert np.array_equal(subset.tokens(np.arange(6)), images.shard_sets[0].tokens(ids))
+        assert subset.labels(np.arange(6)).tolist() == train.labels[ids].tolist()

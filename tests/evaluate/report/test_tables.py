@@ -130,6 +130,37 @@ def test_table_4_counts_errors():
         " 4 normed, train, seed 0 | 50.0 ± 1.2 (+23.2) |  |  |",
     ], "other seeds and other images have rows of their own"
     assert "| Mean Teacher |  |  | 32.3 ± 2.3 | 9.2 ± 0.2 |" in lines(4, [])
+    searched = few[0] | {"layer_chosen_by": "held-out tenth of all labels"}
+    assert " 4 normed, chosen with all labels, val | 50.0" in lines(4, [searched])[-1]
+
+
+def test_table_4_has_fine_tunings_on_few_labels():
+    about = {
+        "kind": "finetune",
+        "weights": "trained",
+        "model_hash": "f",
+        "start_hash": "h",
+        "model": SMALL,
+        "model_objective": "ar",
+    }
+    about |= {
+        "step": 9,
+        "dataset": "cifar10",
+        "eval_split": "test",
+        "held_out_split": "val",
+        "train_split": "train",
+        "n_train": 45000,
+    }
+    about |= {"loss": "joint", "lr": 0.001, "head_layer": 8, "accuracy": 0.4, "n_labels": 40, "n_subsets": 5, "deviation": 0.021}
+    more = {"n_labels": 250, "accuracy": 0.6, "model_hash": "g", "train_split": "train+val"}
+    rows = [as_row(about), as_row(about | more | {"train_split": "train"}), as_row(about | more | {"weights": "untrained"})]
+    table = lines(4, rows)
+    assert "| iGPT-L, fine-tuned (4.7) |  | 57.9 |  |  |" in table
+    assert [line.split("|", 2)[2] for line in table if "ours" in line] == [
+        " 8, fine-tuned, joint, lr 0.001, step chosen by all of val, test | 60.0 ± 2.1 (+2.1) | 40.0 ± 2.1 |  |",
+        " 8, from scratch, joint, lr 0.001, the last step, test |  | 40.0 ± 2.1 |  |",
+    ]
+    assert not [line for line in lines(3, rows) if "ours" in line], "Table 3 is of all labels"
 
 
 def test_table_5_compares_recipes():
