@@ -5,7 +5,8 @@
 trains all weights and a class head on the mean of n^L (paper 2.3, 3.4), with Adam as in pre-training and a learning rate that
 rises for an epoch and stays constant. Each epoch ends with a validation. After --patience epochs without a new best the run ends,
 and RUN_DIR/model is the model dir of the best step, with its class head. `--results results.jsonl` then evaluates the test split
-once, adds a row to that file and writes RUN_DIR/confusion.json. `--untrained 0` trains from scratch.
+once, adds a row to that file and writes RUN_DIR/confusion.json. `--untrained 0` trains from scratch, on the class loss alone
+(paper 4.5). `--labels 40 --subsets 5` trains on five random subsets of 40 labels, for a row with mean and deviation (4.7).
 
 It starts, stops and resumes as train.py does: `torchrun`, `srun python finetune.py`, `mpirun` and plain `python` work as well.
 USR1, TERM, Ctrl-C, a file STOP and --max_minutes end the run with a checkpoint and status 85; `--resume auto` continues. To
@@ -41,7 +42,7 @@ from igpt_ds.train.checkpoint.directory import choose_checkpoint
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.finetune_flags import parse
-from igpt_ds.train.run_dir import check_same, write_finished
+from igpt_ds.train.run_dir import check_same, has_checkpoints, write_finished
 from igpt_ds.train.schedule import warmup_note
 
 with lazy.imports():
@@ -51,7 +52,7 @@ with lazy.imports():
     from igpt_ds.model.store import ModelInfo, read_info
     from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
     from igpt_ds.train.checkpoint.save_load import load_checkpoint
-    from igpt_ds.train.engine import check_ds_config
+    from igpt_ds.train.engine import check_ds_config, start_ranks
     from igpt_ds.train.finetuning import (
         finetune_recipe,
         finetuning_loss,
@@ -115,6 +116,8 @@ def few_labels(args: argparse.Namespace, start: ModelInfo, pool: Mixture) -> Non
     if (args.run_dir / "run.json").exists():
         raise InputError(f"--run_dir {args.run_dir} holds a run with all labels; choose another for --labels {args.labels}")
     each = [of_subset(args, number, images) for number, images in enumerate(parts)]
+    if args.resume != "auto" and any(has_checkpoints(one.run_dir) for one in each):
+        raise InputError(f"{args.run_dir} already holds subsets; continue them with --resume auto or choose another --run_dir")
     known = [finished_row(one, start, images) for one, images in zip(each, parts, strict=True)]
     check_writable(args.results)
     if args.results:
@@ -131,6 +134,7 @@ def few_labels(args: argparse.Namespace, start: ModelInfo, pool: Mixture) -> Non
                 return
             go_on(session, last=number == len(parts) - 1)
         rows += [] if row is None else [row]
+    start_ranks()  # nothing else has joined them if every subset was finished
     if rows:
         joined = over_subsets(rows, shards, pool.n_originals, args.seed)
         dist.from_rank_0(lambda: add_results(args.results, [joined]))

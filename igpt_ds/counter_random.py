@@ -3,7 +3,7 @@
 Nothing is drawn in sequence, so that a number never depends on which rank draws it, on what was drawn before, or on a resume.
 Used for the order of images, their augmentation, the masks of the BERT objective, and the order of the SGD probe.
 
-Purposes keep the streams of one seed apart: 0, 4 and 5 are the order's (data/order.py), 1 to 3 the augmentation's
+Purposes keep the streams of one seed apart: 0, 4, 5 and 10 are the order's (data/order.py), 1 to 3 the augmentation's
 (data/loader.py), 6 the shuffle buffer's (data/streaming.py), 7 and 8 the masks' (model/objectives.py),
 31 the SGD probe's (evaluate/probes/rows.py).
 """

@@ -145,7 +145,7 @@ def open_probe(args: argparse.Namespace) -> Predict:
 
 def probed_split(args: argparse.Namespace) -> None:
     """Prints the accuracy of a saved probe on a split."""
-    predict, shards = open_probe(args), ShardSet(args.data, args.eval_split)
+    predict, shards = open_probe(args), ShardSet(args.data, args.eval_split).one_view()
     accuracy, n = predict(shards).accuracy(shards.labels(np.arange(shards.n_images)))
     print(f"{args.eval_split}: {100 * (accuracy or 0.0):.2f} % of {n} images")
 
@@ -153,7 +153,7 @@ def probed_split(args: argparse.Namespace) -> None:
 def both_splits(args: argparse.Namespace) -> None:
     """Prints the accuracies of a fine-tuned model; writes the row and the confusion matrix."""
     model, info = load_classifier(args.model)
-    held_out, evaluated = ShardSet(args.data, args.val_split), ShardSet(args.data, args.eval_split)
+    held_out, evaluated = ShardSet(args.data, args.val_split).one_view(), ShardSet(args.data, args.eval_split).one_view()
     check_shards(evaluated, info.config)
     check_classes(info, evaluated)
     if args.results:

@@ -75,6 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError("no training command; after the flags write: -- deepspeed train.py --recipe NAME --data DIR ...")
     if any(word.split("=")[0] == "--results" for word in args.command):
         raise InputError("--results would read the test split at every rate; leave it out, and evaluate the best rate alone")
+    if any(word.split("=")[0] == "--labels" for word in args.command):
+        raise InputError("--labels trains a run for each subset, and the search compares single runs; search with all labels")
     for word in args.command:
         if word.split("=")[0] in OURS:
             raise InputError(f"{word} is set by the search; leave it out of the training command")

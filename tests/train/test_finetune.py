@@ -216,6 +216,15 @@ def test_what_does_not_go(main: Any, words: list[str], more: list[str], message:
         main([*words, *more])
 
 
+def test_subsets_beside_other_runs(main: Any, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "subset-3" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run already holds subsets; continue them with --resume auto"):
+        main([*words, "--labels", "6", "--batch_images", "12"])
+    (tmp_path / "run" / "run.json").touch()
+    with pytest.raises(ValueError, match=r"--run_dir .*run holds a run with all labels; choose another for --labels 6"):
+        main([*words, "--labels", "6"])
+
+
 def test_a_recipe_has_no_weights(main: Any, words: list[str]) -> None:
     with pytest.raises(ValueError, match="--recipe igpt_s_ar_32 has no weights; add --untrained SEED for fresh weights, or"):
         main(["--recipe", "igpt_s_ar_32", *words[2:]])

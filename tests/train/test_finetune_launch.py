@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,32 @@ def test_bert_votes_and_a_network_from_scratch(
     (row,) = read_results(results)
     assert (row["weights"], row["step"], row["n_masks"], row["model_objective"]) == ("untrained", 0, 3, "bert")
     assert 0 <= row["single_accuracy"] <= 1
+
+    assert row["loss"] == "clf"  # the paper's baseline (4.5)
+
+    # Two subsets of six labels: one row; what is missing is trained again, and nothing else.
+    few = ["--untrained", "5", "--labels", "6", "--subsets", "2", "--steps", "4", "--results", str(tmp_path / "few.jsonl")]
+    few += ["--eval_split", "val", "--mask_draws", "2"]
+    said = succeed(launch(words("few", "bert", *few), ranks=2))
+    (joined,) = read_results(tmp_path / "few.jsonl")
+    own = [read_results(tmp_path / "few" / f"subset-{number}" / "results.jsonl")[0] for number in range(2)]
+    assert joined["subset_accuracies"] == [one["accuracy"] for one in own]
+    assert joined["subset_model_hashes"] == [one["model_hash"] for one in own]
+    assert (joined["n_labels"], joined["n_train"], own[0]["n_train"], own[0]["weights"]) == (6, 37, 6, "untrained")
+    assert own[0]["dataset_hash"]["train"] != own[1]["dataset_hash"]["train"] != joined["dataset_hash"]["train"]
+    assert f"val {100 * joined['accuracy']:.2f} % +- {100 * joined['deviation']:.2f} over 2 subsets of 6 labels" in said
+    (tmp_path / "few" / "FINISHED").unlink()
+    (tmp_path / "few.jsonl").unlink()
+    shutil.rmtree(tmp_path / "few" / "subset-1")
+    said = succeed(launch(words("few", "bert", *few, "--resume", "auto"), ranks=2))
+    assert ("subset 1 of 2" in said, "subset 2 of 2" in said) == (False, True)
+    assert read_results(tmp_path / "few.jsonl") == [joined]
+    assert (tmp_path / "few" / "FINISHED").exists()
+    succeed(launch(words("few", "bert", *few, "--resume", "auto"), ranks=2))  # nothing is left to do
+    refused = launch(words("few", "bert", *few))
+    assert (refused.returncode, "few already holds subsets; continue them with --resume auto" in refused.stderr) == (2, True)
+    refused = launch(words("few", "bert", *few, "--resume", "auto", "--batch_images", "6"))
+    assert (refused.returncode, "--batch_images is 12 there and 6 here" in refused.stderr) == (2, True)
 
     # The gen_loss alone leaves the head as it was, and the lowest loss chooses the step.
     succeed(launch(words("gen", "bert", "--loss", "gen", "--seed", "1")))

@@ -36,6 +36,7 @@ def left_behind(run_dir: Path, val_loss: float | None) -> None:
         ([], "no training command; after the flags write: -- deepspeed train.py --recipe NAME --data DIR"),
         (["--", "train.py", "--lr", "1"], "--lr is set by the search; leave it out of the training command"),
         (["--", "finetune.py", "--results", "x"], "--results would read the test split at every rate; leave it out"),
+        (["--", "finetune.py", "--labels=40"], "--labels trains a run for each subset"),
         (["--", "finetune.py", "--out", "x"], "--out is set by the search; leave it out of the training command"),
         (["--", "train.py", "--run_dir=x"], "--run_dir=x is set by the search; leave it out"),
         (["--array_index", "12", "--", "train.py"], "--array_index 12 must lie between 0 and 11"),
