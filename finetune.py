@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         few_labels(args, start, images)
         return
     run = choose_run(args, start, images)
-    note = warmup_note(args, math.ceil(images.n_originals / args.batch_images), run.recipe)
+    shortened = run.recipe.warmup_steps < run.recipe.steps  # a run of an earlier version may warm up to its end
+    note = warmup_note(args, math.ceil(images.n_originals / args.batch_images), run.recipe) if shortened else ""
     if args.dry_run:
         dist.say("\n".join(filter(None, [dry_run(run, args, models=1), note])))
         return

@@ -61,6 +61,9 @@ def test_the_newest_complete_checkpoint_has_the_images(start: Start):
     assert restarts.newest_images(start.run_dir) == 120
     (start.run_dir / "checkpoints" / "step-00000010" / "manifest.json").write_text("{")
     assert restarts.newest_images(start.run_dir) == 0
+    save(start.run_dir / "subset-0", 8, 96)  # a fine-tuning with few labels
+    save(start.run_dir / "subset-1", 2, 24)
+    assert restarts.newest_images(start.run_dir) == 120
 
 
 def test_a_lock_of_a_killed_job_is_broken_after_thirty_tries(start: Start, naps: list[float]):
