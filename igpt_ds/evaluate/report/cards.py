@@ -21,7 +21,8 @@ def card_results(rows: Sequence[Row]) -> list[CardResult]:
     ]
     for row in rows:
         if isinstance(row, FinetuneRow):
-            how = f"loss {row.loss}, {row.n_train} images"
+            few = "" if row.n_labels is None else f"{row.n_subsets} random subsets of {row.n_labels} of "
+            how = f"loss {row.loss}, {few}{row.n_train} images"
             found.append(CardResult("fine-tuning", row.dataset, row.eval_split, "accuracy", 100 * row.accuracy, how))
         elif isinstance(row, LikelihoodRow):
             nats = row.nats_per_token.mean

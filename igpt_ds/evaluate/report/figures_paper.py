@@ -181,7 +181,7 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
     trained = [row for row in rows if isinstance(row, ProbeRow | FinetuneRow) and row.weights == "trained"]
     single: list[ProbeRow | FinetuneRow] = [
         *map(best_row, _trained(rows)),
-        *(row for row in trained if isinstance(row, FinetuneRow)),
+        *(row for row in trained if isinstance(row, FinetuneRow) and row.n_labels is None),
     ]
     votes = [row for row in trained if isinstance(row, ProbeRow) and row.protocol == "mask_vote"]
     bars: dict[tuple[str, str, str], tuple[float, float | None]] = {}

@@ -144,6 +144,8 @@ def test_figure_4(tmp_path, drawn):
     }, "the largest that both have"
     few = finetuned | {"model_objective": "ar", "accuracy": 0.98, "held_out_accuracy": 0.98, "n_train": 4000}
     assert measured_bars([*rows, few]) == measured_bars(rows), "few labels are another experiment"
+    subsets = finetuned | {"model_objective": "ar", "accuracy": 0.4, "held_out_accuracy": 0.95, "n_labels": 40}
+    assert measured_bars([*rows, subsets]) == measured_bars(rows)
     assert measured_bars(curve(0.4, model=None)) == {("cifar10", "ar", "probe"): (pytest.approx(40), None)}
     without_vote = [row for row in rows if row.get("protocol") != "mask_vote"]
     assert measured_bars(without_vote)["cifar10", "bert", "probe"] == (pytest.approx(70), None), "of masked images"
