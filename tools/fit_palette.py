@@ -33,7 +33,7 @@ from igpt_ds.data.left_out import Tally, print_left_out, reason_of
 from igpt_ds.data.palette import ColorCounts, Palette, color_codes, fit_colors, report_path, save_palette
 from igpt_ds.data.shards.layout import MAX_PX
 from igpt_ds.data.shards.merge import DEFAULT_MAX_BAD
-from igpt_ds.data.sources import LABELS, Entry, Source, open_source
+from igpt_ds.data.sources import LABELS, Entry, OpenAIArrays, Source, open_source
 from igpt_ds.data.workers import process_pool
 from igpt_ds.errors import InputError
 from igpt_ds.files import check_writable, reserved
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _fit(args: argparse.Namespace) -> None:
     source = open_source(args.source, args.labels)
+    if isinstance(source, OpenAIArrays):
+        raise InputError(f"{source.name} holds tokens, not pixels; their palette is kmeans_centers.npy of the same release")
     entries = _chosen(source.entries(), args.max_images, args.seed)
     counts, start, n_images, bad = ColorCounts(), time.perf_counter(), 0, Tally()
     worst = ""

@@ -3,8 +3,9 @@
     python tools/make_shards.py --source cifar10:cifar-10-python.tar.gz --palette palette.npy --n_px 32 --out shards/cifar10_32
     python tools/make_shards.py --source imagenet:ILSVRC2012 --crop random --palette palette.npy --n_px 64 --out shards/in64
 
-Sources: digits:, imagefolder:DIR, imagenet:DIR, cifar10:PATH, cifar100:PATH, stl10:PATH, webdataset:TARS. A source
-may have test images of its own; others come from another folder, imagefolder:DIR,test=DIR2, or are split off by --test_fraction.
+Sources: digits:, imagefolder:DIR, imagenet:DIR, cifar10:PATH, cifar100:PATH, stl10:PATH, webdataset:TARS, openai:PREFIX (the
+token arrays PREFIX_trX.npy ... of OpenAI's release). A source may have test images of its own; others come from another folder,
+imagefolder:DIR,test=DIR2, or are split off by --test_fraction.
 The tool writes OUT.making and renames it to OUT when all shards exist. The same command continues after an interruption. To share
 the work among machines, run `--stage list` once, then `--stage write --part 0/16` to `15/16`, then `--stage merge`, with the same
 other flags.
@@ -72,10 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.stage in ("all", "merge"):
         index = merge_shards(args.out, args.name or dataset_name(args.source), args.max_bad)
         print_index(args.out, index)
-        launch = (
-            ["deepspeed", "train.py"] if has_gpu() else ["deepspeed", "--num_gpus", "2", "train.py", "--ds_config", "zero3_fp32"]
-        )
-        print(next_command(*launch, *train_flags(index), "--data", args.out, "--run_dir", f"{args.out}_run"))
+        print(next_command(*next_step(args.out, index)))
+
+
+def next_step(out: Path, index: ShardIndex) -> list[str]:
+    """The command for these shards: training, or the likelihood of a model where there is nothing to train on."""
+    if "train" not in index.splits:
+        split = list(index.splits)[-1]  # test, if there is one
+        return ["python", "tools/evaluate.py", "--model", "MODEL_DIR", "--data", str(out), "--split", split]
+    launch = ["deepspeed", "train.py"] if has_gpu() else ["deepspeed", "--num_gpus", "2", "train.py", "--ds_config", "zero3_fp32"]
+    return [*launch, *train_flags(index), "--data", str(out), "--run_dir", f"{out}_run"]
 
 
 def has_gpu() -> bool:

@@ -40,7 +40,7 @@ class CropSpec:
 
     n_px: int
     crop: str
-    resize_filter: str
+    resize_filter: str | None  # None: the source's images are not resized here
     seed: int
     views: int
     max_pixels: int | None = None  # see `data/images.decode_image`
@@ -108,7 +108,7 @@ class Unreadable:
 
 
 def prepare(source: Source, palette: Palette, task: Task) -> Prepared:
-    """Reads, decodes, crops, resizes and quantises the images of a task."""
+    """Reads, decodes, crops, resizes and quantises the images of a task. Tokens of a source pass unchanged."""
     names: list[int] = []
     images: list[np.ndarray] = []
     labels: list[int] = []
@@ -123,8 +123,9 @@ def prepare(source: Source, palette: Palette, task: Task) -> Prepared:
         names += range(place * task.spec.views, place * task.spec.views + len(views))
         labels += [entry.label] * len(views)
     n_px = task.spec.n_px
-    pixels = np.stack(images) if images else np.empty((0, n_px, n_px, 3), dtype=np.uint8)
-    arrays = np.array(names, dtype=np.int64), palette.encode(pixels), np.array(labels, dtype=np.int64)
+    stacked = np.stack(images) if images else np.empty((0, n_px, n_px), dtype=np.uint16)
+    tokens = stacked if stacked.dtype == np.uint16 else palette.encode(stacked)
+    arrays = np.array(names, dtype=np.int64), tokens, np.array(labels, dtype=np.int64)
     return Prepared(task.shard, len(task.entries), *arrays, unreadable)
 
 
@@ -132,6 +133,9 @@ def _views(entry: Entry, raw: bytes | np.ndarray | ValueError, spec: CropSpec) -
     if isinstance(raw, ValueError):
         raise raw
     image = decode_image(raw, entry.key, spec.max_pixels) if isinstance(raw, bytes) else raw
+    if image.dtype == np.uint16:  # tokens
+        return [image]
+    assert spec.resize_filter is not None
     return [
         square(image, spec.n_px, crop=spec.crop, resize_filter=spec.resize_filter, seed=spec.seed, key=entry.key, view=view)
         for view in range(spec.views)

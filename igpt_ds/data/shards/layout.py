@@ -24,7 +24,7 @@ from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.encode import CropSpec
 from igpt_ds.data.shards.index import SPLITS
 from igpt_ds.data.shards.record import MAX_IMAGES
-from igpt_ds.data.sources import Entry, Source
+from igpt_ds.data.sources import Entry, OpenAIArrays, Source
 from igpt_ds.data.sources.copies import hashed
 from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_dir, sha256_file
@@ -70,7 +70,7 @@ class ShardOptions:
     seed: of the split and the random crops.
     test_fraction: fraction of the training images that becomes the split "test", for a source without test images. With it, all
         splits are chosen by a hash of the file instead of the key, so that equal files are in one split.
-    filter, crop, views: the resizing filter, how an image becomes a square, random crops per training image.
+    filter, crop, views: the resizing filter (None: not known), how an image becomes a square, random crops per training image.
     max_pixels: the largest image, or None for PIL's limit against decompression bombs.
     """
 
@@ -78,7 +78,7 @@ class ShardOptions:
     val_fraction: float | None = None
     images_per_shard: int = IMAGES_PER_SHARD
     seed: int = 0
-    filter: str = DEFAULT_FILTER
+    filter: str | None = DEFAULT_FILTER
     crop: str = "none"
     views: int = 1
     max_pixels: int | None = None
@@ -93,7 +93,7 @@ class ShardOptions:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_px > MAX_PX:
             raise InputError(f"n_px={self.n_px} must be at most {MAX_PX}")
-        if self.filter not in FILTERS:
+        if self.filter not in (*FILTERS, None):
             raise InputError(f"filter {self.filter!r} is unknown; known: {', '.join(FILTERS)}")
         if self.crop not in CROPS:
             raise InputError(f"crop {self.crop!r} is unknown; known: {', '.join(CROPS)}")
@@ -105,6 +105,9 @@ class ShardOptions:
     def settings(self, source: Source, palette: Palette) -> ShardSettings:
         """The options together with the source and the palette."""
         options = asdict(self) | ({"val_fraction": source.val_fraction} if self.val_fraction is None else {})
+        if isinstance(source, OpenAIArrays):
+            given = (self.crop, self.filter) != ("none", DEFAULT_FILTER)
+            options |= source.preparation(palette, self.n_px, given)
         return ShardSettings(**options, source=source.name, labels=source.labels, palette_hash=palette.hash)
 
     def crop_spec(self, split: str) -> CropSpec:
@@ -222,6 +225,8 @@ def _new_file(directory: Path, split: str, number: int) -> IO[str]:
 
 def _check_counts(counts: dict[str, int], source: Source, settings: ShardSettings) -> None:
     drawn = sum(counts.values()) if settings.test_fraction else counts["train"] + counts["val"]
+    if isinstance(source, OpenAIArrays) and not counts["train"]:
+        return  # the test arrays alone can be evaluated
     if not drawn:
         raise InputError(f"source {source.name} holds no training images")
     wanted = {"train": 1.0, "val": settings.val_fraction, "test": settings.test_fraction}

@@ -16,6 +16,7 @@ from igpt_ds.data.sources.folders import ImageFolder
 from igpt_ds.data.sources.held_out import WithTest
 from igpt_ds.data.sources.imagenet import ImageNet
 from igpt_ds.data.sources.names import dataset_name
+from igpt_ds.data.sources.openai_arrays import OpenAIArrays
 from igpt_ds.data.sources.stl10 import STL10
 from igpt_ds.data.sources.webtars import WebTars
 from igpt_ds.errors import InputError
@@ -25,6 +26,7 @@ __all__ = [
     "LABELS",
     "Entry",
     "ImageFolder",
+    "OpenAIArrays",
     "Result",
     "Source",
     "dataset_name",
@@ -41,6 +43,7 @@ KINDS: dict[str, tuple[str, Callable[[str, str], Source]]] = {
     "stl10": ("PATH", lambda rest, labels: STL10(Path(rest))),
     "imagefolder": ("DIR", lambda rest, labels: ImageFolder(Path(rest), labels)),
     "webdataset": ("SPEC", WebTars),
+    "openai": ("PREFIX", OpenAIArrays),
     "digits": ("", lambda rest, labels: Digits()),
 }
 
@@ -79,7 +82,7 @@ def open_source(spec: str, labels: str = "use") -> Source:
     assert labels in LABELS
     kind, colon, rest = spec.partition(":")
     train, found, test = rest.rpartition(",test=")
-    if found and not Path(rest).exists():
+    if found and kind != "openai" and not Path(rest).exists():
         return WithTest(spec, *_apart(*(open_source(f"{kind}:{where}", labels) for where in (train, test))))
     if not colon or kind not in KINDS or bool(rest) != bool(KINDS[kind][0]):
         known = ", ".join(f"{name}:{where}" for name, (where, _) in KINDS.items())

@@ -30,7 +30,7 @@ _SPLIT_WORDS = {
 class Entry(NamedTuple):
     """One image as a source lists it. Plain JSON: `Entry(*json.loads(json.dumps(entry))) == entry`."""
 
-    split: str  # "train" or "test", the split of the published dataset
+    split: str  # "train", "val" or "test", the split of the published dataset
     key: str  # unique in its source; the same in all formats of a dataset
     label: int  # index into the classes
     place: list[Any]  # the place of its bytes, in the terms of its source
@@ -42,7 +42,8 @@ class Entry(NamedTuple):
         return self.ending or ending_of(self.key)
 
 
-Result = bytes | np.ndarray | ValueError  # an encoded image file, uint8 [h, w, 3], or the error of this one image
+# An encoded image file; pixels, uint8 [h, w, 3]; tokens, uint16 [n_px, n_px]; or the error of this one image.
+Result = bytes | np.ndarray | ValueError
 
 
 class Source(Protocol):

@@ -10,13 +10,16 @@ import re
 from pathlib import Path
 
 from igpt_ds.data.sources.base import split_word
+from igpt_ds.data.sources.openai_arrays import find_prefix
 
 
 def dataset_name(spec: str) -> str:
     """`imagefolder:my/photos` -> "photos", `cifar10:batches` -> "cifar10", `webdataset:web/{00..99}.tar` -> "web"."""
     kind, _, where = spec.partition(":")
     where = where.rsplit(",test=", 1)[0]
-    name = {"imagefolder": _folder, "webdataset": _tars}.get(kind, lambda _: kind)(where)
+    name = {"imagefolder": _folder, "webdataset": _tars, "openai": lambda prefix: find_prefix(prefix).name}.get(
+        kind, lambda _: kind
+    )(where)
     return name or kind
 
 
