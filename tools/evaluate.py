@@ -27,6 +27,7 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import PRECISIONS
 from igpt_ds.evaluate.report.results import add_results, likelihood_row, read_results
 from igpt_ds.files import check_writable
+from igpt_ds.paper.published import FIGURE_3_NATS
 from igpt_ds.provenance import git_commit
 
 with lazy.imports():
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch=settings.batch,
         masks=drawn if info.objective == "bert" else None,
         summary=measured,
-        published=likelihood.PUBLISHED[size] if size else None,
+        published=FIGURE_3_NATS[size] if size else None,
         published_does_not_apply=failing,
     )
     if args.out:
@@ -98,15 +99,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_published(found: likelihood.Likelihood, failing: Sequence[str], size: str | None) -> None:
-    """The measured nats beside OpenAI's, or the first reason why they do not compare."""
+    """The measured nats beside OpenAI's, or all that differs, in one line."""
     if size:
-        published = likelihood.PUBLISHED[size]
+        published = FIGURE_3_NATS[size]
         here = found.summary.nats_per_token.mean - published
-        print(f"published: {published} nats per token for iGPT-{size.upper()} after 1M steps (OpenAI's README); here {here:+.4f}")
+        print(f"published: {published} nats per token for iGPT-{size} after 1M steps (OpenAI's README); here {here:+.4f}")
     elif found.objective == "ar":
-        known = " / ".join(map(str, likelihood.PUBLISHED.values()))
-        more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
-        print(f"published: {known} nats per token for S / M / L do not apply: {failing[0]}{more}")
+        known, sizes = " / ".join(map(str, FIGURE_3_NATS.values())), " / ".join(FIGURE_3_NATS)
+        print(f"published: {known} nats per token for {sizes} do not apply: {'; '.join(failing)}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 M. Chen, A. Radford, R. Child, J. Wu, H. Jun, D. Luan, I. Sutskever, Generative Pretraining from Pixels, ICML 2020 (the second
 version of its text). Accuracies and errors in percent. Figures whose points the text does not name are not here: nobody can read
-them to the decimal. Nothing is imported but dataclasses. Called by `evaluate/report/tables.py` and
+them to the decimal. Nothing is imported but dataclasses. Called by `evaluate/report/tables.py`, `evaluate/likelihood.py` and
 `evaluate/report/figures_paper.py`.
 """
 
@@ -118,10 +118,8 @@ TABLE_5 = (
     Rate("L", "bert", 32, 0.001),
 )
 
-# Figure 2, in words (4.1): on CIFAR-10 the last layer of iGPT-L is 2.4 points below its best; the best lie in the middle.
-LAST_LAYER_LOSES = 2.4
-
-# Figure 3: nats per token of the released models at their last checkpoint (README of openai/image-gpt, "matching Figure 3").
+# Figure 3: nats per token of the released models at their last checkpoint (README of openai/image-gpt, "matching Figure 3"), on
+# the released arrays of ImageNet's test split: 32x32, central crops.
 FIGURE_3_STEPS = (65_000, 131_000, 262_000, 524_000, 1_000_000)
 FIGURE_3_NATS = {"S": 2.0895, "M": 2.0614, "L": 2.0466}
 
@@ -148,5 +146,3 @@ FIGURE_4 = (
     Bar("imagenet", "ar", "finetune", 66.3, "4.5"),
     Bar("imagenet", "bert", "finetune", 66.5, "4.6"),
 )
-# 4.6: what five masks and a vote add for BERT, probes and fine-tunes alike: "largely unchanged", "almost 1%".
-ENSEMBLE_GAINS = {"cifar10": 0.0, "imagenet": 1.0}

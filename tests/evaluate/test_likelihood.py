@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +18,15 @@ from igpt_ds.config import RECIPES, ModelConfig
 from igpt_ds.data.palette import Palette
 from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.index import read_index, write_index
 from igpt_ds.data.shards.layout import ShardOptions
-from igpt_ds.data.sources import open_source
+from igpt_ds.data.sources import open_source, openai_arrays
 from igpt_ds.evaluate import likelihood
 from igpt_ds.evaluate.likelihood import LikelihoodSettings, choose_ids, compare_published, pixel_nats, shard_nats, summarise
 from igpt_ds.evaluate.report.row_types import MeanWithError
 from igpt_ds.model.objectives import draw_masks, image_nats
 from igpt_ds.model.store import fresh_model, save_model
+from igpt_ds.paper.published import FIGURE_3_NATS
 
 
 @pytest.fixture
@@ -147,29 +151,39 @@ def test_bad_settings(settings, message):
 
 @pytest.fixture
 def imagenet(tmp_path, monkeypatch):
-    """Shards of a toy ImageNet, as the published numbers want them, with a palette of the test's own in OpenAI's place."""
+    """Shards of a toy ImageNet or of arrays like the released ones, with a palette of the test's own in OpenAI's place."""
     random = np.random.default_rng(0)
     for split, name in (("train", "a"), ("train", "b"), ("val", "c"), ("val", "d")):
         file = tmp_path / "ilsvrc" / split / "n01440764" / f"{name}.JPEG"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(file)
     palette = Palette(random.uniform(-1, 1, (512, 3)).astype(np.float32))
-    monkeypatch.setattr(likelihood, "OPENAI_PALETTE_HASH", palette.hash)
+    for part, n in (("tr", 1), ("te", 2)):
+        np.save(tmp_path / f"imagenet_{part}X.npy", random.integers(0, 512, (n, 1024)))
+    for module in (likelihood, openai_arrays):
+        monkeypatch.setattr(module, "OPENAI_PALETTE_HASH", palette.hash)
+    monkeypatch.setattr(likelihood, "N_TEST", 2)
 
     def make(n_px=32, crop="center", source=f"imagenet:{tmp_path / 'ilsvrc'}"):
-        path = tmp_path / f"shards_{n_px}_{crop}_{source[:8]}"
-        write_dataset(path, open_source(source), palette, ShardOptions(n_px, crop=crop, val_fraction=0.0))
+        path = tmp_path / f"shards_{len(list(tmp_path.glob('shards_*')))}"
+        write_dataset(path, open_source(source, "ignore"), palette, ShardOptions(n_px, crop=crop, val_fraction=0.0))
         return path
 
     return make
 
 
-def test_published_numbers_stand_beside_their_like(imagenet):
-    path = imagenet()
-    for size, nats in (("s", 2.0895), ("m", 2.0614), ("l", 2.0466)):
-        config = RECIPES[f"igpt_{size}_ar_32"].model
-        assert compare_published(config, "ar", ShardSet(path, "test"), 2) == (size, [])
-        assert likelihood.PUBLISHED[size] == nats
+def test_published_numbers_stand_beside_the_released_arrays(imagenet, tmp_path):
+    released = ShardSet(imagenet(crop="none", source=f"openai:{tmp_path}"), "test")
+    for size, nats in (("S", 2.0895), ("M", 2.0614), ("L", 2.0466)):
+        config = RECIPES[f"igpt_{size.lower()}_ar_32"].model
+        assert compare_published(config, "ar", released, 2) == (size, [])
+        assert FIGURE_3_NATS[size] == nats
+    (tmp_path / "imagenet_teX.npy").rename(tmp_path / "cifar10_teX.npy")
+    source = f"openai:{tmp_path / 'cifar10'}"
+    (tmp_path / "imagenet_trX.npy").unlink()
+    other = ShardSet(imagenet(crop="none", source=source), "test")
+    words = [f"the images come from {source}, not from ImageNet", "the crop is 'none', not 'center'"]
+    assert compare_published(config, "ar", other, 2) == (None, words)
 
 
 def test_each_condition_that_fails_is_said(imagenet, monkeypatch, tmp_path):
@@ -177,21 +191,31 @@ def test_each_condition_that_fails_is_said(imagenet, monkeypatch, tmp_path):
     test = ShardSet(path, "test")
     other = ModelConfig(n_layer=24, n_head=16, n_embd=512)
     large = RECIPES["igpt_l_ar_48"].model
+    resized = (
+        "the filter is 'bicubic', and that of the published arrays is not known (make_shards.py --source openai: reads them)"
+    )
     for config, objective, shards, n_images, words in (
-        (s, "bert", test, 2, ["the objective is 'bert', not 'ar'"]),
-        (other, "ar", test, 2, ["24 layers, 16 heads, width 512 are none of S, M, L"]),
-        (large, "ar", ShardSet(imagenet(48), "test"), 2, ["n_px is 48, not 32"]),
-        (s, "ar", ShardSet(path, "train"), 2, ["the split is 'train', not 'test'"]),
-        (s, "ar", ShardSet(imagenet(crop="none"), "test"), 2, ["the crop is 'none', not 'center'"]),
-        (s, "ar", test, 1, ["1 images are not the whole split of 2"]),
+        (s, "bert", test, 2, ["the objective is 'bert', not 'ar'", resized]),
+        (other, "ar", test, 2, ["24 layers, 16 heads, width 512 are none of S, M, L", resized]),
+        (large, "ar", ShardSet(imagenet(48), "test"), 2, ["n_px is 48, not 32", resized]),
+        (s, "ar", ShardSet(path, "train"), 2, ["the split is 'train', not 'test'", resized]),
+        (s, "ar", ShardSet(imagenet(crop="none"), "test"), 2, ["the crop is 'none', not 'center'", resized]),
+        (s, "ar", ShardSet(imagenet(crop="random"), "test"), 2, [resized]),
+        (s, "ar", test, 1, [resized, "1 images are not the whole split of 2"]),
     ):
         assert compare_published(config, objective, shards, n_images) == (None, words)
     folder = f"imagefolder:{tmp_path / 'ilsvrc' / 'val'}"
     train = ShardSet(imagenet(source=folder), "train")
-    words = [f"the images come from {folder}, not from imagenet:", "the split is 'train', not 'test'"]
+    words = [f"the images come from {folder}, not from ImageNet", "the split is 'train', not 'test'", resized]
     assert compare_published(s, "ar", train, 2) == (None, words)
+    for name, value in (("filter", None), ("crop", None)):  # as an index of an earlier version
+        write_index(path, replace(read_index(path), **{name: value}))
+    unknown = ["the crop is 'unknown', not 'center'", resized.replace("bicubic", "unknown")]
+    assert compare_published(s, "ar", test, 2) == (None, unknown)
     monkeypatch.setattr(likelihood, "OPENAI_PALETTE_HASH", "0")
-    assert compare_published(s, "ar", test, 2) == (None, [f"the palette is {test.palette.name}, not OpenAI's"])
+    monkeypatch.setattr(likelihood, "N_TEST", 50_000)
+    palette = f"the palette is {test.palette.name}, not OpenAI's"
+    assert compare_published(s, "ar", test, 2) == (None, [palette, *unknown, "the split has 2 images, not 50000"])
 
 
 def test_a_broken_model_costs_no_pixel_anything(speaking, val):
@@ -247,3 +271,10 @@ def test_ranks_change_no_bit(launch, free_port, speaking, tiny_dataset, val, tmp
     found = json.loads(written[0])
     assert found["nats_per_token"]["mean"] != pytest.approx(math.log(8), abs=1e-3)
     assert found["n_images"] == val.n_images
+
+
+def test_the_page_quotes_the_published_numbers():
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
+    s, m, large = FIGURE_3_NATS.values()
+    assert f"published {s}, {m} and {large} nats per token for S, M and L" in page.replace("\n", " ")
+    assert f"more than the {m - large:.3f} that lie between M and L" in page.replace("\n", " ")

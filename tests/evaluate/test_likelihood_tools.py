@@ -18,7 +18,7 @@ from igpt_ds.data.grids import BACKGROUND
 from igpt_ds.data.images import square
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.evaluate.likelihood import LikelihoodSettings, shard_nats, summarise
+from igpt_ds.evaluate.likelihood import Likelihood, LikelihoodSettings, shard_nats, summarise
 from igpt_ds.evaluate.report.results import read_results
 from igpt_ds.model.sampling import Filter, sample
 from igpt_ds.model.store import fresh_model, load_model, save_model
@@ -75,15 +75,25 @@ def test_evaluate_prints_and_writes(tool, speaking_dir, tiny_dataset, tmp_path):
     assert {unit: found[unit] for unit in expected} == expected
     assert (found["model_hash"], found["dataset_hash"], found["split"]) == (info.model_hash, val.dataset_hash, "val")
     assert (found["n_images"], found["masks"], found["published"]) == (6, None, None)
-    assert len(found["published_does_not_apply"]) == 7
+    assert len(found["published_does_not_apply"]) == 9
     nats = expected["nats_per_token"]
     assert f"nats per token     {nats['mean']:.4f} +- {nats['standard_error']:.4f}\n" in said
     assert f"bits per sub-pixel {nats['mean'] / math.log(8):.4f} +- " in said
     assert "(step 7)" in said
     last = said.splitlines()[-1]
-    assert last == (
+    assert last.startswith(
         "published: 2.0895 / 2.0614 / 2.0466 nats per token for S / M / L do not apply: "
-        "2 layers, 2 heads, width 16 are none of S, M, L (and 6 more)"
+        "2 layers, 2 heads, width 16 are none of S, M, L; n_px is 4, not 32; "
+    )
+    assert "; the filter is 'bicubic', and" in last
+
+
+def test_the_published_nats_stand_beside_those_measured(capsys):
+    about = dict.fromkeys(field.name for field in dataclasses.fields(Likelihood))
+    found = Likelihood(**about | {"objective": "ar", "summary": summarise(np.array([2.05, 2.06]))})
+    runpy.run_path(str(TOOLS / "evaluate.py"))["print_published"](found, [], "L")
+    assert capsys.readouterr().out == (
+        "published: 2.0466 nats per token for iGPT-L after 1M steps (OpenAI's README); here +0.0084\n"
     )
 
 
