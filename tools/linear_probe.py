@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in cautions(list(zip(paths, rows, strict=True))):
         print(line, file=sys.stderr)
     if by_layer(rows):
-        say(markdown_table(rows))
+        say(markdown_table(by_layer(rows), read_results(args.out)))
     if args.save_probe and best:
         save_best(args, *best)
     say(f"{args.out}: {count(len(rows), 'row')}")

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(probe, args.features, time.perf_counter() - start)
     for line in cautions([(args.features, row) for row in rows]):
         print(line, file=sys.stderr)
-    print(markdown_table(rows))
+    print(markdown_table(rows, read_results(args.out)))
     print(f"{args.out}: {count(len(rows), 'row')}")
     print(next_command("python", "tools/tables.py", "--results", args.out))
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = experiment(every, args.dataset)
     for run_dir in args.run_dir:
         print((f"{run_dir}, " if len(args.run_dir) > 1 else "") + validation_line(run_dir) + "\n")
-    print(markdown_table(rows) + "\n")
+    print(markdown_table(rows, every) + "\n")
     print(layer_table(rows))
 
 

@@ -100,7 +100,7 @@ def page(
         parts += [
             "<h2>Linear probes</h2>",
             "<h3>The best layer of each kind of features</h3>",
-            html_table(markdown_table(probes)),
+            _table_and_lines(markdown_table(probes, results)),
         ]
         if any(row.weights != "pixels" for row in probes):
             parts += ["<h3>Every layer</h3>", html_table(layer_table(probes))]
@@ -108,8 +108,8 @@ def page(
     if numbers:
         parts.append("<h2>Beside the paper</h2>")
         for number in numbers:
-            title, _, lines = paper_table(number, results, [run.recipe]).partition("\n\n")
-            parts += [f"<h3>{_text(title.lstrip('# '))}</h3>", html_table(lines)]
+            title, _, table = paper_table(number, results, [run.recipe]).partition("\n\n")
+            parts += [f"<h3>{_text(title.lstrip('# '))}</h3>", _table_and_lines(table)]
     parts += ["<h2>Configuration</h2>", f"<pre>{_text(run.text)}</pre>"]
     fit = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = (
@@ -146,6 +146,12 @@ def html_table(markdown: str) -> str:
         body.append(f"<tr{ours}>" + "".join(f"<td>{_cell(cell)}</td>" for cell in line) + "</tr>")
     head = f"<thead><tr>{header}</tr></thead>" if any(lines[0]) else ""
     return f"<table>{head}<tbody>{''.join(body)}</tbody></table>"
+
+
+def _table_and_lines(markdown: str) -> str:
+    """A Markdown table, and the list below it if there is one."""
+    table, _, lines = markdown.partition("\n\n")
+    return html_table(table) + "".join(f"<p>{_text(line.removeprefix('- '))}</p>" for line in lines.splitlines())
 
 
 def _cell(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from igpt_ds.config import Recipe, get_recipe
 from igpt_ds.evaluate.features.manifest import span
+from igpt_ds.evaluate.report.baselines import HEADER, beside, not_measured, pixels_win
 from igpt_ds.evaluate.report.results import (
     SERIES,
     best_row,
@@ -22,6 +23,7 @@ from igpt_ds.evaluate.report.results import (
     model_name,
     model_parameters,
     series,
+    system_name,
 )
 from igpt_ds.evaluate.report.row_types import FinetuneRow, ProbeRow, Row
 from igpt_ds.markdown import as_table
@@ -55,8 +57,13 @@ def paper_table(number: int, rows: Sequence[Row], recipes: Iterable[Recipe] = ()
     return f"### {TITLES[number]}\n\n{text}"
 
 
-def markdown_table(rows: Sequence[ProbeRow]) -> str:
-    """The best layer of each series as a Markdown table, accuracies in percent."""
+def markdown_table(rows: Sequence[ProbeRow], among: Sequence[Row] | None = None) -> str:
+    """The best layer of each series as a Markdown table, accuracies in percent, then a line for each that raw pixels beat.
+
+    Args:
+        among: the rows in which pixels and untrained networks are looked for (default: `rows`).
+    """
+    among = rows if among is None else among
     penalty = "C or lr" if any(row.protocol == "sgd" for row in rows) else "C"
     lines = []
     for one in series(rows):
@@ -66,8 +73,14 @@ def markdown_table(rows: Sequence[ProbeRow]) -> str:
         percent = [f"{100 * row.held_out_accuracy:.1f}", f"{100 * row.accuracy:.1f}"]
         unit, value = ("lr ", row.rate) if row.protocol == "sgd" else ("", row.C)
         chosen = "-" if value is None else f"{unit}{value:g}"
-        lines.append([images, label(row, rows), layers, f"{row.n_features}", chosen, *percent])
-    return as_table(["images", "features", "best layer", "width", penalty, "held out", "accuracy"], lines)
+        lines.append([images, label(row, rows), layers, f"{row.n_features}", chosen, *percent, *beside(row, among)])
+    table = as_table(["images", "features", "best layer", "width", penalty, "held out", "accuracy", *HEADER], lines)
+    return _with_list(table, pixels_win([best_row(one) for one in series(rows)], among, lambda row: label(row, rows)))
+
+
+def _with_list(table: str, sentences: Iterable[str]) -> str:
+    lines = "\n".join(f"- {sentence}" for sentence in sentences)
+    return f"{table}\n\n{lines}" if lines else table
 
 
 def layer_table(rows: Sequence[ProbeRow]) -> str:
@@ -104,7 +117,9 @@ def _where(row: ProbeRow) -> str:
     if row.protocol == "concat":
         assert row.layers is not None
         return f"{row.layers[0]}..{row.layers[-1]} {row.features}"
-    how = {"sgd": ", SGD", "mask_vote": f", {row.n_masks} masks vote"}.get(row.protocol, "")
+    how = {"sgd": ", SGD", "mask_vote": f", {row.n_masks} masks vote", "low_data": f", {row.n_labels} labels"}.get(
+        row.protocol, ""
+    )
     return f"{row.layer} {row.features}{how}"
 
 
@@ -141,39 +156,48 @@ def _datasets(table: Iterable[Accuracy], rows: Sequence[Row], kind: str) -> list
     return list(dict.fromkeys([*(one.dataset for one in table), *ours]))
 
 
+def _words(row: ProbeRow | FinetuneRow) -> str:
+    """A row of a table in a sentence."""
+    where = _where(row) if isinstance(row, ProbeRow) else f"{row.loss}, lr {row.lr:g}"
+    return f"{system_name(row)} at step {row.step} ({where})"
+
+
 def _probes(rows: Sequence[Row]) -> str:
-    lines = []
+    lines, ours = [], list[ProbeRow]()
     for dataset in _datasets(TABLE_1, rows, "probe"):
         paper = _best(TABLE_1, dataset)
         for one in (one for one in TABLE_1 if one.dataset == dataset):
-            lines.append([dataset, one.model, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
+            lines.append([dataset, one.model, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", "", "", ""])
         for row in _best_probes(rows, [dataset]):
             percent = 100 * row.accuracy
             about = [dataset, _ours(row), f"no labels, step {row.step}", _where(row), row.eval_split]
-            lines.append([*about, f"{percent:.1f}", _difference(percent, paper)])
-    return as_table(["images", "model", "pre-training", "layer", "split", "accuracy", "minus iGPT-L"], lines)
+            lines.append([*about, f"{percent:.1f}", _difference(percent, paper), *beside(row, rows)])
+            ours.append(row)
+    table = as_table(["images", "model", "pre-training", "layer", "split", "accuracy", "minus iGPT-L", *HEADER], lines)
+    return _with_list(table, pixels_win(ours, rows, _words))
 
 
 def _imagenet(rows: Sequence[Row]) -> str:
-    header = ["method", "input", "parameters (M)", "features", "layer", "split", "accuracy", "minus the paper's"]
+    header = ["method", "input", "parameters (M)", "features", "layer", "split", "accuracy", "minus the paper's", *HEADER]
     lines = []
     for one in TABLE_2:
         size = "orig." if one.n_px is None else f"{one.n_px}x{one.n_px}"
-        lines.append([one.model, size, f"{one.parameters:g}", f"{one.features}", "", "test", f"{one.accuracy:.1f}", ""])
-    for row in _best_probes(rows, sorted({row.dataset for row in rows if row.dataset.startswith("imagenet")})):
+        lines.append([one.model, size, f"{one.parameters:g}", f"{one.features}", "", "test", f"{one.accuracy:.1f}", "", "", ""])
+    ours = _best_probes(rows, sorted({row.dataset for row in rows if row.dataset.startswith("imagenet")}))
+    for row in ours:
         percent, shape = 100 * row.accuracy, row.model
         about = [_ours(row), "-" if shape is None else f"{shape['n_px']}x{shape['n_px']}", _millions(row)]
         against = _difference(percent, _best(TABLE_2, "imagenet", row))
-        lines.append([*about, f"{row.n_features}", _where(row), row.eval_split, f"{percent:.1f}", against])
-    return as_table(header, lines)
+        lines.append([*about, f"{row.n_features}", _where(row), row.eval_split, f"{percent:.1f}", against, *beside(row, rows)])
+    return _with_list(as_table(header, lines), pixels_win(ours, rows, _words))
 
 
 def _finetunes(rows: Sequence[Row]) -> str:
-    lines = []
+    lines, shown = [], list[FinetuneRow]()
     for dataset in _datasets(TABLE_3, rows, "finetune"):
         for one in (one for one in TABLE_3 if one.dataset == dataset):
             name = one.model if one.n_px is None else f"{one.model}, {one.n_px}x{one.n_px}"
-            lines.append([dataset, name, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", ""])
+            lines.append([dataset, name, _WORDS[one.pretraining], "", "test", f"{one.accuracy:.1f}", "", "", ""])
         ours = [row for row in rows if isinstance(row, FinetuneRow) and row.dataset == dataset and row.n_labels is None]
         several = len({row.n_train for row in ours}) > 1
         for row in ours:
@@ -182,8 +206,10 @@ def _finetunes(rows: Sequence[Row]) -> str:
             labels = f", {row.n_train} labels" if several else ""
             masks = f", {row.n_masks} masks vote" if row.n_masks else ""
             about = [dataset, _ours(row), start, f"{row.loss}, lr {row.lr:g}{labels}{masks}", row.eval_split]
-            lines.append([*about, f"{percent:.1f}", _difference(percent, _best_finetuned(dataset, row))])
-    return as_table(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's"], lines)
+            lines.append([*about, f"{percent:.1f}", _difference(percent, _best_finetuned(dataset, row)), *beside(row, rows)])
+        shown += ours
+    table = as_table(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's", *HEADER], lines)
+    return _with_list(table, pixels_win(shown, rows, _words))
 
 
 def _low_data(rows: Sequence[Row]) -> str:
@@ -214,7 +240,8 @@ def _low_data(rows: Sequence[Row]) -> str:
         about = f"{_elsewhere(tuning)}{tuning.head_layer}, {start}, {tuning.loss}, lr {tuning.lr:g}, {step}, {tuning.eval_split}"
         against = {40: _FINETUNED_40} if tuning.weights == "trained" and tuning.model_objective == "ar" else {}
         lines.append([_ours(tuning), about, *_errors(of_tuned, against)])
-    return as_table(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
+    table = as_table(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
+    return _with_list(table, [*pixels_win(probes, rows, _words), *not_measured(probes, rows)])
 
 
 def _by_labels(rows: Sequence[_R], same: Iterable[str]) -> list[dict[int, _R]]:

@@ -89,6 +89,14 @@ def picture(tmp_path):
     return path
 
 
+def test_a_page_says_where_pixels_win():
+    pixels = PROBE | {"weights": "pixels", "features": "pixels", "layer": 0, "model": None, "accuracy": 0.6}
+    reader = read(page("a", RUN, TRAINING, [PROBE, pixels], [], [1]))
+    said = [text for text in reader.texts if text.startswith("Caution: raw pixels are better than ")]
+    assert [text.rpartition(" on cifar10 ")[2] for text in said] == ["by 10.0 points (60.0 against 50.0 %)."] * 2
+    assert "-10.0" in reader.texts
+
+
 def test_a_page_stands_alone(picture):
     text = page("a & b", RUN, TRAINING, [PROBE], [Picture(picture, "the loss", curve=True), Picture.of(picture)], [1, 5])
     reader = read(text)

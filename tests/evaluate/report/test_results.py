@@ -189,12 +189,12 @@ def test_series_and_their_best_layers(rows):
 def test_tables(rows):
     assert markdown_table(list(reversed(rows))) == markdown_table(rows)
     assert markdown_table(rows).splitlines() == [
-        "| images | features | best layer | width | C | held out | accuracy |",
-        "|---|---|---|---|---|---|---|",
-        "| shards: 36 train, 12 val | trained to step 7, normed | 1 of 0..2 | 16 | 0.1 | 90.0 | 70.0 |",
-        "| shards: 36 train, 12 val | trained to step 7, raw | 2 of 0..2 | 16 | 0.1 | 70.0 | 60.0 |",
-        "| shards: 36 train, 12 val | untrained, normed | 0 of 0..2 | 16 | 0.1 | 20.0 | 50.0 |",
-        "| shards: 36 train, 12 val | raw pixels | - | 48 | 0.1 | 40.0 | 41.0 |",
+        "| images | features | best layer | width | C | held out | accuracy | minus pixels | minus untrained |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| shards: 36 train, 12 val | trained to step 7, normed | 1 of 0..2 | 16 | 0.1 | 90.0 | 70.0 | +29.0 | +20.0 |",
+        "| shards: 36 train, 12 val | trained to step 7, raw | 2 of 0..2 | 16 | 0.1 | 70.0 | 60.0 | +19.0 | +10.0 |",
+        "| shards: 36 train, 12 val | untrained, normed | 0 of 0..2 | 16 | 0.1 | 20.0 | 50.0 | +9.0 |  |",
+        "| shards: 36 train, 12 val | raw pixels | - | 48 | 0.1 | 40.0 | 41.0 |  |  |",
     ]
     assert layer_table([row for row in rows if row["layer"] or row["features"] == "normed"]).splitlines() == [
         "| layer | trained to step 7, normed | trained to step 7, raw | untrained, normed |",
@@ -205,12 +205,25 @@ def test_tables(rows):
     ]
 
 
+def test_a_table_says_where_pixels_win(rows):
+    trained = [row for row in rows if row["weights"] == "trained"]
+    better = rows[0] | {"accuracy": 0.65}
+    others = [better | {"dataset_hash": {"train": "other"}}, better | {"n_train": 9}, better | {"n_labels": 4}]
+    assert markdown_table(trained, [*trained, *others]).count("| not measured | not measured |") == 2, "other images and labels"
+    table, _, said = markdown_table(trained, [*trained, better]).partition("\n\n")
+    assert "| 70.0 | +5.0 | not measured |" in table
+    assert "| 60.0 | -5.0 | not measured |" in table
+    assert said == ("- Caution: raw pixels are better than trained to step 7, raw on shards by 5.0 points (65.0 against 60.0 %).")
+
+
 def test_an_sgd_probe_shows_its_rate(rows):
     values = {name: value for name, value in rows[-1].json.items() if name != "C"}
     row = as_row(values | {"protocol": "sgd", "rate": 0.3})
-    assert "| 16 | lr 0.3 | 80.0 | 80.0 |" in markdown_table([row])
+    assert "| 16 | lr 0.3 | 80.0 | 80.0 | not measured | not measured |" in markdown_table([row])
     assert "| width | C or lr | held out |" in markdown_table([row])
-    assert "| 16 | - | 80.0 | 80.0 |" in markdown_table([as_row(values | {"protocol": "sgd"})])  # any value can be missing
+    assert "| 16 | - | 80.0 | 80.0 | not measured |" in markdown_table(
+        [as_row(values | {"protocol": "sgd"})]
+    )  # any value can be missing
 
 
 def test_what_looks_alike_is_told_apart(rows):
