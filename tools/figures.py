@@ -168,6 +168,7 @@ def confused(args: argparse.Namespace) -> None:
         return
     row = best_probe(args)
     train, evaluated = (open_features(args.features, split) for split in (row.train_split, row.eval_split))
+    assert row.C is not None, "rows of every_layer have one"
     settings = ProbeSettings((row.C,), tol=row.tol, seed=row.seed, precision=row.precision)
     counts = probe_confusion(train, evaluated, row, settings)
     percent = 100 * np.trace(counts) / counts.sum()

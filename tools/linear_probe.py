@@ -11,7 +11,8 @@ the penalty and the layer. The reported accuracy is that on --eval_split. The pr
     low_data    the best layer with 40, 250 and 4000 labels, on five balanced subsets each: mean and deviation (paper 4.7)
     mask_vote   the best layer of a bert model: the most frequent prediction over five masks of each image (paper 4.6)
 
-All protocols except every_layer search the best layer among --layers. If --layers names one layer, they use it.
+All protocols except every_layer search the best layer among --layers. If --layers names one layer, they use it. With every_layer,
+`--layers 18,19,20,21,22` is one probe of these layers side by side.
 
 --save_probe writes the fitted probe with the highest held-out accuracy of all, for new images (every_layer and concat):
 
@@ -37,7 +38,7 @@ from igpt_ds.data.subsets import SUBSETS
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.manifest import KINDS
-from igpt_ds.evaluate.probes.settings import C_GRID, LABELS, N_MASKS, PROBE_PRECISIONS
+from igpt_ds.evaluate.probes.settings import C_GRID, LABELS, N_MASKS, PROBE_PRECISIONS, layer_group
 from igpt_ds.evaluate.report.cautions import cautions
 from igpt_ds.evaluate.report.results import add_results, by_layer, make_row, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
@@ -76,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, paths = [], []
     best: tuple[Probe, FeatureSet, FeatureSet] | None = None
     each = {"every_layer": None, "low_data": len(args.n_labels)}.get(args.protocol, 1)  # rows of each; None: one a layer
-    total = sum(each or len(layers) for *_, layers in work)
+    total = sum(each or len(layers) + len(side_by_side(args, kind)) for _, _, kind, layers in work)
     with tqdm(total=total, desc="probes", unit=" probes", leave=False, disable=None) as bar:
         for train, evaluated, kind, layers in work:
             for probe in protocol(args, train, evaluated, kind, layers, settings):
-                rows.append(make_row(probe, train, evaluated, args.protocol))
+                rows.append(make_row(probe, train, evaluated, protocol_of(probe, args)))
                 paths.append(train.path)
                 add_results(args.out, rows[-1:])
                 report(rows[-1], train)
@@ -101,6 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(next_command("python", "tools/figures.py", *figure, label="or"))
 
 
+def protocol_of(probe: Probe | variants.LowDataProbe, args: argparse.Namespace) -> str:
+    """The protocol in a row: layers side by side are "concat", however the user names them."""
+    return "concat" if isinstance(probe, variants.ConcatProbe) else str(args.protocol)
+
+
 def say(line: str) -> None:
     """Prints a line at once, above a progress bar."""
     tqdm.write(line)
@@ -118,7 +124,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="every_layer",
         help="what is probed, see above",
     )
-    parser.add_argument("--layers", type=int, nargs="+", help="layers to probe (default: all)")
+    parser.add_argument(
+        "--layers", type=layer_group, nargs="+", help="layers to probe; layers with commas are side by side (default: all)"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of features to probe (default: all in --features)")
     parser.add_argument("--train_split", default="train", help="split to fit on")
     parser.add_argument("--eval_split", default="val", help="split whose accuracy is reported")
@@ -152,8 +160,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--precision", choices=PROBE_PRECISIONS, default="fp32", help="precision of the features in memory")
     args = parser.parse_args(argv)
-    if args.max_train is not None and args.protocol != "every_layer":
-        raise InputError(f"--max_train is only for --protocol every_layer, not {args.protocol}; omit it")
+    if args.protocol != "every_layer":
+        if args.max_train is not None:
+            raise InputError(f"--max_train is only for --protocol every_layer, not {args.protocol}; omit it")
+        if groups := side_by_side(args):
+            named = ",".join(map(str, groups[0]))
+            raise InputError(f"--layers {named} is only for --protocol every_layer; {args.protocol} needs single layers")
     for name, least in (("subsets", 1), ("n_masks", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
@@ -179,20 +191,26 @@ def check_saved(args: argparse.Namespace, sets: Sequence[tuple[FeatureSet, Featu
 
 def save_best(args: argparse.Namespace, probe: Probe, train: FeatureSet, evaluated: FeatureSet) -> None:
     """Saves the probe and says which one it is."""
-    saved = saved_probe(probe, train, evaluated, args.protocol)
+    saved = saved_probe(probe, train, evaluated, protocol_of(probe, args))
     save_probe(args.save_probe, saved)
     layers = "+".join(map(str, saved.about.layers))
     accuracies = f"held out {100 * probe.held_out_accuracy:.2f} %, {probe.eval_split} {100 * probe.accuracy:.2f} %"
     say(f"{args.save_probe}: the probe of {train.path} layer {layers} {probe.kind}, {accuracies}")
 
 
+def side_by_side(args: argparse.Namespace, kind: str = "") -> list[tuple[int, ...]]:
+    """The groups of layers that --layers names with commas. Pixels have no layers."""
+    return [layers for layers in args.layers or () if len(layers) > 1 and kind != "pixels"]
+
+
 def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[str, list[int]]]:
     """The kinds and layers to probe. Pixels have one layer of one kind, which is always probed."""
     if features.kinds == ["pixels"]:
         return [("pixels", features.layers)]
-    pairs = [(kind, args.layers or features.layers) for kind in args.kinds or features.kinds]
-    for kind, layers in pairs:
-        features.check(layers, kind)  # finds missing, torn and damaged files before the first probe
+    single = features.layers if args.layers is None else [layers[0] for layers in args.layers if len(layers) == 1]
+    pairs = [(kind, single) for kind in args.kinds or features.kinds]
+    for kind, layers in pairs:  # finds missing, torn and damaged files before the first probe
+        features.check([*layers, *(layer for some in side_by_side(args) for layer in some)], kind)
     return pairs
 
 
@@ -202,6 +220,8 @@ def every_layer(
     """A probe for each layer."""
     for layer in layers:
         yield linear_probe(train, evaluated, layer, kind, settings, args.max_train)
+    for some in side_by_side(args, kind):
+        yield variants.side_by_side(train, evaluated, some, kind, settings, args.max_train)
 
 
 def concat(

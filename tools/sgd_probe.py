@@ -3,9 +3,17 @@
     python tools/sgd_probe.py --features features/l_imagenet --layers 18 20 22 --eval_split test --out results.jsonl
     python tools/sgd_probe.py --features features/s --steps 20000 --standardise --rates 1 0.3 0.1 0.03 --out results.jsonl
 
-One row per layer is added to results.jsonl; a new row replaces an older row of the same measurement. A share of the training
+Layers with commas are side by side, in one probe (paper 4.4). They are read from their files and never copied together:
+
+    python tools/sgd_probe.py --features features/xl_imagenet --layers 28,29,30,31,32 --eval_split test --out results.jsonl
+    python tools/sgd_probe.py --features features/xl_imagenet --protocol concat --results layers.jsonl --out results.jsonl
+
+--protocol concat takes five layers around the best single layer by the held-out images. It reads the rows of single layers in
+--results and --out, and probes those of --layers that have no row. If --layers names one layer, that is the one in the middle.
+
+One row per probe is added to results.jsonl; a new row replaces an older row of the same measurement. A share of the training
 images, --held_out, chooses the rate. Then the probe is fitted on all training images, and --eval_split is read once. The same
-command continues an interrupted probe from OUT.LAYER_KIND.state. If the features fit into memory, as for CIFAR and STL-10,
+command continues an interrupted probe from OUT.LAYERS_KIND.state. If the features fit into memory, as for CIFAR and STL-10,
 tools/linear_probe.py finds the exact optimum.
 """
 
@@ -14,7 +22,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from igpt_ds import cli
@@ -22,28 +31,31 @@ from igpt_ds.command_line import lazy
 from igpt_ds.console import count, next_command
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
-from igpt_ds.evaluate.features.manifest import KINDS
-from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings
+from igpt_ds.evaluate.features.manifest import KINDS, span
+from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings, layer_group
 from igpt_ds.evaluate.report.cautions import cautions
-from igpt_ds.evaluate.report.results import add_results, make_row, read_results
+from igpt_ds.evaluate.report.results import add_results, make_row, read_all, read_results
+from igpt_ds.evaluate.report.row_types import ProbeRow
+from igpt_ds.evaluate.report.single_layers import held_out_by_layer
 from igpt_ds.evaluate.report.tables import markdown_table
 from igpt_ds.files import check_writable
 from igpt_ds.plain_files import beside
 
 with lazy.imports():
     from igpt_ds.evaluate.features.network import pick_device
+    from igpt_ds.evaluate.probes import variants
     from igpt_ds.evaluate.probes.sgd_search import RateSearch, SgdProbe, sgd_probe
     from igpt_ds.evaluate.probes.sgd_state import StateFile
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Probes layer by layer and prints the table of best layers."""
+    """Probes and prints the table of best layers."""
     args = parse(argv)
     lazy.load()
     read_results(args.out)  # finds a damaged file before the first probe
     check_writable(args.out)
-    search = RateSearch(args.rates, args.together, args.held_out)
-    settings = SgdSettings(
+    args.search = RateSearch(args.rates, args.together, args.held_out)
+    args.settings = SgdSettings(
         steps=args.steps,
         batch_images=args.batch_images,
         seed=args.seed,
@@ -53,21 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=pick_device(args.device),
     )
     train, evaluated = (open_features(args.features, split) for split in (args.train_split, args.eval_split))
+    protocol = {"every_layer": every_layer, "concat": concat}[args.protocol]
     rows = []
-    for layer, kind in asked(train, args):
-        start = time.perf_counter()
-        probe = sgd_probe(
-            train,
-            evaluated,
-            layer,
-            kind,
-            settings,
-            search,
-            StateFile(beside(args.out, f".{layer:02d}_{kind}.state"), args.save_every),
-        )
-        rows.append(make_row(probe, train, evaluated, "sgd"))
-        add_results(args.out, rows[-1:])
-        report(probe, args.features, time.perf_counter() - start)
+    for kind, layers in asked(train, args):
+        for row in protocol(args, train, evaluated, kind, layers):
+            rows.append(row)
     for line in cautions([(args.features, row) for row in rows]):
         print(line, file=sys.stderr)
     print(markdown_table(rows, read_results(args.out)))
@@ -75,12 +77,67 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(next_command("python", "tools/tables.py", "--results", args.out))
 
 
+def every_layer(
+    args: argparse.Namespace,
+    train: FeatureSet,
+    evaluated: FeatureSet,
+    kind: str,
+    layers: Sequence[tuple[int, ...]],
+    centre: int | None = None,
+) -> Iterator[ProbeRow]:
+    """A probe for each layer, or for each group of layers side by side. The rows name `centre` as the layer in the middle."""
+    for group in layers:
+        start = time.perf_counter()
+        file = beside(args.out, f".{'+'.join(f'{layer:02d}' for layer in group)}_{kind}.state")
+        probe = sgd_probe(train, evaluated, group, kind, args.settings, args.search, StateFile(file, args.save_every))
+        probe = probe if centre is None else replace(probe, layer=centre)
+        row = make_row(probe, train, evaluated, "sgd" if len(group) == 1 else "concat")
+        add_results(args.out, [row])
+        report(probe, group, args.features, time.perf_counter() - start)
+        yield row
+
+
+def concat(
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: Sequence[tuple[int, ...]]
+) -> Iterator[ProbeRow]:
+    """One probe of five layers around the best one. Layers without a row are probed before."""
+    single = [layer for (layer,) in layers]
+    variants.window(train.layers, single[0])  # refuses too few layers before the search
+    best = single[0]
+    if len(single) > 1:
+        rows = [*read_all(args.results), *read_results(args.out)]
+        known = held_out_by_layer(rows, train, kind, args.settings, args.held_out)
+        if found := sorted(known.keys() & set(single)):
+            print(f"{args.features} {kind}: rows of earlier probes give layers {span(found)}", flush=True)
+        for row in every_layer(args, train, evaluated, kind, [(layer,) for layer in single if layer not in known]):
+            known[row.layer] = row.held_out_accuracy
+            yield row
+        best = max(single, key=lambda layer: (known[layer], -layer))
+        print(f"{args.features} {kind}: the best layer is {best}, held out {100 * known[best]:.2f} %", flush=True)
+    yield from every_layer(args, train, evaluated, kind, [variants.window(train.layers, best)], best)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--features", type=Path, required=True, help="feature directory to probe")
     parser.add_argument("--out", type=Path, required=True, help="results.jsonl to add rows to")
-    parser.add_argument("--layers", type=int, nargs="+", help="layers to probe (default: all)")
+    parser.add_argument(
+        "--protocol",
+        choices=("every_layer", "concat"),
+        default="every_layer",
+        help="every_layer: one probe per entry of --layers; concat: five layers around the best one",
+    )
+    parser.add_argument(
+        "--layers", type=layer_group, nargs="+", help="layers to probe; layers with commas are side by side (default: all)"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="concat: result files with rows of single layers, beside those in --out (default: none)",
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of features to probe (default: all in --features)")
     parser.add_argument("--train_split", default="train", help="split to fit on")
     parser.add_argument("--eval_split", default="val", help="split whose accuracy is reported")
@@ -109,6 +166,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
     )
     args = parser.parse_args(argv)
+    if args.protocol != "concat" and args.results:
+        raise InputError("--results is for --protocol concat; omit it")
+    if args.protocol == "concat" and (groups := [layers for layers in args.layers or () if len(layers) > 1]):
+        raise InputError(f"--layers {','.join(map(str, groups[0]))} is for --protocol every_layer; concat needs single layers")
     for name in ("steps", "batch_images", "views", "window_mib", "save_every", "seed"):
         least = 0 if name == "seed" else 1
         if getattr(args, name) < least:
@@ -116,17 +177,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[int, str]]:
-    """The layers and kinds to probe, checked to exist. Pixels have one layer of one kind."""
+def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """The kinds and layers to probe, checked to exist. Pixels have one layer of one kind."""
     kinds = features.kinds if features.kinds == ["pixels"] else args.kinds or features.kinds
+    groups = args.layers or [(layer,) for layer in features.layers]
     for kind in kinds:
-        features.check(args.layers or features.layers, kind)
-    return [(layer, kind) for kind in kinds for layer in args.layers or features.layers]
+        features.check(dict.fromkeys(layer for group in groups for layer in group), kind)
+    return [(kind, groups) for kind in kinds]
 
 
-def report(probe: SgdProbe, path: Path, seconds: float) -> None:
+def report(probe: SgdProbe, layers: Sequence[int], path: Path, seconds: float) -> None:
     """Prints one line on a probe."""
-    what = f"{path} layer {probe.layer} {probe.kind}"
+    what = f"{path} layer {'+'.join(map(str, layers))} {probe.kind}"
     found = (
         f"rate {probe.rate:g}, held out {100 * probe.held_out_accuracy:.2f} %, {probe.eval_split} {100 * probe.accuracy:.2f} %"
     )

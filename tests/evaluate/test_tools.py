@@ -119,6 +119,31 @@ def test_protocols_through_the_tool(tool, make_model_dir, tiny_dataset, tmp_path
     one = ["--layers", 2, "--n_labels", 6, "--subsets", 1]
     _, said, _ = tool("linear_probe", *common[:-2], tmp_path / "one.jsonl", "--protocol", "low_data", *one)
     assert "% over one subset\n" in said
+    status, said, _ = tool("linear_probe", *common[:-1], "--layers", "1,3")
+    assert (status, "layer 1+3 normed: C " in said) == (0, True)
+    assert [(row["protocol"], row["layers"]) for row in read_results(out)[-1:]] == [("concat", [1, 3])]
+    concat_by_sgd(tool, tmp_path / "f", tmp_path)
+
+
+def concat_by_sgd(tool, features, directory):
+    """Five layers around the best one; a row of an earlier probe is not fitted again."""
+    flags = ["--features", features, "--kinds", "normed", "--rates", 0.1, "--steps", 20, "--batch_images", 8]
+    first, out = directory / "first.jsonl", directory / "sgd.jsonl"
+    assert tool("sgd_probe", *flags, "--layers", 1, "0,2", "--out", first)[0] == 0
+    assert [(row["protocol"], row["layer"], row.get("layers")) for row in read_results(first)] == [
+        ("sgd", 1, None),
+        ("concat", 2, [0, 2]),
+    ]
+    status, said, _ = tool("sgd_probe", *flags, "--protocol", "concat", "--results", first, "--out", out)
+    assert status == 0
+    assert f"{features} normed: rows of earlier probes give layers 1\n" in said
+    rows = read_results(out)
+    assert [(row["protocol"], row["layer"]) for row in rows[:-1]] == [("sgd", layer) for layer in (0, 2, 3, 4)]
+    single = {row.layer: row.held_out_accuracy for row in (read_results(first)[0], *rows[:-1])}
+    best = max(single, key=lambda layer: (single[layer], -layer))
+    assert (rows[-1]["protocol"], rows[-1]["layer"], rows[-1]["layers"]) == ("concat", best, [0, 1, 2, 3, 4])
+    assert (rows[-1]["n_features"], f"normed: the best layer is {best}, held out" in said) == (80, True)
+    assert "| 0..4 | 80 | lr 0.1 |" in said
 
 
 def test_one_warning_for_many_layers(tool, features_dir, pixels_dir, tmp_path):

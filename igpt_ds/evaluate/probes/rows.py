@@ -11,7 +11,9 @@ so a stream can start at any step. The more blocks a window holds, the closer th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,36 +23,71 @@ from torch import Tensor
 from igpt_ds.counter_random import random_words
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
+from igpt_ds.evaluate.features.manifest import EXTRACT_AGAIN
 
 BLOCK_BYTES = 1 << 18  # of neighbouring rows: large enough for a disk, small enough to mix
+_READERS = min(8, os.cpu_count() or 1)  # threads: a disk and a network are faster when several reads are under way
 _ORDER = 31  # purpose of random words
 
 
 class FiniteRows:
-    """One layer of a feature set, an array [N, C] that is read like a memory map: float32, checked to be finite.
+    """One layer of a feature set, or several layers side by side: an array [N, C] of float32, checked to be finite.
 
-    The rows are checked when they are read, while they are in the cache.
+    Rows are read from the files when they are needed. A map would read more than these rows from a disk, and would keep them in
+    the memory of the process. Several layers equal the array of their concatenation, which is never made.
 
     Raises:
         ValueError: as `FeatureSet.layer`; when rows are read, with the first image that is not finite.
     """
 
-    def __init__(self, features: FeatureSet, layer: int, kind: str, mask: int = 0) -> None:
-        self._values = features.layer(layer, kind, mask)
+    def __init__(self, features: FeatureSet, layers: int | Sequence[int], kind: str, mask: int = 0) -> None:
+        names = [layers] if isinstance(layers, int) else list(layers)
+        self._layers = {layer: _RowFile(features.layer(layer, kind, mask)) for layer in names}
         of_mask = f" mask {mask}" if features.mask_draws else ""
-        self._name = f"{features.path} split {features.split!r}: layer {layer} {kind}{of_mask}"
-        self.shape = self._values.shape
+        self._name = f"{features.path} split {features.split!r}: layer {{}} {kind}{of_mask}"
+        self.shape = (len(features.labels), sum(one.array.shape[1] for one in self._layers.values()))
 
     def __len__(self) -> int:
-        return len(self._values)
+        return self.shape[0]
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        # The check is in float32, because numpy is twenty times slower on float16.
-        values = np.asarray(self._values[rows], dtype=np.float32)
-        if not np.isfinite(values).all():
-            image = np.arange(len(self))[rows][~np.isfinite(values).all(1)][0]
-            raise InputError(f"{self._name} is not finite for image {image}; extract the features again with --dtype fp32")
+        numbers = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        ends = [] if isinstance(rows, slice) or not len(rows) else np.flatnonzero(np.diff(numbers) != 1).tolist()
+        runs = list(itertools.pairwise([0, *(end + 1 for end in ends), len(numbers)]))
+        values, first = np.empty((len(numbers), self.shape[1]), dtype=np.float32), 0
+        for layer, file in self._layers.items():
+            part = values[:, first : first + file.array.shape[1]]
+            # torch casts, and the check is in float32, because numpy is seven times slower on float16.
+            torch.from_numpy(part).copy_(torch.from_numpy(file.read(numbers, runs)))
+            if not np.isfinite(part).all():
+                image, name = numbers[~np.isfinite(part).all(1)][0], self._name.format(layer)
+                raise InputError(f"{name} is not finite for image {image}; extract the features again with --dtype fp32")
+            first += part.shape[1]
         return values
+
+
+class _RowFile:
+    """Reads rows of a memory map from its file, neighbours at once; several threads may read."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self._file: int | None = None  # None: no file, or one in another order
+        if isinstance(array, np.memmap) and array.flags.c_contiguous:
+            self._file, self._start = os.open(str(array.filename), os.O_RDONLY), array.offset
+            weakref.finalize(self, os.close, self._file)
+
+    def read(self, numbers: np.ndarray, runs: Iterable[tuple[int, int]]) -> np.ndarray:
+        """The rows of these numbers as they are stored, [n, C]. `runs` are the places of neighbours in `numbers`."""
+        if self._file is None:
+            return np.array(self.array[numbers])
+        found = np.empty((len(numbers), self.array.shape[1]), dtype=self.array.dtype)
+        for first, end in runs:
+            piece = found[first:end]
+            if not piece.size:
+                continue
+            if os.preadv(self._file, [piece.data], self._start + int(numbers[first]) * found.strides[0]) != piece.nbytes:
+                raise InputError(f"a file of features ended before row {numbers[end - 1]}; {EXTRACT_AGAIN}")
+        return found
 
 
 class Blocks:
@@ -93,7 +130,7 @@ class Blocks:
                 yield begun[0] if len(begun) == 1 else (torch.cat([x for x, _ in begun]), torch.cat([i for _, i in begun]))
                 start, begun, missing, step = part.stop, [], batch, step + 1
             if start < len(ids):
-                begun.append((values[start:], ids[start:]))
+                begun.append((values[start:].clone(), ids[start:]))  # the window's memory is free for the next one
                 missing -= len(ids) - start
 
     def _windows(self, position: int, end: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -127,14 +164,15 @@ class Blocks:
         place = np.empty(len(ids), dtype=np.int64)
         place[order] = np.arange(len(ids))
         out = np.empty((len(ids), self.values.shape[1]), dtype=np.float32)
-        done = 0
-        for block in blocks:  # read each block at once and put its rows into the shuffled places
-            start = self.starts[block]
-            piece = self.values[start : start + self.rows]
-            if self.keep is not None:
-                piece = piece[self.keep[start : start + self.rows]]
-            out[place[done : done + len(piece)]] = piece
-            done += len(piece)
+
+        def read(block: int, places: np.ndarray) -> None:  # reads a block at once and puts its rows into the shuffled places
+            rows = slice(self.starts[block], self.starts[block] + self.rows)
+            piece = self.values[rows]
+            out[places] = piece if self.keep is None else piece[self.keep[rows]]
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            for _ in readers.map(read, blocks, np.split(place, np.cumsum(self.counts[blocks])[:-1])):
+                pass
         return out[skip:], ids[order][skip:]
 
     def _random(self, epoch: int, stream: int) -> np.random.Generator:

@@ -16,6 +16,19 @@ RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # of SGD; paper 3.4: 30, 1
 SGD_HELD_OUT = 0.04  # of the training images: paper 3.1, for ImageNet
 
 
+def layer_group(text: str) -> tuple[int, ...]:
+    """The layers of one probe: "20" -> (20,); "18,19,20" -> (18, 19, 20), which are side by side.
+
+    Raises:
+        ValueError: it is neither a number nor rising numbers with commas.
+    """
+    words = text.split(",")
+    layers = tuple(int(word) for word in words if word.isdecimal())
+    if len(layers) < len(words) or list(layers) != sorted(set(layers)):
+        raise InputError(f"{text!r} is not a layer, as 20, and not rising layers side by side, as 18,19,20,21,22")
+    return layers
+
+
 @dataclass(frozen=True)
 class SgdSettings:
     """How a probe is fitted. The paper gives no batch for probes; 1,000,000 steps of 128 are a hundred epochs of ImageNet."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -63,6 +63,13 @@ class SgdProbe:
     held_out: float = SGD_HELD_OUT  # share of the training images that chose the rate
 
 
+@dataclass(frozen=True)
+class SgdConcatProbe(SgdProbe):
+    """A probe of several layers side by side (paper 4.4); `layer` is the one in the middle."""
+
+    layers: list[int] = field(kw_only=True)
+
+
 class _Fitting:
     """The fits of one probe, one after another, and the file from which an interrupted probe continues.
 
@@ -73,15 +80,16 @@ class _Fitting:
         self,
         train: FeatureSet,
         evaluated: FeatureSet,
-        layer: int,
+        layers: Sequence[int],
         kind: str,
         settings: SgdSettings,
         held_out: float,
         file: StateFile | None,
     ) -> None:
-        self.values, self.settings, self.file = FiniteRows(train, layer, kind), settings, file
+        self.values, self.settings, self.file = FiniteRows(train, layers, kind), settings, file
         self.n_classes = len(train.classes)
         self.labels = torch.from_numpy(np.array(train.labels)).to(settings.device)
+        layer = layers[0] if len(layers) == 1 else list(layers)
         where = {"labels": train.dataset_hash, "n_classes": self.n_classes, "layer": layer, "kind": kind, "held_out": held_out}
         where |= {f"features' {name}": getattr(train.manifest.origin, name) for name in _MADE_WITH}
         where |= {"eval_split": evaluated.split, "eval_split's hash": evaluated.dataset_hash}
@@ -200,35 +208,36 @@ def _check_length(settings: SgdSettings, n: int) -> None:
 def sgd_probe(
     train: FeatureSet,
     evaluated: FeatureSet,
-    layer: int,
+    layers: int | Sequence[int],
     kind: str,
     settings: SgdSettings,
     search: RateSearch | None = None,
     file: StateFile | None = None,
 ) -> SgdProbe:
-    """Probes one layer.
+    """Probes one layer, or several layers side by side (an `SgdConcatProbe`).
 
     Args:
+        layers: a layer, or the rising numbers of several.
         search: None takes the paper's rates.
         file: where an interrupted probe continues; removed at the end, and if every rate diverges.
 
     Raises:
         ValueError: labels missing or all the same, features not finite, divergence, a share out of range, another probe's file.
     """
-    search = search or RateSearch()
+    search, layers = search or RateSearch(), (layers,) if isinstance(layers, int) else tuple(layers)
     training_images(train, None, settings.seed)  # checks the labels; all images are used
     check_labels(evaluated)
     mask = held_out_rows(train.labels, search.held_out, settings.views, settings.seed)
     _check_length(settings, int((~mask).sum()))
-    fitting = _Fitting(train, evaluated, layer, kind, settings, search.held_out, file)
+    fitting = _Fitting(train, evaluated, layers, kind, settings, search.held_out, file)
     tried = _search_rates(fitting, search, ~mask, (RowSubset(fitting.values, np.flatnonzero(mask)), train.labels[mask]))
-    everything = {"train": (fitting.values, train.labels), "evaluated": (FiniteRows(evaluated, layer, kind), evaluated.labels)}
+    everything = {"train": (fitting.values, train.labels), "evaluated": (FiniteRows(evaluated, layers, kind), evaluated.labels)}
     last = fitting.accuracies("all", [tried.rate], None, everything)
     fitting.forget()
     if not last.finite[0]:
         raise InputError(f"rate {tried.rate:g} was the best and diverged on all images; omit it from --rates")
-    return SgdProbe(
-        layer=layer,
+    probe = SgdProbe(
+        layer=layers[len(layers) // 2],
         kind=kind,
         train_split=train.split,
         eval_split=evaluated.split,
@@ -249,6 +258,7 @@ def sgd_probe(
         held_out=search.held_out,
         **{name: getattr(settings, name) for name in ("steps", "batch_images", "views", "seed")},
     )
+    return probe if len(layers) == 1 else SgdConcatProbe(**vars(probe), layers=list(layers))
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,23 @@ def concat(train: FeatureSet, evaluated: FeatureSet, layer: int, kind: str, sett
     Raises:
         ValueError: fewer than five layers; and as `linear.linear_probe`.
     """
+    return replace(side_by_side(train, evaluated, window(train.layers, layer), kind, settings), layer=layer)
+
+
+def side_by_side(
+    train: FeatureSet,
+    evaluated: FeatureSet,
+    layers: Sequence[int],
+    kind: str,
+    settings: ProbeSettings,
+    max_train: int | None = None,
+) -> ConcatProbe:
+    """Probes the features of several layers side by side; raises like `linear.linear_probe`."""
     check_labels(evaluated)
-    layers = window(train.layers, layer)
-    ids = training_images(train, None, settings.seed)
-    probe, _ = probe_view(View(train, layers, kind), [View(evaluated, layers, kind)], ids, settings)
-    return ConcatProbe(**vars(replace(probe, layer=layer)), layers=list(layers))
+    ids = training_images(train, max_train, settings.seed)
+    views = [View(features, tuple(layers), kind) for features in (train, evaluated)]
+    probe, _ = probe_view(views[0], views[1:], ids, settings)
+    return ConcatProbe(**vars(probe), layers=list(layers))
 
 
 @dataclass(frozen=True)

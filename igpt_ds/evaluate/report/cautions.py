@@ -19,7 +19,7 @@ def cautions(found: Sequence[tuple[Path, ProbeRow]]) -> Iterator[str]:
     """
     for end in ("low", "high"):
         for sgd, name, values, flag in ((False, "C", "C_grid", "--C_grid"), (True, "rate", "rates", "--rates")):
-            at_end = [(path, row) for path, row in found if row["grid_edge"] == end and (row.protocol == "sgd") == sgd]
+            at_end = [(path, row) for path, row in found if row["grid_edge"] == end and (row.rate is not None) == sgd]
             if at_end:
                 rows = [row for _, row in at_end]
                 # C rises along its grid, and rates fall.
@@ -37,6 +37,6 @@ def _where(found: Sequence[tuple[Path, ProbeRow]]) -> str:
     """Which probes: "features/s normed layers 0..4, 7; features/pixels pixels layer 0"."""
     groups: dict[str, set[int]] = {}
     for path, row in found:
-        group = f"{path} {row.features}"
-        groups.setdefault(f"{group}, {row.n_labels} labels," if row.n_labels else group, set()).add(row.layer)
+        group = f"{path} {row.features}{' side by side' if row.layers else ''}"
+        groups.setdefault(f"{group}, {row.n_labels} labels," if row.n_labels else group, set()).update(row.layers or [row.layer])
     return "; ".join(f"{group} layer{'s' * (len(layers) > 1)} {span(sorted(layers))}" for group, layers in groups.items())

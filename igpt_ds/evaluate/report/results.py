@@ -74,8 +74,8 @@ _REQUIRED = {
     "likelihood": (*_SAME_MODEL, "model", "model_objective", "step", "split", "n_images", "nats_per_token"),
 }
 _CAN_BE_NONE = ("model_hash", "model", "model_objective", "step")  # of raw pixels, and in older files
-# Rows with equal values of these differ only in the layer.
-SERIES = tuple(name for name in IDENTITY["probe"] if name != "layer")
+# Rows with equal values of these differ only in the layer. The search of each layer decides how many learning rates it tries.
+SERIES = tuple(name for name in IDENTITY["probe"] if name not in ("layer", "rates"))
 # Rows with equal values of these are of the same features, which can be made and probed differently.
 _SAME_FEATURES = ("weights", "model_hash", "dataset", "features", "mask_draws")
 # Rows with equal values of these are measured on the same images.
@@ -264,7 +264,7 @@ def label(row: ProbeRow, among: Sequence[ProbeRow]) -> str:
 def differences(row: ProbeRow, among: Sequence[ProbeRow], but: Sequence[str] = ()) -> str:
     """The settings in which a row differs from others of the same features, in words after commas, without the names in `but`."""
     same = [other for other in among if key(other, _SAME_FEATURES) == key(row, _SAME_FEATURES)]
-    names = [name for name in SERIES if name not in ("dataset_hash", *but)]
+    names = [name for name in SERIES if name not in ("dataset_hash", "layers", *but)]
     differ = [name for name in names if len({repr(other.get(name)) for other in same}) > 1]
     return "".join(f", {name.replace('_', ' ')} {_brief(row.get(name))}" for name in differ)
 

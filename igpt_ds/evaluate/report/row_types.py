@@ -72,7 +72,7 @@ class ProbeRow(ResultRow):
     protocol: str  # "every_layer", "sgd", "concat", "low_data" or "mask_vote"
     features: str  # their kind
     layer: int
-    layers: list[int] | None  # "concat"
+    layers: list[int] | None  # "concat": those side by side; `layer` is the one in the middle
     mask_draws: int | None
     dataset_hash: dict[str, str]  # by split
     train_split: str
@@ -80,8 +80,8 @@ class ProbeRow(ResultRow):
     n_train: int
     n_eval: int
     n_features: int
-    C: float  # the chosen penalty; not of "sgd"
-    rate: float  # the chosen learning rate of "sgd"
+    C: float | None  # the chosen penalty; None if the probe was fitted by SGD
+    rate: float | None  # the chosen learning rate of SGD
     n_labels: int  # "low_data"
     n_subsets: int | None  # "low_data"
     deviation: float | None  # "low_data"

@@ -64,14 +64,15 @@ def markdown_table(rows: Sequence[ProbeRow], among: Sequence[Row] | None = None)
         among: the rows in which pixels and untrained networks are looked for (default: `rows`).
     """
     among = rows if among is None else among
-    penalty = "C or lr" if any(row.protocol == "sgd" for row in rows) else "C"
+    penalty = "C or lr" if any(row.rate is not None for row in rows) else "C"
     lines = []
     for one in series(rows):
         row = best_row(one)
         images = f"{row.dataset}: {row.n_train} {row.train_split}, {row.n_eval} {row.eval_split}"
-        layers = "-" if row.weights == "pixels" else f"{row.layer} of {span([other.layer for other in one])}"
+        layers = span(row.layers) if row.layers else f"{row.layer} of {span([other.layer for other in one])}"
+        layers = "-" if row.weights == "pixels" else layers
         percent = [f"{100 * row.held_out_accuracy:.1f}", f"{100 * row.accuracy:.1f}"]
-        unit, value = ("lr ", row.rate) if row.protocol == "sgd" else ("", row.C)
+        unit, value = ("lr ", row.rate) if row.rate is not None else ("", row.C)
         chosen = "-" if value is None else f"{unit}{value:g}"
         lines.append([images, label(row, rows), layers, f"{row.n_features}", chosen, *percent, *beside(row, among)])
     table = as_table(["images", "features", "best layer", "width", penalty, "held out", "accuracy", *HEADER], lines)
@@ -114,13 +115,10 @@ def _millions(row: Row) -> str:
 
 def _where(row: ProbeRow) -> str:
     """The layer and the kind of probe."""
-    if row.protocol == "concat":
-        assert row.layers is not None
-        return f"{row.layers[0]}..{row.layers[-1]} {row.features}"
-    how = {"sgd": ", SGD", "mask_vote": f", {row.n_masks} masks vote", "low_data": f", {row.n_labels} labels"}.get(
-        row.protocol, ""
-    )
-    return f"{row.layer} {row.features}{how}"
+    how = ", SGD" if row.rate is not None else ""
+    votes = f", {row.n_masks} masks vote" if row.n_masks else ""
+    labels = f", {row.n_labels} labels" if row.protocol == "low_data" else ""
+    return f"{span(row.layers or [row.layer])} {row.features}{how}{votes}{labels}"
 
 
 def _difference(ours: float, paper: float | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -169,6 +171,75 @@ def test_the_search_ends_when_the_best_rate_is_inside(sets, monkeypatch):
     shares[0.1] = 0.95
     probe = sgd_search.sgd_probe(*sets, 0, "normed", QUICK, RateSearch(list(shares), 3))
     assert (probe.rate, probe.rates, probe.grid_edge) == (0.1, [1.0, 0.1, 0.01], None)
+
+
+@pytest.fixture
+def layered(made_features):
+    """Makes two feature directories: layered(n) -> splits with three layers of five columns, and with one of all fifteen."""
+
+    def make(n=240, name="layers"):
+        splits = {}
+        for seed, (split, size) in enumerate((("train", n), ("val", 90))):
+            random = np.random.default_rng(seed)
+            splits[split] = random.normal(0, 1, (size, 15)) + np.eye(15)[:9][np.arange(size) % 9], np.arange(size) % 3
+        path, whole = made_features(splits, name=name), made_features(splits, name=f"{name}_whole")
+        values = json.loads((path / "manifest.json").read_text()) | {"layers": [0, 1, 2], "n_features": 5}
+        (path / "manifest.json").write_text(json.dumps(values))
+        for split, (x, _) in splits.items():
+            for layer in range(3):
+                part = np.ascontiguousarray(x[:, 5 * layer : 5 * layer + 5], dtype=np.float32)
+                np.save(path / split / f"layer_{layer:02d}_normed.npy", part)
+        return [[open_features(some, split) for split in splits] for some in (path, whole)]
+
+    return make
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_layers_side_by_side_equal_their_concatenation(layered, monkeypatch, standardise):
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 7 * 4 * 15)
+    apart, together = layered()
+    settings = dataclasses.replace(QUICK, steps=50, window_bytes=3 * 7 * 4 * 15, standardise=standardise)
+    ours = sgd_search.sgd_probe(*apart, (0, 1, 2), "normed", settings, RateSearch((0.5, 0.05), held_out=0.25))
+    whole = sgd_search.sgd_probe(*together, 0, "normed", settings, RateSearch((0.5, 0.05), held_out=0.25))
+    assert (ours.layer, ours.layers, ours.n_features) == (1, [0, 1, 2], 15)
+    assert vars(ours) == vars(whole) | {"layer": 1, "layers": [0, 1, 2]}, "to the last bit"
+    a, b = FiniteRows(apart[0], (0, 1, 2), "normed"), FiniteRows(together[0], 0, "normed")
+    for some in (slice(3, 50), np.array([7, 8, 9, 3]), np.array([], dtype=np.int64)):
+        assert np.array_equal(a[some], b[some])
+
+
+def test_layers_side_by_side_go_on_to_the_bit(layered, tmp_path, monkeypatch):
+    (train, val), _ = layered()
+    settings, search, state, step = QUICK, RateSearch([0.5]), tmp_path / "state", Sgd.step
+    whole = sgd_search.sgd_probe(train, val, (0, 2), "normed", settings, search)
+    left = [150]
+
+    def until(self, *given):
+        left[0] -= 1
+        if not left[0]:
+            raise StoppedError
+        return step(self, *given)
+
+    monkeypatch.setattr(Sgd, "step", until)
+    with pytest.raises(StoppedError):
+        sgd_search.sgd_probe(train, val, (0, 2), "normed", settings, search, StateFile(state, save_every=30))
+    with pytest.raises(ValueError, match=r"state was begun with layer \[0, 2\], now it is \[1, 2\]; remove it"):
+        sgd_search.sgd_probe(train, val, (1, 2), "normed", settings, search, StateFile(state))
+    assert sgd_search.sgd_probe(train, val, (0, 2), "normed", settings, search, StateFile(state)) == whole
+
+
+def test_memory_does_not_grow_with_the_images(layered, monkeypatch):
+    """Two windows and what the threads read, although the features are twenty windows."""
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 12)
+    n, window = 20_000, 1 << 16
+    (train, _), _ = layered(n)
+    values = FiniteRows(train, (0, 1, 2), "normed")
+    tracemalloc.start()
+    assert sum(len(ids) for _, ids in Blocks(values, None, 0, window).batches(0, n // 50, 50, "cpu")) == n
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    numbers = 16 * n  # two for each image
+    assert peak - numbers < 4 * window < 4 * 15 * n // 4
 
 
 class StoppedError(Exception):

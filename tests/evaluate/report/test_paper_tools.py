@@ -201,6 +201,15 @@ def test_a_report(tool, results, run_dir, tmp_path):
     ("name", "arguments", "complaint"),
     [
         ("sgd_probe", ["--features", "FEATURES", "--layers", 9, "--out", "OUT"], "features hold layers 0..2, in"),
+        ("sgd_probe", ["--features", "FEATURES", "--layers", "1,9", "--out", "OUT"], "features hold layers 0..2, in"),
+        ("sgd_probe", ["--features", "FEATURES", "--layers", "2,1", "--out", "OUT"], "--layers: '2,1' is not a layer, as 20,"),
+        ("sgd_probe", ["--features", "FEATURES", "--results", "x", "--out", "OUT"], "--results is for --protocol concat"),
+        (
+            "sgd_probe",
+            ["--features", "FEATURES", "--protocol", "concat", "--layers", "1,2", "--out", "OUT"],
+            "--layers 1,2 is for --protocol every_layer",
+        ),
+        ("sgd_probe", ["--features", "FEATURES", "--protocol", "concat", "--out", "OUT"], "concat needs 5 layers"),
         ("sgd_probe", ["--features", "FEATURES", "--save_every", 0, "--out", "OUT"], "--save_every 0 must be at least 1"),
         ("sgd_probe", ["--features", "FEATURES", "--rates", -1, "--out", "OUT"], "--rates -1 must be positive"),
         ("sgd_probe", ["--features", "FEATURES", "--views", 5, "--out", "OUT"], "--views 5 does not divide the 37 rows"),
