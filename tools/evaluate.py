@@ -32,6 +32,7 @@ from igpt_ds.provenance import git_commit
 
 with lazy.imports():
     from igpt_ds import dist
+    from igpt_ds.api.found import model_dir
     from igpt_ds.data.given_images import GivenImages
     from igpt_ds.evaluate import likelihood
     from igpt_ds.evaluate.features.network import model_images, open_model, pick_device
@@ -46,20 +47,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures on all ranks; rank 0 prints and writes."""
     args = parse(argv)
     lazy.load()
+    args.model_dir = model_dir(args.model)
     device = pick_device(args.device)
     if args.results:
         read_results(args.results)  # finds a damaged file before the measurement
     check_writable(args.out, args.results)
-    info = read_info(args.model)
+    info = read_info(args.model_dir)
     if given := [f"--{name}" for name in BERT_FLAGS if getattr(args, name) is not None and info.objective != "bert"]:
         raise InputError(
             f"{given[0]} is for BERT models, and {args.model} was trained with objective {info.objective!r}; omit it"
         )
-    shards: ShardSet | GivenImages = model_images(args.model, args.images) if args.images else ShardSet(args.data, args.split)
+    shards: ShardSet | GivenImages = model_images(args.model_dir, args.images) if args.images else ShardSet(args.data, args.split)
     masks = {name: getattr(args, name) for name in ("mask_draws", "seed") if getattr(args, name) is not None}
     settings = likelihood.LikelihoodSettings(args.batch, args.precision, mask_prob=mask_prob(args.mask_prob, info), **masks)
     ids = likelihood.choose_ids(shards.n_images, args.limit)
-    model, _ = open_model(args.model, shards)
+    model, _ = open_model(args.model_dir, shards)
     nats = likelihood.shard_nats(model.to(likelihood.join_ranks(device)), shards, ids, settings)
     if dist.rank():
         return
@@ -112,7 +114,7 @@ def print_published(found: likelihood.Likelihood, failing: Sequence[str], size: 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--model", type=Path, required=True, help="model dir")
+    parser.add_argument("--model", type=Path, required=True, help="model dir, run dir or checkpoint")
     parser.add_argument("--data", type=Path, help="shard directory with the images; this or --images is required")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files or folders to measure")
     parser.add_argument("--split", default="val", help="split of --data: train, val, test or train+val")

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -37,16 +38,18 @@ from igpt_ds import cli
 from igpt_ds.command_line import lazy
 from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.errors import InputError
+from igpt_ds.evaluate.probes.settings import N_MASKS
 from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.files import check_writable
 
 with lazy.imports():
     import torch
 
+    from igpt_ds.api.found import model_dir
     from igpt_ds.data.loader import check_shards
     from igpt_ds.evaluate.classification import check_classes, check_head, result, write_confusion
     from igpt_ds.evaluate.features.network import Network, model_images, open_model
-    from igpt_ds.evaluate.prediction import Predictions, apply_probe, check_probe_classes, classify
+    from igpt_ds.evaluate.prediction import Predictions, apply_probe, check_probe_classes, classify, fitted_on
     from igpt_ds.evaluate.probes.saved import load_probe
     from igpt_ds.model.store import load_classifier, read_info
 
@@ -57,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Classifies, prints and writes."""
     args = parse(argv)
     lazy.load()
+    args.model_dir = model_dir(args.model)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.images:
         new_images(args)
@@ -69,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--model", type=Path, required=True, help="model dir, with a class head unless --probe is given")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="model dir, run dir or checkpoint; needs a class head without --probe"
+    )
     parser.add_argument("--probe", type=Path, metavar="FILE", help="saved probe that replaces the class head (default: none)")
     parser.add_argument("--data", type=Path, help="shard directory with the images; this or --images is required")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files or folders to classify")
@@ -78,12 +84,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval_split", default="test", help="split whose accuracy is reported")
     parser.add_argument("--results", type=Path, help="results.jsonl to add a row to (default: none)")
     parser.add_argument("--confusion", type=Path, help="JSON file for the confusion matrix (default: none)")
-    parser.add_argument("--mask_draws", type=int, default=5, help="bert models: masks per image that vote")
+    parser.add_argument("--mask_draws", type=int, help=f"bert models: masks per image that vote (default: {N_MASKS})")
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
     parser.add_argument("--bf16", action="store_true", help="compute weights and activations in bfloat16, to save memory")
     args = parser.parse_args(argv)
     for name in ("mask_draws", "batch"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
     if bool(args.data) == bool(args.images):
         raise InputError("--data and --images both give images; give one of them" if args.data else "give --data or --images")
@@ -100,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def new_images(args: argparse.Namespace) -> None:
     """Prints the classes of images that the user names."""
     predict = open_probe(args) if args.probe else open_classifier(args)
-    images = model_images(args.model, args.images)
+    images = model_images(args.model_dir, args.images)
     found = predict(images)
     images.print_left_out()
     if args.json:
@@ -123,22 +129,31 @@ def in_words(names: Sequence[str]) -> str:
 
 def open_classifier(args: argparse.Namespace) -> Predict:
     """The function of a fine-tuned model."""
-    model, info = load_classifier(args.model)
+    model, info = load_classifier(args.model_dir)
     check_head(info)
     model.to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-    return lambda images: classify(model, info, images, args.batch, args.device, args.mask_draws)
+    votes = mask_draws(args, info.objective == "bert", args.model)
+    return lambda images: classify(model, info, images, args.batch, args.device, votes)
+
+
+def mask_draws(args: argparse.Namespace, masked: bool, path: Path) -> int:
+    """The masks of each image that vote; refuses a number for a model or a probe that sees whole images."""
+    if args.mask_draws is not None and not masked:
+        raise InputError(f"--mask_draws {args.mask_draws}: {path} sees whole images, and only BERT models see masks; omit it")
+    return args.mask_draws or N_MASKS
 
 
 def open_probe(args: argparse.Namespace) -> Predict:
     """The function of a saved probe."""
-    probe, info = load_probe(args.probe), read_info(args.model)
+    probe, info = load_probe(args.probe), read_info(args.model_dir)
     probe.check_model(info.model_hash, info.palette_hash, args.model, args.probe)
+    votes = mask_draws(args, probe.about.mask_prob is not None, args.probe)
 
     def predict(images: ImageSet) -> Predictions:
         if isinstance(images, ShardSet):
             check_probe_classes(probe, images, args.probe)
-        model, _ = open_model(args.model, images)
-        return apply_probe(probe, Network(model, args.device, probe.about.precision, batch=args.batch), images)
+        model, _ = open_model(args.model_dir, images)
+        return apply_probe(probe, Network(model, args.device, probe.about.precision, batch=args.batch), images, votes)
 
     return predict
 
@@ -146,13 +161,16 @@ def open_probe(args: argparse.Namespace) -> Predict:
 def probed_split(args: argparse.Namespace) -> None:
     """Prints the accuracy of a saved probe on a split."""
     predict, shards = open_probe(args), ShardSet(args.data, args.eval_split).one_view()
+    if fitted_on(load_probe(args.probe).about, shards):
+        what = f"warning: the probe was fitted on images of split {args.eval_split!r} of {args.data}"
+        print(f"{what}, so this accuracy is not that on new images; choose another --eval_split", file=sys.stderr)
     accuracy, n = predict(shards).accuracy(shards.labels(np.arange(shards.n_images)))
     print(f"{args.eval_split}: {100 * (accuracy or 0.0):.2f} % of {n} images")
 
 
 def both_splits(args: argparse.Namespace) -> None:
     """Prints the accuracies of a fine-tuned model; writes the row and the confusion matrix."""
-    model, info = load_classifier(args.model)
+    model, info = load_classifier(args.model_dir)
     held_out, evaluated = ShardSet(args.data, args.val_split).one_view(), ShardSet(args.data, args.eval_split).one_view()
     check_shards(evaluated, info.config)
     check_classes(info, evaluated)
@@ -160,7 +178,8 @@ def both_splits(args: argparse.Namespace) -> None:
         read_results(args.results)  # finds a damaged file before the images are classified
     check_writable(args.confusion, args.results)
     model.to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-    row, confusion = result(model, info, held_out, evaluated, args.batch, args.device, args.mask_draws)
+    votes = mask_draws(args, info.objective == "bert", args.model)
+    row, confusion = result(model, info, held_out, evaluated, args.batch, args.device, votes)
     row |= {"eval_precision": "bf16" if args.bf16 else "fp32"}
     if args.confusion:
         write_confusion(args.confusion, confusion)

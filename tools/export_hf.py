@@ -25,6 +25,7 @@ from igpt_ds.errors import InputError
 from igpt_ds.files import check_writable
 
 with lazy.imports():
+    from igpt_ds.api.found import model_dir
     from igpt_ds.model.interchange.hf import write_hf
     from igpt_ds.model.store import load_model, read_info
 
@@ -32,19 +33,20 @@ with lazy.imports():
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads, checks, writes the directory."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--model", type=Path, required=True, help="model dir")
+    parser.add_argument("--model", type=Path, required=True, help="model dir, run dir or checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="HF directory to write")
     args = parser.parse_args(argv)
     lazy.load()
+    args.model_dir = model_dir(args.model)
     check_writable(directories=[args.out])
 
-    objective = read_info(args.model).objective
+    objective = read_info(args.model_dir).objective
     if objective != "ar":
         raise InputError(
             f"{args.model} has objective {objective!r}; HF's ImageGPT is auto-regressive only; export a model with objective 'ar'"
         )
-    palette = load_palette(args.model / "palette.npy")
-    model, info = load_model(args.model)
+    palette = load_palette(args.model_dir / "palette.npy")
+    model, info = load_model(args.model_dir)
     if palette.hash != info.palette_hash:
         raise InputError(
             f"{args.model / 'palette.npy'} is not the palette that the model was trained with; write the model dir again"

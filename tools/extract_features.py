@@ -8,10 +8,11 @@
 The first command extracts from the trained model, the second from fresh weights in the same shape, the third takes the colours
 alone. The last one reads image files; its features are the split "images", and class folders are labels.
 
-A bert model sees whole images, or images through masks (paper 4.6). One mask for each training image and five for each evaluated
-image:
+A bert model sees images through masks, as in training (paper 4.6): one mask for each image of train or --images, five for each
+image of the other splits, so that five masks can vote. Other numbers, and whole images:
 
-    python tools/extract_features.py --model models/b --data shards/cifar32 --mask_draws 1 5 --out features/b
+    python tools/extract_features.py --model models/b --data shards/cifar32 --mask_draws 1 10 --out features/b
+    python tools/extract_features.py --model models/b --data shards/cifar32 --mask_draws 0 --out features/b_whole
 
 The same command continues an interrupted extraction. On several GPUs or nodes, each process makes a part, and one process merges
 the parts. --stream_layers is for a model that does not fit into memory: it reads one block at a time for many images together.
@@ -42,6 +43,7 @@ from igpt_ds.evaluate.features.merge import merge_parts
 from igpt_ds.files import check_writable
 
 with lazy.imports():
+    from igpt_ds.api.found import model_dir
     from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
     from igpt_ds.evaluate.features.network import Network, model_images, open_model, pick_device
 
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Merges parts, or extracts the features of the shards."""
     args = parse(argv)
     lazy.load()
+    args.model_dir = model_dir(args.model) if args.model else None
     check_writable(directories=[args.out])
     if args.merge:
         splits = merge_parts(args.out, args.merge).splits
@@ -85,7 +88,7 @@ def image_sets(args: argparse.Namespace) -> Sequence[ImageSet]:
     """The splits of --data, or the images that the user names."""
     if not args.images:
         return [ShardSet(args.data, split) for split in args.splits]
-    images = model_images(args.model, args.images)
+    images = model_images(args.model_dir, args.images)
     images.print_left_out()
     return [images]
 
@@ -93,8 +96,8 @@ def image_sets(args: argparse.Namespace) -> Sequence[ImageSet]:
 def from_model(args: argparse.Namespace, shard_sets: Sequence[ImageSet]) -> None:
     """Extracts from the model of the command line."""
     device = pick_device(args.device)
-    model, origin = open_model(args.model, shard_sets[0], args.untrained, blocks_elsewhere=bool(args.stream_layers))
-    blocks = args.model / "model.safetensors" if args.stream_layers else None
+    model, origin = open_model(args.model_dir, shard_sets[0], args.untrained, blocks_elsewhere=bool(args.stream_layers))
+    blocks = args.model_dir / "model.safetensors" if args.stream_layers else None
     extract(
         args.out,
         shard_sets,
@@ -108,7 +111,7 @@ def from_model(args: argparse.Namespace, shard_sets: Sequence[ImageSet]) -> None
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--model", type=Path, help="model dir; required without --pixels and --merge")
+    parser.add_argument("--model", type=Path, help="model dir, run dir or checkpoint; required without --pixels and --merge")
     parser.add_argument(
         "--untrained", type=int, metavar="SEED", help="use fresh weights, drawn with this random seed, in the shape of --model"
     )
@@ -144,8 +147,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--mask_draws",
         type=int,
         nargs="+",
-        default=[0],
-        help=("masks that each image is seen through, one number or one for each split; 0: whole images; bert models only"),
+        help=(
+            "bert models: masks that each image is seen through, one number or one for each split; 0: whole images "
+            "(default: 1 for train, 5 for other splits)"
+        ),
     )
     parser.add_argument("--mask_seed", type=int, default=0, help="random seed of the masks")
     parser.add_argument(
@@ -189,8 +194,9 @@ def check(args: argparse.Namespace) -> None:
     for name in ("splits", "kinds"):
         if twice := [value for value in getattr(args, name) if getattr(args, name).count(value) > 1]:
             raise InputError(f"--{name} {' '.join(getattr(args, name))} names {twice[0]!r} twice; name each once")
-    if args.pixels and (args.model is not None or args.untrained is not None or args.layers is not None or args.part != WHOLE):
-        raise InputError("--pixels needs no model; leave out --model, --untrained, --layers and --part")
+    of_models = (args.model, args.untrained, args.layers, args.mask_draws)
+    if args.pixels and (any(value is not None for value in of_models) or args.part != WHOLE):
+        raise InputError("--pixels needs no model; leave out --model, --untrained, --layers, --mask_draws and --part")
     if not args.pixels and args.model is None:
         raise InputError("--model is missing; name a model dir, or give --pixels")
     if args.stream_layers is not None and (args.stream_layers < 1 or args.untrained is not None):

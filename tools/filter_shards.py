@@ -35,6 +35,7 @@ from igpt_ds.json_files import write_json
 from igpt_ds.plain_files import beside
 
 with lazy.imports():
+    from igpt_ds.api.found import model_dir
     from igpt_ds.evaluate.domain import Domain, FeatureReader, fit_domain, keep_best, n_to_keep
     from igpt_ds.evaluate.features.network import check_layers, open_model, pick_device
 
@@ -80,11 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits, scores every candidate, writes report and shards."""
     args = parse(argv)
     lazy.load()
+    args.model_dir = model_dir(args.model)
     reference, candidates = ShardSet(args.reference, args.reference_split), ShardSet(args.candidates, args.candidates_split)
     check(reference, candidates)
     n = n_to_keep(candidates.n_images, args.keep)
     with reserved(args.out, args.report), scratch_dir(args.report) as report:
-        model, origin = open_model(args.model, reference)
+        model, origin = open_model(args.model_dir, reference)
         deepest = model.config.n_layer
         layer = deepest // 2 if args.layer is None else check_layers([args.layer], deepest)[0]
         read = FeatureReader(model, layer, args.batch, pick_device(args.device), args.precision)
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--model", type=Path, required=True, help="model dir")
+    parser.add_argument("--model", type=Path, required=True, help="model dir, run dir or checkpoint")
     parser.add_argument(
         "--reference", type=Path, required=True, help="shard directory of images that the candidates should resemble"
     )

@@ -96,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.save_probe and best:
         save_best(args, *best)
     say(f"{args.out}: {count(len(rows), 'row')}")
-    say(next_command("python", "tools/tables.py", "--results", args.out))
+    if args.save_probe:
+        flags = ("--model", "MODEL", "--probe", args.save_probe, "--images", "IMAGES")
+        say(next_command("python", "tools/evaluate_classifier.py", *flags))
+    say(next_command("python", "tools/tables.py", "--results", args.out, label="or" if args.save_probe else "next"))
     if args.protocol == "every_layer" and any(row.features != "pixels" for row in rows):
         figure = ("--out", args.out.with_name("layers.png"), "layers", "--results", args.out)
         say(next_command("python", "tools/figures.py", *figure, label="or"))

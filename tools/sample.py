@@ -33,6 +33,7 @@ from igpt_ds.files import check_writable
 with lazy.imports():
     import torch
 
+    from igpt_ds.api.found import model_dir
     from igpt_ds.evaluate.features.network import model_images, model_palette, pick_device
     from igpt_ds.evaluate.likelihood import pixel_nats
     from igpt_ds.model.sampling import Filter, sample
@@ -66,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Loads the model, samples, writes the files."""
     args = parse(argv)
     lazy.load()
+    args.model_dir = model_dir(args.model)
     check_writable(args.out, args.gif, args.heat_map)
     args.device = pick_device(args.device)
-    model, info = load_model(args.model, "ar")
-    palette = model_palette(args.model, info)
+    model, info = load_model(args.model_dir, "ar")
+    palette = model_palette(args.model_dir, info)
     Filter(args.temperature, args.top_k, args.top_p).check(info.config.n_vocab)
     n_px = model.config.n_px
     rows = n_px // 2 if args.prefix_rows is None else args.prefix_rows
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--model", type=Path, required=True, help="model dir")
+    parser.add_argument("--model", type=Path, required=True, help="model dir, run dir or checkpoint")
     parser.add_argument("--out", type=Path, help="PNG to write: samples, with completions below")
     parser.add_argument("--gif", type=Path, help="GIF to write: the same grid, pixel by pixel")
     parser.add_argument("--heat_map", type=Path, help="PNG to write: the given images and the nats of each pixel")
@@ -160,7 +162,7 @@ def given_images(model: Transformer, palette: Palette, args: argparse.Namespace)
     """The images to complete or to map; None without --data and --images."""
     n_px = model.config.n_px
     if args.images:
-        images = model_images(args.model, args.images)
+        images = model_images(args.model_dir, args.images)
         images.print_left_out()
         drawn = images.tokens(np.arange(images.n_images)).reshape(images.n_images, -1).astype(np.int64)
         return Originals(torch.from_numpy(drawn), [Path(key).name for key in images.keys])

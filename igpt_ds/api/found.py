@@ -1,11 +1,12 @@
 """Finds the model that a path stands for: a model dir, a run dir, a checkpoint, an ImageGPT directory of Hugging Face.
 
 In: a path. Out: a `FoundModel`. A checkpoint or a foreign directory becomes a model dir in a temporary directory first, so
-one reader checks the weights of all. Called by `models.py`.
+one reader checks the weights of all. Called by `models.py` and the programs with --model.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import tempfile
@@ -61,15 +62,52 @@ def find_model(path: str | os.PathLike[str]) -> FoundModel:
         return _from_hugging_face(directory)
     if (directory / "config.json").is_file():
         return _read(directory, directory)
+    place = _of_run(directory)
+    if isinstance(place, Path):
+        return _read(place, place)
+    if place is None:
+        return _only_model_below(directory)
+    with tempfile.TemporaryDirectory(prefix="igpt_ds.") as scratch:
+        return _read(place.gather(Path(scratch)), place.run_dir if directory.name == "checkpoints" else directory)
+
+
+def model_dir(path: Path) -> Path:
+    """The model dir that a program's --model stands for: a model dir, a run dir or a checkpoint, as in `find_model`.
+
+    A checkpoint becomes a temporary model dir, which is removed when the process ends. Other paths are returned as they are, and
+    the reader refuses them.
+    """
+    place = None if (path / "config.json").is_file() else _of_run(path)
+    if not isinstance(place, _Checkpoint):
+        return place or path
+    scratch = tempfile.TemporaryDirectory(prefix="igpt_ds.")
+    atexit.register(scratch.cleanup)
+    return place.gather(Path(scratch.name))
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint of a run. step: None is the newest, or the best of a fine-tuning."""
+
+    run_dir: Path
+    step: int | None
+
+    def gather(self, scratch: Path) -> Path:
+        """Makes a model dir below `scratch`."""
+        consolidate(self.run_dir, scratch / "model", self.step)
+        return scratch / "model"
+
+
+def _of_run(directory: Path) -> Path | _Checkpoint | None:
+    """The model dir or the checkpoint that a part of a run dir stands for; None if it is none."""
     if directory.name == "checkpoints":
-        return _consolidated(directory.parent, directory.parent, None)
+        return _Checkpoint(directory.parent, None)
     if directory.parent.name == "checkpoints" and (directory / "manifest.json").is_file():
-        return _consolidated(directory, directory.parent.parent, step_of(directory))
+        return _Checkpoint(directory.parent.parent, step_of(directory))
     if (directory / "model" / "config.json").is_file():
-        return _read(directory / "model", directory / "model")
-    if (directory / "checkpoints").is_dir() or (directory / "run.json").is_file():
-        return _consolidated(directory, directory, None)
-    return _only_model_below(directory)
+        return directory / "model"
+    is_run = (directory / "checkpoints").is_dir() or (directory / "run.json").is_file()
+    return _Checkpoint(directory, None) if is_run else None
 
 
 def _only_model_below(directory: Path) -> FoundModel:
@@ -104,13 +142,6 @@ def _read(directory: Path, path: Path) -> FoundModel:
     return FoundModel(path, network.eval().requires_grad_(False), info, palette, head)
 
 
-def _consolidated(path: Path, run_dir: Path, step: int | None) -> FoundModel:
-    with tempfile.TemporaryDirectory(prefix="igpt_ds.") as scratch:
-        model_dir = Path(scratch) / "model"
-        consolidate(run_dir, model_dir, step)
-        return _read(model_dir, path)
-
-
 def _is_foreign(directory: Path) -> bool:
     file = directory / "config.json"
     values = read_json(file, "config") if file.is_file() else None
@@ -137,5 +168,6 @@ def best_layer(path: Path, info: ModelInfo, kind: str) -> int | None:
     places = [path, *path.absolute().parents[:2]]
     files = [file for place in places for name in ("results.jsonl", "results/*.jsonl") for file in sorted(place.glob(name))]
     rows = [row for file in files for row in by_layer(read_results(file))]
-    known = [row for row in rows if row.model_hash == info.model_hash and row.features == kind and not row.mask_draws]
-    return best_row(known).layer if known else None
+    known = [row for row in rows if row.model_hash == info.model_hash and row.features == kind]
+    masked = [row for row in known if row.mask_draws]  # as `Model.features` sees the images of a BERT model
+    return best_row(masked or known).layer if known else None

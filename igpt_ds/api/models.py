@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,15 @@ from tqdm import tqdm
 from igpt_ds.api.arguments import check_kind, device_name, layer_list, pixel_filter, precision_name, whole
 from igpt_ds.api.encoding import Preparation
 from igpt_ds.api.found import FoundModel, best_layer, find_model
+from igpt_ds.api.masks import mask_count, masks_of
 from igpt_ds.api.predictions import Prediction, class_head, opened_probe, predicted
+from igpt_ds.data.given_images import GivenImages
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.classification import voting_mask
+from igpt_ds.evaluate.classification import MASK_SEED
 from igpt_ds.evaluate.features.network import Network
 from igpt_ds.evaluate.likelihood import LikelihoodSettings, token_batch_nats
+from igpt_ds.evaluate.prediction import apply_probe
+from igpt_ds.evaluate.probes.settings import N_MASKS
 from igpt_ds.model.sampling import Filter, sample
 from igpt_ds.plan.costs import parameters
 
@@ -45,7 +50,7 @@ class Model:
         self.device, self.dtype = device, dtype
         self._network = Network(found.network, device, dtype)
         self._prepared = Preparation(self.config.n_px, found.palette, self.info.crop, self.info.resize_filter)
-        self._told: set[str] = set()
+        self._told, self._masked = set[str](), self.info.objective == "bert"
 
     @property
     def network(self) -> torch.nn.Module:
@@ -96,8 +101,12 @@ class Model:
         kind: str = "normed",
         batch: int = 32,
         progress: bool = False,
+        mask_draws: int | None = None,
+        seed: int = 0,
     ) -> np.ndarray:
         """The features of images, averaged over the positions (paper 2.4): float32 [N, C].
+
+        A BERT model sees each image through masks, as in training (paper 4.6).
 
         Args:
             layer: 0..n_layer; "best", the layer of the model's best known probe, else the middle one; "all" or a list of
@@ -105,12 +114,17 @@ class Model:
             kind: "normed", after the layer norm, as in the paper; "raw", before it.
             batch: images per forward pass.
             progress: show a progress bar.
+            mask_draws, seed: masks for each image, whose features are averaged (0: whole images), and their random seed; for
+                BERT models only. None: one mask, the first of tools/extract_features.py.
         """
         check_kind(kind)
+        masks = masks_of(self.info, mask_count(mask_draws, 1, 0, self._masked, self.path), seed)
         layers = layer_list(self._best_or_middle(kind) if _is_best(layer) else layer, self.config.n_layer)
-        wanted, rising = sorted(set(layers)), []
+        wanted, rising, first = sorted(set(layers)), [], 0
         for tokens in self._batches(self.encode(images), batch, progress, "features"):
-            rising.append(self._pooled(tokens, wanted, kind))
+            drawn = masks(np.arange(first, first + len(tokens)))
+            rising.append(np.mean([self._pooled(tokens, wanted, kind, mask) for mask in drawn], axis=0, dtype=np.float32))
+            first += len(tokens)
         found = np.concatenate(rising, axis=1)
         if not np.isfinite(found).all():
             raise InputError(f"features of {self.path} are not finite; check the model, or load it with dtype='fp32'")
@@ -124,20 +138,21 @@ class Model:
         check_kind(kind)
         return best_layer(self.path, self.info, kind)
 
-    def nats(self, images: Any, batch: int = 32, mask_draws: int = 1, seed: int = 0, progress: bool = False) -> np.ndarray:
+    def nats(
+        self, images: Any, batch: int = 32, mask_draws: int | None = None, seed: int = 0, progress: bool = False
+    ) -> np.ndarray:
         """The negative log-likelihood of images in nats per token: float64 [N].
 
         For a BERT model: of masked tokens given all others, averaged over the masks of each image. These nats do not compare
         with those of an auto-regressive model.
 
         Args:
-            mask_draws, seed: masks for each image, and their random seed; for BERT models only.
+            mask_draws, seed: masks for each image, None for one, and their random seed; for BERT models only.
         """
-        whole("mask_draws", mask_draws, 1)
-        whole("seed", seed, 0)
+        draws = mask_count(mask_draws, 1, 1, self._masked, self.path)
         whole("batch", batch, 1)
         prob = LikelihoodSettings.mask_prob if self.info.mask_prob is None else self.info.mask_prob
-        settings = LikelihoodSettings(batch, self.dtype, mask_draws, seed, prob)
+        settings = LikelihoodSettings(batch, self.dtype, draws, whole("seed", seed, 0), prob)
         found, first = [], 0
         for tokens in self._batches(self.encode(images), batch, progress, "likelihood"):
             ids = np.arange(first, first + len(tokens))
@@ -197,7 +212,7 @@ class Model:
         self,
         images: Any,
         probe: str | os.PathLike[str] | None = None,
-        mask_draws: int = 5,
+        mask_draws: int | None = None,
         batch: int = 32,
         progress: bool = False,
     ) -> Prediction:
@@ -205,30 +220,28 @@ class Model:
 
         Args:
             probe: file of tools/linear_probe.py --save_probe that was fitted on this model; None takes the class head.
-            mask_draws: masks of each image that vote; for fine-tuned BERT models only.
+            mask_draws: masks of each image that vote, None for five; for BERT models only.
 
         Raises:
             InputError: the model was not fine-tuned, or the probe is of another model.
         """
         if probe is not None:
-            saved, found = opened_probe(self._found, self.dtype, probe), []
-            for tokens in self._batches(self.encode(images), batch, progress, "predict"):
-                found.append(saved.features(replace(self._network, batch=batch), tokens))
-            features = np.concatenate(found)
-            return Prediction(
-                saved.predict(features), saved.probabilities(features).astype(np.float32), list(saved.about.classes)
-            )
-        head = class_head(self._found)
-        whole("mask_draws", mask_draws, 1)
-        prob = self.info.mask_prob if self.info.objective == "bert" else None
-        logits, first = [], 0
+            saved = opened_probe(self._found, self.dtype, probe)
+            draws = mask_count(mask_draws, N_MASKS, 1, saved.about.mask_prob is not None, Path(probe))
+            whole("batch", batch, 1)
+            found = apply_probe(saved, replace(self._network, batch=batch), self._given(self.encode(images)), draws, progress)
+            return Prediction(found.labels, found.probabilities.astype(np.float32), found.classes)
+        head, logits, first = class_head(self._found), [], 0
+        masks = masks_of(self.info, mask_count(mask_draws, N_MASKS, 1, self._masked, self.path), MASK_SEED)
         for tokens in self._batches(self.encode(images), batch, progress, "predict"):
-            ids = np.arange(first, first + len(tokens))
-            drawn = range(mask_draws if prob is not None else 1)
-            masks = [voting_mask(ids, draw, tokens.shape[1], prob) for draw in drawn]
-            logits.append(torch.stack([head.logits(self._pooled(tokens, [head.layer], head.kind, mask)[0]) for mask in masks]))
+            drawn = masks(np.arange(first, first + len(tokens)))
+            logits.append(torch.stack([head.logits(self._pooled(tokens, [head.layer], head.kind, mask)[0]) for mask in drawn]))
             first += len(tokens)
         return predicted(torch.cat(logits, dim=1), head.classes)
+
+    def _given(self, tokens: np.ndarray) -> GivenImages:
+        grids = tokens.reshape(-1, self.config.n_px, self.config.n_px).astype(np.uint16)
+        return GivenImages(grids, self._prepared.palette, [str(number) for number in range(len(grids))], path=self.path)
 
     def _best_or_middle(self, kind: str) -> int:
         best, middle = self.best_layer(kind), self.config.n_layer // 2

@@ -26,7 +26,7 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.probes.variants import vote
 from igpt_ds.evaluate.report.results import finetune_row
 from igpt_ds.evaluate.report.row_types import FinetuneRow
-from igpt_ds.model.objectives import draw_masks
+from igpt_ds.model.objectives import draw_of_masks
 from igpt_ds.model.store import ModelInfo
 from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
@@ -64,7 +64,7 @@ def check_classes(info: ModelInfo, shards: ShardSet) -> None:
 
 def voting_mask(ids: np.ndarray, draw: int, T: int, mask_prob: float | None) -> torch.Tensor | None:
     """The mask of one of the votes on some images, bool [B, T]; None if mask_prob is None, which masks nothing."""
-    return None if mask_prob is None else draw_masks(MASK_SEED, ids + (draw << 40), T, mask_prob)
+    return draw_of_masks(MASK_SEED, ids, draw, T, mask_prob)
 
 
 def predict(

@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from igpt_ds.data.given_images import GivenImages
-from igpt_ds.data.shards.dataset import ImageSet
+from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.classification import MASK_SEED, ClassifyingNetwork, check_head, voting_mask
 from igpt_ds.evaluate.features.network import Network
-from igpt_ds.evaluate.probes.saved import SavedProbe
+from igpt_ds.evaluate.probes.saved import ProbeAbout, SavedProbe
+from igpt_ds.evaluate.probes.settings import N_MASKS
 from igpt_ds.evaluate.probes.variants import vote
 from igpt_ds.model.store import ModelInfo
 
@@ -83,7 +84,7 @@ class Predictions:
 
 
 def classify(
-    network: ClassifyingNetwork, info: ModelInfo, images: ImageSet, batch: int, device: str, mask_draws: int = 5
+    network: ClassifyingNetwork, info: ModelInfo, images: ImageSet, batch: int, device: str, mask_draws: int = N_MASKS
 ) -> Predictions:
     """Predictions of a fine-tuned model. A bert model sees each image through masks, which vote; probabilities are means.
 
@@ -108,17 +109,25 @@ def classify(
     return Predictions(classes, vote(probabilities.argmax(2), len(classes), MASK_SEED), probabilities.mean(0))
 
 
-def apply_probe(probe: SavedProbe, network: Network, images: ImageSet) -> Predictions:
-    """Predictions of a saved probe, whose model the caller has compared with the network's (`SavedProbe.check_model`)."""
-    batches = _batches(images, network.batch)
-    features = [probe.features(network, images.tokens(ids)) for ids in batches]
-    probabilities = _finite(np.concatenate([probe.probabilities(some) for some in features])[None], images)[0]
-    return Predictions(list(probe.about.classes), probabilities.argmax(1), probabilities)
+def apply_probe(
+    probe: SavedProbe, network: Network, images: ImageSet, mask_draws: int = N_MASKS, progress: bool | None = None
+) -> Predictions:
+    """Predictions of a saved probe, whose model the caller has compared with the network's (`SavedProbe.check_model`).
+
+    A probe of masked images sees each image through masks, which vote; probabilities are means (paper 4.6).
+    """
+    draws, classes, parts = range(mask_draws if probe.about.mask_prob is not None else 1), list(probe.about.classes), []
+    for ids in _batches(images, network.batch, progress):
+        grids = images.tokens(ids)
+        parts.append(np.stack([probe.probabilities(probe.features(network, grids, ids, draw)) for draw in draws]))
+    probabilities = _finite(np.concatenate(parts, axis=1), images)
+    return Predictions(classes, vote(probabilities.argmax(2), len(classes), MASK_SEED), probabilities.mean(0))
 
 
-def _batches(images: ImageSet, batch: int) -> tqdm[np.ndarray]:
+def _batches(images: ImageSet, batch: int, progress: bool | None = None) -> tqdm[np.ndarray]:
+    """The numbers of the images, with a progress bar; None: on a terminal."""
     ids = np.split(np.arange(images.n_images), range(batch, images.n_images, batch))
-    return tqdm(ids, "classify", unit=" batches", leave=False, disable=None)
+    return tqdm(ids, "classify", unit=" batches", leave=False, disable=None if progress is None else not progress)
 
 
 def _finite(probabilities: np.ndarray, images: ImageSet) -> np.ndarray:
@@ -137,3 +146,13 @@ def check_probe_classes(probe: SavedProbe, images: ImageSet, file: Path) -> None
     """
     if images.classes != probe.about.classes:
         raise InputError(f"{images.path} has other classes than the probe {file}; name shards of {probe.about.dataset}")
+
+
+def fitted_on(about: ProbeAbout, shards: ShardSet) -> bool:
+    """Whether a probe was fitted on images of this split, as far as the hashes of the shards tell."""
+    if not set(shards.split.split("+")) & set(about.train_split.split("+")):
+        return False
+    try:
+        return ShardSet(shards.path, about.train_split).dataset_hash == about.dataset_hash.get(about.train_split)
+    except InputError:  # the shards have no such split, so they are others
+        return False

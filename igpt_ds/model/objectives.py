@@ -65,6 +65,16 @@ def draw_masks(seed: int, numbers: np.ndarray, T: int, mask_prob: float) -> Tens
     return torch.from_numpy(mask)
 
 
+def draw_of_masks(seed: int, numbers: np.ndarray, draw: int, T: int, mask_prob: float | None) -> Tensor | None:
+    """One of several masks of each image (paper 4.6), bool [B, T]; the masks of different draws are independent.
+
+    Args:
+        numbers: of the images in their split, int64 [B].
+        mask_prob: None masks nothing; the result is None then.
+    """
+    return None if mask_prob is None else draw_masks(seed, numbers + (draw << 40), T, mask_prob)
+
+
 def image_loss(objective: str, seed: int, mask_prob: float, group: ProcessGroup | None = None) -> ImageLoss:
     """The loss of each image under an objective, with the masks of this seed; "ar" has no masks.
 

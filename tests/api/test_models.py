@@ -143,6 +143,33 @@ def test_a_saved_probe_predicts_as_the_tool_does(tool, tmp_path, model_dir, mode
         model.predict(val, probe="none.safetensors")
 
 
+def test_features_of_a_bert_model_are_of_masked_images(tmp_path, tool, bert_dir, tiny_dataset, val):
+    asked = ["--model", bert_dir, "--data", tiny_dataset, "--splits", "val", "--layers", 1, "--kinds", "raw", "--mask_draws"]
+    model = igpt_ds.load(bert_dir, device="cpu")
+    for draws in (2, 0):
+        assert tool("extract_features", *asked, draws, "--mask_seed", 3, "--out", tmp_path / f"{draws}")[0] == 0
+    stored, whole = (igpt_ds.open_features(tmp_path / name, "val") for name in ("2", "0"))
+    masked = [stored.layer(1, mask=mask) for mask in (0, 1)]
+    np.testing.assert_allclose(model.features(val, 1, "raw", 5, seed=3), masked[0], atol=1e-6)
+    np.testing.assert_allclose(model.features(val, 1, "raw", mask_draws=2, seed=3), (masked[0] + masked[1]) / 2, atol=1e-6)
+    np.testing.assert_allclose(model.features(val, 1, "raw", mask_draws=0), whole.layer(1), atol=1e-6)
+
+
+def test_a_saved_probe_of_masked_images_votes(tmp_path, tool, bert_dir, tiny_dataset, val):
+    asked = ["--model", bert_dir, "--data", tiny_dataset]
+    assert tool("extract_features", *asked, "--layers", 1, "--kinds", "raw", "--out", tmp_path / "f")[0] == 0
+    probe, rows = tmp_path / "p.safetensors", tmp_path / "r.jsonl"
+    one = ["--features", tmp_path / "f", "--layers", 1, "--C_grid", 1, "--out", rows]
+    assert tool("linear_probe", *one, "--save_probe", probe)[0] == 0
+    assert tool("linear_probe", *one, "--protocol", "mask_vote")[0] == 0
+    single, voted = (100 * row.accuracy for row in read_results(rows))
+    found = igpt_ds.load(bert_dir).predict(val, probe, batch=5)
+    assert 100 * (found.labels == val.labels).mean() == pytest.approx(voted)
+    split = ["--probe", probe, "--eval_split", "val"]
+    assert tool("evaluate_classifier", *asked, *split)[1].startswith(f"val: {voted:.2f} % of ")
+    assert tool("evaluate_classifier", *asked, *split, "--mask_draws", 1)[1].startswith(f"val: {single:.2f} % of ")
+
+
 def test_a_bert_model_lets_masks_vote(tmp_path, make_model_dir, tiny_dataset, val):
     head = {"classes": ["blue", "green", "red"], "layer": 2, "loss": "clf"}
     path = make_model_dir(tmp_path / "fine", objective="bert", mask_prob=0.4, class_head=head)
@@ -222,6 +249,8 @@ WRONG = {
     "layer True": (lambda m, i: m.features(i, layer=True), r"layer=True"),
     "no layers": (lambda m, i: m.features(i, layer=[]), r"layer=\[\]"),
     "a word": (lambda m, i: m.features(i, layer="last"), r"layer='last'"),
+    "masks": (lambda m, i: m.features(i, mask_draws=1), r"mask_draws=1: .* sees whole images, and only BERT models see masked"),
+    "nats of masks": (lambda m, i: m.nats(i, mask_draws=3), r"mask_draws=3: .* sees whole images, .*; omit it"),
     "kind": (lambda m, i: m.features(i, kind="norm"), r"kind='norm' is unknown; known: normed, raw"),
     "batch": (lambda m, i: m.features(i, layer=1, batch=0), r"batch=0"),
     "keep 0": (lambda m, i: m.complete(i, keep=0), r"keep=0 must lie between 0 and 1"),

@@ -21,4 +21,7 @@ def test_a_run_dir_gives_the_model_of_its_newest_checkpoint(launch, command, too
     assert json.loads((tmp_path / "model" / "config.json").read_text())["crop"] == "none"
     assert model.nats(igpt_ds.open_shards(tiny_dataset, "val")).shape == (11,)
     assert igpt_ds.load(tmp_path / "run" / "checkpoints" / "step-00000004").info.step == 4
+    for path, step in (("run", 6), ("run/checkpoints", 6), ("run/checkpoints/step-00000004", 4), ("model", 6)):
+        status, said, wrong = tool("evaluate", "--model", tmp_path / path, "--data", tiny_dataset, "--limit", 4)
+        assert (status, f"{tmp_path / path} (step {step}) on " in said) == (0, True), wrong
     assert igpt_ds.load(tmp_path / "run" / "checkpoints").info.step == 6

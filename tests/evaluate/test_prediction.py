@@ -80,8 +80,12 @@ def test_a_saved_probe_names_the_classes_of_files(tool, model_dir, probe_file, t
     found = json.loads(said)
     assert found["probe"] == str(probe_file)
     assert found["accuracy"] > 0.7  # noisy colours, which a random network passes on
-    status, said, _ = tool("evaluate_classifier", *words, "--data", tiny_dataset, "--eval_split", "train+val")
+    status, said, also = tool("evaluate_classifier", *words, "--data", tiny_dataset, "--eval_split", "train+val")
     assert (status, said) == (0, f"train+val: {100 * found['accuracy']:.2f} % of 48 images\n")
+    assert also.startswith(f"warning: the probe was fitted on images of split 'train+val' of {tiny_dataset}, so ")
+    assert tool("evaluate_classifier", *words, "--data", tiny_dataset, "--eval_split", "val")[2] == "", "new images"
+    complaint = f"--mask_draws 3: {probe_file} sees whole images, and only BERT models see masks; omit it"
+    assert complaint in tool("evaluate_classifier", *words, "--images", tiny_images, "--mask_draws", 3)[2]
     flat = tmp_path / "flat"
     flat.mkdir()
     shutil.copy(next(iter(sorted((tiny_images / "red").iterdir()))), flat / "one.png")

@@ -1,8 +1,9 @@
 """Measures the SGD probe beside a plain torch loop on all cores. Exit status: 1 if the bar is missed.
 
 The unit is images per second; an image counts once for four rates. Our probe fits the rates together, the peer one after another.
-The features are in a file, as if they were larger than memory. In a second row the peer has all features in memory. --toy runs
-everything in seconds, without a bar.
+The features are in a file, as if they were larger than memory. In a second row the peer has all features in memory. The last
+rows read five layers side by side (paper 4.4): bytes per second beside random rows of five memory maps, and beside one file of
+all five, which is a copy that our probe does not need. --toy runs everything in seconds, without a bar.
 
     python tools/bench/sgd.py --out bench_sgd.json
     python tools/bench/sgd.py --show docs/bench_sgd.json
@@ -22,12 +23,15 @@ from harness import BenchRow
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
+from igpt_ds.evaluate.features.files import FeatureSet, FeatureWriter, open_features
+from igpt_ds.evaluate.features.manifest import FeatureManifest, FeatureSplit, Origin
 
 with lazy.imports():
     import torch
 
-    from igpt_ds.evaluate.probes.rows import Blocks
+    from igpt_ds.evaluate.probes.rows import Blocks, FiniteRows
     from igpt_ds.evaluate.probes.sgd import MOMENTUM, Sgd, cosine
+    from igpt_ds.evaluate.probes.variants import CONCATENATED
 
 
 PACKAGES = ("torch", "numpy")
@@ -51,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         file = Path(directory) / "features.npy"
         sizes = ((400, 16, 10),) if args.toy else SIZES[:1] if args.quick else SIZES
         rows = [row for size in sizes for row in measure(file, *size, turns, steps)]
+        rows += measure_layers(Path(directory), *((400, 16) if args.toy else (20_000, 512)), turns)
     rows = [replace(row, bar=None) for row in rows] if args.toy else rows
     harness.finish(rows, args.out, args.quick or args.toy, PACKAGES, torch.get_num_threads())
 
@@ -72,6 +77,56 @@ def measure(file: Path, N: int, width: int, K: int, turns: int, steps: int) -> l
     bars = (3.0 if K == 10 else None, None)
     rows = zip(list(contenders)[1:], peers, bars, strict=True)
     return [BenchRow(what, "images/s", whole * BATCH / ours, steps * BATCH / peer, name, bar) for name, peer, bar in rows]
+
+
+def measure_layers(directory: Path, N: int, width: int, turns: int) -> list[BenchRow]:
+    """Two rows: reading five layers side by side, in half precision, once through all images."""
+    random = np.random.default_rng(0)
+    sides = [random.standard_normal((N, width), dtype=np.float32).astype(np.float16) for _ in range(CONCATENATED)]
+    apart, together = (write_features(directory / name, some) for name, some in (("apart", sides), ("all", [np.hstack(sides)])))
+    maps = [np.load(apart.path / "train" / f"layer_{layer:02d}_normed.npy", mmap_mode="r") for layer in apart.layers]
+
+    def blocks(features: FeatureSet) -> None:
+        for _ in Blocks(FiniteRows(features, features.layers, "normed"), None, 0, 1 << 26).batches(0, N // BATCH, BATCH, "cpu"):
+            pass
+
+    def random_rows() -> None:
+        for ids in np.array_split(random.permutation(N), N // BATCH):
+            torch.from_numpy(np.concatenate([one[ids] for one in maps], axis=1, dtype=np.float32))
+
+    contenders = {
+        "ours": lambda: blocks(apart),
+        "random rows of five memory maps": random_rows,
+        "our reader, one file of all layers": lambda: blocks(together),
+    }
+    ours, *peers = harness.medians(contenders, turns).values()
+    megabytes = 2e-6 * N * width * CONCATENATED
+    what = f"reading {CONCATENATED} layers side by side, {N:,} x {width} in fp16"
+    return [
+        BenchRow(what, "MB/s", megabytes / ours, megabytes / peer, name)
+        for name, peer in zip(list(contenders)[1:], peers, strict=True)
+    ]
+
+
+def write_features(path: Path, layers: Sequence[np.ndarray]) -> FeatureSet:
+    """A feature directory with these layers of one split."""
+    N, width = layers[0].shape
+    origin, splits = Origin("trained", palette_hash="", dtype="fp16"), {"train": FeatureSplit(N, "train", mask_draws=0)}
+    manifest = FeatureManifest(
+        dataset="drawn",
+        origin=origin,
+        layers=list(range(len(layers))),
+        kinds=["normed"],
+        n_features=width,
+        splits=splits,
+        classes=["one", "other"],
+    )
+    writer = FeatureWriter(path, manifest)
+    for layer, values in enumerate(layers):
+        writer.write("train", 0, (layer, "normed", None), values)
+    writer.save("train", N)
+    writer.finish({"train": np.arange(N) % 2})
+    return open_features(path, "train")
 
 
 def sgd_together(x: np.ndarray, y: torch.Tensor, K: int, steps: int) -> None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +22,8 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureWriter, part_dir
 from igpt_ds.evaluate.features.manifest import KINDS, FeatureManifest, FeatureSplit, Origin, PartOf, span
 from igpt_ds.evaluate.features.network import LayerMeans, Network, check_layers
-from igpt_ds.model.objectives import draw_masks
+from igpt_ds.evaluate.probes.settings import N_MASKS
+from igpt_ds.model.objectives import draw_of_masks
 
 _SAVE_SECONDS = 30.0
 _FP16_MAX = float(np.finfo(np.float16).max)
@@ -38,7 +38,7 @@ class Extraction:
     layers: Sequence[int] | None = None  # None: all
     kinds: Sequence[str] = KINDS
     dtype: str = "fp32"  # of the files
-    mask_draws: Sequence[int] = (0,)  # masks of each image, one number or one for each shard set; 0: whole images; bert only
+    mask_draws: Sequence[int] | None = None  # masks of each image, one number or one for each shard set; see `masks_of`
     mask_seed: int = 0
     at_once: int | None = None  # images for which a block is read once; None: the network's batch
     part: Part = WHOLE  # the share of the images that this call writes, for `merge_parts`
@@ -65,25 +65,38 @@ def extract(
         ValueError: an argument is out of range, activations are not finite or too large for fp16, or `out` exists.
     """
     wanted = wanted or Extraction()
-    draws = list(wanted.mask_draws) * (len(shard_sets) if len(wanted.mask_draws) == 1 else 1)
-    if len(draws) != len(shard_sets) or min(draws) < 0:
-        given = " ".join(map(str, wanted.mask_draws))
-        raise InputError(f"--mask_draws {given} must be one number, or one for each split, and at least 0")
-    if any(draws) and origin.objective != "bert":
-        raise InputError(f"--mask_draws {max(draws)}: this model is {origin.objective!r}; only bert models see masked images")
+    draws = masks_of([shards.split for shards in shard_sets], wanted.mask_draws, origin.objective)
     layers, step = check_layers(wanted.layers, network.model.config.n_layer), wanted.at_once or network.batch
     origin = replace(origin, precision=network.precision, dtype=wanted.dtype)
     origin = replace(origin, mask_seed=wanted.mask_seed) if any(draws) else replace(origin, mask_prob=None, mask_seed=None)
 
     def read(shards: ImageSet, ids: np.ndarray, draw: int | None) -> LayerMeans:
-        mask = None
-        if draw is not None:
-            numbers = ids + (draw << 40)  # the masks of different draws are independent
-            mask = draw_masks(wanted.mask_seed, numbers, shards.n_px**2, cast(float, origin.mask_prob))
+        mask = None if draw is None else draw_of_masks(wanted.mask_seed, ids, draw, shards.n_px**2, origin.mask_prob)
         return network.pooled(shards.tokens(ids), layers, wanted.kinds, mask)
 
     manifest = _manifest(shard_sets, draws, origin, layers, wanted.kinds, network.model.config.n_embd)
     _write(out, manifest, shard_sets, read, step, wanted.part, report)
+
+
+def masks_of(splits: Sequence[str], given: Sequence[int] | None, objective: str | None) -> list[int]:
+    """The number of masks that each image of each split is seen through; 0: whole images.
+
+    Args:
+        given: one number, or one for each split; None: for a bert model one mask of images to fit on and N_MASKS of images to
+            evaluate on (paper 4.6), for others none.
+
+    Raises:
+        ValueError: the numbers do not go with the splits, or with the objective.
+    """
+    if given is None:
+        fitted = ("train", "images")  # beginnings of names
+        return [0 if objective != "bert" else 1 if split.startswith(fitted) else N_MASKS for split in splits]
+    draws = list(given) * (len(splits) if len(given) == 1 else 1)
+    if len(draws) != len(splits) or min(draws) < 0:
+        raise InputError(f"--mask_draws {' '.join(map(str, given))} must be one number, or one for each split, and at least 0")
+    if any(draws) and objective != "bert":
+        raise InputError(f"--mask_draws {max(draws)}: this model is {objective!r}; only bert models see masked images")
+    return draws
 
 
 def extract_pixels(
@@ -136,8 +149,8 @@ class _Job:
     def announce(self, report: Callable[[str], None]) -> None:
         """Reports the size, and the speed of a trial of one step."""
         manifest, images = self.writer.manifest, sum(len(share) for share in self.shares.values())
-        draws = max(about.mask_draws for about in manifest.splits.values())
-        masks = f", {draws} mask draws" if draws else ""
+        draws = ", ".join(f"{split} {about.mask_draws}" for split, about in manifest.splits.items())
+        masks = f", masks of each image: {draws}" if manifest.origin.objective == "bert" else ""
         features = f"layers {span(manifest.layers)}, {' and '.join(manifest.kinds)}, {manifest.n_features} features{masks}"
         size = f"{manifest.array_bytes / 2**20:.1f} MiB in {manifest.origin.dtype}"
         report(f"{self.writer.target}: {images} images, {features}, {size}")

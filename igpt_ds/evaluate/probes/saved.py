@@ -28,6 +28,7 @@ from igpt_ds.evaluate.probes.linear import Probe
 from igpt_ds.evaluate.probes.variants import ConcatProbe
 from igpt_ds.files import atomic_file
 from igpt_ds.json_files import parse_json
+from igpt_ds.model.objectives import draw_of_masks
 from igpt_ds.plain_files import check_file
 from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from
@@ -46,6 +47,7 @@ class ProbeAbout:
     Attributes:
         labels: the class index of each row of the weights. A class without training images has none.
         precision, dtype: of the features, as in `features/manifest.Origin`.
+        mask_prob, mask_seed: of the masks that the images were seen through (paper 4.6); None: the images were whole.
         tensors: the sha256 of the tensors, which `save_probe` computes.
     """
 
@@ -70,6 +72,8 @@ class ProbeAbout:
     seed: int
     held_out_accuracy: float
     accuracy: float
+    mask_prob: float | None = None
+    mask_seed: int | None = None
     tensors: str = ""
     commit: str | None = None
 
@@ -105,9 +109,16 @@ class SavedProbe:
                 f"name that model, or fit a probe on this one with tools/linear_probe.py --save_probe"
             )
 
-    def features(self, network: Network, grids: np.ndarray) -> np.ndarray:
-        """The features of some images as the probe reads them: uint16 [B, n_px, n_px] -> float64 [B, C]."""
-        means = network.pooled(grids, self.about.layers, [self.about.kind])
+    def features(self, network: Network, grids: np.ndarray, ids: np.ndarray | None = None, draw: int = 0) -> np.ndarray:
+        """The features of some images as the probe reads them: uint16 [B, n_px, n_px] -> float64 [B, C].
+
+        Args:
+            ids: the numbers of the images, which decide their masks, as in the extraction; None: from 0 on.
+            draw: which of the masks of each image.
+        """
+        ids = np.arange(len(grids)) if ids is None else ids
+        mask = draw_of_masks(self.about.mask_seed or 0, ids, draw, self.about.n_px**2, self.about.mask_prob)
+        means = network.pooled(grids, self.about.layers, [self.about.kind], mask)
         layers = [means[layer, self.about.kind].astype(DTYPES[self.about.dtype]) for layer in self.about.layers]
         return np.concatenate(layers, axis=1, dtype=np.float64)
 
@@ -131,11 +142,8 @@ def check_savable(features: FeatureSet) -> None:
     """Refuses features whose probe could not be used on new images.
 
     Raises:
-        ValueError: the images are masked, or the features do not record the shape of the model.
+        ValueError: the features do not record the shape of the model.
     """
-    if features.mask_draws:
-        what = f"split {features.split!r} of {features.path} is of masked images"
-        raise InputError(f"--save_probe saves probes of whole images, and {what}; extract it with --mask_draws 0")
     if features.manifest.origin.weights == "trained" and "n_px" not in (features.manifest.origin.model or {}):
         raise InputError(f"{features.path} does not record the shape of its model; extract the features again")
 
@@ -161,6 +169,8 @@ def saved_probe(probe: Probe, train: FeatureSet, evaluated: FeatureSet, protocol
         layers=probe.layers if isinstance(probe, ConcatProbe) else [probe.layer],
         precision=origin.precision,
         dtype=origin.dtype,
+        mask_prob=origin.mask_prob if train.mask_draws else None,
+        mask_seed=origin.mask_seed if train.mask_draws else None,
         classes=list(train.classes),
         labels=fitted.fit.classes.tolist(),
         protocol=protocol,

@@ -20,6 +20,7 @@ from igpt_ds.evaluate.report.results import (
     differences,
     key,
     label,
+    masks,
     model_name,
     model_parameters,
     series,
@@ -116,9 +117,9 @@ def _millions(row: Row) -> str:
 def _where(row: ProbeRow) -> str:
     """The layer and the kind of probe."""
     how = ", SGD" if row.rate is not None else ""
-    votes = f", {row.n_masks} masks vote" if row.n_masks else ""
+    seen = f", {masks(row)}" if masks(row) else ""
     labels = f", {row.n_labels} labels" if row.protocol == "low_data" else ""
-    return f"{span(row.layers or [row.layer])} {row.features}{how}{votes}{labels}"
+    return f"{span(row.layers or [row.layer])} {row.features}{how}{seen}{labels}"
 
 
 def _difference(ours: float, paper: float | None) -> str:

@@ -256,6 +256,22 @@ def test_masks_of_a_bert_model(bert_dir, both_splits, tmp_path):
         val.layer(1, "raw", 3)
 
 
+def test_a_bert_model_sees_masked_images_by_default(bert_dir, both_splits, tmp_path, tool, tiny_dataset):
+    """Paper 4.6: one mask for images to fit on, five for images to evaluate on."""
+    model, origin = open_model(bert_dir, both_splits[0])
+    extract(tmp_path / "f", both_splits, Network(model, batch=7), origin, Extraction(layers=[1], kinds=["raw"]))
+    train, val = (open_features(tmp_path / "f", split) for split in ("train", "val"))
+    assert (train.mask_draws, val.mask_draws, val.manifest.origin.mask_prob) == (1, 5, 0.3)
+    asked = ["--model", bert_dir, "--data", tiny_dataset, "--layers", 1, "--kinds", "raw"]
+    said = tool("extract_features", *asked, "--out", tmp_path / "same")[1]
+    assert "masks of each image: train 1, val 5, " in said
+    assert np.array_equal(open_features(tmp_path / "same", "val").layer(1, "raw", 4), val.layer(1, "raw", 4))
+    assert tool("extract_features", *asked, "--mask_draws", 0, "--out", tmp_path / "whole")[0] == 0
+    whole = open_features(tmp_path / "whole", "val")
+    assert (whole.mask_draws, whole.manifest.origin.mask_prob) == (0, None)
+    assert not np.allclose(whole.layer(1, "raw"), val.layer(1, "raw", 0))
+
+
 def test_masks_that_make_no_sense(model_dir, bert_dir, both_splits, tmp_path):
     model, origin = open_model(model_dir, both_splits[0])
     with pytest.raises(ValueError, match=r"--mask_draws 2: this model is 'ar'; only bert models see masked images"):
