@@ -143,15 +143,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision", choices=PRECISIONS, default="fp32", help="precision of the matrix products and their weights"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="precision of the feature files")
-    parser.add_argument(
-        "--mask_draws",
-        type=int,
-        nargs="+",
-        help=(
-            "bert models: masks that each image is seen through, one number or one for each split; 0: whole images "
-            "(default: 1 for train, 5 for other splits)"
-        ),
-    )
+    draws = "bert models: masks that each image is seen through, one number or one for each split; 0: whole images"
+    parser.add_argument("--mask_draws", type=int, nargs="+", help=f"{draws} (default: 1 for train, 5 for other splits)")
     parser.add_argument("--mask_seed", type=int, default=0, help="random seed of the masks")
     parser.add_argument(
         "--stream_layers",

@@ -257,15 +257,9 @@ def label(row: ProbeRow, among: Sequence[ProbeRow]) -> str:
     about = ("weights", "step", "model", "model_objective")
     alike = {other.model_hash for other in among if key(other, about) == key(row, about)}
     model = f" {row.model_hash[:8]}" if len(alike) > 1 else ""
-    masked = " of masked images" if row.mask_draws else " of whole images" if row.model_objective == "bert" else ""
+    whole = " of whole images" if row.model_objective == "bert" and row.mask_draws == 0 else ""
+    masked = " of masked images" if row.mask_draws else whole
     return f"{name}{row.weights}{step}{model}, {row.features}{masked}{differences(row, among)}"
-
-
-def masks(row: ProbeRow) -> str:
-    """How a bert model saw the images of a probe (paper 4.6); "" for other models."""
-    if row.model_objective != "bert" or row.n_masks:
-        return f"{row.n_masks} masks vote" if row.n_masks else ""
-    return "one mask" if row.mask_draws else "whole images"
 
 
 def differences(row: ProbeRow, among: Sequence[ProbeRow], but: Sequence[str] = ()) -> str:

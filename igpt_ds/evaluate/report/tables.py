@@ -20,7 +20,6 @@ from igpt_ds.evaluate.report.results import (
     differences,
     key,
     label,
-    masks,
     model_name,
     model_parameters,
     series,
@@ -116,10 +115,19 @@ def _millions(row: Row) -> str:
 
 def _where(row: ProbeRow) -> str:
     """The layer and the kind of probe."""
-    how = ", SGD" if row.rate is not None else ""
-    seen = f", {masks(row)}" if masks(row) else ""
+    how = ", SGD" if row.rate is not None or row.protocol == "sgd" else ""
+    seen = f", {_masks(row)}" if _masks(row) else ""
     labels = f", {row.n_labels} labels" if row.protocol == "low_data" else ""
     return f"{span(row.layers or [row.layer])} {row.features}{how}{seen}{labels}"
+
+
+def _masks(row: ProbeRow) -> str:
+    """How a bert model saw the images of a probe (paper 4.6); "" for other models, and where a row does not say it."""
+    if row.n_masks:
+        return f"{row.n_masks} masks vote"
+    if row.model_objective != "bert" or row.mask_draws is None:
+        return ""
+    return "one mask" if row.mask_draws else "whole images"
 
 
 def _difference(ours: float, paper: float | None) -> str:

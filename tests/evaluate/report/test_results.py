@@ -236,7 +236,7 @@ def test_what_looks_alike_is_told_apart(rows):
     larger = other | {"model": trained["model"] | {"n_embd": 32}}
     assert label(larger, [*rows, larger]) == "2 x 32, trained to step 7, normed"
     bert = other | {"model_objective": "bert"}
-    assert label(bert, [*rows, bert]) == "2 x 16 BERT, trained to step 7, normed"
+    assert label(bert, [*rows, bert]) == "2 x 16 BERT, trained to step 7, normed of whole images"
     assert label(trained, [*rows, bert]) == "2 x 16, trained to step 7, normed"
     assert label(rows[0], [*rows, bert]) == "raw pixels"
     again = [*rows, *(row | {"seed": 1, "C_grid": [1.0, 2.0]} for row in rows if row["weights"] == "trained")]
