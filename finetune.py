@@ -30,7 +30,7 @@ from igpt_ds.command_line import lazy
 from igpt_ds.console import count, next_command
 from igpt_ds.data.mixture import Mixture, open_mixture
 from igpt_ds.data.shards.dataset import ShardSet
-from igpt_ds.data.shards.index import read_index
+from igpt_ds.data.shards.index import folded, read_index
 from igpt_ds.data.subsets import SUBSETS, few
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.errors import InputError
@@ -63,6 +63,7 @@ with lazy.imports():
     from igpt_ds.train.loop import fit
     from igpt_ds.train.session import FinetuneStart, Session, open_session
     from igpt_ds.train.stream import batches
+    from igpt_ds.train.validation import validation_images
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,13 +90,15 @@ def tune(
     args: argparse.Namespace, start: ModelInfo, images: Mixture, run: Run, note: str = "", stop_in: Path | None = None
 ) -> tuple[Session, FinetuneRow | None]:
     """One fine-tuning: run, session, loop; then the model dir and the test split, whose row it returns if it was evaluated."""
-    recipe, held_out = run.recipe, ShardSet(args.data, args.val_split).one_view()
+    recipe, held_out = run.recipe, validation_images(args.data, args.val_split, args.train_split)
+    held_out = None if held_out is None else held_out.one_view()
     evaluated = ShardSet(args.data, args.eval_split).one_view() if args.results else None  # a missing split is an error now
     check_start(args, start, images)
-    row = None
+    row, validate = None, None
     begin = finetune_start(args, start, images, stop_in or args.run_dir)
     with open_session(args, run, images, held_out, begin, note) as session:
-        validate = partial(measure, session.engine, recipe, held_out, run.micro_batch, args.val_images)
+        if held_out is not None:
+            validate = partial(measure, session.engine, recipe, held_out, run.micro_batch, args.val_images)
         fit(session, batches(images, run, with_labels=True), finetuning_loss(recipe), validate)
         if session.finished:
             row = conclude(args, session, held_out, evaluated)
@@ -182,6 +185,8 @@ def next_step(args: argparse.Namespace, session: Session) -> str:
         return next_command("python", "tools/tables.py", "--results", args.results)
     model, evaluated = args.out or args.run_dir / "model", args.eval_split
     if evaluated not in read_index(args.data).splits:
+        if folded(args.val_split, args.train_split):  # all images are trained on
+            return next_command("python", "tools/model_card.py", "--model", model, "--run_dir", args.run_dir)
         evaluated = args.val_split
     splits = ("--val_split", args.val_split, "--eval_split", evaluated)
     return next_command("python", "tools/evaluate_classifier.py", "--model", model, "--data", args.data, *splits)
@@ -230,30 +235,36 @@ def finetune_start(args: argparse.Namespace, start: ModelInfo, images: Mixture, 
     return FinetuneStart(facts, args.model if args.untrained is None else None, early_stop(args), stop_in)
 
 
-def early_stop(args: argparse.Namespace) -> EarlyStop:
-    """Early stopping by accuracy, or by the loss without a class head; the last step is kept if training sees --val_split."""
-    folded = args.val_split in args.train_split.split("+")
-    return EarlyStop("val_loss" if args.loss == "gen" else "val_accuracy", args.patience, keep_best=not folded)
+def early_stop(args: argparse.Namespace) -> EarlyStop | None:
+    """Early stopping by accuracy, or by the loss without a class head; None if no images are left to validate on.
+
+    The last step is kept if --val_split is --train_split itself.
+    """
+    if folded(args.val_split, args.train_split):
+        return None
+    seen = args.val_split == args.train_split
+    return EarlyStop("val_loss" if args.loss == "gen" else "val_accuracy", args.patience, keep_best=not seen)
 
 
-def why_kept(early: EarlyStop) -> str:
+def why_kept(early: EarlyStop | None) -> str:
     """Why the model's step was chosen, with its validation."""
-    if not early.best:
+    if early is None or not early.best:
         return "the last step, without a validation"
     measured = ", ".join(f"{name} {value:.4f}" for name, value in early.best.items())
     return f"{'the best validation' if early.keep_best else 'the last validation'}: {measured}"
 
 
-def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, evaluated: ShardSet | None) -> FinetuneRow | None:
+def conclude(
+    args: argparse.Namespace, session: Session, held_out: ShardSet | None, evaluated: ShardSet | None
+) -> FinetuneRow | None:
     """Makes a model dir of the best step. With --results, all ranks together evaluate it on the test split; the row."""
     engine, watch = session.engine, session.watch
     early, out = watch.early, args.out or args.run_dir / "model"
-    assert early is not None
     watch.watchdog.alive("consolidate", watch.watchdog.step)
     if dist.from_rank_0(lambda: (out / "config.json").exists()):  # an interrupted start wrote it, or another run did meanwhile
         dist.from_rank_0(lambda: check_own(out, args.run_dir, ended=True))
     else:
-        dist.from_rank_0(lambda: consolidate(args.run_dir, out, early.best_step))
+        dist.from_rank_0(lambda: consolidate(args.run_dir, out, watch.best_step))
     info = dist.from_rank_0(lambda: read_info(out))
     dist.say(f"{out}: step {info.step}, {why_kept(early)}")
     if evaluated is None:
@@ -265,8 +276,10 @@ def conclude(args: argparse.Namespace, session: Session, held_out: ShardSet, eva
     row, confusion = result(engine, info, held_out, evaluated, session.run.micro_batch, engine.device, args.mask_draws)
     dist.from_rank_0(lambda: write_confusion(args.run_dir / "confusion.json", confusion))
     dist.from_rank_0(lambda: add_results(args.results, [row]))
-    words = f"held out {100 * row.held_out_accuracy:.2f} %, {args.eval_split} {100 * row.accuracy:.2f} %"
-    dist.say(f"{words} ({evaluated.n_images} images); row added to {args.results}")
+    chosen = "" if row.held_out_accuracy is None else f"held out {100 * row.held_out_accuracy:.2f} %, "
+    seen = ", which were trained on" if folded(args.eval_split, args.train_split) else ""
+    words = f"{chosen}{args.eval_split} {100 * row.accuracy:.2f} %"
+    dist.say(f"{words} ({evaluated.n_images} images){seen}; row added to {args.results}")
     return row
 
 

@@ -12,7 +12,8 @@ Each knob of the recipe is a flag (`--lr 0.001 --n_layer 12`), except the object
 previous ones, `igpt_s_bert_32` predicts hidden pixels from all others.
 
 Several `--data` directories are mixed by `--data_weights`; the validation loss is measured on the first. If training shards
-cannot be mapped into memory, `--stream 'pipe:curl -sf https://host/{shard}'` reads them in sequence.
+cannot be mapped into memory, `--stream 'pipe:curl -sf https://host/{shard}'` reads them in sequence. `--train_split train+val`
+trains on the validation images too, as the paper's final run (3.1); nothing is validated then.
 
 USR1, TERM, Ctrl-C, a file STOP in the run directory (removed at the next start) and --max_minutes end the run with a checkpoint
 and exit status 85. If the loss diverges, training stops with suggestions. If a rank hangs, its stacks are dumped; exit status 86.
@@ -30,7 +31,6 @@ from igpt_ds.command_line import lazy
 from igpt_ds.config import with_warmup_epochs
 from igpt_ds.console import next_command
 from igpt_ds.data.mixture import Mixture, open_mixture
-from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.files import check_writable
 from igpt_ds.plan.command import dry_run
@@ -45,7 +45,7 @@ with lazy.imports():
     from igpt_ds.train.loop import fit, pretraining_loss
     from igpt_ds.train.session import Session, open_session
     from igpt_ds.train.stream import batches
-    from igpt_ds.train.validation import validation_loss
+    from igpt_ds.train.validation import validation_images, validation_loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,12 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run or images is None:
         dist.say("\n".join(filter(None, [dry_run(run, args), note])))
         return
-    recipe, val_shards = run.recipe, ShardSet(args.data[0], args.val_split)
+    recipe, val_shards = run.recipe, validation_images(args.data[0], args.val_split, args.train_split)
     check_writable(directories=[args.run_dir])
     check_shards(images, recipe.model)
-    check_shards(val_shards, recipe.model)
     with open_session(args, run, images, val_shards, note=note) as session:
-        validate = partial(validation_loss, session.engine, recipe, val_shards, run.micro_batch, args.val_images)
+        validate = None
+        if val_shards is not None:
+            validate = partial(validation_loss, session.engine, recipe, val_shards, run.micro_batch, args.val_images)
         fit(session, batches(images, run), pretraining_loss(recipe), validate)
     dist.say(next_step(session))
 
@@ -88,8 +89,8 @@ def choose_run(args: argparse.Namespace, images: Mixture | ShardStream | None) -
 def open_images(args: argparse.Namespace) -> Mixture | ShardStream:
     """The training images: mapped shards, or a stream with --stream."""
     if args.stream:
-        return ShardStream(args.data[0], args.stream)
-    return open_mixture(args.data, args.data_weights, args.exclude, args.on_bad, args.max_bad)
+        return ShardStream(args.data[0], args.stream, args.train_split)
+    return open_mixture(args.data, args.data_weights, args.exclude, args.on_bad, args.max_bad, args.train_split)
 
 
 if __name__ == "__main__":

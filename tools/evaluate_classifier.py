@@ -4,10 +4,11 @@
     python tools/evaluate_classifier.py --model runs/s_cifar10/model --images cat.jpg photos
     python tools/evaluate_classifier.py --model models/s --probe probe.safetensors --images photos --json > classes.json
 
-With --data, the tool reads the test split, and the validation split for the held-out accuracy of the row. Evaluate only the
-fine-tuning with the best validation accuracy: a test split that chooses a model does not measure it. `--confusion` writes as JSON
-how often each class is predicted for each other. A BERT model sees each image through --mask_draws masks and predicts the class
-of most masks; the accuracy of a single mask is printed too (paper 4.6).
+With --data, the tool reads the test split, and the validation split for the held-out accuracy of the row, unless the model was
+trained on it (finetune.py --train_split train+val). Evaluate only the fine-tuning with the best validation accuracy: a test split
+that chooses a model does not measure it. `--confusion` writes as JSON how often each class is predicted for each other. A BERT
+model sees each image through --mask_draws masks and predicts the class of most masks; the accuracy of a single mask is printed
+too (paper 4.6).
 
 With --images, a table shows the predicted class of each image, and the likeliest ones (BERT: by the mean of the masks).
 Images in folders that are called like classes of the model have labels, and the accuracy on them is printed. --probe takes a
@@ -37,6 +38,7 @@ import numpy as np
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
 from igpt_ds.data.shards.dataset import ImageSet, ShardSet
+from igpt_ds.data.shards.index import folded
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.probes.settings import N_MASKS
 from igpt_ds.evaluate.report.results import add_results, read_results
@@ -171,7 +173,10 @@ def probed_split(args: argparse.Namespace) -> None:
 def both_splits(args: argparse.Namespace) -> None:
     """Prints the accuracies of a fine-tuned model; writes the row and the confusion matrix."""
     model, info = load_classifier(args.model_dir)
-    held_out, evaluated = ShardSet(args.data, args.val_split).one_view(), ShardSet(args.data, args.eval_split).one_view()
+    assert info.class_head is not None
+    fitted = info.class_head.train_split or ""
+    held_out = None if folded(args.val_split, fitted) else ShardSet(args.data, args.val_split).one_view()
+    evaluated = ShardSet(args.data, args.eval_split).one_view()
     check_shards(evaluated, info.config)
     check_classes(info, evaluated)
     if args.results:
@@ -185,10 +190,13 @@ def both_splits(args: argparse.Namespace) -> None:
         write_confusion(args.confusion, confusion)
     if args.results:
         add_results(args.results, [row])
-    if args.val_split != args.eval_split:
+    if held_out is None and args.val_split != args.eval_split:
+        print(f"{args.val_split}: no accuracy, the model was trained on {fitted}")
+    if held_out is not None and args.val_split != args.eval_split and row.held_out_accuracy is not None:
         print(f"{args.val_split}: {100 * row.held_out_accuracy:.2f} % of {held_out.n_images} images")
+    seen = ", which the model was trained on" if folded(args.eval_split, fitted) else ""
     single = f", {100 * row.single_accuracy:.2f} % with one mask" if row.single_accuracy is not None else ""
-    print(f"{args.eval_split}: {100 * row.accuracy:.2f} % of {evaluated.n_images} images{single}")
+    print(f"{args.eval_split}: {100 * row.accuracy:.2f} % of {evaluated.n_images} images{seen}{single}")
     if args.results:
         print(f"row added to {args.results}")
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.data.shards.index import folded
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.figures import rate_curve
 from igpt_ds.files import atomic_file
@@ -77,12 +78,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError("--results would read the test split at every rate; leave it out, and evaluate the best rate alone")
     if any(word.split("=")[0] == "--labels" for word in args.command):
         raise InputError("--labels trains a run for each subset, and the search compares single runs; search with all labels")
+    check_splits(args.command)
     for word in args.command:
         if word.split("=")[0] in OURS:
             raise InputError(f"{word} is set by the search; leave it out of the training command")
     if args.array_index is not None and not 0 <= args.array_index < MAX_RATES:
         raise InputError(f"--array_index {args.array_index} must lie between 0 and {MAX_RATES - 1}")
     return args
+
+
+def check_splits(words: Sequence[str]) -> None:
+    """Refuses a training command that trains on the validation images, which compare the rates."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}_split", nargs="?", default=split, const=split)
+    known, _ = parser.parse_known_args(words)
+    if folded(known.val_split, known.train_split):
+        fix = "search on train, and train with the best rate on both"
+        raise InputError(f"--train_split {known.train_split} leaves no validation images to compare rates by; {fix}")
 
 
 def train(args: argparse.Namespace, lr: float) -> Result:

@@ -67,25 +67,26 @@ def write_exclusion(path: Path, shards: ShardSet, ids: np.ndarray, about: Exclus
 
 
 def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
-    """The ids of a list: int64 [N], strictly increasing.
+    """The images of a list, as ids in `shards`: int64 [N], strictly increasing.
 
     Args:
-        shards: the split that training reads, opened without exclusions.
+        shards: the split that training reads, opened without exclusions. It may join the split of the list with others.
 
     Raises:
         ValueError: the file is missing or is not JSON; it has another format, version, split or dataset; a field is missing or
             has another type; ids do not increase or do not exist in the split; or no image would be left.
     """
     found = record_from(_ExclusionFile, EXCLUSION.read(path), f"exclusion list {path}", _AGAIN)
-    if found.split != shards.split:
+    if found.split not in shards.parts:
         raise InputError(f"exclusion list {path} is about split {found.split!r}, not {shards.split!r}; {_AGAIN}")
-    if found.dataset_hash != shards.dataset_hash:
-        hashes = f"images {found.dataset_hash[:12]}, {shards.path} holds {shards.dataset_hash[:12]}"
+    images, dataset_hash = shards.parts[found.split]
+    if found.dataset_hash != dataset_hash:
+        hashes = f"images {found.dataset_hash[:12]}, {shards.path} holds {dataset_hash[:12]}"
         raise InputError(f"exclusion list {path} is about {hashes}; {_AGAIN}")
     listed = found.ids
-    if listed and not 0 <= min(listed) <= max(listed) < shards.n_images:
+    if listed and not 0 <= min(listed) <= max(listed) < len(images):
         wrong = min(listed) if min(listed) < 0 else max(listed)
-        raise InputError(f"exclusion list {path} names image {wrong}; {shards.path} has 0..{shards.n_images - 1}; {_AGAIN}")
+        raise InputError(f"exclusion list {path} names image {wrong}; {shards.path} has 0..{len(images) - 1}; {_AGAIN}")
     ids = np.array(listed, dtype=np.int64)
     unsorted = np.flatnonzero(np.diff(ids) <= 0)
     if len(unsorted):
@@ -93,4 +94,4 @@ def read_exclusion(path: Path, shards: ShardSet) -> np.ndarray:
         raise InputError(f"exclusion list {path} is damaged: its ids must increase, {pair}; {_AGAIN}")
     if len(ids) == shards.n_images:
         raise InputError(f"exclusion list {path} names all {len(ids)} images of {shards.path}; nothing would be left")
-    return ids
+    return ids + images.start

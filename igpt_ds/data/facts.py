@@ -23,6 +23,7 @@ class DataFacts:
     """What identifies the training data in run.json and checkpoints.
 
     order: the version of the order of images, or "stream". datasets: None for a stream. stream: the URL of a stream.
+    split: the split that is trained on, such as "train+val"; None in files of earlier versions.
     """
 
     path: str
@@ -31,3 +32,4 @@ class DataFacts:
     order: int | str | None = None
     datasets: tuple[DatasetFacts, ...] | None = None
     stream: str | None = None
+    split: str | None = None

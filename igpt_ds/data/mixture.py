@@ -18,6 +18,7 @@ from igpt_ds.data.exclusion import read_exclusion
 from igpt_ds.data.facts import DataFacts, DatasetFacts
 from igpt_ds.data.order import MAX_IMAGES, ONE_VIEW_ORDER, ORDER_VERSION, mixed, one_view, shares_of
 from igpt_ds.data.shards.dataset import DamagedImagesError, ShardSet
+from igpt_ds.data.shards.index import parts_of, read_index
 from igpt_ds.errors import InputError
 
 ON_BAD = ("stop", "skip")
@@ -30,8 +31,8 @@ class Mixture:
 
     Attributes: shard_sets; shares, the positions of each dataset in a block of order.BLOCK; n_images, the sum over datasets;
     n_originals, the same with the stored views of an image counted once: an epoch is as many images;
-    path, all paths joined; n_px, n_vocab, classes, palette_hash; dataset_hash: that of the only dataset, or a hash of all dataset
-    hashes and shares in order.
+    path, all paths joined; palette_file; n_px, n_vocab, classes, palette_hash; dataset_hash: that of the only dataset, or a hash
+    of all dataset hashes and shares in order.
 
     Args:
         weights: one number above 0 per dataset; the default is in proportion to the numbers of images.
@@ -78,7 +79,7 @@ class Mixture:
         )
         self._first_views = first_views[0] if one_view else None
         self.n_px, self.n_vocab, self.palette_hash = first.n_px, first.n_vocab, first.palette_hash
-        self.classes = first.classes
+        self.classes, self.palette_file = first.classes, first.palette_file
         self.path = " + ".join(str(shards.path) for shards in self.shard_sets)
         self.dataset_hash = first.dataset_hash
         if len(self.shard_sets) > 1:
@@ -95,7 +96,8 @@ class Mixture:
             for shards, share in zip(self.shard_sets, self.shares, strict=True)
         )
         order = ORDER_VERSION if self._first_views is None else ONE_VIEW_ORDER
-        return DataFacts(self.path, self.dataset_hash, self.palette_hash, order, datasets=parts)
+        split = self.shard_sets[0].split
+        return DataFacts(self.path, self.dataset_hash, self.palette_hash, order, datasets=parts, split=split)
 
     def images_at(self, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The images at some positions of the stream: int64 [B] -> number of the dataset [B], image ids in it [B]."""
@@ -196,21 +198,29 @@ def open_mixture(
 ) -> Mixture:
     """Opens a split of dataset directories, without the images that exclusion lists name; the rest as `Mixture`.
 
+    Args:
+        split: may be "train+val". Only the first dataset must have both.
+
     Raises:
-        ValueError: the reasons of ShardSet and Mixture; an exclusion list matches none of the datasets, two lists match one
-            dataset, or a dataset is named twice.
+        ValueError: the reasons of ShardSet and Mixture; an exclusion list matches none of the datasets, or a dataset is named
+            twice.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError(f"--data {' '.join(map(str, paths))} names a dataset twice; give it a larger weight instead")
-    shard_sets = [ShardSet(path, split) for path in paths]
-    lists: dict[int, Path] = {}
+    shard_sets = [ShardSet(path, split if path == paths[0] else _present(path, split)) for path in paths]
+    excluded: dict[int, np.ndarray] = {}
     for file in exclusions:
-        k, ids = _matching(file, [ShardSet(path, split) for path in paths] if lists else shard_sets)
-        if k in lists:
-            raise InputError(f"exclusion lists {lists[k]} and {file} are both about {paths[k]}; join them into one")
-        lists[k] = file
-        shard_sets[k] = ShardSet(paths[k], split, exclude=ids)
+        k, ids = _matching(file, shard_sets)
+        excluded[k] = np.union1d(excluded[k], ids) if k in excluded else ids
+    for k, ids in excluded.items():
+        shard_sets[k] = ShardSet(paths[k], shard_sets[k].split, exclude=ids)
     return Mixture(shard_sets, weights, on_bad, max_bad, one_view)
+
+
+def _present(path: Path, split: str) -> str:
+    """The parts of "train+val" that a further dataset has: one without validation images has nothing to fold back."""
+    present = [part for part in parts_of(split) if part in read_index(path).splits]
+    return "+".join(present) or split
 
 
 def _matching(file: Path, shard_sets: list[ShardSet]) -> tuple[int, np.ndarray]:

@@ -20,7 +20,7 @@ from igpt_ds.counter_random import random_words
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.loader import NO_AUGMENT, Augment, Batch, BatchLayout, augment, made_ahead, to_batches
 from igpt_ds.data.order import shuffled
-from igpt_ds.data.shards.index import ShardEntry, read_index
+from igpt_ds.data.shards.index import ShardEntry, joined_hash, read_index
 from igpt_ds.errors import InputError
 from igpt_ds.npy import parse_npy
 
@@ -49,36 +49,36 @@ class _Hashed:
 
 
 class ShardStream:
-    """The train split of a dataset directory whose training shards are stored elsewhere.
+    """A split of a dataset directory whose training shards are stored elsewhere; "train+val" has the shards of both.
 
     Args:
         path: directory of index.json and palette.npy.
         url: where webdataset reads a shard; {shard} is replaced by the shard's name.
 
-    Attributes: path, url, shards, n_images, n_originals (the stored views of an image counted once), n_px, n_vocab,
-    palette_hash, dataset_hash.
+    Attributes: path, url, split, shards, n_images, n_originals (the stored views of an image counted once), n_px, n_vocab,
+    palette_file, palette_hash, dataset_hash.
 
     Raises:
-        ValueError: the URL has no {shard}, the index or the train split is missing, or the palette has another hash.
+        ValueError: the URL has no {shard}, the index or the split is missing, or the palette has another hash.
     """
 
-    def __init__(self, path: Path, url: str) -> None:
+    def __init__(self, path: Path, url: str, split: str = "train") -> None:
         if "{shard}" not in url:
             raise InputError(f"--stream {url} has no place for the name of a shard; write {{shard}} there")
         index = read_index(path)
-        if "train" not in index.splits:
-            raise InputError(f"{path} has no split 'train' to stream; it has {', '.join(index.splits)}")
-        about = index.splits["train"]
-        self.path, self.url = path, url
-        self.shards: list[ShardEntry] = about.shards
+        parts = index.of(path, split)
+        self.path, self.url, self.split, self.palette_file = path, url, "+".join(parts), path / index.palette
+        self.shards: list[ShardEntry] = [shard for about in parts.values() for shard in about.shards]
         self.n_images = sum(shard.n_images for shard in self.shards)
-        self.n_originals = self.n_images // (index.views or 1) if index.derived is None else self.n_images
+        views = index.views or 1 if index.derived is None else 1
+        self.n_originals = sum(about.n_images // (views if part == "train" else 1) for part, about in parts.items())
         self.n_px, self.n_vocab = index.n_px, index.n_vocab
-        self.palette_hash, self.dataset_hash = index.load_palette(path, "copy theirs").hash, about.dataset_hash
+        self.palette_hash = index.load_palette(path, "copy theirs").hash
+        self.dataset_hash = joined_hash([about.dataset_hash for about in parts.values()])
 
     def facts(self) -> DataFacts:
         """What identifies the training data."""
-        return DataFacts(str(self.path), self.dataset_hash, self.palette_hash, "stream", stream=self.url)
+        return DataFacts(str(self.path), self.dataset_hash, self.palette_hash, "stream", stream=self.url, split=self.split)
 
     def read(self, number: int) -> Generator[Image, None, None]:
         """The images of one shard, in its order.

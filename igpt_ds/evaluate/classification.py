@@ -116,7 +116,7 @@ def score_predictions(
 def result(
     network: ClassifyingNetwork,
     info: ModelInfo,
-    held_out: ShardSet,
+    held_out: ShardSet | None,
     evaluated: ShardSet,
     batch: int,
     device: torch.device | str,
@@ -126,20 +126,21 @@ def result(
 
     Args:
         info: that of the network's model dir.
-        held_out: the images that chose the step.
+        held_out: the images that chose the step; None if they were trained on, and the last step was kept.
         evaluated: the images whose accuracy is reported.
     """
     head = info.class_head
     assert head is not None
     mask_prob, K = info.mask_prob if info.objective == "bert" else None, len(head.classes)
-    judged = []
-    for shards in (held_out, evaluated):
+
+    def judged(shards: ShardSet) -> tuple[float, float, np.ndarray]:
         predictions = predict(network, shards, batch, device, mask_prob, mask_draws)
-        labels = shards.labels(np.arange(shards.n_images))
-        judged.append(score_predictions(predictions, labels, K))
-    (held_out_accuracy, _, _), (accuracy, single, counts) = judged
+        return score_predictions(predictions, shards.labels(np.arange(shards.n_images)), K)
+
+    held_out_accuracy = None if held_out is None else judged(held_out)[0]
+    accuracy, single, counts = judged(evaluated)
     masks = {} if mask_prob is None else {"n_masks": mask_draws, "mask_seed": MASK_SEED, "single_accuracy": single}
-    of_both = {held_out.split: held_out.dataset_hash, evaluated.split: evaluated.dataset_hash}
+    of_both = {shards.split: shards.dataset_hash for shards in (held_out, evaluated) if shards is not None}
     crop = f"pad {head.augment_pad}" if head.augment_pad else ""
     row = finetune_row(
         weights="trained" if head.start else "untrained",
@@ -157,7 +158,7 @@ def result(
         head_layer=head.layer,
         augmentation=" ".join(word for word in (crop, "flip" if head.augment_flip else "") if word) or "none",
         best_step=info.step,
-        held_out_split=held_out.split,
+        held_out_split=None if held_out is None else held_out.split,
         eval_split=evaluated.split,
         n_eval=evaluated.n_images,
         held_out_accuracy=held_out_accuracy,
@@ -180,6 +181,7 @@ def over_subsets(rows: Sequence[FinetuneRow], pool: ShardSet, n_pool: int, subse
     first = {name: value for name, value in rows[0].json.items() if name not in ("best_step", "single_accuracy", "git_commit")}
     hashes, accuracies = [row.model_hash for row in rows], [row.accuracy for row in rows]
     single = [row.single_accuracy for row in rows if row.single_accuracy is not None]
+    held_out = [row.held_out_accuracy for row in rows if row.held_out_accuracy is not None]
     hash_of = {pool.split: pool.dataset_hash}
     changes = {
         "model_hash": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
@@ -193,7 +195,7 @@ def over_subsets(rows: Sequence[FinetuneRow], pool: ShardSet, n_pool: int, subse
         "best_steps": [row["best_step"] for row in rows],
         "accuracy": float(np.mean(accuracies)),
         "deviation": float(np.std(accuracies, ddof=1)) if len(rows) > 1 else None,
-        "held_out_accuracy": float(np.mean([row.held_out_accuracy for row in rows])),
+        "held_out_accuracy": float(np.mean(held_out)) if len(held_out) == len(rows) else None,
     }
     return finetune_row(**(first | changes | ({"single_accuracy": float(np.mean(single))} if single else {})))
 

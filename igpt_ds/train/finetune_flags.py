@@ -43,8 +43,6 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--labels", type=int, metavar="LABELS", help=labels)
     subsets = f"number of random subsets of --labels, one run each, with the mean in --results (default: {SUBSETS})"
     data.add_argument("--subsets", type=int, metavar="SUBSETS", help=subsets)
-    split = "split to train on; train+val adds the validation images, and then the last step is kept instead of the best"
-    data.add_argument("--train_split", metavar="SPLIT", default="train", help=split)
     add_data_flags(data)
     add_run_flags(parser, val_every=None, required=True)
     result = parser.add_argument_group("result")

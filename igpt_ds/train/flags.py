@@ -87,7 +87,9 @@ def add_recipe_flags(group: argparse._ArgumentGroup, use: str, config: str) -> a
 
 
 def add_data_flags(group: argparse._ArgumentGroup) -> None:
-    """Which training images are left out, and which images validation reads."""
+    """Which images training reads and leaves out, and which images validation reads."""
+    split = "split to train on; train+val adds the validation images, so that nothing is validated and the last step counts"
+    group.add_argument("--train_split", metavar="SPLIT", default="train", help=split)
     group.add_argument(
         "--exclude", type=Path, nargs="+", metavar="FILE", default=[], help="files that list training images to leave out"
     )

@@ -47,11 +47,11 @@ class StepOutcome:
     skipped: bool
 
 
-def fit(session: Session, loader: Batches, loss_function: LossFunction, validate: Validate) -> None:
+def fit(session: Session, loader: Batches, loss_function: LossFunction, validate: Validate | None) -> None:
     """Trains to the cadence's last step, or until something stops the run; `Watch.stopped` says what. Everything is saved then.
 
     Args:
-        validate: measures the validation images; returns None when a stop interrupted it.
+        validate: measures the validation images; returns None when a stop interrupted it. None: there are none.
 
     Raises:
         SharedError: the loss diverged, and there is no rollback.
@@ -60,7 +60,8 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
     stop, guard = watch.stop, watch.guard
     stream = Stream(loader, session.run.recipe.batch_images, session.run.accumulation)
     step, saved, save_due = session.start_step, session.start_step, False
-    if not stop.now(engine.device) and watch.unvalidated:
+    watch.unvalidated = watch.unvalidated and validate is not None
+    if not stop.now(engine.device) and watch.unvalidated and validate:
         watch.unvalidated = not validated(session, validate, step)
     while step < cadence.last_step and not stop.reason and not watch.over:
         step += 1
@@ -73,7 +74,7 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
             continue
         if cadence.due(cadence.log_every, step):
             metrics.training(step, outcome.loss, outcome.lr, float(engine.get_global_grad_norm()), guard.skipped)
-        if cadence.due(cadence.val_every, step):
+        if validate and cadence.due(cadence.val_every, step):
             watch.unvalidated = bool(stop.reason) or not validated(session, validate, step, verdict)
         save_due = save_due or cadence.due(cadence.save_every, step) or watch.best_step == step
         ends = bool(stop.reason) or watch.over or step == cadence.last_step

@@ -155,7 +155,8 @@ def check_same(run_dir: Path, run: Run, data: DataFacts) -> None:
     differences = recipe_differences(old["recipe"], recipe_to_dict(run.recipe))
     before = record_from(DataFacts, old.get("data"), f"{path} field 'data'", "choose another --run_dir")
     pairs = [(name, getattr(before, name), getattr(data, name)) for name in ("dataset_hash", "palette_hash", "order")]
-    for name, there, here in [*differences, *pairs]:
+    splits = [("train_split", before.split, data.split)] if before.split else []  # earlier versions did not record it
+    for name, there, here in [*differences, *splits, *pairs]:
         if there != here:
             what = _first_difference(name, there, here)
             raise InputError(f"{path} belongs to another run: {what}; choose another --run_dir")

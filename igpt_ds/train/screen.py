@@ -21,11 +21,12 @@ from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run
 from igpt_ds.plan import costs
 
+_NO_VALIDATION = "none, because the validation images are trained on; the last step counts"
 _COLUMNS = (("loss", 9), ("val", 9), ("lr", 10), ("images/s", 10), ("elapsed", 9), ("left", 9))
 
 
 def introduction(
-    args: argparse.Namespace, run: Run, images: Mixture | ShardStream, val_shards: ShardSet, note: str = ""
+    args: argparse.Namespace, run: Run, images: Mixture | ShardStream, val_shards: ShardSet | None, note: str = ""
 ) -> list[str]:
     """The model, the data, the batch, the precision and the schedule, a line each, and a note."""
     recipe, shape = run.recipe, run.recipe.model
@@ -33,14 +34,17 @@ def introduction(
     model = f"{count(shape.n_layer, 'layer')}, {count(shape.n_head, 'head')}, width {shape.n_embd}, {weights:,} parameters"
     groups, parts = run.world_size // run.sequence_parallel, run.sequence_parallel
     ranks = count(groups, "rank") if parts == 1 else f"{count(groups, 'group')} of {parts} ranks"
-    n_val = min(val_shards.n_images, args.val_images or val_shards.n_images)
-    held_out = f"{n_val:,} for validation ({val_shards.split})"
+    facts, held_out = images.facts(), "none for validation"
+    if val_shards is not None:
+        n_val = min(val_shards.n_images, args.val_images or val_shards.n_images)
+        held_out = f"{n_val:,} for validation ({val_shards.split})"
+    of_split = "" if facts.split in (None, "train") else f" of {facts.split}"
     views = f" in {images.n_images:,} stored views" if images.n_originals < images.n_images else ""
-    shown = f"{count(images.n_originals, 'image')}{views}"
+    shown = f"{count(images.n_originals, 'image')}{of_split}{views}"
     activations = "" if run.activation_checkpointing == "none" else f", {run.activation_checkpointing} activation checkpointing"
     return [
         _line("model", f"{recipe.name}: {model}"),
-        _line("data", f"{images.facts().path}: {shown}, {held_out}; {shape.n_px}x{shape.n_px} pixels"),
+        _line("data", f"{facts.path}: {shown}, {held_out}; {shape.n_px}x{shape.n_px} pixels"),
         _line(
             "batch", f"{recipe.batch_images} images = micro batch {run.micro_batch} x {ranks} x accumulation {run.accumulation}"
         ),
@@ -50,11 +54,11 @@ def introduction(
     ]
 
 
-def habits(run_dir: Path, save_every: int, val_every: int, keep_last: int) -> list[str]:
-    """When the run validates and saves, and where its files are."""
+def habits(run_dir: Path, save_every: int, val_every: int | None, keep_last: int) -> list[str]:
+    """When the run validates (None: never) and saves, and where its files are."""
     kept = f"the newest {keep_last} stay" if keep_last > 1 else "the newest stays"
     return [
-        _line("validation", f"first, {_every(val_every)}"),
+        _line("validation", f"first, {_every(val_every)}" if val_every is not None else _NO_VALIDATION),
         _line("checkpoints", f"{_every(save_every)}; {kept} in {run_dir / 'checkpoints'}"),
         _line("logs", f"{run_dir}: run.json and ds_config.effective.json (all settings), train.jsonl, tensorboard"),
     ]

@@ -125,7 +125,7 @@ class FinetuneStart:
 
     facts: FinetuneFacts  # in every manifest
     pretrained: Path | None  # the model dir whose weights training starts from; None for fresh weights
-    early: EarlyStop
+    early: EarlyStop | None  # None: no images are left to choose a step by, and the last one counts
     stop_in: Path  # where a file STOP is looked for
 
 
@@ -134,7 +134,7 @@ def open_session(
     args: argparse.Namespace,
     run: Run,
     images: Mixture | ShardStream,
-    val_shards: ShardSet,
+    val_shards: ShardSet | None,
     finetune: FinetuneStart | None = None,
     note: str = "",
 ) -> Iterator[Session]:
@@ -143,6 +143,7 @@ def open_session(
     The run directory must be free or hold this run.
 
     Args:
+        val_shards: the images of validations; None: there are none, and `fit` gets no `validate`.
         note: what the program changed by itself, for the console and run.json.
 
     Raises:
@@ -158,7 +159,7 @@ def open_session(
     stop.meeting = False
     early, pretrained = (None, None) if finetune is None else (finetune.early, finetune.pretrained)
     facts = manifest_facts(run, images, None if finetune is None else finetune.facts)
-    palette, resumes = val_shards.path / "palette.npy", args.resume == "auto"
+    palette, resumes = images.palette_file, args.resume == "auto"
     dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, facts.data, palette, resumes))
     watchdog.settle()
     if args.verify_shards:
@@ -167,7 +168,8 @@ def open_session(
     watchdog.alive("building", 0)
     cadence = choose_cadence(args, run, images.n_originals)
     lines = introduction(args, run, images, val_shards, note)
-    dist.say("\n".join([*lines, *habits(args.run_dir, cadence.save_every, cadence.val_every, args.keep_last)]))
+    val_every = None if val_shards is None else cadence.val_every
+    dist.say("\n".join([*lines, *habits(args.run_dir, cadence.save_every, val_every, args.keep_last)]))
     engine = engine_of_run(run, args.run_dir, pretrained)
     watchdog.alive("loading", 0)
     found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else None

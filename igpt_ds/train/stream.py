@@ -22,7 +22,7 @@ from igpt_ds.errors import InputError
 Range = tuple[int, int]  # positions [first, end) in the endless stream of images, in whole batches
 
 
-def verify(images: Mixture | ShardStream, val_shards: ShardSet) -> None:
+def verify(images: Mixture | ShardStream, val_shards: ShardSet | None) -> None:
     """Reads all shards. With --on_bad skip the ranks divide the images among them, and damaged ones are left out."""
     if isinstance(images, Mixture) and images.on_bad == "skip":
         parts = dist.gather_objects(images.damaged(dist.rank(), dist.world_size()))
@@ -34,7 +34,8 @@ def verify(images: Mixture | ShardStream, val_shards: ShardSet) -> None:
     elif isinstance(images, Mixture):
         for shards in images.shard_sets:
             dist.from_rank_0(shards.verify)
-    dist.from_rank_0(val_shards.verify)
+    if val_shards is not None:
+        dist.from_rank_0(val_shards.verify)
 
 
 def batches(images: Mixture | ShardStream, run: Run, with_labels: bool = False) -> Batches:

@@ -6,6 +6,7 @@ Called by train.py and train/finetuning.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -13,10 +14,16 @@ from igpt_ds import dist
 from igpt_ds.config import Recipe
 from igpt_ds.data.loader import one_pass
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.index import folded
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.train.engine_protocol import Engine
 
 VALIDATION_SEED = 0  # for the masks of every run, so that the validation losses of two runs compare
+
+
+def validation_images(path: Path, val_split: str, train_split: str) -> ShardSet | None:
+    """The images that validation reads; None if they are among the training images, so that nothing is left to validate on."""
+    return None if folded(val_split, train_split) else ShardSet(path, val_split)
 
 
 def validation_loss(

@@ -36,12 +36,21 @@ def assert_same(one, other):
 # --------------------------------------------------------------------------------------------------- training batches
 
 
+@pytest.fixture(scope="module")
+def fold_back(tmp_path_factory, memory, palette8):
+    """48 images, some of which are validation images."""
+    path = tmp_path_factory.mktemp("fold_back") / "shards"
+    write_dataset(path, memory(48), palette8, ShardOptions(4, val_fraction=0.3, images_per_shard=7))
+    return path
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_each_image_once_an_epoch(tiny_of, world_size, accumulation):
-    shards = tiny_of(48)
+@pytest.mark.parametrize("split", ["train", "train+val"])
+def test_each_image_once_an_epoch(tiny_of, fold_back, split, world_size, accumulation):
+    shards = tiny_of(48) if split == "train" else ShardSet(fold_back, split)
     every = shards.tokens(np.arange(48)).reshape(48, 16)
-    assert len(np.unique(every, axis=0)) == 48
+    assert len(np.unique(every, axis=0)) == shards.n_images == 48
     for epoch in range(3):
         steps = [step_of(shards, epoch * 48 + seen, 24, world_size, accumulation, seed=1) for seen in (0, 24)]
         tokens = torch.cat([step[0] for step in steps]).numpy()
@@ -50,7 +59,7 @@ def test_each_image_once_an_epoch(tiny_of, world_size, accumulation):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 40),
+    n=st.integers(1, 40) | st.just("train+val"),
     micro_batch=st.integers(1, 5),
     world_size=st.integers(1, 5),
     accumulation=st.integers(1, 4),
@@ -59,8 +68,8 @@ def test_each_image_once_an_epoch(tiny_of, world_size, accumulation):
     pad=st.integers(0, 3),
     flip=st.booleans(),
 )
-def test_any_layout_equals_one_rank(tiny_of, n, micro_batch, world_size, accumulation, images_seen, seed, pad, flip):
-    shards = tiny_of(n)
+def test_any_layout_equals_one_rank(tiny, tiny_of, n, micro_batch, world_size, accumulation, images_seen, seed, pad, flip):
+    shards = ShardSet(tiny, n) if n == "train+val" else tiny_of(n)
     options = {"seed": seed, "augment": Augment(pad, flip)}
     batch_images = micro_batch * world_size * accumulation
     one = step_of(shards, images_seen, batch_images, 1, 1, **options)
@@ -70,7 +79,7 @@ def test_any_layout_equals_one_rank(tiny_of, n, micro_batch, world_size, accumul
     positions = np.arange(images_seen, images_seen + batch_images)
     assert one[2].dtype == torch.int64
     np.testing.assert_array_equal(one[2].numpy(), positions)
-    ids = shuffled(positions, n, seed)
+    ids = shuffled(positions, shards.n_images, seed)
     np.testing.assert_array_equal(one[1].numpy(), shards.labels(ids))
     if not (pad or flip):
         np.testing.assert_array_equal(one[0].numpy(), shards.tokens(ids).reshape(batch_images, 16))

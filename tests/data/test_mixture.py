@@ -173,14 +173,38 @@ def test_excluded_images_never_come(dataset, tmp_path):
     assert not came & {grid.tobytes() for grid in left_out}
 
 
-def test_lists_that_fit_no_dataset_or_one_twice(dataset, tmp_path):
+def test_lists_that_fit_no_dataset_and_two_of_one(dataset, tmp_path):
     a, b, c = (dataset(name, 10, seed=seed) for seed, name in enumerate("abc"))
     for name, path in (("one", a), ("two", a), ("of_c", c)):
         write_exclusion(tmp_path / f"{name}.json", ShardSet(path, "train"), np.array([1]), ExclusionReason("for a test"))
     with pytest.raises(ValueError, match=r"exclusion list \S+of_c\.json is about images"):
         open_mixture([a, b], exclusions=[tmp_path / "of_c.json"])
-    with pytest.raises(ValueError, match=r"one\.json and \S+two\.json are both about \S+/a; join them into one"):
-        open_mixture([b, a], exclusions=[tmp_path / "one.json", tmp_path / "two.json"])
+    write_exclusion(tmp_path / "two.json", ShardSet(a, "train"), np.array([1, 4]), ExclusionReason("for a test"))
+    mixture = open_mixture([b, a], exclusions=[tmp_path / "one.json", tmp_path / "two.json"])
+    assert [shards.n_images for shards in mixture.shard_sets] == [10, 8]
+
+
+# --------------------------------------------------------------------------------------------------- train+val
+
+
+def test_train_and_val_are_one_dataset_and_lists_of_each_fit(tiny, dataset, tmp_path):
+    train, val = (ShardSet(tiny, split) for split in ("train", "val"))
+    for shards, ids in ((train, [0]), (val, [1, 2])):
+        write_exclusion(tmp_path / f"{shards.split}.json", shards, np.array(ids), ExclusionReason("for a test"))
+    lists = [tmp_path / "val.json", tmp_path / "train.json"]
+    both, less = open_mixture([tiny], split="val+train"), open_mixture([tiny], exclusions=lists, split="train+val")
+    assert both.facts().split == less.facts().split == "train+val"
+    assert (both.n_images, less.n_images) == (40, 37)
+    every = np.concatenate([shards.tokens(np.arange(shards.n_images)) for shards in (train, val)])
+    np.testing.assert_array_equal(everything(both, 40)[0], every)
+    np.testing.assert_array_equal(everything(less, 37)[0], np.delete(every, [0, train.n_images + 1, train.n_images + 2], axis=0))
+
+    mixed = open_mixture([tiny, dataset("web", 9)], split="train+val")  # which has no validation images to fold back
+    assert [shards.split for shards in mixed.shard_sets] == ["train+val", "train"]
+    with pytest.raises(ValueError, match=r"web has no split 'val'; it has train"):
+        open_mixture([tmp_path / "web"], split="train+val")
+    with pytest.raises(ValueError, match=r"split 'train\+val\+train' names 'train' twice; name each split once"):
+        ShardSet(tiny, "train+val+train")
 
 
 # --------------------------------------------------------------------------------------------------- damaged images

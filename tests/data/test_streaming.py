@@ -199,8 +199,17 @@ def test_what_cannot_be_streamed(away):
         ShardStream(index, "{shard}")
     values = read_index(index)
     write_index(index, dataclasses.replace(values, splits={"test": values.splits["train"]}))
-    with pytest.raises(ValueError, match="has no split 'train' to stream; it has test"):
+    with pytest.raises(ValueError, match="has no split 'train'; it has test"):
         ShardStream(index, "{shard}")
+
+
+def test_training_and_validation_images_in_one_stream(tmp_path, memory, palette8):
+    path = tmp_path / "both"
+    write_dataset(path, memory(60), palette8, ShardOptions(4, val_fraction=0.3, images_per_shard=10))
+    stream, mapped = ShardStream(path, f"{path}/{{shard}}", "train+val"), ShardSet(path, "train+val")
+    assert (stream.n_images, stream.dataset_hash, stream.facts().split) == (60, mapped.dataset_hash, "train+val")
+    tokens, _ = take(StreamLoader(stream, BatchLayout(10, 10), 3, buffer_images=1), 6)
+    assert sorted(tokens.tolist()) == sorted(mapped.tokens(np.arange(60)).reshape(60, -1).tolist())
 
 
 def test_a_stream_says_what_it_is(away):
@@ -208,7 +217,7 @@ def test_a_stream_says_what_it_is(away):
     assert stream.n_images == 60
     facts = to_json(stream.facts())
     assert (facts["order"], facts["stream"], facts["path"]) == ("stream", "{shard}", str(away[0]))
-    assert list(facts) == ["path", "dataset_hash", "palette_hash", "order", "stream"]
+    assert list(facts) == ["path", "dataset_hash", "palette_hash", "order", "stream", "split"]
     for word in ("--resume", "ranks", "buffer", "damaged"):
         assert word in LIMITS
 

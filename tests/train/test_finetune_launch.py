@@ -113,8 +113,7 @@ def test_two_ranks_equal_plain_torch_from_the_first_loss_to_the_row(
     said = succeed(launch(words("two", "ar", *more), ranks=2))
     assert recipe_of(tmp_path / "two").finetune == Finetune(3, 2, read_info(tmp_path / "ar").model_hash)
     rows = curves("two")
-    assert rows[0]["val_clf_loss"] == pytest.approx(np.log(3), abs=1e-6)  # the head knows nothing yet
-    assert rows[0]["val_gen_loss"] != pytest.approx(np.log(8), abs=1e-3)  # and the transformer does
+    assert not any("val_loss" in row for row in rows)  # no images are left to validate on
     assert [row["lr"] for row in rows if "lr" in row][-4:] == [0.01] * 4  # warmed up for an epoch of four steps, no cosine
 
     # The last step's model dir, for validation images that are trained on choose none; and its accuracy, as the tool finds it.
@@ -126,14 +125,14 @@ def test_two_ranks_equal_plain_torch_from_the_first_loss_to_the_row(
         _, logits = model(torch.from_numpy(tokens.reshape(n, -1)).long())
     accuracy = float((logits.argmax(1).numpy() == labels).mean())
     (row,) = read_results(results)
-    assert row["accuracy"] == row["held_out_accuracy"] == pytest.approx(accuracy)
-    assert rows[-1]["val_accuracy"] == pytest.approx(accuracy)
+    assert (row["accuracy"], row["held_out_accuracy"]) == (pytest.approx(accuracy), None)
+    assert "model: step 8, the last step, without a validation" in said
     assert (row["weights"], row["step"], row["loss"], row["head_layer"], row["n_train"]) == ("trained", 9, "joint", 2, 48)
     assert row["augmentation"] == "pad 1 flip"
     counts = np.array(read_json(tmp_path / "two" / "confusion.json", "confusion")["counts"])
     assert counts.sum(1).tolist() == np.bincount(labels).tolist()
     assert counts.trace() == round(n * accuracy)
-    assert f"val {100 * accuracy:.2f} % ({n} images)" in said
+    assert f"val {100 * accuracy:.2f} % ({n} images), which were trained on" in said
 
     words_of_tool = ["--model", str(tmp_path / "two" / "model"), "--data", str(tiny_dataset), "--eval_split", "val"]
     confusion = ["--confusion", str(tmp_path / "c.json"), "--results", str(results)]
@@ -160,6 +159,9 @@ def test_every_loss_of_sharded_weights_equals_plain_torch(
     best = read_info(tmp_path / "two" / "model").step
     validations = {row["step"]: row["val_accuracy"] for row in curves("two") if "val_accuracy" in row and row["step"] > 0}
     assert best == max(validations, key=lambda step: validations[step])
+    first = curves("two")[0]
+    assert first["val_clf_loss"] == pytest.approx(np.log(3), abs=1e-6)  # the head knows nothing yet
+    assert first.get("val_gen_loss") != pytest.approx(np.log(8), abs=1e-3)  # and the transformer does
     if best == recipe.steps:
         ours = load_classifier(tmp_path / "two" / "model")[0].state_dict()
         for name, weight in model.state_dict().items():

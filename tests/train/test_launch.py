@@ -32,14 +32,14 @@ Curves = Callable[[str], list[dict[str, Any]]]
 Command = Callable[..., list[str]]
 
 
-def plain_torch_losses(recipe: Recipe, data: Path) -> list[float]:
+def plain_torch_losses(recipe: Recipe, data: Path, split: str = "train") -> list[float]:
     """The same training in a plain loop on one process, without DeepSpeed."""
     torch.manual_seed(recipe.seed)
     model = Transformer(recipe.model)
     optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.eps)
     batch = recipe.batch_images
     loader = Loader(
-        ShardSet(data, "train"),
+        ShardSet(data, split),
         BatchLayout(batch, batch, 0, 1),
         recipe.seed,
         augment=Augment(recipe.augment_pad, recipe.augment_flip),
@@ -158,19 +158,26 @@ def test_plain_python_runs_one_rank_and_a_staged_run_with_a_torn_checkpoint_ends
     assert curves("staged") == curves("whole")
 
 
-def test_a_resumed_run_keeps_the_recorded_product(
+def test_a_resumed_run_keeps_the_recorded_split_and_product(
     launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    """run.json decides which float32 product a CPU takes, as for a run that began on a machine of another vendor."""
-    succeed(launch(command("moved", "--stop_at_step", "4")))
+    """The validation images are trained on. run.json decides which float32 product a CPU takes, as after a change of machine."""
+    both = ["--train_split", "train+val"]
+    said = succeed(launch(command("moved", *both, "--stop_at_step", "4")))
+    assert "48 images of train+val, none for validation" in said
+    assert "validation   none, because the validation images are trained on" in said
     path = tmp_path / "moved" / "run.json"
     values = read_json(path, "run")
     assert values["cpu_product"] == fastest()
     (other,) = set(PRODUCTS) - {fastest()}
     path.write_text(json.dumps(seal(values | {"cpu_product": other})))
-    succeed(launch(command("moved", "--resume", "auto"), ranks=2))
+    refused = launch(command("moved", "--resume", "auto"))
+    assert (refused.returncode, "--train_split is train+val there and train here" in refused.stderr) == (2, True)
+    succeed(launch(command("moved", *both, "--resume", "auto"), ranks=2))
     assert read_json(path, "run")["cpu_product"] == other  # the resumed run writes the product that it uses
-    assert training_losses(curves("moved")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
+    assert training_losses(curves("moved")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset, "train+val"), abs=1e-5)
+    assert not any("val_loss" in row for row in curves("moved"))
+    assert (tmp_path / "moved" / "FINISHED").exists()
 
 
 def test_consolidated_logits_equal_the_engines(

@@ -54,6 +54,16 @@ def test_the_same_run_continues_only_when_asked(tmp_path: Path, recipe: Recipe, 
     assert not (where / "checkpoints" / "step-00000004.partial").exists()
 
 
+def test_another_split_is_refused_by_name(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    where, run = tmp_path / "a", join(recipe, ZERO, 2)
+    both = dataclasses.replace(DATA, split="train+val")
+    start(where, run, palette)  # an earlier version, which did not record the split
+    save(where)
+    start(where, run, palette, True, both)
+    with pytest.raises(ValueError, match=r"--train_split is train\+val there and train here; choose another --run_dir"):
+        start(where, run, palette, True, dataclasses.replace(DATA, split="train", dataset_hash="e"))
+
+
 def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
     where = tmp_path / "a"
     start(where, join(recipe, ZERO, 2), palette, resume=False)

@@ -39,6 +39,10 @@ def left_behind(run_dir: Path, val_loss: float | None) -> None:
         (["--", "finetune.py", "--labels=40"], "--labels trains a run for each subset"),
         (["--", "finetune.py", "--out", "x"], "--out is set by the search; leave it out of the training command"),
         (["--", "train.py", "--run_dir=x"], "--run_dir=x is set by the search; leave it out"),
+        (
+            ["--", "train.py", "--train_split=train+val"],
+            "--train_split train+val leaves no validation images to compare rates by",
+        ),
         (["--array_index", "12", "--", "train.py"], "--array_index 12 must lie between 0 and 11"),
         (["--collect", "--", "train.py"], "--collect does not train; omit --array_index and the command"),
         (["--collect"], "is not finished, so there is nothing to collect"),

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.data.palette import Palette
-from igpt_ds.data.shards.index import AGAIN, ShardEntry, ShardIndex, keys_file, read_index
+from igpt_ds.data.shards.index import AGAIN, ShardEntry, ShardIndex, joined_hash, keys_file, read_index
 from igpt_ds.data.shards.mapped import MappedRecords
 from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
 from igpt_ds.data.shards.verify import all_damage
@@ -78,7 +78,8 @@ class ShardSet:
 
     `exclude`, sorted ids, leaves images out; later images get smaller ids. Each image is checked when it is read for the first
     time.
-    Attributes: name, path, split, n_images, n_px, n_vocab, classes, palette, palette_hash, dataset_hash.
+    Attributes: name, path, split, n_images, n_px, n_vocab, classes, palette, palette_file, palette_hash, dataset_hash; parts:
+    the images and the dataset_hash, before exclusions, of each split that is joined and of the whole.
 
     Raises:
         ValueError: the reasons of `read_index`; the split does not exist, a shard is truncated, or the palette has another hash.
@@ -91,15 +92,13 @@ class ShardSet:
             self._exclude(exclude)
 
     def _open(self, path: Path, split: str, index: ShardIndex) -> None:
-        parts = split.split("+")
-        if missing := [part for part in parts if part not in index.splits]:
-            raise InputError(f"{path} has no split {missing[0]!r}; it has {', '.join(index.splits)}")
-        self.path, self.split = path, split
+        parts = index.of(path, split)
+        self.path, self.split = path, "+".join(parts)
         self.name, self.n_px, self.n_vocab, self.classes = index.name, index.n_px, index.n_vocab, index.classes
+        self.palette_file = path / index.palette
         self.palette, self.palette_hash = index.load_palette(path), index.palette_hash
-        hashes = [index.splits[part].dataset_hash for part in parts]
-        self.dataset_hash: str = hashes[0] if len(parts) == 1 else hashlib.sha256("+".join(hashes).encode()).hexdigest()
-        self._entries = [shard for part in parts for shard in index.splits[part].shards]
+        self.dataset_hash = joined_hash([about.dataset_hash for about in parts.values()])
+        self._entries = [shard for about in parts.values() for shard in about.shards]
         files, dtype = [path / shard.name for shard in self._entries], record_dtype(self.n_px)
         for file, entry in zip(files, self._entries, strict=True):
             _check_size(file, entry, dtype.itemsize)
@@ -107,9 +106,12 @@ class ShardSet:
         self.n_images = self._records.n_records
         self._keys = [
             Keys(path / keys_file(part), about.n_images, about.keys, AGAIN) if about.keys else None
-            for part in parts
-            for about in [index.splits[part]]
+            for part, about in parts.items()
         ]
+        self.parts, first = dict[str, tuple[range, str]](), 0
+        for part, about in parts.items():
+            self.parts[part] = range(first, first := first + about.n_images), about.dataset_hash
+        self.parts[self.split] = range(self.n_images), self.dataset_hash
         self._checked: np.ndarray = np.zeros(self.n_images, dtype=bool)
 
     def _exclude(self, ids: np.ndarray) -> None:

@@ -6,6 +6,7 @@ In: the directory. Out: a `ShardIndex`. `dataset.py`, `streaming.py`, the tools 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,17 @@ class ShardIndex:
     def __post_init__(self) -> None:
         check_file_name(self.palette, "palette")
 
+    def of(self, path: Path, split: str) -> dict[str, SplitEntry]:
+        """The splits that a name such as "train+val" joins, in the order of their images.
+
+        Raises:
+            ValueError: one of them does not exist, or is named twice.
+        """
+        parts = parts_of(split)
+        if missing := [part for part in parts if part not in self.splits]:
+            raise InputError(f"{path} has no split {missing[0]!r}; it has {', '.join(self.splits)}")
+        return {part: self.splits[part] for part in parts}
+
     def load_palette(self, path: Path, fix: str = AGAIN) -> Palette:
         """The palette of the dataset directory `path`.
 
@@ -93,6 +105,28 @@ class ShardIndex:
         if palette.hash != self.palette_hash:
             raise InputError(f"{path / self.palette} is not the palette that the shards were made with; {fix}")
         return palette
+
+
+def parts_of(split: str) -> list[str]:
+    """The splits that a name joins, in the order of their images: "train+val" or "val+train" -> ["train", "val"].
+
+    Raises:
+        ValueError: one of them is named twice.
+    """
+    parts = split.split("+")
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        raise InputError(f"split {split!r} names {twice[0]!r} twice; name each split once")
+    return sorted(parts, key=lambda part: SPLITS.index(part) if part in SPLITS else len(SPLITS))
+
+
+def folded(split: str, fitted: str) -> bool:
+    """Whether images of `split` are among those of `fitted`, which joins several splits: "val" is folded into "train+val"."""
+    return "+" in fitted and not set(split.split("+")).isdisjoint(fitted.split("+"))
+
+
+def joined_hash(hashes: Sequence[str]) -> str:
+    """The dataset_hash of several splits together; that of a single split is its own."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("+".join(hashes).encode()).hexdigest()
 
 
 def read_index(path: Path) -> ShardIndex:

@@ -189,7 +189,7 @@ def measured_bars(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float
     for row in _of_one_shape([*single, *votes]):
         key = (row.dataset, row.model_objective, row.kind)
         labels = row.n_train if isinstance(row, FinetuneRow) else 0  # prefers the fine-tuning with most labels
-        rank = (labels, row.step or 0, row.held_out_accuracy)
+        rank = (labels, row.step or 0, row.held_out_accuracy or 0.0)
         if rank >= best.get(key, (0, 0, -1.0)):  # equal if the vote is of the same probe, which came first
             best[key] = rank
             voted = 100 * row.accuracy if row.n_masks else None

@@ -67,9 +67,10 @@ IDENTITY = {
     "finetune": (*_SAME_MODEL, "loss", "lr", "head_layer", "augmentation", "n_train", "seed", "n_labels", "n_masks", "n_subsets"),
     "likelihood": (*_SAME_MODEL, "split", "n_images", "batch", "masks"),
 }
-_MEASURED = ("weights", "model_hash", "step", "dataset", "dataset_hash", "n_train", "seed", "accuracy", "held_out_accuracy")
+_MEASURED = ("weights", "model_hash", "step", "dataset", "dataset_hash", "n_train", "seed", "accuracy")
+_PROBED = (*_MEASURED, "held_out_accuracy")  # which a fine-tuning on train+val does not have
 _REQUIRED = {
-    "probe": (*_MEASURED, "protocol", "features", "feature_precision", "feature_dtype", "layer", "train_split", "eval_split"),
+    "probe": (*_PROBED, "protocol", "features", "feature_precision", "feature_dtype", "layer", "train_split", "eval_split"),
     "finetune": (*_MEASURED, "model", "model_objective", "loss", "lr", "eval_split"),
     "likelihood": (*_SAME_MODEL, "model", "model_objective", "step", "split", "n_images", "nats_per_token"),
 }

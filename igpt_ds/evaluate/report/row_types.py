@@ -112,7 +112,7 @@ class FinetuneRow(ResultRow):
     deviation: float | None  # of the sample of subsets
     n_masks: int | None  # that vote
     single_accuracy: float | None  # the mean of one mask
-    held_out_accuracy: float
+    held_out_accuracy: float | None  # None if the validation images were trained on
     accuracy: float
     seed: int
 
