@@ -37,12 +37,12 @@ def hashed(entries: Iterable[Entry], read: Callable[[Sequence[Entry]], Iterator[
 def without_copies(
     entries: Callable[[], Iterator[Entry]],
     read: Callable[[Sequence[Entry]], Iterator[Result]],
-    leave_out: Callable[[str], None],
+    leave_out: Callable[[Entry], None],
 ) -> Iterator[Entry]:
     """The images, each in one split: "test" before "val" before "train". Lists twice and reads all files.
 
     Args:
-        leave_out: takes the key of each copy.
+        leave_out: takes each copy.
     """
     split_of: dict[str | None, str] = {}
     for entry, digest in hashed((entry for entry in entries() if entry.split != "train"), read):
@@ -52,4 +52,4 @@ def without_copies(
         if split_of.get(digest, entry.split) == entry.split:
             yield entry
         else:
-            leave_out(entry.key)
+            leave_out(entry)

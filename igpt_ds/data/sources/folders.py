@@ -32,7 +32,8 @@ _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", 
 
 
 class ImageFolder:
-    """Classes and images are sorted by name. Keys are the paths below DIR: `<class>/<image>` or `train/<class>/<image>`.
+    """Classes and images are sorted by name. Keys do not depend on the layout: `<class>/<image>` is the path below DIR or below
+    DIR/train, `val/<class>/<image>` and `test/<class>/<image>` are images of these splits, whatever their folder is called.
 
     Every file is tried as an image that is not known to be something else (`data/left_out.py`). Images beside or below the class
     folders are left out and counted. With labels "ignore", images count at any depth, and folders called train, val and test are
@@ -65,7 +66,7 @@ class ImageFolder:
     def entries(self) -> Iterator[Entry]:
         """Images class by class. A copy of an image of another split is left out. Memory holds the names of one class folder."""
         if len(self._splits) > 1:
-            return without_copies(self.listed, self.read, lambda key: self.left_out.add(key, COPY, lost=False))
+            return without_copies(self.listed, self.read, lambda entry: self.left_out.add(entry.place[0], COPY, lost=False))
         return self.listed()
 
     def listed(self) -> Iterator[Entry]:
@@ -76,7 +77,7 @@ class ImageFolder:
             return
         loose, _ = scan(self._directory, "", self.left_out)
         if self._flat:
-            yield from (Entry("train", path, 0, [path]) for path in loose)
+            yield from (Entry("train", self._free(path, f"train/{path}"), 0, [path]) for path in loose)
         else:
             self._leave_out(loose, LOOSE)
         for split, name in self._splits.items():
@@ -89,12 +90,12 @@ class ImageFolder:
     def _entries(self, split: str, below: str) -> Iterator[Entry]:
         if self.labels == "ignore":
             for path in walk_images(self._directory, below, self.left_out):
-                yield Entry(split, path, 0, [path])
+                yield Entry(split, self._key(split, path), 0, [path])
             return
         labels = {f"{below}/{name}" if below else name: label for label, name in enumerate(self.classes)}
         loose, folders = scan(self._directory, below, self.left_out)
         if self._flat:
-            yield from (Entry(split, path, 0, [path]) for path in loose)
+            yield from (Entry(split, self._key(split, path), 0, [path]) for path in loose)
         else:
             self._leave_out(loose, LOOSE)
         for folder in folders:
@@ -102,9 +103,23 @@ class ImageFolder:
             if not images and not self._flat:
                 self.left_out.add(folder, EMPTY_CLASS, lost=False, ending="")
             for path in images:
-                yield Entry(split, path, labels[folder], [path])
+                yield Entry(split, self._key(split, path), labels[folder], [path])
             for below_class in deeper:
                 self._leave_out(walk_images(self._directory, below_class, self.left_out), DEEP)
+
+    def _key(self, split: str, path: str) -> str:
+        """The key of an image at a path below DIR: the same whether it lies in DIR or in DIR/train."""
+        if not self._divided:
+            return path
+        below = path.removeprefix(f"{self._splits[split]}/")
+        if split != "train":
+            return f"{split}/{below}"
+        first, _, rest = below.partition("/")
+        return self._free(below, f"{self._splits[first]}/{rest}") if self._flat and first in self._splits else below
+
+    def _free(self, key: str, other: str) -> str:
+        """A key that an image at the path `other` may have too: images at any depth have the same keys in rare cases."""
+        return f"./{key}" if (self._directory / other).is_file() else key
 
     def _leave_out(self, paths: Iterator[str] | list[str], reason: str) -> None:
         for path in paths:

@@ -33,7 +33,7 @@ class WithTest:
     def entries(self) -> Iterator[Entry]:
         """Those of both, the test images last. A copy of a test image is left out."""
         copies = Tally()
-        yield from without_copies(self._all, self.read, lambda key: copies.add(key, COPY, lost=False))
+        yield from without_copies(self._all, self.read, lambda entry: copies.add(entry.key, COPY, lost=False))
         self.left_out = Tally([*self._train.left_out.rows(), *self._test.left_out.rows(), *copies.rows()])
 
     def _all(self) -> Iterator[Entry]:

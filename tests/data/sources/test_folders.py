@@ -35,7 +35,7 @@ def test_train_and_test_folders_are_splits(tree, everything, with_test):
     files = {"train/cat/0.jpg": b"1", "train/dog/0.jpg": b"2", "train/dog/1.jpg": b"3", "train/none/notes.txt": b"-"}
     files |= {"test/dog/0.jpg": b"4"} if with_test else {}
     entries, results = everything(f"imagefolder:{tree('raw', files)}")
-    expected = [("train", "train/cat/0.jpg", 0), ("train", "train/dog/0.jpg", 1), ("train", "train/dog/1.jpg", 1)]
+    expected = [("train", "cat/0.jpg", 0), ("train", "dog/0.jpg", 1), ("train", "dog/1.jpg", 1)]
     assert [entry[:3] for entry in entries] == expected + [("test", "test/dog/0.jpg", 1)] * with_test
     assert results == [b"1", b"2", b"3", b"4"][: len(entries)]
 
@@ -46,9 +46,9 @@ def test_validation_images_of_their_own(tree, val):
     source = open_source(f"imagefolder:{tree('raw', files)}")
     assert source.val_fraction == 0
     assert [(entry.split, entry.key, entry.label) for entry in source.entries()] == [
-        ("train", "train/cat/0.jpg", 0),
-        ("train", "train/dog/0.jpg", 1),
-        ("val", f"{val}/dog/0.jpg", 1),
+        ("train", "cat/0.jpg", 0),
+        ("train", "dog/0.jpg", 1),
+        ("val", "val/dog/0.jpg", 1),
         ("test", "test/cat/0.jpg", 0),
     ]
 
@@ -57,10 +57,37 @@ def test_splits_without_classes(tree):
     source = open_source(f"imagefolder:{tree('raw', {'train/0.jpg': b'1', 'val/1.jpg': b'2', 'test/2.jpg': b'3'})}")
     assert source.classes == ["unlabelled"]
     assert [(entry.split, entry.key) for entry in source.entries()] == [
-        ("train", "train/0.jpg"),
+        ("train", "0.jpg"),
         ("val", "val/1.jpg"),
         ("test", "test/2.jpg"),
     ]
+
+
+@pytest.mark.parametrize("labels", ["use", "ignore"])
+def test_keys_and_splits_do_not_depend_on_the_layout(tree, labels):
+    images = {f"{name}/{number}.jpg": f"{name}{number}".encode() for name in ("cat", "dog", "test") for number in range(20)}
+    others = {"test/cat/3.jpg": b"1", "val/cat/3.jpg": b"2"}
+    layouts = [images, {f"train/{name}": data for name, data in images.items()}]
+    layouts.append(layouts[1] | {name.replace("val", "valid"): data for name, data in others.items()})
+    found = [list(open_source(f"imagefolder:{tree(f'raw{i}', files)}", labels).entries()) for i, files in enumerate(layouts)]
+    keys = [[entry.key for entry in entries if entry.split == "train"] for entries in found]
+    assert keys[0] == keys[1] == keys[2] == sorted(images)
+    assert {entry.key for entry in found[2] if entry.split != "train"} == set(others)
+
+
+def test_two_images_never_share_a_key(tree):
+    files = ["train/0.jpg", "0.jpg", "train/test/a/1.jpg", "test/a/1.jpg", "train/test/2.jpg", "train/train/0.jpg"]
+    directory = tree("raw", {name: name.encode() for name in files})
+    entries = list(open_source(f"imagefolder:{directory}", "ignore").entries())
+    assert {entry.key for entry in entries} == {
+        "./0.jpg",
+        "0.jpg",
+        "./test/a/1.jpg",
+        "test/a/1.jpg",
+        "test/2.jpg",
+        "./train/0.jpg",
+    }
+    assert len(entries) == len(files)
 
 
 def test_a_class_may_be_called_train(tree, everything):
@@ -83,8 +110,8 @@ def test_images_need_no_classes(tree, everything):
     source = open_source(f"imagefolder:{halves}", "ignore")
     assert [entry[:3] for entry in source.entries()] == [
         ("train", "loose.jpg", 0),
-        ("train", "train/0.jpg", 0),
-        ("train", "train/a/b/0.jpg", 0),
+        ("train", "0.jpg", 0),
+        ("train", "a/b/0.jpg", 0),
         ("test", "test/0.jpg", 0),
     ]
     assert [row.names for row in source.left_out.rows()] == [["train/a/up"]]
