@@ -8,6 +8,8 @@
 The first command extracts from the trained model, the second from fresh weights in the same shape, the third takes the colours
 alone. The last one reads image files; its features are the split "images", and class folders are labels.
 
+Splits may come one after another: `--splits test` adds that split to the same --out later. Probes read train+val of both splits.
+
 A bert model sees images through masks, as in training (paper 4.6): one mask for each image of train or --images, five for each
 image of the other splits, so that five masks can vote. Other numbers, and whole images:
 
@@ -38,7 +40,7 @@ from igpt_ds.console import next_command
 from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.features.manifest import DTYPES, KINDS, PRECISIONS
+from igpt_ds.evaluate.features.manifest import DTYPES, KINDS, PRECISIONS, read_feature_manifest
 from igpt_ds.evaluate.features.merge import merge_parts
 from igpt_ds.files import check_writable
 
@@ -48,6 +50,7 @@ with lazy.imports():
     from igpt_ds.evaluate.features.network import Network, model_images, open_model, pick_device
 
 
+SPLITS = ["train", "val"]
 say = partial(print, flush=True)
 
 
@@ -58,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.model_dir = model_dir(args.model) if args.model else None
     check_writable(directories=[args.out])
     if args.merge:
-        splits = merge_parts(args.out, args.merge).splits
-        say(f"{args.out}: {sum(about.n_images for about in splits.values())} images of {args.merge} parts")
-        say_next(args.out, list(splits))
+        merged = merge_parts(args.out, args.merge).splits
+        say(f"{args.out}: {sum(about.n_images for about in merged.values())} images of {args.merge} parts")
+        say_next(args.out)
         return
     shard_sets = image_sets(args)
     start = time.perf_counter()
@@ -74,12 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     say(f"{args.out}: {images} images in {seconds:.1f} s")
     if not args.images:
-        say_next(args.out, args.splits)
+        say_next(args.out)
 
 
-def say_next(out: Path, splits: Sequence[str]) -> None:
-    """Prints the command that probes these features: fitted on their first split, read on their last."""
-    flags = [] if list(splits[:2]) == ["train", "val"] else ["--train_split", splits[0], "--eval_split", splits[-1]]
+def say_next(out: Path) -> None:
+    """Prints the command that probes these features: fitted on train and read on val, or on their first split and their last."""
+    splits = list(read_feature_manifest(out).splits)
+    if len(splits) < 2:  # others may follow
+        return
+    flags = [] if {"train", "val"} <= set(splits) else ["--train_split", splits[0], "--eval_split", splits[-1]]
     results = out.with_name("results.jsonl")
     say(next_command("python", "tools/linear_probe.py", "--features", out, *flags, "--out", results))
 
@@ -120,7 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="shard directory with the images; this, --images or --merge is required")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files or folders to extract from")
-    parser.add_argument("--splits", nargs="+", default=["train", "val"], help="splits of --data to extract")
+    parser.add_argument("--splits", "--split", nargs="+", default=SPLITS, help="splits of --data to extract, also one by one")
     parser.add_argument("--out", type=Path, required=True, help="feature directory to make")
     parser.add_argument("--layers", type=int, nargs="+", help="layers to extract, 0..n_layer (default: all)")
     parser.add_argument(

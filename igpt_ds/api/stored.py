@@ -48,6 +48,8 @@ class Features:
     def layer(self, layer: int, kind: str | None = None, mask: int = 0) -> np.ndarray:
         """The features of one layer: a read-only memory map [N, C], float32 or float16 as on disk.
 
+        If no file holds the split "train+val" itself, it is an array in memory.
+
         Args:
             kind: None takes "normed", or the only kind of the directory.
             mask: the number of the mask, if images were seen through masks.
@@ -55,7 +57,8 @@ class Features:
         Raises:
             InputError: no such layer, kind or mask, or its file is damaged.
         """
-        return self._set.layer(layer, kind or ("normed" if "normed" in self.kinds else self.kinds[0]), mask)
+        found = self._set.layer(layer, kind or ("normed" if "normed" in self.kinds else self.kinds[0]), mask)
+        return found if isinstance(found, np.ndarray) else np.asarray(found)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +73,7 @@ def open_features(path: PathLike, split: str | None = None) -> Features:
     """Opens a feature directory of tools/extract_features.py.
 
     Args:
-        split: None takes "train", or the first split of a directory without it.
+        split: such as "val", or "train+val" for both together; None takes "train", or the first split of a directory without it.
 
     Raises:
         InputError: it is no feature directory, it has no such split, or it is damaged.

@@ -19,6 +19,7 @@ from igpt_ds.console import duration
 from igpt_ds.data.shards.dataset import ImageSet
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
+from igpt_ds.evaluate.features.addition import add_splits, addition_dir, new_splits
 from igpt_ds.evaluate.features.files import FeatureWriter, part_dir
 from igpt_ds.evaluate.features.manifest import KINDS, FeatureManifest, FeatureSplit, Origin, PartOf, span
 from igpt_ds.evaluate.features.network import LayerMeans, Network, check_layers
@@ -54,15 +55,16 @@ def extract(
 ) -> None:
     """Writes the features of every image of the shard sets.
 
-    A call with the same arguments continues a killed call. Activations are averaged in float32. The batch size changes nothing
-    but the rounding.
+    A directory of the same features gets the splits that it lacks. A call with the same arguments continues a killed call.
+    Activations are averaged in float32. The batch size changes nothing but the rounding.
 
     Args:
         wanted: None extracts every layer and kind of whole images.
         report: is called with the size and the expected duration before the first image is written.
 
     Raises:
-        ValueError: an argument is out of range, activations are not finite or too large for fp16, or `out` exists.
+        ValueError: an argument is out of range, activations are not finite or too large for fp16, or `out` exists and holds
+            other features or these splits.
     """
     wanted = wanted or Extraction()
     draws = masks_of([shards.split for shards in shard_sets], wanted.mask_draws, origin.objective)
@@ -145,6 +147,7 @@ class _Job:
     shares: dict[ImageSet, range]
     read: ReadMeans
     step: int
+    name: Path  # of the directory, in reports
 
     def announce(self, report: Callable[[str], None]) -> None:
         """Reports the size, and the speed of a trial of one step."""
@@ -153,10 +156,10 @@ class _Job:
         masks = f", masks of each image: {draws}" if manifest.origin.objective == "bert" else ""
         features = f"layers {span(manifest.layers)}, {' and '.join(manifest.kinds)}, {manifest.n_features} features{masks}"
         size = f"{manifest.array_bytes / 2**20:.1f} MiB in {manifest.origin.dtype}"
-        report(f"{self.writer.target}: {images} images, {features}, {size}")
+        report(f"{self.name}: {images} images, {features}, {size}")
         done = sum(self.writer.done.values())
         if done:
-            report(f"{self.writer.target}: {done} images are finished already")
+            report(f"{self.name}: {done} images are finished already")
         shards, share = next(iter(self.shares.items()))
         ids, seconds = np.asarray(share)[: self.step], 0.0
         for _ in range(2):  # the first call warms up
@@ -165,7 +168,7 @@ class _Job:
             seconds = time.perf_counter() - start
         passes = sum(len(share) * len(self._masks(shards)) for shards, share in self.shares.items()) * (1 - done / images)
         rate = len(ids) / seconds
-        report(f"{self.writer.target}: about {rate:.1f} images/s, {duration(passes / rate)}")
+        report(f"{self.name}: about {rate:.1f} images/s, {duration(passes / rate)}")
 
     def _masks(self, shards: ImageSet) -> list[int | None]:
         return list(dict.fromkeys(mask for _, _, mask in self.writer.manifest.places(shards.split)))
@@ -210,11 +213,17 @@ def _write(
 ) -> None:
     if step < 1:
         raise InputError(f"--batch {step} must be at least 1")
+    if left := new_splits(out, whole):
+        if report and len(left) < len(shard_sets):
+            report(f"{out}: {' and '.join(split for split in whole.splits if split not in left)} there already")
+        whole = replace(whole, splits={split: whole.splits[split] for split in left})
+        shard_sets = [shards for shards in shard_sets if shards.split in left]
+    target = addition_dir(out, left) if left and part == WHOLE else part_dir(out, part)
     shares = {shards: _share(shards, step, part) for shards in shard_sets}
     for shards in shard_sets:
         shards.keys_of(np.zeros(1, dtype=np.int64))  # a damaged file of keys is refused before the work
     manifest = whole if part == WHOLE else _of_part(whole, {shards.split: share for shards, share in shares.items()})
-    job = _Job(FeatureWriter(part_dir(out, part), manifest), shares, read, step)
+    job = _Job(FeatureWriter(target, manifest), shares, read, step, out if part == WHOLE else target)
     try:
         if report:
             job.announce(report)
@@ -222,6 +231,8 @@ def _write(
     except BaseException:
         job.writer.give_up()
         raise
+    if target not in (out, part_dir(out, part)):
+        add_splits(out, target)
 
 
 def _share(shards: ImageSet, step: int, part: Part) -> range:

@@ -16,17 +16,20 @@ In: values by rows, from `extract.py`. Out: a `FeatureSet` for the probes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from igpt_ds.arrays import new_array, save_array
+from igpt_ds.data.shards.index import joined_hash, parts_of
 from igpt_ds.data.shards.layout import WHOLE, Part
 from igpt_ds.errors import InputError
+from igpt_ds.evaluate.features.joined import JoinedRows
 from igpt_ds.evaluate.features.manifest import (
     EXTRACT_AGAIN,
     FeatureManifest,
@@ -97,10 +100,8 @@ class FeatureWriter:
         except BaseException:
             self._reserved.close()
             raise
-        self._split, self._files = (
-            "",
-            dict[FeaturePlace, np.ndarray](),
-        )  # of one split at a time, because each map holds a file open
+        self._split = ""  # one split at a time, because each map holds a file open
+        self._files = dict[FeaturePlace, np.ndarray]()
 
     def _create(self) -> None:
         for split, about in self.manifest.splits.items():
@@ -125,7 +126,8 @@ class FeatureWriter:
         for name, value in self.manifest.to_dict().items():
             if (was := known.manifest.get(name)) != value:
                 raise InputError(
-                    f"{self.path} holds the beginning of other features: {name} is {was} there and {value} here; {fix}"
+                    f"{self.path} holds the beginning of other features: {name} is {was} there and {value} here; "
+                    f"finish those, or {fix}"
                 )
         for split, about in self.manifest.splits.items():
             if not 0 <= (done := known.done.get(split, -1)) <= about.n_images:
@@ -174,12 +176,13 @@ class FeatureWriter:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """One split of a feature directory. `manifest` is the manifest of the whole directory."""
+    """One split of a feature directory, or several as one. `manifest` is the manifest of the whole directory."""
 
     path: Path
     split: str
     manifest: FeatureManifest
     labels: np.ndarray  # int64 [N]
+    parts: tuple[FeatureSet, ...] = ()  # the splits that a name such as "train+val" joins
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)  # arrays that had their sha256
 
     @property
@@ -200,21 +203,27 @@ class FeatureSet:
     @property
     def dataset_hash(self) -> str:
         """The hash of the split whose features these are."""
+        if self.parts:
+            return joined_hash([part.dataset_hash for part in self.parts])
         return self.manifest.splits[self.split].dataset_hash
 
     @cached_property
-    def keys(self) -> Keys | None:
+    def keys(self) -> Sequence[str] | None:
         """The images' keys in their source, in the order of the rows; None if the directory has none. Read at the first use."""
+        if self.parts:
+            found = [part.keys for part in self.parts]
+            return None if None in found else [key for keys in found for key in keys or ()]
         entry = self.manifest.files.get(keys_name(self.split))
         return Keys(self.path / keys_name(self.split), len(self.labels), entry.sha256, EXTRACT_AGAIN) if entry else None
 
     @property
     def mask_draws(self) -> int:
         """The number of masks that each image is seen through; 0: whole images."""
-        return self.manifest.splits[self.split].mask_draws
+        parts = self.parts or (self,)
+        return min(self.manifest.splits[part.split].mask_draws for part in parts)
 
     def layer(self, layer: int, kind: str, mask: int = 0) -> np.ndarray:
-        """The features of one layer: a read-only memory map [N, C], float32 or float16 as on disk.
+        """The features of one layer: a read-only memory map [N, C], float32 or float16 as stored; `JoinedRows` of several splits.
 
         The file is compared with its sha256 when it is opened for the first time, unless `check` has done that already.
 
@@ -224,16 +233,20 @@ class FeatureSet:
         Raises:
             ValueError: the layer, the kind or the mask does not exist, or the file is torn.
         """
+        if self.parts:
+            return cast(np.ndarray, JoinedRows([part.layer(layer, kind, mask) for part in self.parts]))
         name = self._name(layer, kind, mask)
         self._check([name])
         return _open_array(self.path / name, self.manifest.array_dtype, (len(self.labels), self.manifest.n_features))
 
     def check(self, layers: Iterable[int], kind: str) -> None:
         """Compares the files of layers with their sha256, several at a time; raises as `layer` does."""
-        names = [self._name(layer, kind, mask) for layer in layers for mask in range(max(1, self.mask_draws))]
-        self._check(names)
-        for name in names:
-            _open_array(self.path / name, self.manifest.array_dtype, (len(self.labels), self.manifest.n_features))
+        wanted = list(layers)
+        for one in self.parts or (self,):
+            names = [one._name(layer, kind, mask) for layer in wanted for mask in range(max(1, one.mask_draws))]
+            one._check(names)
+            for name in names:
+                _open_array(one.path / name, one.manifest.array_dtype, (len(one.labels), one.manifest.n_features))
 
     def _name(self, layer: int, kind: str, mask: int) -> str:
         if kind not in self.kinds:
@@ -251,18 +264,30 @@ class FeatureSet:
 
 
 def open_features(path: Path, split: str) -> FeatureSet:
-    """Opens one split of a feature directory.
+    """Opens one split of a feature directory, or several as one: "train+val" needs no files of its own.
 
     Raises:
         ValueError: no feature directory, another version, a damaged manifest, no such split, torn labels.
     """
     manifest = read_feature_manifest(path)
     if split not in manifest.splits:
-        raise InputError(f"{path} has no split {split!r}; it has {', '.join(manifest.splits)}")
+        parts = parts_of(split)
+        if missing := [part for part in parts if part not in manifest.splits]:
+            raise InputError(f"{path} has no split {missing[0]!r}; it has {', '.join(manifest.splits)}")
+        return _joined(path, manifest, [open_features(path, part) for part in parts])
     name = f"{split}/labels.npy"
     check_files(path, {name: manifest.files[name]} if name in manifest.files else {})
     labels = _open_array(path / name, np.dtype("<i8"), (manifest.splits[split].n_images,))
     return FeatureSet(path, split, manifest, np.asarray(labels))
+
+
+def _joined(path: Path, manifest: FeatureManifest, parts: list[FeatureSet]) -> FeatureSet:
+    masked = [part for part in parts if part.mask_draws]
+    if 0 < len(masked) < len(parts):
+        whole = next(part.split for part in parts if not part.mask_draws)
+        raise InputError(f"{path} has whole images of {whole} and masked images of {masked[0].split}, which do not go together")
+    labels = np.concatenate([part.labels for part in parts])
+    return FeatureSet(path, "+".join(part.split for part in parts), manifest, labels, tuple(parts))
 
 
 def _open_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,6 +14,7 @@ from igpt_ds.arrays import new_array
 from igpt_ds.cli import FinishedError
 from igpt_ds.data.shards.layout import Part
 from igpt_ds.errors import InputError
+from igpt_ds.evaluate.features.addition import add_splits, addition_dir, new_splits
 from igpt_ds.evaluate.features.files import array_names, keys_name, part_dir
 from igpt_ds.evaluate.features.manifest import (
     EXTRACT_AGAIN,
@@ -31,15 +32,20 @@ _COPY_BYTES = 1 << 26
 
 
 def merge_parts(out: Path, n: int) -> FeatureManifest:
-    """Makes `out` of its n parts, byte for byte what one writer makes, removes the parts, and returns the manifest.
+    """Makes `out` of its n parts, byte for byte what one writer makes, removes the parts, and returns their manifest.
+
+    Parts of further splits move into `out`.
 
     Raises:
-        ValueError: `out` exists; a part is missing, unfinished or has other features.
+        ValueError: `out` exists and holds other features or these splits; a part is missing, unfinished or has other features.
     """
     directories = [part_dir(out, Part(i, n)) for i in range(n)]
     try:
-        with reserved(out):
-            whole = _merge(out, directories)
+        target = _target(out, directories[0])
+        with reserved(target):
+            whole = _merge(target, directories)
+            if target != out:
+                add_splits(out, target)
             for directory in directories:
                 shutil.rmtree(directory)
     except FinishedError:
@@ -47,6 +53,16 @@ def merge_parts(out: Path, n: int) -> FeatureManifest:
             remove(directory)
         raise
     return whole
+
+
+def _target(out: Path, part: Path) -> Path:
+    """Where the parts are merged: `out`, or beside it if it exists and lacks their splits."""
+    if not ((out / "manifest.json").is_file() and (part / "manifest.json").is_file()):
+        return out
+    manifest = _part_manifest(part)
+    assert manifest.part is not None
+    whole = replace(manifest, splits=manifest.part.of)
+    return addition_dir(out, whole.splits) if new_splits(out, whole) == list(whole.splits) else out
 
 
 def _merge(out: Path, directories: list[Path]) -> FeatureManifest:

@@ -157,23 +157,27 @@ class _Fitting:
             write_state(self.file.path, self.identity, state)
 
 
-def held_out_rows(labels: np.ndarray, share: float, views: int, seed: int) -> np.ndarray:
+def held_out_rows(labels: np.ndarray, share: float, views: int, seed: int, single: int = 0) -> np.ndarray:
     """The rows of the images that choose the rate, bool [N]: classes in proportion, all views of an image together.
+
+    Args:
+        single: how many of the last rows are images with one view, as the validation images of train+val.
 
     Raises:
         ValueError: the share is out of range, or the rows are not a whole number of images.
     """
     if not 0 < share < 1:
         raise InputError(f"--held_out {share:g} must lie between 0 and 1")
-    if len(labels) % views:
-        raise InputError(f"--views {views} does not divide the {len(labels)} rows of the training images")
-    images = stratified_order(labels[::views], seed)
+    viewed = len(labels) - single
+    if viewed % views:
+        raise InputError(f"--views {views} does not divide the {viewed} rows of the training images")
+    images = stratified_order(np.concatenate([labels[:viewed:views], labels[viewed:]]), seed)
     n = max(1, round(share * len(images)))
     if n == len(images):
         raise InputError(f"--held_out {share:g} of {len(images)} images leaves none to fit on")
     mask = np.zeros(len(images), dtype=bool)
     mask[images[:n]] = True
-    return np.repeat(mask, views)
+    return np.concatenate([np.repeat(mask[: viewed // views], views), mask[viewed // views :]])
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,8 @@ def sgd_probe(
     search, layers = search or RateSearch(), (layers,) if isinstance(layers, int) else tuple(layers)
     training_images(train, None, settings.seed)  # checks the labels; all images are used
     check_labels(evaluated)
-    mask = held_out_rows(train.labels, search.held_out, settings.views, settings.seed)
+    single = sum(len(part.labels) for part in train.parts if part.split != "train")  # make_shards.py stores one crop of each
+    mask = held_out_rows(train.labels, search.held_out, settings.views, settings.seed, single)
     _check_length(settings, int((~mask).sum()))
     fitting = _Fitting(train, evaluated, layers, kind, settings, search.held_out, file)
     tried = _search_rates(fitting, search, ~mask, (RowSubset(fitting.values, np.flatnonzero(mask)), train.labels[mask]))

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from igpt_ds.data.shards.index import folded
 from igpt_ds.evaluate.features.manifest import span
 from igpt_ds.evaluate.report.row_types import ProbeRow
 
+_FITTED = "images that the probe is fitted on; choose another --eval_split"
+
 
 def cautions(found: Sequence[tuple[Path, ProbeRow]]) -> Iterator[str]:
-    """The warnings about the rows of some feature directories: a choice at the end of its grid, and fits that did not converge.
+    """The warnings about the rows of some feature directories: a choice at the end of its grid, an accuracy on training
+    images, and fits that did not converge.
 
     Rows of SGD have learning rates and not penalties, and no test of convergence.
     """
@@ -26,6 +30,10 @@ def cautions(found: Sequence[tuple[Path, ProbeRow]]) -> Iterator[str]:
                 limits = sorted({(max if end == "high" else min)(row[values]) for row in rows})
                 chosen = ", ".join(f"{limit:g}" for limit in limits)
                 yield f"warning: the best {name} is the {end} end of the grid ({chosen}) for {_where(at_end)}; widen {flag}"
+    seen = [(path, row) for path, row in found if folded(row.eval_split, row.train_split)]
+    if seen:
+        row = seen[0][1]
+        yield f"warning: images of {row.eval_split} are among those of {row.train_split}: the accuracy is that of {_FITTED}"
     open_fits = [(path, row) for path, row in found if row.get("converged") is False]
     if open_fits:
         gradients = [row["grad_norm"] for _, row in open_fits if "grad_norm" in row]

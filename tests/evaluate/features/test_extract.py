@@ -136,7 +136,9 @@ def test_a_killed_run_goes_on_where_it_was(model_dir, tiny_dataset, both_splits,
     torn[28:31] = np.nan  # rows that were on their way when it died, and are not among those done
     torn.flush()
     model, origin = open_model(model_dir, both_splits[0])
-    with pytest.raises(ValueError, match=r"features\.partial holds the beginning of other features: kinds is .*; remove .*"):
+    with pytest.raises(
+        ValueError, match=r"features\.partial holds the beginning of other features: kinds is .*; finish those, or remove .*"
+    ):
         extract(out, both_splits, Network(model, batch=4), origin, Extraction(kinds=["raw"]))
     seen = []
     model.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
