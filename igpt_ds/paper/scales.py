@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from igpt_ds.config import Recipe, get_recipe
+from igpt_ds.config import Recipe, get_recipe, override
 from igpt_ds.data.sources import dataset_name
 from igpt_ds.errors import InputError
 
@@ -188,7 +188,7 @@ def _rehearsal(scale: Scale, steps: int) -> Scale:
 
 def _like(recipe: Recipe, size: str, objective: str, **shape: int) -> Recipe:
     """A recipe with another size or objective, and the name for it."""
-    model = dataclasses.replace(recipe.model, **shape)
+    model = override(recipe, **shape).model
     name = f"{recipe.name.split('_')[0]}_{size}_{objective}_{model.n_px}"
     return dataclasses.replace(recipe, name=name, objective=objective, model=model)
 
@@ -236,11 +236,19 @@ def _cifar(data: str, n_px: int) -> Scale:
     return _small(Images("cifar10", data, n_px, {}, augment=True), recipes, 8, 0.001, name="cifar", epochs=5.0)
 
 
+# Stored crops of each ImageNet image. The paper draws a fresh crop each time (3.1). Its random resize comes before the palette,
+# so it cannot be drawn from tokens. A million batches of 128 are 104 passes over the images, so each of 8 crops is seen 13 times,
+# and the shards take 8 times the disk. `make_shards.py --views 104` is the paper: a fresh crop in every pass, 104 times the disk.
+_VIEWS = 8
+
+
 def _full(data: str, gpu_bytes: float) -> Scale:
     imagenet = f"imagenet:{data}/ILSVRC2012"
     final = functools.partial(Images, train_split="train+val", eval_split="test")  # a probe holds out a tenth of train+val
-    crops = [Images("imagenet", imagenet, n_px, _IMAGENET, "random", views=8, eval_split="test") for n_px in (32, 48, 64)]
-    centres = [final("imagenet", imagenet, n_px, _IMAGENET, "center", sgd=True) for n_px in (32, 48, 64)]
+    crops = [
+        Images("imagenet", imagenet, n_px, _IMAGENET, crop="random", views=_VIEWS, eval_split="test") for n_px in (32, 48, 64)
+    ]
+    centres = [final("imagenet", imagenet, n_px, _IMAGENET, crop="center", sgd=True) for n_px in (32, 48, 64)]
     others = [final(name, f"{name}:{data}", 32, _CIFAR, augment=True) for name in ("cifar10", "cifar100")]
     others.append(final("stl10", f"stl10:{data}", 32, _STL10))
     # The fp32 features of XL's five concatenated layers must fit a GPU together with the probe's own memory.

@@ -196,7 +196,7 @@ class _StageMaker:
         flags = start | {"data": self.shards(images), "run_dir": run_dir, "resume": "auto"}
         flags |= {"lr": recipe.lr if fresh else system.finetune_lr, "batch_images": recipe.batch_images}
         flags |= {"steps": scale.finetune_steps} if scale.finetune_steps else {"epochs": scale.epochs}
-        flags |= {"augment_pad": 4 if images.augment else None, "augment_flip": images.augment}
+        flags |= {"augment_pad": images.n_px // 8 if images.augment else None, "augment_flip": images.augment}
         file = run_dir / "results.jsonl"
         self.rows.append(file)
         flags |= self.machine(recipe) | {"eval_split": images.eval_split, "results": file}

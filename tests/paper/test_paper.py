@@ -59,6 +59,8 @@ def test_what_each_scale_is_made_of() -> None:
     assert {system.recipe.name for system in full.systems} == {name for name in RECIPES if name.startswith("igpt_")}
     assert full.of_recipe("igpt_l_ar_32").steps == (125_000, 250_000, 500_000, 1_000_000)
     assert full.of("imagenet_48").probed(get_recipe("igpt_l_ar_48")) == tuple(range(12, 37))
+    crops = {(images.crop, images.views) for images in full.images if images.name == "imagenet"}
+    assert crops == {("random", 8), ("center", 1)}
     assert full.of_recipe("igpt_xl_ar_64").variants == (), "76 GB of features do not fit 80 GB with a probe"
     larger = get_scale("full", "data", gpu_bytes=GPUS["h200-141g"].memory)
     assert larger.of_recipe("igpt_xl_ar_64").variants == ("concat",)
@@ -66,6 +68,10 @@ def test_what_each_scale_is_made_of() -> None:
         text = " ".join(word for stage in planned(name) for word in stage.words)
         for word in ("concat", "low_data", "mask_vote", "--untrained 0", "--pixels", "neighbours", "--paper 1 2 3 4 5"):
             assert word in text, f"{name} without {word}"
+    for name, pad in (("cifar", "--augment_pad 2 "), ("full", "--augment_pad 4 ")):  # of 16x16 and of 32x32 pixels
+        pads = [" ".join(stage.words) for stage in planned(name) if "--augment_pad" in stage.words]
+        assert pads
+        assert all(pad in one for one in pads)
 
 
 def test_a_stage_is_done_when_all_its_rows_are_there(tmp_path: Path) -> None:
