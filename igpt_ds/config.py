@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from igpt_ds.command_line.nearest import unknown_value
 from igpt_ds.errors import InputError
@@ -29,16 +29,20 @@ class ModelConfig:
     n_embd: int
     n_px: int = 32
     n_vocab: int = 512
+    tied_embeddings: bool = False  # whether the matrix of the pixels' logits is wte; the paper unties them (A.1)
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        if not isinstance(self.tied_embeddings, bool):
+            raise InputError(f"tied_embeddings={self.tied_embeddings!r} must be true or false")
+        sizes = {name: value for name, value in vars(self).items() if name != "tied_embeddings"}
+        for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r} must be a whole number of at least 1")
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.n_vocab > 65536:
             raise InputError(f"n_vocab={self.n_vocab} does not fit the shards' 16-bit tokens; at most 65536")
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in sizes.items():
             if value > 65536:  # such a model would be built for hours before anything fails
                 raise InputError(f"{name}={value} is too large; at most 65536")
 
@@ -47,10 +51,22 @@ class ModelConfig:
         """Tokens of one image: T = n_px squared."""
         return self.n_px * self.n_px
 
+    def to_dict(self) -> dict[str, int]:
+        """The shape as JSON. Older code did not know tied_embeddings, so it is left out where it is false."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not False}
+
+
+class Size(TypedDict):
+    """The depth and the width of a model."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+
 
 # Layers and widths: paper 3.3. Heads of S, M, L: the released checkpoints. The paper never gives XL's: 24 makes the head
 # dimension 128, for which attention kernels are fastest, equals AIM-3B at the same width, and divides by 2, 3, 4, 6, 8, 12.
-SIZES = {
+SIZES: dict[str, Size] = {
     "nano": {"n_layer": 8, "n_head": 4, "n_embd": 128},
     "s": {"n_layer": 24, "n_head": 8, "n_embd": 512},
     "m": {"n_layer": 36, "n_head": 8, "n_embd": 1024},
@@ -61,13 +77,18 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Finetune:
-    """What fine-tuning adds to a recipe (paper 2.3): a class head on n^layer, a loss, and the weights to start from."""
+    """What fine-tuning adds to a recipe (paper 2.3): a class head on n^layer, a loss, and the weights to start from.
+
+    gen_loss and clf_loss count once each: the paper's joint objective is L_GEN + L_CLF and has no weights. Its L_AR is a sum over
+    the pixels of an image, and the released code takes the mean, which gives gen_loss 1 / T of that weight. The code is the
+    default, because it is what ran; gen_scale "sum" is the formula.
+    """
 
     n_classes: int
     layer: int  # 0..n_layer; n_layer is the output of ln_f, the paper's choice
     start: str  # model_hash of the pre-trained model; "" for fresh weights, drawn from the recipe's seed
     loss: str = "joint"
-    gen_scale: str = "mean"  # in nats per token, as in the released code; "sum" is the likelihood of the whole image
+    gen_scale: str = "mean"  # "mean": nats per token; "sum": of the whole image
 
     def __post_init__(self) -> None:
         for name, known in (("loss", LOSSES), ("gen_scale", GEN_SCALES)):
@@ -95,8 +116,15 @@ class Recipe:
     spike_window: int = 128  # number of recent normal losses that define an outlier (train/safety/spikes.py)
     spike_sigmas: float = 6.0  # standard deviations above their mean at which a loss is an outlier; 0 disables
     spike_patience: int = 10  # outliers in a row that count as a spike
-    clip: float = 1.0  # largest gradient norm; the paper gives none, 1.0 is GPT-3's and has no effect in normal training
-    augment_pad: int = 0  # reflect-pad by this many pixels, then crop a random window (paper 3.1, Wide ResNet)
+    # Largest gradient norm. The paper mentions no clipping: 0 is the paper. 1.0 is GPT-3's, and that of the authors' sibling code
+    # (openai/distribution_augmentation). It protects a long run from single bad batches, and has no effect in normal training.
+    clip: float = 1.0
+    dropout: float = 0.0  # model/dropout.py says where; the paper trains without (3.4), and searched it only from scratch (4.5)
+    weight_decay: float = 0.0  # AdamW's, of matrices alone (train/engine.py); the paper has none, and tried 0.01 (A.1)
+    head_std: float = 0.0  # of the fresh heads of pixels and classes; the paper has zeros, GPT-2 0.02 (A.1)
+    # Reflect-pad by this many pixels, then crop a random window (paper 3.1, Wide ResNet). The paper only does so in fine-tuning
+    # on CIFAR, with 4 pixels at 32x32: an eighth of the side, so 2 at 16x16. It crops ImageNet before the resize.
+    augment_pad: int = 0
     augment_flip: bool = False  # mirror half of the images (paper 3.1)
     seed: int = 0
     finetune: Finetune | None = None  # None: pre-training
@@ -117,8 +145,11 @@ class Recipe:
                 raise InputError(f"{name}={getattr(self, name)} must be a positive number")
         if not (self.spike_sigmas >= 0 and math.isfinite(self.spike_sigmas)):
             raise InputError(f"spike_sigmas={self.spike_sigmas} must not be negative (0 watches for no spikes)")
-        if not (self.clip >= 0 and math.isfinite(self.clip)):
-            raise InputError(f"clip={self.clip} must be a number that is not negative (0 turns clipping off)")
+        for name, zero in (("clip", "turns clipping off"), ("weight_decay", "turns decay off"), ("head_std", "draws zeros")):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise InputError(f"{name}={getattr(self, name)} must be a number that is not negative (0 {zero})")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout={self.dropout} must be at least 0 and below 1 (0 turns dropout off)")
         if not 0 <= self.augment_pad < self.model.n_px:
             raise InputError(f"augment_pad={self.augment_pad} must lie between 0 and n_px - 1 = {self.model.n_px - 1}")
         if self.finetune is not None and not 0 <= self.finetune.layer <= self.model.n_layer:
@@ -166,7 +197,7 @@ RECIPES = {
 }
 
 _KNOBS = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("name", "model", "finetune")]
-_SHAPE = [field.name for field in dataclasses.fields(ModelConfig)]
+SHAPE = [field.name for field in dataclasses.fields(ModelConfig)]
 
 KNOBS: dict[str, tuple[str | tuple[str, ...] | None, str]] = {  # the unit of each knob, and what it is
     "batch_images": ("IMAGES", "images per step, over all ranks"),
@@ -181,7 +212,16 @@ KNOBS: dict[str, tuple[str | tuple[str, ...] | None, str]] = {  # the unit of ea
     "spike_sigmas": ("DEVIATIONS", "standard deviations above their mean at which a loss is an outlier; 0 disables"),
     "spike_patience": ("STEPS", "outliers in a row that count as a spike"),
     "clip": ("NORM", "largest gradient norm; 0 disables clipping"),
-    "augment_pad": ("PIXELS", "pixels of reflection padding before a random crop; 0 disables"),
+    "dropout": (
+        "PROBABILITY",
+        "probability that dropout zeroes a number of the embeddings or of a block's two outputs; 0 disables",
+    ),
+    "weight_decay": ("DECAY", "decoupled weight decay (AdamW) of all matrices; 0 disables, the paper tried 0.01 (A.1)"),
+    "head_std": ("DEVIATION", "standard deviation of the fresh output head; 0: zeros, or as the embedding if tied"),
+    "augment_pad": (
+        "PIXELS",
+        "pixels of reflection padding before a random crop; 0 disables, the paper's 4 at 32x32 is 2 at 16x16",
+    ),
     "augment_flip": (None, "mirror a random half of the images"),
     "seed": ("SEED", "random seed for weights, order of images, augmentation and masks"),
     "n_layer": ("BLOCKS", "number of transformer blocks"),
@@ -189,6 +229,7 @@ KNOBS: dict[str, tuple[str | tuple[str, ...] | None, str]] = {  # the unit of ea
     "n_embd": ("CHANNELS", "width of the transformer"),
     "n_px": ("PIXELS", "width and height of an image in pixels"),
     "n_vocab": ("COLOURS", "number of palette colours"),
+    "tied_embeddings": (None, "one matrix for the embedding of the pixels and for their logits"),
 }
 
 
@@ -209,10 +250,10 @@ def override(recipe: Recipe, **changes: Any) -> Recipe:
     Raises:
         ValueError: a recipe has no such field, or a value is out of range.
     """
-    unknown = [name for name in changes if name not in _KNOBS + _SHAPE]
+    unknown = [name for name in changes if name not in _KNOBS + SHAPE]
     if unknown:
-        raise InputError(f"recipe has no {unknown[0]!r}; it has {', '.join(_KNOBS + _SHAPE)}")
-    model = dataclasses.replace(recipe.model, **{name: value for name, value in changes.items() if name in _SHAPE})
+        raise InputError(f"recipe has no {unknown[0]!r}; it has {', '.join(_KNOBS + SHAPE)}")
+    model = dataclasses.replace(recipe.model, **{name: value for name, value in changes.items() if name in SHAPE})
     changed = dataclasses.replace(recipe, model=model, **{name: value for name, value in changes.items() if name in _KNOBS})
     if "mask_prob" in changes and changed.objective != "bert":
         raise InputError(f"mask_prob={changed.mask_prob} has no effect on {recipe.name}: its objective is {changed.objective}")
@@ -238,7 +279,7 @@ def with_warmup_epochs(recipe: Recipe, epochs: float, n_images: int) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, object]:
     """The recipe as JSON; `recipe_from_dict` is the inverse."""
-    return dataclasses.asdict(recipe) | {"betas": list(recipe.betas)}
+    return dataclasses.asdict(recipe) | {"betas": list(recipe.betas), "model": recipe.model.to_dict()}
 
 
 def recipe_from_dict(values: object, where: str) -> Recipe:

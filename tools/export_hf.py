@@ -51,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"{args.model / 'palette.npy'} is not the palette that the model was trained with; write the model dir again"
         )
-    write_hf(args.out, info.config, model.state_dict(), palette.colors)
+    write_hf(args.out, info.config, model.state_dict(), palette.colors, info.dropout)
     print(f"{args.out}: vocab_size {info.config.n_vocab + 1}; start every image with token {info.config.n_vocab} (sos)")
+    if info.config.tied_embeddings:
+        print("lm_head is a copy of the embedding: the outputs are the same, but training in HF changes the two separately")
     n = info.config.n_px
     print(f"crop images to {n}x{n} before HF's processor, which squashes them: two lines in tools/export_hf.py --help")
 

@@ -35,7 +35,8 @@ class Mixture:
     of all dataset hashes and shares in order.
 
     Args:
-        weights: one number above 0 per dataset; the default is in proportion to the numbers of images.
+        weights: one number above 0 per dataset. The paper trains XL on "a mixture of ImageNet and web images" and gives no
+            weights. The default is in proportion to the numbers of images: every image of the union is seen equally often.
         on_bad: "stop" raises DamagedImagesError; "skip" uses the next intact image instead (after the last image, the first). The
             replacement depends on the image id alone, so it is the same on every rank. Each damaged image is named once on
             stderr.

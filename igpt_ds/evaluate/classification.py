@@ -146,7 +146,7 @@ def result(
         weights="trained" if head.start else "untrained",
         model_hash=info.model_hash,
         start_hash=head.start,
-        model=dataclasses.asdict(info.config),
+        model=info.config.to_dict(),
         model_objective=info.objective,
         step=head.start_step,  # of pre-training
         dataset=evaluated.name,
@@ -156,6 +156,7 @@ def result(
             for name in ("train_split", "n_train", "seed", "loss", "gen_scale", "lr", "batch_images", "precision")
         },
         head_layer=head.layer,
+        **{name: value for name in ("dropout", "weight_decay", "head_std") if (value := getattr(info, name))},
         augmentation=" ".join(word for word in (crop, "flip" if head.augment_flip else "") if word) or "none",
         best_step=info.step,
         held_out_split=None if held_out is None else held_out.split,

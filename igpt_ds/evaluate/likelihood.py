@@ -240,6 +240,7 @@ def compare_published(config: ModelConfig, objective: str, shards: ShardSet, n_i
     conditions = {
         f"the objective is {objective!r}, not 'ar'": objective == "ar",
         f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd} are none of S, M, L": size is not None,
+        "the embeddings are tied": not config.tied_embeddings,
         f"n_px is {config.n_px}, not 32": config.n_px == 32,
         f"the palette is {shards.palette.name}, not OpenAI's": shards.palette_hash == OPENAI_PALETTE_HASH,
         f"the images come from {source}, not from ImageNet": imagenet,

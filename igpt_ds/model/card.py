@@ -64,7 +64,7 @@ def write_card(model_dir: Path, name: str, config: Mapping[str, Any], facts: Car
 def card(name: str, config: Mapping[str, Any], facts: CardFacts) -> str:
     """The text of README.md."""
     shape, head = ModelConfig(**config["config"]), config.get("class_head")
-    size = f"{parameters(shape, config['objective']):,} parameters"
+    size = f"{parameters(shape, config['objective']):,} parameters{', tied embeddings' if shape.tied_embeddings else ''}"
     what = "BERT" if config["objective"] == "bert" else "auto-regressive"
     lines = [
         *_front_matter(name, config, facts),
@@ -134,6 +134,7 @@ def _training(config: Mapping[str, Any], facts: CardFacts) -> dict[str, object]:
         "images": images or head.get("dataset"),
         "recipe": config.get("recipe"),
         "objective": config["objective"],
+        **{name: config.get(name) or None for name in ("dropout", "weight_decay")},
         "steps": config["step"] or None,
         "images seen": f"{config['images_seen']:,}" if config["images_seen"] else None,
         "validation loss": loss or None,

@@ -1,13 +1,14 @@
 """The transformer with a class head (paper 2.3). In: tokens. Out: logits of the pixels and of the image's class.
 
 The head is that of the released code: it reads the mean over all tokens of n^L and has no bias. Its weight starts at zero, so the
-loss of step 0 is ln K. The transformer has no other additional weight. Called by the fine-tuning loop and by evaluation.
+loss of step 0 is ln K, unless the recipe has a head_std. The transformer has no other additional weight. Called by the
+fine-tuning loop and by evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.distributed import ProcessGroup
 from igpt_ds.config import Finetune, ModelConfig
 from igpt_ds.model.fused import run_block
 from igpt_ds.model.objectives import ImageLoss, draw_masks, image_loss
-from igpt_ds.model.transformer import Block, Projection, Transformer
+from igpt_ds.model.transformer import Block, Dropout, Projection, Transformer
 
 CLASS_HEAD = "class_head.weight"  # [K, C]
 
@@ -31,7 +32,7 @@ class Classifier(Transformer):
         n_classes: K.
         layer: l in 0..L; the head reads n^l of `Transformer.residuals`; L is ln_f's output. The paper (4.5) also tried the layer
             that probes best.
-        The other arguments are Transformer's.
+        others: those of Transformer, by name; head_std is that of both heads.
     """
 
     def __init__(
@@ -39,17 +40,14 @@ class Classifier(Transformer):
         config: ModelConfig,
         n_classes: int,
         layer: int,
-        activation_checkpointing: str = "none",
-        objective: str = "ar",
-        init: str = "released",
-        group: ProcessGroup | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(config, activation_checkpointing, objective, init, group)
+        super().__init__(config, **others)
         self.layer = layer
-        self.class_head = Projection(config.n_embd, n_classes, std=0.0)
+        self.class_head = Projection(config.n_embd, n_classes, others.get("head_std", 0.0))
 
     def forward(  # type: ignore[override]  # two results, so that both losses cost one pass
-        self, tokens: Tensor, mask: Tensor | None = None, with_pixels: bool = True
+        self, tokens: Tensor, mask: Tensor | None = None, with_pixels: bool = True, dropout: Dropout | None = None
     ) -> tuple[Tensor | None, Tensor]:
         """tokens [B, T] int64, "bert": mask [B, T] bool -> pixels' logits [B, t, V], the classes' [B, K] float32.
 
@@ -57,14 +55,15 @@ class Classifier(Transformer):
             mask: only for "bert"; None hides nothing.
             with_pixels: False skips the blocks above `layer`; the pixels' logits are None then.
         """
-        h = self.embed(tokens, mask)
+        assert dropout is None or self.training, "dropout is for training alone"
+        h = self.embed(tokens, mask, dropout)
         features = None
         for l, block in enumerate(self.blocks):  # noqa: E741  (the paper's l)
             if l == self.layer:
                 features = self.pooled(cast(Block, block).ln_1(h))
                 if not with_pixels:
                     return None, self._classes(features)
-            h = run_block(block, h, self.activation_checkpointing)
+            h = run_block(block, h, self.activation_checkpointing, dropout, l)
         n = self.ln_f(h)
         features = self.pooled(n) if features is None else features
         return self.head(n) if with_pixels else None, self._classes(features)

@@ -92,13 +92,13 @@ def _selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     return _Selective(kept, replays=False), _Selective(kept, replays=True)
 
 
-def run_block(block: nn.Module, h: Tensor, activation_checkpointing: str) -> Tensor:
-    """Computes block(h) and keeps the activations of one checkpointing mode for the backward pass; h is [B, T, C].
+def run_block(block: nn.Module, h: Tensor, activation_checkpointing: str, *more: object) -> Tensor:
+    """Computes block(h, *more) and keeps the activations of one checkpointing mode for the backward pass; h is [B, T, C].
 
     "none" keeps all, 16 C a token; "selective" keeps h and what `_is_kept` names, 9 C; "full" keeps h alone. The results are
-    bit-identical.
+    bit-identical. The block draws nothing from torch's generators: dropout's masks are a pure function.
     """
     if activation_checkpointing == "none" or not torch.is_grad_enabled():
-        return cast(Tensor, block(h))
+        return cast(Tensor, block(h, *more))
     contexts = _selective_contexts if activation_checkpointing == "selective" else noop_context_fn
-    return cast(Tensor, checkpoint(block, h, use_reentrant=False, preserve_rng_state=False, context_fn=contexts))
+    return cast(Tensor, checkpoint(block, h, *more, use_reentrant=False, preserve_rng_state=False, context_fn=contexts))

@@ -6,7 +6,6 @@ that the tokens stand for. class_head.safetensors, only after fine-tuning, holds
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -74,7 +73,10 @@ class ModelInfo:
     images_seen: int
     model_hash: str
     mask_prob: float | None = None  # masking probability of a "bert" model, where known
-    init: str = "released"  # how its weights were drawn before the first step
+    init: str = "released"  # how its weights were drawn before the first step, with head_std
+    head_std: float = 0.0
+    dropout: float = 0.0  # in training; none in use
+    weight_decay: float = 0.0
     recipe: str | None = None  # that it was trained by, where known
     crop: str = "none"  # of other images for it, as `data/images.square` does it
     resize_filter: str = "bicubic"
@@ -119,7 +121,7 @@ def save_model(
         if info.get("class_head"):
             info = {**info, "class_head": info["class_head"] | {"hash": sha256_file(partial / HEAD_FILE)}}
         shutil.copyfile(palette, partial / "palette.npy")
-        values = {**info, "config": dataclasses.asdict(info["config"]), "model_hash": sha256_file(partial / "model.safetensors")}
+        values = {**info, "config": info["config"].to_dict(), "model_hash": sha256_file(partial / "model.safetensors")}
         MODEL.write(partial / "config.json", values)
         write_card(partial, model_dir.resolve().name, values, facts or CardFacts())
 
@@ -268,11 +270,7 @@ def _load(model: Transformer, files: Iterable[Path], model_dir: Path) -> None:
 
 
 def load_without_blocks(model_dir: Path) -> tuple[Transformer, ModelInfo]:
-    """The model as `load_model` returns it, but the weights of the blocks are meta tensors and stay in the file.
-
-    Raises:
-        ValueError: as `load_model` does.
-    """
+    """The model as `load_model` returns it, but the weights of the blocks are meta tensors and stay in the file."""
     info, path = read_info(model_dir), model_dir / "model.safetensors"
     _check_file(path, info.model_hash)
     _check_layers(path, info.config.n_layer)
@@ -293,8 +291,10 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name).clone() for name in names}
 
 
-def fresh_model(config: ModelConfig, seed: int, objective: str = "ar", init: str = "released") -> Transformer:
+def fresh_model(
+    config: ModelConfig, seed: int, objective: str = "ar", init: str = "released", head_std: float = 0.0
+) -> Transformer:
     """An untrained model with the weights that training would start from with this seed, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Transformer(config, objective=objective, init=init).eval()
+        return Transformer(config, objective=objective, init=init, head_std=head_std).eval()

@@ -3,13 +3,13 @@
 It has one of two objectives: auto-regressive, or BERT's, which hides some pixels and predicts them from the others.
 
 The arithmetic is that of the released code (openai/image-gpt src/model.py) and of HF's ImageGPT: RMS norm with only a gain,
-quick-GELU, no biases, a learned start-of-sequence vector, learned positions, and an output matrix that is not tied to wte. Called
-by the training loop, by feature extraction and by sampling.
+quick-GELU, no biases, a learned start-of-sequence vector, learned positions, and an output matrix that is tied to wte only where
+the config says so. Called by the training loop, by feature extraction and by sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -23,8 +23,12 @@ from igpt_ds.model.cpu_kernels import linear, rms_norm
 from igpt_ds.model.fused import quick_gelu, run_block
 from igpt_ds.model.ulysses import mean_over_tokens, part, to_heads, to_tokens
 
+# (x [B, t, C], place) -> x with some numbers zeroed (`model/dropout.py`): the sum of the embeddings at place 0, and the
+# outputs of attention and of the MLP of block l at places 2 l + 1 and 2 l + 2.
+Dropout = Callable[[Tensor, int], Tensor]
 
-def init_std(config: ModelConfig, init: str = "released") -> dict[str, float]:
+
+def init_std(config: ModelConfig, init: str = "released", head_std: float = 0.0) -> dict[str, float]:
     """The standard deviation of each freshly drawn tensor; every distribution is N(0, std), and 0 means zeros.
 
     | tensor                   | "released"      | "sparse_transformer"  |
@@ -35,7 +39,7 @@ def init_std(config: ModelConfig, init: str = "released") -> dict[str, float]:
     | attn.c_proj              | 1 / sqrt(C * L) | 0.25 / sqrt(C * L)    |
     | mlp.c_fc                 | 0.02            | sqrt(0.125 / C)       |
     | mlp.c_proj               | 0.02            | 0.25 / sqrt(C * L)    |
-    | head                     | 0               | 0, so the loss of step 0 is ln V |
+    | head, class_head         | head_std        | head_std; with 0 the loss of step 0 is ln V |
     | ln_1, ln_2, ln_f (gains) | all 1           | all 1                 |
 
     "released", the default, is that of openai/image-gpt src/model.py, the code of the published weights. "sparse_transformer" is
@@ -43,32 +47,36 @@ def init_std(config: ModelConfig, init: str = "released") -> dict[str, float]:
     openai/distribution_augmentation (train.py, and imagenet64-8gpu of hyperparams.py): variance 0.125 over the inputs; 0.125 /
     (2 L C) for the output of attention and 0.5 / (2 L 4 C) for that of the MLP, which are equal.
 
+    The paper compares zero heads with heads that are not (A.1) and does not say how those are drawn; GPT-2 draws all matrices
+    with 0.02. A tied matrix cannot be zero: it is drawn as the head if head_std is given, otherwise as wte.
+
     Each module draws its own tensors in its constructor: `deepspeed.zero.Init` partitions a tensor as soon as its module is
     complete, and a later initialisation would have no effect.
     """
     C, L = config.n_embd, config.n_layer
+    drawn = head_std if config.tied_embeddings else 0.0
     if init == "released":
         return {
-            "wte": 0.02,
+            "wte": drawn or 0.02,
             "sos": 0.02,
             "wpe": 0.01,
             "attn.c_attn": C**-0.5,
             "attn.c_proj": (C * L) ** -0.5,
             "mlp.c_fc": 0.02,
             "mlp.c_proj": 0.02,
-            "head": 0.0,
+            "head": head_std,
         }
     assert init == "sparse_transformer", init
     inward, outward = (0.125 / C) ** 0.5, 0.25 * (C * L) ** -0.5
     return {
-        "wte": 0.01,
+        "wte": drawn or 0.01,
         "sos": 0.01,
         "wpe": 0.01,
         "attn.c_attn": inward,
         "attn.c_proj": outward,
         "mlp.c_fc": inward,
         "mlp.c_proj": outward,
-        "head": 0.0,
+        "head": head_std,
     }
 
 
@@ -86,6 +94,27 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n_in] -> [..., n_out]."""
+        return linear(x, self.weight)
+
+
+class TiedHead(nn.Module):
+    """The head whose matrix is that of an embedding: x [..., C] -> x @ wte.T [..., V]. It has no weight of its own.
+
+    The matrix is one parameter, of wte, with one name in checkpoints and model dirs. ZeRO-3 must be told that this module reads
+    it as well (train/engine.py).
+    """
+
+    def __init__(self, wte: nn.Embedding) -> None:
+        super().__init__()
+        self._wte = (wte,)  # in a tuple, so that it is no submodule
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """wte's matrix [V, C]."""
+        return cast(nn.Parameter, self._wte[0].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., V]."""
         return linear(x, self.weight)
 
 
@@ -148,10 +177,13 @@ class Block(nn.Module):
         self.ln_2 = Norm(config.n_embd)
         self.mlp = MLP(config, std)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """[B, t, C] -> [B, t, C]."""
-        h = h + self.attn(self.ln_1(h))
-        return h + self.mlp(self.ln_2(h))
+    def forward(self, h: Tensor, dropout: Dropout | None = None, l: int = 0) -> Tensor:  # noqa: E741  (the paper's l)
+        """[B, t, C] -> [B, t, C]; l is the number of the block, by which dropout draws."""
+        if dropout is None:
+            h = h + self.attn(self.ln_1(h))
+            return h + self.mlp(self.ln_2(h))
+        h = h + dropout(self.attn(self.ln_1(h)), 2 * l + 1)
+        return h + dropout(self.mlp(self.ln_2(h)), 2 * l + 2)
 
 
 def attention_backend(config: ModelConfig, causal: bool, device: torch.device, dtype: torch.dtype) -> str:
@@ -176,7 +208,7 @@ class Transformer(nn.Module):
             tokens and heads once more.
         objective: "ar" predicts each pixel from those before it; "bert" predicts hidden pixels from all others (paper 2.1), with
             no mask in attention and no sos.
-        init: the distribution of fresh weights, see `init_std`.
+        init, head_std: the distribution of fresh weights, see `init_std`.
         group: the ranks that share the tokens of the same images (see `ulysses`). Each gets whole images of n_ctx tokens and
             returns logits and residuals of its own t = T/sp tokens; without a group t = T.
     """
@@ -188,11 +220,12 @@ class Transformer(nn.Module):
         objective: str = "ar",
         init: str = "released",
         group: ProcessGroup | None = None,
+        head_std: float = 0.0,
     ) -> None:
         super().__init__()
         assert objective in OBJECTIVES, objective
         assert activation_checkpointing in CHECKPOINTING, activation_checkpointing
-        std = init_std(config, init)
+        std = init_std(config, init, head_std)
         assert group is None or config.n_head % group.size() == 0, "ds_config.join refuses it"
         self.config, self.objective, self.group = config, objective, group
         self.activation_checkpointing = activation_checkpointing
@@ -202,9 +235,10 @@ class Transformer(nn.Module):
         self.wpe = _drawn(config.n_ctx, config.n_embd, std=std["wpe"])
         self.blocks = nn.ModuleList(Block(config, std, objective == "ar", group) for _ in range(config.n_layer))
         self.ln_f = Norm(config.n_embd)
-        self.head = Projection(config.n_embd, config.n_vocab, std["head"])
+        tied = config.tied_embeddings
+        self.head = TiedHead(self.wte) if tied else Projection(config.n_embd, config.n_vocab, std["head"])
 
-    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, mask: Tensor | None = None, dropout: Dropout | None = None) -> Tensor:
         """tokens [B, T] -> h^0 [B, t, C].
 
         "ar": sos, then all pixels except the last, each with its position. "bert": every pixel with its position; only the
@@ -219,7 +253,8 @@ class Transformer(nn.Module):
             content = self.wte(tokens[:, here])
             if mask is not None:
                 content = content.masked_fill(mask[:, here, None], 0.0)
-        return content + self.wpe[here]
+        h = content + self.wpe[here]
+        return h if dropout is None else dropout(h, 0)
 
     def _shifted(self, tokens: Tensor, here: slice) -> Tensor:
         """The input before each of these pixels: [B, T] -> [B, t, C]."""
@@ -231,16 +266,17 @@ class Transformer(nn.Module):
         first = torch.full((), here.start == 0, device=tokens.device)
         return torch.cat([torch.where(first, sos, before[:, :1]), before[:, 1:]], dim=1)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, dropout: Dropout | None = None) -> Tensor:
         """tokens [B, T] int64, and for "bert" mask [B, T] bool (True: hidden and to be predicted) -> logits [B, t, V].
 
         Without a group t = T. "ar": the logits of a pixel depend only on the pixels before it. "bert": only on the pixels that
-        are not masked.
+        are not masked. A loss of training alone passes dropout.
         """
         assert (mask is None) == (self.objective == "ar"), "the bert objective alone takes a mask, and needs one"
-        h = self.embed(tokens, mask)
-        for block in self.blocks:
-            h = run_block(block, h, self.activation_checkpointing)
+        assert dropout is None or self.training, "dropout is for training alone"
+        h = self.embed(tokens, mask, dropout)
+        for l, block in enumerate(self.blocks):  # noqa: E741  (the paper's l)
+            h = run_block(block, h, self.activation_checkpointing, dropout, l)
         return self.head(self.ln_f(h))
 
     def residuals(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

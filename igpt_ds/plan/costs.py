@@ -31,6 +31,10 @@ class Shape(Protocol):
     def n_vocab(self) -> int:
         """V, the colours."""
 
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the [V, C] matrix of the head is that of the embedding."""
+
 
 # Dense bf16 FLOP/s of one GPU from the data sheets, by the name that torch reports; the longest match counts.
 PEAK_FLOPS = {
@@ -81,9 +85,13 @@ class RankLayout:
 
 
 def parameters(config: Shape, objective: str = "ar") -> int:
-    """The exact number of weights: blocks of 12 C^2 + 2 C, two [V, C] tables, T positions, ln_f, and sos unless for "bert"."""
-    C, L = config.n_embd, config.n_layer
-    return L * (12 * C * C + 2 * C) + 2 * config.n_vocab * C + config.n_ctx * C + (2 if objective == "ar" else 1) * C
+    """The exact number of weights: blocks of 12 C^2 + 2 C, two [V, C] tables, T positions, ln_f, and sos unless for "bert".
+
+    Tied embeddings have one table. It counts once in weights, gradients, optimizer and checkpoints, and its product with the
+    logits stays: FLOPs do not change. Dropout keeps nothing for the backward pass, which draws the masks again.
+    """
+    C, L, tables = config.n_embd, config.n_layer, 1 if config.tied_embeddings else 2
+    return L * (12 * C * C + 2 * C) + tables * config.n_vocab * C + config.n_ctx * C + (2 if objective == "ar" else 1) * C
 
 
 def forward_flops_per_token(config: Shape, causal: bool) -> float:

@@ -35,7 +35,7 @@ def _what(one: Estimate) -> list[str]:
     causal = f", {one.flops_per_token_causal / 1e9:.3f} G (causal half)" if one.recipe.objective == "ar" else ""
     return [
         _line("recipe", f"{one.recipe.name}: {one.model}"),
-        _line("parameters", f"{one.parameters:,}"),
+        _line("parameters", f"{one.parameters:,}" + (", embeddings tied" if one.recipe.model.tied_embeddings else "")),
         _line("training FLOPs", f"{one.flops_per_token / 1e9:.3f} G a token (full attention){causal}; {one.flops:.3e} in total"),
     ]
 

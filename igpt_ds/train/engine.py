@@ -9,22 +9,26 @@ import logging
 import math
 import os
 import random
+import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
+from igpt_ds.config import Finetune, Recipe
 from igpt_ds.data.loader import Batch
 from igpt_ds.ds_config import DsConfig, Run, refuse_unknown
 from igpt_ds.errors import InputError
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
+from igpt_ds.model.dropout import Dropout
 from igpt_ds.model.store import open_weights
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.train.engine_protocol import Engine
@@ -138,10 +142,15 @@ def build_model(run: Run) -> Transformer:
     seed_everything(run.recipe.seed)
     with deepspeed.zero.Init(config_dict_or_path=run.ds_config, enabled=run.stage == 3):
         recipe, group = run.recipe, dist.sequence_group()
-        more = (run.activation_checkpointing, recipe.objective, recipe.init, group)
+        more: dict[str, Any] = {name: getattr(recipe, name) for name in ("objective", "init", "head_std")}
+        more |= {"activation_checkpointing": run.activation_checkpointing, "group": group}
         if recipe.finetune is None:
-            return Transformer(recipe.model, *more)
-        return Classifier(recipe.model, recipe.finetune.n_classes, recipe.finetune.layer, *more)
+            model = Transformer(recipe.model, **more)
+        else:
+            model = Classifier(recipe.model, recipe.finetune.n_classes, recipe.finetune.layer, **more)
+    if recipe.model.tied_embeddings and run.stage == 3:  # the head reads the sharded matrix of another module
+        deepspeed.zero.register_external_parameter(model.head, model.wte.weight)
+    return model
 
 
 def take_weights(model: Transformer, model_dir: Path, stage: int) -> None:
@@ -178,16 +187,54 @@ def build_engine(run: Run, pretrained: Path | None = None) -> Engine:
     model = build_model(run)
     if pretrained is not None:
         take_weights(model, pretrained, run.stage)
-    recipe = run.recipe
-    if run.ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer = DeepSpeedCPUAdam(model.parameters(), adamw_mode=False, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
-    else:
-        fused = torch.cuda.is_available()
-        optimizer = torch.optim.Adam(model.parameters(), recipe.lr, recipe.betas, recipe.eps, fused=fused)
+    offload = run.ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    optimizer = build_optimizer(model, run.recipe, offload)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=run.ds_config)
     return engine
+
+
+def build_optimizer(model: Transformer, recipe: Recipe, offload: bool = False) -> torch.optim.Optimizer:
+    """Adam, or with weight_decay AdamW (decoupled: each step multiplies a weight by 1 - lr * weight_decay).
+
+    Matrices that the loss reads decay, as in GPT-2's ports: the products, wte, wpe and the heads, but not the gains of the norms
+    and sos. They are two groups of the optimizer; without weight decay all weights are one. A tied matrix is one weight.
+
+    Args:
+        offload: the optimizer runs on the host (DeepSpeedCPUAdam).
+    """
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if recipe.weight_decay:
+        decays = {weight: _decays(name, weight, recipe.finetune) for name, weight in model.named_parameters()}
+        groups = [
+            {"params": [weight for weight, found in decays.items() if found is wanted], "weight_decay": decay}
+            for wanted, decay in ((True, recipe.weight_decay), (False, 0.0))
+        ]
+    values: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        cpu_adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=recipe.weight_decay > 0, **values)
+        return cpu_adam
+    adam = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
+    return adam(groups, **values, fused=torch.cuda.is_available())
+
+
+def _decays(name: str, weight: nn.Parameter, finetune: Finetune | None) -> bool:
+    """Whether weight decay changes a weight: a matrix that the loss reads. ZeRO has gradients of zero for the others."""
+    if finetune is not None and finetune.loss == "clf":
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if name == "head.weight" or (block and int(block[1]) >= finetune.layer):
+            return False
+    return len(getattr(weight, "ds_shape", weight.shape)) > 1  # ZeRO-3 leaves an empty vector and the shape of the whole
+
+
+def with_dropout(engine: Engine, recipe: Recipe, batch: Batch) -> Callable[..., Any]:
+    """The network of a training loss: the engine, with the recipe's dropout by the images' positions in the stream."""
+    if not recipe.dropout:
+        return engine
+    return partial(
+        engine, dropout=Dropout(recipe.dropout, recipe.seed, batch.positions, recipe.model.n_ctx, dist.sequence_group())
+    )
 
 
 def take_step(engine: Engine, micro_batches: list[Batch], loss_function: LossFunction, lr: float) -> Tensor:

@@ -90,11 +90,17 @@ def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
     knobs.add_argument("--warmup_epochs", type=float, metavar="EPOCHS", help=warmup)
     patience = "validations in a row without a new best before the run ends; 0 disables"
     knobs.add_argument("--patience", type=int, metavar="VALIDATIONS", default=5, help=patience)
-    pad = "pixels of reflection padding before a random crop; 0 disables, 4 is the paper's for CIFAR (3.1)"
+    pad = "pixels of reflection padding before a random crop; 0 disables, 4 is the paper's for CIFAR at 32x32 (3.1), 2 at 16x16"
     knobs.add_argument("--augment_pad", type=int, metavar="PIXELS", default=0, help=pad)
     flip = "mirror a random half of the images"
     switch(knobs, "--augment_flip", False, f"{flip} (default: no)")
     knobs.add_argument("--clip", type=float, metavar="NORM", default=1.0, help="largest gradient norm; 0 disables clipping")
+    drop = "probability that dropout zeroes a number of the embeddings or of a block's two outputs; 0 disables"
+    knobs.add_argument("--dropout", type=float, metavar="PROBABILITY", default=0.0, help=f"{drop} (paper 4.5: from scratch)")
+    decay = "decoupled weight decay (AdamW) of all matrices; 0 disables"
+    knobs.add_argument("--weight_decay", type=float, metavar="DECAY", default=0.0, help=decay)
+    head = "standard deviation of the fresh class head, and from scratch of the pixels' head; 0: zeros"
+    knobs.add_argument("--head_std", type=float, metavar="DEVIATION", default=0.0, help=head)
     spike = "standard deviations above the mean of recent losses at which a loss is an outlier; 0 disables"
     knobs.add_argument("--spike_sigmas", type=float, metavar="DEVIATIONS", default=6.0, help=spike)
     seed = "random seed for the order of images, augmentation and masks"

@@ -20,7 +20,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.model.classifier import class_loss, total
 from igpt_ds.model.store import ModelInfo, read_info
-from igpt_ds.train.engine import LossFunction
+from igpt_ds.train.engine import LossFunction, with_dropout
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.finetune_flags import EPOCHS, LABEL_STEPS
 from igpt_ds.train.run_dir import has_checkpoints, read_recipe, read_run
@@ -29,13 +29,13 @@ from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
 
 def finetuning_loss(recipe: Recipe) -> LossFunction:
-    """The mean over images of gen_loss + clf_loss, or of one of them. An image's position in the stream seeds its mask."""
+    """The mean over images of gen_loss + clf_loss, or of one of them. An image's position in the stream seeds its masks."""
     finetune = recipe.finetune
     assert finetune is not None
     losses = class_loss(finetune, recipe.model, recipe.objective, recipe.seed, recipe.mask_prob, dist.sequence_group())
 
     def loss(engine: Engine, batch: Batch) -> torch.Tensor:
-        gen, clf, _ = losses(engine, batch.tokens, batch.labels, batch.positions)
+        gen, clf, _ = losses(with_dropout(engine, recipe, batch), batch.tokens, batch.labels, batch.positions)
         return total(finetune, gen, clf).mean()
 
     return loss
@@ -172,6 +172,9 @@ def finetune_recipe(args: argparse.Namespace, info: ModelInfo, n_images: int, n_
         init=info.init,
         spike_sigmas=args.spike_sigmas,
         clip=args.clip,
+        dropout=args.dropout,
+        weight_decay=args.weight_decay,
+        head_std=args.head_std,
         augment_pad=args.augment_pad,
         augment_flip=args.augment_flip,
         seed=args.seed if args.untrained is None else args.untrained,

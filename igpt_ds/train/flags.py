@@ -27,6 +27,7 @@ from igpt_ds.plan.shipped import ds_config_names
 from igpt_ds.train import run_dir
 from igpt_ds.train.schedule import shorter_warmup
 
+_FLOATS = ("lr", "eps", "clip", "mask_prob", "spike_sigmas", "dropout", "weight_decay", "head_std")
 DS_CONFIG = SHIPPED / "zero3_bf16.json"
 LEAST = {
     "sequence_parallel": 1,
@@ -250,12 +251,12 @@ def _add_knob(group: argparse._ArgumentGroup, name: str, recipe: Recipe | None) 
         text = text.replace(f": {recipe.mask_prob})", ": has none)")
     if name == "betas":
         group.add_argument(flag, type=float, nargs=2, metavar=metavar, help=text)
-    elif name == "augment_flip":
+    elif name in ("augment_flip", "tied_embeddings"):
         switch(group, flag, None, text)
     elif name == "init":
         group.add_argument(flag, choices=INITS, help=text)
     else:
-        kind = float if name in ("lr", "eps", "clip", "mask_prob", "spike_sigmas") else int
+        kind = float if name in _FLOATS else int
         group.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 

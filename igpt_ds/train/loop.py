@@ -25,7 +25,7 @@ from igpt_ds.train.checkpoint.directory import set_aside_newer
 from igpt_ds.train.checkpoint.manifest import GuardStates, Progress
 from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
 from igpt_ds.train.early import EarlyState
-from igpt_ds.train.engine import LossFunction, take_step
+from igpt_ds.train.engine import LossFunction, take_step, with_dropout
 from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, range_to_skip, write_rollbacks
 from igpt_ds.train.safety.spikes import Verdict, advice
 from igpt_ds.train.schedule import learning_rate
@@ -188,6 +188,6 @@ def give_up(session: Session, outcome: StepOutcome, since: int, lost: str, good:
 
 
 def pretraining_loss(recipe: Recipe) -> LossFunction:
-    """The mean gen_loss or bert_loss (paper 2.1) over images, in nats per token. An image's stream position seeds its mask."""
+    """The mean gen_loss or bert_loss (paper 2.1) over images, in nats per token. An image's stream position seeds its masks."""
     nats = image_loss(recipe.objective, recipe.seed, recipe.mask_prob, dist.sequence_group())
-    return lambda engine, batch: nats(engine, batch.tokens, batch.positions).mean()
+    return lambda engine, batch: nats(with_dropout(engine, recipe, batch), batch.tokens, batch.positions).mean()

@@ -165,8 +165,9 @@ def check_same(run_dir: Path, run: Run, data: DataFacts) -> None:
 def _first_difference(name: str, there: object, here: object) -> str:
     """The flag with both values: of a record, that of its first field that differs."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
-        field = next(field for field in here if there.get(field) != here[field])
-        return _first_difference(field, there.get(field), here[field])
+        field = next(field for field in {**here, **there} if there.get(field) != here.get(field))
+        without = False if field == "tied_embeddings" else None  # which is left out where it is false
+        return _first_difference(field, there.get(field, without), here.get(field, without))
     return f"{'' if name in _NO_FLAGS else '--'}{name} is {there} there and {here} here"
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_ds.config import CHECKPOINTING, ModelConfig
+from igpt_ds.model.dropout import Dropout
 from igpt_ds.model.objectives import draw_masks, image_loss
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.model.ulysses import mean_over_tokens, part, to_heads, to_tokens
@@ -135,13 +136,15 @@ def check_equal_to_one(model: Transformer, sp: int, dp: int, B: int, atol: float
     """The mean over sp x dp ranks of losses and of gradients, as ZeRO takes it, is what one process gets from all B images."""
     tokens, numbers = images(model.config, B)
     alone = copy.deepcopy(model)
-    loss = image_loss(model.objective, seed, 0.3)(alone, tokens, numbers).mean()
+    drop = Dropout(0.2, seed, numbers, model.config.n_ctx)
+    loss = image_loss(model.objective, seed, 0.3)(partial(alone, dropout=drop), tokens, numbers).mean()
     loss.backward()
     share = B // dp
 
     def rank(group: td.ProcessGroup, first: int) -> tuple[Tensor, dict[str, Tensor]]:
         mine, some = joined(model, group), slice(first, first + share)
-        loss = image_loss(model.objective, seed, 0.3, group)(mine, tokens[some], numbers[some]).mean()
+        drop = Dropout(0.2, seed, numbers[some], model.config.n_ctx, group)
+        loss = image_loss(model.objective, seed, 0.3, group)(partial(mine, dropout=drop), tokens[some], numbers[some]).mean()
         loss.backward()
         return loss.detach(), gradients(mine)
 

@@ -381,10 +381,11 @@ def test_whose_a_model_dir_is(tuned: Callable[..., Path], tmp_path: Path) -> Non
     check_own(out, run_dir, ended=True)  # the best step's
     config = json.loads((out / "config.json").read_text())
     older = {name: value for name, value in config["class_head"].items() if name not in ("clip", "warmup_steps")}
-    write_json(out / "config.json", seal(config | {"class_head": older}))
+    rest = {name: value for name, value in config.items() if name not in ("head_std", "dropout", "weight_decay")}
+    write_json(out / "config.json", seal(rest | {"class_head": older}))
     check_own(out, run_dir, ended=True)  # written by code that did not write these down
 
-    others: list[dict[str, Any]] = [{"lr": 0.01}, {"seed": 1}, {"clip": 0.0}, {"warmup_steps": 2}]
+    others: list[dict[str, Any]] = [{"lr": 0.01}, {"seed": 1}, {"clip": 0.0}, {"warmup_steps": 2}, {"dropout": 0.1}]
     others += [{"finetune": Finetune(3, 2, "other")}, {"finetune": Finetune(3, 2, "abc", "clf")}]
     for number, changes in enumerate(others):
         other = tuned(f"out{number}", run_dir=f"run{number}", **({"step": 8} | changes))

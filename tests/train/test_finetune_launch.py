@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.report.results import read_results
 from igpt_ds.json_files import read_json, read_json_lines
 from igpt_ds.model.classifier import Classifier, class_loss, total
+from igpt_ds.model.dropout import Dropout
 from igpt_ds.model.store import load_classifier, load_model, read_info, save_model
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.train.engine import build_optimizer
 from igpt_ds.train.schedule import learning_rate
 
 pytestmark = pytest.mark.slow
@@ -73,10 +76,10 @@ def plain_torch(recipe: Recipe, model_dir: Path | None, data: Path) -> tuple[lis
     finetune = recipe.finetune
     assert finetune is not None
     torch.manual_seed(recipe.seed)
-    model = Classifier(recipe.model, finetune.n_classes, finetune.layer, objective=recipe.objective)
+    model = Classifier(recipe.model, finetune.n_classes, finetune.layer, objective=recipe.objective, head_std=recipe.head_std)
     if model_dir is not None:
         model.load_state_dict(load_model(model_dir)[0].state_dict() | {"class_head.weight": model.class_head.weight.data})
-    optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.eps)
+    optimizer = build_optimizer(model, recipe)
     batch, shards = recipe.batch_images, ShardSet(data, "train")
     loader = Loader(
         shards, BatchLayout(batch, batch, 0, 1), recipe.seed, augment=Augment(recipe.augment_pad, recipe.augment_flip)
@@ -85,12 +88,14 @@ def plain_torch(recipe: Recipe, model_dir: Path | None, data: Path) -> tuple[lis
     found = []
     for step in range(recipe.steps):
         images = loader.batch(step * batch, 0)
-        gen, clf, _ = losses(model, images.tokens.long(), images.labels, images.positions)
+        drops = Dropout(recipe.dropout, recipe.seed, images.positions, recipe.model.n_ctx) if recipe.dropout else None
+        gen, clf, _ = losses(partial(model, dropout=drops), images.tokens.long(), images.labels, images.positions)
         loss = total(finetune, gen, clf).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
-        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
         optimizer.step()
         found.append(loss.item())
     return found, model.eval()
@@ -145,7 +150,7 @@ def test_two_ranks_equal_plain_torch_from_the_first_loss_to_the_row(
     ("objective", "more"),
     [
         ("ar", ["--micro_batch", "3"]),
-        ("ar", ["--loss", "clf", "--layer", "1"]),
+        ("ar", ["--loss", "clf", "--layer", "1", "--dropout", "0.2", "--weight_decay", "0.3", "--head_std", "0.1"]),
         ("bert", ["--sequence_parallel", "2", "--layer", "1", "--gen_scale", "sum", "--clip", "0"]),
     ],
 )

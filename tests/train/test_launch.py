@@ -17,14 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_ds.config import Recipe
+from igpt_ds.config import Recipe, override
 from igpt_ds.data.loader import Augment, BatchLayout, Loader, sequential
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.json_files import read_json, read_json_lines, seal
 from igpt_ds.model.cpu_kernels import PRODUCTS, fastest
+from igpt_ds.model.dropout import Dropout
 from igpt_ds.model.objectives import autoregressive_loss, image_nats
 from igpt_ds.model.store import load_model
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.plan.costs import parameters
+from igpt_ds.train.engine import build_optimizer
 from igpt_ds.train.schedule import learning_rate
 
 pytestmark = pytest.mark.slow
@@ -35,8 +38,8 @@ Command = Callable[..., list[str]]
 def plain_torch_losses(recipe: Recipe, data: Path, split: str = "train") -> list[float]:
     """The same training in a plain loop on one process, without DeepSpeed."""
     torch.manual_seed(recipe.seed)
-    model = Transformer(recipe.model)
-    optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.eps)
+    model = Transformer(recipe.model, head_std=recipe.head_std)
+    optimizer = build_optimizer(model, recipe)
     batch = recipe.batch_images
     loader = Loader(
         ShardSet(data, split),
@@ -46,12 +49,14 @@ def plain_torch_losses(recipe: Recipe, data: Path, split: str = "train") -> list
     )
     losses = []
     for step in range(recipe.steps):
-        tokens = loader.batch(step * batch, 0).tokens.long()
-        loss = autoregressive_loss(model(tokens), tokens)
+        images = loader.batch(step * batch, 0).to("cpu")
+        drops = Dropout(recipe.dropout, recipe.seed, images.positions, 16) if recipe.dropout else None
+        loss = autoregressive_loss(model(images.tokens, dropout=drops), images.tokens)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -91,16 +96,32 @@ def test_two_ranks_with_accumulation_equal_plain_torch(
     assert float(total[0] / total[1]) == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective"])
-def test_activation_checkpointing_of_sharded_weights_equals_plain_torch(
-    launch: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, sharded_config: Path, mode: str
+def test_every_knob_under_every_activation_checkpointing_interrupted_equals_plain_torch(
+    launch: Any, tool: Any, command: Command, curves: Curves, recipe: Recipe, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    """ZeRO-3 gathers a module's weights while it runs, also when it runs again; "full" is the other tests'."""
-    settings = read_json(sharded_config, "ds_config") | {"igpt_ds": {"activation_checkpointing": mode}}
-    sharded_config.write_text(json.dumps(settings))
-    said = succeed(launch(command("two"), ranks=2))
-    assert training_losses(curves("two")) == pytest.approx(plain_torch_losses(recipe, tiny_dataset), abs=1e-5)
+    """ZeRO-3 gathers a module's weights while it runs, also when it runs again: the same masks of dropout, and one tied matrix.
+
+    A run whose activations are all kept equals, bit for bit, one that recomputes some and stops on the way.
+    """
+    knobs = {"dropout": 0.2, "weight_decay": 0.3, "head_std": 0.1, "tied_embeddings": True}
+    words = ["--dropout", "0.2", "--weight_decay", "0.3", "--head_std", "0.1", "--tied_embeddings"]
+    configs = {mode: tmp_path / f"{mode}.json" for mode in ("none", "selective")}
+    for mode, path in configs.items():
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 500}
+        path.write_text(json.dumps({"zero_optimization": zero, "igpt_ds": {"activation_checkpointing": mode}}))
+    said = succeed(launch(command("whole", *words, "--ds_config", str(configs["none"])), ranks=2))
     assert "attention by torch's flash kernel on cpu" in said
+    staged = command("staged", *words, "--ds_config", str(configs["selective"]))
+    succeed(launch([*staged, "--stop_at_step", "8"], ranks=2))
+    succeed(launch([*staged, "--resume", "auto"], ranks=2))
+    assert curves("staged") == curves("whole")
+    plain = plain_torch_losses(override(recipe, **knobs), tiny_dataset)
+    assert training_losses(curves("whole")) == pytest.approx(plain, abs=1e-5)
+
+    assert tool("consolidate", "--run_dir", tmp_path / "staged", "--out", tmp_path / "model")[0] == 0
+    model, info = load_model(tmp_path / "model")
+    assert sum(weight.numel() for weight in model.parameters()) == parameters(override(recipe, **knobs).model)
+    assert (info.dropout, info.weight_decay, info.head_std, info.config.tied_embeddings) == tuple(knobs.values())
 
 
 def test_torchrun_in_bf16_without_ninja_or_compiler(launch: Any, command: Command, curves: Curves, tmp_path: Path) -> None:

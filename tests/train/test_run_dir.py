@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.config import Recipe, override, recipe_to_dict
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import Run, join
 from igpt_ds.json_files import seal
@@ -106,12 +106,20 @@ def test_a_run_of_older_code_continues(tmp_path: Path, recipe: Recipe, palette: 
     path = where / "run.json"
     values = json.loads(path.read_text())
     del values["recipe"]["mask_prob"], values["recipe"]["init"], values["sha256"]
+    del values["recipe"]["dropout"], values["recipe"]["weight_decay"], values["recipe"]["head_std"]
     path.write_text(json.dumps(values | {"version": 1}))
     save(where)
     start(where, run, palette, resume=True)
     path.write_text(json.dumps(values | {"version": 1}))
     with pytest.raises(ValueError, match="init is released there and sparse_transformer here"):
         start(where, join(dataclasses.replace(recipe, init="sparse_transformer"), ZERO, 2), palette, resume=True)
+    tied = join(override(recipe, tied_embeddings=True), ZERO, 2)
+    with pytest.raises(ValueError, match="--tied_embeddings is False there and True here"):
+        start(where, tied, palette, resume=True)
+    start(tmp_path / "b", tied, palette)
+    save(tmp_path / "b")
+    with pytest.raises(ValueError, match="--tied_embeddings is True there and False here"):
+        start(tmp_path / "b", run, palette, resume=True)
 
 
 @pytest.mark.parametrize("product", cpu_kernels.PRODUCTS)

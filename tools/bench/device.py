@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class DeviceSession:
         """A size of the paper, with n_layer layers if given; a model of two layers for --toy."""
         if self.toy:
             return ModelConfig(n_layer=2, n_head=2, n_embd=32, n_px=4, n_vocab=16)
-        shape = SIZES[size] | ({"n_layer": n_layer} if n_layer else {})
-        return ModelConfig(**shape, n_px=n_px)
+        config = ModelConfig(**SIZES[size], n_px=n_px)
+        return replace(config, n_layer=n_layer or config.n_layer)
 
     def attempt(self, what: str, seconds: float, measure: Callable[[], list[BenchRow]]) -> float | None:
         """Adds the rows of `measure`, or a row with the reason of its failure. Returns `ours` of the first row."""

@@ -44,7 +44,7 @@ class Origin:
     seed: int | None = None  # of untrained weights
     precision: str = "fp32"  # of the matrix products
     dtype: str = "fp32"  # of the files
-    model: dict[str, int] | None = None  # the shape of the model
+    model: dict[str, int | bool] | None = None  # the shape of the model
     mask_prob: float | None = None  # None: no image is masked
     mask_seed: int | None = None
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -73,10 +73,10 @@ def open_model(
         hashes = f"palette {info.palette_hash[:12]}, {shards.path} was made with {shards.palette_hash[:12]}"
         raise InputError(f"{model_dir} was trained with {hashes}; make the shards with {model_dir / 'palette.npy'}")
     model_palette(model_dir, info)
-    origin = Origin("trained", info.palette_hash, objective=info.objective, model=asdict(info.config))
+    origin = Origin("trained", info.palette_hash, objective=info.objective, model=info.config.to_dict())
     origin = replace(origin, mask_prob=(info.mask_prob or MASK_PROB) if info.objective == "bert" else None)
     if untrained is not None:
-        model = fresh_model(info.config, untrained, info.objective, info.init)
+        model = fresh_model(info.config, untrained, info.objective, info.init, info.head_std)
         return model, replace(origin, weights="untrained", model_hash=_hash(model), step=0, seed=untrained)
     origin = replace(origin, model_hash=info.model_hash, step=info.step)
     return (load_without_blocks if blocks_elsewhere else load_model)(model_dir)[0], origin

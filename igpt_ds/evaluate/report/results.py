@@ -18,7 +18,6 @@ There are three kinds of row, each with the names that identify a measurement (`
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from igpt_ds.json_files import read_json_lines, seal, write_json_lines
 from igpt_ds.locks import locked
 from igpt_ds.plan.costs import parameters
 from igpt_ds.provenance import git_commit
+from igpt_ds.schema import record_from
 from igpt_ds.sealed import Format
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def likelihood_row(measured: Likelihood, model: ModelConfig) -> LikelihoodRow:
     left_out = ("commit", "objective", "published", "published_does_not_apply")
     about = {"format": RESULT.name, "version": RESULT.version, "kind": "likelihood", "weights": "trained"}
     facts = {name: value for name, value in measured.to_dict().items() if name not in left_out}
-    shape = {"model_objective": measured.objective, "model": dataclasses.asdict(model)}
+    shape = {"model_objective": measured.objective, "model": model.to_dict()}
     row = as_row(about | shape | facts | {"git_commit": measured.commit})
     assert isinstance(row, LikelihoodRow)
     return row
@@ -292,4 +292,4 @@ def model_name(shape: dict[str, int] | None) -> str:
 
 def model_parameters(row: Row) -> int | None:
     """The number of parameters of a row's model, if its shape is known."""
-    return None if row.model is None else parameters(ModelConfig(**row.model), row.model_objective)
+    return None if row.model is None else parameters(record_from(ModelConfig, row.model, "row", ""), row.model_objective)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
-from igpt_ds.config import ModelConfig
+from igpt_ds.config import SHAPE, ModelConfig
 from igpt_ds.errors import InputError
 from igpt_ds.schema import record_from
 
@@ -36,7 +36,7 @@ class ResultRow:
     kind: str  # "probe", "finetune" or "likelihood"
     weights: str  # "trained", "untrained" or "pixels"
     model_hash: str
-    model: dict[str, int] | None  # the shape of the transformer
+    model: dict[str, int | bool] | None  # the shape of the transformer
     model_objective: str
     step: int  # of pre-training
     dataset: str
@@ -156,7 +156,7 @@ def check_types(values: Mapping[str, object], line: str) -> None:
     fix = "remove the line and measure again"
     record_from(_schema(str(values["kind"])), values, line, fix)
     if isinstance(shape := values.get("model"), dict):
-        if missing := [field.name for field in dataclasses.fields(ModelConfig) if field.name not in shape]:
+        if missing := [name for name in SHAPE if name not in shape and name != "tied_embeddings"]:  # left out where it is false
             raise InputError(f"{line} has no 'model.{missing[0]}'; {fix}")
         record_from(ModelConfig, shape, f"{line} field 'model'", fix, strict=True)
 

@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from igpt_ds.config import ModelConfig
+from igpt_ds.config import ModelConfig, Size
 from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_dir, sha256_file
 from igpt_ds.json_files import read_json, write_json
@@ -86,12 +86,15 @@ def save_imported(model_dir: Path, imported: ImportedModel, palette: Path, palet
 # --------------------------------------------------------------------------------------------------- HF, written
 
 
-def write_hf(directory: Path, config: ModelConfig, weights: dict[str, Tensor], colors: np.ndarray) -> None:
+def write_hf(directory: Path, config: ModelConfig, weights: dict[str, Tensor], colors: np.ndarray, dropout: float = 0.0) -> None:
     """Writes what `ImageGPTForCausalImageModeling` and `ImageGPTImageProcessor` load with from_pretrained.
 
     Args:
         weights: state dict of an auto-regressive Transformer(config).
         colors: the palette, float32 [V, 3] in [-1, 1].
+        dropout: of its training, which takes effect with .train() at the same places (model/dropout.py).
+
+    Tied embeddings are written twice, exactly: HF's wte has a row more than its head, for sos, so HF cannot tie them.
 
     Raises:
         ValueError: the weights are those of a BERT model (without sos), which HF does not have, or the directory exists.
@@ -101,8 +104,7 @@ def write_hf(directory: Path, config: ModelConfig, weights: dict[str, Tensor], c
     V = config.n_vocab
     names = {"architectures": ["ImageGPTForCausalImageModeling"], "model_type": "imagegpt", "dtype": "float32"}
     shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": None}
-    # The released code has no dropout. HF's default of 0.1 would take effect with .train().
-    drops = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    drops = {"attn_pdrop": 0.0, "embd_pdrop": dropout, "resid_pdrop": dropout}  # always written: HF's default is 0.1
     sizes = {"n_positions": config.n_ctx, "vocab_size": V + 1}
     # transformers 4.42 to 5.20 divides scores by int(sqrt(D)), 11 for M's 11.31 and 9 for L's 9.80, except in this mode. It is
     # correct in every version, and in float32 the arithmetic is the same.
@@ -128,7 +130,7 @@ def _weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str,
         "transformer.wte.weight": torch.cat([weights["wte.weight"], weights["sos"][None]]),
         "transformer.wpe.weight": weights["wpe"],
         "transformer.ln_f.weight": weights["ln_f.weight"],
-        "lm_head.weight": weights["head.weight"],
+        "lm_head.weight": weights["wte.weight" if config.tied_embeddings else "head.weight"],
     }
     for i in range(config.n_layer):
         for name in ("ln_1", "ln_2"):
@@ -168,11 +170,11 @@ def _hf_config(values: Any, path: Path) -> ModelConfig:
             raise InputError(f"{path}: {name}={value!r} must be a whole number of at least 1")
     if values.get("n_inner") not in (None, 4 * shape["n_embd"]):
         raise InputError(f"{path}: n_inner={values['n_inner']!r}; this project's MLP is 4 x n_embd = {4 * shape['n_embd']} wide")
-    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
+    sizes = Size(n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"])
     return shape_of(sizes, shape["n_positions"], shape["vocab_size"] - 1, path)
 
 
-def shape_of(sizes: dict[str, int], n_ctx: int, n_vocab: int, path: Path) -> ModelConfig:
+def shape_of(sizes: Size, n_ctx: int, n_vocab: int, path: Path) -> ModelConfig:
     """The ModelConfig of n_layer, n_head, n_embd in `sizes`, n_ctx positions and n_vocab colours; ValueError names `path`."""
     n_px = math.isqrt(n_ctx)
     if n_px * n_px != n_ctx:

@@ -108,7 +108,7 @@ def small_recipe(recipe: Recipe, groups: int, parts: int) -> Recipe:
     sides = (side for side in range(4, recipe.model.n_px + 1) if side * side % parts == 0)
     n_px = min(next(sides, recipe.model.n_px), recipe.model.n_px)
     model = ModelConfig(n_layer=2, n_head=recipe.model.n_head, n_embd=8 * recipe.model.n_head, n_px=n_px, n_vocab=16)
-    return dataclasses.replace(recipe, name="preflight", model=model, batch_images=groups, augment_pad=0)
+    return dataclasses.replace(recipe, name="preflight", model=model, batch_images=groups, augment_pad=0, head_std=0.0)
 
 
 def training_step(recipe: Recipe, ds_config: DsConfig) -> StepLosses:

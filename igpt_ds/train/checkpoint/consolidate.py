@@ -6,7 +6,6 @@ tools/consolidate.py and, for the best step of a fine-tuning, by finetune.py.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from igpt_ds.config import Recipe
+from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.data.palette import load_palette
 from igpt_ds.data.shards.index import read_index
@@ -32,6 +31,7 @@ from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 
 _OF_DATA = ("crop", "resize_filter")  # read where the training data lies, if it is still there
 _LATER = ("warmup_steps", "clip")  # of a class head's training; older code did not record them
+_KNOBS = ("head_std", "dropout", "weight_decay")  # older code had none of them
 
 
 def consolidate(run_dir: Path, out: Path, step: int | None = None) -> tuple[int, int]:
@@ -101,10 +101,10 @@ def check_own(out: Path, run_dir: Path, ended: bool) -> None:
     if newest is None:
         raise InputError(f"{other}: {run_dir} has no checkpoint yet; {fix}")
     manifest = newest.manifest
-    ours = json.loads(json.dumps(_info(manifest), default=dataclasses.asdict))
+    ours = json.loads(json.dumps(_info(manifest), default=ModelConfig.to_dict))
     theirs = read_json(out / "config.json", "model config")
     for name, here in (ours | (ours.get("class_head") or {})).items():
-        older = here if name in _LATER else None
+        older = here if name in _LATER else 0.0 if name in _KNOBS else None
         there = (theirs | (theirs.get("class_head") or {})).get(name, older)
         if name not in ("class_head", "step", "images_seen", *_OF_DATA) and there != here:
             raise InputError(f"{other}: {name} is {there} there and {here} here; {fix}")
@@ -124,6 +124,7 @@ def _info(manifest: Manifest) -> dict[str, object]:
         "objective": recipe.objective,
         "mask_prob": recipe.mask_prob if recipe.objective == "bert" else None,
         "init": recipe.init,
+        **{name: getattr(recipe, name) for name in _KNOBS},
         "palette_hash": manifest.data.palette_hash,
         "dataset_hash": manifest.data.dataset_hash,
         "step": manifest.step,

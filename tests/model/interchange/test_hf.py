@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ ODD = ModelConfig(n_layer=2, n_head=3, n_embd=24, n_px=5, n_vocab=7)
 SHAPES = {
     "odd": ODD,
     "one pixel": ModelConfig(n_layer=1, n_head=1, n_embd=4, n_px=1, n_vocab=2),
+    "tied": replace(ODD, tied_embeddings=True),
     "wide heads": ModelConfig(n_layer=3, n_head=2, n_embd=96, n_px=6, n_vocab=300),
     "S": ModelConfig(**SIZES["s"]),
 }
@@ -158,10 +160,14 @@ def test_without_sos_hfs_logits_are_others(tmp_path: Path) -> None:
     assert (theirs(tokens[:, :-1]).logits - ours(tokens)[:, 1:]).abs().amax() > 0.1
 
 
-def test_our_export_has_no_dropout_and_stays_equal_in_train_mode(tmp_path: Path) -> None:
+def test_our_export_has_the_recipes_dropout_and_without_it_stays_equal_in_train_mode(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", ODD, our_model(ODD).state_dict(), colors_of(ODD))
     theirs, tokens = loaded_by_hf(tmp_path / "hf"), some_tokens(ODD)
     assert torch.equal(theirs.train()(tokens).logits, theirs.eval()(tokens).logits)
+    write_hf(tmp_path / "dropped", ODD, our_model(ODD).state_dict(), colors_of(ODD), dropout=0.3)
+    found = loaded_by_hf(tmp_path / "dropped")
+    assert [found.config.embd_pdrop, found.config.resid_pdrop, found.config.attn_pdrop] == [0.3, 0.3, 0.0]
+    assert found.transformer.drop.p == found.transformer.h[0].attn.resid_dropout.p == found.transformer.h[0].mlp.dropout.p == 0.3
 
 
 @pytest.mark.parametrize(("n_head", "asked"), [(8, True), (4, False), (2, True), (1, False)])
