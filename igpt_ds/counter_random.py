@@ -5,7 +5,7 @@ Used for the order of images, their augmentation, the masks of the BERT objectiv
 
 Purposes keep the streams of one seed apart: 0, 4, 5 and 10 are the order's (data/order.py), 1 to 3 the augmentation's
 (data/loader.py), 6 the shuffle buffer's (data/streaming.py), 7 and 8 the masks' (model/objectives.py),
-9 dropout's (model/dropout.py), 31 the SGD probe's (evaluate/probes/rows.py).
+9 the mask draws' (evaluate/likelihood.py), 11 dropout's (model/dropout.py), 31 the SGD probe's (evaluate/probes/rows.py).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from igpt_ds.counter_random import random_words
 from igpt_ds.model.ulysses import part
 
-_DROPOUT = 9  # purpose of random words
+_DROPOUT = 11  # purpose of random words
 
 
 class Dropout:
