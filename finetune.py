@@ -36,6 +36,7 @@ from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.results import add_results, read_results
 from igpt_ds.evaluate.report.row_types import FinetuneRow
+from igpt_ds.evaluate.report.single_layers import best_layer
 from igpt_ds.files import check_writable
 from igpt_ds.plan.command import dry_run
 from igpt_ds.train.checkpoint.directory import choose_checkpoint
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     launcher.map_environment(os.environ)
     images = open_mixture([args.data], None, args.exclude, args.on_bad, args.max_bad, args.train_split, one_view=True)
     start = starting_point(args)
+    if args.layer_from is not None:
+        args.layer = best_layer(args.layer_from, start.model_hash)
     if args.labels is not None:
         few_labels(args, start, images)
         return

@@ -111,9 +111,11 @@ case $name in
     fi
     ;;
   sweep_lr)
+    rates=$(flag --max_rates "$@") || rates=8 # all at once, one array task each
+    wants --array || asked+=(--array="0-$((rates - 1))")
     put -- "$@"
     name=tool after=afterany asked=(--job-name=sweep_table) # the table shows the rates that finished
-    put -- tools/sweep_lr.py --collect --out "$(flag --out "$@")"
+    put -- tools/sweep_lr.py --collect --max_rates "$rates" --out "$(flag --out "$@")"
     ;;
   *) put -- "$@" ;;
 esac

@@ -162,6 +162,8 @@ def run_stages(launch: Launcher, tool: Callable[..., tuple[Any, str, str]]) -> C
             name, job, _, printed, _, *words = line.split("\x1f")
             if name.startswith(before):
                 return
+            if job == "sweep_lr":
+                words.insert(words.index("--") + 1, sys.executable)
             if job in ("pretrain", "finetune"):
                 done = launch(words, ranks=1)
                 status, stdout, stderr = done.returncode, done.stdout, done.stderr

@@ -21,10 +21,11 @@ Call = tuple[str, list[str]]  # "tools/tables.py" or "-m igpt_ds.plan", and its 
 
 
 def commands(text: str) -> list[str]:
-    """The commands of the ```bash blocks, continuation lines joined, comments left out."""
+    """The commands of the ```bash blocks, continuation lines joined, comments left out; and those in the cells of tables."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    cells = re.findall(r"`((?:python tools/|deepspeed )[^`]+)`", "\n".join(re.findall(r"^\|.*\|$", text, flags=re.MULTILINE)))
+    return [*(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")), *cells]
 
 
 def calls(command: str) -> list[Call]:

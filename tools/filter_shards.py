@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.model_dir = model_dir(args.model)
     reference, candidates = ShardSet(args.reference, args.reference_split), ShardSet(args.candidates, args.candidates_split)
     check(reference, candidates)
+    written = candidates if args.write_from is None else same_images(candidates, args.write_from, args.candidates_split)
     n = n_to_keep(candidates.n_images, args.keep)
     with reserved(args.out, args.report), scratch_dir(args.report) as report:
         model, origin = open_model(args.model_dir, reference)
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         note = {"tool": "tools/filter_shards.py", **fitted, "keep": args.keep, "n_kept": n, "threshold": threshold}
         write_json(report / "report.json", note)
         move_dir(report, args.report)  # before the shards, which are there only if everything is
-        copy_images(args.out, candidates, kept, note=note)
+        copy_images(args.out, written, kept, note=note)
     print(f"{candidates.n_images} candidates scored in {duration(seconds)}, {candidates.n_images / seconds:.1f} images/s")
     print(f"{args.out}: {n} images ({n / candidates.n_images:.2%}), score {threshold:.3f} and above")
     print(f"{args.report}: report.json, scores.npy, histogram.png, sheet.png")
@@ -122,6 +123,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--candidates_split", default="train", help="split of --candidates")
     parser.add_argument("--keep", type=float, required=True, help="share of the candidates to keep, above 0 and at most 1")
     parser.add_argument("--out", type=Path, required=True, help="shard directory to write")
+    sizes = "shards of the candidates at another size, from which the kept images are written (default: --candidates)"
+    parser.add_argument("--write_from", type=Path, metavar="DIR", help=sizes)
     parser.add_argument("--report", type=Path, help="directory for report, scores and pictures (default: OUT_report)")
     parser.add_argument("--layer", type=int, help="layer whose features are used (default: the middle layer)")
     parser.add_argument("--fit_images", type=int, default=10_000, help="images of each set that the classifier is fitted on")
@@ -147,6 +150,21 @@ def check(reference: ShardSet, candidates: ShardSet) -> None:
     if (reference.n_px, reference.palette_hash) != (candidates.n_px, candidates.palette_hash):
         sides = " and ".join(f"{s.path} ({s.n_px}x{s.n_px}, palette {s.palette_hash[:8]})" for s in (reference, candidates))
         raise InputError(f"{sides} do not fit one model; make both with the n_px and palette.npy of --model")
+
+
+def same_images(candidates: ShardSet, path: Path, split: str) -> ShardSet:
+    """The candidates at another size: shards of the same source, whose keys are compared at a thousand places.
+
+    Raises:
+        ValueError: the shards hold other images, or another order of them.
+    """
+    other = ShardSet(path, split)
+    places = np.unique(np.linspace(0, candidates.n_images - 1, 1000).astype(np.int64))
+    keys = candidates.keys_of(places) if other.n_images == candidates.n_images else None
+    if keys is None or keys != other.keys_of(places):
+        fix = "make both from the same --source with the same flags but --n_px"
+        raise InputError(f"--write_from {path} does not hold the images of {candidates.path} in their order; {fix}")
+    return other
 
 
 def say_how_well(domain: Domain, layer: int, deepest: int) -> None:

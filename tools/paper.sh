@@ -31,7 +31,10 @@ fi
 cd "$(dirname "$0")/.."
 [[ -d .venv/bin ]] && PATH=$PWD/.venv/bin:$PATH
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait leave their core to others: igpt_ds/threads.py
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+gpus=0 # torch counts them, which takes seconds, where a GPU's device file exists
+if compgen -G '/dev/nvidia*' >/dev/null || compgen -G '/dev/nvhost*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]]; then
+  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+fi
 if ((gpus > 0)); then
   ranks=$gpus ds_config=ds_configs/zero3_bf16.json
 else
@@ -51,10 +54,20 @@ last_line() { # LOG: what the stage said last, a row of training under the names
     END { if (NR) print (row ? columns : "") last }'
 }
 
-on_ranks() { # PROGRAM FLAG...: the program on all ranks
-  local port
+on_ranks() { # [TOOL FLAG... --] PROGRAM FLAG...: the program on all ranks, started by the tool if there is one
+  local port before=()
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-  OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}} deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$@"
+  if [[ $1 == tools/* ]]; then
+    before=(python)
+    while [[ $1 != -- ]]; do
+      before+=("$1")
+      shift
+    done
+    before+=(--)
+    shift
+  fi
+  export OMP_NUM_THREADS=${threads:-${OMP_NUM_THREADS:-8}}
+  "${before[@]}" deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$@"
 }
 
 asked=(--scale "$scale" "${data[@]}" --out "$out" --gpus "$ranks" --ds_config "$ds_config")
@@ -76,7 +89,7 @@ while IFS=$'\x1f' read -r -a fields <&3; do
   exec 4> >(trap '' INT && exec cat >"$log")
   writer=$!
   case $job in
-    pretrain | finetune) on_ranks "${words[@]}" >&4 2>&1 4>&- || status=$? ;;
+    pretrain | finetune | sweep_lr) on_ranks "${words[@]}" >&4 2>&1 4>&- || status=$? ;;
     *) python "${words[@]}" >&4 2>&1 4>&- || status=$? ;;
   esac
   exec 4>&-

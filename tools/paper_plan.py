@@ -29,9 +29,12 @@ from igpt_ds.ds_config import load_ds_config
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.json_files import write_json
 from igpt_ds.paper import budget, forecast
-from igpt_ds.paper.scales import SCALES, Images, Scale, Training, get_scale
-from igpt_ds.paper.stage import Flags, Stage, command_line
-from igpt_ds.paper.stages import chosen, stages
+from igpt_ds.paper.full import PRECISIONS, Full
+from igpt_ds.paper.maker import chosen
+from igpt_ds.paper.scales import SCALES, get_scale
+from igpt_ds.paper.stage import Flags, Stage, command_line, shown, unfinished
+from igpt_ds.paper.stages import stages
+from igpt_ds.paper.system import Images, Scale, Training
 from igpt_ds.plan.command import add_ds_config_flag, network
 from igpt_ds.plan.step_time import GPUS, Cluster
 from igpt_ds.sealed import Format
@@ -47,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cluster = Cluster(GPUS[args.gpu], args.node_gpus, network(args.nodes_nic))
     out = args.out or Path("runs") / f"paper_{args.scale}"
     training = with_images(args) if args.training and args.scale == "own" and args.data else args.training
-    scale = get_scale(args.scale, args.data, args.n_px, args.steps, cluster.gpu.memory, training)
+    paper = Full(args.precision, args.search_rates, args.web, args.web_keep)
+    scale = get_scale(args.scale, args.data, args.n_px, args.steps, training, paper)
     if scale.name == "full" and not Path(args.data).is_dir():  # it may exist on the machine that runs the stages
         print(
             f"warning: --data {args.data} is not a directory on this machine; give another --data if it should be",
@@ -57,20 +61,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     def machine(recipe: Recipe) -> Flags:
         if args.ds_config:
             return {"ds_config": args.ds_config}
-        return budget.machine_flags(budget.trained(recipe, args.gpus, cluster))
+        own = budget.FP32 if scale.precision == "fp32" else None
+        return budget.machine_flags(budget.trained(recipe, args.gpus, cluster, ds_config=own))
 
     found = stages(scale, out, machine)
     if args.commands and not args.dry_run:
         begin(out, scale, asked(args, scale))
-        left = {stage.name: stage for stage in found if not stage.done}
-        for stage in left.values():
-            line = command_line(stage, [name for name in stage.needs if name in left], forecast.purpose(stage))
+        left = unfinished(found)
+        names = {stage.name for stage in left}
+        for stage in left:
+            line = command_line(stage, [name for name in stage.needs if name in names], forecast.purpose(stage))
             sys.stdout.buffer.write(os.fsencode(f"{line}\n"))  # for a script: as it is, with its separators
         return
     on_cpu = args.ds_config and not (load_ds_config(args.ds_config).get("bf16") or {}).get("enabled")
-    print(describe_stages(found, out, scale, forecast.cpu(args.gpus) if on_cpu else forecast.gpus(args.gpus, cluster)))
+    print(describe_stages(found, out, scale, forecast.cpu(args.gpus) if on_cpu else forecast.gpus(args.gpus, cluster, scale)))
     if scale.name == "full":
-        print(f"\n{budget.describe_costs(budget.costs(scale, args.gpus, cluster), args.gpus, cluster)}")
+        found_costs = budget.costs(scale, args.gpus, cluster)
+        print(f"\n{budget.describe_costs(found_costs, args.gpus, cluster)}")
+        print(f"precision {paper.precision}; {other_precision(args, paper, cluster)}")
+
+
+def other_precision(args: argparse.Namespace, paper: Full, cluster: Cluster) -> str:
+    """What the plan costs in the other precision."""
+    other = next(name for name in PRECISIONS if name != paper.precision)
+    scale = get_scale("full", args.data, None, args.steps, None, replace(paper, precision=other))
+    try:
+        hours = f"{sum(cost.gpu_hours for cost in budget.costs(scale, args.gpus, cluster)):,.0f} GPU-hours"
+    except InputError as error:
+        hours = str(error)
+    return f"--precision {other}: {hours}. The paper computed in float32 (A.1); bf16 here has fp32 master weights"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -93,6 +112,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80g", help="kind of GPU")
     parser.add_argument("--node_gpus", type=int, default=8, help="GPUs per node")
     parser.add_argument("--nodes_nic", default="8x400", help="network cards per node x Gbit/s of each")
+    precision = "full: of trainings and features; fp32 is the paper's, and several times as slow (default: bf16)"
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help=precision)
+    rates = "full: also search the learning rates of pre-training (paper 3.4), instead of taking Table 5's"
+    parser.add_argument("--search_rates", action="store_true", help=rates)
+    web = "full: web images for XL beside ImageNet (paper 3; default: ImageNet alone)"
+    parser.add_argument("--web", metavar="KIND:WHERE", help=web)
+    keep = "full: share of the web images to keep, those most like ImageNet by the features of S (default: 1)"
+    parser.add_argument("--web_keep", type=float, metavar="SHARE", default=1.0, help=keep)
     best = "ds_config of every training (default: the plan's choice for each recipe)"
     add_ds_config_flag(parser, best)
     parser.add_argument("--dry_run", action="store_true", help="print the plan, also with --commands; nothing is run or written")
@@ -147,6 +174,8 @@ def with_images(args: argparse.Namespace) -> Training:
 def asked(args: argparse.Namespace, scale: Scale) -> dict[str, object]:
     """The flags that must stay the same in one directory. What earlier versions did not know is there only where it differs."""
     flags: dict[str, object] = {name: getattr(args, name) or None for name in ("scale", "data", "n_px", "steps")}
+    names = ("precision", "search_rates", "web", "web_keep")
+    flags |= {name: getattr(args, name) for name in names if getattr(args, name) != getattr(Full(), name)}
     if not args.training:
         return flags
     images, recipe = scale.images[0], args.training.recipe
@@ -191,24 +220,27 @@ def may_change(out: Path, found: dict[str, object], wanted: dict[str, object]) -
 
 
 def describe_stages(found: Sequence[Stage], out: Path, scale: Scale, machine: forecast.Machine) -> str:
-    """After a summary by kind, for each stage its time, its purpose and its command; then the sum of the times."""
-    kinds = {stage.job: [one for one in found if one.job == stage.job] for stage in found}
-    counted = ", ".join(f"{len(some)} {job}" for job, some in kinds.items())
-    done = sum(stage.done for stage in found)
+    """After a summary, for each stage its purpose, its section of the paper, its precision, its time and its command."""
+    left = {stage.name for stage in unfinished(found)}
+    done = len(found) - len(left)
     counts = {images.id: images_of(images, out / "shards" / images.id) for images in scale.images}
-    times = [0.0 if stage.done else forecast.seconds(stage, scale, machine, counts) for stage in found]
+    times = [0.0 if stage.name not in left else forecast.seconds(stage, scale, machine, counts) for stage in found]
     lines = []
     for stage, time in zip(found, times, strict=True):
-        told = "finished" if stage.done else "time unknown" if time is None else f"about {rounded(time)}"
-        lines.append(f"{'done' if stage.done else 'to do':<6}{stage.name}: {forecast.purpose(stage)}; {told}")
-        if not stage.done:
-            lines.append(f"      {shortened(' '.join(stage.words))}")
+        section = f"paper {stage.section}" if stage.section else "not in the paper" if scale.name != "own" else ""
+        ends = stage.name not in left
+        takes = "finished" if ends else "time unknown" if time is None else f"about {rounded(time)}"
+        about = "; ".join(filter(None, (forecast.purpose(stage), section, forecast.precision(stage), takes)))
+        lines.append(f"{'done' if ends else 'to do':<6}{stage.name}: {about}")
+        if not ends:
+            lines.append(f"      {shown(stage)}")
     models = count(len(scale.systems), "model")
-    head = f"the paper at scale {scale.name} in {out}: {models}, {len(found)} stages ({counted}), {done} done"
+    head = f"the paper at scale {scale.name} in {out}: {models}, {count(len(found), 'stage')}, {done} finished"
     unknown = times.count(None)
     more = f", and {count(unknown, 'stage')} of unknown time" if unknown else ""
     total = f"about {rounded(sum(time or 0.0 for time in times))}{more} on {machine.words}, one stage after another"
-    return "\n".join([head, *lines, f"to do: {count(len(found) - done, 'stage')}, {total}; estimated, an idle machine assumed"])
+    last = f"to do: {count(len(found) - done, 'stage')}, {total}; estimated, an idle machine assumed"
+    return "\n".join([head, forecast.by_kind(found), *lines, last])
 
 
 def images_of(images: Images, shards: Path) -> dict[str, int]:
@@ -224,11 +256,6 @@ def rounded(seconds: float) -> str:
     """A duration in steps that an estimate deserves."""
     step = 5 if seconds < 60 else 60 if seconds < 7200 else 600
     return duration(max(step, step * round(seconds / step)))
-
-
-def shortened(command: str, most: int = 116) -> str:
-    """A command in one line of a terminal."""
-    return command if len(command) <= most else f"{command[:most]} ..."
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run_dir,
         ranks,
         args.micro_batch,
-        args.keep_last,
+        args.keep_last + len(args.keep_steps),
         args.keep_every,
         args.val_split.split("+") if args.stream else None,
     )

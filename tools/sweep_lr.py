@@ -25,6 +25,7 @@ from igpt_ds.evaluate.report.figures import rate_curve
 from igpt_ds.files import atomic_file
 from igpt_ds.train.sweep import (
     MAX_RATES,
+    SWEEP_FILE,
     Result,
     best,
     finished,
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(describe(train(args, rate(args.array_index))))
         return
     results: list[Result] = []
-    while (lr := next_rate(results)) is not None:
+    while (lr := next_rate(results, args.max_rates)) is not None:
         result = read_result(args.out / run_name(lr), lr)
         if result is None and args.collect:
             break
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"{args.out / run_name(rate(0))} is not finished, so there is nothing to collect; train it before --collect"
         )
-    report(args.out, results)
+    report(args.out, results, args.max_rates)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,6 +68,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--array_index", type=int, help="train only the rate with this number; 0 is 0.01, 1 is 0.003 (default: all rates)"
     )
+    most = "largest number of rates to try (default: down to the rate that is worse than the one before)"
+    parser.add_argument("--max_rates", type=int, metavar="RATES", default=MAX_RATES, help=most)
     parser.add_argument("--collect", action="store_true", help="write table and figure of the finished runs and train nothing")
     parser.add_argument("command", nargs="*", help="after --: the training command, without --lr, --run_dir and --resume")
     args = parser.parse_args(argv)
@@ -84,6 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise InputError(f"{word} is set by the search; leave it out of the training command")
     if args.array_index is not None and not 0 <= args.array_index < MAX_RATES:
         raise InputError(f"--array_index {args.array_index} must lie between 0 and {MAX_RATES - 1}")
+    if not 1 <= args.max_rates <= MAX_RATES:
+        raise InputError(f"--max_rates {args.max_rates} must lie between 1 and {MAX_RATES}")
     return args
 
 
@@ -131,13 +136,13 @@ def describe(result: Result) -> str:
     return f"lr {result.lr:g}: {'' if result.val_loss is None else f'{result.measured} '}{result}"
 
 
-def report(out: Path, results: list[Result]) -> None:
+def report(out: Path, results: list[Result], most: int) -> None:
     """Writes sweep.md, sweep.json and sweep.png."""
     chosen = best(results)
-    write_sweep(out / "sweep.json", results)
+    write_sweep(out / SWEEP_FILE, results, most)
     with atomic_file(out / "sweep.md", "w") as file:
         file.write(table(results))
-    title = f"Learning rates: {out.resolve().name}" + ("" if finished(results) else " (not finished)")
+    title = f"Learning rates: {out.resolve().name}" + ("" if finished(results, most) else " (not finished)")
     values, what = points(results)
     rate_curve({out.resolve().name: values}, what, out / "sweep.png", title)
     print(table(results), end="")

@@ -17,9 +17,11 @@ from pathlib import Path
 
 from igpt_ds import cli
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.report.results import experiment, read_all
+from igpt_ds.evaluate.report.results import best_row, by_layer, experiment, read_all, read_results
+from igpt_ds.evaluate.report.row_types import FinetuneRow, Row
 from igpt_ds.evaluate.report.run_files import ReportedRun, read_curve
 from igpt_ds.evaluate.report.tables import TITLES, layer_table, markdown_table, paper_table
+from igpt_ds.markdown import as_table
 from igpt_ds.train.run_dir import read_recipe, read_run
 
 
@@ -30,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.paper:
         recipes = [read_recipe(run_dir / "run.json") for run_dir in args.run_dir]
         print("\n\n".join(paper_table(number, every, recipes) for number in args.paper))
+        return
+    if args.by_file:
+        print(
+            file_table([(path.parent.name if path.stem == "results" else path.stem, read_results(path)) for path in args.results])
+        )
         return
     rows = experiment(every, args.dataset)
     for run_dir in args.run_dir:
@@ -56,10 +63,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="run directories whose validation losses (or with --paper 5 whose learning rates) are printed",
     )
+    parser.add_argument("--by_file", action="store_true", help="print one line for each file: its best probe or its fine-tuning")
     parser.add_argument("--dataset", help="data set to print, by its name in the results; required if they have several")
     args = parser.parse_args(argv)
     if args.paper and args.dataset:
         raise InputError(f"--dataset {args.dataset} has no meaning with --paper, whose tables have their own data sets; omit it")
+    if args.paper and args.by_file:
+        raise InputError("--by_file and --paper print different tables; leave out one of them")
     return args
 
 
@@ -73,6 +83,32 @@ def validation_line(run_dir: Path) -> str:
         f"validation: {rows[-1].val_loss:.4f} nats/token after {rows[-1].step} steps; "
         f"ln {n_vocab} = {math.log(n_vocab):.4f} before the first"
     )
+
+
+def file_table(files: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    """A Markdown table with a line for each named file: its best layer by the held-out images, or its last fine-tuning.
+
+    Raises:
+        ValueError: a file has neither.
+    """
+    lines = []
+    for name, rows in files:
+        probes, tuned = by_layer(rows), [row for row in rows if isinstance(row, FinetuneRow)]
+        if not probes and not tuned:
+            raise InputError(f"the results of {name} hold no probe by layer and no fine-tuning; leave them out")
+        row = best_row(probes) if probes else tuned[-1]
+        layer = row.get("layer" if probes else "head_layer")
+        held_out = "-" if row.held_out_accuracy is None else f"{100 * row.held_out_accuracy:.1f}"
+        lines.append(
+            (
+                name,
+                "probe" if probes else "fine-tuning",
+                "-" if layer is None else f"{layer}",
+                held_out,
+                f"{100 * row.accuracy:.1f}",
+            )
+        )
+    return as_table(("results", "by", "layer", "held out", "accuracy"), lines)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,72 @@
 """Counts what a scale costs before anything is submitted: GPU-hours and bytes on disk.
 
-In: a scale (scales.py), a number of GPUs and their kind. Out: `Cost`s, and text made of them. A pre-training costs what
+In: a scale (system.py), a number of GPUs and their kind. Out: `Cost`s, and text made of them. A pre-training costs what
 `options` estimates for the fastest ds_config that fits. A fine-tuning costs the same per step, for all its epochs, although
-early stopping ends most of them sooner. Feature extraction costs a forward pass. Probes by SGD are counted at an assumed
-millisecond per step. Probes by L-BFGS, pictures and tables take minutes each and are not counted. Called by tools/paper_plan.py.
+early stopping ends most of them sooner. A search of learning rates costs one training for each rate from 0.01 to the one below
+the best; the best of a fine-tuning is assumed a tenth of pre-training's (paper 4.5). Feature extraction costs a forward pass.
+Probes by SGD are counted at an assumed millisecond per step. Probes by L-BFGS, pictures and tables take minutes each and are not
+counted. Called by tools/paper_plan.py.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from igpt_ds.config import Recipe
+from igpt_ds.ds_config import load_ds_config
 from igpt_ds.errors import InputError
-from igpt_ds.paper.scales import Images, Scale, System
+from igpt_ds.paper.system import Images, Scale, System, Tuning
 from igpt_ds.plan.costs import KEEP_LAST, forward_flops_per_token, parameters
 from igpt_ds.plan.estimate import DOLLARS, Estimate, Price
 from igpt_ds.plan.options import Request, options
-from igpt_ds.plan.step_time import EFFICIENCY, Cluster
+from igpt_ds.plan.shipped import find_ds_config, shipped
+from igpt_ds.plan.step_time import EFFICIENCY, FP32_SHARE, Cluster
 from igpt_ds.plan.text import columns, run_time
 
 SGD_STEPS, SGD_FITS, SGD_SECONDS = 1_000_000, 3, 1e-3  # paper 3.4; two groups of rates and the final fit; assumed, per step
+LABEL_STEPS = 400  # of a fine-tuning with few labels, at most: the default of finetune.py
 BLOCK = 512  # bytes of a tar block; a record is three blocks and the .npy file (data/shards/record.py)
 NPY_HEADER = 128
+FP32 = "zero3_fp32.json"
+KINDS = ("pre-training", "A.1", "rate searches", "fine-tuning", "features", "probes", "shards")
 
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of one thing: GPU time, disk space, or both."""
 
-    kind: str  # "pre-training", "fine-tuning", "features", "probes", "shards"
+    kind: str  # one of KINDS
     what: str
     gpu_hours: float = 0.0
     disk: float = 0.0  # bytes
     estimate: Estimate | None = None  # only of a pre-training
 
 
-def trained(recipe: Recipe, gpus: int, cluster: Cluster, keep_every: int = 0) -> Estimate:
+@functools.cache
+def trained(recipe: Recipe, gpus: int, cluster: Cluster, kept: int = 0, ds_config: str | None = None) -> Estimate:
     """The estimate of the recommended way to train a recipe.
 
     Args:
-        keep_every: checkpoints at multiples of this step are kept; 0: none.
+        kept: checkpoints that are kept beside the newest.
+        ds_config: the only one that is considered; None: those for bf16.
 
     Raises:
         ValueError: the batch does not divide over the GPUs, or no shipped ds_config fits them.
     """
-    best = options(Request(recipe, gpus, cluster, price=Price(keep_every=keep_every)))[0]
+    file = find_ds_config(ds_config) if ds_config else None
+    candidates = {file.name: load_ds_config(file)} if file else shipped()
+    best = options(Request(recipe, gpus, cluster, candidates, price=Price(keep_last=KEEP_LAST + kept)))[0]
     if not best.fits:
         raise InputError(f"{recipe.name} does not fit {gpus} {cluster.gpu.name}; give more --gpus, or larger ones by --gpu")
     return best
+
+
+def ds_config_of(system: System, scale: Scale) -> str | None:
+    """The ds_config that a system must have; None: the plan chooses."""
+    return Path(system.ds_config).name if system.ds_config else FP32 if scale.precision == "fp32" else None
 
 
 def costs(scale: Scale, gpus: int, cluster: Cluster) -> list[Cost]:
@@ -62,39 +80,62 @@ def costs(scale: Scale, gpus: int, cluster: Cluster) -> list[Cost]:
     found = [Cost("shards", images.id, disk=shard_bytes(images)) for images in scale.images]
     for system in scale.systems:
         found += _of(system, scale, gpus, cluster)
-    kinds = ("pre-training", "fine-tuning", "features", "probes", "shards")
-    return sorted(found, key=lambda cost: kinds.index(cost.kind))
+    return sorted(found, key=lambda cost: KINDS.index(cost.kind))
+
+
+def rates_tried(lr: float) -> int:
+    """The rates of a search (paper 3.4) whose best is `lr`: 0.01, 0.003, 0.001, ... down to the one below it."""
+    rates = [float(f"{digit}e-{power}") for power in range(2, 10) for digit in (1, 0.3)]
+    return 2 + min(range(len(rates)), key=lambda place: abs(rates[place] / lr - 1))
+
+
+def tuning_steps(tuning: Tuning, scale: Scale, batch_images: int, n_images: int) -> int:
+    """The most steps of a fine-tuning."""
+    if "labels" in tuning.knobs:
+        return int(str(tuning.knobs["subsets"])) * int(str(tuning.knobs.get("steps", LABEL_STEPS)))
+    return scale.finetune_steps or round((tuning.epochs or scale.epochs) * n_images / batch_images)
 
 
 def _of(system: System, scale: Scale, gpus: int, cluster: Cluster) -> Iterator[Cost]:
     """The costs of one system."""
     recipe = system.recipe
-    best = trained(recipe, gpus, cluster, system.every if system.stages > 1 else 0)
+    best = trained(recipe, gpus, cluster, len(system.points), ds_config_of(system, scale))
     models = 4 * parameters(recipe.model, recipe.objective) * len(system.steps)
-    yield Cost("pre-training", recipe.name, best.gpu_hours, best.disk_bytes + models, best)
-    for ids, how in ((system.finetuned, "fine-tuned"), (system.from_scratch, "from scratch")):
-        for id in ids:
-            steps = scale.finetune_steps or round(scale.epochs * scale.of(id).counts["train"] / recipe.batch_images)
-            hours = best.gpu_hours * steps / recipe.steps
-            disk = (KEEP_LAST + 2) * best.checkpoint_bytes + 4 * best.parameters
-            yield Cost("fine-tuning", f"{recipe.name} {how} on {id}", hours, disk)
+    yield Cost("A.1" if system.changed else "pre-training", recipe.name, best.gpu_hours, best.disk_bytes + models, best)
+    one = (KEEP_LAST + 2) * best.checkpoint_bytes + 4 * best.parameters  # the disk of one training
+    if system.searched:
+        tried = rates_tried(recipe.lr)
+        yield Cost("rate searches", f"{recipe.name}: {tried} rates", tried * best.gpu_hours, tried * one)
+    for tuning in system.tunings:
+        steps = tuning_steps(tuning, scale, recipe.batch_images, scale.of(tuning.images).counts["train"])
+        hours, name = best.gpu_hours * steps / recipe.steps, f"{recipe.name} {tuning.name} on {tuning.images}"
+        if tuning.searched == tuning.name:
+            tried = rates_tried(recipe.lr / 10)
+            yield Cost("rate searches", f"{name}: {tried} rates", tried * hours, tried * one)
+        yield Cost("fine-tuning", name, hours, one)
     for id in system.probed:
         images = scale.of(id)
         models_probed = len(system.steps) if id == system.probed[0] else 1
         models_probed += id == system.probed[0] and "untrained" in system.variants
-        yield _features(recipe, images, scale.bf16, models_probed, cluster)
+        yield _features(recipe, images, scale, models_probed, cluster)
         if images.sgd:
-            hours = len(images.probed(recipe)) * SGD_FITS * SGD_STEPS * SGD_SECONDS / 3600
+            probes = recipe.model.n_layer + 1 + ("concat" in system.variants)
+            hours = probes * SGD_FITS * SGD_STEPS * SGD_SECONDS / 3600
             yield Cost("probes", f"{recipe.name} on {id}", models_probed * hours)
 
 
-def _features(recipe: Recipe, images: Images, fp16: bool, models: int, cluster: Cluster) -> Cost:
-    config, layers = recipe.model, images.probed(recipe)
+def forward_rate(cluster: Cluster, precision: str) -> float:
+    """FLOP/s of a forward pass on one GPU."""
+    return EFFICIENCY * (FP32_SHARE * cluster.gpu.fp32 if precision == "fp32" else cluster.gpu.gemm)
+
+
+def _features(recipe: Recipe, images: Images, scale: Scale, models: int, cluster: Cluster) -> Cost:
+    config = recipe.model
     fitted = sum(images.counts[split] for split in images.train_split.split("+"))
     seen = fitted + images.counts[images.eval_split] * (5 if recipe.objective == "bert" else 1)
     flops = seen * config.n_ctx * forward_flops_per_token(config, causal=recipe.objective == "ar")
-    hours = flops * max(layers) / config.n_layer / (cluster.gpu.gemm * EFFICIENCY) / 3600
-    disk = seen * len(layers) * config.n_embd * (2 if fp16 else 4)
+    hours = flops / forward_rate(cluster, scale.precision) / 3600
+    disk = seen * (config.n_layer + 1) * config.n_embd * (4 if scale.precision == "fp32" else 2)
     what = f"{recipe.name} on {images.id}" + (f", {models} models" if models > 1 else "")
     return Cost("features", what, models * hours, models * disk)
 

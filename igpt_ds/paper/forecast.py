@@ -9,24 +9,27 @@ is 1.58e11 FLOP/s. The seconds of small stages are assumed. Called by tools/pape
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from igpt_ds.config import Recipe
+from igpt_ds.console import count
 from igpt_ds.data.shards.index import read_index
-from igpt_ds.data.sources import open_source
+from igpt_ds.data.sources import listing, open_source
+from igpt_ds.ds_config import load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.paper import budget
-from igpt_ds.paper.scales import Images, Scale
 from igpt_ds.paper.stage import Stage
+from igpt_ds.paper.system import Images, Scale, System
 from igpt_ds.plan.costs import forward_flops_per_token, train_flops_per_token
-from igpt_ds.plan.step_time import EFFICIENCY, Cluster
+from igpt_ds.plan.shipped import find_ds_config
+from igpt_ds.plan.step_time import Cluster
 
 CPU_FLOPS, CPU_STEP_SECONDS = 1.58e11, 0.1  # of two processes; the second: what a step takes beside its arithmetic
 PROBE_PASSES = 4000  # over the training images: 13 penalties of some 300 iterations, forward and backward in one
-CLASSES = 10  # of a probe
+CLASSES = {"imagenet": 1000, "cifar100": 100}  # of a probe; 10 of others
 COUNT_SECONDS = 5.0  # after which a source is too large to be counted for a forecast
 _T = TypeVar("_T")
 Counts = Mapping[str, int]  # images of each split; empty if unknown
@@ -49,13 +52,27 @@ _PROTOCOLS = {
 _TOOLS = {
     "tools/fit_palette.py": "the palette: the colours that pixels become",
     "tools/make_shards.py": "the images as tokens of the palette, in shards",
+    "tools/filter_shards.py": "the images that are most like another data set",
     "tools/consolidate.py": "a model dir of a checkpoint",
     "tools/evaluate.py": "the likelihood of held-out images",
     "tools/sgd_probe.py": "linear probes by SGD: features larger than memory",
+    "tools/sweep_lr.py": "search of the learning rate: one training for each rate, until the result gets worse",
     "tools/sample.py": "a picture of images that the model draws",
     "tools/tables.py": "all results as tables",
     "tools/model_card.py": "the results in the model's card",
     "tools/report.py": "one page with pictures and tables",
+}
+
+
+KINDS = {  # of stages: the word for one and for several
+    "train.py": ("pre-training", "pre-trainings"),
+    "tools/sweep_lr.py": ("search of a learning rate", "searches of a learning rate"),
+    "finetune.py": ("fine-tuning", "fine-tunings"),
+    "tools/extract_features.py": ("set of features", "sets of features"),
+    "tools/linear_probe.py": ("probe by L-BFGS", "probes by L-BFGS"),
+    "tools/sgd_probe.py": ("probe by SGD", "probes by SGD"),
+    "tools/figures.py": ("figure", "figures"),
+    "": ("other stage", "other stages"),
 }
 
 
@@ -67,26 +84,35 @@ class Machine:
     start_seconds: float  # of one process, with its imports
     flops: float  # of one process, in a forward pass
     images_per_s: float  # read, decoded, and cropped
-    step_seconds: Callable[[Recipe], float]
+    step_seconds: Callable[[System], float]
 
 
 def cpu(ranks: int) -> Machine:
     """Two cores; further ranks share them."""
 
-    def step(recipe: Recipe) -> float:
+    def step(system: System) -> float:
+        recipe = system.recipe
         flops = train_flops_per_token(recipe.model) * recipe.model.n_ctx * recipe.batch_images
         return CPU_STEP_SECONDS + flops / CPU_FLOPS
 
     return Machine(f"{ranks} CPU processes", 6.0, CPU_FLOPS / 2, 1000.0, step)
 
 
-def gpus(number: int, cluster: Cluster) -> Machine:
-    """GPUs of one kind."""
+def gpus(number: int, cluster: Cluster, scale: Scale) -> Machine:
+    """GPUs of one kind, and the scale whose precision they compute in."""
 
-    def step(recipe: Recipe) -> float:
-        return budget.trained(recipe, number, cluster).step.seconds
+    def step(system: System) -> float:
+        ds_config = budget.ds_config_of(system, scale) if scale.name == "full" else None
+        return budget.trained(system.recipe, number, cluster, ds_config=ds_config).step.seconds
 
-    return Machine(f"{number} {cluster.gpu.name}", 20.0, cluster.gpu.gemm * EFFICIENCY, 5000.0, step)
+    forward = budget.forward_rate(cluster, scale.precision if scale.name == "full" else "bf16")
+    return Machine(f"{number} {cluster.gpu.name}", 20.0, forward, 5000.0, step)
+
+
+def by_kind(found: Sequence[Stage]) -> str:
+    """How many stages of each kind there are, in words."""
+    kinds = Counter(stage.words[0] if stage.words[0] in KINDS else "" for stage in found)
+    return ", ".join(count(kinds[name], *words) for name, words in KINDS.items() if kinds[name])
 
 
 def purpose(stage: Stage) -> str:
@@ -96,7 +122,10 @@ def purpose(stage: Stage) -> str:
         return "pre-training: the network learns to predict pixels"
     if program == "finetune.py":
         how = "training as a classifier from fresh weights" if "--untrained" in words else "fine-tuning as a classifier"
-        return f"{how}, and its accuracy"
+        loss = ", with the class loss alone" if _value(stage, "--loss") == "clf" else ""
+        layer = ", with the class head on the best layer" if "--layer_from" in words else ""
+        labels = f" on {_value(stage, '--labels')} labels" if "--labels" in words else ""
+        return f"{how}{labels}{loss}{layer}, and its accuracy"
     if program == "tools/figures.py":
         return f"figure: {_FIGURES[words[1]]}"
     if program == "tools/extract_features.py":
@@ -121,51 +150,97 @@ def seconds(stage: Stage, scale: Scale, machine: Machine, counts: Mapping[str, C
     Args:
         counts: images of each split, by the id of the data set.
     """
-    images = _longest(scale.images, lambda one: one.id, stage.name) or scale.images[0]
-    system = _longest(scale.systems, lambda one: one.recipe.name, stage.name)
+    images = _images(stage, scale)
+    system = _longest(scale.systems, lambda one: one.recipe.name, stage.name) or scale.of_recipe(scale.main)
     found, program, start = counts.get(images.id) or {}, stage.words[0], machine.start_seconds
-    recipe = system.recipe if system else scale.of_recipe(scale.main).recipe
+    recipe = system.recipe
     try:
-        if program == "train.py":
-            return start + recipe.steps * machine.step_seconds(recipe)
-        if program == "finetune.py":
-            given = _value(stage, "--steps")
-            if not given and not found:
-                return None
-            steps = int(given) if given else round(scale.epochs * _of(found, "train") / recipe.batch_images)
-            return start + steps * machine.step_seconds(recipe)
+        if program in ("train.py", "finetune.py", "tools/sweep_lr.py"):
+            return _training(stage, scale, system, machine, found)
     except InputError:
         return None
     if program == "tools/sample.py":
         return start + 32 * recipe.model.n_ctx**2 * forward_flops_per_token(recipe.model, causal=True) / (8 * machine.flops)
     if program in ("tools/fit_palette.py", "tools/make_shards.py"):
         read = sum(found.values()) * images.views if found else None
-        return None if read is None else start + min(read, scale.palette_images or read) / machine.images_per_s
+        most = scale.palette_images if program == "tools/fit_palette.py" else None
+        return None if read is None else start + min(read, most or read) / machine.images_per_s
+    if program == "tools/filter_shards.py":
+        kept = next(one.filtered for one in scale.systems if one.filtered)
+        system, images = scale.of_recipe(kept.recipe), scale.of(kept.candidates)
+        return _forward(system, images, counts.get(images.id) or {}, machine, pixels=False)
     if program in ("tools/extract_features.py", "tools/evaluate.py"):
-        return _forward(recipe, images, found, machine, "--pixels" in stage.words)
+        return _forward(system, images, found, machine, "--pixels" in stage.words)
     if program in ("tools/linear_probe.py", "tools/sgd_probe.py"):
-        return _probes(stage, recipe, images, found, machine)
+        return _probes(stage, scale, system, found, machine)
     return start
 
 
-def _forward(recipe: Recipe, images: Images, found: Counts, machine: Machine, pixels: bool) -> float | None:
+def _training(stage: Stage, scale: Scale, system: System, machine: Machine, found: Counts) -> float | None:
+    """A pre-training, a fine-tuning, or a search over one of them."""
+    recipe, words = system.recipe, stage.words
+    tuning = _longest(system.tunings, lambda one: f"{recipe.name}-{one.images}-{one.name}", stage.name)
+    searches, steps = words[0] == "tools/sweep_lr.py", recipe.steps
+    if tuning is not None:
+        if not (found or scale.finetune_steps):
+            return None
+        steps = budget.tuning_steps(tuning, scale, recipe.batch_images, _of(found, "train"))
+    tried = budget.rates_tried(recipe.lr if tuning is None else recipe.lr / 10) if searches else 1
+    return min(tried, scale.max_rates or tried) * (machine.start_seconds + steps * machine.step_seconds(system))
+
+
+def _forward(system: System, images: Images, found: Counts, machine: Machine, pixels: bool) -> float | None:
     if not found:
         return None
+    recipe = system.recipe
     seen = _of(found, images.train_split) + _of(found, images.eval_split) * (5 if recipe.objective == "bert" else 1)
     flops = 0.0 if pixels else seen * recipe.model.n_ctx * forward_flops_per_token(recipe.model, causal=recipe.objective == "ar")
     return machine.start_seconds + flops / machine.flops
 
 
-def _probes(stage: Stage, recipe: Recipe, images: Images, found: Counts, machine: Machine) -> float | None:
+def _probes(stage: Stage, scale: Scale, system: System, found: Counts, machine: Machine) -> float | None:
     if stage.words[0] == "tools/sgd_probe.py":
-        return machine.start_seconds + stage.rows * budget.SGD_FITS * budget.SGD_STEPS * budget.SGD_SECONDS
+        steps = scale.sgd_steps or budget.SGD_STEPS
+        return machine.start_seconds + stage.rows * budget.SGD_FITS * steps * budget.SGD_SECONDS
     if not found:
         return None
+    images = _images(stage, scale)
     pixels, protocol = stage.name.startswith("probe-pixels"), _value(stage, "--protocol")
-    width = 3 * images.n_px**2 if pixels else recipe.model.n_embd * (5 if protocol == "concat" else 1)
-    fits = stage.rows + (len(images.probed(recipe)) if protocol and not pixels else 0)  # the search of the best layer
-    flops = fits * PROBE_PASSES * 4 * _of(found, images.train_split) * width * CLASSES
+    width = 3 * images.n_px**2 if pixels else system.recipe.model.n_embd * (5 if protocol == "concat" else 1)
+    layers = system.recipe.model.n_layer + 1
+    fits = stage.rows + (layers if protocol and not pixels else 0)  # the search of the best layer
+    flops = fits * PROBE_PASSES * 4 * _of(found, images.train_split) * width * CLASSES.get(images.name, 10)
     return machine.start_seconds + fits + flops / machine.flops
+
+
+def _images(stage: Stage, scale: Scale) -> Images:
+    """The data set that a stage reads."""
+    return _longest(scale.images, lambda one: one.id, stage.name) or scale.images[0]
+
+
+def precision(stage: Stage) -> str:
+    """The precision that a stage computes in; "" where it computes nothing in floating point."""
+    program = stage.words[0]
+    if program == "tools/extract_features.py":
+        stored = _value(stage, "--dtype")
+        return (
+            ""
+            if "--pixels" in stage.words
+            else (_value(stage, "--precision") or "fp32") + (f", stored in {stored}" if stored else "")
+        )
+    if program in ("tools/evaluate.py", "tools/filter_shards.py", "tools/linear_probe.py", "tools/sgd_probe.py"):
+        return _value(stage, "--precision") or "fp32"
+    if ds_config := _value(stage, "--ds_config"):
+        return load_precision(ds_config)
+    return ""
+
+
+def load_precision(ds_config: str) -> str:
+    """The precision of a ds_config in words."""
+    values = load_ds_config(find_ds_config(ds_config))
+    parts = {name: values.get(name) for name in ("bf16", "fp16")}
+    half = next((name for name, part in parts.items() if isinstance(part, dict) and part.get("enabled")), None)
+    return f"{half} with fp32 master weights" if half else "fp32"
 
 
 def count_images(images: Images, shards: Path) -> dict[str, int]:
@@ -175,7 +250,7 @@ def count_images(images: Images, shards: Path) -> dict[str, int]:
     if shards.is_dir():
         return {split: known.n_images for split, known in read_index(shards).splits.items()}
     until, found = 0.0, dict[str, int]()
-    for entry in open_source(images.source).entries():
+    for entry in listing(open_source(images.source)):
         until = until or time.monotonic() + COUNT_SECONDS  # without the source's own imports
         found[entry.split] = found.get(entry.split, 0) + 1
         if time.monotonic() > until:

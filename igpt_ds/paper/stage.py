@@ -5,11 +5,13 @@ In: a program and its flags. Out: a `Stage`. stages.py makes them, tools/paper_p
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.errors import InputError
+from igpt_ds.json_files import read_json
 
 Value = object  # True: a flag without a value; None or False: the flag is left out; a sequence: several values
 Flags = dict[str, Value]
@@ -20,8 +22,10 @@ JOBS = {
     "tools/make_shards.py": "make_shards",
     "tools/extract_features.py": "extract_features",
     "tools/linear_probe.py": "probe",
+    "tools/sweep_lr.py": "sweep_lr",
 }
-GPU_TOOLS = ("tools/evaluate.py", "tools/sgd_probe.py", "tools/sample.py")  # one process each, on a GPU
+SHOWS = ("tools/figures.py", "tools/tables.py", "tools/model_card.py", "tools/report.py")  # seconds each
+GPU_TOOLS = ("tools/evaluate.py", "tools/filter_shards.py", "tools/sgd_probe.py", "tools/sample.py")  # one process each, on a GPU
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Stage:
     rows: int = 0  # rows that a complete results file has
     printed: bool = False  # the output file holds what the command prints
     needs: tuple[str, ...] = ()  # names of stages
+    section: str = ""  # of the paper, with its tables and figures; "": not in the paper
 
     @property
     def job(self) -> str:
@@ -45,7 +50,33 @@ class Stage:
         """Whether its output exists and is complete."""
         if self.job in ("pretrain", "finetune"):
             return (self.leaves / "FINISHED").exists()
+        if self.job == "sweep_lr":
+            return search_finished(self.leaves)
         return self.leaves.exists() and (not self.rows or self.leaves.read_bytes().count(b"\n") >= self.rows)
+
+
+def unfinished(found: Sequence[Stage]) -> list[Stage]:
+    """The stages that have to run, in their order: those that are not done, and those that show what another will change."""
+    left: dict[str, Stage] = {}
+    for stage in found:
+        if not stage.done or (stage.words[0] in SHOWS and not left.keys().isdisjoint(stage.needs)):
+            left[stage.name] = stage
+    return list(left.values())
+
+
+def search_finished(out: Path) -> bool:
+    """Whether the search of a learning rate has its end: tools/sweep_lr.py also writes a table of some rates."""
+    file = out / "sweep.json"
+    return file.exists() and read_json(file, "sweep").get("finished") is True
+
+
+def shown(stage: Stage) -> str:
+    """The command as it can be typed; a training by the launcher of one machine."""
+    program, *rest = stage.words
+    if "--" in rest:
+        cut = rest.index("--") + 1
+        return shlex.join(["python", program, *rest[:cut], "deepspeed", *rest[cut:]])
+    return shlex.join(["deepspeed" if stage.job in ("pretrain", "finetune") else "python", program, *rest])
 
 
 SEPARATOR = "\x1f"  # ASCII's unit separator, which no path or flag contains

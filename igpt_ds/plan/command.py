@@ -49,7 +49,7 @@ def dry_run(run: Run, args: argparse.Namespace, models: int = 0) -> str:
         args: the values of `add_cluster_flags`, of --ds_config and of the flags that keep checkpoints.
         models: checkpoints that are kept beside the newest ones.
     """
-    price = Price(args.dollars_per_gpu_hour or DOLLARS, args.keep_last + models, args.keep_every)
+    price = Price(args.dollars_per_gpu_hour or DOLLARS, args.keep_last + models + len(args.keep_steps), args.keep_every)
     return describe_plan([estimate(run, args.ds_config.name, read_cluster(args), price)])
 
 

@@ -32,21 +32,22 @@ class Gpu:
     attention: float  # FLOP/s of a flash attention kernel
     hbm: float  # bytes a second of its memory
     nvlink: float  # bytes a second of collectives inside a node
+    fp32: float  # FLOP/s of float32 without TF32, from the data sheet
 
 
 # Memory and peak: NVIDIA's data sheets of A100 (2020), H100 and H200 SXM (2023, 2024) and HGX B200 (2024).
 # H100: matrix products 680e12 during training (794.5e12 alone) and NVLink 396e9 of 450e9 pairwise, from S. Bekman's
 # ml-engineering; attention 480e12 by cuDNN 9 or FlashAttention 3 at head dimension 128; HBM 0.9 of the data sheet, as a copy on
 # an H200 reaches (4.3e12 of 4.8e12). A100: products 268e12 alone (ml-engineering), attention 0.63 of the peak (FlashAttention 2).
-# B200: the same fractions of the data sheet as H100, unchecked.
+# B200: the same fractions of the data sheet as H100, unchecked. Float32 is without TF32, which torch takes only when asked to.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40g", 40e9, 312e12, 260e12, 196e12, 1.4e12, 230e9),
-        Gpu("a100-80g", 80e9, 312e12, 260e12, 196e12, 1.83e12, 230e9),
-        Gpu("h100-80g", 80e9, 989.4e12, 680e12, 480e12, 3.0e12, 360e9),
-        Gpu("h200-141g", 141e9, 989.4e12, 700e12, 500e12, 4.3e12, 360e9),
-        Gpu("b200", 180e9, 2250e12, 1550e12, 1090e12, 7.2e12, 720e9),
+        Gpu("a100-40g", 40e9, 312e12, 260e12, 196e12, 1.4e12, 230e9, 19.5e12),
+        Gpu("a100-80g", 80e9, 312e12, 260e12, 196e12, 1.83e12, 230e9, 19.5e12),
+        Gpu("h100-80g", 80e9, 989.4e12, 680e12, 480e12, 3.0e12, 360e9, 67e12),
+        Gpu("h200-141g", 141e9, 989.4e12, 700e12, 500e12, 4.3e12, 360e9, 67e12),
+        Gpu("b200", 180e9, 2250e12, 1550e12, 1090e12, 7.2e12, 720e9, 75e12),
     )
 }
 
@@ -58,6 +59,7 @@ NEVER_HIDDEN = 0.10  # share of the overlapping communication that still costs t
 NIC_SHARE = 0.92  # share of a network card's nominal rate that collectives reach
 BETWEEN_STEPS = 0.004  # seconds of Python, logging and synchronisation
 ALL_TO_ALL_CALL = 10e-6  # seconds to start one exchange of sequence parallelism
+FP32_SHARE = 0.75  # of the data sheet's rate that float32 products and attention reach before EFFICIENCY (assumed)
 ELEMENTWISE, RECOMPUTED = (
     30,
     0.6,
@@ -113,9 +115,11 @@ def step_time(config: Shape, layout: RankLayout, cluster: Cluster, causal: bool 
     """
     gpu, L, C, T = cluster.gpu, config.n_layer, config.n_embd, config.n_ctx
     matmul, square = multiplied(config), (0.5 if causal else 1.0) * 4 * L * T * C
-    elementwise = ELEMENTWISE * L * C / gpu.hbm
-    forward = 2 * matmul / gpu.gemm + square / gpu.attention + elementwise
-    backward = 4 * matmul / gpu.gemm + 2.5 * square / gpu.attention + 2 * elementwise  # flash attention recomputes its scores
+    whole = layout.precision == "fp32"
+    gemm, attention = (FP32_SHARE * gpu.fp32,) * 2 if whole else (gpu.gemm, gpu.attention)
+    elementwise = ELEMENTWISE * L * C / gpu.hbm * (2 if whole else 1)
+    forward = 2 * matmul / gemm + square / attention + elementwise
+    backward = 4 * matmul / gemm + 2.5 * square / attention + 2 * elementwise  # flash attention recomputes its scores
     again = {"none": 0.0, "selective": RECOMPUTED * elementwise, "full": forward}[layout.checkpointing]
     tokens = layout.micro_batch * T / layout.sequence_parallel
     micro = tokens * (forward + backward + again) / EFFICIENCY

@@ -24,8 +24,9 @@ from igpt_ds.train.flags import (
     add_safety_flags,
     check_numbers,
 )
+from igpt_ds.train.sweep import add_search_flag, take_search
 
-EPOCHS = 20
+EPOCHS, LR = 20, 0.0003
 LABEL_STEPS = 400  # of a run with few labels, whose epochs are of a step or two
 
 
@@ -57,8 +58,20 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add_safety_flags(parser)
     add_machine_flags(parser)
     args = parser.parse_args(argv)
+    _take_search(args)
     _check(args)
     return args
+
+
+def _take_search(args: argparse.Namespace) -> None:
+    """The learning rate of --search; if no images are left to validate on, also how many steps are best."""
+    result = take_search(args)
+    if result is None:
+        args.lr = LR if args.lr is None else args.lr
+    elif args.steps is None and args.val_split in args.train_split.split("+"):
+        if result.step is None:
+            raise InputError(f"--search {args.search} is of an earlier version and has no best step; give --steps")
+        args.steps = result.step
 
 
 def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +88,13 @@ def _add_learning_flags(parser: argparse.ArgumentParser) -> None:
     scale = "gen_loss per token, as in the released code, or summed over an image's tokens, as in the paper's formula"
     knobs.add_argument("--gen_scale", choices=GEN_SCALES, default="mean", help=scale)
     layer = "layer that the class head reads: n^l for l in 0..n_layer (default: n_layer, the output of ln_f)"
-    knobs.add_argument("--layer", type=int, metavar="LAYER", help=layer)
+    reads = knobs.add_mutually_exclusive_group()
+    reads.add_argument("--layer", type=int, metavar="LAYER", help=layer)
+    best = "results.jsonl of tools/linear_probe.py: the class head reads the layer with --model's best probe (paper 4.5)"
+    reads.add_argument("--layer_from", type=Path, metavar="FILE", help=best)
     lr = "peak learning rate of Adam; often a tenth of pre-training's, tools/sweep_lr.py searches it"
-    knobs.add_argument("--lr", type=float, metavar="RATE", default=0.0003, help=lr)
+    knobs.add_argument("--lr", type=float, metavar="RATE", help=f"{lr} (default: {LR:g})")
+    add_search_flag(knobs, ", and with --train_split train+val its number of steps to the best validation")
     batch = "images per step, over all ranks; the paper uses 64 for XL"
     knobs.add_argument("--batch_images", type=int, metavar="IMAGES", default=128, help=batch)
     epochs = f"largest number of epochs; one has each training image once (default: {EPOCHS}, with --labels at least "
@@ -116,6 +133,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"{named} has no weights; add --untrained SEED for fresh weights, or choose a --model")
     if args.untrained is not None and args.untrained < 0:
         raise InputError(f"--untrained {args.untrained} must be at least 0")
+    if args.layer_from is not None and args.untrained is not None:
+        raise InputError(f"--layer_from {args.layer_from} is of trained weights; leave it out with --untrained, or give --layer")
     if args.loss == "gen" and args.results:
         raise InputError(
             f"--results {args.results} needs an accuracy, and --loss gen trains no class head; leave out one of them"

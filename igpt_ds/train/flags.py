@@ -26,6 +26,7 @@ from igpt_ds.plan.recipes import recipe_table
 from igpt_ds.plan.shipped import ds_config_names
 from igpt_ds.train import run_dir
 from igpt_ds.train.schedule import shorter_warmup
+from igpt_ds.train.sweep import add_search_flag, take_search
 
 _FLOATS = ("lr", "eps", "clip", "mask_prob", "spike_sigmas", "dropout", "weight_decay", "head_std")
 DS_CONFIG = SHIPPED / "zero3_bf16.json"
@@ -73,6 +74,7 @@ def parse(
     if add_more is not None:
         add_more(parser)
     args = parser.parse_args(argv)
+    take_search(args)
     _check(args)
     return args
 
@@ -140,6 +142,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None
     group.add_argument("--keep_last", type=int, metavar="CHECKPOINTS", default=KEEP_LAST, help=last)
     keep_every = "keep every checkpoint whose step is a multiple of this number; 0 disables"
     group.add_argument("--keep_every", type=int, metavar="STEPS", default=0, help=keep_every)
+    keep_steps = "steps whose checkpoints are saved and kept, beside all others (default: none)"
+    group.add_argument("--keep_steps", type=int, nargs="+", metavar="STEP", default=[], help=keep_steps)
 
 
 def add_safety_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +193,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name} {value} must be at least {least}")
+    if args.keep_steps and min(args.keep_steps) < 1:
+        raise InputError(f"--keep_steps {min(args.keep_steps)} must be at least 1")
     for name in ("max_minutes", "hang_minutes"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < float("inf"):
@@ -239,6 +245,7 @@ def _add_knobs(parser: argparse.ArgumentParser, recipe: Recipe | None) -> None:
         _add_knob(group, field.name, recipe)
     warmup = "epochs of the training images with a rising learning rate; replaces --warmup_steps"
     group.add_argument("--warmup_epochs", type=float, metavar="EPOCHS", help=warmup)
+    add_search_flag(group)
 
 
 def _add_knob(group: argparse._ArgumentGroup, name: str, recipe: Recipe | None) -> None:

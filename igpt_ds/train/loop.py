@@ -76,7 +76,7 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
             metrics.training(step, outcome.loss, outcome.lr, float(engine.get_global_grad_norm()), guard.skipped)
         if validate and cadence.due(cadence.val_every, step):
             watch.unvalidated = bool(stop.reason) or not validated(session, validate, step, verdict)
-        save_due = save_due or cadence.due(cadence.save_every, step) or watch.best_step == step
+        save_due = save_due or cadence.due(cadence.save_every, step) or step in (watch.best_step, *cadence.keep_steps)
         ends = bool(stop.reason) or watch.over or step == cadence.last_step
         if ends or (save_due and verdict is Verdict.CALM):  # during a doubt nothing is saved until the loss is calm again
             save(session, step)
@@ -133,7 +133,7 @@ def save(session: Session, step: int) -> None:
         skipped_ranges=tuple(watch.skipped),
         guards=GuardStates(**vars(watch.guard.state()), unvalidated=watch.unvalidated, early=early),
     )
-    protected = dist.from_rank_0(lambda: watch.protected(session.checkpoints))
+    protected = dist.from_rank_0(lambda: {*watch.protected(session.checkpoints), *cadence.keep_steps})
     save_checkpoint(
         session.engine, session.checkpoints, session.facts, progress, cadence.keep_last, cadence.keep_every, protected
     )

@@ -52,6 +52,7 @@ class Cadence:
     keep_last: int
     keep_every: int
     last_step: int
+    keep_steps: tuple[int, ...] = ()  # are saved and kept
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that happens every `every` steps happens after this step."""
@@ -189,7 +190,7 @@ def choose_cadence(args: argparse.Namespace, run: Run, n_images: int) -> Cadence
     val_every = -(-n_images // recipe.batch_images) if args.val_every is None else args.val_every
     save_every = val_every if args.save_every is None else args.save_every
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
-    return Cadence(args.log_every, val_every, save_every, args.keep_last, args.keep_every, last_step)
+    return Cadence(args.log_every, val_every, save_every, args.keep_last, args.keep_every, last_step, tuple(args.keep_steps))
 
 
 def engine_of_run(run: Run, where: Path, pretrained: Path | None) -> Engine:

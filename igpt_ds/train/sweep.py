@@ -9,9 +9,10 @@ which trains no class head, the lowest validation loss counts.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from igpt_ds.errors import InputError
@@ -21,6 +22,7 @@ from igpt_ds.sealed import Format
 from igpt_ds.train.run_dir import read_recipe
 
 SWEEP = Format("igpt_ds.sweep", "sweep of learning rates", "make it with tools/sweep_lr.py", version=2, sealed=2, oldest=1)
+SWEEP_FILE = "sweep.json"
 MAX_RATES = 12  # down to 3e-8: smaller rates do not help
 
 
@@ -33,6 +35,7 @@ class Result:
     lost_at: int | None  # the step at which the loss diverged
     val_accuracy: float | None = None  # fine-tuning with a class loss: the best, in 0..1
     lowest: bool = False  # fine-tuning without a class loss: val_loss is the lowest of all steps
+    step: int | None = field(default=None, compare=False)  # of the best validation in fine-tuning, else the last
 
     @property
     def rank(self) -> float:
@@ -79,6 +82,7 @@ class _RateRow:
     val_loss: float | None
     lost_at: int | None
     val_accuracy: float | None = None
+    step: int | None = None  # files of earlier versions do not have it
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class _SweepFile:
 
     results: list[_RateRow]
     measured: str = ""
+    finished: bool = True
 
 
 def rate(number: int) -> float:
@@ -94,19 +99,20 @@ def rate(number: int) -> float:
     return float(f"{1 if number % 2 == 0 else 3}e-{2 + (number + 1) // 2}")
 
 
-def finished(results: Sequence[Result]) -> bool:
+def finished(results: Sequence[Result], most: int = MAX_RATES) -> bool:
     """Whether the search is over: the last rate has a higher loss or a lower accuracy than the one before, or no rate is left.
 
     Args:
         results: those of the rates so far, in the order of `rate`.
+        most: largest number of rates to try.
     """
     rises = len(results) > 1 and results[-1].rank > results[-2].rank
-    return rises or len(results) >= MAX_RATES
+    return rises or len(results) >= most
 
 
-def next_rate(results: Sequence[Result]) -> float | None:
+def next_rate(results: Sequence[Result], most: int = MAX_RATES) -> float | None:
     """The rate to try next, or None when the search is over."""
-    return None if finished(results) else rate(len(results))
+    return None if finished(results, most) else rate(len(results))
 
 
 def best(results: Sequence[Result]) -> Result | None:
@@ -137,10 +143,14 @@ def read_result(run_dir: Path, lr: float) -> Result | None:
     if not losses:
         raise InputError(f"{curve} has no validation loss; {fix}")
     if _generates(run_dir):
-        trained = [loss for step, loss in losses if step > 0]
-        return Result(lr, min(trained or [loss for _, loss in losses]), None, lowest=True)
-    accuracies = [row.val_accuracy for row in rows if row.step > 0 and row.val_accuracy is not None]
-    return Result(lr, losses[-1][1], None, max(accuracies, default=None))
+        trained = [(loss, step) for step, loss in losses if step > 0]
+        loss, step = min(trained or [(loss, step) for step, loss in losses])
+        return Result(lr, loss, None, lowest=True, step=step)
+    accuracies = [(row.val_accuracy, -row.step) for row in rows if row.step > 0 and row.val_accuracy is not None]
+    if not accuracies:
+        return Result(lr, losses[-1][1], None, step=losses[-1][0])
+    accuracy, step = max(accuracies)  # of equal ones the first
+    return Result(lr, losses[-1][1], None, accuracy, step=-step)
 
 
 def _generates(run_dir: Path) -> bool:
@@ -167,15 +177,16 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_sweep(path: Path, results: Sequence[Result]) -> None:
+def write_sweep(path: Path, results: Sequence[Result], most: int = MAX_RATES) -> None:
     """Writes the results as JSON."""
     chosen = best(results)
     rows = [
         {"lr": result.lr, "val_loss": result.val_loss, "lost_at": result.lost_at}
         | ({} if result.val_accuracy is None else {"val_accuracy": result.val_accuracy})
+        | ({} if result.step is None else {"step": result.step})
         for result in results
     ]
-    found = {"finished": finished(results), "best_lr": chosen.lr if chosen else None, "measured": measured(results)}
+    found = {"finished": finished(results, most), "best_lr": chosen.lr if chosen else None, "measured": measured(results)}
     SWEEP.write(path, found | {"results": rows})
 
 
@@ -191,6 +202,48 @@ def read_sweep(path: Path) -> tuple[list[tuple[float, float | None]], str]:
     Raises:
         ValueError: there is no such file, it has another format or version, or a field is missing or has another type.
     """
+    return points(_read(path)[0])
+
+
+def best_of_search(directory: Path) -> Result:
+    """The best rate of a finished search; `Result.step` is that of its best validation.
+
+    Raises:
+        ValueError: as `read_sweep`, or the search is not finished, or every rate diverged.
+    """
+    path = directory / SWEEP_FILE
+    results, ended = _read(path)
+    chosen = best(results)
+    if chosen is None or not ended:
+        why = "every rate diverged" if ended else "the search is not finished; finish it with tools/sweep_lr.py"
+        raise InputError(f"--search {directory}: {why}, or give --lr")
+    return chosen
+
+
+def _read(path: Path) -> tuple[list[Result], bool]:
+    """The results of a file that `write_sweep` wrote, and whether the search was finished."""
     found = record_from(_SweepFile, SWEEP.read(path), f"sweep of learning rates {path}", SWEEP.fix)
     lowest = found.measured.startswith("best validation loss")
-    return points([Result(row.lr, row.val_loss, row.lost_at, row.val_accuracy, lowest) for row in found.results])
+    rows = [Result(row.lr, row.val_loss, row.lost_at, row.val_accuracy, lowest, row.step) for row in found.results]
+    return rows, found.finished
+
+
+def add_search_flag(group: argparse._ArgumentGroup, more: str = "") -> None:
+    """--search, which replaces --lr."""
+    found = f"finished search of tools/sweep_lr.py whose best learning rate is taken{more}; replaces --lr"
+    group.add_argument("--search", type=Path, metavar="DIR", help=found)
+
+
+def take_search(args: argparse.Namespace) -> Result | None:
+    """Gives args the learning rate of --search; None without one.
+
+    Raises:
+        ValueError: --lr is given as well, or the search is not finished.
+    """
+    if args.search is None:
+        return None
+    if args.lr is not None:
+        raise InputError(f"--lr {args.lr:g} and --search {args.search} both give a learning rate; leave out one of them")
+    result = best_of_search(args.search)
+    args.lr = result.lr
+    return result

@@ -228,6 +228,12 @@ def test_reference_like_candidates_are_kept(tool, model_dir, reference, candidat
         assert text in said
     assert png_size(report / "histogram.png") == (1200, 600)
     assert png_size(report / "sheet.png")[0] > 8 * 96
+    status, _, error = tool(*arguments, "--out", tmp_path / "other", "--write_from", tmp_path / "kept")
+    assert (status, f"--write_from {tmp_path / 'kept'} does not hold the images of {candidates} in their order" in error) == (
+        2,
+        True,
+    )
+    assert not (tmp_path / "other").exists()
 
 
 def test_scores_do_not_depend_on_batches_and_everything_may_be_kept(tool, model_dir, reference, candidates, tmp_path):
@@ -238,6 +244,8 @@ def test_scores_do_not_depend_on_batches_and_everything_may_be_kept(tool, model_
         )
     np.testing.assert_allclose(*(np.load(tmp_path / name / "scores.npy") for name in ("ra", "rb")), rtol=1e-3, atol=1e-3)
     assert ShardSet(tmp_path / "a", "train").n_images == 60
+    assert tool(*arguments, "--keep", 1, "--out", tmp_path / "c", "--write_from", candidates)[0] == 0
+    assert ShardSet(tmp_path / "c", "train").dataset_hash == ShardSet(tmp_path / "a", "train").dataset_hash
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tool, model_dir, reference, candidates, planted, tiny_dataset, tmp_path):

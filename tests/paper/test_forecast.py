@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from igpt_ds.config import get_recipe
+from igpt_ds.data.sources import folders
 from igpt_ds.paper import forecast
-from igpt_ds.paper.scales import SCALES, Scale, Training, get_scale
+from igpt_ds.paper.scales import SCALES, get_scale
 from igpt_ds.paper.stage import Stage
 from igpt_ds.paper.stages import stages
+from igpt_ds.paper.system import Images, Scale, System, Training
 from igpt_ds.plan.step_time import GPUS, Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ def made(name: str) -> tuple[Scale, list[Stage]]:
 @pytest.mark.parametrize("name", SCALES)
 def test_every_stage_has_a_purpose_and_a_time(name: str) -> None:
     scale, found = made(name)
-    machine = forecast.gpus(64, Cluster(GPUS["h100-80g"])) if name == "full" else forecast.cpu(2)
+    machine = forecast.gpus(64, Cluster(GPUS["h100-80g"]), scale) if name == "full" else forecast.cpu(2)
     counts = {images.id: images.counts or COUNTS for images in scale.images}
     for stage in found:
         assert forecast.purpose(stage), stage.name
@@ -47,7 +49,7 @@ def test_the_rate_of_a_cpu_is_that_of_the_committed_run() -> None:
     rows = [json.loads(line) for line in (ROOT / "docs" / "cifar10" / "train.jsonl").read_text().splitlines()]
     speed = statistics.median(row["images_per_s"] for row in rows if row.get("images_per_s"))
     recipe = get_recipe("cifar10_nano_ar_16")
-    assert recipe.batch_images / forecast.cpu(2).step_seconds(recipe) == pytest.approx(speed, rel=0.1)
+    assert recipe.batch_images / forecast.cpu(2).step_seconds(System(recipe, ())) == pytest.approx(speed, rel=0.1)
 
 
 def test_images_are_counted_in_shards_or_in_the_source(tiny_dataset: Path, tmp_path: Path) -> None:
@@ -58,6 +60,18 @@ def test_images_are_counted_in_shards_or_in_the_source(tiny_dataset: Path, tmp_p
     assert set(forecast.count_images(digits, tiny_dataset)) == {"train", "val"}
     full = get_scale("full", "data").images[0]
     assert forecast.count_images(full, tmp_path) == full.counts
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_counting_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool) -> None:
+    """Copies of test images are found by reading all files, which takes hours on a large folder."""
+    names = ("a/cat", "a/dog", "b/cat") if apart else ("train/cat", "train/dog", "test/cat")
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.png").touch()
+    monkeypatch.setattr(folders, "read_places", None)  # nobody calls it
+    source = f"imagefolder:{tmp_path / 'a'},test={tmp_path / 'b'}" if apart else f"imagefolder:{tmp_path}"
+    assert forecast.count_images(Images("photos", source, 8, {}), tmp_path / "none") == {"train": 2, "val": 0, "test": 1}
 
 
 def test_a_dry_run_prints_times_and_a_sum_and_writes_nothing(tool: Any, tmp_path: Path) -> None:

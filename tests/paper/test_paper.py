@@ -15,11 +15,13 @@ import pytest
 from igpt_ds.config import RECIPES, get_recipe
 from igpt_ds.ds_config import SHIPPED
 from igpt_ds.evaluate.report.results import read_all
-from igpt_ds.json_files import read_json, write_json_lines
+from igpt_ds.json_files import read_json, write_json, write_json_lines
 from igpt_ds.paper import budget
-from igpt_ds.paper.scales import SCALES, Images, Training, get_scale
-from igpt_ds.paper.stage import Stage, command_line
+from igpt_ds.paper.full import Full
+from igpt_ds.paper.scales import SCALES, get_scale
+from igpt_ds.paper.stage import Stage, command_line, unfinished
 from igpt_ds.paper.stages import stages
+from igpt_ds.paper.system import Images, Training
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
 from igpt_ds.plan.step_time import GPUS, Cluster
 
@@ -47,26 +49,39 @@ def test_each_stage_needs_what_was_made_before(name: str) -> None:
         stray = [file for file in files if not any(file == one or one in file.parents for one in there)]
         assert not stray, f"{stage.name} reads {stray}, which no stage leaves"
         before[stage.name] = stage.leaves
-    last = {"report", "tables", "figure-layers"} | ({"figure-training", "card"} if name == "own" else set())
-    assert not (set(before) - {need for stage in found for need in stage.needs} - last), "made and never used"
+    last = {"report", "tables", "figure-layers", "changes"} | ({"figure-training", "card"} if name == "own" else set())
+    unused = set(before) - {need for stage in found for need in stage.needs} - last
+    assert not unused, "made and never used"
 
 
 def test_what_each_scale_is_made_of() -> None:
     kinds = {name: Counter(stage.job for stage in planned(name)) for name in SCALES}
-    assert {name: kinds[name]["pretrain"] for name in SCALES} == {"own": 1, "tiny": 3, "cifar": 3, "full": 8}
-    assert {name: kinds[name]["finetune"] for name in SCALES} == {"own": 0, "tiny": 3, "cifar": 3, "full": 7}
+    assert {name: kinds[name]["pretrain"] for name in SCALES} == {"own": 1, "tiny": 4, "cifar": 3, "full": 17}
+    assert {name: kinds[name]["finetune"] for name in SCALES} == {"own": 0, "tiny": 6, "cifar": 4, "full": 11}
+    assert {name: kinds[name]["sweep_lr"] for name in SCALES} == {"own": 0, "tiny": 1, "cifar": 0, "full": 7}
     full = get_scale("full", "data")
-    assert {system.recipe.name for system in full.systems} == {name for name in RECIPES if name.startswith("igpt_")}
-    assert full.of_recipe("igpt_l_ar_32").steps == (125_000, 250_000, 500_000, 1_000_000)
-    assert full.of("imagenet_48").probed(get_recipe("igpt_l_ar_48")) == tuple(range(12, 37))
+    of_the_paper = {system.recipe.name for system in full.systems if not system.changed}
+    assert of_the_paper == {name for name in RECIPES if name.startswith("igpt_")}
+    assert full.of_recipe("igpt_l_ar_32").steps == (65_000, 131_000, 262_000, 524_000, 1_000_000)
     crops = {(images.crop, images.views) for images in full.images if images.name == "imagenet"}
     assert crops == {("random", 8), ("center", 1)}
-    assert full.of_recipe("igpt_xl_ar_64").variants == (), "76 GB of features do not fit 80 GB with a probe"
-    larger = get_scale("full", "data", gpu_bytes=GPUS["h200-141g"].memory)
-    assert larger.of_recipe("igpt_xl_ar_64").variants == ("concat",)
+    text = {stage.name: " ".join(stage.words) for stage in planned("full")}
+    assert "--crop random" in text["shards-imagenet_64_views"]
+    assert "--keep_steps 65000 131000 262000 524000" in text["train-igpt_m_ar_32"]
+    assert "--layers 45 46 47 48 " in text["probe-igpt_l_ar_48-1000000-imagenet_48-layers-45-48"], "every layer"
     for name in ("tiny", "cifar"):
         text = " ".join(word for stage in planned(name) for word in stage.words)
-        for word in ("concat", "low_data", "mask_vote", "--untrained 0", "--pixels", "neighbours", "--paper 1 2 3 4 5"):
+        for word in (
+            "concat",
+            "low_data",
+            "sgd_probe",
+            "--labels 40",
+            "mask_vote",
+            "--untrained 0",
+            "--pixels",
+            "neighbours",
+            "--paper 1 2 3 4 5",
+        ):
             assert word in text, f"{name} without {word}"
     for name, pad in (("cifar", "--augment_pad 2 "), ("full", "--augment_pad 4 ")):  # of 16x16 and of 32x32 pixels
         pads = [" ".join(stage.words) for stage in planned(name) if "--augment_pad" in stage.words]
@@ -77,6 +92,14 @@ def test_what_each_scale_is_made_of() -> None:
 def test_a_stage_is_done_when_all_its_rows_are_there(tmp_path: Path) -> None:
     rows = Stage("probe", ("tools/linear_probe.py",), tmp_path / "rows.jsonl", rows=3)
     run = Stage("train", ("train.py",), tmp_path / "run")
+    search = Stage("search", ("tools/sweep_lr.py",), tmp_path / "search")
+    table = Stage("tables", ("tools/tables.py",), tmp_path / "tables.md", needs=("probe",))
+    table.leaves.touch()
+    assert unfinished([rows, table]) == [rows, table], "a table of a probe that will run is made again"
+    write_json(search.leaves / "sweep.json", {"finished": False})
+    assert not search.done
+    write_json(search.leaves / "sweep.json", {"finished": True})
+    assert search.done
     assert not rows.done
     write_json_lines(rows.leaves, [{}, {}])
     (tmp_path / "run").mkdir()
@@ -84,6 +107,7 @@ def test_a_stage_is_done_when_all_its_rows_are_there(tmp_path: Path) -> None:
     write_json_lines(rows.leaves, [{}, {}, {}])
     (tmp_path / "run" / "FINISHED").touch()
     assert (rows.done, run.done) == (True, True)
+    assert unfinished([rows, table]) == []
 
 
 def test_a_script_gets_the_words_as_they_are() -> None:
@@ -97,29 +121,35 @@ def test_the_full_plan_counts_as_the_cost_model_does() -> None:
     scale = get_scale("full", "data")
     found = budget.costs(scale, 64, H100S)
     training = {cost.what: cost for cost in found if cost.kind == "pre-training"}
+    assert len(training) == 8
     for name, cost in training.items():
         recipe, plan = get_recipe(name), budget.trained(get_recipe(name), 64, H100S)
         assert cost.gpu_hours == pytest.approx(plan.gpu_hours)
         assert cost.gpu_hours == pytest.approx(64 * recipe.steps * plan.step.seconds / 3600)
         stages_kept = len(scale.of_recipe(name).steps)
-        kept = 2 + 1 + (8 if stages_kept > 1 else 0)
+        kept = 2 + 1 + stages_kept - 1
         size = kept * checkpoint_bytes(
             parameters(recipe.model, recipe.objective), plan.layout.stage, plan.layout.weight_bytes
         ) + 4 * stages_kept * parameters(recipe.model, recipe.objective)
         assert cost.disk == pytest.approx(size)
     assert training["igpt_xl_ar_64"].gpu_hours == pytest.approx(16_252, rel=0.001), "as docs/scale.md has it"
-    tuned = next(cost for cost in found if cost.what == "igpt_l_ar_48 from scratch on imagenet_48_views")
-    share = 20 * 1_229_920 / 128 / 1_000_000
+    tuned = next(cost for cost in found if cost.what == "igpt_l_ar_48 from_scratch on imagenet_48_views")
+    share = 18 * 1_229_920 / 128 / 1_000_000
     assert tuned.gpu_hours == pytest.approx(share * training["igpt_l_ar_48"].gpu_hours, rel=1e-4)
     features = next(cost for cost in found if cost.what == "igpt_l_ar_48 on imagenet_48" and cost.kind == "features")
-    assert features.disk == (1_229_920 + 51_247 + 50_000) * 25 * 1536 * 2
+    assert features.disk == (1_229_920 + 51_247 + 50_000) * 49 * 1536 * 2
     hours = (
         features.gpu_hours
         * 3600
         * H100S.gpu.peak
         / ((1_281_167 + 50_000) * 48 * 48 * 2 * parameters(get_recipe("igpt_l_ar_48").model))
     )
-    assert 1.5 < hours < 3, "a forward pass over 3/4 of the layers, at some 40 % of the printed peak"
+    assert 1.5 < hours < 4, "a forward pass at some 40 % of the printed peak"
+    searched = next(cost for cost in found if cost.kind == "rate searches" and "from_scratch" in cost.what)
+    assert searched.gpu_hours == pytest.approx(budget.rates_tried(0.001) * tuned.gpu_hours)
+    assert [budget.rates_tried(lr) for lr in (0.01, 0.003, 0.0003)] == [2, 3, 5]
+    whole = budget.costs(get_scale("full", "data", paper=Full("fp32")), 64, H100S)
+    assert sum(cost.gpu_hours for cost in whole) > 5 * sum(cost.gpu_hours for cost in found)
     text = budget.describe_costs(found, 64, H100S)
     total = sum(cost.gpu_hours for cost in found)
     assert f"in total {total:,.0f} GPU-hours (${2.5 * total:,.0f} at $2.5 each)" in text
@@ -144,11 +174,15 @@ def test_shards_are_as_large_as_counted(tiny_dataset: Path) -> None:
         (("cifar", "x:", 24), "--n_px 24 must be 16 or 32"),
         (("tiny", None, 16), "--n_px 16 must be .*only scale cifar takes it"),
         (("tiny", None, None, 7), "--steps 7 must be even and at least 2"),
-        (("own", None, None, None, 0, OWN), r"scale own needs --data \(make: DATA=...\): cifar10:DIR or imagefolder:DIR"),
+        (("own", None, None, None, OWN), r"scale own needs --data \(make: DATA=...\): cifar10:DIR or imagefolder:DIR"),
         (("own", "x:"), "flags of train.py after -- belong to scale own, which needs them; scale own was given"),
-        (("cifar", "x:", None, None, 0, OWN), "flags of train.py after -- belong to scale own, .*; scale cifar was given"),
-        (("own", "x:", None, 8, 0, OWN), "--steps 8 of scale own is a flag of train.py; write it after --"),
-        (("own", "x:", 16, None, 0, OWN), "--n_px 16 must be .*only scale cifar takes it"),
+        (("cifar", "x:", None, None, OWN), "flags of train.py after -- belong to scale own, .*; scale cifar was given"),
+        (("own", "x:", None, 8, OWN), "--steps 8 of scale own is a flag of train.py; write it after --"),
+        (("own", "x:", 16, None, OWN), "--n_px 16 must be .*only scale cifar takes it"),
+        (
+            ("tiny", None, None, None, None, Full("fp32")),
+            "--precision, --search_rates, .* belong to scale full; .* for scale tiny",
+        ),
     ],
 )
 def test_what_no_scale_is(arguments: tuple[Any, ...], message: str) -> None:
@@ -175,8 +209,13 @@ def test_the_plan_as_a_user_sees_it(tool: Any, tmp_path: Path) -> None:
     status, said, _ = tool("paper_plan", "--scale", "full", "--data", tmp_path, "--gpus", 64, "--out", tmp_path / "out")
     assert status == 0
     assert "the paper at scale full in " in said
-    assert "8 models, " in said
-    assert "GPU-hours ($" in said.splitlines()[-2]
+    assert "17 models, " in said
+    assert "17 pre-trainings, 7 searches of a learning rate, 11 fine-tunings, " in said.splitlines()[1]
+    assert "GPU-hours ($" in said.splitlines()[-3]
+    assert said.splitlines()[-1].startswith("precision bf16; --precision fp32: ")
+    row = next(line for line in said.splitlines() if line.startswith("to do likelihood-igpt_s_ar_32-65000: "))
+    assert "; paper 4.2, Figure 3; bf16; about " in row
+    assert " ..." not in said, "commands are whole"
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
     assert tool("paper_plan", "--scale", "tiny", "--gpus", 0)[2].endswith("error: --gpus 0 must be at least 1\n")
 
@@ -195,7 +234,10 @@ def test_tables_see_every_pre_training_and_the_report_one() -> None:
     found = {stage.name: stage for stage in planned("full")}
     words = found["tables"].words
     first = words.index("--run_dir") + 1
-    assert words[first:] == tuple(f"out/runs/{system.recipe.name}" for system in get_scale("full", "data").systems)
+    systems = [system for system in get_scale("full", "data").systems if not system.changed]
+    assert words[first:] == tuple(f"out/runs/{system.recipe.name}" for system in systems)
+    assert not any("mask_20" in word for word in words), "the variants of A.1 have a table of their own"
+    assert "out/results/igpt_s_bert_32_mask_20-1000000-cifar10_32.jsonl" in found["changes"].words
     assert found["report"].words.count("--run_dir") == 1
     assert "out/runs/igpt_s_ar_32" not in found["report"].words, "the main run alone"
     pictures = found["report"].words[found["report"].words.index("--pictures") :]
@@ -209,7 +251,9 @@ def test_a_finished_paper_ends_at_once(launch: Any, tmp_path: Path, script: str)
     """Standard input stays open, as a terminal's does: what reads from it waits for ever."""
     out = tmp_path / "paper"
     for stage in stages(get_scale("tiny", None), out, lambda recipe: {}):
-        if stage.job in ("pretrain", "finetune"):
+        if stage.job == "sweep_lr":
+            write_json(stage.leaves / "sweep.json", {"finished": True})
+        elif stage.job in ("pretrain", "finetune"):
             stage.leaves.mkdir(parents=True)
             (stage.leaves / "FINISHED").touch()
         else:
@@ -223,7 +267,8 @@ def test_a_finished_paper_ends_at_once(launch: Any, tmp_path: Path, script: str)
     assert done.returncode == 0, done.stderr
     assert "everything is there already" in done.stdout
     made = {path.name for path in out.rglob("*") if path not in before}
-    assert made <= {"log", "paper.json", "recipes", *(f"digits_{name}_8.json" for name in ("pico_ar", "nano_ar", "nano_bert"))}
+    changed = {f"digits_{name}.json" for name in ("pico_ar_8", "nano_ar_8", "nano_bert_8", "nano_bert_8_mask_25")}
+    assert made <= {"log", "paper.json", "recipes"} | changed
 
 
 def test_the_commands_for_a_script(tool: Any, tmp_path: Path) -> None:
@@ -338,8 +383,14 @@ def test_the_paper_at_toy_size(launch: Any, run_stages: Any, tmp_path: Path) -> 
         "the two curves are the page's own; layers is one of them"
     )
     rows = read_all([*(out / "results").glob("*.jsonl"), *(out / "runs").glob("*/results.jsonl")])
-    assert Counter(row["kind"] for row in rows) == {"probe": 1 + 2 * 5 + 4 * 7 + 1 + 2 + 1, "likelihood": 4, "finetune": 3}
+    layers = 1 + 2 * 5 + 5 * 7  # of pixels, of pico, and of nano: two steps, untrained, two BERTs
+    others = 1 + 1 + 2 + 1  # five layers side by side by both ways, few labels, votes
+    assert Counter(row["kind"] for row in rows) == {"probe": layers + others + 7, "likelihood": 4, "finetune": 6}
     assert {row["step"] for row in rows if row["kind"] == "likelihood"} == {2, 4}
+    heads = {row["head_layer"] for row in rows if row["kind"] == "finetune" and row["loss"] == "joint"}
+    assert 6 in heads
+    assert read_json(out / "searches" / "digits_nano_ar_8-digits_8-from_scratch" / "sweep.json", "sweep")["finished"]
+    assert "mask_25" in (out / "changes.md").read_text()
 
     lost = ["digits_nano_bert_8-digits_8-finetuned", "probe-pixels-digits_8", "figure-layers"]
     shutil.rmtree(out / "runs" / lost[0])
@@ -349,7 +400,9 @@ def test_the_paper_at_toy_size(launch: Any, run_stages: Any, tmp_path: Path) -> 
     again = launch(command)
     assert again.returncode == 0, again.stdout + again.stderr
     begun = [line.split(": ")[1].split(" (")[0] for line in again.stdout.splitlines() if line.startswith("== ")]
-    assert sorted(begun) == sorted(lost)
+    shown = {"tables", "report", "figure-objectives"}
+    assert shown <= set(begun), "what shows a repeated stage is made again"
+    assert set(lost) <= set(begun) <= {*lost, *shown}
     other = launch([*command[:-1], "8"])
     assert (other.returncode, "holds the paper of scale tiny, steps 4" in other.stderr) == (2, True)
 

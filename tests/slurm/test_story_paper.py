@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from igpt_ds.evaluate.report.results import read_results
+from igpt_ds.paper.scales import get_scale
+from igpt_ds.paper.stages import stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -17,13 +19,14 @@ def test_every_stage_is_a_job_behind_those_that_it_needs(slurm: Any, settings: P
     out = tmp_path / "paper"
     command = ["bash", "slurm/story_paper.sh", "tiny", out, "", "--steps=4", "--ds_config=ds_configs/zero3_fp32.json"]
     said = slurm.run(*command, IGPT_DS_CLUSTER=str(settings))
-    assert said.startswith(f"the paper at scale tiny in {out}: 3 models, ")
+    assert said.startswith(f"the paper at scale tiny in {out}: 4 models, ")
     assert said.endswith("nothing was submitted; to do so: SUBMIT=1 before the same command\n")
     assert not out.exists()
 
     slurm.run(*command, IGPT_DS_CLUSTER=str(settings), SUBMIT="1", timeout=400)
     last = dict(line.split() for line in (out / "jobs.txt").read_text().splitlines())  # of several of one name the last
-    assert len(last) == 45
+    found = stages(get_scale("tiny", None, steps=4), out, lambda recipe: {})
+    assert set(last) == {"sweep_table", *(stage.name for stage in found)}
 
     def needs(name: str) -> set[str]:
         return set(re.findall(r":(\d+)\(", slurm.facts(last[name])["Dependency"]))

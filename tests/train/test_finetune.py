@@ -22,9 +22,10 @@ from igpt_ds.data.shards.build import write_dataset
 from igpt_ds.data.shards.layout import ShardOptions
 from igpt_ds.data.sources import open_source
 from igpt_ds.data.subsets import few
-from igpt_ds.json_files import seal, write_json
+from igpt_ds.evaluate.report.single_layers import best_layer
+from igpt_ds.json_files import seal, write_json, write_json_lines
 from igpt_ds.model.classifier import Classifier
-from igpt_ds.model.store import ModelInfo, fresh_model, save_model
+from igpt_ds.model.store import ModelInfo, fresh_model, read_info, save_model
 from igpt_ds.train.checkpoint.consolidate import _info, check_own
 from igpt_ds.train.checkpoint.directory import prune
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, write_manifest
@@ -208,6 +209,8 @@ def words(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> list[
         (["--labels", "6", "--out", "x"], "--out x does not go with --labels 6: each subset has its model in RUN_DIR"),
         (["--labels", "6", "--loss", "gen"], "--loss gen does not go with --labels 6"),
         (["--lr", "-1"], "lr=-1.0 must be a positive number"),
+        (["--layer_from", "none.jsonl"], "--layer_from none.jsonl has no probes of these weights"),
+        (["--keep_steps", "0"], "--keep_steps 0 must be at least 1"),
         (["--batch_images", "5", "--micro_batch", "2"], "batch_images=5 does not divide into 1 rank x micro batch 2"),
     ],
 )
@@ -223,6 +226,29 @@ def test_subsets_beside_other_runs(main: Any, words: list[str], tmp_path: Path) 
     (tmp_path / "run" / "run.json").touch()
     with pytest.raises(ValueError, match=r"--run_dir .*run holds a run with all labels; choose another for --labels 6"):
         main([*words, "--labels", "6"])
+
+
+def test_the_head_reads_the_layer_with_the_best_probe(words: list[str], tmp_path: Path) -> None:
+    start, file = read_info(Path(words[1])), tmp_path / "results.jsonl"
+    names = (
+        "step",
+        "dataset",
+        "dataset_hash",
+        "n_train",
+        "seed",
+        "feature_precision",
+        "feature_dtype",
+        "train_split",
+        "eval_split",
+    )
+    probe: dict[str, object] = {"format": "igpt_ds.result", "version": 2, "kind": "probe", "weights": "trained", "accuracy": 0.1}
+    probe |= dict.fromkeys(names, "x") | {"model_hash": start.model_hash, "protocol": "every_layer"}
+    probe |= {"step": 1, "n_train": 1, "seed": 0, "dataset_hash": {}}
+    found = [("normed", 0, 0.2), ("normed", 1, 0.6), ("normed", 2, 0.5), ("raw", 2, 0.9)]
+    write_json_lines(file, [probe | {"features": kind, "layer": layer, "held_out_accuracy": held} for kind, layer, held in found])
+    assert best_layer(file, start.model_hash) == 1
+    with pytest.raises(ValueError, match=r"--layer_from .* is of trained weights; leave it out with --untrained"):
+        parse("", [*words, "--layer_from", str(file), "--untrained", "0"])
 
 
 def test_a_recipe_has_no_weights(main: Any, words: list[str]) -> None:

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igpt_ds.json_files import seal
+from igpt_ds.train import finetune_flags, flags
 from igpt_ds.train.sweep import (
     MAX_RATES,
     Result,
     best,
+    best_of_search,
     finished,
     next_rate,
     points,
@@ -51,6 +53,11 @@ def test_the_papers_rates() -> None:
 )
 def test_what_comes_next(losses: list[float | None], then: float | None) -> None:
     assert next_rate(results(losses)) == then
+
+
+def test_a_search_of_few_rates_ends_before_its_rise() -> None:
+    assert next_rate(results([2.5]), most=2) == 0.003
+    assert next_rate(results([2.5, 2.4]), most=2) is None
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0.1, 10)), min_size=MAX_RATES, max_size=MAX_RATES))
@@ -122,3 +129,21 @@ def test_a_sweep_that_is_written_is_read_and_a_damaged_one_is_one_clear_error(tm
         path.write_text(json.dumps(seal(good | changes)))
         with pytest.raises(ValueError, match=re.escape(f"{path} {complaint}")):
             read_sweep(path)
+
+
+def test_a_training_takes_the_best_of_a_finished_search(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep.json", [Result(0.01, 2.5, None, 0.5, step=40), Result(0.003, 2.5, None, 0.4, step=80)])
+    words = ["--data", str(tmp_path), "--run_dir", "run", "--search", str(tmp_path)]
+    tuning = ["--recipe", "igpt_s_ar_32", "--untrained", "0", *words]
+    assert (finetune_flags.parse("", tuning).lr, finetune_flags.parse("", tuning).steps) == (0.01, None)
+    assert finetune_flags.parse("", [*tuning, "--train_split", "train+val"]).steps == 40
+    assert flags.choose_recipe(flags.parse("", ["--recipe", "igpt_s_ar_32", *words])).lr == 0.01
+    with pytest.raises(ValueError, match=r"--lr 1 and --search .* both give a learning rate; leave out one of them"):
+        finetune_flags.parse("", [*tuning, "--lr", "1"])
+    for found, why in (
+        ([Result(0.01, 2.5, None)], "the search is not finished"),
+        (results([None] * MAX_RATES), "every rate div"),
+    ):
+        write_sweep(tmp_path / "sweep.json", found)
+        with pytest.raises(ValueError, match=f"--search .*: {why}"):
+            best_of_search(tmp_path)

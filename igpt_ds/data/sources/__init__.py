@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from igpt_ds.data.sources.base import LABELS, Entry, Result, Source, Unlabelled
+from igpt_ds.data.sources.base import LABELS, Entry, Result, Source, Unlabelled, listing
 from igpt_ds.data.sources.cifar import Cifar
 from igpt_ds.data.sources.digits import Digits
 from igpt_ds.data.sources.folders import ImageFolder
@@ -32,6 +32,7 @@ __all__ = [
     "dataset_name",
     "has_classes",
     "has_test_images",
+    "listing",
     "open_source",
 ]
 
@@ -69,8 +70,7 @@ def has_test_images(source: Source) -> bool:
     """Whether some images are test images. Lists the source unless its tars tell."""
     if isinstance(source, WithTest | WebTars):
         return isinstance(source, WithTest) or "test" in source.splits
-    listed = source.listed() if isinstance(source, ImageFolder) else source.entries()  # a copy of a test image is no matter here
-    return any(entry.split == "test" for entry in listed)
+    return any(entry.split == "test" for entry in listing(source))
 
 
 def open_source(spec: str, labels: str = "use") -> Source:

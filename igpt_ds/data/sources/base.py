@@ -79,6 +79,12 @@ class Source(Protocol):
         """
 
 
+def listing(source: Source) -> Iterator[Entry]:
+    """Every image by name, as `entries` has them, and copies of test images too, which only the files' contents show."""
+    listed: Iterator[Entry] = getattr(source, "listed", source.entries)()
+    return listed
+
+
 class Unlabelled:
     """Any source with its labels ignored: every image has the label 0, the class "unlabelled"."""
 
@@ -97,6 +103,10 @@ class Unlabelled:
     def entries(self) -> Iterator[Entry]:
         """Those of the source."""
         return (entry._replace(label=0) for entry in self._source.entries())
+
+    def listed(self) -> Iterator[Entry]:
+        """As `listing` of the source."""
+        return (entry._replace(label=0) for entry in listing(self._source))
 
 
 def split_word(name: str) -> str | None:

@@ -5,11 +5,12 @@ In: the two sources. Out: a source. Called by `open_source`. The test images' ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 
 from igpt_ds.data.left_out import COPY, Tally
-from igpt_ds.data.sources.base import Entry, Result, Source
+from igpt_ds.data.sources.base import Entry, Result, Source, listing
 from igpt_ds.data.sources.copies import without_copies
 from igpt_ds.errors import InputError
 
@@ -33,16 +34,21 @@ class WithTest:
     def entries(self) -> Iterator[Entry]:
         """Those of both, the test images last. A copy of a test image is left out."""
         copies = Tally()
-        yield from without_copies(self._all, self.read, lambda entry: copies.add(entry.key, COPY, lost=False))
+        every = partial(self._both, lambda source: source.entries())
+        yield from without_copies(every, self.read, lambda entry: copies.add(entry.key, COPY, lost=False))
         self.left_out = Tally([*self._train.left_out.rows(), *self._test.left_out.rows(), *copies.rows()])
 
-    def _all(self) -> Iterator[Entry]:
-        for entry in self._train.entries():
+    def listed(self) -> Iterator[Entry]:
+        """As `listing` of both."""
+        return self._both(listing)
+
+    def _both(self, entries: Callable[[Source], Iterator[Entry]]) -> Iterator[Entry]:
+        for entry in entries(self._train):
             if entry.split == "test":
                 raise InputError(f"{self._train.name} has test images of its own, such as {entry.key}; leave out ',test='")
             yield entry
         labels = [self.classes.index(name) for name in self._test.classes]
-        for entry in self._test.entries():
+        for entry in entries(self._test):
             yield entry._replace(split="test", key=f"test/{entry.key}", label=labels[entry.label])
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Result]:

@@ -1,15 +1,18 @@
-"""The held-out accuracies of single layers in earlier rows, from which a concatenation by SGD takes its best layer (paper 4.4).
+"""The best layer by earlier rows: for a concatenation by SGD (paper 4.4), and for the class head of a fine-tuning (4.5).
 
-In: result rows, a feature set. Out: accuracies by layer. Called by `tools/sgd_probe.py`.
+In: result rows or their file, a feature set or a model. Out: accuracies by layer, or a layer. Called by `tools/sgd_probe.py` and
+`finetune.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.settings import SgdSettings
-from igpt_ds.evaluate.report.results import by_layer
+from igpt_ds.evaluate.report.results import best_row, by_layer, read_results
 from igpt_ds.evaluate.report.row_types import Row
 
 _ORIGIN = {"feature_precision": "precision", "feature_dtype": "dtype"}
@@ -29,3 +32,17 @@ def held_out_by_layer(
         if all(row.get(name) == value for name, value in wanted.items())
         and row.dataset_hash.get(train.split) == train.dataset_hash
     }
+
+
+def best_layer(path: Path, model_hash: str) -> int:
+    """The layer with the best probe of a model's normed features in a results file, by the held-out images.
+
+    Raises:
+        ValueError: the file has no probe of them.
+    """
+    probes = by_layer(read_results(path))
+    rows = [row for row in probes if row.model_hash == model_hash and row.weights == "trained" and row.features == "normed"]
+    if not rows:
+        fix = "probe normed features of the model that training starts from with tools/linear_probe.py, or give --layer"
+        raise InputError(f"--layer_from {path} has no probes of these weights; {fix}")
+    return best_row(rows).layer
