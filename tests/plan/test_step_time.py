@@ -22,6 +22,7 @@ class Shape:
     n_embd: int
     n_ctx: int
     n_vocab: int
+    tied_embeddings: bool = False
 
 
 MPT_7B = Shape(32, 4096, 2048, 50368)
