@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend
 
 from igpt_ds.config import CHECKPOINTING, OBJECTIVES, ModelConfig
-from igpt_ds.model.cpu_kernels import linear, rms_norm
+from igpt_ds.model.cpu_kernels import attention, linear, rms_norm
 from igpt_ds.model.fused import quick_gelu, run_block
 from igpt_ds.model.ulysses import mean_over_tokens, part, to_heads, to_tokens
 
@@ -148,7 +147,7 @@ class Attention(nn.Module):
         B, t, C = x.shape
         qkv = self.c_attn(x).view(B, t, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4) if self.group is None else to_heads(qkv, self.n_ctx, self.group)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        y = attention(q, k, v, self.causal)
         y = y.transpose(1, 2) if self.group is None else to_tokens(y, self.group)
         return self.c_proj(y.reshape(B, t, C))
 

@@ -11,7 +11,7 @@ from igpt_ds.plan.step_time import GPUS, Cluster
 from igpt_ds.plan.text import columns, run_time
 
 GPU = "h100-80g"
-IMAGES_PER_S = {"cifar10_nano_ar_16": 69.0}  # measured on two CPU cores; LOG.md, 2026-11-20
+IMAGES_PER_S = {"cifar10_nano_ar_16": 67.2, "digits_nano_ar_8": 542.0}  # on two cores with bf16 units: docs/measured.md
 _HEAD = ("recipe", "layers x width, heads", "image", "parameters", "batch", "steps", "lr", "on one H100", "on two CPU cores")
 
 

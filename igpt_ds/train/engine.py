@@ -31,6 +31,7 @@ from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.dropout import Dropout
 from igpt_ds.model.store import open_weights
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.threads import keep_freed_memory
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.safety.build_locks import wait_for_builds
 
@@ -54,6 +55,7 @@ def start_ranks() -> torch.device:
         compatible["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(dist.local_rank())
     return torch.device("cuda", dist.local_rank())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from igpt_ds.errors import InputError
 from igpt_ds.files import atomic_file
 from igpt_ds.json_files import read_json
 from igpt_ds.launcher import MOST_RANKS
+from igpt_ds.plain_files import is_missing
 from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.sealed import Format
@@ -192,6 +193,21 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     values = RUN.read(path)
     record_from(_RunFile, values, str(path), RUN.fix)
     return values
+
+
+def recorded_product(run_dir: Path, known: Sequence[str]) -> str | None:
+    """The float32 product of `cpu_kernels` that a run uses on CPUs; None for a new run. Older code always used "onednn".
+
+    Raises:
+        ValueError: run.json names an unknown matrix product.
+    """
+    path = run_dir / "run.json"
+    if is_missing(path):
+        return None
+    product = read_run(run_dir).get("cpu_product", "onednn")
+    if product not in known:
+        raise InputError(f"{path} has cpu_product {product!r}; known: {', '.join(known)}; it was written by another version")
+    return str(product)
 
 
 def read_recipe(path: Path) -> Recipe:

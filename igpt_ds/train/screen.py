@@ -70,6 +70,13 @@ def device_line(run: Run, device: torch.device, peak: float, source: str, attent
     return _line("device", f"{speed}; attention by torch's {attention} kernel on {device.type}")
 
 
+def precision_note(other: str, ratio: float) -> str:
+    """The advice to train in another precision, in which a block was measured to be `ratio` times as fast."""
+    return _line(
+        "note", f"a block takes {ratio:.1f} times as long as in {other} on this processor: try --ds_config zero3_{other}"
+    )
+
+
 def _every(steps: int) -> str:
     often = "" if not steps else "every step and " if steps == 1 else f"every {steps:,} steps and "
     return f"{often}at the end"

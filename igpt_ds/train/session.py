@@ -19,12 +19,11 @@ from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run
-from igpt_ds.errors import InputError
 from igpt_ds.json_files import write_json
 from igpt_ds.model import cpu_kernels
+from igpt_ds.model.cpu_speed import faster_precision, fastest_product
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
-from igpt_ds.plain_files import is_missing
 from igpt_ds.train import run_dir
 from igpt_ds.train.checkpoint.directory import complete_checkpoints
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, RunFacts
@@ -38,7 +37,7 @@ from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, read_rollba
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
-from igpt_ds.train.screen import device_line, habits, introduction
+from igpt_ds.train.screen import device_line, habits, introduction, precision_note
 from igpt_ds.train.stream import Range, verify
 
 
@@ -177,7 +176,7 @@ def open_session(
     check_space(engine, args.run_dir / "checkpoints", args.keep_last + (early is not None))  # the best checkpoint stays too
     dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, palette, cpu_kernels.used(), note))
     start_step = 0 if found is None else found.step
-    metrics = Metrics(args.run_dir, run, start_step, introduce(run, device), args.wandb)
+    metrics = Metrics(args.run_dir, run, start_step, introduce(run, device, found is None), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
     session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step)
     yield session
@@ -205,12 +204,17 @@ def engine_of_run(run: Run, where: Path, pretrained: Path | None) -> Engine:
     return engine
 
 
-def introduce(run: Run, device: torch.device) -> float:
-    """Prints the devices and their speed; returns FLOP/s of all ranks together."""
+def introduce(run: Run, device: torch.device, new: bool) -> float:
+    """Prints the devices and their speed, and for a new run on CPUs a faster precision; returns FLOP/s of all ranks together."""
     peak, source = peak_of_all_ranks(device, run.precision)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision, torch.float32)
     attention = attention_backend(run.recipe.model, run.recipe.objective == "ar", device, dtype)
     dist.say(device_line(run, device, peak, source, attention))
+    if new and device.type == "cpu":
+        causal = run.recipe.objective == "ar"
+        faster = dist.from_rank_0(lambda: faster_precision(run.recipe.model, run.precision, causal, run.micro_batch))
+        if faster:
+            dist.say(precision_note(*faster))
     return peak
 
 
@@ -228,20 +232,11 @@ def manifest_facts(run: Run, images: Mixture | ShardStream, finetune: FinetuneFa
 def cpu_product(where: Path) -> str:
     """The float32 matrix product on CPUs that every rank of this run uses (see `cpu_kernels`).
 
-    A new run uses the fastest on this machine. A resumed run uses the recorded one, so that its result stays bit-identical.
-    Older code recorded none and always used "onednn".
-
-    Raises:
-        ValueError: run.json names an unknown matrix product.
+    A new run measures which is the fastest on this machine. A resumed run uses the recorded one, so that its result stays
+    bit-identical.
     """
-    path = where / "run.json"
-    if is_missing(path):
-        return cpu_kernels.fastest()
-    product = run_dir.read_run(where).get("cpu_product", "onednn")
-    if product not in cpu_kernels.PRODUCTS:
-        known = ", ".join(cpu_kernels.PRODUCTS)
-        raise InputError(f"{path} has cpu_product {product!r}; known: {known}; it was written by another version")
-    return str(product)
+    recorded = run_dir.recorded_product(where, cpu_kernels.PRODUCTS)
+    return recorded or (cpu_kernels.usual() if torch.cuda.is_available() else fastest_product())
 
 
 def resume(engine: Engine, checkpoints: Path, facts: RunFacts) -> Manifest | None:

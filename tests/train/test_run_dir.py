@@ -13,7 +13,7 @@ from igpt_ds.config import Recipe, override, recipe_to_dict
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import Run, join
 from igpt_ds.json_files import seal
-from igpt_ds.model import cpu_kernels
+from igpt_ds.model import cpu_kernels, cpu_speed
 from igpt_ds.train import run_dir, session
 
 DATA = DataFacts("shards", "d", "p", 2)
@@ -128,7 +128,7 @@ def test_a_resumed_run_takes_the_recorded_product(
 ) -> None:
     monkeypatch.setattr(cpu_kernels, "_used", None)
     where, run = tmp_path / "a", join(recipe, ZERO, 2)
-    assert session.cpu_product(where) == cpu_kernels.fastest()
+    assert session.cpu_product(where) == cpu_speed.fastest_product()
     cpu_kernels.use(product)
     start(where, run, palette)
     monkeypatch.setattr(cpu_kernels, "_used", None)
