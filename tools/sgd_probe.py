@@ -32,7 +32,7 @@ from igpt_ds.console import count, next_command
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.manifest import KINDS, span
-from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings, layer_group
+from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, RateSearch, SgdSettings, layer_group
 from igpt_ds.evaluate.report.cautions import cautions
 from igpt_ds.evaluate.report.results import add_results, make_row, read_all, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
@@ -44,7 +44,7 @@ from igpt_ds.plain_files import beside
 with lazy.imports():
     from igpt_ds.evaluate.features.network import pick_device
     from igpt_ds.evaluate.probes import variants
-    from igpt_ds.evaluate.probes.sgd_search import RateSearch, SgdProbe, sgd_probe
+    from igpt_ds.evaluate.probes.sgd_search import SgdProbe, sgd_probe
     from igpt_ds.evaluate.probes.sgd_state import StateFile
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from igpt_ds.errors import InputError
@@ -47,3 +49,22 @@ class SgdSettings:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seed < 0:
             raise InputError(f"seed={self.seed} must be at least 0")
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """How the learning rate is chosen.
+
+    Raises:
+        ValueError: rates that are not positive numbers, or no rate at a time.
+    """
+
+    rates: Sequence[float] = RATES  # from large to small, until the best is not the smallest of those tried
+    together: int = 4  # rates that are fitted at once
+    held_out: float = SGD_HELD_OUT  # share of the training images that chooses the rate
+
+    def __post_init__(self) -> None:
+        if not self.rates or not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
+            raise InputError(f"--rates {' '.join(f'{rate:g}' for rate in self.rates)} must be positive numbers")
+        if self.together < 1:
+            raise InputError(f"--together {self.together} must be at least 1")

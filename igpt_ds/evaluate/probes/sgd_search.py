@@ -11,7 +11,6 @@ stream (`evaluate/probes/rows.py`), so an interrupted probe continues from its s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -23,7 +22,7 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.linear import check_labels, stratified_order, training_images
 from igpt_ds.evaluate.probes.rows import BLOCK_BYTES, Blocks, FiniteRows, moments
-from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, SgdSettings
+from igpt_ds.evaluate.probes.settings import SGD_HELD_OUT, RateSearch, SgdSettings
 from igpt_ds.evaluate.probes.sgd import MOMENTUM, RowSource, RowSubset, Sgd, cosine, count
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, StateFile, UnfinishedGroup, read_state, write_state
 from igpt_ds.threads import threads_for
@@ -178,25 +177,6 @@ def held_out_rows(labels: np.ndarray, share: float, views: int, seed: int, singl
     mask = np.zeros(len(images), dtype=bool)
     mask[images[:n]] = True
     return np.concatenate([np.repeat(mask[: viewed // views], views), mask[viewed // views :]])
-
-
-@dataclass(frozen=True)
-class RateSearch:
-    """How the learning rate is chosen.
-
-    Raises:
-        ValueError: rates that are not positive numbers, or no rate at a time.
-    """
-
-    rates: Sequence[float] = RATES  # from large to small, until the best is not the smallest of those tried
-    together: int = 4  # rates that are fitted at once
-    held_out: float = SGD_HELD_OUT  # share of the training images that chooses the rate
-
-    def __post_init__(self) -> None:
-        if not self.rates or not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
-            raise InputError(f"--rates {' '.join(f'{rate:g}' for rate in self.rates)} must be positive numbers")
-        if self.together < 1:
-            raise InputError(f"--together {self.together} must be at least 1")
 
 
 def _check_length(settings: SgdSettings, n: int) -> None:

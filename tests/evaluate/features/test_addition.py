@@ -16,8 +16,8 @@ from igpt_ds.evaluate.features.manifest import read_feature_manifest
 from igpt_ds.evaluate.features.merge import merge_parts
 from igpt_ds.evaluate.features.network import Network, open_model
 from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe
-from igpt_ds.evaluate.probes.settings import SgdSettings
-from igpt_ds.evaluate.probes.sgd_search import RateSearch, held_out_rows, sgd_probe
+from igpt_ds.evaluate.probes.settings import RateSearch, SgdSettings
+from igpt_ds.evaluate.probes.sgd_search import held_out_rows, sgd_probe
 
 
 @pytest.fixture

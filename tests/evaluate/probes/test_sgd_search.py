@@ -16,9 +16,9 @@ from igpt_ds.evaluate.features.files import open_features
 from igpt_ds.evaluate.features.manifest import FeatureSplit
 from igpt_ds.evaluate.probes import rows, sgd_search, sgd_state
 from igpt_ds.evaluate.probes.rows import Blocks, FiniteRows, moments, standardised
-from igpt_ds.evaluate.probes.settings import SgdSettings
+from igpt_ds.evaluate.probes.settings import RateSearch, SgdSettings
 from igpt_ds.evaluate.probes.sgd import MOMENTUM, RowSubset, Sgd, cosine, count
-from igpt_ds.evaluate.probes.sgd_search import RateSearch, held_out_rows
+from igpt_ds.evaluate.probes.sgd_search import held_out_rows
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, StateFile
 
 

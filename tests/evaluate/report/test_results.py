@@ -309,7 +309,7 @@ FINETUNED = {
 def test_rows_of_the_other_kinds(tmp_path, rows, tiny_config):
     likelihood, finetuned = likelihood_row(MEASURED, tiny_config), finetune_row(**FINETUNED)
     assert (likelihood["kind"], likelihood["version"], likelihood["model_objective"]) == ("likelihood", 3, "ar")
-    assert likelihood["model"] == dataclasses.asdict(tiny_config)
+    assert likelihood["model"] == tiny_config.to_dict()
     assert (likelihood.nats_per_token.mean, likelihood["git_commit"]) == (2.5, "abc")
     path = tmp_path / "results.jsonl"
     add_results(path, [*rows, likelihood, finetuned])
