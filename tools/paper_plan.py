@@ -41,13 +41,14 @@ from igpt_ds.sealed import Format
 from igpt_ds.train import flags as train_flags
 from igpt_ds.train import run_dir
 
+GPU, CPU = "h100-80g", "cpu"
 PAPER = Format("igpt_ds.paper", "paper", "choose another directory, or remove this one", version=1, sealed=1, oldest=0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the plan, or the commands."""
     args = parse(argv)
-    cluster = Cluster(GPUS[args.gpu], args.node_gpus, network(args.nodes_nic))
+    cluster = Cluster(GPUS[GPU if args.gpu == CPU else args.gpu], args.node_gpus, network(args.nodes_nic))
     out = args.out or Path("runs") / f"paper_{args.scale}"
     training = with_images(args) if args.training and args.scale == "own" and args.data else args.training
     paper = Full(args.precision, args.search_rates, args.web, args.web_keep)
@@ -73,12 +74,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             line = command_line(stage, [name for name in stage.needs if name in names], forecast.purpose(stage))
             sys.stdout.buffer.write(os.fsencode(f"{line}\n"))  # for a script: as it is, with its separators
         return
-    on_cpu = args.ds_config and not (load_ds_config(args.ds_config).get("bf16") or {}).get("enabled")
-    print(describe_stages(found, out, scale, forecast.cpu(args.gpus) if on_cpu else forecast.gpus(args.gpus, cluster, scale)))
+    print(describe_stages(found, out, scale, machine_of(args, cluster, scale)))
     if scale.name == "full":
         found_costs = budget.costs(scale, args.gpus, cluster)
         print(f"\n{budget.describe_costs(found_costs, args.gpus, cluster)}")
         print(f"precision {paper.precision}; {other_precision(args, paper, cluster)}")
+
+
+def machine_of(args: argparse.Namespace, cluster: Cluster, scale: Scale) -> forecast.Machine:
+    """What the forecast of times assumes."""
+    if args.gpu != CPU:
+        return forecast.gpus(args.gpus, cluster, scale)
+    bf16 = args.ds_config and (load_ds_config(args.ds_config).get("bf16") or {}).get("enabled")
+    return forecast.cpu(args.gpus, "bf16" if bf16 else "fp32")
 
 
 def other_precision(args: argparse.Namespace, paper: Full, cluster: Cluster) -> str:
@@ -109,7 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--steps", type=int, help="steps of each training and fine-tuning, for a rehearsal (default: the scale's own)"
     )
     parser.add_argument("--gpus", type=int, default=64, help="ranks of each training")
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80g", help="kind of GPU")
+    parser.add_argument("--gpu", choices=(*GPUS, CPU), default=GPU, help="kind of GPU; cpu: two cores, for the small scales")
     parser.add_argument("--node_gpus", type=int, default=8, help="GPUs per node")
     parser.add_argument("--nodes_nic", default="8x400", help="network cards per node x Gbit/s of each")
     precision = "full: of trainings and features; fp32 is the paper's, and several times as slow (default: bf16)"
@@ -130,6 +138,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.training = asked_training([word for word in given[cut + 1 :] if word != "--dry_run"]) if cut < len(given) else None
     if args.scale != "own" and (args.name or args.labels != "use" or args.test_fraction is not None):
         raise InputError(f"--name, --labels and --test_fraction belong to scale own; leave them out for scale {args.scale}")
+    if args.gpu == CPU and args.scale == "full":
+        raise InputError(f"--gpu {CPU} does not train scale full; choose a GPU: {', '.join(GPUS)}")
     for name in ("gpus", "node_gpus"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")

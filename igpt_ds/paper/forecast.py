@@ -27,7 +27,8 @@ from igpt_ds.plan.costs import forward_flops_per_token, train_flops_per_token
 from igpt_ds.plan.shipped import find_ds_config
 from igpt_ds.plan.step_time import Cluster
 
-CPU_FLOPS, CPU_STEP_SECONDS = 1.58e11, 0.1  # of two processes; the second: what a step takes beside its arithmetic
+CPU_FLOPS = {"fp32": 1.58e11, "bf16": 2.4e11}  # of a training on two processes, where the processor has bf16: docs/bench_cpu.json
+CPU_STEP_SECONDS = 0.1  # what a step takes beside its arithmetic
 PROBE_PASSES = 4000  # over the training images: 13 penalties of some 300 iterations, forward and backward in one
 CLASSES = {"imagenet": 1000, "cifar100": 100}  # of a probe; 10 of others
 COUNT_SECONDS = 5.0  # after which a source is too large to be counted for a forecast
@@ -87,15 +88,15 @@ class Machine:
     step_seconds: Callable[[System], float]
 
 
-def cpu(ranks: int) -> Machine:
-    """Two cores; further ranks share them."""
+def cpu(ranks: int, precision: str) -> Machine:
+    """Two cores; further ranks share them. Trainings compute in `precision`, all else in fp32."""
 
     def step(system: System) -> float:
         recipe = system.recipe
         flops = train_flops_per_token(recipe.model) * recipe.model.n_ctx * recipe.batch_images
-        return CPU_STEP_SECONDS + flops / CPU_FLOPS
+        return CPU_STEP_SECONDS + flops / CPU_FLOPS[precision]
 
-    return Machine(f"{ranks} CPU processes", 6.0, CPU_FLOPS / 2, 1000.0, step)
+    return Machine(f"{ranks} CPU processes", 6.0, CPU_FLOPS["fp32"] / 2, 1000.0, step)
 
 
 def gpus(number: int, cluster: Cluster, scale: Scale) -> Machine:
