@@ -169,9 +169,12 @@ def seconds(stage: Stage, scale: Scale, machine: Machine, counts: Mapping[str, C
     if program == "tools/filter_shards.py":
         kept = next(one.filtered for one in scale.systems if one.filtered)
         system, images = scale.of_recipe(kept.recipe), scale.of(kept.candidates)
-        return _forward(system, images, counts.get(images.id) or {}, machine, pixels=False)
-    if program in ("tools/extract_features.py", "tools/evaluate.py"):
-        return _forward(system, images, found, machine, "--pixels" in stage.words)
+        return _forward(system, _extracted(system, images, counts.get(images.id) or {}), machine)
+    if program == "tools/evaluate.py":
+        return _forward(system, _of(found, str(_value(stage, "--split"))), machine)
+    if program == "tools/extract_features.py":
+        seen = _extracted(system, images, found)
+        return start if seen and "--pixels" in stage.words else _forward(system, seen, machine)
     if program in ("tools/linear_probe.py", "tools/sgd_probe.py"):
         return _probes(stage, scale, system, found, machine)
     return start
@@ -190,13 +193,17 @@ def _training(stage: Stage, scale: Scale, system: System, machine: Machine, foun
     return min(tried, scale.max_rates or tried) * (machine.start_seconds + steps * machine.step_seconds(system))
 
 
-def _forward(system: System, images: Images, found: Counts, machine: Machine, pixels: bool) -> float | None:
-    if not found:
-        return None
+def _extracted(system: System, images: Images, found: Counts) -> int:
+    """How often the network reads an image for the features of both splits; five masks for each evaluated image (paper 4.6)."""
+    votes = 5 if system.recipe.objective == "bert" else 1
+    return _of(found, images.train_split) + _of(found, images.eval_split) * votes if found else 0
+
+
+def _forward(system: System, seen: int, machine: Machine) -> float | None:
+    """A forward pass of each image; None if their number is unknown."""
     recipe = system.recipe
-    seen = _of(found, images.train_split) + _of(found, images.eval_split) * (5 if recipe.objective == "bert" else 1)
-    flops = 0.0 if pixels else seen * recipe.model.n_ctx * forward_flops_per_token(recipe.model, causal=recipe.objective == "ar")
-    return machine.start_seconds + flops / machine.flops
+    flops = seen * recipe.model.n_ctx * forward_flops_per_token(recipe.model, causal=recipe.objective == "ar")
+    return machine.start_seconds + flops / machine.flops if seen else None
 
 
 def _probes(stage: Stage, scale: Scale, system: System, found: Counts, machine: Machine) -> float | None:
