@@ -22,7 +22,7 @@ def shown_calls() -> list[Call]:
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory, shown_calls: list[Call]) -> dict[str, dict[str, Any]]:
-    """What importing each module, and asking each program for --help, did in a process of its own (see fresh.py)."""
+    """What importing the modules did, and asking each program for --help in a process of its own (see fresh.py)."""
     here = tmp_path_factory.mktemp("fresh")
     by_program: dict[str, list[list[str]]] = {}
     for program, words in shown_calls:

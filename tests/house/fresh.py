@@ -1,4 +1,4 @@
-"""Imports each module and runs each program's --help, every one in a forked process; prints what they did as JSON.
+"""Runs each program's --help, every one in a forked process, and imports all modules in one; prints what they did as JSON.
 
     python tests/house/fresh.py            the JSON that the house tests read
     python tests/house/fresh.py --flags    one line a flag, for tests/house/flags.txt
@@ -22,6 +22,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,35 @@ def _source(module: str) -> str:
     return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
-def import_module(name: str) -> dict[str, Any]:
-    """What importing did besides defining names."""
+def import_modules(names: list[str]) -> dict[str, Any]:
+    """Imports the modules, one after another: what each import did besides defining names."""
     import torch
 
-    environment, rng, threads = dict(os.environ), torch.get_rng_state(), torch.get_num_threads()
-    numbers, dtype = str(np.random.get_state()), torch.get_default_dtype()
-    __import__(name)
-    return {
-        "environment_changed": dict(os.environ) != environment,
-        "rng_changed": not torch.equal(torch.get_rng_state(), rng) or str(np.random.get_state()) != numbers,
-        "torch_changed": (torch.get_num_threads(), torch.get_default_dtype()) != (threads, dtype),
-    }
+    def state() -> dict[str, Any]:
+        numbers, dtype = str(np.random.get_state()), torch.get_default_dtype()
+        return {
+            "environment": dict(os.environ),
+            "random numbers": (torch.get_rng_state().tolist(), numbers),
+            "torch": (torch.get_num_threads(), dtype),
+        }
+
+    reports, before = {}, state()
+    for name in names:
+        loaded, error = set(sys.modules), ""
+        try:
+            __import__(name)
+        except Exception:
+            error = traceback.format_exc()
+        after = state()
+        changed = [what for what in before if before[what] != after[what]]
+        reports[name] = {"error": error, "changed": changed, "loaded": packages(set(sys.modules) - loaded)}
+        before = after
+    return {"modules": reports}
+
+
+def packages(names: set[str]) -> list[str]:
+    """The packages of the modules."""
+    return sorted({name.split(".")[0] for name in names})
 
 
 def run_program(program: str, *words: str) -> tuple[int, str, str]:
@@ -123,7 +141,7 @@ def ask_help(program: str, calls: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def in_fork(work: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+def in_fork(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The work's report from a child process, with what the child printed and which packages it loaded."""
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as answer:
         with warnings.catch_warnings():
@@ -134,10 +152,10 @@ def in_fork(work: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
             os.dup2(printed.fileno(), 2)
             report: dict[str, Any] = {"error": "", "flags": [], "help": ""}
             try:
-                report |= work(name)
+                report |= work()
             except BaseException:
                 report["error"] = traceback.format_exc()
-            report["loaded"] = sorted({module.split(".")[0] for module in sys.modules})
+            report["loaded"] = packages(set(sys.modules))
             json.dump(report, answer)
             for file in (sys.stdout, sys.stderr, answer):
                 file.flush()
@@ -152,7 +170,7 @@ def main() -> None:
     """Every program, then every module."""
     PIL.Image.init()
     calls = json.loads(Path(sys.argv[1]).read_text()) if sys.argv[1:] and sys.argv[1] != "--flags" else {}
-    reports = {name: in_fork(lambda name: ask_help(name, calls.get(name, [])), name) for name in programs()}
+    reports = {name: in_fork(partial(ask_help, name, calls.get(name, []))) for name in programs()}
     if sys.argv[1:] == ["--flags"]:
         broken = [f"{name} --help\n{report['error']}" for name, report in reports.items() if report["error"]]
         if broken:
@@ -165,8 +183,7 @@ def main() -> None:
     else:
         import torch  # noqa: F401  (loaded before the forks)
 
-        imported = {name: in_fork(import_module, name) for name in modules()}
-        print(json.dumps({"modules": imported, "programs": reports}))
+        print(json.dumps({"imports": in_fork(partial(import_modules, modules())), "programs": reports}))
 
 
 if __name__ == "__main__":
