@@ -74,10 +74,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def validation_line(run_dir: Path) -> str:
-    """The last validation loss beside that of a uniform guess."""
-    rows = [row for row in read_curve(run_dir) if row.val_loss is not None]
+    """The last validation loss beside that of a uniform guess; a run on train+val has none."""
+    curve = read_curve(run_dir)
+    rows = [row for row in curve if row.val_loss is not None]
+    if not curve:
+        raise InputError(f"{run_dir / 'train.jsonl'} holds no loss; train first")
     if not rows:
-        raise InputError(f"{run_dir / 'train.jsonl'} holds no validation loss; train first")
+        return f"validation: none in {curve[-1].step} steps"
     n_vocab = ReportedRun.of(read_run(run_dir), run_dir / "run.json").recipe.model.n_vocab
     return (
         f"validation: {rows[-1].val_loss:.4f} nats/token after {rows[-1].step} steps; "

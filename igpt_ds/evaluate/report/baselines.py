@@ -13,7 +13,7 @@ from igpt_ds.evaluate.report.row_types import FinetuneRow, ProbeRow, Row
 
 BASELINES = ("pixels", "untrained")
 HEADER = [f"minus {weights}" for weights in BASELINES]
-_SAME_IMAGES = ("dataset", "dataset_hash", "eval_split", "n_train")
+_SAME_IMAGES = ("dataset", "eval_split", "n_train", "n_labels")
 _SAME_NETWORK = ("model", "model_objective")
 
 
@@ -29,13 +29,19 @@ def baseline(row: ProbeRow | FinetuneRow, rows: Sequence[Row], weights: str) -> 
         for other in rows
         if isinstance(other, ProbeRow | FinetuneRow)
         and (other.kind, other.weights) == (kind, weights)
-        and key(other, (*_SAME_IMAGES, "n_labels")) == key(row, (*_SAME_IMAGES, "n_labels"))
+        and (key(other, _SAME_IMAGES), _hashes(other)) == (key(row, _SAME_IMAGES), _hashes(row))
         and (weights == "pixels" or key(other, _SAME_NETWORK) == key(row, _SAME_NETWORK))
     ]
     if isinstance(row, ProbeRow):  # prefer the same protocol and the same kind of features
         for name in ("protocol", "features"):
             same = [other for other in same if other.get(name) == row.get(name)] or same
-    return max(same, key=lambda other: (other.held_out_accuracy, -(other.get("layer") or 0)), default=None)
+    return max(same, key=lambda other: (other.held_out_accuracy or 0.0, -(other.get("layer") or 0)), default=None)
+
+
+def _hashes(row: ProbeRow | FinetuneRow) -> dict[str, str]:
+    """The hashes of the images that a row is fitted on and measured on, without those that chose the step of a fine-tuning."""
+    chose = {row.held_out_split} - {row.train_split, row.eval_split} if isinstance(row, FinetuneRow) else set()
+    return {split: found for split, found in row.dataset_hash.items() if split not in chose}
 
 
 def beside(row: ProbeRow | FinetuneRow, rows: Sequence[Row]) -> list[str]:

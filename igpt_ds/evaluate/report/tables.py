@@ -38,9 +38,11 @@ TITLES = {
 }
 _FINETUNED_40 = 100 - FINETUNED_ON_40
 _CHOSEN = {"held-out tenth of all labels": ", chosen with all labels"}  # how a low_data probe got its layer
+_KNOBS = ("dropout", "weight_decay", "head_std")  # of a fine-tuning; its row has those that are not 0
 _SAME_TUNING = (  # of fine-tunings that differ only in the number of labels
     *("weights", "start_hash", "model", "model_objective", "dataset", "dataset_hash", "n_train", "eval_split", "n_subsets"),
-    *("loss", "lr", "head_layer", "augmentation", "batch_images", "precision", "seed"),
+    *("loss", "gen_scale", "lr", *_KNOBS, "head_layer", "augmentation", "batch_images", "precision", "seed", "subset_seed"),
+    *("train_split", "held_out_split", "n_masks"),
 )
 _R = TypeVar("_R", ProbeRow, FinetuneRow)
 _WORDS = {"unsupervised": "ImageNet, no labels", "supervised": "ImageNet, with labels", "": "none"}
@@ -165,8 +167,14 @@ def _datasets(table: Iterable[Accuracy], rows: Sequence[Row], kind: str) -> list
 
 def _words(row: ProbeRow | FinetuneRow) -> str:
     """A row of a table in a sentence."""
-    where = _where(row) if isinstance(row, ProbeRow) else f"{row.loss}, lr {row.lr:g}"
+    where = _where(row) if isinstance(row, ProbeRow) else _tuned(row)
     return f"{system_name(row)} at step {row.step} ({where})"
+
+
+def _tuned(row: FinetuneRow) -> str:
+    """How a row was fine-tuned."""
+    knobs = "".join(f", {name} {row.get(name):g}" for name in _KNOBS if row.get(name))
+    return f"{row.loss}, lr {row.lr:g}{knobs}{f', {row.n_masks} masks vote' if row.n_masks else ''}"
 
 
 def _probes(rows: Sequence[Row]) -> str:
@@ -211,8 +219,7 @@ def _finetunes(rows: Sequence[Row]) -> str:
             percent = 100 * row.accuracy
             start = f"no labels, step {row.step}" if row.weights == "trained" else "none, from scratch"
             labels = f", {row.n_train} labels" if several else ""
-            masks = f", {row.n_masks} masks vote" if row.n_masks else ""
-            about = [dataset, _ours(row), start, f"{row.loss}, lr {row.lr:g}{labels}{masks}", row.eval_split]
+            about = [dataset, _ours(row), start, f"{_tuned(row)}{labels}", row.eval_split]
             lines.append([*about, f"{percent:.1f}", _difference(percent, _best_finetuned(dataset, row)), *beside(row, rows)])
         shown += ours
     table = as_table(["images", "model", "pre-training", "loss", "split", "accuracy", "minus the paper's", *HEADER], lines)
@@ -242,9 +249,9 @@ def _low_data(rows: Sequence[Row]) -> str:
     for of_tuned in _by_labels(tuned, _SAME_TUNING):
         tuning = next(iter(of_tuned.values()))
         start = "fine-tuned" if tuning.weights == "trained" else "from scratch"
-        folded = tuning.held_out_split in str(tuning.train_split).split("+")
+        folded = tuning.held_out_split is None or tuning.held_out_split in str(tuning.train_split).split("+")
         step = "the last step" if folded else f"step chosen by all of {tuning.held_out_split}"
-        about = f"{_elsewhere(tuning)}{tuning.head_layer}, {start}, {tuning.loss}, lr {tuning.lr:g}, {step}, {tuning.eval_split}"
+        about = f"{_elsewhere(tuning)}{tuning.head_layer}, {start}, {_tuned(tuning)}, {step}, {tuning.eval_split}"
         against = {40: _FINETUNED_40} if tuning.weights == "trained" and tuning.model_objective == "ar" else {}
         lines.append([_ours(tuning), about, *_errors(of_tuned, against)])
     table = as_table(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)

@@ -91,6 +91,9 @@ def test_tables_of_the_paper(tool, results, run_dir):
     assert said.count("### Table") == 2
     assert "`cifar10_nano_ar_16`: 0.003" in said
     assert said.endswith("|\n")
+    (run_dir / "train.jsonl").write_text(json.dumps({"step": 7, "images_seen": 64, "loss": 3.0}) + "\n")
+    status, said, _ = tool("tables", "--results", results, "--run_dir", run_dir)
+    assert (status, said.splitlines()[0]) == (0, "validation: none in 7 steps"), "a run on train+val"
 
 
 def test_figures_2_to_4(tool, results, model_dir, tiny_dataset, tmp_path):

@@ -107,16 +107,19 @@ def minus(row):
 
 def test_table_3():
     about = {"kind": "finetune", "dataset": "cifar10", "model": SMALL, "model_objective": "ar", "step": 9, "eval_split": "val"}
-    about |= {"n_train": 45_000, "dataset_hash": {"train": "t"}, "held_out_accuracy": 0.5}
+    about |= {"train_split": "train", "held_out_split": "val", "eval_split": "test"}
+    about |= {"n_train": 45_000, "dataset_hash": {"train": "t", "val": "v", "test": "e"}, "held_out_accuracy": 0.5}
     row = as_row(about | {"weights": "trained", "loss": "joint", "lr": 0.001, "accuracy": 0.7})
     scratch = row | {"weights": "untrained", "loss": "clf", "accuracy": 0.6, "n_masks": 5}
-    pixels = probe(weights="pixels", features="pixels", accuracy=0.65, n_train=45_000, dataset_hash={"train": "t"})
-    ours = [line for line in lines(3, [row, scratch, pixels]) if "ours" in line]
+    fitted = {"n_train": 45_000, "dataset_hash": {"train": "t", "test": "e"}, "eval_split": "test"}
+    pixels = probe(weights="pixels", features="pixels", accuracy=0.65, **fitted)
+    folded = scratch | {"held_out_accuracy": None, "held_out_split": None, "accuracy": 0.9}
+    ours = [line for line in lines(3, [row, scratch, pixels, folded]) if "ours" in line][:2]
     assert ours == [
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | no labels, step 9 | joint, lr 0.001 "
-        "| val | 70.0 | -29.0 | +5.0 | +10.0 |",
+        "| test | 70.0 | -29.0 | +5.0 | +10.0 |",
         "| cifar10 | **ours: 8 x 128, 1.7M at 16x16** | none, from scratch | clf, lr 0.001, 5 masks vote "
-        "| val | 60.0 | - | -5.0 |  |",
+        "| test | 60.0 | - | -5.0 |  |",
     ]
     assert minus(row | {"model_objective": "bert", "accuracy": 0.986}) == "+0.0", "Figure 4 has BERT's"
     assert minus(row | {"model_objective": "bert", "dataset": "cifar100"}) == "-"
@@ -186,6 +189,9 @@ def test_table_4_has_fine_tunings_on_few_labels():
         " 8, from scratch, joint, lr 0.001, the last step, test |  | 40.0 ± 2.1 |  |",
     ]
     assert not [line for line in lines(3, rows) if "ours" in line], "Table 3 is of all labels"
+    dropped = as_row(about | {"dropout": 0.1, "train_split": "train+val", "held_out_split": None})
+    ours = [line.split("|", 3)[2] for line in lines(4, [rows[0], dropped]) if "ours" in line]
+    assert ours[1] == " 8, fine-tuned, joint, lr 0.001, dropout 0.1, the last step, test ", "and a line of its own"
 
 
 def test_table_5_compares_recipes():
