@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.labels is not None:
         few_labels(args, start, images)
         return
+    if next(args.run_dir.glob("subset-*/run.json"), None):
+        raise InputError(f"--run_dir {args.run_dir} holds runs of --labels, one for each subset; choose another directory")
     run = choose_run(args, start, images)
     shortened = run.recipe.warmup_steps < run.recipe.steps  # a run of an earlier version may warm up to its end
     note = warmup_note(args, math.ceil(images.n_originals / args.batch_images), run.recipe) if shortened else ""

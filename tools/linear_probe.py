@@ -163,6 +163,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--precision", choices=PROBE_PRECISIONS, default="fp32", help="precision of the features in memory")
     args = parser.parse_args(argv)
+    args.layers = args.layers and list(dict.fromkeys(args.layers))
     if args.protocol != "every_layer":
         if args.max_train is not None:
             raise InputError(f"--max_train is only for --protocol every_layer, not {args.protocol}; omit it")

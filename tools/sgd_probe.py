@@ -166,6 +166,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
     )
     args = parser.parse_args(argv)
+    args.layers = args.layers and list(dict.fromkeys(args.layers))
     if args.protocol != "concat" and args.results:
         raise InputError("--results is for --protocol concat; omit it")
     if args.protocol == "concat" and (groups := [layers for layers in args.layers or () if len(layers) > 1]):

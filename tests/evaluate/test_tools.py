@@ -129,7 +129,7 @@ def concat_by_sgd(tool, features, directory):
     """Five layers around the best one; a row of an earlier probe is not fitted again."""
     flags = ["--features", features, "--kinds", "normed", "--rates", 0.1, "--steps", 20, "--batch_images", 8]
     first, out = directory / "first.jsonl", directory / "sgd.jsonl"
-    assert tool("sgd_probe", *flags, "--layers", 1, "0,2", "--out", first)[0] == 0
+    assert f"{first}: 2 rows\n" in tool("sgd_probe", *flags, "--layers", 1, "0,2", 1, "0,2", "--out", first)[1]
     assert [(row["protocol"], row["layer"], row.get("layers")) for row in read_results(first)] == [
         ("sgd", 1, None),
         ("concat", 2, [0, 2]),

@@ -209,7 +209,7 @@ def words(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> list[
         (["--labels", "6", "--out", "x"], "--out x does not go with --labels 6: each subset has its model in RUN_DIR"),
         (["--labels", "6", "--loss", "gen"], "--loss gen does not go with --labels 6"),
         (["--lr", "-1"], "lr=-1.0 must be a positive number"),
-        (["--layer_from", "none.jsonl"], "--layer_from none.jsonl has no probes of these weights"),
+        (["--layer_from", "none.jsonl"], "--layer_from none.jsonl does not exist"),
         (["--keep_steps", "0"], "--keep_steps 0 must be at least 1"),
         (["--batch_images", "5", "--micro_batch", "2"], "batch_images=5 does not divide into 1 rank x micro batch 2"),
     ],
@@ -223,6 +223,9 @@ def test_subsets_beside_other_runs(main: Any, words: list[str], tmp_path: Path) 
     (tmp_path / "run" / "subset-3" / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"run already holds subsets; continue them with --resume auto"):
         main([*words, "--labels", "6", "--batch_images", "12"])
+    (tmp_path / "run" / "subset-3" / "run.json").touch()
+    with pytest.raises(ValueError, match=r"--run_dir .*run holds runs of --labels"):
+        main(words)
     (tmp_path / "run" / "run.json").touch()
     with pytest.raises(ValueError, match=r"--run_dir .*run holds a run with all labels; choose another for --labels 6"):
         main([*words, "--labels", "6"])

@@ -38,8 +38,10 @@ def best_layer(path: Path, model_hash: str) -> int:
     """The layer with the best probe of a model's normed features in a results file, by the held-out images.
 
     Raises:
-        ValueError: the file has no probe of them.
+        ValueError: there is no such file, or it has no probe of them.
     """
+    if not path.is_file():
+        raise InputError(f"--layer_from {path} does not exist; make it with tools/linear_probe.py, or give --layer")
     probes = by_layer(read_results(path))
     rows = [row for row in probes if row.model_hash == model_hash and row.weights == "trained" and row.features == "normed"]
     if not rows:
