@@ -25,6 +25,7 @@ N_COLORS = 512  # of the released palette
 _SPLITS = {"tr": "train", "va": "val", "te": "test"}
 _AGAIN = "download it again"
 _ROWS = 4096  # labels checked at once
+_CLASSES = 1 << 16  # more are damage
 
 
 def find_prefix(where: str) -> Path:
@@ -90,11 +91,20 @@ class OpenAIArrays:
 
     @cached_property
     def classes(self) -> list[str]:
-        """The numbers of the classes. The release names none."""
+        """The numbers of the classes. The release names none.
+
+        Raises:
+            ValueError: the label arrays have different numbers of classes.
+        """
         if not self._labels:
             return UNLABELLED
-        n = max(Y.shape[1] if Y.ndim == 2 else int(Y.max()) + 1 for Y in self._labels.values())
-        return [str(label) for label in range(n)]
+        found = {split: Y.shape[1] if Y.ndim == 2 else int(Y.max()) + 1 for split, Y in self._labels.items()}
+        hot = [Y.shape[1] for Y in self._labels.values() if Y.ndim == 2]
+        K = min(hot[0] if hot else max(found.values()), _CLASSES)
+        for split, n in found.items():
+            if n > K or (n < K and self._labels[split].ndim == 2):
+                raise InputError(f"{self._where(split, 'Y')} has {n} classes, expected {K}; {_AGAIN}")
+        return [str(label) for label in range(K)]
 
     def entries(self) -> Iterator[Entry]:
         """The rows of each array."""
@@ -128,7 +138,7 @@ class OpenAIArrays:
     def _side(self, split: str) -> int:
         X = self._tokens[split]
         side = math.isqrt(X.shape[1]) if X.ndim == 2 else 0
-        if X.dtype.kind not in "iu" or not X.size or side**2 != X.shape[-1]:
+        if X.dtype.kind not in "iu" or not X.size or not side or side**2 != X.shape[-1]:
             raise InputError(f"{self._where(split)} is {X.dtype} {list(X.shape)}, expected integers [N, n_px x n_px]; {_AGAIN}")
         return side
 

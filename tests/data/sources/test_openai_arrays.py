@@ -71,6 +71,9 @@ def test_the_test_arrays_alone_and_integer_labels(arrays, palette, tmp_path):
         ("trY", np.zeros((5, 10)), "trY.npy row 0 is no class"),
         ("vaY", np.eye(10)[:3], r"vaY.npy is float64 \[3, 10\], expected one-hot \[2, K\]"),
         ("teY", np.array([0, 1, -2]), "teY.npy row 2 is no class"),
+        ("teX", np.array(3), r"teX.npy is int64 \[\], expected"),
+        ("teY", np.eye(7)[:3], "teY.npy has 7 classes, expected 10"),
+        ("teY", np.array([0, 1, 10**12]), "teY.npy has 1000000000001 classes, expected 10"),
         ("teY", None, "teY.npy does not exist; download it, or add --labels ignore"),
     ],
 )
@@ -85,6 +88,7 @@ def test_what_is_wrong_is_named(arrays, name, array, message):
 
 def _read_all(spec):
     source = open_source(spec)
+    assert source.classes
     return list(source.read(list(source.entries())))
 
 
