@@ -62,7 +62,11 @@ def _target(out: Path, part: Path) -> Path:
     manifest = _part_manifest(part)
     assert manifest.part is not None
     whole = replace(manifest, splits=manifest.part.of)
-    return addition_dir(out, whole.splits) if new_splits(out, whole) == list(whole.splits) else out
+    left = new_splits(out, whole)
+    if left != list(whole.splits):
+        there = next(split for split in whole.splits if split not in left)
+        raise InputError(f"{out} has split {there} already, which its parts hold too; remove the parts, such as {part}")
+    return addition_dir(out, whole.splits)
 
 
 def _merge(out: Path, directories: list[Path]) -> FeatureManifest:

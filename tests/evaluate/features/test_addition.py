@@ -132,10 +132,14 @@ def test_parts_of_a_further_split_merge_into_the_directory(extracted, features_d
     for i in range(2):
         extracted(out, [train, val], Extraction(part=Part(i, 2)))
         assert part_dir(out, Part(i, 2)).is_dir()
+    shutil.copytree(part_dir(out, Part(0, 2)), tmp_path / "again")
     assert list(merge_parts(out, 2).splits) == ["val"]
-    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "f"]
     assert read_feature_manifest(out).files == read_feature_manifest(features_dir).files
     with pytest.raises(ValueError, match="exists already"):
+        merge_parts(out, 2)
+    (tmp_path / "again").rename(part_dir(out, Part(0, 2)))
+    with pytest.raises(ValueError, match=r"f has split val already, which its parts hold too; remove .*part-0-of-2"):
         merge_parts(out, 2)
 
 
