@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lazy.load()
 
     step, size = consolidate(args.run_dir, args.out, args.step)
-    info, data = read_info(args.out), read_run(args.run_dir)["data"]["path"]
+    info, trained_on = read_info(args.out), read_run(args.run_dir)["data"]
+    data = (trained_on.get("datasets") or [trained_on])[0]["path"]  # of several data sets the first
     print(f"{args.out}: step {step}, {size:,} parameters, sha256 {info.model_hash[:16]}")
     if info.class_head is not None:
         print(next_command("python", "tools/evaluate_classifier.py", "--model", args.out, "--data", data))

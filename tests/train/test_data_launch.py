@@ -35,7 +35,7 @@ def spoiled(tiny_dataset: Path, tmp_path: Path) -> Path:
 
 
 def test_two_datasets_on_one_rank_and_on_two(
-    launch: Any, command: Command, curves: Curves, tiny_dataset: Path, tmp_path: Path
+    launch: Any, tool: Any, command: Command, curves: Curves, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_dataset, tmp_path / "web")
     data = ["--data", str(tiny_dataset), str(tmp_path / "web"), "--data_weights", "3", "1"]
@@ -47,6 +47,7 @@ def test_two_datasets_on_one_rank_and_on_two(
     assert [part["share"] for part in about["datasets"]] == [3072, 1024]
     manifest = json.loads((tmp_path / "one" / "checkpoints" / "step-00000004" / "manifest.json").read_text())
     assert manifest["data"] == about
+    assert f"--data {tiny_dataset} --out" in tool("consolidate", "--run_dir", tmp_path / "one", "--out", tmp_path / "m")[1]
 
     refused = launch(command("one", "--data", str(tiny_dataset), str(tmp_path / "web"), "--resume", "auto"))
     assert refused.returncode == 2
