@@ -40,7 +40,7 @@ class Features:
 
     def __init__(self, path: Path, split: str, splits: Sequence[str]) -> None:
         self._set = files.open_features(path, split)
-        self.path, self.split, self.splits = path, split, list(splits)
+        self.path, self.split, self.splits = path, self._set.split, list(splits)
         self.labels, self.classes = self._set.labels, list(self._set.classes)
         self.layers, self.kinds = list(self._set.layers), list(self._set.kinds)
         self.keys: Sequence[str] | None = self._set.keys
@@ -103,7 +103,7 @@ class Shards:
 
     def __init__(self, path: Path, split: str, splits: Sequence[str]) -> None:
         self._set = ShardSet(path, split)
-        self.path, self.split, self.splits = path, split, list(splits)
+        self.path, self.split, self.splits = path, self._set.split, list(splits)
         self.name, self.n_px, self.classes = self._set.name, self._set.n_px, list(self._set.classes)
 
     @property

@@ -33,6 +33,7 @@ def test_features_and_shards_belong_together(features_dir, tiny_dataset):
     np.testing.assert_array_equal(features.layer(0, "pixels"), expected)
     assert len(igpt_ds.open_features(features_dir, "val")) == len(igpt_ds.open_shards(tiny_dataset, "val")) == 11
     assert len(igpt_ds.open_shards(tiny_dataset, "train+val")) == 48
+    assert igpt_ds.open_shards(tiny_dataset, "val+train").split == "train+val", "the order of its images"
 
 
 def test_shards_are_a_sequence(tiny_dataset):
