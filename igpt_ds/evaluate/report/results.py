@@ -90,6 +90,7 @@ def make_row(
 ) -> ProbeRow:
     """The row of a probe: the origin of the features, then the fields of the probe."""
     origin = train.manifest.origin
+    masked = train.mask_draws or evaluated.mask_draws  # other splits of the directory may be
     found = {name: value for name, value in vars(probe).items() if name != "fitted"}
     kind, layer = found.pop("kind"), found.pop("layer")
     values = {
@@ -108,8 +109,8 @@ def make_row(
         "feature_precision": origin.precision,
         "feature_dtype": origin.dtype,
         "mask_draws": evaluated.mask_draws,
-        "mask_prob": origin.mask_prob,
-        "mask_seed": origin.mask_seed,
+        "mask_prob": origin.mask_prob if masked else None,
+        "mask_seed": origin.mask_seed if masked else None,
         "palette_hash": origin.palette_hash,
         "dataset": train.manifest.dataset,
         "dataset_hash": {probe.train_split: train.dataset_hash, probe.eval_split: evaluated.dataset_hash},

@@ -24,6 +24,7 @@ def held_out_by_layer(
 ) -> dict[int, float]:
     """The held-out accuracy of each layer that was probed by SGD on these training images with these settings."""
     wanted = {name: getattr(train.manifest.origin, own) for name, own in _ORIGIN.items()}
+    wanted |= {} if train.mask_draws else {"mask_prob": None, "mask_seed": None}
     wanted |= {name: getattr(settings, name) for name in ("steps", "batch_images", "views", "seed")}
     wanted |= {"features": kind, "standardised": settings.standardise, "held_out": held_out}
     return {

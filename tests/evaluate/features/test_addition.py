@@ -18,6 +18,7 @@ from igpt_ds.evaluate.features.network import Network, open_model
 from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe
 from igpt_ds.evaluate.probes.settings import RateSearch, SgdSettings
 from igpt_ds.evaluate.probes.sgd_search import held_out_rows, sgd_probe
+from igpt_ds.evaluate.report.results import make_row
 
 
 @pytest.fixture
@@ -150,7 +151,10 @@ def test_masked_and_whole_images_share_a_directory_but_no_split(extracted, make_
     for shards, draws in ((train, 0), (val, 2)):
         extracted(out, [shards], Extraction(mask_draws=[draws]), model=bert)
     assert read_feature_manifest(out).origin.mask_prob == 0.3
-    assert [open_features(out, split).mask_draws for split in ("train", "val")] == [0, 2]
+    whole, masked = (open_features(out, split) for split in ("train", "val"))
+    assert (whole.mask_draws, masked.mask_draws) == (0, 2)
+    rows = [make_row(linear_probe(whole, other, 1, "normed", ProbeSettings((0.1,))), whole, other) for other in (whole, masked)]
+    assert [row["mask_prob"] for row in rows] == [None, 0.3], "a row of whole images has no masks"
     with pytest.raises(ValueError, match=r"f has whole images of train and masked images of val, which do not go together"):
         open_features(out, "train+val")
 
