@@ -43,8 +43,8 @@ def new_splits(out: Path, whole: FeatureManifest) -> list[str]:
 
 
 def addition_dir(out: Path, splits: Iterable[str]) -> Path:
-    """Where splits are written that move into `out` later; `out` itself if it does not exist."""
-    return beside(out, "." + "-".join(splits)) if (out / "manifest.json").is_file() else out
+    """Where splits, in any order, are written that move into `out` later; `out` itself if it does not exist."""
+    return beside(out, "." + "-".join(sorted(splits))) if (out / "manifest.json").is_file() else out
 
 
 def add_splits(out: Path, addition: Path) -> None:

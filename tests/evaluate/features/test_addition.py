@@ -9,6 +9,7 @@ import igpt_ds
 from igpt_ds.cli import FinishedError
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.layout import Part
+from igpt_ds.evaluate.features.addition import addition_dir
 from igpt_ds.evaluate.features.extract import Extraction, extract, extract_pixels
 from igpt_ds.evaluate.features.files import open_features, part_dir
 from igpt_ds.evaluate.features.joined import JoinedRows
@@ -124,6 +125,7 @@ def test_a_killed_addition_leaves_the_others_whole_and_continues(extracted, feat
     (tmp_path / "f.test.partial").mkdir()  # a process that was killed before its first row
     extracted(out, [test])
     assert list(read_feature_manifest(out).splits) == ["train", "val", "test"]
+    assert addition_dir(out, ["test", "val"]) == addition_dir(out, ["val", "test"]), "the same work in any order"
 
 
 def test_parts_of_a_further_split_merge_into_the_directory(extracted, features_dir, both_splits, tmp_path):
