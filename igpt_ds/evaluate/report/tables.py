@@ -228,14 +228,15 @@ def _finetunes(rows: Sequence[Row]) -> str:
 
 def _low_data(rows: Sequence[Row]) -> str:
     paper = next(one for one in TABLE_4 if one.model == "iGPT-L")
-    lines = []
+    few = [row for row in rows if isinstance(row, ProbeRow | FinetuneRow) and row.n_labels]
+    lines, counts = [], sorted({*LABELS, *(row.n_labels or 0 for row in few)})
     for one in TABLE_4:
-        cells = ["{:.1f} ± {:.1f}".format(*one.errors[n]) if n in one.errors else "" for n in LABELS]
+        cells = ["{:.1f} ± {:.1f}".format(*one.errors[n]) if n in one.errors else "" for n in counts]
         lines.append([one.model, "", *cells])
         if one is paper:
-            fine = [f"{_FINETUNED_40:.1f}" if n == 40 else "" for n in LABELS]
+            fine = [f"{_FINETUNED_40:.1f}" if n == 40 else "" for n in counts]
             lines.append(["iGPT-L, fine-tuned (4.7)", "", *fine])
-    probes = [row for row in rows if isinstance(row, ProbeRow) and row.protocol == "low_data"]
+    probes = [row for row in few if isinstance(row, ProbeRow) and row.protocol == "low_data"]
     same = [name for name in (*SERIES, "layer", "layer_chosen_by") if name != "n_labels"]
     of_paper = {n: paper.errors[n][0] for n in LABELS}
     for by_labels in _by_labels(probes, same):
@@ -244,17 +245,16 @@ def _low_data(rows: Sequence[Row]) -> str:
         apart = differences(row, probes, but=("n_labels",))
         chosen = "" if row.weights == "pixels" else _CHOSEN.get(str(row.get("layer_chosen_by")), "")
         lines.append([name, f"{_elsewhere(row)}{row.layer} {row.features}{chosen}, {row.eval_split}{apart}"])
-        lines[-1] += _errors(by_labels, of_paper)
-    tuned = [row for row in rows if isinstance(row, FinetuneRow) and row.n_labels is not None]
-    for of_tuned in _by_labels(tuned, _SAME_TUNING):
+        lines[-1] += _errors(by_labels, of_paper, counts)
+    for of_tuned in _by_labels([row for row in few if isinstance(row, FinetuneRow)], _SAME_TUNING):
         tuning = next(iter(of_tuned.values()))
         start = "fine-tuned" if tuning.weights == "trained" else "from scratch"
         folded = tuning.held_out_split is None or tuning.held_out_split in str(tuning.train_split).split("+")
         step = "the last step" if folded else f"step chosen by all of {tuning.held_out_split}"
         about = f"{_elsewhere(tuning)}{tuning.head_layer}, {start}, {_tuned(tuning)}, {step}, {tuning.eval_split}"
         against = {40: _FINETUNED_40} if tuning.weights == "trained" and tuning.model_objective == "ar" else {}
-        lines.append([_ours(tuning), about, *_errors(of_tuned, against)])
-    table = as_table(["model", "layer", *(f"{n} labels" for n in LABELS)], lines)
+        lines.append([_ours(tuning), about, *_errors(of_tuned, against, counts)])
+    table = as_table(["model", "layer", *(f"{n} labels" for n in counts)], lines)
     return _with_list(table, [*pixels_win(probes, rows, _words), *not_measured(probes, rows)])
 
 
@@ -271,11 +271,11 @@ def _elsewhere(row: ProbeRow | FinetuneRow) -> str:
     return "" if row.dataset == "cifar10" else f"{row.dataset}, "
 
 
-def _errors(by_labels: Mapping[int, ProbeRow | FinetuneRow], paper: Mapping[int, float]) -> list[str]:
+def _errors(rows: Mapping[int, ProbeRow | FinetuneRow], paper: Mapping[int, float], counts: Iterable[int]) -> list[str]:
     """The error and its deviation for each number of labels, and on the paper's images the difference to the paper's error."""
     cells = []
-    for n in LABELS:
-        row = by_labels.get(n)
+    for n in counts:
+        row = rows.get(n)
         if row is None:
             cells.append("")
             continue

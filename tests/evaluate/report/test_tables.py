@@ -188,6 +188,7 @@ def test_table_4_has_fine_tunings_on_few_labels():
         " 8, fine-tuned, joint, lr 0.001, step chosen by all of val, test | 60.0 ± 2.1 (+2.1) | 40.0 ± 2.1 |  |",
         " 8, from scratch, joint, lr 0.001, the last step, test |  | 40.0 ± 2.1 |  |",
     ]
+    assert "| 40 labels | 100 labels | 250 labels |" in lines(4, [rows[0] | {"n_labels": 100}])[0], "any number"
     assert not [line for line in lines(3, rows) if "ours" in line], "Table 3 is of all labels"
     dropped = as_row(about | {"dropout": 0.1, "train_split": "train+val", "held_out_split": None})
     ours = [line.split("|", 3)[2] for line in lines(4, [rows[0], dropped]) if "ours" in line]
