@@ -76,8 +76,13 @@ def model_dir(path: Path) -> Path:
 
     A checkpoint becomes a temporary model dir, which is removed when the process ends. Other paths are returned as they are, and
     the reader refuses them.
+
+    Raises:
+        ValueError: the path holds several models, such as those of a fine-tuning on subsets.
     """
     place = None if (path / "config.json").is_file() else _of_run(path)
+    if place is None and not (path / "config.json").is_file() and (below := _one_below(path)):
+        return model_dir(below)
     if not isinstance(place, _Checkpoint):
         return place or path
     scratch = tempfile.TemporaryDirectory(prefix="igpt_ds.")
@@ -110,13 +115,18 @@ def _of_run(directory: Path) -> Path | _Checkpoint | None:
     return _Checkpoint(directory, None) if is_run else None
 
 
-def _only_model_below(directory: Path) -> FoundModel:
+def _one_below(directory: Path) -> Path | None:
+    """The only model dir or run dir below a directory; None if there is none."""
     below = sorted(file.parent for place in ("*", "models/*") for file in directory.glob(f"{place}/config.json"))
     below = below or sorted(file.parent for file in directory.glob("*/run.json"))
-    if len(below) == 1:
-        return find_model(below[0])
-    if below:
+    if len(below) > 1:
         raise InputError(f"{directory} holds {len(below)} models; name one: {', '.join(map(str, below))}")
+    return below[0] if below else None
+
+
+def _only_model_below(directory: Path) -> FoundModel:
+    if below := _one_below(directory):
+        return find_model(below)
     for name, what in _OTHERS.items():
         if (directory / name).is_file():
             raise InputError(f"{directory} is {what}")

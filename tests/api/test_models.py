@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import igpt_ds
+from igpt_ds.api.found import model_dir
 from igpt_ds.data.grids import Texts, _Layout
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.evaluate.classification import predict
@@ -197,8 +198,9 @@ def test_a_run_dir_with_a_model_and_a_directory_with_one_model(tmp_path, make_mo
     make_model_dir(tmp_path / "demo" / "models" / "one")
     assert igpt_ds.load(tmp_path / "demo").path == tmp_path / "demo" / "models" / "one"
     make_model_dir(tmp_path / "demo" / "models" / "two")
-    with pytest.raises(igpt_ds.InputError, match=r"holds 2 models; name one: .*one, .*two"):
-        igpt_ds.load(tmp_path / "demo")
+    for reads in (igpt_ds.load, model_dir):
+        with pytest.raises(igpt_ds.InputError, match=r"holds 2 models; name one: .*one, .*two"):
+            reads(tmp_path / "demo")
 
 
 def test_the_best_layer_is_that_of_the_best_held_out_probe(tmp_path, make_model_dir, val, capsys):
