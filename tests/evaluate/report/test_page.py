@@ -41,6 +41,7 @@ PROBE = as_row(
         "model_objective": "ar",
         "step": 20,
         "dataset": "cifar10",
+        "dataset_hash": {"train": "t", "val": "v"},
         "train_split": "train",
         "eval_split": "val",
         "n_train": 90,
