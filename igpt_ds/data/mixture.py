@@ -36,7 +36,8 @@ class Mixture:
 
     Args:
         weights: one number above 0 per dataset. The paper trains XL on "a mixture of ImageNet and web images" and gives no
-            weights. The default is in proportion to the numbers of images: every image of the union is seen equally often.
+            weights. The default is in proportion to the numbers of stored images: each is seen equally often. An image with 8
+            stored views is therefore seen 8 times as often as one that is stored once.
         on_bad: "stop" raises DamagedImagesError; "skip" uses the next intact image instead (after the last image, the first). The
             replacement depends on the image id alone, so it is the same on every rank. Each damaged image is named once on
             stderr.

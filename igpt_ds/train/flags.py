@@ -62,7 +62,7 @@ def parse(
     data.add_argument(
         "--data", type=Path, nargs="+", metavar="DIR", help="directories of token shards; validation uses the first"
     )
-    weights = "relative sampling frequency of each --data directory (default: proportional to its number of images)"
+    weights = "sampling frequency of each --data directory (default: proportional to its number of images, stored views count)"
     data.add_argument("--data_weights", type=float, nargs="+", metavar="WEIGHT", help=weights)
     stream = "URL of training shards to read in sequence, with {shard} for the shard's name (default: the shards in --data)"
     data.add_argument("--stream", metavar="URL", help=stream)
