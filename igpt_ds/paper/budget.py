@@ -154,7 +154,7 @@ def describe_costs(found: Sequence[Cost], gpus: int, cluster: Cluster) -> str:
         rows = [(cost.what, *_run(cost.estimate), *_numbers(cost)) for cost in some]
         total = Cost(kind, "total", sum(cost.gpu_hours for cost in some), sum(cost.disk for cost in some))
         empty = ("",) * (len(rows[0]) - 3)
-        run = ("parameters", "ds_config", "micro", "days") if empty else ()
+        run = ("parameters", "images", "steps", "warm-up", "lr", "ds_config", "micro", "days") if empty else ()
         lines += [*columns([(kind, *run, "GPU-hours", "GB"), *rows, ("total", *empty, *_numbers(total))]), ""]
     hours, disk = sum(cost.gpu_hours for cost in found), sum(cost.disk for cost in found)
     dollars = hours * DOLLARS
@@ -169,10 +169,13 @@ def describe_costs(found: Sequence[Cost], gpus: int, cluster: Cluster) -> str:
 
 
 def _run(best: Estimate | None) -> tuple[str, ...]:
+    """What a pre-training learns, in the words of Table 5 and section 3.4, and how it fits the machines."""
     if best is None:
         return ()
     sp = f" x sp {best.run.sequence_parallel}" if best.run.sequence_parallel > 1 else ""
-    return f"{best.parameters:,}", best.ds_config, f"{best.run.micro_batch}{sp}", f"{best.days:.1f}"
+    recipe = best.recipe
+    learned = f"{recipe.batch_images}", f"{recipe.steps:,}", f"{recipe.warmup_steps:,}", f"{recipe.lr:g}"
+    return f"{best.parameters:,}", *learned, best.ds_config, f"{best.run.micro_batch}{sp}", f"{best.days:.1f}"
 
 
 def _numbers(cost: Cost) -> tuple[str, str]:

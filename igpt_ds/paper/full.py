@@ -104,7 +104,7 @@ def _section(recipe: Recipe) -> str:
     return f"2.1, 3.1, 3.3, 3.4, {'4.6, ' if recipe.objective == 'bert' else ''}Table 5"
 
 
-def _searched(ids: Sequence[str], section: str = "3.1, 4.5, Table 3") -> tuple[Tuning, ...]:
+def _searched(ids: Sequence[str], section: str = "3.1, 4.5") -> tuple[Tuning, ...]:
     """Joint fine-tuning: the rate is searched (4.5), then validation images return to training (3.1)."""
     return tuple(Tuning(id, section=section, searched="finetuned", fold=True) for id in ids)
 
@@ -113,7 +113,8 @@ def _large(system: System) -> System:
     """L at 32x32: Table 3, and the comparisons of 2.3, 4.5 and 4.7 on CIFAR-10, at the rate of the search."""
     beside = functools.partial(Tuning, _CIFAR10, searched="finetuned")
     tunings = (
-        *_searched((_CIFAR10, "cifar100_32", "imagenet_32_views")),
+        *_searched((_CIFAR10, "cifar100_32"), "3.1, 4.5, Table 3"),
+        *_searched(("imagenet_32_views",)),
         beside("clf", "2.3", knobs={"loss": "clf"}),
         beside("best_layer", "4.5", best_layer=True),
         beside("dropout", "4.5", knobs={"dropout": DROPOUT}),

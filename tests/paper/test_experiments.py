@@ -39,6 +39,13 @@ def test_every_stage_names_its_section() -> None:
         assert set(sections) <= known, name
 
 
+def test_table_3_is_fine_tuning_on_cifar() -> None:
+    found = {name for name, stage in full(Full()).items() if "Table 3" in stage.section}
+    assert found == {
+        f"{search}igpt_l_ar_32-{cifar}_32-finetuned" for search in ("", "search-") for cifar in ("cifar10", "cifar100")
+    }
+
+
 def test_the_page_has_a_row_and_a_command_for_each_statement() -> None:
     rows = re.findall(r"^\| ([\dA.]+) \| (.+?) \| (.+) \|$", PAGE, flags=re.MULTILINE)
     assert [row[:2] for row in rows] == [(one.section, one.statement) for one in EXPERIMENTS]

@@ -154,6 +154,12 @@ def test_the_full_plan_counts_as_the_cost_model_does() -> None:
     total = sum(cost.gpu_hours for cost in found)
     assert f"in total {total:,.0f} GPU-hours (${2.5 * total:,.0f} at $2.5 each)" in text
     assert f"disk {sum(cost.disk for cost in found) / 1e12:.1f} TB" in text
+    rows = [line.split() for line in text.split("\n\n")[0].splitlines()]
+    learned = {row[0]: row[2:6] for row in rows}
+    assert learned["igpt_xl_ar_64"] == ["64", "2,000,000", "19,218", "0.0003"], (
+        "images of a step, steps, warm-up, rate: 3.4, Table 5"
+    )
+    assert learned["igpt_s_bert_32"] == ["128", "1,000,000", "9,609", "0.01"]
 
 
 def test_shards_are_as_large_as_counted(tiny_dataset: Path) -> None:
