@@ -30,6 +30,7 @@ from tqdm import tqdm
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import SIZES, ModelConfig
+from igpt_ds.console import count
 from igpt_ds.counter_random import random_words
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH
 from igpt_ds.data.shards.dataset import ImageSet, ShardSet
@@ -247,8 +248,8 @@ def compare_published(config: ModelConfig, objective: str, shards: ShardSet, n_i
         f"the split is {shards.split!r}, not 'test'": shards.split == "test",
         f"the crop is {crop!r}, not 'center'": crop == "center",
         f"{resized} (make_shards.py --source openai: reads them)": released,
-        f"{n_images} images are not the whole split of {shards.n_images}": n_images == shards.n_images,
-        f"the split has {shards.n_images} images, not {N_TEST}": shards.n_images == N_TEST,
+        f"measured on {n_images:,} of {count(shards.n_images, 'image')}": n_images == shards.n_images,
+        f"the split has {count(shards.n_images, 'image')}, not {N_TEST:,}": shards.n_images == N_TEST,
     }
     failing = [words for words, holds in conditions.items() if not holds]
     return (None if failing else size), failing

@@ -201,7 +201,7 @@ def test_each_condition_that_fails_is_said(imagenet, monkeypatch, tmp_path):
         (s, "ar", ShardSet(path, "train"), 2, ["the split is 'train', not 'test'", resized]),
         (s, "ar", ShardSet(imagenet(crop="none"), "test"), 2, ["the crop is 'none', not 'center'", resized]),
         (s, "ar", ShardSet(imagenet(crop="random"), "test"), 2, [resized]),
-        (s, "ar", test, 1, [resized, "1 images are not the whole split of 2"]),
+        (s, "ar", test, 1, [resized, "measured on 1 of 2 images"]),
     ):
         assert compare_published(config, objective, shards, n_images) == (None, words)
     folder = f"imagefolder:{tmp_path / 'ilsvrc' / 'val'}"
@@ -215,7 +215,7 @@ def test_each_condition_that_fails_is_said(imagenet, monkeypatch, tmp_path):
     monkeypatch.setattr(likelihood, "OPENAI_PALETTE_HASH", "0")
     monkeypatch.setattr(likelihood, "N_TEST", 50_000)
     palette = f"the palette is {test.palette.name}, not OpenAI's"
-    assert compare_published(s, "ar", test, 2) == (None, [palette, *unknown, "the split has 2 images, not 50000"])
+    assert compare_published(s, "ar", test, 2) == (None, [palette, *unknown, "the split has 2 images, not 50,000"])
 
 
 def test_a_broken_model_costs_no_pixel_anything(speaking, val):
