@@ -265,10 +265,17 @@ def label(row: ProbeRow, among: Sequence[ProbeRow]) -> str:
 
 
 def differences(row: ProbeRow, among: Sequence[ProbeRow], but: Sequence[str] = ()) -> str:
-    """The settings in which a row differs from others of the same features, in words after commas, without the names in `but`."""
+    """The settings in which a row differs from others of the same features, in words after commas, without the names in `but`.
+
+    A setting that another protocol does not have, such as the steps of SGD, is no difference to that protocol.
+    """
     same = [other for other in among if key(other, _SAME_FEATURES) == key(row, _SAME_FEATURES)]
     names = [name for name in SERIES if name not in ("dataset_hash", "layers", *but)]
-    differ = [name for name in names if len({repr(other.get(name)) for other in same}) > 1]
+
+    def comparable(other: ProbeRow, name: str) -> bool:
+        return other.protocol == row.protocol or (other.get(name) is not None and row.get(name) is not None)
+
+    differ = [name for name in names if len({repr(other.get(name)) for other in same if comparable(other, name)}) > 1]
     return "".join(f", {name.replace('_', ' ')} {_brief(row.get(name))}" for name in differ)
 
 

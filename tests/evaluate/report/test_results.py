@@ -226,6 +226,17 @@ def test_an_sgd_probe_shows_its_rate(rows):
     )  # any value can be missing
 
 
+def test_settings_that_only_another_protocol_has_are_no_difference(rows):
+    by_lbfgs = rows[-1] | {"tol": 1e-6, "steps": None, "batch_images": None, "C_grid": [0.1, 1.0]}
+    by_sgd = by_lbfgs | {"protocol": "sgd", "tol": None, "steps": 40, "batch_images": 128, "C_grid": None}
+    among = [by_lbfgs, by_sgd, by_sgd | {"steps": 80}]
+    assert [label(one, among) for one in among] == [
+        "trained to step 7, normed, protocol every_layer",
+        "trained to step 7, normed, protocol sgd, steps 40",
+        "trained to step 7, normed, protocol sgd, steps 80",
+    ]
+
+
 def test_what_looks_alike_is_told_apart(rows):
     trained = rows[-1]
     other = trained | {"model_hash": "another-model"}
