@@ -380,7 +380,7 @@ def test_the_paper_at_toy_size(launch: Any, run_stages: Any, tmp_path: Path) -> 
     run_stages(["--scale", "tiny", "--out", out, "--ds_config", SHIPPED / "zero3_fp32.json", "--steps", "4"])
     tables = (out / "tables.md").read_text()
     assert [tables.count(f"### Table {number}") for number in range(1, 6)] == [1] * 5
-    for ours in ("5 masks vote | val", "none, from scratch | joint", "digits, "):
+    for ours in ("5 masks vote | val", "none, from scratch | clf", "digits, "):
         assert ours in tables, ours
     assert re.search(r"no labels, step 4 \| \d\.\.\d normed \| val", tables), "five layers side by side"
     names = {"layers", "datasets", "loss", "objectives", "confusion", "neighbours", "confusion_finetuned", "training", "samples"}
