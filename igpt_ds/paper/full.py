@@ -115,9 +115,9 @@ def _large(system: System) -> System:
     tunings = (
         *_searched((_CIFAR10, "cifar100_32"), "3.1, 4.5, Table 3"),
         *_searched(("imagenet_32_views",)),
-        beside("clf", "2.3", knobs={"loss": "clf"}),
-        beside("best_layer", "4.5", best_layer=True),
-        beside("dropout", "4.5", knobs={"dropout": DROPOUT}),
+        beside("clf", "2.3", knobs={"loss": "clf"}, fold=True),
+        beside("best_layer", "4.5", best_layer=True, fold=True),
+        beside("dropout", "4.5", knobs={"dropout": DROPOUT}, fold=True),
         beside("40_labels", "4.7", knobs={"labels": 40, "subsets": SUBSETS}),
     )
     return replace(system, variants=("untrained", "low_data"), tunings=tunings)

@@ -143,7 +143,9 @@ def _extract(maker: Maker, system: System, images: Images, name: str, section: s
     """Features of all layers on these images."""
     features = maker.features(name, images)
     flags: Flags = {"model": maker.model(system), "data": maker.shards(images.id)}
-    flags |= {"splits": (images.train_split, images.eval_split), "kinds": maker.scale.kinds}
+    few = "low_data" in system.variants  # the few labels are those of fine-tuning, from train alone
+    fitted = images.train_split.split("+") if few else [images.train_split]
+    flags |= {"splits": (*fitted, images.eval_split), "kinds": maker.scale.kinds}
     flags |= {"mask_draws": MASKS if system.recipe.objective == "bert" else None}
     flags |= {"precision": "bf16", "dtype": "fp16"} if maker.scale.precision == "bf16" else {}
     command = words("tools/extract_features.py", flags | more | {"out": features})
@@ -199,4 +201,4 @@ def _variants(maker: Maker, system: System, images: Images) -> Iterator[Stage]:
         elif variant in ("concat", "sgd"):
             yield _sgd_concat(maker, system, images)
         else:
-            yield maker.probe(name, images, len(labels), "4.7, Table 4", "low_data", n_labels=labels)
+            yield maker.probe(name, images, len(labels), "4.7, Table 4", "low_data", n_labels=labels, train_split="train")

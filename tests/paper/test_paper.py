@@ -69,6 +69,10 @@ def test_what_each_scale_is_made_of() -> None:
     assert "--crop random" in text["shards-imagenet_64_views"]
     assert "--keep_steps 65000 131000 262000 524000" in text["train-igpt_m_ar_32"]
     assert "--layers 45 46 47 48 " in text["probe-igpt_l_ar_48-1000000-imagenet_48-layers-45-48"], "every layer"
+    few = [text[name] for name in ("probe-igpt_l_ar_32-1000000-cifar10_32-low_data", "igpt_l_ar_32-cifar10_32-40_labels")]
+    assert "--train_split train " in few[0], "the same few labels for both"
+    assert "--train_split" not in few[1], "the same few labels for both"
+    assert "--splits train val test " in text["features-igpt_l_ar_32-1000000-cifar10_32"]
     for name in ("tiny", "cifar"):
         text = " ".join(word for stage in planned(name) for word in stage.words)
         for word in (
