@@ -22,6 +22,7 @@ import numpy as np
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
+from igpt_ds.console import count
 from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import PRECISIONS
@@ -167,9 +168,9 @@ def report(
     n_images: int,
 ) -> None:
     """Prints the model, the images and one line for each unit."""
-    masks = f", {settings.mask_draws} masks of {settings.mask_prob:g} each" if info.objective == "bert" else ""
+    masks = f", {count(settings.mask_draws, 'mask')} of {settings.mask_prob:g}" if info.objective == "bert" else ""
     where = "" if args.images else f"{args.data} split {args.split}: "
-    print(f"{args.model} (step {info.step}) on {where}{n_images} image{'s' * (n_images != 1)}{masks}, {args.precision}")
+    print(f"{args.model} (step {info.step}) on {where}{count(n_images, 'image')}{masks}, {args.precision}")
     for unit, words in UNITS.items():
         mean, error = getattr(measured, unit).mean, getattr(measured, unit).standard_error
         print(f"{words:<18} {mean:.4f}" + ("" if error is None else f" +- {error:.4f}"))

@@ -145,7 +145,8 @@ def print_index(out: Path, index: ShardIndex) -> None:
     print(f"unreadable  {index.n_unreadable} images")
     print_left_out(index.left_out or [])
     print(f"palette     {index.load_palette(out).name.removeprefix('palette ')}")
-    print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {len(index.classes)} classes: {out}")
+    classes = count(len(index.classes), "class", "classes")
+    print(f"shards      {index.n_px}x{index.n_px}, {index.n_vocab} colours, {classes}: {out}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt_ds import cli
+from igpt_ds.console import count
 from igpt_ds.data.grids import CELL, Texts, cell_scale, save_grid
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.data} split {args.split!r}: {shards.n_images} images, n_px {shards.n_px}, {shards.n_vocab} colours")
     shown = sorted(set(names))
     listed = ", ".join(shown[:NAMED]) + (", ..." if len(shown) > NAMED else "")
-    print(f"{len(ids)} shown, {len(shown)} of {len(shards.classes)} classes: {listed}")
+    print(f"{len(ids)} shown, {len(shown)} of {count(len(shards.classes), 'class', 'classes')}: {listed}")
     print(args.out)
 
 

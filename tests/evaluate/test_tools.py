@@ -258,7 +258,7 @@ def test_training_figure(tool, run_dir, tmp_path):
         (
             "linear_probe",
             ["--features", "FEATURES", "--protocol", "mask_vote", "--out", "OUT"],
-            "has 0 mask draws, and a vote needs 1; extract with --mask_draws 1 5",
+            "is of a model with objective 'ar'; only bert models see masks, which vote",
         ),
         ("linear_probe", ["--features", "none", "--out", "OUT"], "none is no feature directory"),
         ("linear_probe", ["--features", "FEATURES", "--eval_split", "test", "--out", "OUT"], "has no split 'test'"),

@@ -223,6 +223,8 @@ def check_masks(train: FeatureSet, evaluated: FeatureSet, n_masks: int) -> None:
     """Raises a ValueError if the features are of whole images, or have too few masks for a vote."""
     for features, need in ((train, 1), (evaluated, n_masks)):
         if features.mask_draws < need:
+            if not features.mask_draws and features.manifest.origin.objective == "ar":
+                raise InputError(f"{features.path} is of a model with objective 'ar'; only bert models see masks, which vote")
             has = f"split {features.split!r} of {features.path} has {features.mask_draws} mask draws"
             raise InputError(f"{has}, and a vote needs {need}; extract with --mask_draws 1 {n_masks}")
 
