@@ -16,7 +16,8 @@ import numpy as np
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report import canvas as canvas
 from igpt_ds.evaluate.report.canvas import BLACK, COLORS, GREY, LINES, MARKERS
-from igpt_ds.evaluate.report.results import SERIES, best_row, key, label, series
+from igpt_ds.evaluate.report.results import SERIES, best_row, key, series
+from igpt_ds.evaluate.report.row_names import label
 from igpt_ds.evaluate.report.row_types import ProbeRow
 from igpt_ds.evaluate.report.run_files import CurveRow, PlanRow
 

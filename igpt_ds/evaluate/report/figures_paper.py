@@ -16,7 +16,8 @@ import numpy as np
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report import canvas as canvas
 from igpt_ds.evaluate.report.canvas import BLACK, COLORS, LINES
-from igpt_ds.evaluate.report.results import best_row, by_layer, key, series, system_name
+from igpt_ds.evaluate.report.results import best_row, by_layer, key, series
+from igpt_ds.evaluate.report.row_names import system_name
 from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row
 from igpt_ds.paper.published import FIGURE_4, Bar
 

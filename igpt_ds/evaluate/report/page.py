@@ -18,7 +18,8 @@ from igpt_ds.config import Recipe
 from igpt_ds.console import count
 from igpt_ds.data.png import SIGNATURE
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.report.results import best_row, by_layer, label, model_name, series
+from igpt_ds.evaluate.report.results import best_row, by_layer, series
+from igpt_ds.evaluate.report.row_names import label, model_name
 from igpt_ds.evaluate.report.row_types import ProbeRow, Row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun
 from igpt_ds.evaluate.report.tables import layer_table, markdown_table, paper_table

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds.config import SIZES, ModelConfig
+from igpt_ds.config import ModelConfig
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.report.row_types import FinetuneRow, LikelihoodRow, ProbeRow, Row, as_row, check_types
@@ -77,8 +77,6 @@ _REQUIRED = {
 _CAN_BE_NONE = ("model_hash", "model", "model_objective", "step")  # of raw pixels, and in older files
 # Rows with equal values of these differ only in the layer. The search of each layer decides how many learning rates it tries.
 SERIES = tuple(name for name in IDENTITY["probe"] if name not in ("layer", "rates"))
-# Rows with equal values of these are of the same features, which can be made and probed differently.
-_SAME_FEATURES = ("weights", "model_hash", "dataset", "features", "mask_draws")
 # Rows with equal values of these are measured on the same images.
 EXPERIMENT = ("protocol", "dataset", "dataset_hash", "n_train", "seed")
 BY_LAYER = ("every_layer", "sgd")  # protocols with one row for each layer
@@ -246,56 +244,6 @@ def experiment(rows: Sequence[Row], dataset: str | None = None) -> list[ProbeRow
         advice = "choose one with --dataset" if different[0] == "dataset" else "keep them in separate files"
         raise InputError(f"the results are of several experiments: {different[0]} is {' and '.join(values)}; {advice}")
     return chosen
-
-
-def label(row: ProbeRow, among: Sequence[ProbeRow]) -> str:
-    """A row in words: the model's shape and objective if they differ among the rows, its hash if nothing else differs, and the
-    settings in which rows of the same features differ."""
-    if row.weights == "pixels":
-        return f"raw pixels{differences(row, among)}"
-    step = f" to step {row.step}" if row.weights == "trained" else ""
-    names = {system_name(other) for other in among if other.weights != "pixels"}
-    name = f"{system_name(row)}, " if len(names) > 1 else ""
-    about = ("weights", "step", "model", "model_objective")
-    alike = {other.model_hash for other in among if key(other, about) == key(row, about)}
-    model = f" {row.model_hash[:8]}" if len(alike) > 1 else ""
-    whole = " of whole images" if row.model_objective == "bert" and row.mask_draws == 0 else ""
-    masked = " of masked images" if row.mask_draws else whole
-    return f"{name}{row.weights}{step}{model}, {row.features}{masked}{differences(row, among)}"
-
-
-def differences(row: ProbeRow, among: Sequence[ProbeRow], but: Sequence[str] = ()) -> str:
-    """The settings in which a row differs from others of the same features, in words after commas, without the names in `but`.
-
-    A setting that another protocol does not have, such as the steps of SGD, is no difference to that protocol.
-    """
-    same = [other for other in among if key(other, _SAME_FEATURES) == key(row, _SAME_FEATURES)]
-    names = [name for name in SERIES if name not in ("dataset_hash", "layers", *but)]
-
-    def comparable(other: ProbeRow, name: str) -> bool:
-        return other.protocol == row.protocol or (other.get(name) is not None and row.get(name) is not None)
-
-    differ = [name for name in names if len({repr(other.get(name)) for other in same if comparable(other, name)}) > 1]
-    return "".join(f", {name.replace('_', ' ')} {_brief(row.get(name))}" for name in differ)
-
-
-def _brief(value: Any) -> str:
-    return f"{len(value)} of {min(value):g}..{max(value):g}" if isinstance(value, list) and value else str(value)
-
-
-def system_name(row: Row) -> str:
-    """The transformer of a row in words, with its objective if it is BERT."""
-    name = model_name(row.model)
-    return f"{name} BERT" if row.model_objective == "bert" else name
-
-
-def model_name(shape: dict[str, int] | None) -> str:
-    """A transformer in words: iGPT-S, M, L, XL for the paper's sizes (3.3), else layers x width."""
-    if shape is None:
-        return "model of unknown shape"
-    own = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
-    paper = [size for size, values in SIZES.items() if values == own and size != "nano"]
-    return f"iGPT-{paper[0].upper()}" if paper else f"{shape['n_layer']} x {shape['n_embd']}"
 
 
 def model_parameters(row: Row) -> int | None:

@@ -13,18 +13,8 @@ from typing import TypeVar
 from igpt_ds.config import Recipe, get_recipe
 from igpt_ds.evaluate.features.manifest import span
 from igpt_ds.evaluate.report.baselines import HEADER, beside, not_measured, pixels_win
-from igpt_ds.evaluate.report.results import (
-    SERIES,
-    best_row,
-    by_layer,
-    differences,
-    key,
-    label,
-    model_name,
-    model_parameters,
-    series,
-    system_name,
-)
+from igpt_ds.evaluate.report.results import SERIES, best_row, by_layer, key, model_parameters, series
+from igpt_ds.evaluate.report.row_names import differences, label, model_name, system_name
 from igpt_ds.evaluate.report.row_types import FinetuneRow, ProbeRow, Row
 from igpt_ds.markdown import as_table
 from igpt_ds.paper.published import FIGURE_4, FINETUNED_ON_40, LABELS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, Accuracy

@@ -20,15 +20,14 @@ from igpt_ds.evaluate.report.results import (
     by_layer,
     experiment,
     finetune_row,
-    label,
     likelihood_row,
     make_row,
-    model_name,
     model_parameters,
     read_all,
     read_results,
     series,
 )
+from igpt_ds.evaluate.report.row_names import label, model_name
 from igpt_ds.evaluate.report.row_types import MeanWithError, as_row
 from igpt_ds.evaluate.report.tables import layer_table, markdown_table
 from igpt_ds.json_files import json_line
