@@ -113,13 +113,14 @@ prepare() { # sets what the ranks need to find each other
   ranks=${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-}} # SLURM_GPUS_ON_NODE counts all GPUs of the node with --exclusive
   ranks=${ranks##*:}                                # "8" or "h100:8"
   [[ -n $ranks ]] || fail "the number of ranks of a node is unknown; give sbatch --gpus-per-node, or set RANKS_PER_NODE in slurm/cluster.sh"
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  mapfile -t nodes <<<"$hosts"
+  MASTER_ADDR=${nodes[0]}
   # Systems hand out higher ports by themselves. Each start has another port, so that no rank of the previous start answers.
   MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * restart) % 10000))
   HOSTFILE=$run_dir/hostfile IGPT_DS_OWNER=$SLURM_JOB_ID.$restart
   TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$run_dir/flight_recorder/rank_}
   export MASTER_ADDR MASTER_PORT HOSTFILE IGPT_DS_OWNER TORCH_FR_DUMP_TEMP_FILE
-  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   use_nodes "${nodes[@]}"
 }
 

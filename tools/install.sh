@@ -51,7 +51,8 @@ rm -f $stamp
 echo "installing the pinned packages into .venv (the first time takes minutes)"
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 # uv is faster. pip's own settings of where packages are (a mirror, a folder of wheels) are unknown to uv: then pip installs.
-if ! "${pip[@]}" config list | grep -qE '\.(index-url|extra-index-url|find-links|no-index|constraint)='; then
+settings=$("${pip[@]}" config list) # not piped: grep -q ends early, and pip then fails
+if ! grep -qE '\.(index-url|extra-index-url|find-links|no-index|constraint)=' <<<"$settings"; then
   uv=$(command -v uv || true)
   [[ $uv ]] || { "${pip[@]}" install --quiet --only-binary :all: "$(grep -o '^uv==[^ ]*' requirements.txt)" && uv=.venv/bin/uv; } || true
 fi

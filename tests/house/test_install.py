@@ -34,9 +34,8 @@ def make(tmp_path: Path) -> Make:
     (tmp_path / "clone" / "tools").mkdir(parents=True)
     for name in ("Makefile", "requirements.txt", "pyproject.toml", "tools/install.sh"):
         shutil.copy(ROOT / name, tmp_path / "clone" / name)
-    (tmp_path / "clone" / "settings").write_text(
-        "global.index-url='https://example.org/simple'\n"
-    )  # so that pip installs, not uv
+    mirror, more = "global.index-url='https://example.org/simple'\n", "global.more='x'\n" * 10_000  # longer than a pipe holds
+    (tmp_path / "clone" / "settings").write_text(mirror + more)  # so that pip installs, not uv
 
     def run(*words: str, where: Path = tmp_path / "clone", **environment: str) -> subprocess.CompletedProcess[str]:
         command = ["make", "--directory", str(where), f"PYTHON={python}", *words]

@@ -114,7 +114,7 @@ def test_bert_on_two_ranks_from_the_first_step_to_features(
     assert val_loss.item() == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
 
     out = tmp_path / "features"
-    assert tool("extract_features", "--model", model_dir, "--data", tiny_dataset, "--out", out)[0] == 0
+    assert tool("extract_features", "--model", model_dir, "--data", tiny_dataset, "--mask_draws", 0, "--out", out)[0] == 0
     features = open_features(out, "val")
     assert (features.manifest.origin.objective, features.layers) == ("bert", [0, 1, 2])
     last = list(model.residuals(tokens))[-1][1].mean(1)
