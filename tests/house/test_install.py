@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/sh
 case "$*" in
 "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-"-m pip"*" config list") cat settings 2>/dev/null || true ;;
+"-m pip"*" config list") [ ! -e settings ] || cat settings ;;
 "-m pip"*) echo "$* $PIP_EXTRA_INDEX_URL" >>notes ;;
 *) exec {real} "$@" ;;
 esac
