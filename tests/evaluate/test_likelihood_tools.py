@@ -114,7 +114,7 @@ def test_evaluate_bert(tool, make_speaking, tiny_dataset, tmp_path):
     words = ["--model", model_dir, "--data", tiny_dataset, "--mask_draws", 3, "--seed", 2, "--out", out]
     status, said, _ = tool("evaluate", *words)
     assert status == 0
-    assert "11 images, 3 masks of 0.4 each, fp32" in said
+    assert "11 images, 3 masks of 0.4, fp32" in said
     assert "published" not in said  # those are of auto-regressive models
     first = json.loads(out.read_text())
     assert first["masks"] == {"mask_draws": 3, "mask_prob": 0.4, "seed": 2}

@@ -130,14 +130,16 @@ def ask_help(program: str, calls: list[list[str]]) -> dict[str, Any]:
     refused, _, mistake = run_program(program, "--hepl")
     errors = parsing_first(calls)
     status, usage, _ = run_program(program, "--help")
-    listed = re.findall(r"^  (?:-\w(?: \w+)?, )?(--\w+)(?:, (--[\w-]+))?", usage, flags=re.MULTILINE)
+    named = re.findall(
+        r"^  (-.*?)(?:  |$)", usage, flags=re.MULTILINE
+    )  # all names of each flag; Python 3.13 writes them otherwise
     return {
         "refused": refused,
         "mistake": mistake,
         "status": status,
         "help": usage,
         "wrong_calls": errors,
-        "flags": sorted({flag for pair in listed for flag in pair if flag} - {"--help"}),
+        "flags": sorted({flag for names in named for flag in re.findall(r"(?<!\S)--[\w-]+", names)} - {"--help"}),
     }
 
 

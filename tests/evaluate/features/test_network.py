@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 
@@ -100,7 +99,7 @@ def test_what_is_written_says_what_it_is(features_dir, model_dir, both_splits, t
         "seed": None,
         "precision": "fp32",
         "dtype": "fp32",
-        "model": dataclasses.asdict(info.config),
+        "model": info.config.to_dict(),
         "mask_prob": None,
         "mask_seed": None,
         "layers": [0, 1, 2],
