@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -208,20 +210,11 @@ def test_layers_side_by_side_equal_their_concatenation(layered, monkeypatch, sta
         assert np.array_equal(a[some], b[some])
 
 
-def test_layers_side_by_side_go_on_to_the_bit(layered, tmp_path, monkeypatch):
+def test_layers_side_by_side_go_on_to_the_bit(layered, tmp_path):
     (train, val), _ = layered()
-    settings, search, state, step = QUICK, RateSearch([0.5]), tmp_path / "state", Sgd.step
+    settings, search, state = QUICK, RateSearch([0.5]), tmp_path / "state"
     whole = sgd_search.sgd_probe(train, val, (0, 2), "normed", settings, search)
-    left = [150]
-
-    def until(self, *given):
-        left[0] -= 1
-        if not left[0]:
-            raise StoppedError
-        return step(self, *given)
-
-    monkeypatch.setattr(Sgd, "step", until)
-    with pytest.raises(StoppedError):
+    with stopped_after(149):
         sgd_search.sgd_probe(train, val, (0, 2), "normed", settings, search, StateFile(state, save_every=30))
     with pytest.raises(ValueError, match=r"state was begun with layer \[0, 2\], now it is \[1, 2\]; remove it"):
         sgd_search.sgd_probe(train, val, (1, 2), "normed", settings, search, StateFile(state))
@@ -246,25 +239,32 @@ class StoppedError(Exception):
     """What stands for a killed process."""
 
 
-def test_an_interrupted_probe_goes_on_to_the_bit(sets, tmp_path, monkeypatch):
+@contextmanager
+def stopped_after(steps: int) -> Iterator[None]:
+    """The probe in the block is stopped in the step after so many."""
+    left, step = [steps], Sgd.step
+
+    def until(self, *given):
+        if not left[0]:
+            raise StoppedError
+        left[0] -= 1
+        step(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sgd, "step", until)
+        with pytest.raises(StoppedError):
+            yield
+
+
+def test_an_interrupted_probe_goes_on_to_the_bit(sets, tmp_path):
     arguments = (*sets, 0, "normed", dataclasses.replace(QUICK, window_bytes=20 * 60, standardise=True))
     search = RateSearch((0.5, 0.05), together=1, held_out=0.25)
     whole = sgd_search.sgd_probe(*arguments, search)
-    state, step = tmp_path / "deep" / "state", Sgd.step
+    state = tmp_path / "deep" / "state"
     for stop_at in (35, 170, 95):  # inside the first group, after its end, in the last fit
-        left = [stop_at]
-
-        def until(self, *given, left=left):
-            if not left[0]:
-                raise StoppedError
-            left[0] -= 1
-            return step(self, *given)
-
-        monkeypatch.setattr(Sgd, "step", until)
-        with pytest.raises(StoppedError):
+        with stopped_after(stop_at):
             sgd_search.sgd_probe(*arguments, search, StateFile(state, save_every=30))
         assert state.exists()
-    monkeypatch.setattr(Sgd, "step", step)
     assert sgd_search.sgd_probe(*arguments, search, StateFile(state, save_every=30)) == whole
     assert not list(state.parent.iterdir()), "the state has done its work"
 
@@ -407,20 +407,11 @@ def test_settings(name, value):
 
 
 @pytest.fixture
-def stopped_state(sets, tmp_path, monkeypatch):
+def stopped_state(sets, tmp_path):
     """The state of a probe that was interrupted in its last fit, as the file holds it, and the call that continues it."""
-    search, file, step, left = RateSearch((0.5, 0.05), 1, 0.25), StateFile(tmp_path / "state", 30), Sgd.step, [640]
-
-    def until(self, *given):
-        left[0] -= 1
-        if not left[0]:
-            raise StoppedError
-        return step(self, *given)
-
-    monkeypatch.setattr(Sgd, "step", until)
-    with pytest.raises(StoppedError):
+    search, file = RateSearch((0.5, 0.05), 1, 0.25), StateFile(tmp_path / "state", 30)
+    with stopped_after(639):
         sgd_search.sgd_probe(*sets, 0, "normed", dataclasses.replace(QUICK, steps=250), search, file)
-    monkeypatch.setattr(Sgd, "step", step)
     saved = torch.load(file.path, weights_only=True)
 
     def resume():
