@@ -50,6 +50,7 @@ with lazy.imports():
     from igpt_ds.evaluate.probes import variants
     from igpt_ds.evaluate.probes.linear import Probe, ProbeSettings, linear_probe
     from igpt_ds.evaluate.probes.saved import check_savable, save_probe, saved_probe
+    from igpt_ds.evaluate.probes.votes import check_masks
 
 
 Results: TypeAlias = "Iterator[Probe | variants.LowDataProbe]"
@@ -254,7 +255,7 @@ def mask_vote(
     args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: list[int], settings: ProbeSettings
 ) -> Results:
     """One probe, and the vote over its masks."""
-    variants.check_masks(train, evaluated, args.n_masks)
+    check_masks(train, evaluated, args.n_masks)
     layer = variants.best_layer(train, layers, kind, settings, say)
     yield variants.mask_vote(train, evaluated, layer, kind, settings, args.n_masks)
 

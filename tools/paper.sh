@@ -31,7 +31,7 @@ fi
 cd "$(dirname "$0")/.."
 [[ -d .venv/bin ]] && PATH=$PWD/.venv/bin:$PATH
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait leave their core to others: igpt_ds/threads.py
-gpus=0 gpu=() # torch counts them, which takes seconds, where a GPU's device file exists
+gpus=0 gpu=() precision=() # torch counts them, which takes seconds, where a GPU's device file exists
 if compgen -G '/dev/nvidia*' >/dev/null || compgen -G '/dev/nvhost*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]]; then
   gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 fi
@@ -40,7 +40,8 @@ if ((gpus > 0)); then
 else
   ranks=2 gpu=(--gpu cpu) ds_config=ds_configs/zero3_fp32.json
   # The models of scale cifar train 1.5 times as fast in bf16 on a processor that has it, the digits' no faster: docs/measured.md
-  [[ $scale == cifar ]] && grep -qs avx512_bf16 /proc/cpuinfo && ds_config=ds_configs/zero3_bf16.json
+  # Their features take half of the time.
+  [[ $scale == cifar ]] && grep -qs avx512_bf16 /proc/cpuinfo && ds_config=ds_configs/zero3_bf16.json precision=(--precision bf16)
   export DS_ACCELERATOR=cpu
   threads=1 # of each rank: two ranks use two cores
 fi
@@ -72,7 +73,7 @@ on_ranks() { # [TOOL FLAG... --] PROGRAM FLAG...: the program on all ranks, star
   "${before[@]}" deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$@"
 }
 
-asked=(--scale "$scale" "${data[@]}" --out "$out" --gpus "$ranks" "${gpu[@]}" --ds_config "$ds_config")
+asked=(--scale "$scale" "${data[@]}" --out "$out" --gpus "$ranks" "${gpu[@]}" "${precision[@]}" --ds_config "$ds_config")
 if [[ " $* " == *' --dry_run '* ]]; then
   exec python tools/paper_plan.py "${asked[@]}" "$@"
 fi

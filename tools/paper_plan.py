@@ -51,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     cluster = Cluster(GPUS[GPU if args.gpu == CPU else args.gpu], args.node_gpus, network(args.nodes_nic))
     out = args.out or Path("runs") / f"paper_{args.scale}"
     training = with_images(args) if args.training and args.scale == "own" and args.data else args.training
-    paper = Full(args.precision, args.search_rates, args.web, args.web_keep)
+    given = Full().precision if args.scale == "cifar" else args.precision
+    paper = Full(given, args.search_rates, args.web, args.web_keep)
     scale = get_scale(args.scale, args.data, args.n_px, args.steps, training, paper)
+    if args.scale == "cifar":
+        scale = replace(scale, precision=args.precision)
     if scale.name == "full" and not Path(args.data).is_dir():  # it may exist on the machine that runs the stages
         print(
             f"warning: --data {args.data} is not a directory on this machine; give another --data if it should be",
@@ -86,7 +89,7 @@ def machine_of(args: argparse.Namespace, cluster: Cluster, scale: Scale) -> fore
     if args.gpu != CPU:
         return forecast.gpus(args.gpus, cluster, scale)
     bf16 = args.ds_config and (load_ds_config(args.ds_config).get("bf16") or {}).get("enabled")
-    return forecast.cpu(args.gpus, "bf16" if bf16 else "fp32")
+    return forecast.cpu(args.gpus, "bf16" if bf16 else "fp32", scale.precision)
 
 
 def other_precision(args: argparse.Namespace, paper: Full, cluster: Cluster) -> str:
@@ -120,8 +123,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", choices=(*GPUS, CPU), default=GPU, help="kind of GPU; cpu: two cores, for the small scales")
     parser.add_argument("--node_gpus", type=int, default=8, help="GPUs per node")
     parser.add_argument("--nodes_nic", default="8x400", help="network cards per node x Gbit/s of each")
-    precision = "full: of trainings and features; fp32 is the paper's, and several times as slow (default: bf16)"
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help=precision)
+    precision = "full: of trainings and features (default: bf16; fp32, the paper's, is several times as slow); cifar: of features"
+    parser.add_argument("--precision", choices=PRECISIONS, help=f"{precision} (default: fp32; bf16 on a CPU that has it)")
     rates = "full: also search the learning rates of pre-training (paper 3.4), instead of taking Table 5's"
     parser.add_argument("--search_rates", action="store_true", help=rates)
     web = "full: web images for XL beside ImageNet (paper 3; default: ImageNet alone)"
@@ -136,6 +139,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cut = given.index("--") if "--" in given else len(given)
     args = parser.parse_args([*given[:cut], *(["--dry_run"] if "--dry_run" in given[cut:] else [])])
     args.training = asked_training([word for word in given[cut + 1 :] if word != "--dry_run"]) if cut < len(given) else None
+    args.precision = args.precision or _usual_precision(args.scale)
     if args.scale != "own" and (args.name or args.labels != "use" or args.test_fraction is not None):
         raise InputError(f"--name, --labels and --test_fraction belong to scale own; leave them out for scale {args.scale}")
     if args.gpu == CPU and args.scale == "full":
@@ -181,11 +185,16 @@ def with_images(args: argparse.Namespace) -> Training:
     return replace(args.training, probes=probes, tests=tests, **images)
 
 
+def _usual_precision(scale: str) -> str:
+    # Of a plan without --precision. A CPU's processor decides in tools/paper.sh.
+    return "fp32" if scale == "cifar" else Full().precision
+
+
 def asked(args: argparse.Namespace, scale: Scale) -> dict[str, object]:
     """The flags that must stay the same in one directory. What earlier versions did not know is there only where it differs."""
     flags: dict[str, object] = {name: getattr(args, name) or None for name in ("scale", "data", "n_px", "steps")}
-    names = ("precision", "search_rates", "web", "web_keep")
-    flags |= {name: getattr(args, name) for name in names if getattr(args, name) != getattr(Full(), name)}
+    usual = {**vars(Full()), "precision": _usual_precision(args.scale)}
+    flags |= {name: getattr(args, name) for name, value in usual.items() if getattr(args, name) != value}
     if not args.training:
         return flags
     images, recipe = scale.images[0], args.training.recipe

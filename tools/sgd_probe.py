@@ -8,8 +8,9 @@ Layers with commas are side by side, in one probe (paper 4.4). They are read fro
     python tools/sgd_probe.py --features features/xl_imagenet --layers 28,29,30,31,32 --eval_split test --out results.jsonl
     python tools/sgd_probe.py --features features/xl_imagenet --protocol concat --results layers.jsonl --out results.jsonl
 
---protocol concat takes five layers around the best single layer by the held-out images. It reads the rows of single layers in
---results and --out, and probes those of --layers that have no row. If --layers names one layer, that is the one in the middle.
+--protocol concat takes five layers around the best single layer by the held-out images, and --protocol mask_vote lets the five
+masks of each image of a bert model vote at that layer (paper 4.6). Both read the rows of single layers in --results and --out,
+and probe those of --layers that have no row. If --layers names one layer, that is the best.
 
 One row per probe is added to results.jsonl; a new row replaces an older row of the same measurement. A share of the training
 images, --held_out, chooses the rate. Then the probe is fitted on all training images, and --eval_split is read once. The same
@@ -22,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from igpt_ds.console import count, next_command
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet, open_features
 from igpt_ds.evaluate.features.manifest import KINDS, span
-from igpt_ds.evaluate.probes.settings import RATES, SGD_HELD_OUT, RateSearch, SgdSettings, layer_group
+from igpt_ds.evaluate.probes.settings import N_MASKS, RATES, SGD_HELD_OUT, RateSearch, SgdSettings, layer_group
 from igpt_ds.evaluate.report.cautions import cautions
 from igpt_ds.evaluate.report.results import add_results, make_row, read_all, read_results
 from igpt_ds.evaluate.report.row_types import ProbeRow
@@ -44,8 +45,10 @@ from igpt_ds.plain_files import beside
 with lazy.imports():
     from igpt_ds.evaluate.features.network import pick_device
     from igpt_ds.evaluate.probes import variants
-    from igpt_ds.evaluate.probes.sgd_search import SgdProbe, sgd_probe
+    from igpt_ds.evaluate.probes.sgd_records import SgdProbe
+    from igpt_ds.evaluate.probes.sgd_search import sgd_probe
     from igpt_ds.evaluate.probes.sgd_state import StateFile
+    from igpt_ds.evaluate.probes.votes import check_masks
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         views=args.views,
         window_bytes=args.window_mib << 20,
         device=pick_device(args.device),
+        n_masks=args.n_masks if args.protocol == "mask_vote" else None,
     )
     train, evaluated = (open_features(args.features, split) for split in (args.train_split, args.eval_split))
-    protocol = {"every_layer": every_layer, "concat": concat}[args.protocol]
+    protocol = {"every_layer": every_layer, "concat": concat, "mask_vote": mask_vote}[args.protocol]
     rows = []
     for kind, layers in asked(train, args):
         for row in protocol(args, train, evaluated, kind, layers):
@@ -86,12 +90,14 @@ def every_layer(
     centre: int | None = None,
 ) -> Iterator[ProbeRow]:
     """A probe for each layer, or for each group of layers side by side. The rows name `centre` as the layer in the middle."""
+    settings = args.settings
+    named = "mask_vote" if settings.n_masks else "sgd"
     for group in layers:
         start = time.perf_counter()
         file = beside(args.out, f".{'+'.join(f'{layer:02d}' for layer in group)}_{kind}.state")
-        probe = sgd_probe(train, evaluated, group, kind, args.settings, args.search, StateFile(file, args.save_every))
+        probe = sgd_probe(train, evaluated, group, kind, settings, args.search, StateFile(file, args.save_every))
         probe = probe if centre is None else replace(probe, layer=centre)
-        row = make_row(probe, train, evaluated, "sgd" if len(group) == 1 else "concat")
+        row = make_row(probe, train, evaluated, named if len(group) == 1 else "concat")
         add_results(args.out, [row])
         report(probe, group, args.features, time.perf_counter() - start)
         yield row
@@ -101,8 +107,27 @@ def concat(
     args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: Sequence[tuple[int, ...]]
 ) -> Iterator[ProbeRow]:
     """One probe of five layers around the best one. Layers without a row are probed before."""
+    variants.window(train.layers, layers[0][0])  # refuses too few layers before the search
+    best = yield from best_single(args, train, evaluated, kind, layers)
+    yield from every_layer(args, train, evaluated, kind, [variants.window(train.layers, best)], best)
+
+
+def mask_vote(
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: Sequence[tuple[int, ...]]
+) -> Iterator[ProbeRow]:
+    """One probe of the best layer, and the vote over the masks of each image."""
+    check_masks(train, evaluated, args.n_masks)
+    voting, args.settings = args.settings, replace(args.settings, n_masks=None)
+    best = yield from best_single(args, train, evaluated, kind, layers)
+    args.settings = voting
+    yield from every_layer(args, train, evaluated, kind, [(best,)])
+
+
+def best_single(
+    args: argparse.Namespace, train: FeatureSet, evaluated: FeatureSet, kind: str, layers: Sequence[tuple[int, ...]]
+) -> Generator[ProbeRow, None, int]:
+    """The best layer by the held-out images; the rows of the layers that are probed for it. One layer is not probed."""
     single = [layer for (layer,) in layers]
-    variants.window(train.layers, single[0])  # refuses too few layers before the search
     best = single[0]
     if len(single) > 1:
         rows = [*read_all(args.results), *read_results(args.out)]
@@ -114,7 +139,7 @@ def concat(
             yield row
         best = max(single, key=lambda layer: (known[layer], -layer))
         print(f"{args.features} {kind}: the best layer is {best}, held out {100 * known[best]:.2f} %", flush=True)
-    yield from every_layer(args, train, evaluated, kind, [variants.window(train.layers, best)], best)
+    return best
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -124,9 +149,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="results.jsonl to add rows to")
     parser.add_argument(
         "--protocol",
-        choices=("every_layer", "concat"),
+        choices=("every_layer", "concat", "mask_vote"),
         default="every_layer",
-        help="every_layer: one probe per entry of --layers; concat: five layers around the best one",
+        help="every_layer: one probe per entry of --layers; concat: five layers around the best one; mask_vote: its masks vote",
     )
     parser.add_argument(
         "--layers", type=layer_group, nargs="+", help="layers to probe; layers with commas are side by side (default: all)"
@@ -136,11 +161,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         default=[],
-        help="concat: result files with rows of single layers, beside those in --out (default: none)",
+        help="concat, mask_vote: result files with rows of single layers, beside those in --out (default: none)",
     )
+    parser.add_argument("--n_masks", type=int, default=N_MASKS, help="mask_vote: masks per image that vote")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of features to probe (default: all in --features)")
     parser.add_argument("--train_split", default="train", help="split to fit on")
     parser.add_argument("--eval_split", default="val", help="split whose accuracy is reported")
+    _add_fit_flags(parser)
+    args = parser.parse_args(argv)
+    args.layers = args.layers and list(dict.fromkeys(args.layers))
+    if args.protocol == "every_layer" and args.results:
+        raise InputError("--results is for --protocol concat and mask_vote; omit it")
+    if args.protocol != "every_layer" and (groups := [layers for layers in args.layers or () if len(layers) > 1]):
+        raise InputError(
+            f"--layers {','.join(map(str, groups[0]))} is for --protocol every_layer; {args.protocol} needs single layers"
+        )
+    for name in ("steps", "batch_images", "views", "window_mib", "save_every", "n_masks", "seed"):
+        least = 0 if name == "seed" else 1
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
+    return args
+
+
+def _add_fit_flags(parser: argparse.ArgumentParser) -> None:
+    # How each probe is fitted.
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to try, from large to small")
     parser.add_argument(
         "--together",
@@ -165,17 +209,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
     )
-    args = parser.parse_args(argv)
-    args.layers = args.layers and list(dict.fromkeys(args.layers))
-    if args.protocol != "concat" and args.results:
-        raise InputError("--results is for --protocol concat; omit it")
-    if args.protocol == "concat" and (groups := [layers for layers in args.layers or () if len(layers) > 1]):
-        raise InputError(f"--layers {','.join(map(str, groups[0]))} is for --protocol every_layer; concat needs single layers")
-    for name in ("steps", "batch_images", "views", "window_mib", "save_every", "seed"):
-        least = 0 if name == "seed" else 1
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
-    return args
 
 
 def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[str, list[tuple[int, ...]]]]:

@@ -13,7 +13,7 @@ from igpt_ds.api.arguments import directory_path
 from igpt_ds.api.found import FoundModel
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.probes.saved import SavedProbe, load_probe
-from igpt_ds.evaluate.probes.variants import vote
+from igpt_ds.evaluate.probes.votes import vote
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -23,7 +23,7 @@ from igpt_ds import dist
 from igpt_ds.data.loader import one_pass
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.errors import InputError
-from igpt_ds.evaluate.probes.variants import vote
+from igpt_ds.evaluate.probes.votes import vote
 from igpt_ds.evaluate.report.results import finetune_row
 from igpt_ds.evaluate.report.row_types import FinetuneRow
 from igpt_ds.model.objectives import draw_of_masks

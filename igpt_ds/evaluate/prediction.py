@@ -22,7 +22,7 @@ from igpt_ds.evaluate.classification import MASK_SEED, ClassifyingNetwork, check
 from igpt_ds.evaluate.features.network import Network
 from igpt_ds.evaluate.probes.saved import ProbeAbout, SavedProbe
 from igpt_ds.evaluate.probes.settings import N_MASKS
-from igpt_ds.evaluate.probes.variants import vote
+from igpt_ds.evaluate.probes.votes import vote
 from igpt_ds.model.store import ModelInfo
 
 TOP = 3  # classes of an image in a table

@@ -88,15 +88,15 @@ class Machine:
     step_seconds: Callable[[System], float]
 
 
-def cpu(ranks: int, precision: str) -> Machine:
-    """Two cores; further ranks share them. Trainings compute in `precision`, all else in fp32."""
+def cpu(ranks: int, precision: str, features: str = "fp32") -> Machine:
+    """Two cores; further ranks share them. Trainings compute in `precision`, forward passes in that of the features."""
 
     def step(system: System) -> float:
         recipe = system.recipe
         flops = train_flops_per_token(recipe.model) * recipe.model.n_ctx * recipe.batch_images
         return CPU_STEP_SECONDS + flops / CPU_FLOPS[precision]
 
-    return Machine(f"{ranks} CPU processes", 6.0, CPU_FLOPS["fp32"] / 2, 1000.0, step)
+    return Machine(f"{ranks} CPU processes", 6.0, CPU_FLOPS[features] / 2, 1000.0, step)
 
 
 def gpus(number: int, cluster: Cluster, scale: Scale) -> Machine:

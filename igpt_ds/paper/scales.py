@@ -53,9 +53,8 @@ def get_scale(
     if (name == "own") != (training is not None):
         raise InputError(f"flags of train.py after -- belong to scale own, which needs them; scale {name} was given")
     if paper is not None and paper != Full() and name != "full":
-        raise InputError(
-            f"--precision, --search_rates, --web and --web_keep belong to scale full; leave them out for scale {name}"
-        )
+        flags = "--precision, --search_rates, --web and --web_keep"
+        raise InputError(f"{flags} belong to scale full (--precision also to cifar); leave them out for scale {name}")
     if training is not None:
         if steps is not None:
             raise InputError(f"--steps {steps} of scale own is a flag of train.py; write it after --")

@@ -166,7 +166,11 @@ def _probes(maker: Maker, system: System, step: int, images: Images) -> Iterator
     else:
         yield maker.probe(name, images, maker.layers(system) * len(maker.scale.kinds), section)
     if system.recipe.objective == "bert" and not system.changed:
-        yield maker.probe(name, images, 1, section, "mask_vote")
+        yield (
+            _sgd_best(maker, system, images, "mask_vote", section)
+            if images.sgd
+            else maker.probe(name, images, 1, section, "mask_vote")
+        )
 
 
 def _sgd(maker: Maker, name: str, images: Images, layers: tuple[int, ...], section: str) -> Stage:
@@ -177,15 +181,15 @@ def _sgd(maker: Maker, name: str, images: Images, layers: tuple[int, ...], secti
     return maker.stage(f"probe-{file.stem}", words("tools/sgd_probe.py", flags), file, section, len(layers))
 
 
-def _sgd_concat(maker: Maker, system: System, images: Images) -> Stage:
-    """A probe by SGD of five layers around the best one, of which results files may know already (paper 4.4)."""
+def _sgd_best(maker: Maker, system: System, images: Images, protocol: str, section: str) -> Stage:
+    """A probe by SGD at or around the best layer, which results files may know already (paper 4.4, 4.6)."""
     name = maker.model(system).name
-    file = maker.results(f"{name}-{images.id}-{'concat' if images.sgd else 'sgd'}")
+    file = maker.results(f"{name}-{images.id}-{protocol if images.sgd else 'sgd'}")
     known = [rows for rows in maker.rows if rows.stem.startswith(f"{name}-{images.id}-layers-")]
-    flags: Flags = {"features": maker.features(name, images), "protocol": "concat", "results": known or None}
+    flags: Flags = {"features": maker.features(name, images), "protocol": protocol, "results": known or None}
     flags |= {"steps": maker.scale.sgd_steps, "train_split": images.train_split, "eval_split": images.eval_split, "out": file}
     rows = 1 if known else 1 + maker.layers(system)
-    return maker.stage(f"probe-{file.stem}", words("tools/sgd_probe.py", flags), file, "3.4, 4.4, Table 2", rows)
+    return maker.stage(f"probe-{file.stem}", words("tools/sgd_probe.py", flags), file, section, rows)
 
 
 def _variants(maker: Maker, system: System, images: Images) -> Iterator[Stage]:
@@ -199,6 +203,6 @@ def _variants(maker: Maker, system: System, images: Images) -> Iterator[Stage]:
         elif variant == "concat" and not images.sgd:
             yield maker.probe(name, images, 1, "4.4, Table 2", "concat")
         elif variant in ("concat", "sgd"):
-            yield _sgd_concat(maker, system, images)
+            yield _sgd_best(maker, system, images, "concat", "3.4, 4.4, Table 2")
         else:
             yield maker.probe(name, images, len(labels), "4.7, Table 4", "low_data", n_labels=labels, train_split="train")

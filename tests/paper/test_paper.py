@@ -191,13 +191,22 @@ def test_shards_are_as_large_as_counted(tiny_dataset: Path) -> None:
         (("own", "x:", 16, None, OWN), "--n_px 16 must be .*only scale cifar takes it"),
         (
             ("tiny", None, None, None, None, Full("fp32")),
-            "--precision, --search_rates, .* belong to scale full; .* for scale tiny",
+            "--precision, --search_rates, .* belong to scale full .* for scale tiny",
         ),
     ],
 )
 def test_what_no_scale_is(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_scale(*arguments)
+
+
+def test_features_of_the_small_scale_in_bf16(tool: Any) -> None:
+    """Where a CPU has bf16, features take half of the time; tools/paper.sh asks for it there."""
+    asked = ("paper_plan", "--scale", "cifar", "--data", "cifar10:batches", "--gpu", "cpu", "--dry_run")
+    said = {more: tool(*asked, *more)[1] for more in ((), ("--precision", "bf16"))}
+    lines = {more: [line for line in text.splitlines() if "extract_features.py --model" in line] for more, text in said.items()}
+    assert [all("--precision bf16 --dtype fp16" in line for line in found) for found in lines.values()] == [False, True]
+    assert len({len(found) for found in lines.values()}) == 1
 
 
 def test_what_cannot_be_counted() -> None:

@@ -42,6 +42,7 @@ class SgdSettings:
     views: int = 1  # neighbouring rows of one image, such as its crops; they are held out together
     window_bytes: int = 1 << 30  # of features in memory; twice that while the next window is read
     device: str = "cpu"
+    n_masks: int | None = None  # masks of each evaluated image, whose predictions vote; None: no vote
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "window_bytes", "views"):

@@ -47,10 +47,9 @@ class Sgd:
         self.weights.add_(self.momentum, alpha=-cosine)
         self.intercepts.add_(self.intercept_momentum, alpha=-cosine)
 
-    def right(self, x: Tensor, y: Tensor) -> Tensor:
-        """The number of images that the classifier of each rate predicts correctly: int64 [R]."""
-        logits = torch.addmm(self.intercepts, x, self.weights).view(len(x), -1, self.K)
-        return (logits.argmax(2) == y[:, None]).sum(0)
+    def predict(self, x: Tensor) -> Tensor:
+        """The class that the classifier of each rate predicts: [B, C] -> int64 [R, B]."""
+        return torch.addmm(self.intercepts, x, self.weights).view(len(x), -1, self.K).argmax(2).T
 
     def finite(self) -> Tensor:
         """bool [R]: whether all weights of a rate are finite."""
@@ -86,14 +85,11 @@ class RowSubset:
 RowSource = FiniteRows | RowSubset | np.ndarray  # [N, C]
 
 
-def count(
-    sgd: Sgd, values: RowSource, labels: np.ndarray, standard: tuple[np.ndarray, np.ndarray] | None, device: str
-) -> list[float]:
-    """The share of images that the classifier of each rate predicts correctly. Rows are read in pieces."""
-    right = torch.zeros(len(sgd.rates), dtype=torch.int64, device=device)
+def predictions(sgd: Sgd, values: RowSource, standard: tuple[np.ndarray, np.ndarray] | None, device: str) -> np.ndarray:
+    """The class that the classifier of each rate predicts for each row: int64 [R, N]. Rows are read in pieces."""
     rows = max(1, min(_LOGITS // sgd.weights.shape[1], _FEATURES // values.shape[1]))
-    for start in range(0, len(labels), rows):
+    found = []
+    for start in range(0, values.shape[0], rows):
         x = torch.from_numpy(np.array(values[start : start + rows], dtype=np.float32)).to(device)
-        y = torch.from_numpy(np.array(labels[start : start + rows])).to(device)
-        right += sgd.right(standardised(x, standard), y)
-    return (right.double() / len(labels)).tolist()
+        found.append(sgd.predict(standardised(x, standard)).cpu().numpy())
+    return np.concatenate(found, axis=1)

@@ -12,7 +12,7 @@ stream (`evaluate/probes/rows.py`), so an interrupted probe continues from its s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.files import FeatureSet
 from igpt_ds.evaluate.probes.linear import check_labels, stratified_order, training_images
 from igpt_ds.evaluate.probes.rows import BLOCK_BYTES, Blocks, FiniteRows, moments
-from igpt_ds.evaluate.probes.settings import SGD_HELD_OUT, RateSearch, SgdSettings
-from igpt_ds.evaluate.probes.sgd import MOMENTUM, RowSource, RowSubset, Sgd, cosine, count
+from igpt_ds.evaluate.probes.settings import RateSearch, SgdSettings
+from igpt_ds.evaluate.probes.sgd import MOMENTUM, RowSource, RowSubset, Sgd, cosine, predictions
+from igpt_ds.evaluate.probes.sgd_records import SgdConcatProbe, SgdMaskVoteProbe, SgdProbe
 from igpt_ds.evaluate.probes.sgd_state import RateResults, SgdState, StateFile, UnfinishedGroup, read_state, write_state
+from igpt_ds.evaluate.probes.votes import check_masks, vote
 from igpt_ds.threads import threads_for
 
 MOST_EPOCHS = 10_000  # the paper's probes of ImageNet see it a hundred times
@@ -32,41 +34,7 @@ FORMAT, VERSION = "igpt_ds.sgd_probe", 2
 _MADE_WITH = ("model_hash", "precision", "dtype", "mask_prob", "mask_seed")  # they decide the features of the same images
 
 
-@dataclass(frozen=True)
-class SgdProbe:
-    """The result of one probe. Accuracies lie in 0..1. `held_out_accuracies` has one for each of `rates`; 0 if it diverged."""
-
-    layer: int
-    kind: str
-    train_split: str
-    eval_split: str
-    n_train: int  # rows of the last fit, held-out ones included
-    n_eval: int
-    n_features: int
-    n_classes: int
-    rate: float  # the chosen one
-    rates: list[float]  # all that were tried
-    grid_edge: str | None  # "low" or "high" if the best rate may lie outside of `rates`
-    diverged: list[float]
-    held_out_accuracies: list[float]
-    held_out_accuracy: float
-    train_accuracy: float
-    accuracy: float
-    steps: int
-    batch_images: int
-    momentum: float
-    standardised: bool
-    views: int
-    seed: int
-    precision: str = "fp32"
-    held_out: float = SGD_HELD_OUT  # share of the training images that chose the rate
-
-
-@dataclass(frozen=True)
-class SgdConcatProbe(SgdProbe):
-    """A probe of several layers side by side (paper 4.4); `layer` is the one in the middle."""
-
-    layers: list[int] = field(kw_only=True)
+Counted = tuple[Sequence[RowSource], np.ndarray]  # the rows of each mask, whose predictions vote, and labels
 
 
 class _Fitting:
@@ -93,17 +61,18 @@ class _Fitting:
         where |= {f"features' {name}": getattr(train.manifest.origin, name) for name in _MADE_WITH}
         where |= {"eval_split": evaluated.split, "eval_split's hash": evaluated.dataset_hash}
         where |= {"mask_draws": [train.mask_draws, evaluated.mask_draws]}
-        self.identity = {"format": FORMAT, "version": VERSION, **where, **asdict(settings)}
+        given = {name: value for name, value in asdict(settings).items() if value is not None}
+        self.identity = {"format": FORMAT, "version": VERSION, **where, **given}
         self.state = read_state(file.path, self.identity, settings.device) if file and file.path.exists() else SgdState()
 
     def accuracies(
-        self, name: str, rates: Sequence[float], keep: np.ndarray | None, counted: Mapping[str, tuple[RowSource, np.ndarray]]
+        self, name: str, rates: Sequence[float], keep: np.ndarray | None, counted: Mapping[str, Counted]
     ) -> RateResults:
         """Fits a group of rates on the kept rows and counts on each named set of rows. A finished group is not fitted again.
 
         Args:
             keep: bool [N], the rows to fit on; None: all.
-            counted: values [n, C] and labels [n] by name.
+            counted: rows [n, C] of each mask, or of whole images, and labels [n], by name.
         """
         name = f"{name} {list(rates)}"
         if (known := self.state.done.get(name)) is not None:
@@ -126,9 +95,11 @@ class _Fitting:
                     self._save(SgdState(self.state.done, UnfinishedGroup(name, step, sgd.state())))
                     saved_at = step
         finite, found = sgd.finite().tolist(), {}
-        for what, (values, labels) in counted.items():
-            right = count(sgd, values, labels, standard, settings.device)
-            found[what] = [float(share) if good else 0.0 for share, good in zip(right, finite, strict=True)]
+        for what, (masks, labels) in counted.items():
+            predicted = np.stack([predictions(sgd, rows, standard, settings.device) for rows in masks], axis=1)  # [R, M, N]
+            voted = [vote(one, self.n_classes, settings.seed) if len(one) > 1 else one[0] for one in predicted]
+            shares = [float((labels == one).mean()) for one in voted]
+            found[what] = [share if good else 0.0 for share, good in zip(shares, finite, strict=True)]
         results = RateResults(finite, found)
         self._save(SgdState(self.state.done | {name: results}))
         return results
@@ -198,7 +169,7 @@ def sgd_probe(
     search: RateSearch | None = None,
     file: StateFile | None = None,
 ) -> SgdProbe:
-    """Probes one layer, or several layers side by side (an `SgdConcatProbe`).
+    """Probes one layer, several layers side by side (an `SgdConcatProbe`), or masks that vote (an `SgdMaskVoteProbe`).
 
     Args:
         layers: a layer, or the rising numbers of several.
@@ -211,12 +182,15 @@ def sgd_probe(
     search, layers = search or RateSearch(), (layers,) if isinstance(layers, int) else tuple(layers)
     training_images(train, None, settings.seed)  # checks the labels; all images are used
     check_labels(evaluated)
+    check_masks(train, evaluated, settings.n_masks or 0)
     single = sum(len(part.labels) for part in train.parts if part.split != "train")  # make_shards.py stores one crop of each
     mask = held_out_rows(train.labels, search.held_out, settings.views, settings.seed, single)
     _check_length(settings, int((~mask).sum()))
     fitting = _Fitting(train, evaluated, layers, kind, settings, search.held_out, file)
-    tried = _search_rates(fitting, search, ~mask, (RowSubset(fitting.values, np.flatnonzero(mask)), train.labels[mask]))
-    everything = {"train": (fitting.values, train.labels), "evaluated": (FiniteRows(evaluated, layers, kind), evaluated.labels)}
+    tried = _search_rates(fitting, search, ~mask, ([RowSubset(fitting.values, np.flatnonzero(mask))], train.labels[mask]))
+    masks = [FiniteRows(evaluated, layers, kind, one) for one in range(settings.n_masks or 1)]
+    everything: dict[str, Counted] = {"train": ([fitting.values], train.labels), "evaluated": (masks, evaluated.labels)}
+    everything |= {f"mask {one}": ([rows], evaluated.labels) for one, rows in enumerate(masks) if settings.n_masks}
     last = fitting.accuracies("all", [tried.rate], None, everything)
     fitting.forget()
     if not last.finite[0]:
@@ -243,7 +217,14 @@ def sgd_probe(
         held_out=search.held_out,
         **{name: getattr(settings, name) for name in ("steps", "batch_images", "views", "seed")},
     )
+    if settings.n_masks:
+        return _voted(probe, [last.accuracies[f"mask {one}"][0] for one in range(settings.n_masks)], evaluated)
     return probe if len(layers) == 1 else SgdConcatProbe(**vars(probe), layers=list(layers))
+
+
+def _voted(probe: SgdProbe, each: list[float], evaluated: FeatureSet) -> SgdMaskVoteProbe:
+    mean, mask_seed = float(np.mean(each)), evaluated.manifest.origin.mask_seed
+    return SgdMaskVoteProbe(**vars(probe), n_masks=len(each), mask_seed=mask_seed, single_accuracy=mean, single_accuracies=each)
 
 
 @dataclass(frozen=True)
@@ -270,7 +251,7 @@ class _Tried:
         return self.rates[self.best]
 
 
-def _search_rates(fitting: _Fitting, search: RateSearch, keep: np.ndarray, held_out: tuple[RowSource, np.ndarray]) -> _Tried:
+def _search_rates(fitting: _Fitting, search: RateSearch, keep: np.ndarray, held_out: Counted) -> _Tried:
     falling, tried = sorted(set(search.rates), reverse=True), _Tried([], [], [])
     for first in range(0, len(falling), search.together):
         group = falling[first : first + search.together]

@@ -34,6 +34,7 @@ from igpt_ds.evaluate.probes.linear import (
 )
 from igpt_ds.evaluate.probes.logistic import fit_logistic
 from igpt_ds.evaluate.probes.settings import N_MASKS
+from igpt_ds.evaluate.probes.votes import check_masks, vote
 
 CONCATENATED = 5  # layers: paper 4.4
 FOLDS = 5  # of a subset, or fewer if a class has fewer labels
@@ -219,16 +220,6 @@ def _cross_validate(view: View, ids: np.ndarray, settings: ProbeSettings) -> tup
     return best, float(right[best] / len(ids)), bool(converged[best])
 
 
-def check_masks(train: FeatureSet, evaluated: FeatureSet, n_masks: int) -> None:
-    """Raises a ValueError if the features are of whole images, or have too few masks for a vote."""
-    for features, need in ((train, 1), (evaluated, n_masks)):
-        if features.mask_draws < need:
-            if not features.mask_draws and features.manifest.origin.objective == "ar":
-                raise InputError(f"{features.path} is of a model with objective 'ar'; only bert models see masks, which vote")
-            has = f"split {features.split!r} of {features.path} has {features.mask_draws} mask draws"
-            raise InputError(f"{has}, and a vote needs {need}; extract with --mask_draws 1 {n_masks}")
-
-
 @dataclass(frozen=True)
 class MaskVoteProbe(Probe):
     """A probe of masked images whose predictions vote; `accuracy` is that of the vote."""
@@ -264,9 +255,3 @@ def mask_vote(
         single_accuracy=float(np.mean(single)),
         single_accuracies=single,
     )
-
-
-def vote(predictions: np.ndarray, K: int, seed: int) -> np.ndarray:
-    """The most frequent label, ties broken at random: int64 [M, N], labels 0..K-1 -> int64 [N]."""
-    counts = np.stack([(predictions == label).sum(0) for label in range(K)], axis=1)
-    return (counts + np.random.default_rng(seed).random(counts.shape)).argmax(1)

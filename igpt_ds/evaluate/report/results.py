@@ -36,7 +36,7 @@ from igpt_ds.sealed import Format
 if TYPE_CHECKING:
     from igpt_ds.evaluate.likelihood import Likelihood
     from igpt_ds.evaluate.probes.linear import Probe
-    from igpt_ds.evaluate.probes.sgd_search import SgdProbe
+    from igpt_ds.evaluate.probes.sgd_records import SgdProbe
     from igpt_ds.evaluate.probes.variants import LowDataProbe
 
 # A line of version 2 has no sha256, and stays as it is.

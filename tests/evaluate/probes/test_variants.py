@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,8 +11,12 @@ import pytest
 from igpt_ds.data.mixture import open_mixture
 from igpt_ds.data.subsets import few
 from igpt_ds.evaluate.features.files import open_features
+from igpt_ds.evaluate.probes import sgd_search
 from igpt_ds.evaluate.probes.linear import ProbeSettings, linear_probe
-from igpt_ds.evaluate.probes.variants import balanced_subset, best_layer, concat, low_data, mask_vote, vote, window
+from igpt_ds.evaluate.probes.settings import SgdSettings
+from igpt_ds.evaluate.probes.variants import balanced_subset, best_layer, concat, low_data, mask_vote, window
+from igpt_ds.evaluate.probes.votes import vote
+from igpt_ds.evaluate.report.results import read_results
 
 GRID = ProbeSettings.of([1e-3, 1e-2, 1e-1, 1.0])
 
@@ -153,6 +158,24 @@ def test_a_vote_over_masks(many):
         mask_vote(train, val, 2, "normed", GRID, n_masks=6)
     with pytest.raises(ValueError, match=r"many\d* is of a model with objective 'ar'; only bert models see masks, which vote"):
         mask_vote(*many(), 2, "normed", GRID)
+
+
+def test_a_vote_over_masks_by_sgd(many, tmp_path, tool):
+    train, val = many(masks=5)
+    out, more = tmp_path / "r.jsonl", ("--steps", 300, "--batch_images", 16, "--rates", 0.1, 0.03, "--held_out", 0.2)
+    flags = ("sgd_probe", "--features", train.path, "--layers", 1, 2, "--out", out, *more)
+    assert tool(*flags)[0] == 0
+    _, said, _ = tool(*flags, "--protocol", "mask_vote")
+    assert "rows of earlier probes give layers 1, 2" in said
+    *single, row = read_results(out)
+    best = max(single, key=lambda one: one.held_out_accuracy)
+    assert (row.protocol, row.layer, row.n_masks, row["mask_seed"]) == ("mask_vote", best.layer, 5, 7)
+    assert row.rate == best.rate
+    assert row["single_accuracies"][0] == best.accuracy, "the same fit, read on the first mask"
+    assert row.single_accuracy == pytest.approx(np.mean(row["single_accuracies"]))
+    assert row.accuracy > max(row["single_accuracies"])
+    with pytest.raises(ValueError, match=r"has 5 mask draws, and a vote needs 6"):
+        sgd_search.sgd_probe(train, val, 2, "normed", dataclasses.replace(SgdSettings(), n_masks=6))
 
 
 def test_fine_tunings_draw_the_same_subsets(pixels_dir, tiny_dataset):
