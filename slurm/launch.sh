@@ -173,4 +173,14 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
   step=''
   sleep 1 # until tee has written
   said=$(restarts outcome --status "$status" --errors "$errors") && read -r status bad <<<"$said"
+  ((status == 0 || status == STOPPED || status == BAD_INPUT)) || kernel_faults
+}
+
+kernel_faults() { # adds to `bad` the nodes whose kernel reported broken hardware since the ranks started; a dead node does not answer
+  local said
+  said=$(trap '' USR1 TERM; timeout --signal=KILL 60 "${srun[@]}" --kill-on-bad-exit=0 \
+    python -m igpt_ds.ops.kernel_log --seconds $((SECONDS - begun + 60)) 2>/dev/null | grep '^fault: ')
+  [[ -n $said ]] || return 0
+  echo "$said"
+  bad=$({ tr , '\n' <<<"$bad"; cut -d' ' -f2 <<<"$said" | tr -d :; } | sed '/^$/d' | sort -u | paste -sd,)
 }

@@ -18,9 +18,11 @@ SPARE_SECONDS = 120  # too short for a first step; SLURM compares clocks about o
 
 _ERROR = re.compile(r"[a-z_]+\.py: error: .*|^(?:\[rank\d+\]: )?(?:[a-z_]+\.)*[A-Z][A-Za-z]*(?:Error|Exception)\b.*", re.M)
 _EXIT_CODE = re.compile(r"^srun: error: .*exit code (\d+)$", re.M)
-# A launcher has a status above 128 if its rank was killed, because memory ran out or a GPU failed.
-_DEATH = r"Exited with exit code (?:129|1[3-9]\d|2\d\d)|Killed|Bus error|Segmentation fault|Aborted"
+# Deaths that point at hardware: BUS, KILL (memory ran out) and SEGV. A shell reports 128 + the signal, the deepspeed launcher 256 -
+# the signal. ABRT does not count: NCCL aborts every rank of a job when one of them is lost or late. TERM is srun's own.
+_DEATH = r"Exited with exit code (?:135|137|139|249|247|245)\b|Killed|Bus error|Segmentation fault"
 _KILLED = re.compile(rf"^srun: error: ([^: \n]+): tasks? [\d,-]+: (?:{_DEATH})", re.M)
+_ENDED = re.compile(r"^(?:srun|slurmstepd\S*): .*(?:Terminating|Job step aborted|CANCELLED AT)", re.M)  # srun ends the other nodes
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,18 @@ def find_cause(log: str) -> str:
 
 
 def find_outcome(status: int, errors: str) -> tuple[int, tuple[str, ...]]:
-    """The status of the ranks, and the nodes where a rank was killed, from srun's status and errors.
+    """The status of the ranks, and the nodes where a rank died as if by its hardware, from srun's status and errors.
 
-    The first node that fails makes srun end the others, and srun's own status is the highest of all.
+    The first node that fails makes srun end the others, and srun's own status is the highest of all. What dies after that was
+    killed by SLURM.
     """
     codes = [int(code) for code in _EXIT_CODE.findall(errors)]
     if status != 0 and codes:
         status = codes[0]
     for special in (HUNG, STOPPED):
         status = special if special in codes else status
-    return status, tuple(dict.fromkeys(_KILLED.findall(errors)))
+    ended = _ENDED.search(errors)
+    return status, tuple(dict.fromkeys(_KILLED.findall(errors, 0, ended.start() if ended else len(errors))))
 
 
 def find_facts(text: str, job: str) -> dict[str, str]:

@@ -48,16 +48,22 @@ def exits(*codes: tuple[str, int]) -> str:
     return "".join(f"srun: error: {node}: task 0: Exited with exit code {code}\n" for node, code in codes)
 
 
+ENDED = "srun: launch/slurm: _step_signal: Terminating StepId=1.0\n"
+
+
 @pytest.mark.parametrize(
     ("status", "errors", "outcome"),
     [
         (0, "", (0, ())),
         (143, "", (143, ())),
-        (143, exits(("node2", 1), ("node1", 143)), (1, ("node1",))),
+        (143, exits(("node2", 1), ("node1", 143)), (1, ())),
+        (134, exits(("node1", 134), ("node2", 250)), (134, ())),  # NCCL aborts all
+        (139, exits(("node1", 139), ("node2", 245), ("node3", 249)), (139, ("node1", "node2", "node3"))),
+        (143, "srun: error: node2: task 1: Aborted\n" + ENDED + "srun: error: node1: task 0: Killed\n", (143, ())),
         (85, exits(("node1", 1), ("node2", STOPPED)), (STOPPED, ())),
         (143, exits(("node1", HUNG), ("node2", 1)), (HUNG, ())),
         (0, exits(("node1", HUNG), ("node2", STOPPED)), (STOPPED, ())),
-        (137, exits(("node1", 128), ("node2", 129), ("node2", 137), ("node3", 255)), (128, ("node2", "node3"))),
+        (137, exits(("node1", 128), ("node2", 129), ("node2", 137), ("node3", 255)), (128, ("node2",))),
         (
             9,
             "srun: error: gpu-7: tasks 0,2-3: Killed\nsrun: error: gpu-8: task 1: Bus error (core dumped)\n",

@@ -1,0 +1,63 @@
+"""What the kernel of a node says about broken hardware. In: its log of the last minutes. Out: one line for each node with a fault.
+
+    srun --nodes=2 --ntasks-per-node=1 python -m igpt_ds.ops.kernel_log --seconds 600
+
+slurm/launch.sh runs it on every node after ranks died, and leaves out the nodes that it names. It prints `fault: NODE: LINE`, and
+nothing where the log is clean or may not be read (kernel.dmesg_restrict). The standard library is enough.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt_ds import cli
+
+# NVIDIA's Xids of hardware: 48, 63, 64, 92, 94, 95 memory, 62 and 119, 120 the GPU's own processor, 74 NVLink, 79 off the bus,
+# 110 security, 136, 140 uncorrected, 143 boot. 13, 31, 43 and 45 are a program's fault, or follow from it.
+_XIDS = "48|62|63|64|74|79|92|94|95|110|119|120|136|140|143"
+_FAULT = re.compile(
+    rf"NVRM: Xid \([^)]*\): (?:{_XIDS})\b|GPU has fallen off the bus|\[Hardware Error\]|EDAC .*\bUE\b|Uncorrected .*error"
+    r"|amdgpu.*(?:uncorrectable|GPU reset begin|RAS .*fatal)|AER: .*[Ff]atal"
+)
+_STAMP = re.compile(r"^(?:<\d+>)?\[\s*(\d+\.\d+)\] ?")
+
+
+def find_fault(log: str, since: float) -> str:
+    """The first line of a kernel log about broken hardware, without its time; "" if there is none.
+
+    Args:
+        since: seconds after the start of the kernel from which lines count.
+    """
+    for line in log.splitlines():
+        stamp = _STAMP.match(line)
+        if stamp and float(stamp[1]) >= since and _FAULT.search(line) and "non-fatal" not in line.lower():
+            return line[stamp.end() :].strip()[:200]
+    return ""
+
+
+def node_fault(seconds: float, command: Sequence[str] = ("dmesg",), uptime: Path = Path("/proc/uptime")) -> str:
+    """The fault of this node in the last seconds; "" without one, or if the log cannot be read."""
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20)
+        now = float(uptime.read_text(encoding="utf-8").split()[0])
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
+        return ""
+    return find_fault(done.stdout, now - seconds)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the fault of this node."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--seconds", type=float, required=True, help="age of the oldest line that counts")
+    args = parser.parse_args(argv)
+    if fault := node_fault(args.seconds):
+        print(f"fault: {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}: {fault}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
