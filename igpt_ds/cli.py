@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO
 
 from igpt_ds.command_line.parser import Parser, program
 from igpt_ds.errors import InputError, error_text, naming
-from igpt_ds.launcher import RANK_VARIABLES, LaunchError
+from igpt_ds.launcher import RANK_VARIABLES, LaunchError, restore_devices
 from igpt_ds.threads import sleep_while_waiting
 
 STOPPED = 85  # exit status: stopped early with everything saved; the same command with --resume auto continues
@@ -144,6 +144,8 @@ def run(main: Callable[[Sequence[str] | None], None], ranks: bool = False) -> No
     if not ranks:
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
+    else:
+        restore_devices(os.environ)
     sleep_while_waiting(os.environ)
     _print_printable()
     _read_utf8()

@@ -21,24 +21,29 @@ import torch.distributed as td
 from torch.distributed.rendezvous import rendezvous
 
 from igpt_ds.cli import SharedError, unread_output
+from igpt_ds.devices import Arrival, answer_to_all
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.launcher import RANK_VARIABLES, LaunchError, check_address, map_environment
 
 T = TypeVar("T")
 JOIN_SECONDS = {True: 90.0, False: 300.0}  # for all ranks to come: if they are on this machine, and otherwise
 
+_NODE_RANK = "IGPT_DS_LOCAL_RANK"  # the number on this node, once LOCAL_RANK is that of the device
+
 _sequence_groups: dict[str, td.ProcessGroup] = {}  # ours under "ours", once `start_sequence_groups` has made them
 
 
-def join(backend: str, timeout: timedelta = timedelta(minutes=30)) -> None:
+def join(backend: str, timeout: timedelta = timedelta(minutes=30), arrival: Arrival | None = None) -> None:
     """Joins the process group with all ranks of the launch. A process that has joined already stays in its group.
 
     Args:
         backend: "gloo" or "nccl".
         timeout: limit of each later collective. The ranks themselves have JOIN_SECONDS to come.
+        arrival: this rank's device; None: the devices are not compared.
 
     Raises:
         LaunchError: MASTER_ADDR cannot be resolved, MASTER_PORT is taken, or not all ranks came in time.
+        SharedError: on every rank, if a rank cannot train or their devices do not fit together.
     """
     if td.is_initialized():
         return
@@ -56,6 +61,8 @@ def join(backend: str, timeout: timedelta = timedelta(minutes=30)) -> None:
         raise LaunchError(f"MASTER_ADDR={address} cannot be resolved ({error}); set it to the host of rank 0") from None
     except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
         raise LaunchError(_why_apart(str(error), place, limit)) from None
+    if arrival is not None and (conflict := answer_to_all(store, number, size, arrival)):
+        raise SharedError(conflict)
     store.set_timeout(timeout)
     td.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
 
@@ -111,8 +118,17 @@ def say(line: str) -> None:
 
 
 def local_rank() -> int:
-    """The number of this process among those of its node, 0-based; also the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """The number of this process among those of its node, 0-based. Its device may have another number."""
+    return int(os.environ.get(_NODE_RANK) or os.environ.get("LOCAL_RANK", "0"))
+
+
+def tell_device_index(index: int) -> None:
+    """Makes LOCAL_RANK the number of this rank's device, as which DeepSpeed reads it. `local_rank` does not change."""
+    if index != local_rank():
+        os.environ[_NODE_RANK] = str(local_rank())
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed refuses two that differ
+            if name in os.environ:
+                os.environ[name] = str(index)
 
 
 def start_sequence_groups(size: int) -> None:

@@ -75,6 +75,17 @@ def map_environment(env: MutableMapping[str, str]) -> None:
         env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", "0"  # a port that is free when the process opens it
 
 
+def restore_devices(env: MutableMapping[str, str]) -> None:
+    """Gives a rank the GPUs that SLURM gave its node, where a site limits them by CUDA_VISIBLE_DEVICES alone.
+
+    The deepspeed launcher replaces CUDA_VISIBLE_DEVICES by 0, 1, ... for its slots: other GPUs, if SLURM said "2,3" or UUIDs.
+    slurm/one_node.sh keeps what it was. Called before anything asks CUDA.
+    """
+    given, slots = env.get("IGPT_DS_VISIBLE_DEVICES"), env.get("CUDA_VISIBLE_DEVICES")
+    if given and slots and given.count(",") == slots.count(","):
+        env["CUDA_VISIBLE_DEVICES"] = given
+
+
 def check_address(env: Mapping[str, str]) -> None:
     """Checks the address where several ranks meet.
 

@@ -7,6 +7,7 @@
 # installs a handler of its own. The ranks get USR1 instead, every second, since a rank may not listen yet.
 set -uo pipefail
 source slurm/caches.sh
+[[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || export IGPT_DS_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES # deepspeed overwrites it: igpt_ds/launcher.py
 launcher='' teller=''
 trap '' USR1
 trap tell TERM

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from igpt_ds.launcher import LaunchError, check_address, map_environment, resume_command
+from igpt_ds.launcher import LaunchError, check_address, map_environment, restore_devices, resume_command
 
 RANKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 STEP = {
@@ -19,6 +19,22 @@ STEP = {
     "SLURM_JOB_ID": "123456",
     "SLURM_JOB_NODELIST": "node[1-2]",
 }
+
+
+@pytest.mark.parametrize(
+    ("given", "slots", "expected"),
+    [
+        ("2,3", "0,1", "2,3"),
+        ("GPU-a,GPU-b", "0,1", "GPU-a,GPU-b"),
+        ("0,1,2", "0,1", "0,1"),
+        ("", "0,1", "0,1"),
+        ("2", None, None),
+    ],
+)
+def test_a_rank_gets_the_gpus_of_slurm_back(given: str, slots: str | None, expected: str | None) -> None:
+    env = {"IGPT_DS_VISIBLE_DEVICES": given} | ({} if slots is None else {"CUDA_VISIBLE_DEVICES": slots})
+    restore_devices(env)
+    assert env.get("CUDA_VISIBLE_DEVICES") == expected
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:

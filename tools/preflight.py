@@ -133,8 +133,9 @@ def conduct(plan: PlannedRun, board: Board, args: argparse.Namespace, start: flo
     absent = {rank: f"within {seconds:g} s" for rank in everybody if rank not in nodes}
     reports = {rank: read_report(found, rank, nodes[rank]) for rank, found in board.collect("report", nodes, seconds).items()}
     silent = {rank: f"in {board.heard('phase', rank)!r}" for rank in nodes if rank not in reports}
-    stops = {"recipe", "ds_config", "gpus", "packages", "code"}
-    if not absent and not silent and not any(stops & set(report.errors) for report in reports.values()):
+    stops = {"recipe", "ds_config", "accelerator", "gpus", "packages", "code"}
+    alike = len({report.accelerator for report in reports.values()}) == 1
+    if not absent and not silent and alike and not any(stops & set(report.errors) for report in reports.values()):
         board.say("go", [nodes[rank] for rank in everybody])
         for rank, found in board.collect("together", everybody, seconds).items():
             reports[rank] = read_report(found, rank, nodes[rank])

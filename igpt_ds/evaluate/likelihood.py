@@ -35,6 +35,7 @@ from igpt_ds.counter_random import random_words
 from igpt_ds.data.palette import OPENAI_PALETTE_HASH
 from igpt_ds.data.shards.dataset import ImageSet, ShardSet
 from igpt_ds.data.shards.index import read_index
+from igpt_ds.devices import device_index
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.evaluate.report.row_types import MeanWithError
 from igpt_ds.launcher import map_environment
@@ -73,7 +74,7 @@ def join_ranks(device: str) -> str:
     map_environment(os.environ)
     if dist.world_size() > 1:
         dist.join("gloo")  # the ranks exchange a few numbers at the end
-    return f"cuda:{dist.local_rank()}" if device == "cuda" else device
+    return f"cuda:{device_index(dist.local_rank(), torch.cuda.device_count())}" if device == "cuda" else device
 
 
 def choose_ids(n_images: int, limit: int | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the kernel of a node says about broken hardware. In: its log of the last minutes. Out: one line for each node with a fault.
+"""What the kernel of a node says about broken hardware. In: its log of the last minutes. Out: one line if there is a fault.
 
     srun --nodes=2 --ntasks-per-node=1 python -m igpt_ds.ops.kernel_log --seconds 600
 

@@ -18,11 +18,11 @@ SPARE_SECONDS = 120  # too short for a first step; SLURM compares clocks about o
 
 _ERROR = re.compile(r"[a-z_]+\.py: error: .*|^(?:\[rank\d+\]: )?(?:[a-z_]+\.)*[A-Z][A-Za-z]*(?:Error|Exception)\b.*", re.M)
 _EXIT_CODE = re.compile(r"^srun: error: .*exit code (\d+)$", re.M)
-# Deaths that point at hardware: BUS, KILL (memory ran out) and SEGV. A shell reports 128 + the signal, the deepspeed launcher 256 -
-# the signal. ABRT does not count: NCCL aborts every rank of a job when one of them is lost or late. TERM is srun's own.
+# Deaths that point at hardware: BUS, KILL (memory ran out) and SEGV. A shell reports 128 + the signal, deepspeed 256 - it.
+# ABRT does not count: NCCL aborts every rank of a job when one of them is lost or late. TERM is srun's own.
 _DEATH = r"Exited with exit code (?:135|137|139|249|247|245)\b|Killed|Bus error|Segmentation fault"
 _KILLED = re.compile(rf"^srun: error: ([^: \n]+): tasks? [\d,-]+: (?:{_DEATH})", re.M)
-_ENDED = re.compile(r"^(?:srun|slurmstepd\S*): .*(?:Terminating|Job step aborted|CANCELLED AT)", re.M)  # srun ends the other nodes
+_ENDED = re.compile(r"^(?:srun|slurmstepd\S*): .*(?:Terminating|Job step aborted|CANCELLED AT)", re.M)  # the other nodes
 
 
 @dataclass(frozen=True)

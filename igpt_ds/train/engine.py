@@ -15,18 +15,19 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from igpt_ds import dist
+from igpt_ds import devices, dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import Finetune, Recipe
 from igpt_ds.data.loader import Batch
 from igpt_ds.ds_config import DsConfig, Run, refuse_unknown
 from igpt_ds.errors import InputError
+from igpt_ds.launcher import map_environment
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier
 from igpt_ds.model.dropout import Dropout
 from igpt_ds.model.store import open_weights
@@ -40,36 +41,49 @@ LossFunction = Callable[[Engine, Batch], Tensor]
 
 
 def start_ranks() -> torch.device:
-    """Joins the process group and returns this rank's device: its GPU, or the CPU if there is none."""
+    """Joins the process group and returns this rank's device: its GPU, or the CPU if there is none or it is asked for.
+
+    Raises:
+        SharedError: on every rank, if a rank has GPUs that torch cannot use, or the devices of the ranks do not fit together.
+    """
     _quiet()
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
     from deepspeed.constants import default_pg_timeout
 
-    dist.join(get_accelerator().communication_backend_name(), default_pg_timeout)
+    map_environment(os.environ)
+    accelerator = get_accelerator()
+    device, arrival = devices.arrive(dist.local_rank(), accelerator.device_name())
+    dist.join(accelerator.communication_backend_name(), default_pg_timeout, arrival)
+    if device.type != "cpu":
+        dist.tell_device_index(device.index)
 
     # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, and fail without ninja. gloo does the same.
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         keep_freed_memory()
-        return torch.device("cpu")
-    torch.cuda.set_device(dist.local_rank())
-    return torch.device("cuda", dist.local_rank())
+    return device
 
 
 def _quiet() -> None:
     # Settings that must precede the import of DeepSpeed, and fewer log lines.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    chosen = "DS_ACCELERATOR" in os.environ or torch.accelerator.is_available()
+    if not chosen:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed logs a warning
     # torch 2.13 deprecates names of collectives that DeepSpeed 0.19 still calls, and warns at each call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-    import deepspeed
+    try:
+        import deepspeed
+    except ValueError as error:  # an unknown DS_ACCELERATOR, or one whose package is missing
+        raise InputError(f"DS_ACCELERATOR={os.environ.get('DS_ACCELERATOR')}: {error}; unset DS_ACCELERATOR") from None
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not chosen:
+        del os.environ["DS_ACCELERATOR"]  # DeepSpeed has read it. It is the user's word, which `refuse_idle_gpus` reads
 
 
 def check_ds_config(values: DsConfig, path: Path) -> None:
@@ -184,7 +198,7 @@ def build_engine(run: Run, pretrained: Path | None = None) -> Engine:
     import deepspeed
 
     wait_for_builds()
-    if run.precision == "fp16" and not torch.cuda.is_available():
+    if run.precision == "fp16" and devices.current_device().type == "cpu":
         raise SharedError("DeepSpeed supports fp16 only on a GPU; use a --ds_config in bf16 or fp32")
     model = build_model(run)
     if pretrained is not None:
@@ -218,7 +232,7 @@ def build_optimizer(model: Transformer, recipe: Recipe, offload: bool = False) -
         cpu_adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=recipe.weight_decay > 0, **values)
         return cpu_adam
     adam = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
-    return adam(groups, **values, fused=torch.cuda.is_available())
+    return adam(groups, **values, fused=devices.current_device().type != "cpu")
 
 
 def _decays(name: str, weight: nn.Parameter, finetune: Finetune | None) -> bool:
@@ -262,29 +276,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-class RngStates(TypedDict, total=False):
-    """The states of a rank's random generators, as a checkpoint stores them."""
-
-    python: tuple[Any, ...]
-    numpy: Any
-    torch: Tensor
-    cuda: Tensor  # on a GPU
-
-
-def rng_states() -> RngStates:
-    """The state of every random generator of this rank."""
-    states: RngStates = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_rng(states: RngStates) -> None:
-    """The inverse of `rng_states`."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])

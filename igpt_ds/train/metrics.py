@@ -31,6 +31,7 @@ from igpt_ds import dist
 from igpt_ds.cli import unread_output
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.console import count
+from igpt_ds.devices import current_device
 from igpt_ds.ds_config import Run
 from igpt_ds.errors import naming
 from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
@@ -95,7 +96,7 @@ class Metrics:
 
     def __init__(self, run_dir: Path, run: Run, start_step: int, peak: float, wandb_project: str | None = None) -> None:
         self.run, self.run_dir, self.peak, self.speaks = run, run_dir, peak, dist.rank() == 0
-        self.product = _matrix(_device(), torch.float32) if run.world_size > 1 else None
+        self.product = _matrix(current_device(), torch.float32) if run.world_size > 1 else None
         self.restart_clock(start_step)
         self.data_seconds = self.save_seconds = 0.0
         self.board: SummaryWriter | None = None
@@ -239,14 +240,14 @@ def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:
 
 def memory_gib() -> float:
     """The peak memory of this rank so far: of its GPU, or of the process if there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIB
+    if current_device().type != "cpu":
+        return torch.accelerator.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def peak_of_all_ranks(device: torch.device, precision: str) -> tuple[float, str]:
     """(FLOP/s of all ranks together, its source): the vendor's bf16 peak of a GPU, else a matmul measured here."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
     printed = costs.peak_flops(name)
     peak = printed if printed else _measured_matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     total = float(dist.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=device)))
@@ -257,12 +258,8 @@ def _measured_matmul(device: torch.device, dtype: torch.dtype, n: int = 1024, re
     return 2 * n**3 / min(_product_seconds(_matrix(device, dtype, n), repeats))
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def _matrix(device: torch.device, dtype: torch.dtype, n: int | None = None) -> Tensor:
-    n = n or (2048 if device.type == "cuda" else 256)  # about a millisecond
+    n = n or (256 if device.type == "cpu" else 2048)  # about a millisecond
     return torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 

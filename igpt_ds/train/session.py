@@ -18,6 +18,7 @@ from igpt_ds import cli, dist
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
+from igpt_ds.devices import current_device
 from igpt_ds.ds_config import Run
 from igpt_ds.json_files import write_json
 from igpt_ds.model import cpu_kernels
@@ -236,7 +237,7 @@ def cpu_product(where: Path) -> str:
     bit-identical.
     """
     recorded = run_dir.recorded_product(where, cpu_kernels.PRODUCTS)
-    return recorded or (cpu_kernels.usual() if torch.cuda.is_available() else fastest_product())
+    return recorded or (fastest_product() if current_device().type == "cpu" else cpu_kernels.usual())
 
 
 def resume(engine: Engine, checkpoints: Path, facts: RunFacts) -> Manifest | None:

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from igpt_ds.config import Recipe, recipe_to_dict
+from igpt_ds.devices import TorchBuild
 from igpt_ds.ops.preflight import node, ranks, verdict
 from igpt_ds.ops.preflight.record import NodeReport, report_from_dict
 from igpt_ds.ops.preflight.report import result_text
@@ -30,6 +32,7 @@ GOOD = {
     "recipe": "r" * 64,
     "ds_config": "d" * 64,
     "commit": "9" * 40,
+    "accelerator": "cuda",
     "gpus": [GPU, GPU],
     "speed": {"0": 700.0},
     "shm": {"bytes": 1 << 30, "files": None},
@@ -74,6 +77,12 @@ def test_six_good_ranks_are_fine(reports):
         ("gpus", [GPU | {"free": 1 << 30}, GPU | {"free": None}], "gpus", "GPU 0 has 1.0 of 80.0 GiB free"),
         ("speed", {"0": 555.0}, "speed", "GPU 0 computes 555 TFLOP/s, 0.79 of the median 700"),
         (
+            "accelerator",
+            "cpu",
+            "accelerator",
+            "has cpu where most have cuda; give every rank a GPU",
+        ),
+        (
             "links",
             {"inside": 300.0, "across": 30.0},
             "links",
@@ -98,11 +107,18 @@ def test_what_is_wrong_on_one_node_is_that_nodes_fault(reports, key, value, chec
     assert "bad_nodes: node2\n" in result_text(result, 1.0)
 
 
-def test_a_rank_without_a_gpu(reports):
+def test_ranks_without_a_gpu_of_their_own(reports):
+    for rank, report in reports.items():
+        report["gpus"] = [GPU | {"uuid": f"GPU-{rank}"}]
+    assert compare(reports).findings == []  # srun --gpus-per-task=1
+    for rank, report in reports.items():
+        report["gpus"] = [GPU | {"uuid": f"GPU-{rank // 2}"}]
+    found = {finding.what for finding in compare(reports).findings}
+    assert found == {f"2 ranks have the GPU GPU-{node}; start one rank a GPU" for node in range(3)}
     for report in reports.values():
-        report["gpus"] = [GPU]
+        report |= {"gpus": [GPU, GPU], "local_rank": report["local_rank"] + 1}
     found = {str(finding) for finding in compare(reports).findings}
-    assert found == {"all nodes: gpus: has no GPU: it is the node's rank 1 and sees 1; " + verdict.FIXES["gpus"]}
+    assert found == {"all nodes: gpus: has no GPU: it is the node's rank 2 and sees 2; " + verdict.FIXES["gpus"]}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +229,23 @@ def test_the_hash_of_the_code_needs_no_git_and_sees_one_character(tmp_path: Path
     (package / "train" / "a.py").write_text("A = 2\n")
     assert node.package_hash(package) != before == before.lower()
     assert node.package_hash() == node.package_hash(ROOT / "igpt_ds")
+
+
+def test_gpus_beside_a_torch_for_cpus_are_an_error_of_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").touch()
+    monkeypatch.delenv("DS_ACCELERATOR")
+    wheel = TorchBuild("2.13.0+cpu", None, None, works=False)
+    report = node.attempt(NodeReport(0, 0, "node0"), "accelerator", lambda: node.accelerator(wheel, tmp_path))
+    assert "/dev/nvidia0" in report.errors["accelerator"]
+    everywhere = {rank: replace(report, rank=rank, node=f"node{rank}") for rank in range(2)}
+    result = verdict.compare_reports({0: "node0", 1: "node1"}, everywhere, {}, {})
+    assert (result.status, len(result.findings)) == (verdict.BAD_INPUT, 1)
+    assert str(result.findings[0]).startswith("all nodes: accelerator: this machine has NVIDIA GPUs")
+    del everywhere[1]
+    assert verdict.compare_reports({0: "node0"}, everywhere, {}, {}).status == verdict.BAD_INPUT
+    old = replace(wheel, cuda="13.0", why="driver too old")  # an error of the node, which `gpus` reports
+    assert node.attempt(report, "accelerator", lambda: node.accelerator(old, tmp_path)).accelerator == "cpu"
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

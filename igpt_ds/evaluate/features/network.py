@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from igpt_ds.data.given_images import GivenImages, read_images
 from igpt_ds.data.palette import Palette, load_palette
 from igpt_ds.data.shards.dataset import ImageSet
+from igpt_ds.devices import refuse_idle_gpus
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import Origin
 from igpt_ds.model.store import ModelInfo, fresh_model, load_model, load_without_blocks, read_info, read_tensors
@@ -37,9 +38,15 @@ LayerMeans = dict[tuple[int, str], np.ndarray]  # (layer, kind) -> float32 [B, C
 
 
 def pick_device(name: str) -> str:
-    """The device of a flag: auto takes a GPU if one exists. A ValueError if cuda is given without a GPU."""
+    """The device of a flag: auto takes a GPU if one exists.
+
+    Raises:
+        ValueError: cuda without a GPU, or auto beside GPUs that torch cannot use.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU; use --device cpu")
+    if name == "auto":
+        refuse_idle_gpus(otherwise="give --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 

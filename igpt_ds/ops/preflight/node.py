@@ -29,6 +29,7 @@ from igpt_ds import dist
 from igpt_ds.config import Recipe, recipe_to_dict
 from igpt_ds.data.shards.index import read_index
 from igpt_ds.data.shards.record import END
+from igpt_ds.devices import TorchBuild, current_device, device_id, refuse_idle_gpus, synchronize, torch_build
 from igpt_ds.ds_config import join, load_ds_config, precision_of
 from igpt_ds.errors import InputError, error_text, reason
 from igpt_ds.files import atomic_file, sha256_file
@@ -74,8 +75,7 @@ def local_ranks() -> int:
 
 def host_of_rank(rank: int, env: Mapping[str, str]) -> str | None:
     """The node of a rank in SLURM's default block layout; None outside SLURM or in another layout."""
-    names = list(_names(env.get("SLURM_STEP_NODELIST", "")))
-    counts = list(_counts(env.get("SLURM_STEP_TASKS_PER_NODE", "")))
+    names, counts = list(_names(env.get("SLURM_STEP_NODELIST", ""))), list(_counts(env.get("SLURM_STEP_TASKS_PER_NODE", "")))
     placed = [name for name, count in zip(names, counts, strict=False) for _ in range(count)]
     return placed[rank] if len(names) == len(counts) and rank < len(placed) else None
 
@@ -117,6 +117,7 @@ def run_node_checks(plan: PlannedRun, mark: str, progress: Callable[[str], None]
         ("packages", package_versions),
         ("recipe", lambda: recipe_hash(plan.recipe())),
         ("ds_config", lambda: ds_config_hash(plan)),
+        ("accelerator", accelerator),
         ("gpus", gpus),
         ("speed", lambda: matmul_speeds(report.gpus)),
     ]
@@ -173,27 +174,36 @@ def ds_config_hash(plan: PlannedRun) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def accelerator(build: TorchBuild | None = None, root: Path = Path("/")) -> str:
+    """The kind of device that this rank computes on: "cuda", "cpu". A ValueError if GPUs lie idle beside a torch for CPUs."""
+    build = build or torch_build()
+    if build.cuda is build.hip:  # both None: otherwise the node is at fault, and not the packages
+        refuse_idle_gpus(os.environ, root, build)
+    return current_device().type
+
+
 def gpus() -> tuple[GpuReport, ...]:
-    """The GPUs that this rank sees, with the free memory of its own ones; empty without GPUs."""
-    if not torch.cuda.is_available():
+    """The GPUs that this rank sees, with the free memory of its own ones; empty if it computes on the CPU."""
+    refuse_idle_gpus()
+    if current_device().type != "cuda":
         return ()
     about = Path("/proc/driver/nvidia/version")
-    found = (
-        re.search(r"Kernel Module\D*([\d.]+)", about.read_text(encoding="utf-8", errors="replace")) if about.exists() else None
-    )
+    text = about.read_text(encoding="utf-8", errors="replace") if about.exists() else ""
+    found = re.search(r"Kernel Module\D*([\d.]+)", text)
     known = []
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         # The question takes half a GiB of that GPU, so each rank asks only about its own.
         free = torch.cuda.mem_get_info(number)[0] if number in own_gpus() else None
-        driver = found.group(1) if found else "unknown"
-        known.append(GpuReport(facts.name, free, facts.total_memory, driver))
+        driver, uuid = found.group(1) if found else "unknown", device_id(torch.device("cuda", number))
+        known.append(GpuReport(facts.name, free, facts.total_memory, driver, uuid))
     return tuple(known)
 
 
 def own_gpus() -> range:
     """The numbers of the GPUs that this rank checks: all of the node if it is the only rank there, else its own."""
-    mine, count = dist.local_rank(), torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    mine = dist.local_rank() if count > 1 else 0
     return range(count) if local_ranks() == 1 else range(mine, min(mine + 1, count))
 
 
@@ -203,13 +213,12 @@ def matmul_speeds(found: tuple[GpuReport, ...] | None) -> dict[str, float]:
     bf16 on a GPU: the median over a second, so that the GPU reaches its steady clock. float32 on a CPU, under "cpu": the best of
     many short products, because other processes compute there too.
     """
-    if not found:
-        return {"cpu": _matmul(torch.device("cpu"))}
-    return {str(number): _matmul(torch.device("cuda", number)) for number in own_gpus()}
+    devices = {str(number): torch.device("cuda", number) for number in own_gpus()} if found else {"cpu": torch.device("cpu")}
+    return {name: _matmul(device) for name, device in devices.items()}
 
 
 def _matmul(device: torch.device) -> float:
-    cuda = device.type == "cuda"
+    cuda = device.type != "cpu"
     n, length = (_GPU_N, _GPU_SECONDS) if cuda else (_CPU_N, _CPU_SECONDS)
     x = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16 if cuda else torch.float32)
     seconds: list[float] = []
@@ -217,8 +226,7 @@ def _matmul(device: torch.device) -> float:
     while time.perf_counter() < end or len(seconds) < 5:
         start = time.perf_counter()
         product = x @ x
-        if cuda:
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     if not torch.isfinite(product).all():
         raise InputError(f"a matrix product on {device} is not finite")

@@ -18,6 +18,7 @@ import torch.distributed as td
 from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
+from igpt_ds.devices import synchronize
 from igpt_ds.ds_config import DsConfig, join
 from igpt_ds.errors import InputError
 from igpt_ds.ops.preflight.record import StepLosses
@@ -42,7 +43,7 @@ def clock_offset(rounds: int = 3) -> float:
 def all_reduce_speed(device: torch.device) -> float:
     """Bus bandwidth of an all-reduce over all ranks in GB/s, as in nccl-tests: 2 (n - 1) / n of the size; 0 for one rank."""
     n = dist.world_size()
-    size = _GPU_BYTES if device.type == "cuda" else _CPU_BYTES
+    size = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
     tensor = torch.zeros(size // 4, device=device)
     return 2 * (n - 1) / n * size / _best(device, lambda: dist.sum_over_ranks(tensor)) / 1e9 if n > 1 else 0.0
 
@@ -53,7 +54,7 @@ def link_speeds(device: torch.device, nodes: list[str]) -> dict[str, float]:
     An all-reduce is as slow as its slowest rank and does not show which rank that is. So each rank exchanges data with the
     previous and the next one, and the faster of the two counts: a slow rank is slow with both. nodes: the node of each rank.
     """
-    size = _GPU_BYTES // 4 if device.type == "cuda" else _CPU_BYTES
+    size = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES // 4
     mine, theirs = torch.zeros(size // 4, device=device), torch.empty(size // 4, device=device)
     speeds: dict[str, float] = {}
     for kind, pairs in pair_rounds(nodes):
@@ -90,12 +91,11 @@ def _exchange(mine: torch.Tensor, theirs: torch.Tensor, other: int) -> None:
 
 def _best(device: torch.device, act: Callable[[], Any]) -> float:
     """Seconds of the fastest of several calls. The first call opens connections and does not count."""
-    cuda, seconds = device.type == "cuda", []
-    for _ in range(1 + (_GPU_REPEATS if cuda else _CPU_REPEATS)):
+    seconds = []
+    for _ in range(1 + (_CPU_REPEATS if device.type == "cpu" else _GPU_REPEATS)):
         start = time.perf_counter()
         act()
-        if cuda:
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 

@@ -20,6 +20,7 @@ class GpuReport:
     free: int | None  # bytes; None if another rank measures it
     bytes: int
     driver: str
+    uuid: str = ""  # "" if torch does not know it
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class NodeReport:
     packages: Mapping[str, str] | None = None  # versions
     recipe: str | None = None  # hash
     ds_config: str | None = None  # hash
+    accelerator: str | None = None  # the kind of device
     gpus: tuple[GpuReport, ...] | None = None
     speed: Mapping[str, float] | None = None  # TFLOP/s, by GPU
     commit: str | None = None

@@ -24,9 +24,9 @@ CLOCK_SECONDS = 1.0  # largest clock offset of a node: heartbeats and file times
 SHM_BYTES = 64 << 20  # of /dev/shm per rank, which NCCL takes for its rings
 LOSS_SPREAD = 0.05  # nats, largest difference between ranks that computed the same step
 
-SAME = ("code", "packages", "recipe", "ds_config", "commit")
+SAME = ("code", "packages", "recipe", "ds_config", "commit", "accelerator")
 # What the user gives. If all nodes have the same error in it, the input is wrong and other nodes would not help.
-INPUTS = {"recipe", "ds_config", "shards", "run_dir", "disk", "needed", "step"}
+INPUTS = {"accelerator", "recipe", "ds_config", "shards", "run_dir", "disk", "needed", "step"}
 FIXES = {
     "arrival": "check that the node is up (sinfo -N, ping, its slurmd log), and exclude it until then",
     "report": "find what hangs there (dmesg, a dead network disk, nvidia-smi), and exclude the node until it is repaired",
@@ -35,6 +35,8 @@ FIXES = {
     "packages": "install the same packages on every node: pip install -r requirements.txt",
     "recipe": "give every node the same --recipe or --config and knobs",
     "ds_config": "give every node the same --ds_config file",
+    "accelerator": "give every rank a GPU, or export DS_ACCELERATOR=cpu for all of them",
+    "device": "see the error",
     "gpus": "run nvidia-smi there; end the process that holds the memory, or exclude the node",
     "driver": "install the same driver on every node, or exclude the node",
     "speed": "run nvidia-smi -q -d CLOCK,POWER,TEMPERATURE,ECC there and look for other processes, or exclude the node",
@@ -201,14 +203,20 @@ def _slow(reports: dict[int, NodeReport]) -> Iterator[Found]:
 
 
 def _memory(reports: dict[int, NodeReport]) -> Iterator[Found]:
+    """GPUs that are missing, shared or full. A rank measures the free memory of its own GPU alone."""
+    users: dict[tuple[str, str], list[int]] = {}
     for rank, report in reports.items():
         gpus = report.gpus or ()
-        if gpus and report.local_rank >= len(gpus):
+        if len(gpus) > 1 and report.local_rank >= len(gpus):
             yield rank, "gpus", f"has no GPU: it is the node's rank {report.local_rank} and sees {len(gpus)}"
         for number, gpu in enumerate(gpus):
+            if gpu.free is not None and gpu.uuid:
+                users.setdefault((report.node, gpu.uuid), []).append(rank)
             if gpu.free is not None and gpu.free < FREE_GPU * gpu.bytes:
                 text = f"{gpu.free / 2**30:.1f} of {gpu.bytes / 2**30:.1f} GiB free"
                 yield rank, "gpus", f"GPU {number} has {text}: another process holds the rest"
+    for (_, uuid), ranks in users.items():
+        yield from ((rank, "gpus", f"{len(ranks)} ranks have the GPU {uuid}; start one rank a GPU") for rank in ranks[1:])
 
 
 def _disks(reports: dict[int, NodeReport]) -> Iterator[Found]:

@@ -39,8 +39,8 @@ from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
 from igpt_ds.train.checkpoint.restricted import RestrictedReader, refuse_foreign_names
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
-from igpt_ds.train.engine import restore_rng, rng_states
 from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.rng import restore_rng, rng_states
 from igpt_ds.train.run_dir import check_owner, recipe_differences, this_start
 
 
