@@ -24,7 +24,7 @@ from igpt_ds.ops.preflight.report import result_text
 from igpt_ds.plan.costs import parameters
 
 ROOT = Path(__file__).parents[2]
-GPU = {"name": "NVIDIA H100", "free": 79 << 30, "bytes": 80 << 30, "driver": "550.54"}
+GPU = {"name": "NVIDIA H100", "free": 79 << 30, "bytes": 80 << 30, "driver": "550.54", "uuid": ""}
 GOOD = {
     "errors": {},
     "code": "c" * 64,

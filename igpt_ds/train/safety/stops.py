@@ -14,6 +14,10 @@ What the launchers do with Ctrl-C, which a terminal sends to all processes of th
 - `srun` forwards it to the ranks if it comes twice within a second.
 A file STOP needs no signal, and no launcher limits its time.
 
+Native libraries have threads and may install handlers of their own. So USR1 is blocked in the main thread before NCCL starts: its
+threads and child processes inherit that, and only the thread of this module gets the signal. TERM and Ctrl-C restart a library's
+call that they interrupt. Each step installs the handlers again. No run has met NCCL's threads yet; a file STOP needs none of this.
+
 Send USR1 to the ranks, not to their launcher: USR1 kills the `deepspeed` launcher and its ranks stay behind, unless the launcher
 was started with the signal ignored (`trap '' USR1`); the ranks handle it in any case. `deepspeed` and `torchrun` treat TERM as
 Ctrl-C.
@@ -60,7 +64,7 @@ class Stop:
 
     def __init__(self, run_dir: Path, max_minutes: float | None = None) -> None:
         refuse_file(run_dir)
-        self.meeting = False
+        self.meeting, self._listens = False, False
         self.reason, self.resume = "", launcher.resume_command()
         self._file = run_dir / "STOP"
         self._heard = dict.fromkeys(_SIGNALS, False)
@@ -72,13 +76,19 @@ class Stop:
         """Starts to handle USR1, TERM and Ctrl-C, even if the parent process ignored or blocked them."""
         read, write = os.pipe()
         os.set_blocking(write, False)
-        for number in _SIGNALS:
-            signal.signal(number, self._hear)
+        self._arm()
         if "OMPI_COMM_WORLD_RANK" in os.environ:
             signal.signal(signal.SIGCONT, lambda *_: self._hear(signal.SIGINT, None))
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        threading.Thread(target=self._end_at_second, args=(read,), daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # slurm/one_node.sh blocks TERM
+        threading.Thread(target=self._end_at_second, args=(read,), daemon=True).start()  # has USR1 unblocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        self._listens = True
+
+    def _arm(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self._hear)
+            signal.siginterrupt(number, False)  # the interpreter hears it anyway, through its file descriptor
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGTERM or not self._heard[signal.SIGINT]:  # a launcher's TERM after Ctrl-C is no reason of its own
@@ -124,6 +134,8 @@ class Stop:
         A step passes its loss, a scalar, and gets the sum over the ranks, which the log needs anyway. So the question costs no
         extra message.
         """
+        if self._listens:
+            self._arm()  # a library may have replaced the handlers
         mine = torch.tensor(self.asked(), dtype=torch.float64, device=device if loss is None else loss.device)
         values = torch.cat([mine, mine.new_zeros(1) if loss is None else loss.detach().double().reshape(1)])
         *asked, total = dist.sum_over_ranks(values).tolist()

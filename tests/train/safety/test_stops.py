@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +28,44 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+
+
+def wait_for(stop: Stop, number: int) -> None:
+    """Another thread gets USR1, a moment later."""
+    end = time.monotonic() + 10
+    while not stop._heard[signal.Signals(number)] and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def test_threads_and_children_of_libraries_do_not_get_usr1(tmp_path: Path) -> None:
+    """A thread that starts later, as NCCL's do, sleeps through it in one call; a child process without a handler survives it."""
+    stop, masks = Stop(tmp_path), []
+    stop.listen()
+    native = threading.Thread(target=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    native.start()
+    native.join()
+    assert signal.SIGUSR1 in masks[0]
+    assert signal.SIGTERM not in masks[0]
+    child = subprocess.Popen(["sleep", "60"])
+    child.send_signal(signal.SIGUSR1)
+    child.terminate()
+    assert child.wait(timeout=60) == -signal.SIGTERM
+
+
+def test_a_handler_that_a_library_installs_lasts_one_step(tmp_path: Path) -> None:
+    stop = Stop(tmp_path)
+    stop.listen()
+    install = ctypes.CDLL(None).signal
+    install.argtypes, install.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    install(signal.SIGUSR1, ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p))  # past Python, as a library in C would
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.05)
+    assert not stop.now()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    wait_for(stop, signal.SIGUSR1)
+    assert stop.now()
+    assert stop.reason == REASONS[0]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +77,7 @@ def test_a_signal_is_heard_once_and_for_all(tmp_path: Path, number: signal.Signa
     assert not stop.now()
     for _ in range(2):
         os.kill(os.getpid(), number)
+    wait_for(stop, number)
     assert stop.reason == ""  # not before the ranks agree
     assert stop.now()
     assert stop.reason == reason
