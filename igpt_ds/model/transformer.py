@@ -15,11 +15,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.attention import SDPBackend
 
 from igpt_ds.config import CHECKPOINTING, OBJECTIVES, ModelConfig
 from igpt_ds.model.cpu_kernels import attention, linear, rms_norm
-from igpt_ds.model.fused import quick_gelu, run_block
+from igpt_ds.model.fused import choose_attention, quick_gelu, run_block
 from igpt_ds.model.ulysses import mean_over_tokens, part, to_heads, to_tokens
 
 # (x [B, t, C], place) -> x with some numbers zeroed (`model/dropout.py`): the sum of the embeddings at place 0, and the
@@ -186,14 +185,8 @@ class Block(nn.Module):
 
 
 def attention_backend(config: ModelConfig, causal: bool, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that torch takes for this model's attention in training: "flash", "efficient", "cudnn" or "math".
-
-    torch chooses it for queries of the model's shape. "math" holds T x T numbers per head and is slow.
-    """
-    shape = (1, config.n_head, config.n_ctx, config.n_embd // config.n_head)
-    q, k, v = (torch.empty(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    choice = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=causal))
-    return str(choice.name).removesuffix("_ATTENTION").lower()
+    """The kernel of this model's attention in training, see `choose_attention`."""
+    return choose_attention((1, config.n_head, config.n_ctx, config.n_embd // config.n_head), causal, device, dtype)
 
 
 class Transformer(nn.Module):

@@ -19,6 +19,7 @@ from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run
+from igpt_ds.model.fused import gelu_kernels
 from igpt_ds.plan import costs
 
 _NO_VALIDATION = "none, because the validation images are trained on; the last step counts"
@@ -65,9 +66,10 @@ def habits(run_dir: Path, save_every: int, val_every: int | None, keep_last: int
 
 
 def device_line(run: Run, device: torch.device, peak: float, source: str, attention: str) -> str:
-    """The devices and their speed together."""
+    """The devices, their speed together, and the kernels that were chosen."""
     speed = f"{peak / 1e12:.2f} TFLOP/s over {count(run.world_size, 'rank')} ({source})"
-    return _line("device", f"{speed}; attention by torch's {attention} kernel on {device.type}")
+    gelu = "" if device.type == "cpu" else f", quick-GELU by {'Triton' if gelu_kernels(device) else 'torch'}"
+    return _line("device", f"{speed}; attention by torch's {attention} kernel on {device.type}{gelu}")
 
 
 def precision_note(other: str, ratio: float) -> str:

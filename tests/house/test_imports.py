@@ -31,6 +31,7 @@ DOORS = {
     "sklearn": ["evaluate/", "data/sources/digits.py", "tools/bench/"],
     "matplotlib": ["evaluate/report/"],
     "safetensors": ["model/store.py", "evaluate/probes/saved.py", "model/interchange/hf.py"],
+    "triton": ["model/triton_gelu.py"],
     "crc32c": ["model/interchange/tf_bundle.py"],
     "tensorboard": ["train/metrics.py"],
     "wandb": ["train/metrics.py"],
@@ -121,6 +122,7 @@ def test_guests_stay_at_their_doors(path):
         ("model/cpu_kernels.py", {"torch"}),
         ("model/fused.py", {"torch"}),
         ("model/ulysses.py", {"torch"}),
+        ("model/triton_gelu.py", {"torch", "triton"}),
         ("plan/estimate.py", set()),
         ("plan/options.py", set()),
         ("plan/command.py", set()),
@@ -138,7 +140,7 @@ def test_the_plainest_files_need_next_to_nothing(path, friends):
         plain = name.split(".")[0] in sys.stdlib_module_names | friends
         ours = name.startswith("igpt_ds.") and floor(name)[0] <= FLOORS["plan"] and not name.startswith("igpt_ds.dist")
         if path.startswith("model/"):  # the model stands on its config, and on what is written apart to keep it readable
-            rooms = ["igpt_ds.model.cpu_kernels."]
+            rooms = ["igpt_ds.model.cpu_kernels.", "igpt_ds.model.triton_gelu"]
             rooms += (
                 ["igpt_ds.config.", "igpt_ds.model.fused.", "igpt_ds.model.ulysses."] if path == "model/transformer.py" else []
             )

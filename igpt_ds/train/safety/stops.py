@@ -16,7 +16,7 @@ A file STOP needs no signal, and no launcher limits its time.
 
 Native libraries have threads and may install handlers of their own. So USR1 is blocked in the main thread before NCCL starts: its
 threads and child processes inherit that, and only the thread of this module gets the signal. TERM and Ctrl-C restart a library's
-call that they interrupt. Each step installs the handlers again. No run has met NCCL's threads yet; a file STOP needs none of this.
+call that they interrupt. Each step installs the handlers again. No run has met NCCL's threads yet; a STOP file needs none of it.
 
 Send USR1 to the ranks, not to their launcher: USR1 kills the `deepspeed` launcher and its ranks stay behind, unless the launcher
 was started with the signal ignored (`trap '' USR1`); the ranks handle it in any case. `deepspeed` and `torchrun` treat TERM as
