@@ -14,9 +14,9 @@ What the launchers do with Ctrl-C, which a terminal sends to all processes of th
 - `srun` forwards it to the ranks if it comes twice within a second.
 A file STOP needs no signal, and no launcher limits its time.
 
-Native libraries have threads and may install handlers of their own. So USR1 is blocked in the main thread before NCCL starts: its
-threads and child processes inherit that, and only the thread of this module gets the signal. TERM and Ctrl-C restart a library's
-call that they interrupt. Each step installs the handlers again. No run has met NCCL's threads yet; a STOP file needs none of it.
+Native libraries such as NCCL have threads and may install handlers of their own. Linux hands a signal of the process to its main
+thread, and so to Python. A system call that the signal interrupts there is restarted, so that no library meets EINTR. Each step
+installs the handlers again. No run has met NCCL yet. If a library replaces them within a step, USR1 is lost; use a file STOP then.
 
 Send USR1 to the ranks, not to their launcher: USR1 kills the `deepspeed` launcher and its ranks stay behind, unless the launcher
 was started with the signal ignored (`trap '' USR1`); the ranks handle it in any case. `deepspeed` and `torchrun` treat TERM as
@@ -80,15 +80,14 @@ class Stop:
         if "OMPI_COMM_WORLD_RANK" in os.environ:
             signal.signal(signal.SIGCONT, lambda *_: self._hear(signal.SIGINT, None))
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._end_at_second, args=(read,), daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # slurm/one_node.sh blocks TERM
-        threading.Thread(target=self._end_at_second, args=(read,), daemon=True).start()  # has USR1 unblocked
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
         self._listens = True
 
     def _arm(self) -> None:
         for number in _SIGNALS:
             signal.signal(number, self._hear)
-            signal.siginterrupt(number, False)  # the interpreter hears it anyway, through its file descriptor
+            signal.siginterrupt(number, False)  # restarts system calls
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGTERM or not self._heard[signal.SIGINT]:  # a launcher's TERM after Ctrl-C is no reason of its own
