@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from device import DeviceSession
+from device import DeviceSession, run_process
 from harness import BenchRow, read_bench
+
+from igpt_ds.plan.costs import RankLayout
 
 DEVICES = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -50,6 +52,20 @@ def test_no_time_is_left():
     assert [row.note for row in late.rows] == ["not done in its time"]
 
 
+def test_a_process_that_dies_or_takes_too_long_is_a_row(tmp_path: Path):
+    program = tmp_path / "dies.py"
+    program.write_text("import os, time\nos.kill(os.getpid(), 9)\n")
+    here = session(out=tmp_path / "bench.json")
+    run_process(here, program, ["a"], 60)
+    here.end = 0
+    run_process(here, program, ["b", "c"], 60)
+    assert [(row.what, row.note) for row in here.rows] == [
+        ("a", "failed: it ended with status -9"),
+        ("b c", "no time was left"),
+    ]
+    assert read_bench(tmp_path / "bench.json").rows == here.rows
+
+
 def test_mfu_is_of_the_printed_peak():
     here = session()
     row = here.flops_row("a", 989.4e12, 2.0)
@@ -58,7 +74,7 @@ def test_mfu_is_of_the_printed_peak():
     config = here.config("xl", 64)
     C, L, T, V = config.n_embd, config.n_layer, config.n_ctx, config.n_vocab
     palm = 6 * (12 * L * C * C + V * C) + 12 * L * C * T
-    step = here.step_row("a", config, 3, 1e-9)
+    step = here.step_row("a", config, RankLayout(1, 3), 1e-9)
     assert step.ours == pytest.approx(3 * T * palm / 1e-9 / 1e12)
     assert f"causal MFU {3 * T * (palm - 6 * L * C * T) / 1e-9 / 989.4e12:.1%}" in step.note
 
@@ -90,13 +106,17 @@ def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path, launch, tool):
     assert done.returncode == 0, done.stderr
     about = read_bench(tmp_path / "bench.json")
     rows = about.rows
+    assert rows[0].what == "host time of a ZeRO-3 step, 2 blocks, full checkpointing"
+    assert all("plan" in row.note for row in rows if row.unit == "TFLOP/s" and "best" not in row.what)
     assert not [row for row in rows if row.peer_name == "not measured"]
     for start in (
         "product",
         "copy",
         "attention",
-        "XL slice, the best",
-        "XL under ZeRO-3",
+        "XL slice, the best without",
+        "XL under ZeRO-3, full checkpointing, 4",
+        "XL under ZeRO-3, full checkpointing, 8",
+        "step of XL",
         "memory of XL",
         "S training",
         "S features",

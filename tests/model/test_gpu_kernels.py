@@ -6,15 +6,24 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from igpt_ds.config import CHECKPOINTING, RECIPES, ModelConfig
+from igpt_ds.data.loader import Batch
 from igpt_ds.model import fused
 from igpt_ds.model.fused import choose_attention, first_that_works, gelu_kernels
+from igpt_ds.model.transformer import Transformer
+from igpt_ds.train.engine import take_step
+from igpt_ds.train.loop import pretraining_loss
 
 # The largest difference from the exact result is one rounding in bf16 and fp16, and 2^-17 in fp32.
 KERNELS = """
@@ -72,3 +81,56 @@ def test_a_kernel_is_tried_both_ways(kernel: SDPBackend, works: bool) -> None:
         found = first_that_works((kernel, SDPBackend.OVERRIDEABLE), lambda one: fused._attend(one, qkv, True))
     assert found == (kernel if works else SDPBackend.OVERRIDEABLE)
     assert choose_attention((1, 2, 64, 16), True, torch.device("cpu"), torch.float32) == "flash"
+
+
+class MadeOnCpu(TorchDispatchMode):
+    """Notes each operation whose result is a tensor on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = list[str]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = operation(*args, **(kwargs or {}))
+        if any(isinstance(one, Tensor) and one.device.type == "cpu" for one in tree_leaves(found)):
+            self.operations.append(str(operation))
+        return found
+
+
+class PlainEngine:
+    """What a training step needs of an engine, over plain torch, with everything on one device."""
+
+    def __init__(self, model: torch.nn.Module, device: str) -> None:
+        self.model, self.device = model, torch.device(device)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def __call__(self, *inputs: Tensor, **more: Any) -> Tensor:
+        return self.model(*inputs, **more)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+# On the CPU by intent: the numbers of a few images, and the masks that are drawn from them and then moved.
+NUMBERS = {"aten.arange.start"}
+DRAWN = {"ar": NUMBERS, "bert": NUMBERS | {"aten.detach.default", "aten.lift_fresh.default"}}
+
+
+@pytest.mark.parametrize(("objective", "mode"), [*(("ar", mode) for mode in CHECKPOINTING), ("bert", "selective")])
+def test_a_step_makes_no_tensor_on_the_cpu(objective: str, mode: str) -> None:
+    """The meta device takes the GPU's way through the model and has no numbers. A tensor of the CPU among its own is an error."""
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_px=4, n_vocab=8)
+    recipe = replace(RECIPES["digits_nano_ar_8"], model=config, objective=objective, batch_images=3)
+    with torch.device("meta"):
+        model = Transformer(config, mode, objective).bfloat16()
+    tokens, labels = torch.zeros(3, config.n_ctx, dtype=torch.uint16), torch.zeros(3, dtype=torch.int64)
+    engine: Any = PlainEngine(model, "meta")
+    with MadeOnCpu() as made:
+        batch = Batch(tokens, labels, 0).to("meta")
+        loss = take_step(engine, [batch, batch], pretraining_loss(recipe), 0.1)
+    assert (batch.tokens.device.type, batch.labels.device.type, loss.device.type) == ("meta", "meta", "meta")
+    assert set(made.operations) <= DRAWN[objective], made.operations
+    assert all(weight.grad is not None and weight.grad.device.type == "meta" for weight in model.parameters())

@@ -10,6 +10,9 @@ import gc
 import platform
 import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Benchmark, BenchRow, MachineFacts
+from harness import Benchmark, BenchRow, MachineFacts, read_bench
 
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.plan import costs
+from igpt_ds.plan.step_time import GPUS, Cluster, Gpu, step_time
 from igpt_ds.provenance import git_commit
 
 PEAK = "printed bf16 peak"
@@ -78,10 +82,27 @@ class DeviceSession:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.rows += found or [BenchRow(what, "", 0.0, 1.0, "not measured", note=why)]
+        self.add(found or [BenchRow(what, "", 0.0, 1.0, "not measured", note=why)])
+        return found[0].ours if found else None
+
+    def add(self, rows: list[BenchRow]) -> None:
+        """Adds rows, and writes the file again."""
+        self.rows += rows
         if self.out is not None:
             self.benchmark().write(self.out)
-        return found[0].ours if found else None
+
+    @property
+    def gpu(self) -> Gpu:
+        """The plan's rates of this GPU, those of an H200 for an unknown one."""
+        return next((gpu for gpu in GPUS.values() if gpu.peak == self.peak and gpu.name.startswith("h200")), GPUS["h200-141g"])
+
+    def planned(self, config: ModelConfig, layout: costs.RankLayout) -> float:
+        """Seconds of a training step in the plan."""
+        return step_time(config, layout, Cluster(self.gpu)).seconds
+
+    def plan_says(self, rate: float) -> str:
+        """A rate of the plan in words."""
+        return f"the plan assumes {rate / 1e12:.0f}"
 
     def benchmark(self) -> Benchmark:
         """The rows so far and the facts of the device."""
@@ -110,13 +131,38 @@ class DeviceSession:
         """Achieved FLOP/s beside the peak of the data sheet: the ratio is the MFU."""
         return BenchRow(what, "TFLOP/s", flops / seconds / 1e12, self.peak / 1e12, PEAK, note=note)
 
-    def step_row(self, what: str, config: ModelConfig, B: int, seconds: float) -> BenchRow:
-        """A training step; the MFU is in PaLM's convention, the note has the causal MFU and the memory."""
-        tokens = B * config.n_ctx
+    def step_row(self, what: str, config: ModelConfig, layout: costs.RankLayout, seconds: float) -> BenchRow:
+        """A training step; the MFU is in PaLM's convention, the note has the causal MFU, the memory and the plan."""
+        tokens = layout.micro_batch * config.n_ctx
         causal = costs.train_flops_per_token(config, causal=True) * tokens / seconds / self.peak
         gib = torch.cuda.max_memory_allocated() / costs.GIB if self.device.type == "cuda" else 0.0
-        note = f"causal MFU {causal:.1%}, {tokens / seconds:,.0f} tokens/s, at most {gib:.1f} GiB"
-        return self.flops_row(what, costs.train_flops_per_token(config) * tokens, seconds, note)
+        flops = costs.train_flops_per_token(config) * tokens
+        plan = f"plan {flops / self.planned(config, layout) / self.peak:.1%}"
+        note = f"causal MFU {causal:.1%}, {tokens / seconds:,.0f} tokens/s, at most {gib:.1f} GiB, {plan}"
+        return self.flops_row(what, flops, seconds, note)
+
+
+def run_process(session: DeviceSession, program: Path, parts: list[str], seconds: float) -> None:
+    """Runs parts of a program in a process of their own, and adds its rows, or one that says why there are none."""
+    what, left = " ".join(parts), min(seconds, session.end - time.monotonic())
+    if left < 10:
+        session.add([BenchRow(what, "", 0.0, 1.0, "not measured", note="no time was left")])
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "rows.json"
+        words = [sys.executable, str(program), "--only", *parts, "--out", str(out), "--minutes", f"{left / 60:.3f}"]
+        process = subprocess.Popen([*words, *(["--toy"] if session.toy else [])], stdout=subprocess.DEVNULL)
+        try:
+            process.wait(left + 5)  # it stops by itself, unless a library hangs
+            why = "" if process.returncode in (0, 1) else f"failed: it ended with status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            why = "it was ended after its time"
+        found = read_bench(out) if out.exists() else Benchmark(session.benchmark().facts, [])
+    if why or not found.rows:
+        found.rows.append(BenchRow(what, "", 0.0, 1.0, "not measured", note=why or "failed: it has no rows"))
+    session.add(found.rows)
 
 
 @contextmanager

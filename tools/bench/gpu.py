@@ -1,7 +1,9 @@
-"""Measures the model on one Hopper GPU within nine minutes and writes each row at once. Exit status: 1 if a bar is missed.
+"""Measures the model on one Hopper GPU within nine minutes, a process a size. Exit status: 1 if a bar is missed or a part fails.
 
-MFU is the FLOPs of plan/costs.py over the bf16 peak of the data sheet: in PaLM's convention in the table, causal in the notes. A
-measurement that does not fit the memory or the time becomes a row that says so. --toy runs everything on a CPU at tiny sizes.
+Each line of training has the plan's prediction beside it. MFU is the FLOPs of plan/costs.py over the bf16 peak of the data sheet:
+in PaLM's convention in the table, causal in the notes. A part that does not fit the memory or time becomes a row that says so.
+The order: the host's time of a ZeRO-3 step, the device's limits, XL under ZeRO-3, and what fits the rest of the time. --toy runs
+everything on a CPU at tiny sizes.
 
     python tools/bench/gpu.py --out bench_gpu.json
     python tools/bench/gpu.py --show bench_gpu.json
@@ -15,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,15 @@ from harness import BenchRow, read_bench
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
-from igpt_ds.config import CHECKPOINTING, ModelConfig, get_recipe, override
-from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.config import CHECKPOINTING, ModelConfig
 from igpt_ds.errors import InputError
 from igpt_ds.plan import costs
 
 with lazy.imports():
+    import gpu_zero3
     import torch
     import torch.nn.functional as F
-    from device import BANDWIDTH, PEAK, DeviceSession
+    from device import BANDWIDTH, PEAK, DeviceSession, run_process
     from torch import Tensor, nn
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,37 +43,58 @@ with lazy.imports():
     from igpt_ds.model.transformer import Transformer
 
 
-TOTAL, FULL = 540.0, 150.0  # seconds for everything, and of these the seconds reserved for the whole XL
-DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3_bf16_full_checkpointing.json"
+MINUTES = 9.0
+# The parts that share a process, in their order, and the most seconds of each process. An engine of DeepSpeed keeps its memory
+# until its process ends, so each of its sizes has its own.
+PROCESSES = {
+    ("host",): 60.0,
+    ("ceilings",): 60.0,
+    ("zero3_4",): 120.0,
+    ("zero3_8",): 120.0,
+    ("slices",): 150.0,
+    ("small", "sampling", "hf"): 120.0,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen parts, prints the table, writes the JSON."""
-    parts = {function.__name__: function for function in (ceilings, slices, hf, small, sampling, full)}
+    names = [name for names in PROCESSES for name in names]
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--only", choices=list(parts), nargs="+", default=list(parts), help="parts to run")
+    parser.add_argument("--only", choices=names, nargs="+", default=names, help="parts to run")
     parser.add_argument("--toy", action="store_true", help="run at tiny sizes on a CPU without bars, to test the program")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"limit of the whole benchmark (default: {MINUTES:g})")
     parser.add_argument("--out", type=Path, help="JSON file to write the rows and the facts of the device to (default: none)")
     parser.add_argument("--show", type=Path, help="JSON file of --out whose table is printed; nothing is measured")
     args = parser.parse_args(argv)
     if args.show:
         print(read_bench(args.show).table(with_cores=False))
         return
+    end = time.monotonic() + 60 * args.minutes
+    if (
+        "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    ):  # the name before torch 2.9, which may be the user's; read at the first tensor
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     lazy.load()
     if not args.toy and not torch.cuda.is_available():
         raise InputError("torch sees no GPU here; --toy runs on a CPU")
-    session = DeviceSession(args.toy, args.out, torch.device("cpu" if args.toy else "cuda"), time.monotonic() + TOTAL - FULL)
-    for name in args.only:
-        with nullcontext() if name == "full" else session.device:  # DeepSpeed places its tensors itself
-            parts[name](session)
+    session = DeviceSession(args.toy, args.out, torch.device("cpu" if args.toy else "cuda"), end)
+    processes = {parts: seconds for parts, seconds in PROCESSES.items() if set(parts) & set(args.only)}
+    if len(processes) == 1:
+        for name in args.only:
+            with session.device if name in PLAIN else nullcontext():  # DeepSpeed places its tensors itself
+                (PLAIN | gpu_zero3.PARTS)[name](session)
+    else:
+        for parts, seconds in processes.items():
+            run_process(session, Path(__file__), [name for name in parts if name in args.only], seconds)
     if args.toy:
         session.rows = [replace(row, bar=None) for row in session.rows]
     if args.out is not None:
         session.benchmark().write(args.out)
     print(session.benchmark().table(with_cores=False))
     missed = [f"{row.what} ({row.peer_name})" for row in session.rows if not row.holds]
-    if missed or session.failed:
-        print(f"missed: {', '.join(missed) or 'none'}; failed: {', '.join(session.failed) or 'none'}", file=sys.stderr)
+    failed = [row.what for row in session.rows if row.note.startswith("failed")]
+    if missed or failed:
+        print(f"missed: {', '.join(missed) or 'none'}; failed: {', '.join(failed) or 'none'}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -83,14 +106,8 @@ def ceilings(session: DeviceSession) -> None:
 
     def product(M: int, K: int, N: int) -> list[BenchRow]:
         a, b = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((M, K), (K, N)))
-        return [session.flops_row(f"product {M} x {K} x {N}", 2.0 * M * K * N, session.seconds(lambda: a @ b))]
-
-    def copy() -> list[BenchRow]:
-        a = torch.ones(2**10 if session.toy else 2**31, dtype=torch.bfloat16)
-        b = torch.empty_like(a)
-        rate = 2 * a.nbytes / session.seconds(lambda: b.copy_(a))
-        session.bandwidth = rate
-        return [BenchRow("copy", "TB/s", rate / 1e12, BANDWIDTH / 1e12, "printed bandwidth of an H200")]
+        seconds = session.seconds(lambda: a @ b)
+        return [session.flops_row(f"product {M} x {K} x {N}", 2.0 * M * K * N, seconds, session.plan_says(session.gpu.gemm))]
 
     def attention(backend: SDPBackend, backward: bool) -> list[BenchRow]:
         B, H, T, D = (1, 2, 16, 16) if session.toy else (4, 24, 4096, 128)
@@ -105,28 +122,38 @@ def ceilings(session: DeviceSession) -> None:
         with sdpa_kernel([backend]):
             seconds = session.seconds(run)
         flops = 2.0 * B * H * T * T * D * (3.5 if backward else 1)  # causal: half of the square; backward is 2.5 forwards
+        plan = session.plan_says(session.gpu.attention)
         name = f"attention {backend.name.lower()}, {'both ways' if backward else 'forward'}"
-        return [session.flops_row(name, flops, seconds, note=f"B={B} H={H} T={T} D={D}, causal FLOPs; torch takes {chosen}")]
+        return [session.flops_row(name, flops, seconds, f"B={B} H={H} T={T} D={D}, causal FLOPs; torch takes {chosen}; {plan}")]
 
     sizes = [(8192, 8192, 8192), *((16384, K, N) for K, N in ((3072, 9216), (3072, 3072), (3072, 12288), (12288, 3072)))]
     for M, K, N in [(32, 32, 32)] if session.toy else sizes:
         session.attempt(f"product {M} x {K} x {N}", 5, partial(product, M, K, N))
-    session.attempt("copy", 5, copy)
+    session.attempt("copy", 5, partial(_copy, session))
     fastest = [SDPBackend.MATH] if session.toy else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     for backend in fastest:
         for backward in (False, True):
             session.attempt(f"attention {backend.name.lower()}", 5, partial(attention, backend, backward))
 
 
+def _copy(session: DeviceSession) -> list[BenchRow]:
+    a = torch.ones(2**10 if session.toy else 2**31, dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    rate = 2 * a.nbytes / session.seconds(lambda: b.copy_(a))
+    session.bandwidth = rate
+    plan = f"the plan assumes {session.gpu.hbm / 1e12:.2f}"
+    return [BenchRow("copy", "TB/s", rate / 1e12, BANDWIDTH / 1e12, "printed bandwidth of an H200", note=plan)]
+
+
 def slices(session: DeviceSession) -> None:
     """20 of XL's 60 layers in plain torch: each mode of activation checkpointing, eager and compiled."""
-    best, config = 0.0, session.config("xl", 64, 20)
+    best, config = 0.0, session.config("xl", 64, 20)  # of those without checkpointing
     for compiled in (False, True):
         for mode in CHECKPOINTING:
             what = f"XL slice, {config.n_layer} layers, {mode} checkpointing, {'compiled' if compiled else 'eager'}"
             rate = session.attempt(what, 35, partial(_train, session, what, config, 4, mode, compiled))
-            best = max(best, rate or 0.0)
-    session.rows.append(BenchRow("XL slice, the best of these", "TFLOP/s", best, session.peak / 1e12, PEAK, 0.55))
+            best = max(best, rate or 0.0) if mode == "none" else best
+    session.rows.append(BenchRow("XL slice, the best without checkpointing", "TFLOP/s", best, session.peak / 1e12, PEAK, 0.58))
 
 
 def _train(session: DeviceSession, what: str, config: ModelConfig, B: int, mode: str, compiled: bool) -> list[BenchRow]:
@@ -136,7 +163,8 @@ def _train(session: DeviceSession, what: str, config: ModelConfig, B: int, mode:
         torch.compiler.reset()
         for block in model.blocks:
             block.compile(backend="aot_eager" if session.toy else "inductor")
-    return [session.step_row(what, config, B, session.seconds(_stepper(model, model, config, B)))]
+    layout = costs.RankLayout(1, B, stage=0, checkpointing=mode)
+    return [session.step_row(what, config, layout, session.seconds(_stepper(model, model, config, B)))]
 
 
 def _stepper(model: nn.Module, forward: Callable[[Tensor], Tensor], config: ModelConfig, B: int) -> Callable[[], None]:
@@ -167,7 +195,7 @@ def hf(session: DeviceSession) -> None:
         what = f"XL slice, {n_layer} layers, one image, against HF ImageGPT"
 
         def both(config: ModelConfig = config, what: str = what) -> list[BenchRow]:
-            theirs = session.step_row(what, config, 1, session.seconds(_hf_stepper(config)))
+            theirs = session.step_row(what, config, costs.RankLayout(1), session.seconds(_hf_stepper(config)))
             gc.collect()
             (ours,) = _train(session, what, config, 1, "none", False)
             return [replace(ours, peer=theirs.ours, peer_name="HF ImageGPT, bf16", note=f"of {from_peak:.0f} TFLOP/s")]
@@ -225,6 +253,9 @@ def _autocast(session: DeviceSession) -> AbstractContextManager[Any]:
 
 def sampling(session: DeviceSession) -> None:
     """Pixels per second near the end of an image, where keys and values are longest, beside reading every byte once."""
+    with torch.inference_mode():
+        session.attempt("copy", 5, partial(_copy, session))
+    session.rows.pop()  # a row of the ceilings
     for size, n_px, B in (("xl", 64, 1), ("xl", 64, 16), ("s", 32, 512)):
         config = session.config(size, n_px)
         what = f"sampling {size.upper()} {n_px}x{n_px}, {B} at once"
@@ -247,37 +278,7 @@ def _draw(session: DeviceSession, what: str, config: ModelConfig, B: int) -> lis
     return [BenchRow(what, "pixels/s", B / seconds, B * session.bandwidth / read, "the memory's bandwidth, copying")]
 
 
-def full(session: DeviceSession) -> None:
-    """The whole XL under ZeRO-3 at world size 1: MFU, and the measured memory beside the prediction of the plan."""
-    session.end += FULL
-    rates = [session.attempt(f"XL under ZeRO-3, {B} images", FULL / 2, partial(_zero3, session, B)) or 0.0 for B in (4, 8)]
-    session.rows.append(BenchRow("XL under ZeRO-3, the best of these", "TFLOP/s", max(rates), session.peak / 1e12, PEAK, 0.45))
-
-
-def _zero3(session: DeviceSession, B: int) -> list[BenchRow]:
-    from igpt_ds.data.loader import Batch
-    from igpt_ds.train.engine import build_engine, start_ranks, take_step
-
-    os.environ.setdefault("DS_ACCELERATOR", session.device.type)
-    start_ranks()
-    shape = asdict(session.config("xl", 64))
-    run = join(override(get_recipe("igpt_xl_ar_64"), **shape, batch_images=B), load_ds_config(DS_CONFIG), 1, B)
-    config, mode = run.recipe.model, run.activation_checkpointing
-    engine = build_engine(run)
-    tokens = torch.randint(config.n_vocab, (B, config.n_ctx), device=session.device)
-    batch = Batch(tokens, tokens[:, 0], 0)
-
-    def loss(network: Any, batch: Batch) -> Tensor:
-        return autoregressive_loss(network(batch.tokens), batch.tokens)
-
-    seconds = session.seconds(lambda: take_step(engine, [batch], loss, 1e-5), warm_up=2, times=6)
-    what = f"XL under ZeRO-3, {mode} checkpointing, {B} images"
-    row = session.step_row(what, config, B, seconds)
-    expected = costs.memory(config, costs.RankLayout(1, B, precision=run.precision, checkpointing=mode))
-    predicted = (expected.total - costs.CONTEXT) / costs.GIB  # torch does not count the context
-    measured = torch.cuda.max_memory_allocated() / costs.GIB if session.device.type == "cuda" else 0.0
-    engine.destroy()
-    return [row, BenchRow(f"memory of XL under ZeRO-3, {B} images", "GiB", measured, predicted, "igpt_ds.plan.costs")]
+PLAIN: dict[str, Callable[[DeviceSession], None]] = {part.__name__: part for part in (ceilings, slices, hf, small, sampling)}
 
 
 if __name__ == "__main__":

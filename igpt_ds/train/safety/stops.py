@@ -16,7 +16,7 @@ A file STOP needs no signal, and no launcher limits its time.
 
 Native libraries such as NCCL have threads and may install handlers of their own. Linux hands a signal of the process to its main
 thread, and so to Python. A system call that the signal interrupts there is restarted, so that no library meets EINTR. Each step
-installs the handlers again. No run has met NCCL yet. If a library replaces them within a step, USR1 is lost; use a file STOP then.
+installs the handlers again. No run has met NCCL yet. If a library replaces them within a step, USR1 is lost; a file STOP works.
 
 Send USR1 to the ranks, not to their launcher: USR1 kills the `deepspeed` launcher and its ranks stay behind, unless the launcher
 was started with the signal ignored (`trap '' USR1`); the ranks handle it in any case. `deepspeed` and `torchrun` treat TERM as
