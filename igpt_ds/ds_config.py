@@ -5,11 +5,10 @@ Called by train.py, finetune.py and the plan. DeepSpeed is not needed here.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -17,6 +16,7 @@ from igpt_ds.config import CHECKPOINTING, Recipe, recipe_to_dict
 from igpt_ds.console import count
 from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json
+from igpt_ds.leaf_modules import with_leaf_modules
 
 SHIPPED = (Path(__file__).parent / "ds_configs").resolve()  # ds_configs/ of the repository, or its copy in an installed wheel
 
@@ -267,6 +267,7 @@ def join(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.clip,  # always written: DeepSpeed's default changed from 0 to 1
+        "zero_optimization": with_leaf_modules(recipe, ds_config["zero_optimization"]),
     }
     precision, stage, mode = precision_of(ds_config), ds_config["zero_optimization"]["stage"], ours["activation_checkpointing"]
     return Run(recipe, world_size, micro_batch, accumulation, mode, precision, parts, stage, cast(FullConfig, full))
@@ -296,4 +297,4 @@ def precision_of(ds_config: DsConfig) -> str:
 
 def run_to_dict(run: Run) -> dict[str, object]:
     """Recipe and ds_config as JSON: printed at the start and written to the run directory."""
-    return dataclasses.asdict(run) | {"recipe": recipe_to_dict(run.recipe)}
+    return asdict(run) | {"recipe": recipe_to_dict(run.recipe)}

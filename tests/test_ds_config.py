@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igpt_ds.config import RECIPES, override, recipe_from_dict
+from igpt_ds.config import RECIPES, Finetune, override, recipe_from_dict
 from igpt_ds.ds_config import batch_layout, join, load_ds_config, run_to_dict
+from igpt_ds.leaf_modules import BLOCK
+from igpt_ds.model.transformer import Block, Transformer
 
 S_32 = RECIPES["igpt_s_ar_32"]
 XL_64 = RECIPES["igpt_xl_ar_64"]
@@ -117,7 +121,7 @@ def test_join_writes_what_the_recipe_owns_and_keeps_the_rest():
     ds_config = {"zero_optimization": {"stage": 3}, "igpt_ds": {"activation_checkpointing": "full"}, "bf16": {"enabled": True}}
     run = join(S_32, ds_config, world_size=4, micro_batch=8)
     assert run.ds_config == {
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3, "leaf_module": {"classes": [BLOCK]}},
         "bf16": {"enabled": True},
         "train_batch_size": 128,
         "train_micro_batch_size_per_gpu": 8,
@@ -127,6 +131,28 @@ def test_join_writes_what_the_recipe_owns_and_keeps_the_rest():
     assert (run.micro_batch, run.accumulation, run.activation_checkpointing, run.precision) == (8, 4, "full", "bf16")
     assert (run.sequence_parallel, run.stage) == (1, 3)
     assert "train_batch_size" not in ds_config
+
+
+@pytest.mark.parametrize(
+    ("zero", "layer", "leaves"),
+    [
+        ({"stage": 2}, None, None),
+        ({"stage": 3, "leaf_module": {"classes": []}}, None, {"classes": []}),  # a ds_config may switch them off
+        ({"stage": 3}, 3, {"classes": [BLOCK]}),
+        ({"stage": 3}, 1, {"classes": [], "names": ["blocks.0", "blocks.2"]}),  # the head reads a norm of block 1 outside it
+    ],
+)
+def test_blocks_are_leaf_modules_of_zero_3(zero, layer, leaves):
+    model = replace(S_32.model, n_layer=3)
+    finetune = None if layer is None else Finetune(n_classes=3, layer=layer, start="")
+    run = join(replace(S_32, model=model, finetune=finetune), {"zero_optimization": zero}, 4)
+    assert run.ds_config["zero_optimization"].get("leaf_module") == leaves
+
+
+def test_the_leaf_modules_are_what_the_network_calls_them():
+    assert f"{Block.__module__}.{Block.__qualname__}" == BLOCK
+    with torch.device("meta"):
+        assert isinstance(dict(Transformer(S_32.model).named_modules())["blocks.0"], Block)
 
 
 def test_join_takes_the_micro_batch_of_the_flag_then_of_the_ds_config_then_the_whole_share():

@@ -33,6 +33,7 @@ from igpt_ds.model.dropout import Dropout
 from igpt_ds.model.store import open_weights
 from igpt_ds.model.transformer import Transformer
 from igpt_ds.threads import keep_freed_memory
+from igpt_ds.train import ds_patches
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.safety.build_locks import wait_for_builds
 
@@ -154,6 +155,7 @@ def build_model(run: Run) -> Transformer:
     """
     import deepspeed
 
+    ds_patches.apply()
     dist.start_sequence_groups(run.sequence_parallel)
     seed_everything(run.recipe.seed)
     with deepspeed.zero.Init(config_dict_or_path=run.ds_config, enabled=run.stage == 3):
