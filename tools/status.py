@@ -4,7 +4,7 @@
     python tools/status.py --json runs/s runs/m
 
 It needs neither a GPU nor torch. It reads a run while the run writes, from any machine that sees its disk. Several runs make a
-table with one line each. With --json each run is one line of JSON.
+table with one line each, and so does the directory of a fine-tuning on several subsets. With --json each run is one line of JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.watch is not None and not args.watch > 0:
         raise InputError(f"--watch {args.watch:g} must be more than 0 seconds")
     while True:
-        found = [look(path, alone=len(args.run_dirs) == 1) for path in args.run_dirs]
+        run_dirs = [run_dir for path in args.run_dirs for run_dir in runs_of(path)]
+        found = [look(path, alone=len(run_dirs) == 1) for path in run_dirs]
         if args.json:
             print("\n".join(json.dumps(status.to_dict()) for status in found), flush=True)
         elif len(found) == 1 and isinstance(found[0], Status):
@@ -60,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if sys.stdout.isatty():
             print(flush=True)
         time.sleep(args.watch)
+
+
+def runs_of(path: Path) -> list[Path]:
+    """The runs of a directory: of its subsets, as finetune.py --labels makes them, or its own."""
+    return sorted(run.parent for run in path.glob("subset-*/run.json")) or [path]
 
 
 def look(path: Path, alone: bool) -> Status | NoRun:

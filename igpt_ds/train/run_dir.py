@@ -169,6 +169,10 @@ def _first_difference(name: str, there: object, here: object) -> str:
         field = next(field for field in {**here, **there} if there.get(field) != here.get(field))
         without = False if field == "tied_embeddings" else None  # which is left out where it is false
         return _first_difference(field, there.get(field, without), here.get(field, without))
+    if name == "order" and "stream" not in (there, here):
+        return (
+            f"it takes the images in order {there} and this version in order {here}, so only the version that began it can go on"
+        )
     return f"{'' if name in _NO_FLAGS else '--'}{name} is {there} there and {here} here"
 
 

@@ -190,6 +190,10 @@ def test_an_empty_and_a_foreign_directory_get_one_clear_line(tmp_path: Path, run
     done = ask(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"status.py: error: {tmp_path} is not a run directory: it has no run.json; {FIX}"
+    for number in (1, 0):
+        shutil.copytree(run_dir, tmp_path / "few" / f"subset-{number}")
+    table = ask(tmp_path / "few").stdout.splitlines()
+    assert [Path(line.split()[0]).name for line in table] == ["run", "subset-0", "subset-1"]
     assert ask(tmp_path / "none").stderr == f"status.py: error: {tmp_path / 'none'} does not exist; {FIX}"
     assert ask(run_dir, "--watch", "0").stderr == "status.py: error: --watch 0 must be more than 0 seconds\n"
     for rank in (0, 1):

@@ -85,6 +85,8 @@ def test_another_runs_config_is_refused_by_name(tmp_path: Path, recipe: Recipe, 
         start(where, join(recipe, ZERO, 2), palette, True, dataclasses.replace(DATA, dataset_hash="e"))
     with pytest.raises(ValueError, match=r"order is 2 there and stream here"):
         start(where, join(recipe, ZERO, 2), palette, True, dataclasses.replace(DATA, order="stream"))
+    with pytest.raises(ValueError, match=r"images in order 2 and this version in order 3, so only the version that began it"):
+        start(where, join(recipe, ZERO, 2), palette, True, dataclasses.replace(DATA, order=3))
 
 
 @pytest.mark.parametrize("resume", [False, True])
