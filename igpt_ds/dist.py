@@ -8,6 +8,7 @@ The ranks of a sequence group see the same images (model/ulysses.py); ranks of d
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -30,6 +31,8 @@ JOIN_SECONDS = {True: 90.0, False: 300.0}  # for all ranks to come: if they are 
 
 _NODE_RANK = "IGPT_DS_LOCAL_RANK"  # the number on this node, once LOCAL_RANK is that of the device
 
+_stores: dict[str, td.Store] = {}  # ours under "ours", once `join` has met the ranks
+_meetings = itertools.count()  # the same number on all ranks
 _sequence_groups: dict[str, td.ProcessGroup] = {}  # ours under "ours", once `start_sequence_groups` has made them
 
 
@@ -64,6 +67,7 @@ def join(backend: str, timeout: timedelta = timedelta(minutes=30), arrival: Arri
     if arrival is not None and (conflict := answer_to_all(store, number, size, arrival)):
         raise SharedError(conflict)
     store.set_timeout(timeout)
+    _stores["ours"] = td.PrefixStore("igpt_ds", store)
     td.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
 
 
@@ -184,8 +188,39 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def meet() -> None:
+    """Waits until every rank has called this, however long it takes: the watchdog alone judges whether a rank hangs.
+
+    Ranks whose work may take longer than the time limit of a collective meet here before it.
+    """
+    if "ours" in _stores and world_size() > 1:
+        store, key = _stores["ours"], f"meeting {next(_meetings)}"
+        if store.add(key, 1) == world_size():
+            store.set(f"{key}: all", "")
+        wait_for(store, f"{key}: all")
+
+
+def wait_for(store: td.Store, key: str) -> None:
+    """Waits until a rank has set a key. No time limit runs meanwhile, as it would in a collective."""
+    start = time.monotonic()
+    while not store.check([key]):
+        time.sleep(min(0.25, 0.001 + (time.monotonic() - start) / 20))
+
+
+def _meet_rank_0() -> None:
+    """Returns at once on rank 0, and on the others when rank 0 has called it."""
+    if "ours" in _stores:
+        store, key = _stores["ours"], f"meeting {next(_meetings)}"
+        if rank() == 0:
+            store.set(key, "")
+        else:
+            wait_for(store, key)
+
+
 def from_rank_0(function: Callable[[], T]) -> T:
     """Calls the function on rank 0 only and returns its result on every rank. An error stops all ranks.
+
+    The other ranks wait as in `meet`, so that the function may take longer than the time limit of a collective.
 
     Raises:
         SharedError: on every rank, with the text of rank 0's InputError or OSError. Any other exception is a mistake in this
@@ -201,6 +236,7 @@ def from_rank_0(function: Callable[[], T]) -> T:
         except Exception as error:
             mistake, box[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
     if world_size() > 1:
+        _meet_rank_0()
         td.broadcast_object_list(box, src=0)
     if mistake is not None:
         raise mistake

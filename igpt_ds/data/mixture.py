@@ -23,7 +23,6 @@ from igpt_ds.errors import InputError
 
 ON_BAD = ("stop", "skip")
 MAX_BAD = 0.001
-_CHUNK = 1024  # images checked at a time
 
 
 class Mixture:
@@ -163,21 +162,8 @@ class Mixture:
         """The number of damaged images found so far."""
         return sum(len(bad) for bad in self._bad)
 
-    def damaged(self, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
-        """Reads this rank's share of all images. Returns the sorted ids, int64, of the damaged images of each dataset."""
-        found = []
-        for shards in self.shard_sets:
-            bad = [np.empty(0, dtype=np.int64)]
-            for start in range(rank * _CHUNK, shards.n_images, world_size * _CHUNK):
-                try:
-                    shards.tokens(np.arange(start, min(start + _CHUNK, shards.n_images)))
-                except DamagedImagesError as error:
-                    bad.append(error.ids)
-            found.append(np.sort(np.concatenate(bad)))
-        return found
-
     def skip(self, damaged: Sequence[np.ndarray], aloud: bool = True) -> None:
-        """Records damaged images before training reads them: sorted ids for each dataset, from `damaged`.
+        """Records damaged images before training reads them: sorted ids for each dataset.
 
         `aloud` names them on stderr.
 

@@ -18,6 +18,7 @@ from igpt_ds import cli
 from igpt_ds.command_line.parser import Print, completing, switch
 from igpt_ds.config import INITS, KNOBS, RECIPES, ModelConfig, Recipe, get_recipe, override
 from igpt_ds.data.mixture import MAX_BAD, ON_BAD
+from igpt_ds.data.shards.verified import MODES
 from igpt_ds.ds_config import SHIPPED, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.plan.command import CLUSTER_FLAGS, add_cluster_flags, add_ds_config_flag, read_cluster
@@ -103,8 +104,12 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--val_split", metavar="SPLIT", default="val", help="split that validation uses")
     images = "number of validation images, evenly spread over the split (default: all)"
     group.add_argument("--val_images", type=int, metavar="IMAGES", help=images)
-    verify = "before the first step, compare every shard's sha256 with the index"
-    switch(group, "--verify_shards", True, f"{verify} (default: yes)")
+    verify = (
+        "when shards are compared with the sha256 in their index before the first step, each by one rank. once: a later start "
+        "reads only shards whose size, time or index changed; it does not notice bytes that changed under the same size and "
+        "time before it reads the image. always: every start reads all. never: the sizes alone are checked"
+    )
+    group.add_argument("--verify_shards", choices=MODES, default="once", help=verify)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, val_every: int | None = 1000, required: bool = False) -> None:

@@ -163,9 +163,8 @@ def open_session(
     palette, resumes = images.palette_file, args.resume == "auto"
     dist.from_rank_0(lambda: run_dir.check(args.run_dir, run, facts.data, palette, resumes))
     watchdog.settle()
-    if args.verify_shards:
-        watchdog.alive("verifying", 0)
-        verify(images, val_shards)
+    watchdog.alive("verifying", 0)
+    verify(images, val_shards, args.verify_shards, (args.run_dir if finetune is None else finetune.stop_in) / "verified.json")
     watchdog.alive("building", 0)
     cadence = choose_cadence(args, run, images.n_originals)
     lines = introduction(args, run, images, val_shards, note)

@@ -6,36 +6,83 @@ The images form an endless stream, whose order data/order.py decides. Called by 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import numpy as np
+from tqdm import tqdm
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.data.loader import Augment, Batch, Batches, BatchLayout, Loader
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.verified import (
+    ShardCheck,
+    VerifiedShard,
+    damaged_images,
+    read_verified,
+    run_checks,
+    write_verified,
+)
 from igpt_ds.data.streaming import LIMITS, ShardStream, StreamLoader
 from igpt_ds.ds_config import Run
-from igpt_ds.errors import InputError
+from igpt_ds.errors import InputError, error_text
 
 Range = tuple[int, int]  # positions [first, end) in the endless stream of images, in whole batches
 
 
-def verify(images: Mixture | ShardStream, val_shards: ShardSet | None) -> None:
-    """Reads all shards. With --on_bad skip the ranks divide the images among them, and damaged ones are left out."""
+def verify(images: Mixture | ShardStream, val_shards: ShardSet | None, mode: str, record: Path) -> None:
+    """Verifies all shards, each on one rank. Damage found by any rank stops all ranks; --on_bad skip leaves its images out.
+
+    Args:
+        mode: of --verify_shards. "once" reads only what is not in the record, or has changed since; "never" reads nothing.
+        record: where the verified shards are noted, see data/shards/verified.py.
+
+    Raises:
+        SharedError: a shard is damaged or cannot be read, or more images are damaged than --max_bad allows.
+    """
+    if mode == "never":
+        return
+    start, training = time.monotonic(), images.shard_sets if isinstance(images, Mixture) else []
+    sets = [*training, *([] if val_shards is None else [val_shards])]
+    before = dist.from_rank_0(lambda: read_verified(record, [shards.path for shards in sets]))
+    checks = list[ShardCheck]()
+    for shards in sets:
+        skip = isinstance(images, Mixture) and images.on_bad == "skip" and shards is not val_shards
+        known = [None if mode == "always" else before.shard(shards.path, entry.name) for entry in shards.entries]
+        checks += [ShardCheck(shards, number, skip, one) for number, one in enumerate(known)]
+    found, read = _on_all_ranks(checks)
     if isinstance(images, Mixture) and images.on_bad == "skip":
-        parts = dist.gather_objects(images.damaged(dist.rank(), dist.world_size()))
         try:
-            images.skip([np.sort(np.concatenate(ids)) for ids in zip(*parts, strict=True)], aloud=dist.rank() == 0)
+            images.skip([damaged_images(checks, found, shards) for shards in training], aloud=dist.rank() == 0)
         except InputError as error:
             raise SharedError(str(error)) from None  # every rank counts the same
         dist.say(f"{images.n_skipped} of {images.n_images:,} training images are damaged and skipped")
-    elif isinstance(images, Mixture):
-        for shards in images.shard_sets:
-            dist.from_rank_0(shards.verify)
-    if val_shards is not None:
-        dist.from_rank_0(val_shards.verify)
+    if read:
+        dist.from_rank_0(lambda: write_verified(record, before.having(checks, found)))
+    seconds = time.monotonic() - start
+    dist.say(f"shards verified: {read} read in {seconds:.1f} s, {len(checks) - read} unchanged since they were verified")
+
+
+def _on_all_ranks(checks: list[ShardCheck]) -> tuple[list[VerifiedShard], int]:
+    """Every rank runs its share of the checks. What each check found, on every rank, and how many shards were read."""
+    rank, ranks, error, results = dist.rank(), dist.world_size(), "", list[tuple[VerifiedShard, bool]]()
+    mine = checks[rank::ranks]
+    try:
+        for result in tqdm(run_checks(mine), "verify", len(mine), unit=" shards", leave=False, disable=True if rank else None):
+            results.append(result)
+    except (InputError, OSError) as caught:
+        error = error_text(caught)
+    dist.meet()
+    answers = dist.gather_objects((results, error))
+    if errors := [error for _, error in answers if error]:
+        raise SharedError(errors[0])
+    for check, (_, was_read) in zip(mine, results, strict=True):
+        if was_read:
+            check.shards.trust(check.number)
+    found: list[VerifiedShard] = [answers[i % ranks][0][i // ranks][0] for i in range(len(checks))]
+    return found, sum(was_read for each, _ in answers for _, was_read in each)
 
 
 def batches(images: Mixture | ShardStream, run: Run, with_labels: bool = False) -> Batches:

@@ -252,8 +252,7 @@ def test_every_layout_takes_the_same_images_instead(spoiled, layout, start, seed
     whole, path, instead = spoiled
     mixture = open_mixture([path], on_bad="skip", max_bad=0.2)
     if known:
-        parts = [mixture.damaged(rank, 3) for rank in range(3)]
-        mixture.skip([np.sort(np.concatenate(ids)) for ids in zip(*parts, strict=True)], aloud=False)
+        mixture.skip([shards.damaged_ids() for shards in mixture.shard_sets], aloud=False)
         assert mixture.n_skipped == 5
     batch_images = layout[0] * layout[1] * layout[2]
     for seen in (start, start + batch_images):
@@ -283,7 +282,7 @@ def test_too_many_damaged_images_stop_the_run(dataset, before, capsys):
         r"5 of 40 images of \S+a \(train\) are damaged, image 20 among them; --max_bad 0.1 allows 4: see tools/verify_shards"
     )
     with pytest.raises(ValueError, match=message):
-        mixture.skip(mixture.damaged()) if before else everything(mixture, 40)
+        mixture.skip([mixture.shard_sets[0].damaged_ids()]) if before else everything(mixture, 40)
     assert not capsys.readouterr().err
 
 

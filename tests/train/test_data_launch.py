@@ -54,16 +54,16 @@ def test_two_datasets_on_one_rank_and_on_two(
     assert "run.json belongs to another run: dataset_hash is" in refused.stderr
 
 
-@pytest.mark.parametrize("verify", ["--verify_shards", "--no-verify_shards"])
+@pytest.mark.parametrize("verify", ["always", "never"])
 def test_damaged_images_are_skipped_on_all_ranks(
     launch: Any, command: Command, curves: Curves, spoiled: Path, verify: str
 ) -> None:
-    skip = ["--data", str(spoiled), "--on_bad", "skip", "--max_bad", "0.1", verify]
+    skip = ["--data", str(spoiled), "--on_bad", "skip", "--max_bad", "0.1", "--verify_shards", verify]
     for name, ranks in (("one", None), ("two", 2)):
         done = launch(command(name, *STEPS, *skip), ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         named = done.stderr.count("is damaged; image 6 is used instead")
-        assert named == 1 if verify == "--verify_shards" else 1 <= named <= 2  # without, by each rank that meets it
+        assert named == 1 if verify == "always" else 1 <= named <= 2  # without, by each rank that meets it
     assert losses(curves("one")) == pytest.approx(losses(curves("two")), abs=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_damage_stops_all_ranks_with_one_line(launch: Any, command: Command, spo
     for more, message, by in (
         (["--on_bad", "skip"], "1 of 37 images of", "ranks"),
         ([], "are damaged: image 5 of this shard", "ranks"),
-        (["--no-verify_shards"], "image 5 at byte 10240 is damaged", "deepspeed"),
+        (["--verify_shards", "never"], "image 5 at byte 10240 is damaged", "deepspeed"),
     ):
         done = launch(command("run", *STEPS, "--data", str(spoiled), *more), ranks=2, by=by)
         assert done.returncode != 0

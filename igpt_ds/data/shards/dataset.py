@@ -78,8 +78,9 @@ class ShardSet:
 
     `exclude`, sorted ids, leaves images out; later images get smaller ids. Each image is checked when it is read for the first
     time.
-    Attributes: name, path, split, n_images, n_px, n_vocab, classes, palette, palette_file, palette_hash, dataset_hash; parts:
-    the images and the dataset_hash, before exclusions, of each split that is joined and of the whole.
+    Attributes: name, path, split, n_images, n_px, n_vocab, classes, palette, palette_file, palette_hash, dataset_hash; entries:
+    the index's of each shard; parts: the images and the dataset_hash, before exclusions, of each split that is joined and of
+    the whole.
 
     Raises:
         ValueError: the reasons of `read_index`; the split does not exist, a shard is truncated, or the palette has another hash.
@@ -98,11 +99,11 @@ class ShardSet:
         self.palette_file = path / index.palette
         self.palette, self.palette_hash = index.load_palette(path), index.palette_hash
         self.dataset_hash = joined_hash([about.dataset_hash for about in parts.values()])
-        self._entries = [shard for about in parts.values() for shard in about.shards]
-        files, dtype = [path / shard.name for shard in self._entries], record_dtype(self.n_px)
-        for file, entry in zip(files, self._entries, strict=True):
+        self.entries = [shard for about in parts.values() for shard in about.shards]
+        files, dtype = [path / shard.name for shard in self.entries], record_dtype(self.n_px)
+        for file, entry in zip(files, self.entries, strict=True):
             _check_size(file, entry, dtype.itemsize)
-        self._records = MappedRecords(files, [shard.n_images for shard in self._entries], dtype)
+        self._records = MappedRecords(files, [shard.n_images for shard in self.entries], dtype)
         self.n_images = self._records.n_records
         self._keys = [
             Keys(path / keys_file(part), about.n_images, about.keys, AGAIN) if about.keys else None
@@ -213,15 +214,27 @@ class ShardSet:
             fix = f"{AGAIN}, or train without such images by train.py --on_bad skip"
             raise DamagedImagesError(f"shard {file}: image {image} at byte {byte} is damaged; {fix}", ids[~good])
 
+    def ids_of(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """The ids of the images in some rows of a shard, int64 [B] -> int64 [at most B], without those that are excluded."""
+        stored = self._records.first(shard) + rows
+        left_out = self._excluded + np.arange(len(self._excluded))
+        stored = np.setdiff1d(stored, left_out)
+        return stored - left_out.searchsorted(stored)
+
+    def trust(self, shard: int) -> None:
+        """Notes that all images of a shard are those that were written, so that reading them checks nothing more."""
+        first = self._records.first(shard)
+        self._checked[first : first + self.entries[shard].n_images] = True
+
     def verify(self) -> None:
         """Reads every shard of the split once and compares it with the index.
 
         Raises:
             ValueError: a shard is damaged; the first damaged bytes are named.
         """
-        checks = all_damage(self.path, self._entries, self.n_px)
+        checks = all_damage(self.path, self.entries, self.n_px)
         with closing(checks):
-            for _, found in tqdm(checks, f"verify {self.split}", len(self._entries), unit=" shards", leave=False, disable=None):
+            for _, found in tqdm(checks, f"verify {self.split}", len(self.entries), unit=" shards", leave=False, disable=None):
                 if found:
                     raise InputError(str(found[0]))
         self._checked[:] = True

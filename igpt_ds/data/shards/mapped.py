@@ -50,6 +50,10 @@ class MappedRecords:
         shift = self._shift[0] if len(self.files) == 1 else self._shift[self._first.searchsorted(ids, side="right") - 1]
         return ids * self._dtype.itemsize + shift
 
+    def first(self, file: int) -> int:
+        """The number of a file's first record."""
+        return int(self._first[file])
+
     def place(self, record: int) -> tuple[Path, int, int]:
         """The place of a record: the file, its number in the file, its first byte."""
         file = int(self._first.searchsorted(record, side="right")) - 1

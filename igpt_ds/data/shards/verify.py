@@ -71,6 +71,16 @@ def shard_damage(file: Path, entry: ShardEntry, n_px: int) -> list[Damage]:
     return found or [Damage(file, 0, size - 1, "its sha256 is not the index's, though every image matches its own checksum")]
 
 
+def damaged_rows(file: Path, entry: ShardEntry, n_px: int) -> list[int]:
+    """The rows of a shard of the right size whose tokens or label are not those of their checksum: what a training reads."""
+    records = np.memmap(file, record_dtype(n_px), mode="r", shape=entry.n_images).view(np.ndarray)
+    found = []
+    for first in range(0, entry.n_images, _CHUNK):
+        some = records[first : first + _CHUNK]
+        found += (first + np.flatnonzero(checksum(some["tokens"], numbers(some["label"])) != some["checksum"])).tolist()
+    return found
+
+
 def _damaged_rows(records: np.ndarray) -> np.ndarray:
     """The numbers of the records whose bytes are not those that their own name, tokens, label and checksum make."""
     names, tokens, labels = names_of(records) % MAX_IMAGES, records["tokens"], numbers(records["label"]) % MAX_IMAGES
