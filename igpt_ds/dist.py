@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from igpt_ds.cli import SharedError, unread_output
@@ -27,6 +28,7 @@ from igpt_ds.errors import InputError, error_text
 from igpt_ds.launcher import RANK_VARIABLES, LaunchError, check_address, map_environment
 
 T = TypeVar("T")
+TIME_LIMIT = timedelta(minutes=40)  # of a collective
 JOIN_SECONDS = {True: 90.0, False: 300.0}  # for all ranks to come: if they are on this machine, and otherwise
 
 _NODE_RANK = "IGPT_DS_LOCAL_RANK"  # the number on this node, once LOCAL_RANK is that of the device
@@ -36,12 +38,12 @@ _meetings = itertools.count()  # the same number on all ranks
 _sequence_groups: dict[str, td.ProcessGroup] = {}  # ours under "ours", once `start_sequence_groups` has made them
 
 
-def join(backend: str, timeout: timedelta = timedelta(minutes=30), arrival: Arrival | None = None) -> None:
+def join(backend: str, timeout: timedelta = TIME_LIMIT, arrival: Arrival | None = None) -> None:
     """Joins the process group with all ranks of the launch. A process that has joined already stays in its group.
 
     Args:
         backend: "gloo" or "nccl".
-        timeout: limit of each later collective. The ranks themselves have JOIN_SECONDS to come.
+        timeout: limit of each later collective, in every group. The ranks themselves have JOIN_SECONDS to come.
         arrival: this rank's device; None: the devices are not compared.
 
     Raises:
@@ -68,6 +70,8 @@ def join(backend: str, timeout: timedelta = timedelta(minutes=30), arrival: Arri
         raise SharedError(conflict)
     store.set_timeout(timeout)
     _stores["ours"] = td.PrefixStore("igpt_ds", store)
+    # Groups that are made later, such as DeepSpeed's copy of all ranks, take these limits and not that of the first group.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     td.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
 
 
@@ -143,7 +147,9 @@ def start_sequence_groups(size: int) -> None:
     """
     _sequence_groups.clear()
     if size > 1:
-        _sequence_groups["ours"] = td.new_subgroups(group_size=size)[0]
+        first = rank() - rank() % size
+        # One call on each rank for its own group: new_subgroups would make every group on every rank.
+        _sequence_groups["ours"] = td.new_group(list(range(first, first + size)), use_local_synchronization=True)
 
 
 def sequence_group() -> td.ProcessGroup | None:

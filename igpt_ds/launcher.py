@@ -48,6 +48,11 @@ _LAUNCHERS = (
 _SLURM = _Names("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",), ())
 
 
+def several_ranks(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several ranks."""
+    return environment.get("WORLD_SIZE", "1") != "1"
+
+
 def map_environment(env: MutableMapping[str, str]) -> None:
     """Sets those of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT that the launcher did not set.
 

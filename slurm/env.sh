@@ -12,9 +12,6 @@ IGPT_DS_CLUSTER=${IGPT_DS_CLUSTER:-slurm/cluster.sh}
 # CPU threads of each rank. By default every rank uses all cores, so that the ranks of a node slow each other down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
-# Minutes that a collective waits for a missing rank before it fails. DeepSpeed's 10 can be too few to save a large checkpoint.
-export DEEPSPEED_TIMEOUT="${DEEPSPEED_TIMEOUT:-30}"
-
 # GPU memory segments can grow, so that all-gathers of different sizes do not fragment the memory.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
@@ -26,10 +23,6 @@ export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
 
 # NCCL prints only warnings and errors.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-
-# When a collective hangs, each rank writes its last 2000 collectives to a file (see launch.sh). They show which rank is missing.
-export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
-export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
 flag() { # NAME WORD...: prints the value of a flag among the words; status 1 if the flag is missing
   local name=$1 value='' found=1

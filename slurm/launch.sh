@@ -119,8 +119,7 @@ prepare() { # sets what the ranks need to find each other
   # Systems hand out higher ports by themselves. Each start has another port, so that no rank of the previous start answers.
   MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * restart) % 10000))
   HOSTFILE=$run_dir/hostfile IGPT_DS_OWNER=$SLURM_JOB_ID.$restart
-  TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$run_dir/flight_recorder/rank_}
-  export MASTER_ADDR MASTER_PORT HOSTFILE IGPT_DS_OWNER TORCH_FR_DUMP_TEMP_FILE
+  export MASTER_ADDR MASTER_PORT HOSTFILE IGPT_DS_OWNER
   use_nodes "${nodes[@]}"
 }
 

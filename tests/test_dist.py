@@ -2,10 +2,18 @@
 
 import os
 import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as td
+from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
@@ -91,3 +99,45 @@ def test_without_sequence_groups_every_rank_has_its_own_images(monkeypatch: pyte
     start_sequence_groups(1)
     assert sequence_group() is None
     assert (data_rank(), data_world_size(), sequence_rank(), sequence_size()) == (5, 8, 0, 1)
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch, free_port: int) -> Iterator[pytest.MonkeyPatch]:
+    """For tests that join a group: it ends with the test, and so do the limits and our store."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
+    monkeypatch.setattr(dist, "_stores", {})
+    monkeypatch.setattr(dist, "_sequence_groups", {})
+    monkeypatch.setenv("MASTER_PORT", str(free_port))
+    yield monkeypatch
+    td.destroy_process_group()
+
+
+def test_every_group_has_the_time_limit_of_the_first(joined: pytest.MonkeyPatch) -> None:
+    limit = timedelta(minutes=41)
+    join("gloo", limit)
+    groups = [td.group.WORLD, td.new_group([0]), td.new_subgroups(1)[0]]
+    assert [group._get_backend(torch.device("cpu")).options._timeout for group in groups] == [limit] * 3  # type: ignore[union-attr]
+    assert distributed_c10d._get_default_timeout(td.Backend("nccl")) == limit
+
+
+def test_a_rank_makes_its_own_sequence_group_alone(joined: pytest.MonkeyPatch) -> None:
+    """At 512 ranks with groups of 4, making all would be 128 calls on each rank."""
+    td.init_process_group("fake", store=FakeStore(), rank=37, world_size=512)
+    joined.setenv("RANK", "37")
+    joined.setenv("WORLD_SIZE", "512")
+    start_sequence_groups(4)
+    assert td.get_process_group_ranks(sequence_group()) == [36, 37, 38, 39]
+    assert len(distributed_c10d._world.pg_map) == 2
+    assert (data_rank(), data_world_size(), sequence_rank(), sequence_size()) == (9, 128, 1, 4)
+
+
+def test_a_rank_waits_for_a_key_of_another_one() -> None:
+    store = td.HashStore()
+    waiting = threading.Thread(target=dist.wait_for, args=(store, "done"), daemon=True)
+    waiting.start()
+    time.sleep(0.05)
+    assert waiting.is_alive()
+    store.set("done", "")
+    waiting.join(60)
+    assert not waiting.is_alive()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, Heartbeat, heartbeat_file, moving, read_heartbeat, read_heartbeats
+from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, Heartbeat, all_heartbeats, moving, read_heartbeats
 
 WATCH_SECONDS = 1.5 * HEARTBEAT_SECONDS  # a live rank writes a heartbeat within this time
 
@@ -54,5 +54,6 @@ def read_ranks(run_dir: Path, world_size: int, now: float, watch: float) -> tupl
     if not watch or not doubtful or (run_dir / "FINISHED").exists():
         return tuple(RankStatus(rank, beat, now) for rank, beat in beats.items())
     alive = moving(run_dir, doubtful, watch)
-    beats |= {rank: read_heartbeat(heartbeat_file(run_dir, rank)) for rank in alive}
+    newest = all_heartbeats(run_dir) if alive else {}
+    beats |= {rank: newest[rank] for rank in alive if rank in newest}
     return tuple(RankStatus(rank, beat, now, rank in alive if rank in doubtful else None) for rank, beat in beats.items())

@@ -13,6 +13,7 @@ import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,11 @@ from igpt_ds.train.safety.build_locks import wait_for_builds
 LossFunction = Callable[[Engine, Batch], Tensor]
 
 
-def start_ranks() -> torch.device:
+def start_ranks(time_limit: timedelta = dist.TIME_LIMIT) -> torch.device:
     """Joins the process group and returns this rank's device: its GPU, or the CPU if there is none or it is asked for.
+
+    Args:
+        time_limit: of each collective.
 
     Raises:
         SharedError: on every rank, if a rank has GPUs that torch cannot use, or the devices of the ranks do not fit together.
@@ -51,12 +55,11 @@ def start_ranks() -> torch.device:
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.constants import default_pg_timeout
 
     map_environment(os.environ)
     accelerator = get_accelerator()
     device, arrival = devices.arrive(dist.local_rank(), accelerator.device_name())
-    dist.join(accelerator.communication_backend_name(), default_pg_timeout, arrival)
+    dist.join(accelerator.communication_backend_name(), time_limit, arrival)
     if device.type != "cpu":
         dist.tell_device_index(device.index)
 
@@ -64,7 +67,7 @@ def start_ranks() -> torch.device:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=time_limit)
     if device.type == "cpu":
         keep_freed_memory()
     return device

@@ -20,7 +20,11 @@ class Engine(Protocol):
     skipped_steps: int
     communication_data_type: torch.dtype
     _config: Any
+    checkpoint_mp_rank: int
+    loaded_checkpoint_dp_world_size: int
     _copy_recovery_script: Any
+    _get_all_zero_checkpoint_names: Any
+    _get_mp_rank_zero_checkpoint_names: Any
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,9 @@
-"""The heartbeat file: what a rank did last and when. The one module that knows its format.
+"""The heartbeat files: what each rank did last and when. The one module that knows their format.
 
-Each rank owns RUN_DIR/heartbeat/rank-NNNNN.json and rewrites it every few seconds. train/safety/watchdog.py writes;
-train/run_lock.py and ops/status.py read. Neither torch nor numpy is needed, so tools/status.py starts fast.
+RUN_DIR/heartbeat/node-NNNNN.json holds the heartbeats of the ranks of a node, of which NNNNN is the first. One of them rewrites
+it every few seconds: at 512 ranks a file a rank would be fifty new files a second on a shared disk. Earlier versions wrote such
+files, rank-NNNNN.json, which are read as well. train/safety/node_beats.py writes; train/run_lock.py and ops/status.py read.
+Neither torch nor numpy is needed, so tools/status.py starts fast.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from igpt_ds.json_files import read_sealed, seal, write_json
 
-HEARTBEAT_SECONDS = 10.0  # between two writes of the file
-SILENT_SECONDS = 60.0  # age of the file at which a rank counts as silent: six writes missed
+HEARTBEAT_SECONDS = 10.0  # between two writes of a file
+SILENT_SECONDS = 60.0  # age of a heartbeat at which a rank counts as silent: six writes missed
 BEGINNING = ("joining", "verifying", "building", "loading", "start")  # phases before the first step
 ENDED = ("stopped", "end")  # last phases
 
@@ -25,14 +28,14 @@ ENDED = ("stopped", "end")  # last phases
 class Heartbeat:
     """One heartbeat. Times are seconds since 1970."""
 
-    rank: int  # from the name of the file
+    rank: int
     step: int  # last completed step
     phase: str  # what the rank does now: one of BEGINNING, "step", "validation", "save", ..., or one of ENDED
     time: float  # of the last progress
     host: str
     pid: int
     step_seconds: float  # duration of the last step
-    written: float  # when the file was written: later than `time` while the rank makes no progress
+    written: float  # when the rank wrote it: later than `time` while the rank makes no progress
     error: str = ""  # why the rank ended, if an error ended it
 
     @property
@@ -55,7 +58,7 @@ class Heartbeat:
         return max(0.0, now - self.time)
 
     def file_age(self, now: float) -> float:
-        """Seconds since the file was written."""
+        """Seconds since the rank wrote it."""
         return max(0.0, now - self.written)
 
     def silent(self, now: float) -> bool:
@@ -63,8 +66,8 @@ class Heartbeat:
         return not self.ended and now - self.written > SILENT_SECONDS
 
     def to_dict(self) -> dict[str, object]:
-        """The JSON of the file. The rank is not in it, and "error" only if there was one."""
-        return {name: value for name, value in asdict(self).items() if name != "rank" and (name != "error" or value)}
+        """The JSON of one heartbeat; "error" is in it only if there was one."""
+        return {name: value for name, value in asdict(self).items() if name != "error" or value}
 
 
 def _is_running(pid: int) -> bool:
@@ -76,31 +79,25 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def heartbeat_file(run_dir: Path, rank: int) -> Path:
-    """The path of a rank's heartbeat."""
-    return run_dir / "heartbeat" / f"rank-{rank:05d}.json"
+def node_file(run_dir: Path, first: int) -> Path:
+    """The heartbeats of a node whose first rank is `first`."""
+    return run_dir / "heartbeat" / f"node-{first:05d}.json"
 
 
 def heartbeat_files(run_dir: Path) -> list[Path]:
-    """The heartbeats in a run directory, by rank."""
-    return sorted((run_dir / "heartbeat").glob("rank-*.json"))
+    """The files of heartbeats in a run directory."""
+    return sorted(path for kind in ("node", "rank") for path in (run_dir / "heartbeat").glob(f"{kind}-*.json"))
 
 
-def rank_of(path: Path) -> int:
-    """The rank in the name of a heartbeat file.
+def heartbeat_from(values: Any, rank: int | None = None) -> Heartbeat | None:
+    """One heartbeat from its JSON; None if it is none.
 
-    Raises:
-        ValueError: the name has another form.
+    Args:
+        rank: that in the name of an earlier version's file, whose JSON does not have it.
     """
-    return int(path.stem.removeprefix("rank-"))
-
-
-def read_heartbeat(path: Path) -> Heartbeat | None:
-    """Reads one heartbeat; None if the file is missing, damaged or not a heartbeat, which a live run may cause at any moment."""
     try:
-        values = read_sealed(path, "heartbeat", "remove it")
         beat = Heartbeat(
-            rank=rank_of(path),
+            rank=int(values["rank"]) if rank is None else rank,
             step=int(values["step"]),
             phase=str(values["phase"]),
             time=float(values["time"]),
@@ -116,25 +113,41 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
     return beat if all(map(math.isfinite, times)) and 0 < beat.pid < 1 << 31 else None  # other numbers belong to no process
 
 
+def _read(path: Path) -> list[Heartbeat | None]:
+    """The heartbeats of one file; [] if it is missing or damaged, which a live run may cause at any moment."""
+    try:
+        values, number = read_sealed(path, "heartbeat", "remove it"), int(path.stem.partition("-")[2])
+        return [heartbeat_from(values, number)] if path.stem.startswith("rank") else list(map(heartbeat_from, values["ranks"]))
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def all_heartbeats(run_dir: Path) -> dict[int, Heartbeat]:
+    """Every heartbeat in a run directory, by rank; of a rank in several files the one that it wrote last."""
+    found = [beat for path in heartbeat_files(run_dir) for beat in _read(path) if beat is not None]
+    newest = {beat.rank: beat for beat in sorted(found, key=lambda beat: beat.written)}
+    return {rank: newest[rank] for rank in sorted(newest)}
+
+
 def read_heartbeats(run_dir: Path, world_size: int) -> list[Heartbeat | None]:
     """The heartbeats of ranks 0 to world_size - 1, None for each rank without one."""
-    return [read_heartbeat(heartbeat_file(run_dir, rank)) for rank in range(world_size)]
+    found = all_heartbeats(run_dir)
+    return [found.get(rank) for rank in range(world_size)]
 
 
-def write_heartbeat(run_dir: Path, beat: Heartbeat) -> None:
-    """Writes a rank's heartbeat.
+def write_heartbeats(run_dir: Path, beats: Sequence[Heartbeat]) -> None:
+    """Writes the heartbeats of the ranks of a node, in the order of ranks.
 
     Raises:
         OSError: the disk is full or does not answer.
     """
-    write_json(heartbeat_file(run_dir, beat.rank), seal(beat.to_dict()))
+    write_json(node_file(run_dir, beats[0].rank), seal({"ranks": [beat.to_dict() for beat in beats]}))
 
 
-def remove_heartbeats(run_dir: Path, world_size: int) -> None:
-    """Removes the heartbeats of ranks that this start does not have."""
+def remove_heartbeats(run_dir: Path) -> None:
+    """Removes the heartbeats of an earlier start."""
     for path in heartbeat_files(run_dir):
-        if rank_of(path) >= world_size:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def moving(run_dir: Path, ranks: Collection[int], seconds: float) -> set[int]:
@@ -142,22 +155,14 @@ def moving(run_dir: Path, ranks: Collection[int], seconds: float) -> set[int]:
 
     The clock of another node may be wrong, so only a change shows that a rank lives.
     """
-    first = {rank: _content(heartbeat_file(run_dir, rank)) for rank in ranks}
-    found, end = set[int](), time.monotonic() + seconds
-    while len(found) < len(first) and time.monotonic() < end:
+    first, found, end = all_heartbeats(run_dir), set[int](), time.monotonic() + seconds
+    while len(found) < len(ranks) and time.monotonic() < end:
         time.sleep(min(0.5, seconds / 10))
-        found |= {rank for rank, content in first.items() if _content(heartbeat_file(run_dir, rank)) != content}
+        now = all_heartbeats(run_dir)
+        found |= {rank for rank in ranks if rank in now and now[rank] != first.get(rank)}
     return found
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def newest_sign(path: Path) -> float:
-    """When a rank that still runs last made progress, by its own clock; 0 if it ended or has no heartbeat."""
-    beat = read_heartbeat(path)
-    return 0.0 if beat is None or beat.ended else beat.time
+def signs(run_dir: Path) -> dict[int, float]:
+    """When each rank that still runs last made progress, by its own clock."""
+    return {rank: beat.time for rank, beat in all_heartbeats(run_dir).items() if not beat.ended}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from igpt_ds.errors import InputError
 from igpt_ds.locks import holder_of, note_holder, open_lock, try_lock
-from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, Heartbeat, heartbeat_file, heartbeat_files, read_heartbeat
+from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, Heartbeat, all_heartbeats
 
 YOUNG_SECONDS = 3 * HEARTBEAT_SECONDS  # a live run writes a heartbeat within this time
 DYING_SECONDS = 5.0  # a killed process still exists until its memory is freed
@@ -64,15 +64,14 @@ def _wait_for_heartbeats(run_dir: Path, young: float, dying: float) -> None:
     Raises:
         ValueError: a heartbeat changes, or its process stays alive on this machine.
     """
-    found = {path: read_heartbeat(path) for path in heartbeat_files(run_dir)}
-    first = {path: beat for path, beat in found.items() if beat and _may_live(beat)}
+    first = {rank: beat for rank, beat in all_heartbeats(run_dir).items() if _may_live(beat)}
     began, told = time.monotonic(), False
     while first:
-        waited = time.monotonic() - began
-        for path, before in list(first.items()):
-            beat = read_heartbeat(path)
+        waited, now = time.monotonic() - began, all_heartbeats(run_dir)
+        for rank, before in list(first.items()):
+            beat = now.get(rank)
             if beat is None or not _may_live(beat) or waited >= young:
-                del first[path]
+                del first[rank]
             elif beat != before or (beat.local and beat.file_age(time.time()) < young and waited >= dying):
                 raise InputError(_in_use(run_dir, beat))
             elif not told:
@@ -89,7 +88,7 @@ def _may_live(beat: Heartbeat) -> bool:
 
 def _holders_heartbeat(run_dir: Path, holder: str) -> Heartbeat | None:
     """Rank 0's heartbeat, if the process that the lock names wrote it."""
-    beat = read_heartbeat(heartbeat_file(run_dir, 0))
+    beat = all_heartbeats(run_dir).get(0)
     return beat if beat and holder == f"{beat.host} (pid {beat.pid})" else None
 
 

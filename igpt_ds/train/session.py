@@ -6,6 +6,7 @@ train.py and finetune.py open the session, train/loop.py works with it.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
+from igpt_ds.train.safety import flight_recorder
 from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, read_rollbacks, skipped_ranges
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
@@ -155,8 +157,9 @@ def open_session(
     stop.listen()
     watchdog = Watchdog(args.run_dir, args.hang_minutes)
     watchdog.start()  # it writes no file before `settle`: the run directory may be another run's
+    flight_recorder.prepare(os.environ, args.run_dir, watchdog.time_limit)
     stop.meeting = True
-    device = start_ranks()
+    device = start_ranks(watchdog.time_limit)
     stop.meeting = False
     early, pretrained = (None, None) if finetune is None else (finetune.early, finetune.pretrained)
     facts = manifest_facts(run, images, None if finetune is None else finetune.facts)

@@ -19,7 +19,9 @@ from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.verified import (
     ShardCheck,
+    Verified,
     VerifiedShard,
+    checks_of,
     damaged_images,
     read_verified,
     run_checks,
@@ -36,24 +38,21 @@ def verify(images: Mixture | ShardStream, val_shards: ShardSet | None, mode: str
     """Verifies all shards, each on one rank. Damage found by any rank stops all ranks; --on_bad skip leaves its images out.
 
     Args:
-        mode: of --verify_shards. "once" reads only what is not in the record, or has changed since; "never" reads nothing.
+        mode: of --verify_shards. "once" reads what is not in the record or has changed since; "never" compares the sizes alone.
         record: where the verified shards are noted, see data/shards/verified.py.
 
     Raises:
         SharedError: a shard is damaged or cannot be read, or more images are damaged than --max_bad allows.
     """
-    if mode == "never":
-        return
     start, training = time.monotonic(), images.shard_sets if isinstance(images, Mixture) else []
     sets = [*training, *([] if val_shards is None else [val_shards])]
-    before = dist.from_rank_0(lambda: read_verified(record, [shards.path for shards in sets]))
-    checks = list[ShardCheck]()
-    for shards in sets:
-        skip = isinstance(images, Mixture) and images.on_bad == "skip" and shards is not val_shards
-        known = [None if mode == "always" else before.shard(shards.path, entry.name) for entry in shards.entries]
-        checks += [ShardCheck(shards, number, skip, one) for number, one in enumerate(known)]
+    skip = isinstance(images, Mixture) and images.on_bad == "skip"
+    before = Verified() if mode == "never" else dist.from_rank_0(lambda: read_verified(record, [shards.path for shards in sets]))
+    checks = checks_of(sets, mode, [skip and shards is not val_shards for shards in sets], before)
     found, read = _on_all_ranks(checks)
-    if isinstance(images, Mixture) and images.on_bad == "skip":
+    if mode == "never":
+        return
+    if isinstance(images, Mixture) and skip:
         try:
             images.skip([damaged_images(checks, found, shards) for shards in training], aloud=dist.rank() == 0)
         except InputError as error:

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.json_files import read_json, write_json
+from igpt_ds.json_files import write_json
 from igpt_ds.ops import diagnose
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status import DivergedRun
-from igpt_ds.train.heartbeat import Heartbeat
+from igpt_ds.train.heartbeat import Heartbeat, all_heartbeats
 from igpt_ds.train.safety.build_locks import wait_for_builds
 
 ROOT = Path(__file__).parents[2]
@@ -167,11 +167,10 @@ def test_a_run_that_hangs_and_then_dies(launch: Any, command: Callable[..., list
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.1)
-    pids = [read_json(run_dir / "heartbeat" / f"rank-0000{rank}.json", "heartbeat")["pid"] for rank in (0, 1)]
+    pids = [all_heartbeats(run_dir)[rank].pid for rank in (0, 1)]
     os.kill(pids[1], signal.SIGSTOP)
     time.sleep(0.5)
-    dump = run_dir / "flight_recorder" / "rank_0"  # as slurm/launch.sh names it
-    dump.parent.mkdir()
+    dump = run_dir / "flight_recorder" / "rank_0"
     dump.touch()
     text = ask(run_dir)
     assert f"likely cause    rank 1 (process {pids[1]} on " in text
@@ -181,7 +180,7 @@ def test_a_run_that_hangs_and_then_dies(launch: Any, command: Callable[..., list
     assert "most recent call first" in report["diagnosis/run/stacks/rank-0.live.txt"]
     assert report["diagnosis/summary.txt"] == text.rpartition("report ")[0]
     assert json.loads(report["diagnosis/status.json"])["step"] > 0
-    assert {"diagnosis/run/run.json", "diagnosis/run/heartbeat/rank-00001.json", "diagnosis/train.jsonl"} <= set(report)
+    assert {"diagnosis/run/run.json", "diagnosis/run/heartbeat/node-00000.json", "diagnosis/train.jsonl"} <= set(report)
     assert "diagnosis/run/flight_recorder/rank_0" in report
 
     os.kill(pids[1], signal.SIGKILL)

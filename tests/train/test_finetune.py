@@ -29,6 +29,7 @@ from igpt_ds.model.store import ModelInfo, fresh_model, read_info, save_model
 from igpt_ds.train.checkpoint.consolidate import _info, check_own
 from igpt_ds.train.checkpoint.directory import prune
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, write_manifest
+from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.finetune_flags import parse
 from igpt_ds.train.finetuning import finetune_recipe, of_subset, starting_point, warmup_steps
@@ -84,7 +85,7 @@ def test_pruning_keeps_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         (tmp_path / f"step-{step:08d}").mkdir()
         (tmp_path / f"step-{step:08d}" / "COMPLETE").touch()
-    prune(tmp_path, keep_last=1, keep_every=0, protected=(2,))
+    remove_together(prune(tmp_path, keep_last=1, keep_every=0, protected=(2,)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 

@@ -9,6 +9,7 @@ sampling read.
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from igpt_ds.data.shards.record import END, checksum, numbers, record_dtype
 from igpt_ds.data.shards.verify import all_damage
 from igpt_ds.errors import InputError
 from igpt_ds.keys import Keys
+from igpt_ds.launcher import several_ranks
 from igpt_ds.plain_files import check_file
 
 _CHUNK = 1024  # images checked at once
@@ -63,9 +65,8 @@ class DamagedImagesError(InputError):
         return DamagedImagesError, (str(self), self.ids)  # pickling needs it: an exception is rebuilt from its arguments
 
 
-def _check_size(file: Path, entry: ShardEntry, stride: int) -> None:
+def _check_size(file: Path, entry: ShardEntry, stride: int, found: int) -> None:
     n_images, expected = entry.n_images, entry.bytes
-    found = file.stat().st_size if file.is_file() else 0
     if found != expected:
         check_file(file)
         raise InputError(f"shard {file} is missing or torn: {found} bytes, expected {expected}; {AGAIN}")
@@ -73,11 +74,18 @@ def _check_size(file: Path, entry: ShardEntry, stride: int) -> None:
         raise InputError(f"shard {file} holds {found} bytes, but {n_images} images take {need}; {AGAIN}")
 
 
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
 class ShardSet:
     """One split of a dataset directory ("train", "val", "test", or "train+val"), read by image id 0 .. n_images - 1.
 
     `exclude`, sorted ids, leaves images out; later images get smaller ids. Each image is checked when it is read for the first
-    time.
+    time, and the size of a shard when it is opened; on a single rank also here, because train/stream.py shares that among ranks.
     Attributes: name, path, split, n_images, n_px, n_vocab, classes, palette, palette_file, palette_hash, dataset_hash; entries:
     the index's of each shard; parts: the images and the dataset_hash, before exclusions, of each split that is joined and of
     the whole.
@@ -101,9 +109,14 @@ class ShardSet:
         self.dataset_hash = joined_hash([about.dataset_hash for about in parts.values()])
         self.entries = [shard for about in parts.values() for shard in about.shards]
         files, dtype = [path / shard.name for shard in self.entries], record_dtype(self.n_px)
-        for file, entry in zip(files, self.entries, strict=True):
-            _check_size(file, entry, dtype.itemsize)
-        self._records = MappedRecords(files, [shard.n_images for shard in self.entries], dtype)
+        entries = dict(zip(files, self.entries, strict=True))
+
+        def check(file: Path, size: int) -> None:
+            _check_size(file, entries[file], dtype.itemsize, size)
+
+        for file in () if several_ranks(os.environ) else files:
+            check(file, _size(file))
+        self._records = MappedRecords(files, [shard.n_images for shard in self.entries], dtype, check)
         self.n_images = self._records.n_records
         self._keys = [
             Keys(path / keys_file(part), about.n_images, about.keys, AGAIN) if about.keys else None

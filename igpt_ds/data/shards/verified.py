@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +56,20 @@ class Verified:
 
     def shard(self, directory: Path, name: str) -> VerifiedShard | None:
         """What is known of a shard."""
-        known = self.directories.get(str(directory.resolve()))
+        known = self.directories.get(str(directory.absolute()))
         return None if known is None else known.shards.get(name)
 
     def having(self, checks: Sequence[ShardCheck], found: Sequence[VerifiedShard]) -> Verified:
         """This record with what the checks found, under the same index.json."""
         shards: dict[str, dict[str, VerifiedShard]] = {where: dict(one.shards) for where, one in self.directories.items()}
         for check, one in zip(checks, found, strict=True):
-            shards[str(check.shards.path.resolve())][check.entry.name] = one
+            shards[str(check.shards.path.absolute())][check.entry.name] = one
         return Verified({where: VerifiedDirectory(self.directories[where].index, some) for where, some in shards.items()})
 
 
 def read_verified(path: Path, directories: Sequence[Path]) -> Verified:
     """What a run has verified of these dataset directories under their present index.json; nothing if the record is damaged."""
-    indexes = {str(directory.resolve()): sha256_file(directory / "index.json") for directory in directories}
+    indexes = {str(directory.absolute()): sha256_file(directory / "index.json") for directory in directories}
     empty = Verified({where: VerifiedDirectory(index, {}) for where, index in indexes.items()})
     try:
         if is_missing(path):
@@ -89,12 +89,13 @@ def write_verified(path: Path, verified: Verified) -> None:
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One shard to verify. `shards` is the split and `number` the shard's number in it; `skip`: damaged images are left out."""
+    """One shard to verify: number `number` of a split."""
 
     shards: ShardSet
     number: int
-    skip: bool
-    known: VerifiedShard | None
+    mode: str  # of MODES
+    skip: bool  # whether damaged images are left out
+    known: VerifiedShard | None  # from the record
 
     @property
     def entry(self) -> ShardEntry:
@@ -102,23 +103,37 @@ class ShardCheck:
         return self.shards.entries[self.number]
 
     def run(self) -> tuple[VerifiedShard, bool]:
-        """Reads the shard once, unless it is known and unchanged. Returns what it is, and whether it was read.
+        """Reads the shard once, unless it is known and unchanged or never read. Returns what it is, and whether it was read.
 
         Raises:
             ValueError: it is damaged; with `skip`, only if it has another size.
             OSError: it cannot be read.
         """
-        file = self.shards.path / self.entry.name
-        state = file.stat()
-        known = self.known
-        if known and (known.bytes, known.mtime_ns) == (state.st_size, state.st_mtime_ns) and (self.skip or not known.damaged):
+        file, known = self.shards.path / self.entry.name, self.known
+        try:
+            state = file.stat()
+        except FileNotFoundError:
+            raise InputError(str(shard_damage(file, self.entry, self.shards.n_px)[0])) from None
+        seen = VerifiedShard(state.st_size, state.st_mtime_ns)
+        if self.mode == "never" and seen.bytes == self.entry.bytes:
+            return seen, False
+        if self.mode == "once" and known and replace(known, damaged=()) == seen and (self.skip or not known.damaged):
             return known, False
         damage = shard_damage(file, self.entry, self.shards.n_px)
-        if damage and (not self.skip or state.st_size != self.entry.bytes):
+        if damage and (not self.skip or seen.bytes != self.entry.bytes):
             raise InputError(str(damage[0]))
         rows = tuple(damaged_rows(file, self.entry, self.shards.n_px)) if damage else ()
         # Damage outside of the images is not left out by --on_bad skip: no file has this time, so it is found again.
-        return VerifiedShard(state.st_size, -1 if damage and not rows else state.st_mtime_ns, rows), True
+        return VerifiedShard(seen.bytes, -1 if damage and not rows else seen.mtime_ns, rows), True
+
+
+def checks_of(sets: Sequence[ShardSet], mode: str, skip: Sequence[bool], before: Verified) -> list[ShardCheck]:
+    """A check of every shard of some splits, in the order of the shards. `skip`: for each split, whether images are left out."""
+    return [
+        ShardCheck(shards, number, mode, left_out, before.shard(shards.path, entry.name))
+        for shards, left_out in zip(sets, skip, strict=True)
+        for number, entry in enumerate(shards.entries)
+    ]
 
 
 def run_checks(checks: Sequence[ShardCheck]) -> Generator[tuple[VerifiedShard, bool], None, None]:

@@ -101,14 +101,18 @@ def commit(partial: Path, final: Path, manifest: Manifest) -> None:
         fsync_path(final.parent)
 
 
-def prune(directory: Path, keep_last: int, keep_every: int, protected: Collection[int] = ()) -> None:
-    """Removes complete checkpoints except the keep_last newest, multiples of keep_every (0: none) and protected steps."""
+def prune(directory: Path, keep_last: int, keep_every: int, protected: Collection[int] = ()) -> list[Path]:
+    """Takes complete checkpoints away except the keep_last newest, multiples of keep_every (0: none) and protected steps.
+
+    Returns their new names, `.partial`, for the caller to remove. The next start removes what a crash leaves.
+    """
+    doomed = []
     for path in complete_checkpoints(directory)[: -max(1, keep_last)]:
         step = step_of(path)
         if step not in protected and not (keep_every and step % keep_every == 0):
-            doomed = path.with_name(f"{path.name}.partial")  # after a crash here the next start removes the rest
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            doomed.append(path.with_name(f"{path.name}.partial"))
+            os.replace(path, doomed[-1])
+    return doomed
 
 
 def refuse_copy(checkpoint: Checkpoint) -> None:

@@ -7,7 +7,8 @@ tensors, and the few classes below, and refuses every other name. Called by trai
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from igpt_ds.errors import InputError
 from igpt_ds.plain_files import check_file
+from igpt_ds.train.engine_protocol import Engine
 
 _NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")  # numpy 2 and numpy 1 name the same function
 
@@ -65,3 +67,24 @@ class RestrictedReader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)
+
+
+@contextmanager
+def restricted_reader(engine: Engine) -> Iterator[None]:
+    """The engine's loads in this block are restricted, and look for no file of another rank.
+
+    DeepSpeed asks on every rank whether each rank's file has the name of an older version: 262,144 questions to the disk at 512
+    ranks. Files of ours have the names of this version, and this rank reads its own alone.
+    """
+
+    def names(load_dir: str, tag: str, bf16_mode: bool) -> Any:
+        ranks = engine.loaded_checkpoint_dp_world_size
+        return engine._get_mp_rank_zero_checkpoint_names(load_dir, tag, engine.checkpoint_mp_rank, ranks, bf16_mode)
+
+    reader = engine.checkpoint_engine = RestrictedReader(engine.checkpoint_engine)
+    engine._get_all_zero_checkpoint_names = names
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = reader.wrapped
+        del engine._get_all_zero_checkpoint_names  # the class's own is back

@@ -35,8 +35,9 @@ from igpt_ds.train.checkpoint.directory import (
 )
 from igpt_ds.train.checkpoint.disk import SLACK, CheckpointWriter, require_space
 from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, Progress, RunFacts, damaged_files, read_checkpoint
+from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
-from igpt_ds.train.checkpoint.restricted import RestrictedReader, refuse_foreign_names
+from igpt_ds.train.checkpoint.restricted import refuse_foreign_names, restricted_reader
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 from igpt_ds.train.engine_protocol import Engine
@@ -46,7 +47,7 @@ from igpt_ds.train.run_dir import check_owner, recipe_differences, this_start
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint just saved: its path, the seconds until all ranks were done, and the bytes of all files."""
+    """A checkpoint just saved: its path, seconds until all ranks were done, and bytes of all files."""
 
     path: Path
     seconds: float
@@ -106,7 +107,7 @@ def save_checkpoint(
         dist.from_rank_0(lambda: commit(unfinished, final, manifest))
     except SharedError as error:
         agree([str(error)], unfinished, f"checkpoint {final} could not be saved")
-    dist.from_rank_0(lambda: prune(directory, keep_last, keep_every, protected))
+    remove_together(dist.from_rank_0(lambda: prune(directory, keep_last, keep_every, protected)))
     return Saved(final, time.monotonic() - start, manifest.bytes)
 
 
@@ -170,6 +171,7 @@ def verified_checkpoint(directory: Path) -> Checkpoint | None:
     Raises:
         SharedError: there are checkpoints but none is usable, or one cannot be read or has another version. Nothing is changed.
     """
+    remove_together(dist.from_rank_0(lambda: sorted(directory.glob("step-*.partial"))))
     dist.from_rank_0(partial(remove_leftovers, directory))
     before, skipped = None, []
     while True:
@@ -193,6 +195,7 @@ def _damaged_on_all_ranks(checkpoint: Checkpoint) -> list[str]:
         mine = damaged_files(checkpoint.path, checkpoint.manifest.files[dist.rank() :: dist.world_size()])
     except OSError as caught:
         error = f"{caught.filename}: {caught.strerror}"
+    dist.meet()
     answers = dist.gather_objects((mine, error))
     for rank, (_, error) in enumerate(answers):
         if error:
@@ -228,8 +231,8 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, run: RunFacts, verif
     unfinished = path.with_name(f"{path.name}.{dist.world_size()}-ranks.partial")
     reshard(engine, checkpoint, unfinished)
     _load(engine, unfinished)
-    dist.barrier()
-    dist.from_rank_0(lambda: shutil.rmtree(unfinished))
+    dist.meet()
+    remove_together([unfinished])
 
 
 def refuse_another_run(checkpoint: Checkpoint, run: RunFacts) -> None:
@@ -266,7 +269,7 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
     """Writes the checkpoint's state into `unfinished` for the engine's ranks; each rank writes its own files.
 
     Raises:
-        SharedError: there is no space, or a rank could not write. `unfinished` is removed.
+        SharedError: no space, or a rank could not write. `unfinished` is removed.
     """
     path, manifest, ranks = checkpoint.path, checkpoint.manifest, dist.world_size()
     dist.from_rank_0(lambda: _begin(unfinished, int(SLACK * manifest.bytes)))
@@ -276,10 +279,10 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
         write_rank(source, target_layout(source, ranks, engine.zero_sub_group_size()), dist.rank(), unfinished)
     except (OSError, InputError) as caught:
         error = error_text(caught)
+    dist.meet()
     what = f"{path} of {count(manifest.world_size, 'rank')} could not be resharded for {ranks}"
     agree(dist.gather_objects(error), unfinished, what)
-    if dist.rank() == 0:
-        print(f"{path} of {count(manifest.world_size, 'rank')} was resharded for {ranks}", flush=True)
+    dist.say(f"{path} of {count(manifest.world_size, 'rank')} was resharded for {ranks}")
 
 
 def _load(engine: Engine, checkpoint: Path) -> None:
@@ -291,10 +294,7 @@ def _load(engine: Engine, checkpoint: Path) -> None:
         error = error_text(caught)
     if errors := [error for error in dist.gather_objects(error) if error]:
         raise SharedError(errors[0])
-    reader = engine.checkpoint_engine = RestrictedReader(engine.checkpoint_engine)
-    try:
+    with restricted_reader(engine):
         _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    finally:
-        engine.checkpoint_engine = reader.wrapped
     states = client_state["igpt_ds/rng"]
     restore_rng(states[dist.rank() % len(states)])

@@ -1,10 +1,10 @@
 """The watchdog. In: reported progress. Out: heartbeat files. If progress stops, it dumps the stacks and ends the job.
 
 A thread of each rank writes the rank's heartbeat (train/heartbeat.py) every few seconds. After --hang_minutes without progress
-it writes the Python stacks of all threads to RUN_DIR/stacks/rank-0.txt (to stderr before `settle`) and ends the process with
-status 86 (`cli.HUNG`); the launcher then ends the other ranks. A collective waits for its slowest rank, so one hung rank makes
-all ranks seem to hang. The cause is the rank that is in another place than the others, or the one without a stack file because
-its whole process was stopped.
+it writes the Python stacks of all threads to RUN_DIR/stacks/rank-0.txt (to stderr before `settle`) and the last collectives to
+RUN_DIR/flight_recorder, and ends the process with status 86 (`cli.HUNG`); the launcher then ends the other ranks. A collective
+waits for its slowest rank, so one hung rank makes all ranks seem to hang. The cause is the rank that is in another place than the
+others, or the one without a stack file because its whole process was stopped.
 
 train.py and train/loop.py report progress with `alive`. The phases in `FILE_PHASES` may take hours, so there two more things
 count as progress: bytes that the process reads or writes, and recent progress of another rank, for which this one may be waiting.
@@ -20,21 +20,15 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from igpt_ds import cli, dist
 from igpt_ds.errors import error_text
 from igpt_ds.plain_files import open_plain
-from igpt_ds.train.heartbeat import (
-    BEGINNING,
-    HEARTBEAT_SECONDS,
-    Heartbeat,
-    heartbeat_file,
-    heartbeat_files,
-    newest_sign,
-    remove_heartbeats,
-    write_heartbeat,
-)
+from igpt_ds.train.heartbeat import BEGINNING, HEARTBEAT_SECONDS, Heartbeat, signs
+from igpt_ds.train.safety import flight_recorder
+from igpt_ds.train.safety.node_beats import NodeBeats
 
 FILE_PHASES = (*BEGINNING, "save", "consolidate")
 LEAST_BYTES = 1 << 20  # that count as progress between two checks: more than heartbeats take
@@ -51,11 +45,18 @@ class Watchdog:
     def __init__(self, run_dir: Path, hang_minutes: float, every_seconds: float = HEARTBEAT_SECONDS) -> None:
         self.run_dir, self.stacks = run_dir, run_dir / "stacks" / f"rank-{dist.rank()}.txt"
         self.limit, self.every = 60 * hang_minutes, every_seconds
+        self._wait = min(self.every / 2, self.limit / 4) if self.limit else self.every / 2
         self.step, self.phase, self.step_seconds, self.error = 0, BEGINNING[0], 0.0, ""
         self.time, self._alive, self._bytes = time.time(), time.monotonic(), 0
-        self._signs, self._others = dict[Path, float](), -math.inf  # of other ranks' progress: the last seen, and when it changed
+        self._beats: NodeBeats | None = None
+        self._signs, self._others = dict[int, float](), -math.inf  # of other ranks' progress: the last seen, and when it changed
         self._settled, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    @property
+    def time_limit(self) -> timedelta:
+        """The limit of a collective: later than this watchdog's, whose report says more than the abort of a collective."""
+        return timedelta(seconds=max(2 * self.limit, self.limit + 300)) if self.limit else timedelta(days=7)
 
     def start(self) -> None:
         """Starts the thread, which writes no file yet. `cli.run` closes it however the program ends."""
@@ -65,12 +66,12 @@ class Watchdog:
     def settle(self) -> None:
         """The run directory belongs to this run now: writes the first heartbeat, and starts to write the others.
 
-        Removes the heartbeats of ranks that an earlier start had and this one does not.
+        Every rank calls this. It removes the heartbeats of an earlier start.
         """
-        if dist.rank() == 0:
-            remove_heartbeats(self.run_dir, dist.world_size())
+        self._beats = NodeBeats.meet(self.run_dir, self.every)
         # tools/diagnose.py asks for stacks with SIGUSR2. A handler in C answers even where no Python runs, as in a collective.
         self.stacks.parent.mkdir(parents=True, exist_ok=True)
+        flight_recorder.make_directory(os.environ)
         self._live = open(self.stacks.with_suffix(".live.txt"), "a", encoding="utf-8", opener=open_plain)  # noqa: SIM115  (see `close`)
         faulthandler.register(signal.SIGUSR2, self._live, all_threads=True)
         self.write()
@@ -92,7 +93,7 @@ class Watchdog:
         self.time, self._alive = time.time(), time.monotonic()
 
     def write(self) -> None:
-        """Writes the heartbeat file. A full or absent disk does not end the run."""
+        """Writes this rank's heartbeat. A full or absent disk does not end the run."""
         beat = Heartbeat(
             rank=dist.rank(),
             step=self.step,
@@ -104,10 +105,11 @@ class Watchdog:
             written=time.time(),
             error=self.error,
         )
-        try:
-            write_heartbeat(self.run_dir, beat)
-        except OSError as error:
-            print(f"heartbeat not written: {error_text(error)}", file=sys.stderr, flush=True)
+        if self._beats is not None:
+            try:
+                self._beats.write(beat, first=not self._settled)
+            except OSError as error:
+                print(f"heartbeat not written: {error_text(error)}", file=sys.stderr, flush=True)
 
     def close(self, phase: str, error: str = "") -> None:
         """Ends the thread and writes the last heartbeat, which says how the run ended. A second call does nothing."""
@@ -127,14 +129,11 @@ class Watchdog:
         self.close("end", " ".join(error.split()))
 
     def _watch(self) -> None:
-        wait = min(self.every, self.limit / 4) if self.limit else self.every
-        written = time.monotonic()
-        while not self._ended.wait(wait):
+        while not self._ended.wait(self._wait):
             if self.phase in FILE_PHASES:
                 self._count_bytes()
-            if self._settled and time.monotonic() - written >= self.every:
+            if self._settled:
                 self.write()
-                written = time.monotonic()
             idle = time.monotonic() - self._alive
             if self.limit and idle > self.limit / 2 and self.phase in FILE_PHASES and self._settled:
                 self._watch_others()
@@ -153,11 +152,10 @@ class Watchdog:
 
     def _watch_others(self) -> None:
         # Their clocks may be wrong, so a change counts, not the time in the file.
-        own = heartbeat_file(self.run_dir, dist.rank())
-        signs = {path: newest_sign(path) for path in heartbeat_files(self.run_dir) if path != own}
-        if any(sign != self._signs.get(path, sign) for path, sign in signs.items()):
+        now = {rank: sign for rank, sign in signs(self.run_dir).items() if rank != dist.rank()}
+        if any(sign != self._signs.get(rank, sign) for rank, sign in now.items()):
             self._others = time.monotonic()
-        self._signs = signs
+        self._signs = now
 
     def _give_up(self) -> None:
         words = f"no progress for {self.limit / 60:g} minutes in phase {self.phase!r} after step {self.step}"
@@ -168,11 +166,15 @@ class Watchdog:
                 file.write(f"{words}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+            flight_recorder.dump(os.environ, dist.rank())
         else:
             print(words, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         where = self.stacks if self._settled else "its stacks are above"
         print(f"rank {dist.rank()} hangs in phase {self.phase!r} after step {self.step}: {where}", file=sys.stderr, flush=True)
+        time.sleep(
+            self._wait
+        )  # the other ranks look as often: the launcher ends them before their own reports if this one leaves
         os._exit(cli.HUNG)
 
 

@@ -163,7 +163,8 @@ def test_a_copy_under_another_name_is_passed_over(tmp_path: Path, capsys: pytest
 def test_pruning_keeps_the_last_and_every_kth(tmp_path: Path) -> None:
     for step in range(100, 1000, 100):
         make(tmp_path, step)
-    prune(tmp_path, keep_last=2, keep_every=300)
+    doomed = prune(tmp_path, keep_last=2, keep_every=300)
+    assert [path.name for path in doomed] == [f"{checkpoint_name(step)}.partial" for step in (100, 200, 400, 500, 700)]
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in (300, 600, 800, 900)]
 
 

@@ -16,6 +16,7 @@ from igpt_ds.json_files import read_json
 from igpt_ds.ops.status import read_status
 from igpt_ds.ops.status_text import status_text
 from igpt_ds.train.checkpoint.directory import checkpoint_name
+from igpt_ds.train.heartbeat import all_heartbeats
 from igpt_ds.train.schedule import learning_rate
 
 pytestmark = pytest.mark.slow
@@ -57,8 +58,8 @@ def test_too_high_a_rate_stops_with_advice_and_keeps_the_good_state(launch: Any,
     found = read_status(tmp_path / "run", time.time())
     assert (found.state, found.seconds_left) == ("lost", None)
     assert f" at step {lost['step']}: " in status_text(found)
-    beat = read_json(tmp_path / "run" / "heartbeat" / "rank-00000.json", "heartbeat")
-    assert (beat["phase"], beat["error"]) == ("end", error.removeprefix("train.py: error: "))
+    beat = all_heartbeats(tmp_path / "run")[0]
+    assert (beat.phase, beat.error) == ("end", error.removeprefix("train.py: error: "))
 
 
 def test_rollback_leaves_the_bad_images_out_and_survives_interruptions(

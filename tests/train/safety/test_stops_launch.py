@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from igpt_ds.cli import HUNG, STOPPED
 from igpt_ds.json_files import read_json, read_json_lines
+from igpt_ds.train.heartbeat import all_heartbeats
 
 pytestmark = pytest.mark.slow
 Curves = Callable[[str], list[dict[str, Any]]]
@@ -46,7 +48,8 @@ def test_usr1_to_one_rank_in_each_phase_then_the_curve_of_a_whole_run(
     assert "stopped by Ctrl-C; everything is saved; continue with: " in said
     assert newest(run) == "step-00000010"  # the step after the signal is the last
     assert not (run / "FINISHED").exists()
-    assert {read_json(run / "heartbeat" / f"rank-0000{rank}.json", "heartbeat")["phase"] for rank in (0, 1)} == {"stopped"}
+    assert [path.name for path in (run / "heartbeat").iterdir()] == ["node-00000.json"]  # of both ranks
+    assert {rank: beat.phase for rank, beat in all_heartbeats(run).items()} == {0: "stopped", 1: "stopped"}
 
     ended(launch(resume, ranks=2), 0)
     assert (run / "FINISHED").exists()
@@ -168,4 +171,6 @@ def test_a_hung_rank_ends_with_stacks(launch: Any, with_fault: Any, command: Com
     stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
     assert stacks.startswith("no progress for 0.2 minutes in phase 'step' after step 5")
     assert 'loop.py", line ' in stacks  # where the main thread stood
+    recorded = pickle.loads((tmp_path / "run" / "flight_recorder" / "rank_0").read_bytes())
+    assert recorded["entries"][-1]["state"] != "completed"  # the collective that rank 1 does not join
     assert not (tmp_path / "run" / "FINISHED").exists()

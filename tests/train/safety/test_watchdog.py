@@ -15,38 +15,44 @@ import pytest
 
 from igpt_ds.cli import HUNG
 from igpt_ds.json_files import read_json
-from igpt_ds.train.heartbeat import newest_sign
+from igpt_ds.train.heartbeat import signs
 from igpt_ds.train.safety.watchdog import Watchdog, transferred_bytes
 
 Tell = Callable[[Path, str], "subprocess.CompletedProcess[str]"]
 LIMIT = 1.8  # seconds without a sign of life; a busy machine may hold up a process for one
 
 
+def beat_of(run_dir: Path) -> dict[str, Any]:
+    """Rank 0's heartbeat, of a node whose only rank it is."""
+    (beat,) = read_json(run_dir / "heartbeat" / "node-00000.json", "heartbeat")["ranks"]
+    return dict(beat)
+
+
 def test_heartbeats_tell_what_a_rank_did_last(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path, hang_minutes=0, every_seconds=0.01)
-    file = tmp_path / "heartbeat" / "rank-00000.json"
+    file = tmp_path / "heartbeat" / "node-00000.json"
     file.parent.mkdir()
     (file.parent / "rank-00001.json").write_text("{}")  # of a time when there were more ranks
     watchdog.start()
     time.sleep(0.1)
     assert [path.name for path in file.parent.iterdir()] == ["rank-00001.json"]  # the directory may be another run's
     watchdog.settle()
-    assert [path.name for path in file.parent.glob("rank-*.json")] == ["rank-00000.json"]
-    first = read_json(file, "heartbeat")
+    assert [path.name for path in file.parent.glob("*.json")] == ["node-00000.json"]
+    first = beat_of(tmp_path)
     assert (first["step"], first["phase"], first["pid"]) == (0, "joining", os.getpid())
     watchdog.alive("step", 3, 0.25)
     watchdog.alive("save", 3)
     deadline = time.monotonic() + 600
-    while read_json(file, "heartbeat")["phase"] != "save":
+    while beat_of(tmp_path)["phase"] != "save":
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    beat = read_json(file, "heartbeat")
+    beat = beat_of(tmp_path)
     assert {name: beat[name] for name in ("step", "phase", "step_seconds")} == {"step": 3, "phase": "save", "step_seconds": 0.25}
-    assert set(beat) == {"step", "phase", "time", "host", "pid", "step_seconds", "written", "sha256"}
+    assert set(beat) == {"rank", "step", "phase", "time", "host", "pid", "step_seconds", "written"}
     assert beat["written"] >= beat["time"] >= first["time"]
     watchdog.close("stopped")
     watchdog.close("end", "too late")
-    last = read_json(file, "heartbeat")
+    last = beat_of(tmp_path)
     assert (last["phase"], last["step"]) == ("stopped", 3)
     assert "error" not in last
 
@@ -124,12 +130,12 @@ def test_a_rank_waits_for_one_that_lives_and_not_for_one_that_hangs(tell: Tell, 
         watchdog.alive("verifying", 0)
         until = time.time() + 4  # until then the other rank, with a clock of 2033
         while time.time() < until:
-            write_heartbeat(run_dir, Heartbeat(1, 0, "verifying", 2e9 + time.time() - until, "node2", 7, 0.0, 1.0))
+            write_heartbeats(run_dir, [Heartbeat(1, 0, "verifying", 2e9 + time.time() - until, "node2", 7, 0.0, 1.0)])
             time.sleep(0.05)
         print(until, flush=True)
         threading.Event().wait()
     """
-    done = tell(tmp_path, "from igpt_ds.train.heartbeat import Heartbeat, write_heartbeat\n" + textwrap.dedent(wait))
+    done = tell(tmp_path, "from igpt_ds.train.heartbeat import Heartbeat, write_heartbeats\n" + textwrap.dedent(wait))
     ended = time.time()
     assert done.returncode == HUNG, done.stderr
     assert ended > float(done.stdout) + LIMIT / 2
@@ -146,13 +152,13 @@ def test_a_rank_waits_for_one_that_lives_and_not_for_one_that_hangs(tell: Tell, 
 )
 def test_the_last_heartbeat_tells_of_any_end(tell: Tell, tmp_path: Path, story: str, status: int, error: str | None) -> None:
     assert tell(tmp_path, f"watchdog.settle()\n{story}").returncode == status
-    beat = read_json(tmp_path / "heartbeat" / "rank-00000.json", "heartbeat")
+    beat = beat_of(tmp_path)
     assert (beat["phase"], beat.get("error")) == ("end", error)
 
 
 def test_a_system_that_does_not_count_bytes_gives_no_sign(tmp_path: Path) -> None:
     assert transferred_bytes(tmp_path) == 0
-    assert newest_sign(tmp_path / "none.json") == 0
+    assert signs(tmp_path) == {}
     assert transferred_bytes() > 0
 
 
