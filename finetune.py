@@ -274,8 +274,8 @@ def conclude(
     dist.say(f"{out}: step {info.step}, {why_kept(early)}")
     if evaluated is None:
         return None
-    found = dist.from_rank_0(lambda: choose_checkpoint(args.run_dir, info.step))
-    load_checkpoint(engine, found, session.facts, verified=True)
+    found = dist.from_rank_0(lambda: choose_checkpoint(args.run_dir, info.step, verify=False))
+    load_checkpoint(engine, found, session.facts)
     watch.watchdog.alive("evaluation", info.step)
     engine.eval()
     row, confusion = result(engine, info, held_out, evaluated, session.run.micro_batch, engine.device, args.mask_draws)

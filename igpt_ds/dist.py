@@ -199,7 +199,10 @@ def meet() -> None:
 
     Ranks whose work may take longer than the time limit of a collective meet here before it.
     """
-    if "ours" in _stores and world_size() > 1:
+    if "ours" not in _stores:  # another program made the group
+        if td.is_initialized():
+            barrier()
+    elif world_size() > 1:
         store, key = _stores["ours"], f"meeting {next(_meetings)}"
         if store.add(key, 1) == world_size():
             store.set(f"{key}: all", "")

@@ -30,6 +30,7 @@ from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops.compare import compare_runs
 from igpt_ds.plain_files import open_plain
+from igpt_ds.train.heartbeat import all_heartbeats
 
 WAYS = {"kill -9 of one rank": signal.SIGKILL, "kill -9 of all ranks": signal.SIGKILL, "USR1": signal.SIGUSR1}
 CURVES = ("loss", "val_loss", "lr", "images_seen")  # columns of train.jsonl that must agree
@@ -131,12 +132,12 @@ def seconds_a_step(run_dir: Path) -> float:
 
 def interrupt(command: Sequence[str], run_dir: Path, way: str, target: int, step_s: float, dice: random.Random) -> None:
     """Starts the run, lets it train to that step and up to two steps more, and interrupts it."""
-    heartbeats, started = run_dir / "heartbeat", time.time()
+    started = time.time()
     process = begin(command, run_dir)
-    while process.poll() is None and (last_step(run_dir) < target or not _pids(heartbeats, started)):
+    while process.poll() is None and (last_step(run_dir) < target or not _pids(run_dir, started)):
         time.sleep(min(0.1, step_s / 2))
     time.sleep(dice.uniform(0, min(2 * step_s, 3)))  # within a step, or in the save after it
-    pids = _pids(heartbeats, started)
+    pids = _pids(run_dir, started)
     for pid in pids if way == "kill -9 of all ranks" else [dice.choice(pids)] if pids else []:
         try:
             os.kill(pid, WAYS[way])
@@ -145,14 +146,9 @@ def interrupt(command: Sequence[str], run_dir: Path, way: str, target: int, step
     process.wait()
 
 
-def _pids(heartbeats: Path, since: float) -> list[int]:
+def _pids(run_dir: Path, since: float) -> list[int]:
     # The ranks of this start on this machine, by their heartbeats.
-    beats = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(heartbeats.glob("rank-*.json"))
-        if path.stat().st_mtime > since
-    ]
-    return [beat["pid"] for beat in beats]
+    return [beat.pid for beat in all_heartbeats(run_dir).values() if beat.written > since]
 
 
 def weights(run_dir: Path, model_dir: Path) -> str:

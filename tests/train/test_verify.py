@@ -110,3 +110,21 @@ def test_ids_of_rows_leave_out_excluded_images(data: Path, tmp_path: Path) -> No
     second = shards.entries[0].n_images
     assert shards.ids_of(0, np.array([1, 2, 3])).tolist() == [1, 2]
     assert shards.ids_of(1, np.array([17 - second, 18 - second])).tolist() == [16]
+
+
+def test_one_of_several_ranks_leaves_the_sizes_to_the_shared_check(
+    read: Read, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data / "train-000001.tar").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="is missing or torn: 4 bytes"):
+        ShardSet(data, "train")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    images = open_mixture([data])
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(ValueError, match=r"train-000001\.tar: .* the file ends after 4 of .*; make the shards again"):
+        verify(images, None, "never", data / "verified.json")
+    with pytest.raises(ValueError, match=r"train-000001\.tar is missing or torn: 4 bytes"):  # if nobody had asked
+        images.shard_sets[0].tokens(np.arange(images.n_images))
+    (data / "train-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"train-000001\.tar: .* the file ends after 0 of .*; make the shards again"):
+        verify(images, None, "once", data / "verified.json")

@@ -27,7 +27,7 @@ def wait_for_builds(patience: float = PATIENCE) -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.rglob("lock")) if dist.local_rank() == 0 else []:
         _wait(lock, patience)
-    dist.barrier()
+    dist.meet()
 
 
 def _wait(lock: Path, patience: float) -> None:

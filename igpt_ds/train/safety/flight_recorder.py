@@ -54,7 +54,7 @@ def dump(environment: MutableMapping[str, str], rank: int) -> None:
     torch, prefix = sys.modules.get("torch"), _prefix(environment)
     if torch is None or not prefix:
         return
-    faulthandler.dump_traceback_later(_DUMP_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(_DUMP_SECONDS, exit=True, file=2)
     collectives = torch._C._distributed_c10d
     take = getattr(collectives, "_dump_nccl_trace", None) if torch.cuda.is_available() else None
     take = take or getattr(collectives, "_dump_fr_trace", None)

@@ -22,7 +22,7 @@ from igpt_ds.train.heartbeat import Heartbeat, heartbeat_from, remove_heartbeats
 
 _PREFIX = "igpt_ds.heartbeats."
 _OLD_SECONDS = 86400.0  # a directory that nobody wrote to for so long is of a run that was killed
-_LOCK_SECONDS = 2.0  # to wait for another rank of the node, which may be stopped while it writes
+_LOCK_SECONDS = 5.0  # to wait for another rank of the node, which may be stopped while it writes
 
 
 class NodeBeats:
@@ -62,24 +62,26 @@ class NodeBeats:
         Raises:
             OSError: a disk is full or does not answer.
         """
-        beats = [beat]
-        if self._shared is not None:
-            with suppress(OSError):  # without room in TMPDIR a file of its own
-                write_json(self._shared / f"{beat.rank}.json", beat.to_dict())
         if first:
+            self._note(beat)
             dist.meet()
         lock = self._locked()
         try:
+            self._note(beat)
             beats = self._on_this_node(beat)
-            due = beat.ended or (self._writer(beats) == beat.rank and time.monotonic() >= self._next)
-            if due:
+            if beat.ended or (self._writer(beats) == beat.rank and time.monotonic() >= self._next):
                 self._next = time.monotonic() + 0.9 * self._every  # the watchdog comes twice in that time
                 write_heartbeats(self._run_dir, beats)
+            if self._shared is not None and all(one.ended for one in beats):
+                shutil.rmtree(self._shared, ignore_errors=True)
         finally:
             if lock is not None:
                 os.close(lock)
-        if self._shared is not None and all(one.ended for one in beats):
-            shutil.rmtree(self._shared, ignore_errors=True)
+
+    def _note(self, beat: Heartbeat) -> None:
+        if self._shared is not None:
+            with suppress(OSError):  # without room in TMPDIR a file of its own
+                write_json(self._shared / f"{beat.rank}.json", beat.to_dict())
 
     def _on_this_node(self, own: Heartbeat) -> list[Heartbeat]:
         found = {own.rank: own}
@@ -95,7 +97,7 @@ class NodeBeats:
         return next((beat.rank for beat in beats if not beat.ended and beat.file_age(now) < 3 * self._every), None)
 
     def _locked(self) -> int | None:
-        """The lock of the node's file: else of two ranks that end at one moment the file might miss one."""
+        """The lock of the node's file: without it the file may miss one of two ranks that end at the same moment."""
         if self._shared is None:
             return None
         end = time.monotonic() + _LOCK_SECONDS
