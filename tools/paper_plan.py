@@ -36,7 +36,8 @@ from igpt_ds.paper.stage import Flags, Stage, command_line, shown, unfinished
 from igpt_ds.paper.stages import stages
 from igpt_ds.paper.system import Images, Scale, Training
 from igpt_ds.plan.command import add_ds_config_flag, network
-from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.plan.gpus import GPUS
+from igpt_ds.plan.step_time import Cluster
 from igpt_ds.sealed import Format
 from igpt_ds.train import flags as train_flags
 from igpt_ds.train import run_dir

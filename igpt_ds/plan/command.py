@@ -23,10 +23,11 @@ from igpt_ds.ds_config import Run, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.plan.costs import KEEP_LAST
 from igpt_ds.plan.estimate import DOLLARS, Estimate, NoPlan, Price, estimate
+from igpt_ds.plan.gpus import GPUS
 from igpt_ds.plan.options import Request, options
 from igpt_ds.plan.recipes import GPU, recipe_table
 from igpt_ds.plan.shipped import ds_config_names, find_ds_config, shipped
-from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.plan.step_time import Cluster
 from igpt_ds.plan.text import describe_plan, describe_table
 
 TABLE = tuple(2**power for power in range(3, 12))  # 8 to 2048 GPUs

@@ -36,19 +36,6 @@ class Shape(Protocol):
         """Whether the [V, C] matrix of the head is that of the embedding."""
 
 
-# Dense bf16 FLOP/s of one GPU from the data sheets, by the name that torch reports; the longest match counts.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "H800": 989.4e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "V100": 125e12,
-}
-
 # Memory for CUDA's context and NCCL's buffers in bytes; the sizes of DeepSpeed's buckets in our ds_configs.
 CONTEXT = 1.5 * GIB
 LIVE_PARAMETERS = 1e9  # stage3_max_live_parameters: limit on gathered weights held at once
@@ -111,12 +98,6 @@ def train_flops_per_token(config: Shape, causal: bool = False) -> float:
 def multiplied(config: Shape) -> int:
     """The number of weights used in matrix products: all but the embeddings, the gains and sos."""
     return 12 * config.n_layer * config.n_embd**2 + config.n_vocab * config.n_embd
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The dense bf16 peak of a GPU from its data sheet, or None for an unknown device."""
-    matches = [name for name in PEAK_FLOPS if name in device_name]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 @dataclass(frozen=True)

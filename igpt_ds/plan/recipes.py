@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from igpt_ds.config import RECIPES, Recipe
 from igpt_ds.console import duration
+from igpt_ds.plan.gpus import GPUS
 from igpt_ds.plan.options import Request, options
-from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.plan.step_time import Cluster
 from igpt_ds.plan.text import columns, run_time
 
 GPU = "h100-80g"

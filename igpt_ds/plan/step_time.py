@@ -19,37 +19,7 @@ from igpt_ds.plan.costs import (
     parameters,
     train_flops_per_token,
 )
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU. `peak` is the rate of the data sheet, the reference of MFU; the other rates are those reached in practice."""
-
-    name: str
-    memory: float  # bytes, from the data sheet
-    peak: float  # dense bf16 FLOP/s, from the data sheet
-    gemm: float  # FLOP/s of large bf16 products
-    attention: float  # FLOP/s of a flash attention kernel
-    hbm: float  # bytes a second of its memory
-    nvlink: float  # bytes a second of collectives inside a node
-    fp32: float  # FLOP/s of float32 without TF32, from the data sheet
-
-
-# Memory and peak: NVIDIA's data sheets of A100 (2020), H100 and H200 SXM (2023, 2024) and HGX B200 (2024).
-# H100: matrix products 680e12 during training (794.5e12 alone) and NVLink 396e9 of 450e9 pairwise, from S. Bekman's
-# ml-engineering; attention 480e12 by cuDNN 9 or FlashAttention 3 at head dimension 128; HBM 0.9 of the data sheet, as a copy on
-# an H200 reaches (4.3e12 of 4.8e12). A100: products 268e12 alone (ml-engineering), attention 0.63 of the peak (FlashAttention 2).
-# B200: the same fractions of the data sheet as H100, unchecked. Float32 is without TF32, which torch takes only when asked to.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("a100-40g", 40e9, 312e12, 260e12, 196e12, 1.4e12, 230e9, 19.5e12),
-        Gpu("a100-80g", 80e9, 312e12, 260e12, 196e12, 1.83e12, 230e9, 19.5e12),
-        Gpu("h100-80g", 80e9, 989.4e12, 680e12, 480e12, 3.0e12, 360e9, 67e12),
-        Gpu("h200-141g", 141e9, 989.4e12, 700e12, 500e12, 4.3e12, 360e9, 67e12),
-        Gpu("b200", 180e9, 2250e12, 1550e12, 1090e12, 7.2e12, 720e9, 75e12),
-    )
-}
+from igpt_ds.plan.gpus import Gpu
 
 # Two fitted constants: the share of those rates that a training step reaches, and the latency of one ring hop between nodes in
 # seconds. Fitted to llm-foundry's 7B on 8 to 512 H100 and to Fernandez et al. (arXiv 2411.13055) on 128 to 2048.

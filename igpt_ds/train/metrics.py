@@ -37,13 +37,14 @@ from igpt_ds.errors import naming
 from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plain_files import open_plain, utf8_path
-from igpt_ds.plan import costs
 from igpt_ds.plan.costs import GIB, train_flops_per_token
+from igpt_ds.plan.gpus import peak_flops
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.train.screen import Table
 
 SLOW = 1.2  # times the median: the console names the slowest rank
 WAIT = 0.1  # share of the time that rank 0 waits for images: the console says so
+LARGE = {"gpu": 8192, "cpu": 1024}  # side of the matrices whose product is the peak of an unknown device
 Value = float | int | None
 
 
@@ -58,7 +59,7 @@ class TrainingRow:
     grad_norm: float
     images_per_s: float
     tokens_per_s: float
-    mfu: float  # share of the peak, 0..1
+    mfu: float | None  # share of the peak, 0..1; None if more than the peak was measured
     memory_gib: float
     skipped_steps: int  # since step 0
     data_wait: float  # share of the time since the last row that rank 0 waited for images
@@ -139,6 +140,7 @@ class Metrics:
         steps, seconds = step - self.clock_step, now - self.clock
         images_per_s = steps * recipe.batch_images / seconds
         tokens_per_s = images_per_s * recipe.model.n_ctx
+        flops = tokens_per_s * train_flops_per_token(recipe.model)
         rank, ratio = None, None
         if self.product is not None:
             mine = self.data_seconds / max(1, steps) + min(_product_seconds(self.product, 3))
@@ -151,7 +153,7 @@ class Metrics:
             grad_norm=grad_norm,
             images_per_s=images_per_s,
             tokens_per_s=tokens_per_s,
-            mfu=tokens_per_s * train_flops_per_token(recipe.model) / self.peak,
+            mfu=utilisation(flops, self.peak),
             memory_gib=memory_gib(),
             skipped_steps=skipped_steps,
             data_wait=self.data_seconds / seconds,
@@ -165,7 +167,9 @@ class Metrics:
             return
         self._write(to_json(row), "train")
         self.bar.update(step - self.bar.n)
-        self._say(self.table.training(step, loss, lr, images_per_s, recipe.batch_images) + row.notes())
+        doubt = f"  MFU unknown: {flops:.2e} FLOP/s exceed the peak of {self.peak:.2e}, which must be wrong"
+        notes = row.notes() + (doubt if row.mfu is None else "")
+        self._say(self.table.training(step, loss, lr, images_per_s, recipe.batch_images) + notes)
 
     def validation(self, step: int, val_loss: float, more: Mapping[str, float] | None = None) -> None:
         """Logs a validation loss and other measured values. The speed leaves out the time of the validation."""
@@ -221,6 +225,11 @@ class Metrics:
             self.bar.write(line)
 
 
+def utilisation(flops: float, peak: float) -> float | None:
+    """Model FLOPs utilisation, 0..1, from FLOP/s; None above the peak, because then the peak must be wrong."""
+    return flops / peak if flops <= peak else None
+
+
 def slowest(seconds: Sequence[float]) -> tuple[int, float]:
     """(the rank with the most seconds, their ratio to the median); the first of equal ranks."""
     rank = max(range(len(seconds)), key=lambda index: seconds[index])
@@ -246,15 +255,19 @@ def memory_gib() -> float:
 
 
 def peak_of_all_ranks(device: torch.device, precision: str) -> tuple[float, str]:
-    """(FLOP/s of all ranks together, its source): the vendor's bf16 peak of a GPU, else a matmul measured here."""
+    """(FLOP/s of all ranks together, its source): the vendor's bf16 peak of a known GPU, else a large product measured here."""
     name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-    printed = costs.peak_flops(name)
-    peak = printed if printed else _measured_matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    total = float(dist.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=device)))
-    return total, f"{name}, {'printed bf16 peak' if printed else 'measured matmul'}"
+    printed, source = peak_flops(name), "printed bf16 peak"
+    if printed is None:
+        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+        n, dtype = LARGE["cpu" if device.type == "cpu" else "gpu"], {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, usual)
+        printed, source = measured_product(device, dtype, n), f"measured: a product of {n} x {n} in {str(dtype)[6:]}"
+    total = float(dist.sum_over_ranks(torch.tensor(printed, dtype=torch.float64, device=device)))
+    return total, f"{name}, {source}"
 
 
-def _measured_matmul(device: torch.device, dtype: torch.dtype, n: int = 1024, repeats: int = 5) -> float:
+def measured_product(device: torch.device, dtype: torch.dtype, n: int, repeats: int = 5) -> float:
+    """FLOP/s of the product of two [n, n] matrices of random numbers, the best of some repeats."""
     return 2 * n**3 / min(_product_seconds(_matrix(device, dtype, n), repeats))
 
 

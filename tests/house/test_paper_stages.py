@@ -15,7 +15,8 @@ from igpt_ds.paper.scales import SCALES, get_scale
 from igpt_ds.paper.stage import Flags, Stage
 from igpt_ds.paper.stages import stages
 from igpt_ds.paper.system import Scale, Training
-from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.plan.gpus import GPUS
+from igpt_ds.plan.step_time import Cluster
 from igpt_ds.train import finetune_flags
 from igpt_ds.train import flags as train_flags
 from igpt_ds.train.sweep import Result, write_sweep

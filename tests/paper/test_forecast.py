@@ -15,7 +15,8 @@ from igpt_ds.paper.scales import SCALES, get_scale
 from igpt_ds.paper.stage import Stage
 from igpt_ds.paper.stages import stages
 from igpt_ds.paper.system import Images, Scale, System, Training
-from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.plan.gpus import GPUS
+from igpt_ds.plan.step_time import Cluster
 
 ROOT = Path(__file__).parents[2]
 COUNTS = {"train": 1000, "val": 100, "test": 100}

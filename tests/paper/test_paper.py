@@ -23,7 +23,8 @@ from igpt_ds.paper.stage import Stage, command_line, unfinished
 from igpt_ds.paper.stages import stages
 from igpt_ds.paper.system import Images, Training
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
-from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.plan.gpus import GPUS
+from igpt_ds.plan.step_time import Cluster
 
 H100S = Cluster(GPUS["h100-80g"])
 DATA = {"own": "imagefolder:photos", "tiny": None, "cifar": "cifar10:batches", "full": "data"}

@@ -19,7 +19,6 @@ from igpt_ds.plan.costs import (
     forward_flops_per_token,
     memory,
     parameters,
-    peak_flops,
     train_flops_per_token,
     wire_bytes,
 )
@@ -135,13 +134,6 @@ def test_bytes_on_the_wire():
 
 def test_one_rank_sends_nothing():
     assert wire_bytes(XL, RankLayout(1)) == 0
-
-
-def test_peak_of_a_gpu_by_its_name():
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
-    assert peak_flops("NVIDIA H100 NVL") == 835e12
-    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
-    assert peak_flops("a device nobody knows") is None
 
 
 @given(

@@ -16,8 +16,9 @@ from igpt_ds.ds_config import SHIPPED, join, load_ds_config
 from igpt_ds.plan.command import dry_run, main, network
 from igpt_ds.plan.costs import GIB, memory
 from igpt_ds.plan.estimate import Price, estimate, rank_layout
+from igpt_ds.plan.gpus import GPUS
 from igpt_ds.plan.options import Request, options
-from igpt_ds.plan.step_time import GPUS, Cluster
+from igpt_ds.plan.step_time import Cluster
 from igpt_ds.train import flags as train_flags
 
 XL = get_recipe("igpt_xl_ar_64")

@@ -8,7 +8,8 @@ import pytest
 
 from igpt_ds.config import get_recipe
 from igpt_ds.plan.costs import RankLayout, parameters
-from igpt_ds.plan.step_time import GPUS, Cluster, step_time
+from igpt_ds.plan.gpus import GPUS
+from igpt_ds.plan.step_time import Cluster, step_time
 
 H100S = Cluster(GPUS["h100-80g"])  # nodes of 8 with 8 cards of 400 Gbit/s
 XL = get_recipe("igpt_xl_ar_64").model

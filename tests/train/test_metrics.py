@@ -8,12 +8,22 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import join
 from igpt_ds.json_files import read_json_lines
 from igpt_ds.train.flags import require_wandb
-from igpt_ds.train.metrics import SLOW, Metrics, TrainingRow, memory_gib, slowest
+from igpt_ds.train.metrics import (
+    SLOW,
+    Metrics,
+    TrainingRow,
+    measured_product,
+    memory_gib,
+    peak_of_all_ranks,
+    slowest,
+    utilisation,
+)
 
 
 @pytest.fixture
@@ -97,6 +107,25 @@ def test_the_slowest_rank_is_named_where_it_is_slow() -> None:
     assert "median" not in dataclasses.replace(row, slowest_rank=3, slowest_ratio=SLOW).notes()
     slow = dataclasses.replace(row, slowest_rank=3, slowest_ratio=1.5, skipped_steps=2, data_wait=0.25).notes()
     assert slow == "  2 steps skipped  25 % of the time waiting for data  rank 3 takes 1.5 times the median"
+
+
+def test_mfu_above_the_peak_is_unknown(run_dir: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert utilisation(2.0, 4.0) == 0.5
+    assert utilisation(4.1, 4.0) is None
+    curves = metrics(run_dir, recipe, start_step=3)
+    curves.peak = 1.0
+    curves.training(4, loss=1.0, lr=0.01, grad_norm=1.0, skipped_steps=0)
+    curves.close()
+    assert "mfu" not in read_json_lines(run_dir / "train.jsonl")[-1]
+    assert "exceed the peak of 1.00e+00, which must be wrong" in capsys.readouterr().out
+
+
+def test_the_peak_of_an_unknown_device_is_measured() -> None:
+    cpu = torch.device("cpu")
+    assert 1e8 < measured_product(cpu, torch.bfloat16, n=64) < 1e13
+    peak, source = peak_of_all_ranks(cpu, "fp32")
+    assert peak > 1e9
+    assert source == "CPU, measured: a product of 1024 x 1024 in float32"
 
 
 def test_wandb_that_is_not_there() -> None:

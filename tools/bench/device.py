@@ -26,7 +26,8 @@ from harness import Benchmark, BenchRow, MachineFacts, read_bench
 
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.plan import costs
-from igpt_ds.plan.step_time import GPUS, Cluster, Gpu, step_time
+from igpt_ds.plan.gpus import GPUS, Gpu, peak_flops
+from igpt_ds.plan.step_time import Cluster, step_time
 from igpt_ds.provenance import git_commit
 
 PEAK = "printed bf16 peak"
@@ -53,7 +54,7 @@ class DeviceSession:
     def peak(self) -> float:
         """The FLOP/s in bf16 of the data sheet; those of an H100 for an unknown device."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "H100"
-        return costs.peak_flops(name) or costs.PEAK_FLOPS["H100"]
+        return peak_flops(name) or GPUS["h100-80g"].peak
 
     def config(self, size: str, n_px: int, n_layer: int | None = None) -> ModelConfig:
         """A size of the paper, with n_layer layers if given; a model of two layers for --toy."""
