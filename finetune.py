@@ -43,7 +43,7 @@ from igpt_ds.train.checkpoint.directory import choose_checkpoint
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts
 from igpt_ds.train.early import EarlyStop
 from igpt_ds.train.finetune_flags import parse
-from igpt_ds.train.run_dir import check_same, has_checkpoints, write_finished
+from igpt_ds.train.run_dir import check_same, has_checkpoints, number_validated, write_finished
 from igpt_ds.train.schedule import warmup_note
 
 with lazy.imports():
@@ -60,11 +60,12 @@ with lazy.imports():
         measure,
         of_subset,
         starting_point,
+        validations,
     )
     from igpt_ds.train.loop import fit
     from igpt_ds.train.session import FinetuneStart, Session, open_session
     from igpt_ds.train.stream import batches
-    from igpt_ds.train.validation import validation_images
+    from igpt_ds.train.validation import validation_batch, validation_images
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shortened = run.recipe.warmup_steps < run.recipe.steps  # a run of an earlier version may warm up to its end
     note = warmup_note(args, math.ceil(images.n_originals / args.batch_images), run.recipe) if shortened else ""
     if args.dry_run:
-        dist.say("\n".join(filter(None, [dry_run(run, args, models=1), note])))
+        dist.say("\n".join(filter(None, [dry_run(run, args, 1, validations(args, images.n_originals)), note])))
         return
     session, _ = tune(args, start, images, run, note)
     dist.say(next_step(args, session))
@@ -101,9 +102,11 @@ def tune(
     check_start(args, start, images)
     row, validate = None, None
     begin = finetune_start(args, start, images, stop_in or args.run_dir)
+    args.val_images = number_validated(args, default=None)  # all: they choose the step, and an epoch lies between two validations
     with open_session(args, run, images, held_out, begin, note) as session:
         if held_out is not None:
-            validate = partial(measure, session.engine, recipe, held_out, run.micro_batch, args.val_images)
+            batch = validation_batch(run, held_out, args.val_images)
+            validate = partial(measure, session.engine, recipe, held_out, batch, args.val_images)
         fit(session, batches(images, run, with_labels=True), finetuning_loss(recipe), validate)
         if session.finished:
             row = conclude(args, session, held_out, evaluated)
@@ -120,7 +123,8 @@ def few_labels(args: argparse.Namespace, start: ModelInfo, pool: Mixture) -> Non
     parts = [few(pool, args.labels, args.seed, number) for number in range(args.subsets or SUBSETS)]
     if args.dry_run:
         run = choose_run(of_subset(args, 0, parts[0]), start, parts[0])
-        dist.say(f"{dry_run(run, args, models=1)}\n{len(parts)} such runs, one for each subset; the disk holds all of them")
+        plan = dry_run(run, args, 1, validations(args, args.labels))
+        dist.say(f"{plan}\n{len(parts)} such runs, one for each subset; the disk holds all of them")
         return
     if (args.run_dir / "run.json").exists():
         raise InputError(f"--run_dir {args.run_dir} holds a run with all labels; choose another for --labels {args.labels}")

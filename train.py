@@ -35,6 +35,7 @@ from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.files import check_writable
 from igpt_ds.plan.command import dry_run
 from igpt_ds.train.flags import choose_recipe, named_recipe, parse
+from igpt_ds.train.run_dir import number_validated
 from igpt_ds.train.schedule import warmup_note
 
 with lazy.imports():
@@ -45,7 +46,7 @@ with lazy.imports():
     from igpt_ds.train.loop import fit, pretraining_loss
     from igpt_ds.train.session import Session, open_session
     from igpt_ds.train.stream import batches
-    from igpt_ds.train.validation import validation_images, validation_loss
+    from igpt_ds.train.validation import validation_batch, validation_images, validation_loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, val_shards = run.recipe, validation_images(args.data[0], args.val_split, args.train_split)
     check_writable(directories=[args.run_dir])
     check_shards(images, recipe.model)
+    args.val_images = number_validated(args)
     with open_session(args, run, images, val_shards, note=note) as session:
         validate = None
         if val_shards is not None:
-            validate = partial(validation_loss, session.engine, recipe, val_shards, run.micro_batch, args.val_images)
+            batch = validation_batch(run, val_shards, args.val_images)
+            validate = partial(validation_loss, session.engine, recipe, val_shards, batch, args.val_images)
         fit(session, batches(images, run), pretraining_loss(recipe), validate)
     dist.say(next_step(session))
 

@@ -38,6 +38,8 @@ class _Zero(TypedDict, total=False):
     stage: int
     offload_optimizer: _Offload
     overlap_comm: bool
+    stage3_max_live_parameters: int
+    stage3_max_reuse_distance: int
     zero_hpz_partition_size: int
 
 
@@ -117,11 +119,7 @@ _DTYPES = (None, "fp32", "bf16", "fp16")
 _KNOWN_DTYPES = "must be fp32, bf16 or fp16"
 # Keys that DeepSpeed reads but that break a run or change nothing: (dotted name, test of a harmful value, why).
 _REFUSED: tuple[tuple[str, Callable[[object], bool], str], ...] = (
-    (
-        "activation_checkpointing",
-        lambda value: True,
-        "has no effect here: igpt_ds.activation_checkpointing decides; remove it",
-    ),
+    ("activation_checkpointing", lambda value: True, "has no effect here: igpt_ds.activation_checkpointing decides; remove it"),
     ("checkpoint.load_universal", bool, "breaks --resume auto: checkpoints of this project are not universal ones; remove it"),
     ("communication_data_type", lambda value: value not in _DTYPES, _KNOWN_DTYPES),
     ("data_types.grad_accum_dtype", lambda value: value not in _DTYPES, _KNOWN_DTYPES),

@@ -21,7 +21,7 @@ from igpt_ds.command_line.parser import Print, completing
 from igpt_ds.config import CHECKPOINTING, RECIPES, Recipe, get_recipe
 from igpt_ds.ds_config import Run, load_ds_config
 from igpt_ds.errors import InputError
-from igpt_ds.plan.costs import KEEP_LAST
+from igpt_ds.plan.costs import KEEP_LAST, VAL_IMAGES
 from igpt_ds.plan.estimate import DOLLARS, Estimate, NoPlan, Price, estimate
 from igpt_ds.plan.gpus import GPUS
 from igpt_ds.plan.options import Request, options
@@ -43,14 +43,17 @@ def network(text: str) -> float:
     return int(found[1]) * float(found[2]) * 1e9 / 8
 
 
-def dry_run(run: Run, args: argparse.Namespace, models: int = 0) -> str:
+def dry_run(run: Run, args: argparse.Namespace, models: int = 0, validation: tuple[int, int] | None = None) -> str:
     """The estimate of the run that train.py or finetune.py would start, as text.
 
     Args:
-        args: the values of `add_cluster_flags`, of --ds_config and of the flags that keep checkpoints.
+        args: the values of `add_cluster_flags`, of --ds_config, of validation and of the flags that keep checkpoints.
         models: checkpoints that are kept beside the newest ones.
+        validation: images of a validation and steps between two, where the flags have other defaults than train.py.
     """
-    price = Price(args.dollars_per_gpu_hour or DOLLARS, args.keep_last + models + len(args.keep_steps), args.keep_every)
+    kept = args.keep_last + models + len(args.keep_steps)
+    validated = validation or (args.val_images or VAL_IMAGES, args.val_every)
+    price = Price(args.dollars_per_gpu_hour or DOLLARS, kept, args.keep_every, *validated)
     return describe_plan([estimate(run, args.ds_config.name, read_cluster(args), price)])
 
 

@@ -38,9 +38,11 @@ class Shape(Protocol):
 
 # Memory for CUDA's context and NCCL's buffers in bytes; the sizes of DeepSpeed's buckets in our ds_configs.
 CONTEXT = 1.5 * GIB
-LIVE_PARAMETERS = 1e9  # stage3_max_live_parameters: limit on gathered weights held at once
+LIVE_PARAMETERS = 1e9  # weights, the default of stage3_max_live_parameters and of stage3_max_reuse_distance
 REDUCE_BUCKET, SUB_GROUP = 2e8, 2e8  # elements
 SPARE = 0.05  # share of a GPU's memory that fragmentation takes
+VAL_IMAGES, VAL_EVERY = 5000, 1000  # images of a validation and steps between two: the defaults of train.py
+VAL_BATCHES = 8  # micro batches of a training step that a validation reads at once, where memory allows
 KEEP_LAST = 2  # newest checkpoints that a run keeps: the default of --keep_last
 
 
@@ -59,6 +61,8 @@ class RankLayout:
     hpz: int = 1  # ranks that share a secondary copy of the weights (zero_hpz_partition_size)
     offload_optimizer: bool = False
     overlap: bool = True  # whether communication overlaps with arithmetic (overlap_comm)
+    live: float = LIVE_PARAMETERS  # gathered weights that stage 3 holds at once (stage3_max_live_parameters)
+    reuse: float = LIVE_PARAMETERS  # stage 3 keeps a weight that is used again this soon (stage3_max_reuse_distance)
 
     @property
     def weight_bytes(self) -> int:
@@ -66,9 +70,14 @@ class RankLayout:
         return 4 if self.precision == "fp32" else 2
 
     @property
+    def groups(self) -> int:
+        """Groups of ranks that share an image: all ranks, if none do."""
+        return self.world_size // self.sequence_parallel
+
+    @property
     def images(self) -> int:
         """Images of one step."""
-        return self.micro_batch * self.accumulation * (self.world_size // self.sequence_parallel)
+        return self.micro_batch * self.accumulation * self.groups
 
 
 def parameters(config: Shape, objective: str = "ar") -> int:
@@ -156,19 +165,43 @@ def memory(config: Shape, layout: RankLayout) -> Memory:
     buckets = 2 * min(REDUCE_BUCKET, P) * size + 4 * min(
         SUB_GROUP, P / N
     )  # two overlapping buckets; the fp32 gradient of a sub-group
-    gathered = size * min(LIVE_PARAMETERS, P) * (1 - 1 / N) if stage == 3 else 0
+    gathered = size * min(layout.live, P) * (1 - 1 / N) if stage == 3 else 0
     return Memory(weights, gradients, optimizer, activations, CONTEXT + buckets + gathered)
 
 
 def wire_bytes(config: Shape, layout: RankLayout) -> float:
     """Bytes that one GPU sends in a step: collectives over all ranks, and the exchanges of sequence parallelism.
 
-    Stage 3 gathers the weights for the forward and the backward pass and reduces the gradients in every micro step; stage 2
-    reduces in every micro step and gathers once a step; stage 1 does both once a step. Each moves size * P * (N - 1) / N.
+    Stage 3 gathers the weights for the forward pass and reduces the gradients in every micro step, and gathers again for the
+    backward pass unless it keeps them; stage 2 reduces in every micro step and gathers once a step; stage 1 does both once a
+    step. Each moves size * P * (N - 1) / N.
     """
-    rounds = {1: 2, 2: layout.accumulation + 1, 3: 3 * layout.accumulation}[layout.stage]
+    each = 2 if keeps_weights(config, layout) else 3
+    rounds = {1: 2, 2: layout.accumulation + 1, 3: each * layout.accumulation}[layout.stage]
     N = layout.world_size
     return rounds * layout.weight_bytes * parameters(config) * (N - 1) / N + layout.accumulation * exchanged_bytes(config, layout)
+
+
+def keeps_weights(config: Shape, layout: RankLayout) -> bool:
+    """Whether stage 3 keeps what it gathers for the forward pass until the backward pass, so that it gathers once.
+
+    DeepSpeed counts the weights that it uses between two uses of a block: up to 2 P, and 3 P where blocks are computed again.
+    """
+    P, passes = parameters(config), 2 if layout.checkpointing == "none" else 3
+    return layout.stage == 3 and layout.live >= P and layout.reuse >= passes * P
+
+
+def validation_batch(config: Shape, layout: RankLayout, n_images: int) -> int:
+    """The images that a rank, or a group that shares images, reads at once to validate on n_images.
+
+    VAL_BATCHES times the micro batch, or fewer, so that a validation holds no more activations than a training step. A forward
+    pass holds one block: its input, the input of the MLP's norm and its output, and 12 C in quick-GELU, which are 16 C with the
+    residual.
+    """
+    size, each = layout.weight_bytes, layout.micro_batch * config.n_ctx / layout.sequence_parallel
+    held = each * (16 * config.n_embd * size + 10 * config.n_vocab)
+    times = max(1, min(VAL_BATCHES, int(memory(config, layout).activations / held)))
+    return min(times * layout.micro_batch, -(-n_images // layout.groups))
 
 
 def exchanges(layout: RankLayout) -> int:

@@ -6,13 +6,17 @@ In: a `Run` (a recipe joined with a ds_config), the machines, and the price. Out
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import Run
 from igpt_ds.plan.costs import (
     KEEP_LAST,
+    LIVE_PARAMETERS,
     SPARE,
+    VAL_EVERY,
+    VAL_IMAGES,
     Memory,
     RankLayout,
     checkpoint_bytes,
@@ -20,9 +24,10 @@ from igpt_ds.plan.costs import (
     offloaded_bytes,
     parameters,
     train_flops_per_token,
+    validation_batch,
     wire_bytes,
 )
-from igpt_ds.plan.step_time import Cluster, Step, step_time
+from igpt_ds.plan.step_time import Cluster, Step, step_time, validation_time
 
 DOLLARS = 2.5  # for one hour of an H100 in 2026; providers ask 2 to 3.5
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -44,16 +49,21 @@ def rank_layout(run: Run) -> RankLayout:
         hpz=zero.get("zero_hpz_partition_size", 1),
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         overlap=zero.get("overlap_comm", run.stage == 3),
+        live=zero.get("stage3_max_live_parameters", LIVE_PARAMETERS),
+        reuse=zero.get("stage3_max_reuse_distance", LIVE_PARAMETERS),
     )
 
 
 @dataclass(frozen=True)
 class Price:
-    """What an estimate needs beside the run and the machines: the price of a GPU-hour, and which checkpoints stay on disk."""
+    """What an estimate needs beside the run and the machines: the price of a GPU-hour, which checkpoints stay on disk, and how
+    many images are validated how often."""
 
     dollars: float = DOLLARS  # per GPU-hour
     keep_last: int = KEEP_LAST
     keep_every: int = 0  # steps; 0: no checkpoint is kept for good
+    val_images: int = VAL_IMAGES
+    val_every: int = VAL_EVERY  # steps; 0: only before the first step and after the last
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class Estimate:
     layout: RankLayout
     memory: Memory  # of one rank
     step: Step
+    validation: float  # seconds of one
 
     @property
     def recipe(self) -> Recipe:
@@ -150,9 +161,25 @@ class Estimate:
         return self.step.mfu * (self.flops_per_token_causal / self.flops_per_token)
 
     @property
+    def validation_batch(self) -> int:
+        """Images that a rank, or a group that shares images, validates at once."""
+        return validation_batch(self.recipe.model, self.layout, self.price.val_images)
+
+    @property
+    def validation_seconds(self) -> float:
+        """Seconds of all validations."""
+        every, steps = self.price.val_every, self.recipe.steps
+        return self.validation * (1 + (math.ceil(steps / every) if every else 1))
+
+    @property
+    def validation_share(self) -> float:
+        """Share of the run's time that validation takes."""
+        return self.validation_seconds / (3600 * self.hours)
+
+    @property
     def hours(self) -> float:
-        """Hours of the whole run."""
-        return self.recipe.steps * self.step.seconds / 3600
+        """Hours of the whole run, with its validations."""
+        return (self.recipe.steps * self.step.seconds + self.validation_seconds) / 3600
 
     @property
     def days(self) -> float:
@@ -222,6 +249,12 @@ class Estimate:
             "communication_seconds": step.communication,
             "exposed_seconds": self.exposed_seconds,
             "exchange_seconds": step.exchange,
+            "host_seconds": step.host,
+            "waiting_seconds": step.waiting,
+            "leads": step.leads,
+            "validation_images": self.price.val_images,
+            "validation_batch": self.validation_batch,
+            "validation_share": self.validation_share,
             "mfu": step.mfu,
             "mfu_causal": self.mfu_causal,
             "days": self.days,
@@ -249,5 +282,7 @@ class NoPlan:
 def estimate(run: Run, ds_config: str, cluster: Cluster, price: Price) -> Estimate:
     """Estimates one run; `ds_config` is the name of its file."""
     config, layout = run.recipe.model, rank_layout(run)
-    step = step_time(config, layout, cluster, causal=run.recipe.objective == "ar")
-    return Estimate(run, ds_config, cluster, price, layout, memory(config, layout), step)
+    causal = run.recipe.objective == "ar"
+    step = step_time(config, layout, cluster, causal)
+    validation = validation_time(config, layout, cluster, price.val_images, causal)
+    return Estimate(run, ds_config, cluster, price, layout, memory(config, layout), step, validation)

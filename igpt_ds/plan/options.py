@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import DsConfig, Run, join
 from igpt_ds.errors import InputError
+from igpt_ds.plan.costs import LIVE_PARAMETERS
 from igpt_ds.plan.estimate import Estimate, Price, estimate
 from igpt_ds.plan.shipped import shipped
 from igpt_ds.plan.step_time import Cluster
 
-# A plan with hpZ, or with ZeRO stage 1 or 2, must win by more than this share of the time: both have trained wrongly.
-MARGINS = {"hpz": 0.10, "sharded less": 0.05}
+# A plan with hpZ, or with ZeRO stage 1 or 2, must win by more than this share of the time: both have trained wrongly. Kept
+# weights must win by more than this, because they fill the memory.
+MARGINS = {"hpz": 0.10, "sharded less": 0.05, "kept weights": 0.02}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def options(request: Request) -> list[Estimate]:
 
 def _rank(one: Estimate) -> tuple[bool, bool, float, float]:
     # The order of preference: fits; sums gradients in fp32; time, with the margins added; memory.
-    margin = (MARGINS["hpz"] if one.layout.hpz > 1 else 0) + (MARGINS["sharded less"] if one.run.stage < 3 else 0)
+    risks = {"hpz": one.layout.hpz > 1, "sharded less": one.run.stage < 3, "kept weights": one.layout.live > LIVE_PARAMETERS}
+    margin = sum(MARGINS[name] for name, taken in risks.items() if taken)
     fits = one.fits
     seconds = float(f"{one.step.seconds * (1 + margin):.3g}") if fits else 0.0
     return not fits, one.half_precision_sum, seconds, one.memory.total

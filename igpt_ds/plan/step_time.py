@@ -7,7 +7,7 @@ scaling curves. Called by estimate.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from igpt_ds.plan.costs import (
     REDUCE_BUCKET,
@@ -15,11 +15,14 @@ from igpt_ds.plan.costs import (
     Shape,
     exchanged_bytes,
     exchanges,
+    keeps_weights,
     multiplied,
     parameters,
     train_flops_per_token,
+    validation_batch,
 )
 from igpt_ds.plan.gpus import Gpu
+from igpt_ds.plan.host_time import FORWARD, host_seconds
 
 # Two fitted constants: the share of those rates that a training step reaches, and the latency of one ring hop between nodes in
 # seconds. Fitted to llm-foundry's 7B on 8 to 512 H100 and to Fernandez et al. (arXiv 2411.13055) on 128 to 2048.
@@ -66,47 +69,90 @@ class Step:
     exposed: float  # communication that arithmetic does not hide
     exchange: float  # of sequence parallelism
     update: float  # Adam, and the time between two steps
-    mfu: float  # relative to `Gpu.peak`, with the full square of attention (PaLM)
+    host: float  # Python of the micro steps, beside which the GPU works
+    flops: float  # of a rank, with the full square of attention (PaLM)
+    peak: float  # FLOP/s of the data sheet
+
+    @property
+    def busy(self) -> float:
+        """The time of the GPU in the micro steps, with communication that it waits for."""
+        return self.arithmetic + self.exposed + self.exchange
+
+    @property
+    def waiting(self) -> float:
+        """The time that the GPU waits for Python on its host."""
+        return max(0.0, self.host - self.busy)
 
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.arithmetic + self.exposed + self.exchange + self.update
+        return self.busy + self.waiting + self.update
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: relative to `Gpu.peak`, with the full square of attention."""
+        return self.flops / self.seconds / self.peak
+
+    @property
+    def leads(self) -> str:
+        """What the step takes longest for: "GPU", "host" or "network"."""
+        if self.waiting:
+            return "host"
+        return "network" if self.communication + self.exchange > self.arithmetic else "GPU"
 
 
-def step_time(config: Shape, layout: RankLayout, cluster: Cluster, causal: bool = True) -> Step:
+def step_time(config: Shape, layout: RankLayout, cluster: Cluster, causal: bool = True, host: bool = True) -> Step:
     """The cost model: arithmetic at the GPU's rates, collectives as rings, overlapping where `layout.overlap` says so.
 
-    A micro step takes the longer of its arithmetic and its communication, plus NEVER_HIDDEN of the communication. Stages 1 and 2
-    gather their weights after the update, where nothing overlaps.
+    A micro step takes the longer of its arithmetic and its communication, plus NEVER_HIDDEN of the communication; and at least
+    the time of its Python. Stages 1 and 2 gather their weights after the update, where nothing overlaps.
 
     Args:
         causal: whether attention computes half of its square ("ar") or all of it ("bert").
+        host: whether the Python of DeepSpeed's ZeRO counts; False for other programs.
     """
-    gpu, L, C, T = cluster.gpu, config.n_layer, config.n_embd, config.n_ctx
-    matmul, square = multiplied(config), (0.5 if causal else 1.0) * 4 * L * T * C
+    forward, backward, again = _token_seconds(config, layout, cluster.gpu, causal)
+    sp, N = layout.sequence_parallel, layout.world_size
+    micro = layout.micro_batch * config.n_ctx / sp * (forward + backward + again) / EFFICIENCY
+    hidden, late = _communication(config, layout, cluster)
+    communication = hidden * (1 if layout.stage == 1 else layout.accumulation)
+    covered = micro * (1 if layout.stage == 1 else layout.accumulation)  # stage 1 reduces beside the last micro step
+    exposed = max(communication - covered, 0.0) + NEVER_HIDDEN * communication if layout.overlap else communication
+    calls = exchanges(layout) / 2 * config.n_layer * ALL_TO_ALL_CALL  # q, k and v go together, the output alone
+    return Step(
+        arithmetic=layout.accumulation * micro,
+        communication=communication + late,
+        exposed=exposed + late,
+        exchange=layout.accumulation * (exchanged_bytes(config, layout) / cluster.bandwidth(sp) + calls),
+        update=_update(parameters(config) / N, layout.offload_optimizer, cluster.gpu) + BETWEEN_STEPS,
+        host=host_seconds(config.n_layer, layout) if host else 0.0,
+        flops=train_flops_per_token(config) * config.n_ctx * layout.images / N,
+        peak=cluster.gpu.peak,
+    )
+
+
+def validation_time(config: Shape, layout: RankLayout, cluster: Cluster, n_images: int, causal: bool = True) -> float:
+    """Seconds of one validation: forward passes over `validation_batch` images, with one round of gathering in stage 3."""
+    B, sp = validation_batch(config, layout, n_images), layout.sequence_parallel
+    arithmetic = B * config.n_ctx / sp * _token_seconds(config, layout, cluster.gpu, causal)[0] / EFFICIENCY
+    size = layout.weight_bytes * parameters(config)
+    gather = cluster.collective(size, layout.world_size, config.n_layer) if layout.stage == 3 else 0.0
+    once = replace(layout, micro_batch=B, accumulation=1, checkpointing="none")
+    exchange = exchanged_bytes(config, once) / 2 / cluster.bandwidth(sp)
+    host = FORWARD * host_seconds(config.n_layer, once)
+    return math.ceil(n_images / (B * layout.groups)) * max(max(arithmetic, gather) + NEVER_HIDDEN * gather + exchange, host)
+
+
+def _token_seconds(config: Shape, layout: RankLayout, gpu: Gpu, causal: bool) -> tuple[float, float, float]:
+    # Seconds of a token's forward pass, backward pass and recomputation at the GPU's rates.
+    L, C = config.n_layer, config.n_embd
+    matmul, square = multiplied(config), (0.5 if causal else 1.0) * 4 * L * config.n_ctx * C
     whole = layout.precision == "fp32"
     gemm, attention = (FP32_SHARE * gpu.fp32,) * 2 if whole else (gpu.gemm, gpu.attention)
     elementwise = ELEMENTWISE * L * C / gpu.hbm * (2 if whole else 1)
     forward = 2 * matmul / gemm + square / attention + elementwise
     backward = 4 * matmul / gemm + 2.5 * square / attention + 2 * elementwise  # flash attention recomputes its scores
-    again = {"none": 0.0, "selective": RECOMPUTED * elementwise, "full": forward}[layout.checkpointing]
-    tokens = layout.micro_batch * T / layout.sequence_parallel
-    micro = tokens * (forward + backward + again) / EFFICIENCY
-    hidden, late = _communication(config, layout, cluster)
-    communication = hidden * (1 if layout.stage == 1 else layout.accumulation)
-    covered = micro * (1 if layout.stage == 1 else layout.accumulation)  # stage 1 reduces beside the last micro step
-    exposed = max(communication - covered, 0.0) + NEVER_HIDDEN * communication if layout.overlap else communication
-    sp = layout.sequence_parallel
-    calls = exchanges(layout) / 2 * L * ALL_TO_ALL_CALL  # q, k and v go together, the output alone
-    exchange = layout.accumulation * (exchanged_bytes(config, layout) / cluster.bandwidth(sp) + calls)
-    N = layout.world_size
-    update = _update(parameters(config) / N, layout.offload_optimizer, gpu) + BETWEEN_STEPS
-    arithmetic = layout.accumulation * micro
-    exposed += late
-    seconds = arithmetic + exposed + exchange + update
-    flops = train_flops_per_token(config) * T * layout.images / N
-    return Step(arithmetic, communication + late, exposed, exchange, update, flops / seconds / gpu.peak)
+    return forward, backward, {"none": 0.0, "selective": RECOMPUTED * elementwise, "full": forward}[layout.checkpointing]
 
 
 def _communication(config: Shape, layout: RankLayout, cluster: Cluster) -> tuple[float, float]:
@@ -115,7 +161,8 @@ def _communication(config: Shape, layout: RankLayout, cluster: Cluster) -> tuple
     if layout.stage == 3:
         calls = config.n_layer  # one per block, if the prefetch bucket holds a whole block
         again = min(layout.hpz, N) if layout.hpz > 1 else N
-        return 2 * cluster.collective(size, N, calls) + cluster.collective(size, again, calls), 0.0
+        second = 0.0 if keeps_weights(config, layout) else cluster.collective(size, again, calls)
+        return 2 * cluster.collective(size, N, calls) + second, 0.0
     reduced = cluster.collective(size, N, math.ceil(P / REDUCE_BUCKET))
     return reduced, cluster.collective(size, N, math.ceil(P / GATHER_BUCKET))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from igpt_ds.console import count, duration
-from igpt_ds.plan.costs import GIB
+from igpt_ds.plan.costs import GIB, LIVE_PARAMETERS
 from igpt_ds.plan.estimate import Estimate, NoPlan
 
 
@@ -87,8 +87,14 @@ def _time(one: Estimate) -> list[str]:
     network = f"{one.wire_bytes / 1e9:.1f} GB a GPU and step; {one.node_gbit:,.0f} Gbit/s a node of {one.cluster.node_gpus}"
     seconds = (
         f"{step.seconds:.3f} s = arithmetic {step.arithmetic:.3f} + communication not hidden {one.exposed_seconds:.3f} "
-        f"+ update {step.update:.3f}"
+        f"+ waiting for the host {step.waiting:.3f} + update {step.update:.3f}"
     )
+    leads = (
+        f"the {step.leads}; GPU {step.arithmetic:.3f} s, network {step.communication + step.exchange:.3f} s, "
+        f"Python of the host {step.host:.3f} s a step"
+    )
+    images = f"{one.price.val_images:,} images in batches of {one.validation_batch} a rank"
+    validation = f"{images}: {one.validation:.1f} s each, {100 * one.validation_share:.1f} % of the run"
     disk = (
         f"{one.checkpoint_bytes / 1e9:.2f} GB a checkpoint; {one.checkpoints_kept} kept and one being written: "
         f"{one.disk_bytes / 1e9:,.1f} GB"
@@ -96,7 +102,9 @@ def _time(one: Estimate) -> list[str]:
     return [
         _line("network", network),
         _line("step", seconds),
+        _line("what leads", leads),
         _line("MFU expected", f"{100 * step.mfu:.1f} % (full attention), {100 * one.mfu_causal:.1f} % (causal)"),
+        _line("validation", validation),
         _line("time", f"{run_time(one.hours)} on {one.gpus} {gpu}: {one.gpu_hours:,.0f} GPU-hours"),
         _line("cost", f"${one.dollars:,.0f} at ${one.price.dollars:g} a GPU-hour"),
         _line("disk", disk),
@@ -109,15 +117,15 @@ def run_time(hours: float) -> str:
 
 
 def _choices(options: Sequence[Estimate]) -> list[str]:
-    rows = [("ds_config", "micro x acc x sp", "GiB", "step s", "MFU %", "days", "")]
+    rows = [("ds_config", "micro x acc x sp", "GiB", "step s", "MFU %", "days", "leads", "")]
     rows += [(one.ds_config, *_numbers(one), _verdict(one, options[0])) for one in options]
     return columns(rows)
 
 
-def _numbers(one: Estimate) -> tuple[str, str, str, str, str]:
+def _numbers(one: Estimate) -> tuple[str, str, str, str, str, str]:
     split = f"{one.run.micro_batch} x {one.run.accumulation} x {one.run.sequence_parallel}"
     gib = f"{one.memory.total / GIB:.1f}"
-    return split, gib, f"{one.step.seconds:.3f}", f"{100 * one.step.mfu:.1f}", f"{one.days:.1f}"
+    return split, gib, f"{one.step.seconds:.3f}", f"{100 * one.step.mfu:.1f}", f"{one.days:.1f}", one.step.leads
 
 
 def _verdict(one: Estimate, best: Estimate) -> str:
@@ -128,12 +136,13 @@ def _verdict(one: Estimate, best: Estimate) -> str:
     more = one.step.seconds / best.step.seconds - 1
     if abs(more) < 0.001:
         return "as fast"
-    return f"{100 * more:.1f} % slower" if more > 0 else f"{-100 * more:.1f} % faster, too little for its risks"
+    cost = "memory" if one.layout.live > LIVE_PARAMETERS else "risks"
+    return f"{100 * more:.1f} % slower" if more > 0 else f"{-100 * more:.1f} % faster, too little for its {cost}"
 
 
 def describe_table(rows: Sequence[Estimate | NoPlan]) -> str:
     """A table with one line for each number of GPUs: its recommended way to run, or the reason why there is none."""
-    head = ("GPUs", "ds_config", "micro x acc x sp", "GiB", "step s", "MFU %", "days", "GPU-hours", "dollars")
+    head = ("GPUs", "ds_config", "micro x acc x sp", "GiB", "step s", "MFU %", "days", "leads", "GPU-hours", "dollars")
     lines: list[tuple[str, ...]] = [head]
     for one in rows:
         if isinstance(one, NoPlan):

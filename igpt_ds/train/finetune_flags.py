@@ -44,7 +44,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--labels", type=int, metavar="LABELS", help=labels)
     subsets = f"number of random subsets of --labels, one run each, with the mean in --results (default: {SUBSETS})"
     data.add_argument("--subsets", type=int, metavar="SUBSETS", help=subsets)
-    add_data_flags(data)
+    add_data_flags(data, val_images="all")
     add_run_flags(parser, val_every=None, required=True)
     result = parser.add_argument_group("result")
     result.add_argument("--out", type=Path, metavar="DIR", help="model dir to write the best step to (default: RUN_DIR/model)")

@@ -17,6 +17,7 @@ from igpt_ds.config import Finetune, Recipe, get_recipe, recipe_from_dict
 from igpt_ds.data.loader import Batch
 from igpt_ds.data.mixture import Mixture
 from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.data.shards.index import read_index
 from igpt_ds.errors import InputError
 from igpt_ds.model.classifier import class_loss, total
 from igpt_ds.model.store import ModelInfo, read_info
@@ -129,6 +130,14 @@ def of_subset(args: argparse.Namespace, number: int, images: Mixture) -> argpars
     if one.val_every is None:
         one.val_every = usual_epoch(args, last_step(args, images.n_originals), images.n_originals)
     return one
+
+
+def validations(args: argparse.Namespace, n_images: int) -> tuple[int, int]:
+    """The images of a validation and the steps between two, for a plan; n_images are those of the training split."""
+    split = read_index(args.data).splits.get(args.val_split)
+    n_split = 1 if split is None else split.n_images
+    epoch = usual_epoch(args, last_step(args, n_images), n_images)
+    return min(n_split, args.val_images or n_split), epoch if args.val_every is None else args.val_every
 
 
 def as_begun(args: argparse.Namespace, recipe: Recipe) -> Recipe:

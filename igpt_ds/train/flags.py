@@ -22,7 +22,7 @@ from igpt_ds.data.shards.verified import MODES
 from igpt_ds.ds_config import SHIPPED, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.plan.command import CLUSTER_FLAGS, add_cluster_flags, add_ds_config_flag, read_cluster
-from igpt_ds.plan.costs import KEEP_LAST
+from igpt_ds.plan.costs import KEEP_LAST, VAL_EVERY, VAL_IMAGES
 from igpt_ds.plan.recipes import recipe_table
 from igpt_ds.plan.shipped import ds_config_names
 from igpt_ds.train import run_dir
@@ -90,8 +90,12 @@ def add_recipe_flags(group: argparse._ArgumentGroup, use: str, config: str) -> a
     return what
 
 
-def add_data_flags(group: argparse._ArgumentGroup) -> None:
-    """Which images training reads and leaves out, and which images validation reads."""
+def add_data_flags(group: argparse._ArgumentGroup, val_images: str = f"{VAL_IMAGES:,}") -> None:
+    """Which images training reads and leaves out, and which images validation reads.
+
+    Args:
+        val_images: the default of --val_images in words.
+    """
     split = "split to train on; train+val adds the validation images, so that nothing is validated and the last step counts"
     group.add_argument("--train_split", metavar="SPLIT", default="train", help=split)
     group.add_argument(
@@ -102,7 +106,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     most = "largest fraction of a dataset's images that --on_bad skip may skip"
     group.add_argument("--max_bad", type=float, metavar="FRACTION", default=MAX_BAD, help=most)
     group.add_argument("--val_split", metavar="SPLIT", default="val", help="split that validation uses")
-    images = "number of validation images, evenly spread over the split (default: all)"
+    images = f"number of validation images, evenly spread over the split; a smaller split is read whole (default: {val_images})"
     group.add_argument("--val_images", type=int, metavar="IMAGES", help=images)
     verify = (
         "when shards are compared with the sha256 in their index before the first step, each by one rank. once: a later start "
@@ -112,7 +116,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verify_shards", choices=MODES, default="once", help=verify)
 
 
-def add_run_flags(parser: argparse.ArgumentParser, val_every: int | None = 1000, required: bool = False) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, val_every: int | None = VAL_EVERY, required: bool = False) -> None:
     """Where the run writes, how it starts and ends, and how often it validates and logs.
 
     Args:

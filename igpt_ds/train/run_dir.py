@@ -7,6 +7,7 @@ that a run uses the directory (train/run_lock.py); FINISHED appears after the la
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import shutil
@@ -23,6 +24,7 @@ from igpt_ds.files import atomic_file
 from igpt_ds.json_files import read_json
 from igpt_ds.launcher import MOST_RANKS
 from igpt_ds.plain_files import is_missing
+from igpt_ds.plan.costs import VAL_IMAGES
 from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.sealed import Format
@@ -45,10 +47,13 @@ class _RunFile:
 
     recipe: _RecipeFacts
     world_size: int
+    val_images: int | None = None  # of a validation; None: all, as in earlier versions
 
     def __post_init__(self) -> None:
         if not 1 <= self.world_size <= MOST_RANKS:  # a reader looks for a heartbeat of each
             raise InputError(f"world_size {self.world_size}, which is not between 1 and {MOST_RANKS}")
+        if self.val_images is not None and self.val_images < 1:
+            raise InputError(f"val_images {self.val_images}, which is below 1")
         for name, value in vars(self.recipe).items():
             if isinstance(value, int) and not 1 <= value < 1 << 40:
                 raise InputError(f"{name} {value}, which is not between 1 and 2^40")
@@ -102,17 +107,20 @@ def refuse_file(run_dir: Path) -> None:
         raise InputError(f"--run_dir {run_dir} is a file; choose a directory or a new name")
 
 
-def record(run_dir: Path, run: Run, data: DataFacts, palette: Path, cpu_product: str, note: str = "") -> None:
+def record(
+    run_dir: Path, run: Run, data: DataFacts, palette: Path, cpu_product: str, note: str = "", val_images: int | None = None
+) -> None:
     """Writes run.json and the palette, and removes what a killed save left. Called when nothing can refuse the run any more.
 
     Args:
         note: what the program changed by itself.
+        val_images: images of a validation; None for all.
     """
     if not has_checkpoints(run_dir) or not (run_dir / "palette.npy").exists():
         with atomic_file(run_dir / "palette.npy") as file:
             file.write(palette.read_bytes())
-    about = {"git_commit": git_commit(), "data": to_json(data), "cpu_product": cpu_product}
-    about |= {"note": note} if note else {}
+    about: dict[str, object] = {"git_commit": git_commit(), "data": to_json(data), "cpu_product": cpu_product}
+    about |= {"val_images": val_images} | ({"note": note} if note else {})
     RUN.write(run_dir / "run.json", about | run_to_dict(run))
     for torn in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(torn)
@@ -197,6 +205,16 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     values = RUN.read(path)
     record_from(_RunFile, values, str(path), RUN.fix)
     return values
+
+
+def number_validated(args: argparse.Namespace, default: int | None = VAL_IMAGES) -> int | None:
+    """The images of a validation: --val_images, else those of the run that --resume auto continues, else the default.
+
+    None means all. Earlier versions read all and recorded nothing.
+    """
+    begun = args.resume == "auto" and has_checkpoints(args.run_dir) and (args.run_dir / "run.json").exists()
+    chosen = read_run(args.run_dir).get("val_images") if begun and args.val_images is None else args.val_images
+    return default if chosen is None and not begun else chosen
 
 
 def recorded_product(run_dir: Path, known: Sequence[str]) -> str | None:

@@ -21,6 +21,7 @@ from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run
 from igpt_ds.model.fused import gelu_kernels
 from igpt_ds.plan import costs
+from igpt_ds.train.validation import n_validated, validation_batch
 
 _NO_VALIDATION = "none, because the validation images are trained on; the last step counts"
 _COLUMNS = (("loss", 9), ("val", 9), ("lr", 10), ("images/s", 10), ("elapsed", 9), ("left", 9))
@@ -37,8 +38,10 @@ def introduction(
     ranks = count(groups, "rank") if parts == 1 else f"{count(groups, 'group')} of {parts} ranks"
     facts, held_out = images.facts(), "none for validation"
     if val_shards is not None:
-        n_val = min(val_shards.n_images, args.val_images or val_shards.n_images)
-        held_out = f"{n_val:,} for validation ({val_shards.split})"
+        n_val, n_split = n_validated(val_shards, args.val_images), val_shards.n_images
+        part = f" of {n_split:,}" if n_val < n_split else ""
+        at_once = f"{validation_batch(run, val_shards, args.val_images)} at once"
+        held_out = f"{n_val:,}{part} for validation ({val_shards.split}{', evenly spread' if part else ''}, {at_once})"
     of_split = "" if facts.split in (None, "train") else f" of {facts.split}"
     views = f" in {images.n_images:,} stored views" if images.n_originals < images.n_images else ""
     shown = f"{count(images.n_originals, 'image')}{of_split}{views}"

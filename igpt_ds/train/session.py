@@ -177,7 +177,8 @@ def open_session(
     watchdog.alive("loading", 0)
     found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else None
     check_space(engine, args.run_dir / "checkpoints", args.keep_last + (early is not None))  # the best checkpoint stays too
-    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, palette, cpu_kernels.used(), note))
+    about = (palette, cpu_kernels.used(), note, args.val_images)
+    dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, *about))
     start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device, found is None), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)

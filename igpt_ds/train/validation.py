@@ -1,5 +1,8 @@
 """Validation. In: an engine and open shards. Out: means over a split's images, the same on every rank.
 
+A validation reads a part of a large split, always the same images, and more at once than a training step, for it keeps nothing
+for a backward pass.
+
 Called by train.py and train/finetuning.py.
 """
 
@@ -15,15 +18,28 @@ from igpt_ds.config import Recipe
 from igpt_ds.data.loader import one_pass
 from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.data.shards.index import folded
+from igpt_ds.ds_config import Run
 from igpt_ds.model.objectives import image_loss
+from igpt_ds.plan import costs
+from igpt_ds.plan.estimate import rank_layout
 from igpt_ds.train.engine_protocol import Engine
 
 VALIDATION_SEED = 0  # for the masks of every run, so that the validation losses of two runs compare
 
 
 def validation_images(path: Path, val_split: str, train_split: str) -> ShardSet | None:
-    """The images that validation reads; None if they are among the training images, so that nothing is left to validate on."""
+    """The split that validation reads; None if they are among the training images, so that nothing is left to validate on."""
     return None if folded(val_split, train_split) else ShardSet(path, val_split)
+
+
+def n_validated(shards: ShardSet, val_images: int | None) -> int:
+    """The number of images that validation reads: val_images (None: all), or the whole split if it is smaller."""
+    return min(shards.n_images, val_images or shards.n_images)
+
+
+def validation_batch(run: Run, shards: ShardSet, val_images: int | None) -> int:
+    """The images that a rank, or a sequence group, validates at once, as the plan counts them."""
+    return costs.validation_batch(run.recipe.model, rank_layout(run), n_validated(shards, val_images))
 
 
 def validation_loss(

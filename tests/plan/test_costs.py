@@ -20,6 +20,7 @@ from igpt_ds.plan.costs import (
     memory,
     parameters,
     train_flops_per_token,
+    validation_batch,
     wire_bytes,
 )
 
@@ -130,6 +131,15 @@ def test_bytes_on_the_wire():
     assert exchanged_bytes(XL, RankLayout(128, sequence_parallel=2)) == 8 * 2048 * 3072 * 2 * 60 / 2
     again = RankLayout(128, sequence_parallel=2, checkpointing="full")
     assert exchanged_bytes(XL, again) == 1.5 * exchanged_bytes(XL, RankLayout(128, sequence_parallel=2))
+
+
+def test_a_validation_reads_more_at_once_and_holds_no_more_than_a_training_step():
+    batches = {mode: validation_batch(XL, RankLayout(64, checkpointing=mode), 5000) for mode in ("none", "selective", "full")}
+    assert batches == {"none": 8, "selective": 8, "full": 5}
+    assert validation_batch(XL, RankLayout(8, micro_batch=2), 5000) == 16
+    assert validation_batch(XL, RankLayout(8), 50) == 7  # ceil(50 / 8): all ranks read once
+    assert validation_batch(XL, RankLayout(128, sequence_parallel=2), 5000) == 8
+    assert validation_batch(dataclasses.replace(XL, n_layer=1), RankLayout(1), 5000) == 1
 
 
 def test_one_rank_sends_nothing():

@@ -1,4 +1,6 @@
-"""Counts the bytes of the tensors that each rank of an engine holds: a recipe and a ds_config enter, one JSON file leaves.
+"""Counts the bytes that each rank of an engine holds and the weights that it gathers: recipe and ds_config enter, JSON leaves.
+
+If the ds_config keeps the weights after the forward pass, a second engine that keeps none takes the same steps.
 
 deepspeed --num_gpus 2 tests/train/engine_memory.py recipe.json ds_config.json out.json
 """
@@ -13,7 +15,7 @@ import torch
 
 from igpt_ds import dist
 from igpt_ds.data.loader import Batch
-from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.ds_config import Run, join, load_ds_config
 from igpt_ds.json_files import write_json
 from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.engine import build_engine, check_ds_config, start_ranks, take_step
@@ -47,8 +49,36 @@ def held(engine: Engine) -> dict[str, int]:
     }
 
 
+def count_gathers() -> list[int]:
+    """A list that grows by the elements of every all-gather."""
+    from deepspeed.comm import comm
+
+    found, gather = [], comm.cdb.all_gather_into_tensor
+
+    def counted(*more: Any, **words: Any) -> Any:
+        found.append(words["output_tensor"].numel())
+        return gather(*more, **words)
+
+    comm.cdb.all_gather_into_tensor = counted
+    return found
+
+
+def trained(engine: Engine, run: Run, gathered: list[int]) -> tuple[list[float], float]:
+    """Takes three steps: the losses, and how often the last one gathers the sharded weights."""
+    losses, loss = [], pretraining_loss(run.recipe)
+    torch.manual_seed(0)
+    for _ in range(3):
+        gathered.clear()
+        tokens = torch.randint(run.recipe.model.n_vocab, (run.micro_batch, run.recipe.model.n_ctx))
+        batch = Batch(tokens, tokens[:, 0], 0)
+        losses.append(float(take_step(engine, [batch] * run.accumulation, loss, run.recipe.lr)))
+    sizes = [(weight.ds_persist, weight.ds_numel) for weight in engine.module.parameters()]
+    whole, sharded = (sum(size for persists, size in sizes if persists is kept) for kept in (True, False))
+    return losses, (sum(gathered) - whole) / sharded / run.accumulation  # what is kept whole is gathered after the update
+
+
 def main() -> None:
-    """Takes two steps and counts."""
+    """Takes three steps and counts."""
     recipe_path, ds_path, out = (Path(word) for word in sys.argv[-3:])
     start_ranks()
     recipe, ds_config = read_recipe(recipe_path), load_ds_config(ds_path)
@@ -57,14 +87,16 @@ def main() -> None:
     engine = build_engine(run)
     effective = effective_config(engine)
     check_effective(run, effective)
-    losses, loss = [], pretraining_loss(recipe)
-    for _ in range(3):
-        tokens = torch.randint(recipe.model.n_vocab, (run.micro_batch, recipe.model.n_ctx))
-        batch = Batch(tokens, tokens[:, 0], 0)
-        losses.append(float(take_step(engine, [batch] * run.accumulation, loss, recipe.lr)))
-    ranks = dist.gather_objects(held(engine) if run.stage == 3 else {})
+    gathered = count_gathers()
+    losses, rounds = trained(engine, run, gathered)
+    ranks = dist.gather_objects(held(engine))
+    found = {"ranks": ranks, "losses": losses, "rounds": rounds, "effective": effective}
+    if "stage3_max_live_parameters" in ds_config["zero_optimization"]:
+        ds_config["zero_optimization"] |= {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 1}
+        run = join(recipe, ds_config, dist.world_size())
+        found |= dict(zip(("losses_again", "rounds_again"), trained(build_engine(run), run, gathered), strict=True))
     if dist.rank() == 0:
-        write_json(out, {"ranks": ranks, "losses": losses, "effective": effective})
+        write_json(out, found)
     dist.barrier()
 
 

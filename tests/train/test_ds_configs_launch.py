@@ -56,7 +56,13 @@ def test_a_shipped_ds_config_trains_as_it_stands(
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    [(1, "zero3_bf16"), (2, "zero3_bf16_bf16_accumulation"), (2, "zero3_fp32"), (4, "zero3_bf16")],
+    [
+        (1, "zero3_bf16"),
+        (2, "zero3_bf16_bf16_accumulation"),
+        (2, "zero3_fp32"),
+        (2, "zero3_bf16_kept_weights"),
+        (4, "zero3_bf16"),
+    ],
 )
 def test_each_rank_holds_the_bytes_that_are_predicted(launch: Any, tmp_path: Path, ranks: int, name: str) -> None:
     recipe = Recipe("wide", ModelConfig(n_layer=3, n_head=4, n_embd=256, n_px=8, n_vocab=64), 8, 10, 0.001, 2)
@@ -70,7 +76,11 @@ def test_each_rank_holds_the_bytes_that_are_predicted(launch: Any, tmp_path: Pat
     # Of a block only qkv (3 C C) and the two products of the MLP (4 C C each) are large enough to be sharded.
     kept_whole = parameters(config) - config.n_layer * 11 * C * C if ranks > 1 else 0  # one rank's weights are whole as they lie
     assert 4 * C * C > 3 * C * C > PERSISTED > C * C
-    held = read_json(out, "held")["ranks"]
+    measured = read_json(out, "held")
+    if "kept" in name:
+        assert measured["losses"] == measured["losses_again"]
+        assert (measured["rounds"], measured["rounds_again"]) == (pytest.approx(1, abs=0.05), pytest.approx(2, abs=0.15))
+    held = measured["ranks"]
     assert len(held) == ranks
     for found in held:
         for kind in ("weights", "gradients", "optimizer"):

@@ -1,5 +1,6 @@
 """A run directory holds one run."""
 
+import argparse
 import dataclasses
 import json
 import threading
@@ -157,6 +158,23 @@ def test_another_palette_is_not_overwritten(tmp_path: Path, recipe: Recipe, pale
     np.save(where / "palette.npy", np.ones((8, 3), np.float32))
     with pytest.raises(ValueError, match=r"palette.npy differs from the palette"):
         start(where, join(recipe, ZERO, 2), palette, resume=True)
+
+
+def test_a_resumed_run_validates_on_as_many_images_as_before(tmp_path: Path, recipe: Recipe, palette: Path) -> None:
+    where, run = tmp_path / "a", join(recipe, ZERO, 2)
+    new, other = (argparse.Namespace(run_dir=where, resume="auto", val_images=given) for given in (None, 7))
+    assert run_dir.number_validated(new) == 5000  # nothing is there yet
+    start(where, run, palette)
+    assert run_dir.number_validated(new) == 5000  # nothing is saved yet
+    save(where)
+    assert run_dir.number_validated(new, default=3) is None  # all, as earlier versions without a record
+    run_dir.record(where, run, DATA, palette, cpu_kernels.used(), val_images=40)
+    assert (run_dir.number_validated(new), run_dir.number_validated(other)) == (40, 7)
+    assert run_dir.number_validated(argparse.Namespace(run_dir=where, resume="never", val_images=None)) == 5000
+    old = json.loads((where / "run.json").read_text())
+    (where / "run.json").write_text(json.dumps(seal(old | {"val_images": 0})))
+    with pytest.raises(ValueError, match=r"run\.json has val_images 0"):
+        run_dir.number_validated(new)
 
 
 def test_files_that_are_no_run_are_refused(tmp_path: Path, recipe: Recipe) -> None:
