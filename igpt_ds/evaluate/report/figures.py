@@ -161,6 +161,7 @@ def plan_curve(tables: Mapping[str, Sequence[PlanRow]], path: Path, title: str) 
             axes.annotate(text, (x, y), textcoords="offset points", xytext=offset, ha=side, fontsize="small", color=color)
         ticks |= set(gpus)
     axes.set_xticks(sorted(ticks), [str(N) for N in sorted(ticks)])
+    axes.yaxis.set_major_formatter("{x:g}")  # the default writes powers of ten as math, which the canvas does not parse
     canvas.save_with_legend(figure, axes, path)
 
 
