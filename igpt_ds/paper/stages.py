@@ -16,6 +16,7 @@ from igpt_ds.paper.pictures import pages, pictures
 from igpt_ds.paper.stage import Flags, Stage, words
 from igpt_ds.paper.system import Filtered, Images, Scale, System
 from igpt_ds.paper.tunings import search, tunings
+from igpt_ds.plan.costs import VAL_IMAGES
 
 SAVE_EVERY = 5000  # upper limit on steps between checkpoints
 SGD_LAYERS = 5  # per job: some hours on a GPU
@@ -102,7 +103,7 @@ def _training(maker: Maker, system: System) -> Iterator[Stage]:
         data = tuple(web.leaves if path == maker.shards(system.filtered.id) else path for path in data)
     flags: Flags = {} if system.train_words else chosen(recipe, maker.out)
     flags |= {"data": data}
-    seldom = {"val_every": min(SAVE_EVERY, max(1, recipe.steps // 10)), "val_images": 5000}
+    seldom = {"val_every": min(SAVE_EVERY, max(1, recipe.steps // 10)), "val_images": VAL_IMAGES}
     kept: Flags = {"save_every": min(SAVE_EVERY, max(1, recipe.steps // 8)), "keep_steps": system.points or None}
     if system.searched:
         yield search(maker, name, "train.py", flags | seldom | {"save_every": SAVE_EVERY} | maker.machine(system), "3.4")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from igpt_ds.console import count, duration
-from igpt_ds.plan.costs import GIB, LIVE_PARAMETERS
+from igpt_ds.plan.costs import GIB, LIVE_PARAMETERS, keeps_weights
 from igpt_ds.plan.estimate import Estimate, NoPlan
 
 
@@ -47,6 +47,7 @@ def _layout(one: Estimate) -> list[str]:
     ranks = count(groups, "rank") if shared == 1 else f"{groups} groups of {shared} ranks that share an image"
     flags = f"--ds_config {one.ds_config} --micro_batch {run.micro_batch}"
     cast = " (gradients summed in half precision: choose another ds_config)" if one.half_precision_sum else ""
+    weights = " with weights kept after the forward pass" if keeps_weights(recipe.model, one.layout) and one.gpus > 1 else ""
     return [
         _line(
             "batch",
@@ -54,7 +55,7 @@ def _layout(one: Estimate) -> list[str]:
             f"{one.tokens:,} tokens a step, {recipe.steps:,} steps with {recipe.warmup_steps:,} of warm-up",
         ),
         _line("ds_config", f"{flags}" + (f" --sequence_parallel {shared}" if shared > 1 else "")),
-        _line("", f"ZeRO stage {run.stage}, {run.precision}, activation checkpointing {run.activation_checkpointing};"),
+        _line("", f"ZeRO stage {run.stage}{weights}, {run.precision}, activation checkpointing {run.activation_checkpointing};"),
         _line("", _reason(one)),
     ]
 

@@ -1,9 +1,17 @@
 """The console of a run: rows with aligned columns, and the time that is left."""
 
+import argparse
 import time
+from pathlib import Path
+
+import pytest
 
 from igpt_ds.config import Recipe
-from igpt_ds.train.screen import Table
+from igpt_ds.data.mixture import open_mixture
+from igpt_ds.data.shards.dataset import ShardSet
+from igpt_ds.ds_config import join
+from igpt_ds.train.screen import Table, introduction
+from igpt_ds.train.validation import n_validated, validation_batch
 
 
 def test_columns_stand_under_their_names(recipe: Recipe) -> None:
@@ -25,3 +33,14 @@ def test_the_time_left_counts_what_happens_between_the_steps() -> None:
     assert table.training(60, 2.0, 1e-3, 64.0, 64).endswith("1:20")
     table.rewind(20)
     assert table.training(30, 2.0, 1e-3, 64.0, 64).endswith("1:10")
+
+
+@pytest.mark.parametrize(
+    ("val_images", "said"), [(5, "5 of 11 for validation (val, evenly spread, "), (None, "11 for validation (val, ")]
+)
+def test_a_run_says_what_it_validates(recipe: Recipe, tiny_dataset: Path, val_images: int | None, said: str) -> None:
+    val, run = ShardSet(tiny_dataset, "val"), join(recipe, {"zero_optimization": {"stage": 3}}, 2, micro_batch=1)
+    args = argparse.Namespace(val_images=val_images, ds_config="zero3")
+    at_once = validation_batch(run, val, val_images)
+    assert 1 < at_once <= min(8, (n_validated(val, val_images) + 1) // 2)
+    assert f"{said}{at_once} at once)" in introduction(args, run, open_mixture([tiny_dataset]), val)[1]
