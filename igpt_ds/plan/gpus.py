@@ -69,8 +69,18 @@ OTHER_PEAKS = {
 }
 
 
+def find_gpu(device_name: str) -> Gpu | None:
+    """The GPU with the name that torch reports; None for a device that is not in the table."""
+    return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.devices, _model(device_name))), None)
+
+
 def peak_flops(device_name: str) -> float | None:
-    """The dense bf16 peak of a GPU from its data sheet; None for a device that is not in the table."""
-    model = re.sub(r"^(NVIDIA |AMD Instinct |Tesla )", "", device_name.strip())
-    peaks = {gpu.devices: gpu.peak for gpu in GPUS.values()} | OTHER_PEAKS
-    return next((peak for names, peak in peaks.items() if re.fullmatch(names, model)), None)
+    """The dense bf16 peak of a GPU from its data sheet; None for a device that is in neither table."""
+    gpu = find_gpu(device_name)
+    others = (peak for names, peak in OTHER_PEAKS.items() if re.fullmatch(names, _model(device_name)))
+    return gpu.peak if gpu else next(others, None)
+
+
+def _model(device_name: str) -> str:
+    """The name without the vendor's."""
+    return re.sub(r"^(NVIDIA |AMD Instinct |Tesla )", "", device_name.strip())

@@ -260,7 +260,10 @@ def peak_of_all_ranks(device: torch.device, precision: str) -> tuple[float, str]
     printed, source = peak_flops(name), "printed bf16 peak"
     if printed is None:
         usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        n, dtype = LARGE["cpu" if device.type == "cpu" else "gpu"], {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, usual)
+        n, dtype = (
+            LARGE["cpu" if device.type == "cpu" else "gpu"],
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, usual),
+        )
         printed, source = measured_product(device, dtype, n), f"measured: a product of {n} x {n} in {str(dtype)[6:]}"
     total = float(dist.sum_over_ranks(torch.tensor(printed, dtype=torch.float64, device=device)))
     return total, f"{name}, {source}"

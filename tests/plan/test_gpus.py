@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from igpt_ds.plan.gpus import GPUS, OTHER_PEAKS, peak_flops
+from igpt_ds.plan.gpus import GPUS, OTHER_PEAKS, find_gpu, peak_flops
 
 NAMES = {  # as torch reports them -> the row
     "NVIDIA H100 80GB HBM3": "h100-80g",
@@ -34,6 +34,7 @@ NAMES = {  # as torch reports them -> the row
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_finds_its_row(name: str) -> None:
     assert peak_flops(name) == GPUS[NAMES[name]].peak
+    assert find_gpu(name) is GPUS[NAMES[name]]
     model = name.removeprefix("NVIDIA ").removeprefix("AMD Instinct ")
     assert [gpu.name for gpu in GPUS.values() if re.fullmatch(gpu.devices, model)] == [NAMES[name]]
 

@@ -26,7 +26,7 @@ from harness import Benchmark, BenchRow, MachineFacts, read_bench
 
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.plan import costs
-from igpt_ds.plan.gpus import GPUS, Gpu, peak_flops
+from igpt_ds.plan.gpus import GPUS, Gpu, find_gpu, peak_flops
 from igpt_ds.plan.step_time import Cluster, step_time
 from igpt_ds.provenance import git_commit
 
@@ -95,7 +95,8 @@ class DeviceSession:
     @property
     def gpu(self) -> Gpu:
         """The plan's rates of this GPU, those of an H200 for an unknown one."""
-        return next((gpu for gpu in GPUS.values() if gpu.peak == self.peak and gpu.name.startswith("h200")), GPUS["h200-141g"])
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        return find_gpu(name) or GPUS["h200-141g"]
 
     def planned(self, config: ModelConfig, layout: costs.RankLayout) -> float:
         """Seconds of a training step in the plan."""
@@ -129,7 +130,9 @@ class DeviceSession:
         return statistics.median(found)
 
     def flops_row(self, what: str, flops: float, seconds: float, note: str = "") -> BenchRow:
-        """Achieved FLOP/s beside the peak of the data sheet: the ratio is the MFU."""
+        """Achieved FLOP/s beside the peak of the data sheet: the ratio is the MFU, which cannot exceed 1."""
+        if flops / seconds > self.peak:
+            raise ArithmeticError(f"{flops / seconds:.2e} FLOP/s exceed the peak of {self.peak:.2e}, which must be wrong")
         return BenchRow(what, "TFLOP/s", flops / seconds / 1e12, self.peak / 1e12, PEAK, note=note)
 
     def step_row(self, what: str, config: ModelConfig, layout: costs.RankLayout, seconds: float) -> BenchRow:
