@@ -1,8 +1,9 @@
 # make demo, make test: each sets up .venv by itself when it is missing or out of date. No root, no activated environment.
 SHELL := bash
 INSTALLED := .venv/.installed
-# What a recipe runs sees .venv first, for DeepSpeed looks for ninja on PATH.
-IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH";
+# What a recipe runs sees .venv first, for DeepSpeed looks for ninja on PATH. TORCH=cpu asks for the CPU, also beside a GPU.
+BUILD := $(or $(TORCH),$(shell sed -n 2p $(INSTALLED) 2>/dev/null))
+IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH" $(if $(filter cpu,$(BUILD)),DS_ACCELERATOR=cpu);
 SCRIPTS := .ci/run .ci/fresh_machine $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
 
 .DELETE_ON_ERROR:
@@ -48,7 +49,7 @@ check: $(INSTALLED) ## format, lint, types, shell scripts
 # The stamp's first line is the place that .venv was made for, the second PyTorch's build: another place or build installs anew.
 ifneq ($(wildcard $(INSTALLED)),)
 STAMP := $(shell .venv/bin/python -c '' 2>/dev/null && cat $(INSTALLED))
-ifneq ($(STAMP),$(strip $(CURDIR) $(or $(TORCH),$(shell sed -n 2p $(INSTALLED)))))
+ifneq ($(STAMP),$(strip $(CURDIR) $(BUILD)))
 .PHONY: $(INSTALLED)
 endif
 endif

@@ -150,6 +150,16 @@ def _why_idle(env: Mapping[str, str], build: TorchBuild, amd: bool) -> str:
     return f"{build.version} (built for {wanted} {built}) cannot use them: {build.why or 'no reason given'}; {fix}"
 
 
+def usable_gpus() -> int:
+    """The number of GPUs that this process can train on.
+
+    Raises:
+        ValueError: there are GPUs, and torch can use none of them.
+    """
+    refuse_idle_gpus()
+    return 0 if cpu_is_asked() else torch.accelerator.device_count()
+
+
 def device_index(local_rank: int, count: int) -> int:
     """The number of a rank's GPU among the `count` that its process sees.
 

@@ -32,8 +32,8 @@ cd "$(dirname "$0")/.."
 [[ -d .venv/bin ]] && PATH=$PWD/.venv/bin:$PATH
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait leave their core to others: igpt_ds/threads.py
 gpus=0 gpu=() precision=() # torch counts them, which takes seconds, where a GPU's device file exists
-if compgen -G '/dev/nvidia*' >/dev/null || compgen -G '/dev/nvhost*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]]; then
-  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [[ ${DS_ACCELERATOR:-} != cpu ]] && { compgen -G '/dev/nvidia*' >/dev/null || compgen -G '/dev/nvhost*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]]; }; then
+  gpus=$(python -c 'from igpt_ds import cli, devices; cli.run(lambda argv: print(devices.usable_gpus()))') || exit 2
 fi
 if ((gpus > 0)); then
   ranks=$gpus ds_config=ds_configs/zero3_bf16.json
