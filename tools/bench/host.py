@@ -98,8 +98,8 @@ def start(cell: Cell, kind: str) -> subprocess.Popen[str]:
     for name in ("stage", "mode", "ranks", "blocks"):
         command += [f"--{name}", str(getattr(cell, name))]
     on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": "8"}
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=os.environ | on_cpu, encoding="utf-8", errors="replace", **streams)
+    pipe, env = subprocess.PIPE, os.environ | on_cpu
+    return subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace")
 
 
 def take_turns(ranks: Mapping[str, subprocess.Popen[str]], turns: int) -> dict[str, float]:
