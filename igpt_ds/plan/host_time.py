@@ -27,14 +27,14 @@ class HostLaw:
 # Of tools/bench/host.py with 60 blocks, 8 to 512 ranks of a fake process group, and the hooks and loops of train/ds_patches.py.
 # By whether weights are sharded (stage 3), and by the mode of activation checkpointing.
 LAWS = {
-    (False, "none"): HostLaw(1.7),
-    (False, "selective"): HostLaw(5.0),
-    (False, "full"): HostLaw(3.7),
-    (True, "none"): HostLaw(2.9, 0.002),
-    (True, "selective"): HostLaw(7.6, 0.003),
-    (True, "full"): HostLaw(4.4, 0.002),
+    (False, "none"): HostLaw(1.8),
+    (False, "selective"): HostLaw(5.2),
+    (False, "full"): HostLaw(3.8),
+    (True, "none"): HostLaw(3.7, 0.0012),
+    (True, "selective"): HostLaw(6.5, 0.0012),
+    (True, "full"): HostLaw(5.4, 0.0012),
 }
-STEP = 28.0  # CPU milliseconds of a step beside its blocks
+STEP = 25.0  # CPU milliseconds of a step beside its blocks
 
 
 def host_seconds(n_layer: int, layout: RankLayout) -> float:
