@@ -45,7 +45,7 @@ def put_in_place(version: str) -> list[str]:
     import deepspeed.utils.nvtx as nvtx
 
     if version != VERSION:
-        return [f"DeepSpeed {version} takes more time of the host: its functions are replaced by faster ones only in {VERSION}"]
+        return [f"DeepSpeed {version} keeps its own, slower functions: the faster ones are for {VERSION}"]
     nvtx.enable_nvtx = False  # marks for a profiler, at every call of 50 functions
     done, aside = [], []
     for patch in patches():
@@ -53,8 +53,8 @@ def put_in_place(version: str) -> list[str]:
             patch.put()
             done.append(patch.name)
         else:
-            aside.append(f"DeepSpeed's own {patch.name} stays and takes more time: its source is not that of {VERSION}")
-    return [f"DeepSpeed {version} with a faster {', '.join(done)}; same results", *aside] if done else aside
+            aside.append(f"DeepSpeed keeps its own, slower function for {patch.name}: its source is not that of {VERSION}")
+    return [f"DeepSpeed {version} has faster functions with the same results for: {', '.join(done)}", *aside] if done else aside
 
 
 def digest(sources: Iterable[Any]) -> str:
@@ -104,10 +104,10 @@ def patches() -> list[Patch]:
     releasing = (init._partition, init._partition_param, partition_parameters.free_param)
     return [
         Patch("reduce-scatter", (coalesced_collectives.reduce_scatter_coalesced,), "d05c7b944514f710", reductions),
-        Patch("gathering and release of weights", gathering + releasing, "3b20da89c03ddb47", weights),
-        Patch("product", (linear.LinearFunctionForZeroStage3, linear.zero3_linear_wrap), "5fe22506e30bab21", products),
-        Patch("list of a block's weights", (coordinator.iter_params, coordinator.get_all_parameters), "0fb9a82130dc0a33", lists),
-        Patch("memory of what to release", (trace._clear_trace_structures, decide), "5d6ef97c5197838c", decisions),
+        Patch("gathering and release", gathering + releasing, "3b20da89c03ddb47", weights),
+        Patch("matrix product", (linear.LinearFunctionForZeroStage3, linear.zero3_linear_wrap), "5fe22506e30bab21", products),
+        Patch("lists of weights", (coordinator.iter_params, coordinator.get_all_parameters), "0fb9a82130dc0a33", lists),
+        Patch("release decisions", (trace._clear_trace_structures, decide), "5d6ef97c5197838c", decisions),
     ]
 
 

@@ -158,7 +158,8 @@ def build_model(run: Run) -> Transformer:
     """
     import deepspeed
 
-    ds_patches.apply()
+    if run.stage == 3:
+        ds_patches.apply()
     dist.start_sequence_groups(run.sequence_parallel)
     seed_everything(run.recipe.seed)
     with deepspeed.zero.Init(config_dict_or_path=run.ds_config, enabled=run.stage == 3):

@@ -4,8 +4,10 @@ faults.py FAULT train.py's words; FAULT is one of
     signal=NAME,rank,phase,step    the rank sends itself a signal at its first sign of life in that phase after that step
     nan=rank,first,end             the rank's loss of images [first, end) of the stream is not a number
     bad=first,end,nats             the loss of images [first, end) of the stream is higher by so many nats
+    garbage=steps                  no fault: new garbage is collected every so many steps, and each collection is told
 """
 
+import gc
 import importlib.util
 import os
 import signal
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 
 from igpt_ds import cli, dist
+from igpt_ds.train import loop
 from igpt_ds.train.safety.watchdog import Watchdog
 
 place = next(index for index, word in enumerate(sys.argv) if "=" in word and not word.startswith("--"))
@@ -59,8 +62,16 @@ def damaged(recipe):
     return nan if kind == "nan" else bad
 
 
+def told(phase: str, about: dict[str, int]) -> None:
+    if phase == "start" and not gc.isenabled():
+        print(f"rank {dist.rank()} collects generation {about['generation']}", flush=True)
+
+
 if kind == "signal":
     Watchdog.alive = signalling
+elif kind == "garbage":
+    loop.COLLECT_EVERY = int(arguments[0])
+    gc.callbacks.append(told)
 else:
     story.pretraining_loss = damaged
 if os.environ.get("IGPT_DS_TEST_STOP_AFTER_ROLLBACK"):  # the first sign of life after one

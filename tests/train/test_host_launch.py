@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +25,13 @@ def test_same_bits_few_gathers_and_no_growth(launch: Any, tmp_path: Path) -> Non
         for mode, objects in found["growth"].items():
             assert objects["with"] <= 5, mode
         assert found["growth"]["selective"]["without"] > 100
+
+
+def test_garbage_is_collected_on_all_ranks_together(
+    launch: Any, command: Callable[..., list[str]], with_fault: Callable[[list[str], str], list[str]]
+) -> None:
+    """After validations (steps 0, 4, 8, 12) and saves (4, 8, 12) as a whole, and what is new after steps 5 and 10."""
+    done = launch(with_fault(command("run", "--ds_config", "zero3_fp32"), "garbage=5"), ranks=2)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for rank in (0, 1):
+        assert re.findall(rf"rank {rank} collects generation (\d)", done.stdout) == list("222122122")
