@@ -80,6 +80,7 @@ def patches() -> list[Patch]:
     from deepspeed.runtime.comm import coalesced_collectives
     from deepspeed.runtime.zero import linear, partition_parameters, partitioned_param_coordinator, stage3
 
+    product = linear.LinearFunctionForZeroStage3
     init, handle = partition_parameters.Init, partition_parameters.AllGatherCoalescedHandle
     coordinator, trace = partitioned_param_coordinator, partitioned_param_coordinator.PartitionedParameterCoordinator
     decide = trace._PartitionedParameterCoordinator__params_to_release
@@ -91,7 +92,7 @@ def patches() -> list[Patch]:
         init._convert_to_deepspeed_param = partial_method(ds_faster.convert_weight, init._convert_to_deepspeed_param)
 
     def products() -> None:
-        partition_parameters.zero3_linear_wrap = ds_faster.product(linear.LinearFunctionForZeroStage3)
+        partition_parameters.zero3_linear_wrap = ds_faster.product(product)
 
     def lists() -> None:
         coordinator.iter_params = ds_faster.weights_of
@@ -100,12 +101,12 @@ def patches() -> list[Patch]:
         forget = _closure(decide)["func"].cache_clear
         trace._clear_trace_structures = partial_method(ds_faster.forget_decisions, trace._clear_trace_structures, forget)
 
-    gathering = (init._convert_to_deepspeed_param, handle, init._all_gather, init._allgather_params_coalesced)
+    gathering = (init._convert_to_deepspeed_param, handle.wait, init._all_gather, init._allgather_params_coalesced)
     releasing = (init._partition, init._partition_param, partition_parameters.free_param)
     return [
         Patch("reduce-scatter", (coalesced_collectives.reduce_scatter_coalesced,), "d05c7b944514f710", reductions),
-        Patch("gathering and release", gathering + releasing, "3b20da89c03ddb47", weights),
-        Patch("matrix product", (linear.LinearFunctionForZeroStage3, linear.zero3_linear_wrap), "5fe22506e30bab21", products),
+        Patch("gathering and release", gathering + releasing, "f91ed8727df4f38f", weights),
+        Patch("matrix product", (product.forward, product.setup_context, linear.zero3_linear_wrap), "75b0eade431255a0", products),
         Patch("lists of weights", (coordinator.iter_params, coordinator.get_all_parameters), "0fb9a82130dc0a33", lists),
         Patch("release decisions", (trace._clear_trace_structures, decide), "5d6ef97c5197838c", decisions),
     ]
