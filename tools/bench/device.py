@@ -49,6 +49,7 @@ class DeviceSession:
     rows: list[BenchRow] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     bandwidth: float = BANDWIDTH  # until the copy is measured
+    slack: float = 1.0  # times the seconds of each measurement
 
     @property
     def peak(self) -> float:
@@ -65,7 +66,7 @@ class DeviceSession:
 
     def attempt(self, what: str, seconds: float, measure: Callable[[], list[BenchRow]]) -> float | None:
         """Adds the rows of `measure`, or a row with the reason of its failure. Returns `ours` of the first row."""
-        left, why, found = min(seconds, self.end - time.monotonic()), "", []
+        left, why, found = min(self.slack * seconds, self.end - time.monotonic()), "", []
         try:
             with _alarm(left):
                 found = measure()
@@ -148,13 +149,14 @@ class DeviceSession:
 
 def run_process(session: DeviceSession, program: Path, parts: list[str], seconds: float) -> None:
     """Runs parts of a program in a process of their own, and adds its rows, or one that says why there are none."""
-    what, left = " ".join(parts), min(seconds, session.end - time.monotonic())
+    what, left = " ".join(parts), min(session.slack * seconds, session.end - time.monotonic())
     if left < 10:
         session.add([BenchRow(what, "", 0.0, 1.0, "not measured", note="no time was left")])
         return
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "rows.json"
-        words = [sys.executable, str(program), "--only", *parts, "--out", str(out), "--minutes", f"{left / 60:.3f}"]
+        minutes = f"{left / 60 / session.slack:.3f}"
+        words = [sys.executable, str(program), "--only", *parts, "--out", str(out), "--minutes", minutes]
         process = subprocess.Popen([*words, *(["--toy"] if session.toy else [])], stdout=subprocess.DEVNULL)
         try:
             process.wait(left + 5)  # it stops by itself, unless a library hangs

@@ -38,6 +38,8 @@ from igpt_ds.plan.costs import checkpoint_bytes, parameters
 from igpt_ds.provenance import git_commit
 from igpt_ds.train.checkpoint.directory import list_checkpoints
 
+_RUN = {"recipe", "ds_config"}
+_NEEDS = {"ds_config": _RUN, "needed": _RUN, "gpus": {"accelerator"}, "speed": {"accelerator", "gpus"}}  # checks of checks
 PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
 MOST_ERRORS = 5  # of shards, reported one by one
 _READERS = 16  # shards checked at the same time: the file server is the slow part
@@ -131,8 +133,8 @@ def run_node_checks(plan: PlannedRun, mark: str, progress: Callable[[str], None]
             ("shards", lambda: tuple(shards_report(path, plan.splits) for path in plan.data)),
         ]
     for check, find_out in checks:
-        if {"recipe", "ds_config"} & set(report.errors) and check in ("ds_config", "needed"):
-            continue  # they need both and would repeat the error
+        if not _NEEDS.get(check, set()).isdisjoint(report.errors):
+            continue  # it would repeat the error
         progress(check)
         report = attempt(report, check, find_out)
     return report
@@ -169,8 +171,7 @@ def ds_config_hash(plan: PlannedRun) -> str:
     Raises:
         ValueError: the file is damaged, or does not fit the recipe on the ranks of the planned run.
     """
-    values = load_ds_config(plan.ds_config)
-    join(plan.recipe(), values, plan.ranks, plan.micro_batch)
+    join(plan.recipe(), values := load_ds_config(plan.ds_config), plan.ranks, plan.micro_batch)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -280,8 +281,7 @@ def shards_report(path: Path, splits: list[str] | None = None) -> ShardsReport:
         ValueError: not a dataset directory, or its index has another version or was changed.
     """
     index = read_index(path)
-    wanted = [split for name, split in index.splits.items() if splits is None or name in splits]
-    entries = [entry for split in wanted for entry in split.shards]
+    entries = [entry for name, split in index.splits.items() if splits is None or name in splits for entry in split.shards]
     with ThreadPoolExecutor(_READERS) as threads:
         found = [error for error in threads.map(lambda entry: _shard_error(path / entry.name, entry.bytes), entries) if error]
     return ShardsReport(str(path), sha256_file(path / "index.json"), len(entries), tuple(found[:MOST_ERRORS]))
