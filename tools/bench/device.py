@@ -27,7 +27,7 @@ from harness import Benchmark, BenchRow, MachineFacts, read_bench
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.plan import costs
 from igpt_ds.plan.gpus import GPUS, Gpu, find_gpu, peak_flops
-from igpt_ds.plan.step_time import Cluster, step_time
+from igpt_ds.plan.step_time import Cluster, Step, step_time
 from igpt_ds.provenance import git_commit
 
 PEAK = "printed bf16 peak"
@@ -99,9 +99,9 @@ class DeviceSession:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
         return find_gpu(name) or GPUS["h200-141g"]
 
-    def planned(self, config: ModelConfig, layout: costs.RankLayout) -> float:
-        """Seconds of a training step in the plan."""
-        return step_time(config, layout, Cluster(self.gpu)).seconds
+    def planned(self, config: ModelConfig, layout: costs.RankLayout) -> Step:
+        """A training step in the plan."""
+        return step_time(config, layout, Cluster(self.gpu))
 
     def plan_says(self, rate: float) -> str:
         """A rate of the plan in words."""
@@ -142,7 +142,7 @@ class DeviceSession:
         causal = costs.train_flops_per_token(config, causal=True) * tokens / seconds / self.peak
         gib = torch.cuda.max_memory_allocated() / costs.GIB if self.device.type == "cuda" else 0.0
         flops = costs.train_flops_per_token(config) * tokens
-        plan = f"plan {flops / self.planned(config, layout) / self.peak:.1%}"
+        plan = f"plan {flops / self.planned(config, layout).seconds / self.peak:.1%}"
         note = f"causal MFU {causal:.1%}, {tokens / seconds:,.0f} tokens/s, at most {gib:.1f} GiB, {plan}"
         return self.flops_row(what, flops, seconds, note)
 
