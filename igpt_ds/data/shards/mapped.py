@@ -55,7 +55,7 @@ class MappedRecords:
         ends = np.cumsum(-(-self._sizes // mmap.PAGESIZE) * mmap.PAGESIZE)
         self._starts, span = np.concatenate([[0], ends[:-1]]), int(ends[-1])
         self._address = _map(None, span, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        weakref.finalize(self, _libc.munmap, self._address, span)
+        weakref.finalize(self, _libc.munmap, self._address, span).atexit = False  # a thread may still read when the program ends
         self._mapped: np.ndarray = np.zeros(len(files), dtype=bool)
         self._n_mapped = 0
         self._shift = self._starts - self._first * dtype.itemsize  # place of record 0, if it were in that file
