@@ -206,24 +206,18 @@ def meet() -> None:
         store, key = _stores["ours"], f"meeting {next(_meetings)}"
         if store.add(key, 1) == world_size():
             store.set(f"{key}: all", "")
-        wait_for(store, f"{key}: all")
+        wait_for(lambda: store.check([f"{key}: all"]))
+        if rank():
+            store.add(f"{key}: seen", 1)
+        else:  # it holds the store, so it must not end before the others have looked
+            wait_for(lambda: store.add(f"{key}: seen", 0) == world_size() - 1)
 
 
-def wait_for(store: td.Store, key: str) -> None:
-    """Waits until a rank has set a key. No time limit runs meanwhile, as it would in a collective."""
+def wait_for(happened: Callable[[], bool]) -> None:
+    """Waits until something has happened. No time limit runs meanwhile, as it would in a collective."""
     start = time.monotonic()
-    while not store.check([key]):
+    while not happened():
         time.sleep(min(0.25, 0.001 + (time.monotonic() - start) / 20))
-
-
-def _meet_rank_0() -> None:
-    """Returns at once on rank 0, and on the others when rank 0 has called it."""
-    if "ours" in _stores:
-        store, key = _stores["ours"], f"meeting {next(_meetings)}"
-        if rank() == 0:
-            store.set(key, "")
-        else:
-            wait_for(store, key)
 
 
 def from_rank_0(function: Callable[[], T]) -> T:
@@ -245,7 +239,8 @@ def from_rank_0(function: Callable[[], T]) -> T:
         except Exception as error:
             mistake, box[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
     if world_size() > 1:
-        _meet_rank_0()
+        if "ours" in _stores:
+            meet()
         td.broadcast_object_list(box, src=0)
     if mistake is not None:
         raise mistake

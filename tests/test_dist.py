@@ -134,7 +134,7 @@ def test_a_rank_makes_its_own_sequence_group_alone(joined: pytest.MonkeyPatch) -
 
 def test_a_rank_waits_for_a_key_of_another_one() -> None:
     store = td.HashStore()
-    waiting = threading.Thread(target=dist.wait_for, args=(store, "done"), daemon=True)
+    waiting = threading.Thread(target=dist.wait_for, args=(lambda: store.check(["done"]),), daemon=True)
     waiting.start()
     time.sleep(0.05)
     assert waiting.is_alive()
