@@ -89,8 +89,8 @@ def test_everything_that_is_known(run_dir: Path):
 def test_the_json_of_a_status(run_dir: Path):
     (run_dir / "heartbeat" / "rank-00001.json").unlink()
     found = status.read_status(run_dir, NOW).to_dict()
-    beat = {"step": 20, "phase": "step", "time": NOW - 3, "host": "node1", "pid": 2**22 + 1, "step_seconds": 0.2}
-    beat |= {"written": NOW - 1, "rank": 0, "age": 3.0, "silent": False}
+    beat = {"rank": 0, "step": 20, "phase": "step", "time": NOW - 3, "host": "node1", "pid": 2**22 + 1, "step_seconds": 0.2}
+    beat |= {"written": NOW - 1, "age": 3.0, "silent": False}
     none = {"rank": 1, "phase": None, "step": 0, "age": None, "silent": True, "host": None, "pid": None}
     assert found["ranks"] == [beat, none]
     saved = {"step": 16, "age": 200.0, "path": str(run_dir / "checkpoints" / "step-00000016")}
