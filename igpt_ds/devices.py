@@ -141,8 +141,8 @@ def _why_idle(env: Mapping[str, str], build: TorchBuild, amd: bool) -> str:
     version = build.version.partition("+")[0]
     wanted, built = ("ROCm", build.hip) if amd else ("CUDA", build.cuda)
     if built is None:
-        where = "" if not amd else " --index-url of pytorch.org/get-started"
-        return f"{build.version} is built without {wanted}; run pip install --force-reinstall torch=={version}{where}"
+        fix = "make TORCH=rocm7.1 install" if amd else f"pip install --force-reinstall torch=={version}"
+        return f"{build.version} is built without {wanted}; run {fix}"
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if name in env and env[name].strip() in _HIDDEN:
             return f"{build.version} sees none: {name}={env[name]!r} hides them; unset {name}"

@@ -91,7 +91,7 @@ def test_idle_gpus_are_refused_with_the_reason_and_the_fix(build: Any, env: Any,
 
 def test_amd_gpus_beside_a_torch_for_cuda_are_refused(tmp_path: Path) -> None:
     here = machine(tmp_path, "kfd", pci=("0x1002", "0x120000"))
-    with pytest.raises(ValueError, match=r"AMD GPUs .* is built without ROCm; run pip install .*--index-url"):
+    with pytest.raises(ValueError, match=r"AMD GPUs .* is built without ROCm; run make TORCH=rocm"):
         refuse_idle_gpus(**here, build=replace(OLD, why=""))
 
 

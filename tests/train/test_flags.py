@@ -72,7 +72,7 @@ def test_a_ds_config_has_a_name(tmp_path, monkeypatch):
     [
         (["--ds_config", "zero3_bf"], r"^--ds_config: 'zero3_bf' is unknown; did you mean zero3_bf16 or .*known: zero1"),
         (["--ds_config", "zero3_bf15.json"], r"^--ds_config: zero3_bf15\.json does not exist; did you mean zero3_bf16"),
-        (["--gpu", "h100"], r"^--gpu 'h100' is unknown; did you mean h100-80g\? known: a100-40g"),
+        (["--gpu", "h100"], r"^--gpu 'h100' is unknown; did you mean h100-80g or h100-pcie or h100-nvl\? known: a100-40g"),
         (["--lr", "-1"], r"^lr=-1\.0 must be a positive number"),
         (["--gpus", "0"], r"^gpus=0 must be at least 1"),
     ],
