@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 # What a recipe runs sees .venv first, for DeepSpeed looks for ninja on PATH. TORCH=cpu asks for the CPU, also beside a GPU.
 BUILD := $(or $(TORCH),$(shell sed -n 2p $(INSTALLED) 2>/dev/null))
 IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH" $(if $(filter cpu,$(BUILD)),DS_ACCELERATOR=cpu);
-SCRIPTS := .ci/run .ci/fresh_machine $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
+SCRIPTS := .ci/run .ci/fresh_machine .ci/versions $(wildcard tools/*.sh slurm/*.sh slurm/*.sbatch)
 
 .DELETE_ON_ERROR:
 .PHONY: help install demo paper test test_fast check bench docs

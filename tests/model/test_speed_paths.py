@@ -137,7 +137,7 @@ def test_autocast_decides_as_it_does_for_torchs_own_product() -> None:
 def test_the_product_in_use_runs(product: str) -> None:
     x, weight = drawn([(3, 8), (7, 8)], torch.float32)
     assert cpu_kernels.used() == product
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         cpu_kernels.linear(x, weight)
     assert ("mkldnn::_linear_pointwise" in {event.key for event in seen.key_averages()}) == (product == "onednn")
 
@@ -325,7 +325,7 @@ def test_the_attention_backend_is_the_one_that_runs(dtype: torch.dtype, flash: b
     model = Transformer(WIDE).to(dtype)
     with torch.nn.attention.sdpa_kernel(backends):
         named = attention_backend(WIDE, True, torch.device("cpu"), dtype)
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
             model(wide_tokens(1))
     ran = {event.key for event in seen.key_averages()}
     assert named == ("flash" if flash else "math")
