@@ -71,9 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     slack = 10.0 if args.toy else 1.0  # a CPU that runs tests may be busy
     end = time.monotonic() + 60 * slack * args.minutes
-    if (
-        "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
-    ):  # the name before torch 2.9, which may be the user's; read at the first tensor
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9, which may be the user's
+        # Torch reads it at the first tensor.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     lazy.load()
     if not args.toy and not torch.cuda.is_available():

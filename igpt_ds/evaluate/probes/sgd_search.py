@@ -95,8 +95,12 @@ class _Fitting:
                     self._save(SgdState(self.state.done, UnfinishedGroup(name, step, sgd.state())))
                     saved_at = step
         finite, found = sgd.finite().tolist(), {}
+        read: dict[int, np.ndarray] = {}  # by the identity of the rows: a mask counts alone and in the vote, and is read once
         for what, (masks, labels) in counted.items():
-            predicted = np.stack([predictions(sgd, rows, standard, settings.device) for rows in masks], axis=1)  # [R, M, N]
+            for rows in masks:
+                if id(rows) not in read:
+                    read[id(rows)] = predictions(sgd, rows, standard, settings.device)
+            predicted = np.stack([read[id(rows)] for rows in masks], axis=1)  # [R, M, N]
             voted = [vote(one, self.n_classes, settings.seed) if len(one) > 1 else one[0] for one in predicted]
             shares = [float((labels == one).mean()) for one in voted]
             found[what] = [share if good else 0.0 for share, good in zip(shares, finite, strict=True)]

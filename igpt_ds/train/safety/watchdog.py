@@ -172,9 +172,8 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
         where = self.stacks if self._settled else "its stacks are above"
         print(f"rank {dist.rank()} hangs in phase {self.phase!r} after step {self.step}: {where}", file=sys.stderr, flush=True)
-        time.sleep(
-            self._wait
-        )  # the other ranks look as often: the launcher ends them before their own reports if this one leaves
+        # The other ranks look as often: the launcher ends them before their own reports if this one leaves.
+        time.sleep(self._wait)
         os._exit(cli.HUNG)
 
 
