@@ -54,8 +54,9 @@ def check_command(command: str, flags: dict[str, set[str]]) -> None:
             targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
             unknown = [word for word in words[1:] if "=" not in word and word not in targets]
             assert not unknown, f"make has no target {unknown}: {command}"
-        elif words[0] == "bash":
-            assert (ROOT / words[1]).is_file(), f"{words[1]} does not exist: {command}"
+        elif words[0] == "bash" or words[0].startswith(".ci/"):
+            script = words[words[0] == "bash"]
+            assert (ROOT / script).is_file(), f"{script} does not exist: {command}"
         else:
             assert words[0] in STARTERS, f"{words[0]}: what is that? {command}"
             check_arguments(words, flags, command)
