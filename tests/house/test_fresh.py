@@ -6,7 +6,8 @@ import re
 from importlib.util import find_spec
 
 GUESTS = {"deepspeed", "webdataset", "sklearn", "matplotlib"}
-NEEDS = {"igpt_ds.model.triton_gelu": "triton"}  # a module that is imported only where its package is, and torch for CPUs brings none
+# A module is imported only where its package is; torch for CPUs brings no Triton.
+NEEDS = {"igpt_ds.model.triton_gelu": "triton"}
 SLOW = GUESTS | {"torch", "transformers", "scipy", "safetensors", "argcomplete"}
 
 

@@ -112,6 +112,8 @@ def rate_curve(sweeps: Mapping[str, Sequence[tuple[float, float | None]]], measu
         sweeps: for each name at least one (rate, value); None: the run ended by a spike, drawn as a cross at the top.
         measured: name and unit of the values.
     """
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
     figure, axes = canvas.new_axes(title, "learning rate", measured)
     axes.set_xscale("log")
     for number, (name, results) in enumerate(sweeps.items()):
@@ -128,8 +130,9 @@ def rate_curve(sweeps: Mapping[str, Sequence[tuple[float, float | None]]], measu
             over, text = axes.get_xaxis_transform(), f"{name}: ended by a spike"
             axes.plot(spiked, [1.0] * len(spiked), "x", color=color, transform=over, clip_on=False, label=text)
     rates = sorted({lr for results in sweeps.values() for lr, _ in results})
-    axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
-    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_locator(FixedLocator(rates))  # set_xticks would also set the limits, to one point where the rate is one
+    axes.xaxis.set_major_formatter(FixedFormatter([f"{lr:g}" for lr in rates]))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(0.1, 0.2)
     canvas.save_with_legend(figure, axes, path)
 
