@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import locale
 import os
@@ -32,6 +33,12 @@ _BAR = re.compile(r"\r|\n*(\x1b\[A)*$")  # how tqdm starts a progress bar's line
 def parser(description: str) -> Parser:
     """An argument parser whose mistakes are one line; `description` is the program's docstring."""
     return Parser(description)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag of the device that a tool computes on."""
+    text = "device; auto takes a GPU if one exists, else the CPU"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
 
 
 class SharedError(InputError):

@@ -121,9 +121,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="val", help="split of --data: train, val, test or train+val")
     parser.add_argument("--limit", type=int, help="number of images to measure, evenly spread over the split (default: all)")
     parser.add_argument("--batch", type=int, default=32, help="images per forward pass")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
-    )
+    cli.add_device(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the matrix products")
     parser.add_argument(
         "--mask_draws", type=int, help="BERT: masks drawn for each image, over which the nats are averaged (default: 1)"

@@ -50,7 +50,7 @@ with lazy.imports():
     from igpt_ds.api.found import model_dir
     from igpt_ds.data.loader import check_shards
     from igpt_ds.evaluate.classification import check_classes, check_head, result, write_confusion
-    from igpt_ds.evaluate.features.network import Network, model_images, open_model
+    from igpt_ds.evaluate.features.network import Network, model_images, open_model, pick_device
     from igpt_ds.evaluate.prediction import Predictions, apply_probe, check_probe_classes, classify, fitted_on
     from igpt_ds.evaluate.probes.saved import load_probe
     from igpt_ds.model.store import load_classifier, read_info
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     lazy.load()
     args.model_dir = model_dir(args.model)
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = pick_device(args.device)
     if args.images:
         new_images(args)
     elif args.probe:
@@ -88,6 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--confusion", type=Path, help="JSON file for the confusion matrix (default: none)")
     parser.add_argument("--mask_draws", type=int, help=f"bert models: masks per image that vote (default: {N_MASKS})")
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
+    cli.add_device(parser)
     parser.add_argument("--bf16", action="store_true", help="compute weights and activations in bfloat16, to save memory")
     args = parser.parse_args(argv)
     for name in ("mask_draws", "batch"):

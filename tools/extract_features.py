@@ -142,9 +142,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=32,
         help="images per forward pass; on a CPU more than 32 are slower, because they exceed the caches",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
-    )
+    cli.add_device(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="precision of the matrix products and their weights"
     )

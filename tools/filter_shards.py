@@ -130,9 +130,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fit_images", type=int, default=10_000, help="images of each set that the classifier is fitted on")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the fitted images, the folds and the sheet")
     parser.add_argument("--batch", type=int, default=32, help="images per forward pass")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
-    )
+    cli.add_device(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the matrix products")
     args = parser.parse_args(argv)
     if args.batch < 1:

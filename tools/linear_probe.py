@@ -159,9 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="every_layer, concat: .safetensors file for the best probe of a trained model",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
-    )
+    cli.add_device(parser)
     parser.add_argument("--precision", choices=PROBE_PRECISIONS, default="fp32", help="precision of the features in memory")
     args = parser.parse_args(argv)
     args.layers = args.layers and list(dict.fromkeys(args.layers))

@@ -128,12 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (default: 0)")
     parser.add_argument("--scale", type=int, help=f"screen pixels per image pixel (default: images of at least {CELL})")
     parser.add_argument("--batch", type=int, default=64, help="images per batch (default: 64)")
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="device; auto takes a GPU if one exists, else the CPU (default: auto)",
-    )
+    cli.add_device(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="precision of weights and matrix products (default: fp32)"
     )

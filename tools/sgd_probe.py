@@ -206,9 +206,7 @@ def _add_fit_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window_mib", type=int, default=1024, help="MiB of features that are in memory and shuffled together")
     parser.add_argument("--save_every", type=int, default=10_000, help="steps between two writings of the state file")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the held-out images and of the order")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device; auto takes a GPU if one exists, else the CPU"
-    )
+    cli.add_device(parser)
 
 
 def asked(features: FeatureSet, args: argparse.Namespace) -> list[tuple[str, list[tuple[int, ...]]]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from igpt_ds.devices import refuse_idle_gpus
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.features.manifest import KINDS
 from igpt_ds.model.sampling import Filter
@@ -57,9 +58,10 @@ def layer_list(layer: Any, n_layer: int) -> list[int]:
 
 
 def device_name(asked: str | torch.device | None) -> str:
-    """The name of a device; None and "auto" take a GPU if one exists, else the CPU."""
+    """The name of a device; None and "auto" take a GPU if one exists, else the CPU. GPUs that torch cannot use are refused."""
     name = "auto" if asked is None else str(asked)
     if name == "auto":
+        refuse_idle_gpus(otherwise="give device='cpu'")
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):

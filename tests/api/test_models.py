@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -324,6 +325,21 @@ def test_a_path_that_is_no_model_is_named_with_what_it_is(tmp_path, tiny_dataset
     if not torch.cuda.is_available():
         with pytest.raises(igpt_ds.InputError, match="torch sees 0 GPUs"):
             igpt_ds.load(model_dir, device="cuda")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="torch can use the GPU of this machine")
+def test_gpus_that_torch_cannot_use_are_refused(model_dir, tiny_dataset, tool, tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with pytest.raises(igpt_ds.InputError, match=r"NVIDIA GPUs .*give device='cpu'"):
+        igpt_ds.load(model_dir)
+    status, _, stderr = tool("evaluate_classifier", "--model", model_dir, "--data", tiny_dataset)
+    assert status == 2
+    assert "give --device cpu" in stderr
+    igpt_ds.load(model_dir, device="cpu")
 
 
 def test_importing_the_package_loads_no_library(tmp_path):
