@@ -16,7 +16,8 @@ from igpt_ds.json_files import read_json_lines
 from igpt_ds.schema import record_from
 
 # Columns of train.jsonl that measure the machine and not the model.
-MEASURED = {"images_per_s", "tokens_per_s", "mfu", "memory_gib", "data_wait", "save_seconds", "slowest_rank", "slowest_ratio"}
+MEASURED = {"images_per_s", "tokens_per_s", "mfu", "memory_gib", "data_wait", "slowest_rank", "slowest_ratio"}
+MEASURED |= {"time", "save_seconds", "val_seconds"}
 Value = float | int | None  # None: not finite, or the row has no such column
 Rows = dict[tuple[int, str], dict[str, Value]]
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from igpt_ds.errors import error_text, naming
+from igpt_ds.errors import error_text
+from igpt_ds.ops import requeue
 from igpt_ds.ops.requeue import Start
-from igpt_ds.plain_files import open_plain
 from igpt_ds.train.checkpoint.directory import list_checkpoints
+from igpt_ds.train.safety.ledger import append_row, read_rows
 
 LOST = "SLURM ended it before it could write its end: a preemption, a lost node or a cancelled job"
 
@@ -59,8 +60,13 @@ def record(start: Start, event: str, **more: object) -> None:
     """
     now, path = datetime.now().astimezone().isoformat(timespec="seconds"), start.run_dir / "restarts.jsonl"
     row = {"event": event, "job": start.job, "restart": start.restart, "time": now, "nodes": start.nodes}
-    with naming(path), open(path, "a", encoding="utf-8", opener=open_plain) as file:
-        file.write(json.dumps(row | {"images_seen": newest_images(start.run_dir)} | more) + "\n")
+    append_row(path, row | {"images_seen": newest_images(start.run_dir)} | more)
+
+
+def time_of_last_row(run_dir: Path) -> float | None:
+    """When a batch job last added a row, in seconds since 1970; None if none did."""
+    times = [requeue.timestamp(str(row.get("time"))) for row in read_rows(run_dir) if "job" in row]
+    return times[-1] if times else None
 
 
 def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) -> None:
@@ -74,7 +80,7 @@ def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) 
 def images_at_starts(start: Start) -> list[int]:
     """The images that each start of the job began with; empty if this start could not be written down."""
     images, last = list[int](), -1
-    for row in _rows(start.run_dir):
+    for row in read_rows(start.run_dir):
         try:
             if row["event"] == "start" and row["job"] == start.job:
                 images, last = [*images, int(row["images_seen"])], row["restart"]
@@ -90,7 +96,7 @@ def record_lost_ends(start: Start) -> None:
         OSError: they cannot be written.
     """
     begun: dict[tuple[str, int], Start] = {}
-    for row in _rows(start.run_dir):
+    for row in read_rows(start.run_dir):
         try:
             which = str(row["job"]), int(row["restart"])
             if row["event"] == "start":
@@ -102,13 +108,3 @@ def record_lost_ends(start: Start) -> None:
     begun.pop((start.job, start.restart), None)
     for lost in begun.values():
         record(lost, "end", status=None, reason=LOST, bad_nodes="")
-
-
-def _rows(run_dir: Path) -> Iterator[dict[str, Any]]:
-    for line in read_text(run_dir / "restarts.jsonl").splitlines():
-        try:
-            row = json.loads(line[max(0, line.rfind('{"event"')) :])  # a row may follow one that a full disk tore
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            yield row

@@ -39,6 +39,7 @@ from igpt_ds.ops.restart_log import (
     record,
     record_end,
     record_lost_ends,
+    time_of_last_row,
     write_line,
 )
 
@@ -136,11 +137,11 @@ def has_dependents(start: Start) -> bool:
 
 def stop_requested(start: Start) -> bool:
     """Whether RUN_DIR/STOP is for this start. A file from before the job's submission was for another job, and is removed."""
-    stop, rows = start.run_dir / "STOP", start.run_dir / "restarts.jsonl"
+    stop = start.run_dir / "STOP"
     if not stop.exists():
         return False
     submitted = requeue.timestamp(facts_of(start.job).get("SubmitTime", ""))
-    since = rows.stat().st_mtime if start.restart and rows.exists() else submitted
+    since = (start.restart and time_of_last_row(start.run_dir)) or submitted
     if since is None or stop.stat().st_mtime > since:
         return True
     say(start, f"removed {stop}, which is older than this job")
@@ -167,7 +168,7 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
         nodes = ask("scontrol", "show", "hostnames", start.nodes)[1].split()
         with atomic_file(hostfile, "w") as file:
             file.writelines(f"{node} slots={ranks}\n" for node in nodes)
-        record(start, "start")
+        record(start, "start", submitted=facts_of(start.job).get("SubmitTime", ""))
         images = images_at_starts(start) or [newest_images(start.run_dir)]
     except OSError as error:
         write_line(f"error: {error_text(error)}", sys.stderr)

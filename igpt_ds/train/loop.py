@@ -28,6 +28,7 @@ from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
 from igpt_ds.train.ds_faster import forget_recomputed
 from igpt_ds.train.early import EarlyState
 from igpt_ds.train.engine import LossFunction, take_step, with_dropout
+from igpt_ds.train.safety.ledger import ROLLBACK, SAVE
 from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, range_to_skip, write_rollbacks
 from igpt_ds.train.safety.spikes import Verdict, advice
 from igpt_ds.train.schedule import learning_rate
@@ -130,12 +131,13 @@ def validated(session: Session, validate: Validate, step: int, verdict: Verdict 
         watch.watchdog.alive("validation", step)
         return not watch.stop.now(device)
 
+    start = time.perf_counter()
     found = validate(go_on)
     if found is None:
         return False
     measured = {"val_loss": found} if isinstance(found, float) else found
     others = {name: value for name, value in measured.items() if name != "val_loss"}
-    session.metrics.validation(step, measured["val_loss"], others)
+    session.metrics.validation(step, measured["val_loss"], others, time.perf_counter() - start)
     collect_garbage()
     if watch.early is not None and verdict is Verdict.CALM:
         watch.early.see(step, measured)
@@ -160,6 +162,7 @@ def save(session: Session, step: int) -> None:
     )
     collect_garbage()
     metrics.saved(time.perf_counter() - start)
+    watch.watchdog.ledger.record(SAVE, step)
     metrics.restart_clock(step)
 
 
@@ -190,6 +193,7 @@ def go_back(session: Session, outcome: StepOutcome) -> int:
     if watch.early is not None:
         watch.early.restore(found.manifest.guards.early or EarlyState())
     dist.from_rank_0(lambda: set_aside_newer(session.checkpoints, back_to))
+    watch.watchdog.ledger.record(ROLLBACK, back_to, lost_at=outcome.step)
     return back_to
 
 

@@ -1,7 +1,8 @@
 """The curves of a run: train.jsonl, TensorBoard, the rows on the console and, with --wandb, Weights and Biases. Rank 0 writes.
 
 A training row holds the loss of one step, in nats per token, over the global batch; a validation row holds the mean over the
-validation images. `step` counts completed steps and `images_seen` their images. No step appears twice.
+validation images. `step` counts completed steps and `images_seen` their images. `time` is in seconds since 1970. No step appears
+twice.
 
 `slowest_rank` is the rank with the most work of its own, `slowest_ratio` times the median. A step does not show that, because
 its ranks wait for each other in every layer. So each rank times two things that need no other rank: waiting for the step's
@@ -171,11 +172,11 @@ class Metrics:
         notes = row.notes() + (doubt if row.mfu is None else "")
         self._say(self.table.training(step, loss, lr, images_per_s, recipe.batch_images) + notes)
 
-    def validation(self, step: int, val_loss: float, more: Mapping[str, float] | None = None) -> None:
-        """Logs a validation loss and other measured values. The speed leaves out the time of the validation."""
+    def validation(self, step: int, val_loss: float, more: Mapping[str, float] | None = None, seconds: float = 0.0) -> None:
+        """Logs a validation loss, other measured values and the validation's seconds, which the speed leaves out."""
         if self.speaks:
             row: dict[str, Value] = {"step": step, "images_seen": step * self.run.recipe.batch_images, "val_loss": val_loss}
-            self._write(row | dict(more or {}), "val")
+            self._write(row | dict(more or {}) | {"val_seconds": seconds}, "val")
             others = "".join(f"  {name.removeprefix('val_')} {value:.4f}" for name, value in (more or {}).items())
             self._say(self.table.validation(step, val_loss) + others)
         self.restart_clock(step)
@@ -211,7 +212,7 @@ class Metrics:
     def _write(self, row: dict[str, Value], group: str) -> None:
         known = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
         with naming(self.run_dir / "train.jsonl"):
-            self.rows.write(json_line(known))  # JSON has neither infinity nor NaN
+            self.rows.write(json_line(known | {"time": round(time.time(), 3)}))  # JSON has neither infinity nor NaN
         shown = {f"{group}/{name}": value for name, value in known.items() if name not in ("step", "images_seen")}
         with naming(self.run_dir / "tensorboard"):  # a thread writes there, and its error is raised here
             for name, value in shown.items():

@@ -36,6 +36,7 @@ from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
 from igpt_ds.train.safety import flight_recorder
+from igpt_ds.train.safety.ledger import TRAIN
 from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, read_rollbacks, skipped_ranges
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop
@@ -275,6 +276,7 @@ def watch_over(
     if dist.rank() == 0:
         (args.run_dir / "LOST.json").unlink(missing_ok=True)
     watchdog.alive("start", 0 if found is None else found.step)
+    watchdog.ledger.record(TRAIN, watchdog.step, resume=args.resume == "auto")
     most = args.max_rollbacks if args.on_spike == "rollback" else 0
     skipped = skipped_ranges(rollbacks, found)
     return Watch(stop, watchdog, guard, rollbacks, skipped, most, args.spike_skip_images, guards.unvalidated, early)

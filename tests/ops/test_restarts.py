@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from igpt_ds.cli import STOPPED
 from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops import restart_log, restarts
 from igpt_ds.ops.requeue import BAD_INPUT, BAD_NODES, Start
+from igpt_ds.train.safety.ledger import append_row
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"TimeLimit": "00:10:00", "StartTime": "2026-01-01T00:00:00", "EndTime": "2026-01-01T00:10:00"}
@@ -231,7 +231,6 @@ def test_a_stop_is_for_a_job_that_was_submitted_before_it(slurm: FakeSlurm):
     assert (status, stop.exists()) == (0, False)
     assert said.startswith(f"removed {stop}")
     stop.touch()  # after the first start: for this job, whenever it was submitted
-    os.utime(slurm.run_dir / "restarts.jsonl", (0, 0))
     assert slurm.begin(restart=1)[0] == STOPPED
 
 
@@ -251,7 +250,8 @@ def test_a_requested_stop_is_no_failure_unless_jobs_wait_for_the_result(slurm: F
     status, said = slurm.finish(STOPPED)
     assert status == STOPPED
     assert "SLURM cancels the jobs that need its result" in said
-    os.utime(slurm.run_dir / "restarts.jsonl", (0, 0))
+    stop.touch()  # after the last end
+    append_row(slurm.run_dir / "restarts.jsonl", {"event": "exit", "time": "2099-01-01T00:00:00", "step": 1, "seconds": {}})
     assert slurm.begin(restart=1)[0] == 1
     slurm.job("CANCELLED")
     assert slurm.finish(STOPPED)[0] == STOPPED

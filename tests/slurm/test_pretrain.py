@@ -186,7 +186,7 @@ def test_of_two_jobs_that_start_at_one_moment_one_trains(training: Trainings, un
     (line,) = other.text().splitlines()
     assert f"error: job {winner.job} (RUNNING) still uses {other.run_dir}" in line
     assert (winner.run_dir / "owner").read_text() == f"{winner.job}.0\n"
-    assert [row["job"] for row in read_json_lines(winner.run_dir / "restarts.jsonl")] == [winner.job, winner.job]
+    assert [row["job"] for row in (*winner.starts(), *winner.ends())] == [winner.job, winner.job]
     assert_close(winner.curves(), undisturbed)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,15 @@ def metrics(run_dir: Path, recipe: Recipe, start_step: int) -> Metrics:
 def test_rows_after_the_checkpoint_go(run_dir: Path, recipe: Recipe) -> None:
     curves = metrics(run_dir, recipe, start_step=2)
     curves.training(3, loss=1.5, lr=0.01, grad_norm=float("inf"), skipped_steps=1)
-    curves.validation(3, 1.6)
+    curves.validation(3, 1.6, seconds=0.5)
     curves.close()
     rows = read_json_lines(run_dir / "train.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
     assert rows[3]["loss"] == 1.5
     assert rows[3]["grad_norm"] is None  # JSON knows no infinity
     assert rows[3]["skipped_steps"] == 1
-    assert rows[4] == {"step": 3, "images_seen": 3 * recipe.batch_images, "val_loss": 1.6}
+    assert rows[3]["time"] <= rows[4].pop("time") <= time.time() + 1
+    assert rows[4] == {"step": 3, "images_seen": 3 * recipe.batch_images, "val_loss": 1.6, "val_seconds": 0.5}
     assert list((run_dir / "tensorboard").glob("events.*"))
 
 

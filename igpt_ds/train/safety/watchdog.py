@@ -12,6 +12,7 @@ count as progress: bytes that the process reads or writes, and recent progress o
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -28,6 +29,7 @@ from igpt_ds.errors import error_text
 from igpt_ds.plain_files import open_plain
 from igpt_ds.train.heartbeat import BEGINNING, HEARTBEAT_SECONDS, Heartbeat, signs
 from igpt_ds.train.safety import flight_recorder
+from igpt_ds.train.safety.ledger import EXIT, Ledger
 from igpt_ds.train.safety.node_beats import NodeBeats
 
 FILE_PHASES = (*BEGINNING, "save", "consolidate")
@@ -48,6 +50,8 @@ class Watchdog:
         self._wait = min(self.every / 2, self.limit / 4) if self.limit else self.every / 2
         self.step, self.phase, self.step_seconds, self.error = 0, BEGINNING[0], 0.0, ""
         self.time, self._alive, self._bytes = time.time(), time.monotonic(), 0
+        self.ledger = Ledger(run_dir, writes=dist.rank() == 0)
+        self.ledger.enter(self.phase)
         self._beats: NodeBeats | None = None
         self._signs, self._others = dict[int, float](), -math.inf  # of other ranks' progress: the last seen, and when it changed
         self._settled, self._ended = False, threading.Event()
@@ -68,6 +72,7 @@ class Watchdog:
 
         Every rank calls this. It removes the heartbeats of an earlier start.
         """
+        self.ledger.begin(self.run_dir)
         self._beats = NodeBeats.meet(self.run_dir, self.every)
         # tools/diagnose.py asks for stacks with SIGUSR2. A handler in C answers even where no Python runs, as in a collective.
         self.stacks.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +91,7 @@ class Watchdog:
             step_seconds: its duration; None keeps the last one.
         """
         self.phase, self.step = phase, step
+        self.ledger.enter(phase, step_seconds)
         self.step_seconds = self.step_seconds if step_seconds is None else step_seconds
         self._mark_progress()
 
@@ -123,6 +129,8 @@ class Watchdog:
             faulthandler.unregister(signal.SIGUSR2)
             self._live.close()
             self.write()
+            with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
+                self.ledger.record(EXIT, self.step, phase=phase, **({"error": error} if error else {}))
 
     def close_with(self, error: str) -> None:
         """`cli.run` calls this when the program ends, with the error or with ""."""

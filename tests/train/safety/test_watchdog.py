@@ -29,7 +29,7 @@ def beat_of(run_dir: Path) -> dict[str, Any]:
 
 
 def test_heartbeats_tell_what_a_rank_did_last(tmp_path: Path) -> None:
-    watchdog = Watchdog(tmp_path, hang_minutes=0, every_seconds=0.01)
+    watchdog = Watchdog(tmp_path, hang_minutes=0, every_seconds=0.1)
     file = tmp_path / "heartbeat" / "node-00000.json"
     file.parent.mkdir()
     (file.parent / "rank-00001.json").write_text("{}")  # of a time when there were more ranks
