@@ -52,7 +52,7 @@ with lazy.imports():
     from igpt_ds.evaluate.classification import over_subsets, result, write_confusion
     from igpt_ds.model.store import ModelInfo, read_info
     from igpt_ds.train.checkpoint.consolidate import check_own, consolidate
-    from igpt_ds.train.checkpoint.save_load import load_checkpoint
+    from igpt_ds.train.checkpoint.load import load_checkpoint
     from igpt_ds.train.engine import check_ds_config, start_ranks
     from igpt_ds.train.finetuning import (
         finetune_recipe,

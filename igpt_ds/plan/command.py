@@ -53,7 +53,7 @@ def dry_run(run: Run, args: argparse.Namespace, models: int = 0, validation: tup
     """
     kept = args.keep_last + models + len(args.keep_steps)
     validated = validation or (args.val_images or VAL_IMAGES, args.val_every)
-    price = Price(args.dollars_per_gpu_hour or DOLLARS, kept, args.keep_every, *validated)
+    price = Price(args.dollars_per_gpu_hour or DOLLARS, kept, args.keep_every, *validated, background=args.save != "sync")
     return describe_plan([estimate(run, args.ds_config.name, read_cluster(args), price)])
 
 

@@ -225,3 +225,16 @@ def exchanged_bytes(config: Shape, layout: RankLayout) -> float:
 def checkpoint_bytes(n_parameters: int, stage: int = 3, weight_bytes: int = 2) -> int:
     """Bytes of one checkpoint: fp32 master weights and two moments, 12 B per parameter; below stage 3 also the weights."""
     return (12 + (weight_bytes if stage < 3 else 0)) * n_parameters
+
+
+def copied_bytes(
+    n_parameters: int, world_size: int, stage: int = 3, weight_bytes: int = 2, *, ranks: int, first: bool = True
+) -> int:
+    """Bytes of host memory for the copies that some ranks of a node hold while a checkpoint is written (--save async).
+
+    Args:
+        ranks: how many.
+        first: whether rank 0 is among them, which also saves the weights below stage 3.
+    """
+    weights = weight_bytes * n_parameters if stage < 3 and first else 0
+    return -(-12 * n_parameters * ranks // world_size) + weights

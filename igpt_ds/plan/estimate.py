@@ -20,6 +20,7 @@ from igpt_ds.plan.costs import (
     Memory,
     RankLayout,
     checkpoint_bytes,
+    copied_bytes,
     memory,
     offloaded_bytes,
     parameters,
@@ -64,6 +65,7 @@ class Price:
     keep_every: int = 0  # steps; 0: no checkpoint is kept for good
     val_images: int = VAL_IMAGES
     val_every: int = VAL_EVERY  # steps; 0: only before the first step and after the last
+    background: bool = True  # whether checkpoints are written from copies in host memory (--save async)
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,14 @@ class Estimate:
     def host_bytes_a_node(self) -> float:
         """Host memory of one node that the offloaded optimizer takes."""
         return offloaded_bytes(self.recipe.model, self.layout) * min(self.cluster.node_gpus, self.gpus)
+
+    @property
+    def copied_bytes_a_node(self) -> int:
+        """Host memory of one node that --save async takes: that of the node of rank 0."""
+        ranks = min(self.cluster.node_gpus, self.gpus)
+        layout = self.layout
+        found = copied_bytes(self.parameters, layout.world_size, layout.stage, layout.weight_bytes, ranks=ranks)
+        return found if self.price.background else 0
 
     @property
     def usable_gpu_bytes(self) -> float:
@@ -242,6 +252,7 @@ class Estimate:
             "flops": self.flops,
             "memory": asdict(self.memory) | {"total": self.memory.total},
             "host_bytes_a_node": self.host_bytes_a_node,
+            "copied_bytes_a_node": self.copied_bytes_a_node,
             "fits": self.fits,
             "wire_bytes": self.wire_bytes,
             "step_seconds": step.seconds,

@@ -79,6 +79,11 @@ def _memory(one: Estimate) -> list[str]:
     return [
         _line("memory a GPU", f"{one.memory.total / GIB:.2f} GiB = {parts}"),
         *([_line("", f"and {host / GIB:.1f} GiB of host memory a node")] if (host := one.host_bytes_a_node) else []),
+        *(
+            [_line("", f"and {copy / GIB:.1f} GiB of host memory a node for --save async")]
+            if (copy := one.copied_bytes_a_node)
+            else []
+        ),
         _line("", f"{verdict}: {one.usable_gpu_bytes / GIB:.1f} GiB are usable on one {gpu.name} of {gpu.memory / 1e9:.0f} GB"),
     ]
 

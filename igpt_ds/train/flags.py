@@ -147,6 +147,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None
     group = parser.add_argument_group("checkpoints")
     save = "steps between checkpoints; 0 saves only at the end" + (" (default: --val_every)" if save_every is None else "")
     group.add_argument("--save_every", type=int, metavar="STEPS", default=save_every, help=save)
+    how = "async: training goes on while a checkpoint is written, from a copy in host memory; sync: it waits (default: async, or"
+    group.add_argument("--save", choices=("async", "sync"), help=f"{how} sync where a node has too little memory for the copy)")
     last = "number of newest checkpoints to keep"
     group.add_argument("--keep_last", type=int, metavar="CHECKPOINTS", default=KEEP_LAST, help=last)
     keep_every = "keep every checkpoint whose step is a multiple of this number; 0 disables"

@@ -23,8 +23,9 @@ from igpt_ds.data.loader import Batches
 from igpt_ds.json_files import seal, write_json
 from igpt_ds.model.objectives import image_loss
 from igpt_ds.train.checkpoint.directory import set_aside_newer
+from igpt_ds.train.checkpoint.load import load_checkpoint
 from igpt_ds.train.checkpoint.manifest import GuardStates, Progress
-from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
+from igpt_ds.train.checkpoint.save import Kept
 from igpt_ds.train.ds_faster import forget_recomputed
 from igpt_ds.train.early import EarlyState
 from igpt_ds.train.engine import LossFunction, take_step, with_dropout
@@ -72,6 +73,8 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
     while step < cadence.last_step and not stop.reason and not watch.over:
         step += 1
         outcome = one_step(session, stream, loss_function, step)
+        if stop.idle:
+            finish_save(session, step)
         verdict = guard.see(step, outcome.loss, outcome.skipped)
         if verdict is Verdict.LOST:
             step = saved = go_back(session, outcome)
@@ -85,9 +88,10 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
         save_due = save_due or cadence.due(cadence.save_every, step) or step in (watch.best_step, *cadence.keep_steps)
         ends = bool(stop.reason) or watch.over or step == cadence.last_step
         if ends or (save_due and verdict is Verdict.CALM):  # during a doubt nothing is saved until the loss is calm again
-            save(session, step)
+            save(session, step, wait=ends)
             saved, save_due = step, False
             stop.now(engine.device)
+    finish_save(session, step)
     stream.close()
     metrics.close()
     assert saved == step
@@ -144,8 +148,12 @@ def validated(session: Session, validate: Validate, step: int, verdict: Verdict 
     return True
 
 
-def save(session: Session, step: int) -> None:
-    """Saves a checkpoint with the state of the guards. images_seen counts trained images, without those of skipped_ranges."""
+def save(session: Session, step: int, wait: bool) -> None:
+    """Saves a checkpoint with the state of the guards. images_seen counts trained images, without those of skipped_ranges.
+
+    Args:
+        wait: return when it is complete; otherwise `finish_save` completes it.
+    """
     cadence, metrics, watch = session.cadence, session.metrics, session.watch
     watch.watchdog.alive("save", step)
     start = time.perf_counter()
@@ -157,13 +165,23 @@ def save(session: Session, step: int) -> None:
         guards=GuardStates(**vars(watch.guard.state()), unvalidated=watch.unvalidated, early=early),
     )
     protected = dist.from_rank_0(lambda: {*watch.protected(session.checkpoints), *cadence.keep_steps})
-    save_checkpoint(
-        session.engine, session.checkpoints, session.facts, progress, cadence.keep_last, cadence.keep_every, protected
-    )
+    session.saver.save(progress, Kept(cadence.keep_last, cadence.keep_every, protected), wait)
     collect_garbage()
     metrics.saved(time.perf_counter() - start)
     watch.watchdog.ledger.record(SAVE, step)
     metrics.restart_clock(step)
+
+
+def finish_save(session: Session, step: int) -> None:
+    """Completes the checkpoint that is under way, if there is one. The speed leaves out the time that this takes."""
+    if not session.saver.under_way:
+        return
+    session.watch.watchdog.alive("save", step)
+    start = time.perf_counter()
+    session.saver.finish()
+    seconds = time.perf_counter() - start
+    session.metrics.saved(seconds)
+    session.metrics.clock += seconds
 
 
 def go_back(session: Session, outcome: StepOutcome) -> int:
@@ -175,6 +193,7 @@ def go_back(session: Session, outcome: StepOutcome) -> int:
     Raises:
         SharedError: rollbacks are off or used up, or there is no good checkpoint.
     """
+    finish_save(session, outcome.step)
     watch, guard = session.watch, session.watch.guard
     since = outcome.step if guard.since is None else guard.since
     found = dist.from_rank_0(lambda: good_checkpoint(session.checkpoints, since, watch.rollbacks))

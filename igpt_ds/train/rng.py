@@ -1,4 +1,4 @@
-"""The states of a rank's random generators. In: a checkpoint's states. Out: them. Called by train/checkpoint/save_load.py."""
+"""The states of a rank's random generators. In: a checkpoint's states. Out: them. Called by train/checkpoint/."""
 
 from __future__ import annotations
 

@@ -28,8 +28,9 @@ from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.train import run_dir
 from igpt_ds.train.checkpoint.directory import complete_checkpoints
+from igpt_ds.train.checkpoint.load import resume
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, RunFacts
-from igpt_ds.train.checkpoint.save_load import check_space, load_checkpoint, verified_checkpoint
+from igpt_ds.train.checkpoint.saver import Saver, open_saver
 from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.engine import build_engine, start_ranks
@@ -106,6 +107,7 @@ class Session:
     metrics: Metrics
     watch: Watch
     start_step: int  # completed steps at the start
+    saver: Saver
 
     @property
     def checkpoints(self) -> Path:
@@ -177,13 +179,14 @@ def open_session(
     engine = engine_of_run(run, args.run_dir, pretrained)
     watchdog.alive("loading", 0)
     found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else None
-    check_space(engine, args.run_dir / "checkpoints", args.keep_last + (early is not None))  # the best checkpoint stays too
+    saver = open_saver(engine, args, facts, args.keep_last + (early is not None))  # the best checkpoint stays too
+    stop.busy = saver.busy
     about = (palette, cpu_kernels.used(), note, args.val_images)
     dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, *about))
     start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device, found is None), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
-    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step)
+    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step, saver)
     yield session
     finish(session)
 
@@ -242,21 +245,6 @@ def cpu_product(where: Path) -> str:
     """
     recorded = run_dir.recorded_product(where, cpu_kernels.PRODUCTS)
     return recorded or (fastest_product() if current_device().type == "cpu" else cpu_kernels.usual())
-
-
-def resume(engine: Engine, checkpoints: Path, facts: RunFacts) -> Manifest | None:
-    """Loads the newest undamaged checkpoint; returns its manifest, or None if none was ever saved.
-
-    Raises:
-        SharedError: there are checkpoints but none can be used; nothing is changed.
-    """
-    found = verified_checkpoint(checkpoints)
-    if found is None:
-        dist.say("nothing to resume: step 0")
-        return None
-    load_checkpoint(engine, found, facts, verified=True)
-    dist.say(f"resumed from {found.path}: {found.manifest.step} steps, {found.manifest.images_seen:,} images")
-    return found.manifest
 
 
 def watch_over(

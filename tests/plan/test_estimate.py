@@ -266,7 +266,10 @@ def test_what_is_offloaded_lies_in_the_hosts_memory(capsys):
     (one,) = json.loads(capsys.readouterr().out)
     assert one["host_bytes_a_node"] == pytest.approx(16 * 6_810_875_904 / 2)
     main(["--recipe", "igpt_xl_ar_64", "--ds_config", str(file)])
-    assert "and 101.5 GiB of host memory a node" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "and 101.5 GiB of host memory a node" in said
+    assert one["copied_bytes_a_node"] == 6 * 6_810_875_904
+    assert "and 76.1 GiB of host memory a node for --save async" in said
 
 
 def test_a_table_takes_no_number_of_gpus():

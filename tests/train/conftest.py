@@ -28,12 +28,18 @@ def curves(tmp_path: Path) -> Callable[[str], Rows]:
 
 
 @pytest.fixture(scope="session")
-def whole(launch_once: Any, command_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """The curves of `command` on two ranks, never interrupted."""
+def whole_dir(launch_once: Any, command_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of `command` on two ranks, never interrupted. Training waits for its saves."""
     directory = tmp_path_factory.mktemp("whole")
-    done = launch_once(command_in(directory)("run"), ranks=2)
+    done = launch_once(command_in(directory)("run", "--save", "sync"), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    return learned(directory / "run")
+    return directory / "run"
+
+
+@pytest.fixture(scope="session")
+def whole(whole_dir: Path) -> Rows:
+    """The curves of that run."""
+    return learned(whole_dir)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from igpt_ds.data.shards.dataset import ShardSet
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.cpu_kernels import used
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
-from igpt_ds.train.checkpoint.save_load import save_checkpoint
+from igpt_ds.train.checkpoint.save import Kept, save_checkpoint
 from igpt_ds.train.engine import build_engine, start_ranks, take_step
 from igpt_ds.train.loop import pretraining_loss
 from igpt_ds.train.run_dir import read_recipe, record
@@ -37,7 +37,7 @@ def main(_: object) -> None:
         record(out, run, facts, data / "palette.npy", used())
     dist.barrier()
     about = RunFacts(recipe=recipe, data=facts, precision=run.precision)
-    save_checkpoint(engine, out / "checkpoints", about, Progress(step=3, images_seen=36), keep_last=1, keep_every=0)
+    save_checkpoint(engine, out / "checkpoints", about, Progress(step=3, images_seen=36), Kept(1))
     with torch.no_grad():
         logits = engine(torch.from_numpy(shards.tokens(np.arange(4)).reshape(4, -1)).long())
     if dist.rank() == 0:

@@ -92,9 +92,9 @@ def refuse_nothing_but_leftovers(checkpoints: Path) -> None:
 
 
 def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
-    launch: Any, command: Command, curves: Curves, whole: list[dict[str, Any]], tmp_path: Path
+    launch: Any, command: Command, curves: Curves, whole: list[dict[str, Any]], whole_dir: Path, tmp_path: Path
 ) -> None:
-    """Rank 1 may write no file above 4 KiB, which is less than its part of a checkpoint."""
+    """Rank 1 may write no file above 4 KiB, which is less than its part of a checkpoint. It writes beside the next steps."""
     done = launch(command("run", "--stop_at_step", "4"), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     words = command("run", "--resume", "auto")
@@ -113,6 +113,9 @@ def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
     done = launch(words, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert curves("run") == whole
+    written, beside = (sorted((path / "checkpoints" / "step-00000008").iterdir()) for path in (whole_dir, tmp_path / "run"))
+    assert [path.name for path in beside] == [path.name for path in written]
+    assert [path.read_bytes() for path in beside] == [path.read_bytes() for path in written]  # --save async is the default
 
 
 def test_missing_and_changed_files_then_another_number_of_ranks(

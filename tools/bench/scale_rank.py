@@ -32,7 +32,8 @@ with lazy.imports():
     from igpt_ds.data.loader import Batch, BatchLayout, Loader
     from igpt_ds.model.objectives import autoregressive_loss
     from igpt_ds.model.transformer import Transformer
-    from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint
+    from igpt_ds.train.checkpoint.load import load_checkpoint
+    from igpt_ds.train.checkpoint.save import Kept, save_checkpoint
     from igpt_ds.train.engine import build_engine, build_model, start_ranks, take_step
     from igpt_ds.train.loop import pretraining_loss
 
@@ -133,7 +134,7 @@ def saves(what: RankTask, recipe: Recipe) -> dict[str, float]:
     facts = RunFacts(recipe=recipe, data=DataFacts("", "", ""), precision="fp32")
     seconds = {}
     start = time.perf_counter()
-    saved = save_checkpoint(engine, directory, facts, Progress(step=1, images_seen=1), 1, 0).path
+    saved = save_checkpoint(engine, directory, facts, Progress(step=1, images_seen=1), Kept(1)).path
     seconds["save"] = time.perf_counter() - start
     checkpoint = read_checkpoint(saved)
     start = time.perf_counter()

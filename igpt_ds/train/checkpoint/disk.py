@@ -2,7 +2,7 @@
 
 DeepSpeed's save has many collectives. If a rank raises in between, the others wait for it until they time out. So
 `CheckpointWriter` stores the error instead; afterwards all ranks learn of it and stop together. Called by
-train/checkpoint/save_load.py and tools/reshard.py.
+train/checkpoint/save.py and tools/reshard.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +20,7 @@ import torch
 from igpt_ds import dist
 from igpt_ds.errors import InputError, error_text, naming
 from igpt_ds.train.checkpoint.manifest import FileEntry
+from igpt_ds.train.checkpoint.snapshot import Buffers, Snapshot
 
 SLACK = 1.02  # for what a file holds beside its tensors, and for estimates
 
@@ -61,22 +64,44 @@ class _Hashing:
 
 
 class CheckpointWriter:
-    """Replaces DeepSpeed's checkpoint engine during a save: writes with checksums, forces to disk, and never raises."""
+    """Replaces DeepSpeed's checkpoint engine during a save: writes with checksums, forces to disk, and never raises.
 
-    def __init__(self, wrapped: Any) -> None:
-        self.wrapped = wrapped
+    Args:
+        buffers: hold the contents of the files until `write_held`; None: each file is written at once.
+    """
+
+    def __init__(self, wrapped: Any, buffers: Buffers | None = None) -> None:
+        self.wrapped, self._buffers = wrapped, buffers
         self.entries: list[FileEntry] = []  # of each file written
         self.error = ""  # the first one
+        self._held: list[tuple[str, Snapshot]] = []
+        if buffers is not None:
+            buffers.reuse()
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Writes one file by torch.save."""
+        """Writes one file by torch.save, or holds its content."""
         if self.error:
             return
+        if self._buffers is None:
+            self._write(path, partial(torch.save, state_dict))
+            return
+        try:
+            self._held.append((path, Snapshot(state_dict, self._buffers)))
+        except (RuntimeError, MemoryError) as error:
+            self.error = f"{path}: {' '.join(str(error).split())}"
+
+    def write_held(self) -> None:
+        """Writes the files that are held."""
+        for path, snapshot in self._held:
+            if not self.error:
+                self._write(path, snapshot.write)
+
+    def _write(self, path: str, write: Callable[[Any], None]) -> None:
         try:
             with naming(path), open(path, "wb") as file:
                 hashing = _Hashing(file)
                 try:
-                    torch.save(state_dict, hashing)  # type: ignore[arg-type]  # it only calls write and flush
+                    write(hashing)  # it only calls write and flush
                 except RuntimeError as error:
                     raise hashing.error or error from None
                 file.flush()
@@ -84,7 +109,7 @@ class CheckpointWriter:
             self.entries.append(FileEntry(Path(path).name, hashing.bytes, hashing.digest.hexdigest()))
         except OSError as error:
             self.error = error_text(error)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self.error = f"{path}: {' '.join(str(error).split())}"
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:

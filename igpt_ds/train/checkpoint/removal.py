@@ -1,6 +1,6 @@
 """Removes directories of checkpoints on all ranks together, because a checkpoint of 512 ranks has over a thousand files.
 
-Called by train/checkpoint/save_load.py.
+Called by train/checkpoint/save.py and load.py.
 """
 
 from __future__ import annotations

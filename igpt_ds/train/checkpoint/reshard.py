@@ -2,7 +2,7 @@
 
 Nothing is gathered. Each new vector is written in order from the bytes of the old ones, so memory holds one block whatever the
 size of the model, and each new rank's files are made independently. It handles stages 1, 2 and 3, any parameter groups and
-sub-groups, and is exact: N -> M -> N gives bit-identical numbers. Called by save_load.py when a run continues on another number
+sub-groups, and is exact: N -> M -> N gives bit-identical numbers. Called by load.py when a run continues on another number
 of ranks, and by tools/reshard.py.
 """
 

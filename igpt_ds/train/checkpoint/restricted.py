@@ -2,7 +2,7 @@
 
 DeepSpeed reads its files with an unrestricted pickle, so a file from a stranger could run code on resume.
 `RestrictedReader` replaces DeepSpeed's checkpoint engine during a load: torch's restricted reader builds plain containers,
-tensors, and the few classes below, and refuses every other name. Called by train/checkpoint/save_load.py.
+tensors, and the few classes below, and refuses every other name. Called by train/checkpoint/load.py.
 """
 
 from __future__ import annotations

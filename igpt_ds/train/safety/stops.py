@@ -29,6 +29,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -60,12 +61,16 @@ class Stop:
         reason: why all ranks agreed to stop, one of REASONS; "" before.
         meeting: whether this rank still waits for the others; TERM and Ctrl-C then end it with status 85.
         resume: the command that continues the run, found now because a launcher may end before its ranks.
+        busy: says whether this rank writes in the background.
+        idle: whether no rank was busy when the ranks last agreed.
     """
 
     def __init__(self, run_dir: Path, max_minutes: float | None = None) -> None:
         refuse_file(run_dir)
         self.meeting, self._listens = False, False
         self.reason, self.resume = "", launcher.resume_command()
+        self.busy: Callable[[], bool] = lambda: False
+        self.idle = True
         self._file = run_dir / "STOP"
         self._heard = dict.fromkeys(_SIGNALS, False)
         self._until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -135,9 +140,10 @@ class Stop:
         """
         if self._listens:
             self._arm()  # a library may have replaced the handlers
-        mine = torch.tensor(self.asked(), dtype=torch.float64, device=device if loss is None else loss.device)
+        mine = torch.tensor([*self.asked(), self.busy()], dtype=torch.float64, device=device if loss is None else loss.device)
         values = torch.cat([mine, mine.new_zeros(1) if loss is None else loss.detach().double().reshape(1)])
-        *asked, total = dist.sum_over_ranks(values).tolist()
+        *asked, busy, total = dist.sum_over_ranks(values).tolist()
+        self.idle = not busy
         self.reason = self.reason or next((reason for reason, count in zip(REASONS, asked, strict=True) if count), "")
         return float(total)
 

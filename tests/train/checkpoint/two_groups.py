@@ -17,8 +17,9 @@ from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer
+from igpt_ds.train.checkpoint.load import load_checkpoint, verified_checkpoint
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
-from igpt_ds.train.checkpoint.save_load import load_checkpoint, save_checkpoint, verified_checkpoint
+from igpt_ds.train.checkpoint.save import Kept, save_checkpoint
 from igpt_ds.train.engine import seed_everything, start_ranks
 from igpt_ds.train.run_dir import read_recipe
 
@@ -58,7 +59,7 @@ def train(recipe, ds_config, out, last_step):
             with open(out / "losses.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, "loss": mean, "norm": float(engine.get_global_grad_norm())}) + "\n")
         if step % 2 == 0:
-            save_checkpoint(engine, out / "checkpoints", facts, Progress(step=step, images_seen=step), 9, 0)
+            save_checkpoint(engine, out / "checkpoints", facts, Progress(step=step, images_seen=step), Kept(9))
     engine.destroy()
 
 

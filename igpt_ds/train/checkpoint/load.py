@@ -1,165 +1,52 @@
-"""Saves an engine's state to a checkpoint and loads it, on all ranks together.
+"""Finds the newest checkpoint that is undamaged and loads it into an engine, on all ranks together.
 
-A checkpoint is written under a temporary name with checksums, and renamed when complete (see directory.py). If one rank's disk
-fails, all ranks stop. DeepSpeed's `latest` file is neither written nor read: it appears before the other ranks have finished. A
-checkpoint of another number of ranks is resharded while it is loaded. Called by train/session.py and train/loop.py.
+DeepSpeed's `latest` file is not read. A checkpoint of another number of ranks is resharded while it is loaded. save.py writes
+checkpoints. Called by train/session.py and train/loop.py.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.console import count
 from igpt_ds.errors import InputError, error_text
-from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.train.checkpoint.directory import (
-    checkpoint_name,
-    commit,
-    list_checkpoints,
-    prune,
     refuse_to_start_over,
     remove_leftovers,
     say_skipped,
     search,
     set_aside_newer,
 )
-from igpt_ds.train.checkpoint.disk import SLACK, CheckpointWriter, require_space
-from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, Progress, RunFacts, damaged_files, read_checkpoint
+from igpt_ds.train.checkpoint.disk import SLACK
+from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, RunFacts, damaged_files
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
 from igpt_ds.train.checkpoint.restricted import refuse_foreign_names, restricted_reader
+from igpt_ds.train.checkpoint.save import agree, make_unfinished
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 from igpt_ds.train.engine_protocol import Engine
-from igpt_ds.train.rng import restore_rng, rng_states
-from igpt_ds.train.run_dir import check_owner, recipe_differences, this_start
+from igpt_ds.train.rng import restore_rng
+from igpt_ds.train.run_dir import recipe_differences
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint just saved: its path, seconds until all ranks were done, and bytes of all files."""
-
-    path: Path
-    seconds: float
-    bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s, {self.bytes / 1e6 / self.seconds:.0f} MB/s"
-
-
-def save_checkpoint(
-    engine: Engine,
-    directory: Path,
-    run: RunFacts,
-    progress: Progress,
-    keep_last: int,
-    keep_every: int,
-    protected: Collection[int] = (),
-) -> Saved:
-    """Saves on all ranks; returns when the checkpoint is complete and old ones are removed.
-
-    Args:
-        directory: RUN_DIR/checkpoints.
-        keep_last: how many of the newest to keep, at least 1.
-        keep_every: checkpoints at multiples of this step are kept; 0 for none.
-        protected: steps whose checkpoints are kept as well.
+def resume(engine: Engine, checkpoints: Path, facts: RunFacts) -> Manifest | None:
+    """Loads the newest undamaged checkpoint; returns its manifest, or None if none was ever saved.
 
     Raises:
-        SharedError: the disk is too small or failed on some rank. The new checkpoint is removed, the others are unchanged.
+        SharedError: there are checkpoints but none can be used; nothing is changed.
     """
-    import deepspeed
-
-    start = time.monotonic()
-    final = directory / checkpoint_name(progress.step)
-    # The name of this start is in it, so that a start which lost the run does not remove the files of its successor.
-    unfinished = directory / ".".join(part for part in (final.name, this_start(), "partial") if part)
-    dist.from_rank_0(lambda: check_owner(directory.parent))
-    dist.from_rank_0(lambda: _begin(unfinished, expected_bytes(engine, directory)))
-    states = [rng_states()] if engine.zero_optimization_stage() == 3 else dist.gather_objects(rng_states())
-    writer = CheckpointWriter(engine.checkpoint_engine)
-    engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda path: None  # tools/consolidate.py replaces it
-    try:
-        engine.save_checkpoint(str(directory), tag=unfinished.name, client_state={"igpt_ds/rng": states}, save_latest=False)
-    finally:
-        engine.checkpoint_engine = writer.wrapped
-    reports = dist.gather_objects((writer.entries, writer.error))
-    agree([error for _, error in reports], unfinished, f"checkpoint {final} could not be saved")
-    manifest = Manifest(
-        **vars(run),
-        **vars(progress),
-        world_size=dist.world_size(),
-        stage=int(engine.zero_optimization_stage()),
-        versions={"torch": str(torch.__version__), "deepspeed": str(deepspeed.__version__)},
-        files=tuple(entry for entries, _ in reports for entry in entries),
-    )
-    try:
-        dist.from_rank_0(lambda: check_owner(directory.parent))  # the owner may have changed during the save
-        dist.from_rank_0(lambda: commit(unfinished, final, manifest))
-    except SharedError as error:
-        agree([str(error)], unfinished, f"checkpoint {final} could not be saved")
-    remove_together(dist.from_rank_0(lambda: prune(directory, keep_last, keep_every, protected)))
-    return Saved(final, time.monotonic() - start, manifest.bytes)
-
-
-def _begin(unfinished: Path, needed: int) -> None:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        require_space(unfinished, needed, f"checkpoint {unfinished.name.removesuffix('.partial')}")
-    except ValueError:
-        unfinished.rmdir()
-        raise
-
-
-def agree(errors: list[str], unfinished: Path, what: str) -> None:
-    """If some rank failed, removes the unfinished files and stops all ranks. `errors` has "" for each rank that succeeded.
-
-    Raises:
-        SharedError: with the first error, its rank and the fix.
-    """
-    failed = [(rank, error) for rank, error in enumerate(errors) if error]
-    if failed:
-        dist.from_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        raise SharedError(
-            f"{what}: on rank {failed[0][0]} {failed[0][1]}; its files were removed, and the previous checkpoint is "
-            "unchanged; --resume auto continues from it"
-        )
-
-
-def expected_bytes(engine: Engine, directory: Path) -> int:
-    """The size of the next checkpoint: that of the previous one, else as the plan estimates it (plan/costs.py)."""
-    try:
-        before = read_checkpoint(list_checkpoints(directory)[-1]).manifest.bytes
-    except (IndexError, ValueError, OSError):
-        n_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
-        weight_bytes = next(engine.module.parameters()).element_size()
-        tensors = checkpoint_bytes(n_parameters, engine.zero_optimization_stage(), weight_bytes)
-        return int(SLACK * tensors) + (1 << 17) * dist.world_size()
-    return int(SLACK * before)
-
-
-def check_space(engine: Engine, directory: Path, keep_last: int) -> None:
-    """Checks before the first step that the disk has space for keep_last checkpoints and the one being saved.
-
-    Raises:
-        SharedError: the disk has less; on every rank.
-    """
-
-    def ask() -> None:
-        missing = max(1, keep_last + 1 - len(list_checkpoints(directory)))
-        require_space(directory, missing * expected_bytes(engine, directory), f"room for {missing} checkpoints")
-
-    dist.from_rank_0(ask)
+    found = verified_checkpoint(checkpoints)
+    if found is None:
+        dist.say("nothing to resume: step 0")
+        return None
+    load_checkpoint(engine, found, facts, verified=True)
+    dist.say(f"resumed from {found.path}: {found.manifest.step} steps, {found.manifest.images_seen:,} images")
+    return found.manifest
 
 
 def verified_checkpoint(directory: Path) -> Checkpoint | None:
@@ -272,7 +159,7 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
         SharedError: no space, or a rank could not write. `unfinished` is removed.
     """
     path, manifest, ranks = checkpoint.path, checkpoint.manifest, dist.world_size()
-    dist.from_rank_0(lambda: _begin(unfinished, int(SLACK * manifest.bytes)))
+    dist.from_rank_0(lambda: make_unfinished(unfinished, int(SLACK * manifest.bytes)))
     error = ""
     try:
         source = ZeroCheckpoint(path, manifest.world_size, manifest.stage)

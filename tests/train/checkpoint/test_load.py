@@ -29,6 +29,7 @@ from igpt_ds.train.checkpoint.directory import (
     set_aside_newer,
 )
 from igpt_ds.train.checkpoint.disk import CheckpointWriter, require_space
+from igpt_ds.train.checkpoint.load import load_checkpoint, verified_checkpoint
 from igpt_ds.train.checkpoint.manifest import (
     Checkpoint,
     FileEntry,
@@ -38,7 +39,7 @@ from igpt_ds.train.checkpoint.manifest import (
     read_checkpoint,
     write_manifest,
 )
-from igpt_ds.train.checkpoint.save_load import Saved, agree, expected_bytes, load_checkpoint, verified_checkpoint
+from igpt_ds.train.checkpoint.save import Saved, agree, expected_bytes
 
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
 RUN = RunFacts(recipe=RECIPE, data=DataFacts("shards", "a", "p", 2), precision="fp32")

@@ -1,0 +1,182 @@
+"""Saves an engine's state as a checkpoint, on all ranks together.
+
+A checkpoint is written under a temporary name with checksums, and renamed when complete (see directory.py). If one rank's disk
+fails, all ranks stop. DeepSpeed's `latest` file is not written: it appears before the other ranks have finished. `begin_save`
+takes the state at a step; every rank writes its files, at once or in the background (saver.py); `Begun.commit` completes the
+checkpoint. Called by train/session.py, train/checkpoint/saver.py and train/checkpoint/load.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from igpt_ds import dist
+from igpt_ds.cli import SharedError
+from igpt_ds.plan.costs import checkpoint_bytes
+from igpt_ds.train.checkpoint.directory import checkpoint_name, commit, list_checkpoints, prune
+from igpt_ds.train.checkpoint.disk import SLACK, CheckpointWriter, require_space
+from igpt_ds.train.checkpoint.manifest import Manifest, Progress, RunFacts, read_checkpoint
+from igpt_ds.train.checkpoint.removal import remove_together
+from igpt_ds.train.checkpoint.snapshot import Buffers
+from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.rng import rng_states
+from igpt_ds.train.run_dir import check_owner, this_start
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint just saved: its path, seconds until all ranks were done, and bytes of all files."""
+
+    path: Path
+    seconds: float
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s, {self.bytes / 1e6 / self.seconds:.0f} MB/s"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The checkpoints that stay when old ones are removed: the newest (at least 1), multiples of a step (0: none), and steps."""
+
+    last: int
+    every: int = 0
+    steps: Collection[int] = ()
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A checkpoint whose state is taken, and whose files `writer` has written or still holds."""
+
+    unfinished: Path
+    final: Path
+    manifest: Manifest  # without files
+    writer: CheckpointWriter
+    kept: Kept
+    start: float
+
+    def commit(self) -> Saved:
+        """Completes the checkpoint on all ranks, once each has written its files, and removes old ones.
+
+        Raises:
+            SharedError: a rank could not write. The new checkpoint is removed, the others are unchanged.
+        """
+        directory, what = self.final.parent, f"checkpoint {self.final} could not be saved"
+        reports = dist.gather_objects((self.writer.entries, self.writer.error))
+        agree([error for _, error in reports], self.unfinished, what)
+        manifest = replace(self.manifest, files=tuple(entry for entries, _ in reports for entry in entries))
+        try:
+            dist.from_rank_0(lambda: check_owner(directory.parent))  # the owner may have changed during the save
+            dist.from_rank_0(lambda: commit(self.unfinished, self.final, manifest))
+        except SharedError as error:
+            agree([str(error)], self.unfinished, what)
+        remove_together(dist.from_rank_0(lambda: prune(directory, self.kept.last, self.kept.every, self.kept.steps)))
+        return Saved(self.final, time.monotonic() - self.start, manifest.bytes)
+
+
+def save_checkpoint(engine: Engine, directory: Path, run: RunFacts, progress: Progress, kept: Kept) -> Saved:
+    """Saves on all ranks; returns when the checkpoint is complete and old ones are removed.
+
+    Args:
+        directory: RUN_DIR/checkpoints.
+
+    Raises:
+        SharedError: the disk is too small or failed on some rank. The new checkpoint is removed, the others are unchanged.
+    """
+    return begin_save(engine, directory, run, progress, kept).commit()
+
+
+def begin_save(
+    engine: Engine, directory: Path, run: RunFacts, progress: Progress, kept: Kept, buffers: Buffers | None = None
+) -> Begun:
+    """Takes the state of all ranks. Without buffers its files are written then; otherwise `Begun.writer` holds them.
+
+    Raises:
+        SharedError: the disk is too small.
+    """
+    import deepspeed
+
+    start = time.monotonic()
+    final = directory / checkpoint_name(progress.step)
+    # The name of this start is in it, so that a start which lost the run does not remove the files of its successor.
+    unfinished = directory / ".".join(part for part in (final.name, this_start(), "partial") if part)
+    dist.from_rank_0(lambda: check_owner(directory.parent))
+    dist.from_rank_0(lambda: make_unfinished(unfinished, expected_bytes(engine, directory)))
+    states = [rng_states()] if engine.zero_optimization_stage() == 3 else dist.gather_objects(rng_states())
+    writer = CheckpointWriter(engine.checkpoint_engine, buffers)
+    engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda path: None  # tools/consolidate.py replaces it
+    try:
+        engine.save_checkpoint(str(directory), tag=unfinished.name, client_state={"igpt_ds/rng": states}, save_latest=False)
+    finally:
+        engine.checkpoint_engine = writer.wrapped
+    manifest = Manifest(
+        **vars(run),
+        **vars(progress),
+        world_size=dist.world_size(),
+        stage=int(engine.zero_optimization_stage()),
+        versions={"torch": str(torch.__version__), "deepspeed": str(deepspeed.__version__)},
+        files=(),
+    )
+    return Begun(unfinished, final, manifest, writer, kept, start)
+
+
+def make_unfinished(unfinished: Path, needed: int) -> None:
+    """Makes the empty directory of a save on a disk that has space for it.
+
+    Raises:
+        ValueError: the disk has too little.
+    """
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        require_space(unfinished, needed, f"checkpoint {unfinished.name.removesuffix('.partial')}")
+    except ValueError:
+        unfinished.rmdir()
+        raise
+
+
+def agree(errors: list[str], unfinished: Path, what: str) -> None:
+    """If some rank failed, removes the unfinished files and stops all ranks. `errors` has "" for each rank that succeeded.
+
+    Raises:
+        SharedError: with the first error, its rank and the fix.
+    """
+    failed = [(rank, error) for rank, error in enumerate(errors) if error]
+    if failed:
+        dist.from_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        raise SharedError(
+            f"{what}: on rank {failed[0][0]} {failed[0][1]}; its files were removed, and the previous checkpoint is "
+            "unchanged; --resume auto continues from it"
+        )
+
+
+def expected_bytes(engine: Engine, directory: Path) -> int:
+    """The size of the next checkpoint: that of the previous one, else as the plan estimates it (plan/costs.py)."""
+    try:
+        before = read_checkpoint(list_checkpoints(directory)[-1]).manifest.bytes
+    except (IndexError, ValueError, OSError):
+        n_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
+        weight_bytes = next(engine.module.parameters()).element_size()
+        tensors = checkpoint_bytes(n_parameters, engine.zero_optimization_stage(), weight_bytes)
+        return int(SLACK * tensors) + (1 << 17) * dist.world_size()
+    return int(SLACK * before)
+
+
+def check_space(engine: Engine, directory: Path, keep_last: int) -> None:
+    """Checks before the first step that the disk has space for keep_last checkpoints and the one being saved.
+
+    Raises:
+        SharedError: the disk has less; on every rank.
+    """
+
+    def ask() -> None:
+        missing = max(1, keep_last + 1 - len(list_checkpoints(directory)))
+        require_space(directory, missing * expected_bytes(engine, directory), f"room for {missing} checkpoints")
+
+    dist.from_rank_0(ask)
