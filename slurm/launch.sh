@@ -6,6 +6,7 @@
 #
 # The program exits with 85 and a complete checkpoint after USR1, TERM, a file RUN_DIR/STOP or --max_minutes, and with 86 if it hung.
 # RUN_DIR/FINISHED, not status 0, means that the run is done. `--resume auto` continues from the newest complete checkpoint.
+# SPARE_NODES of the job's nodes wait. If ranks or a node die, the ranks start again on the nodes that are left, inside the job.
 # This file starts and stops ranks. igpt_ds/ops/restarts.py decides what a start and an end mean. RUN_DIR/hostfile has the nodes.
 set -uo pipefail
 shopt -s nullglob
@@ -20,7 +21,7 @@ fail() {
 }
 
 restarts() { # ACTION FLAG...: USR1 and TERM, which SLURM may send to all processes of the job, must not end it
-  (trap '' USR1 TERM && exec python -m igpt_ds.ops.restarts "$@" --max_fruitless "${MAX_FRUITLESS:-3}")
+  (trap '' USR1 TERM && exec python -m igpt_ds.ops.restarts "$@" --restart "$restart" --max_fruitless "${MAX_FRUITLESS:-3}")
 }
 
 launch() { # PROGRAM WORD...: runs the program on all ranks of all nodes
@@ -29,9 +30,22 @@ launch() { # PROGRAM WORD...: runs the program on all ranks of all nodes
   if flag --stop_at_step "${words[@]}" >/dev/null; then early=1; fi
   [[ -z ${DATA:-} ]] || flag --data "${words[@]}" >/dev/null || words+=(--data "$DATA")
   ((restart == 0)) && flag --resume "${words[@]}" >/dev/null || words+=(--resume auto)
-  on_nodes "$program" "${words[@]}"
-  if ((status == BAD_INPUT)) && fewer_nodes "$program" "${words[@]}"; then on_nodes "$program" "${words[@]}"; fi
+  while :; do
+    on_nodes "$program" "${words[@]}"
+    if ((status == BAD_INPUT)) && fewer_nodes "$program" "${words[@]}"; then on_nodes "$program" "${words[@]}"; fi
+    again || break
+    words+=(--resume auto)
+  done
   finish
+}
+
+again() { # begins another start on the nodes of the job that are left; status 1 if it ends or queues instead
+  local said left
+  ((usr1 == 0)) && said=$(restarts again "${run[@]}" --nodes "$node_list" --least_nodes "$least" --status "$status" --bad "$bad" \
+    --lost "$lost" --errors "$errors" --early "$early") && [[ -n $said ]] || return 1
+  lost+=${bad:+,$bad} bad='' status=0
+  read -ra left <<<"$said"
+  begin "${left[@]:0:wanted}"
 }
 
 on_nodes() { # PROGRAM WORD...: checks `nodes`, then runs the program on all their ranks
@@ -47,6 +61,7 @@ fewer_nodes() { # PROGRAM WORD...: uses as many nodes as the batch divides into;
     if said=$(alone env RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((n * ranks)) python "$@" --dry_run 2>&1); then
       ((n < ${#nodes[@]})) || return 1
       say "$(hosts "${nodes[@]:n}") stays idle: $why"
+      wanted=$n
       use_nodes "${nodes[@]:0:n}"
       status=0
       return
@@ -86,9 +101,9 @@ sweep() { # WORD...: runs one rate of tools/sweep_lr.py, which starts its ranks 
 }
 
 set_up() { # RUN_DIR: everything before the ranks start
-  run_dir=$1 restart=${SLURM_RESTART_COUNT:-0}
+  run_dir=$1 run=(--run_dir "$1") restart=${SLURM_RESTART_COUNT:-0}
   [[ -n $run_dir ]] || fail "--run_dir is missing; name the run's directory, on a disk that all nodes share"
-  early=0 usr1=0 step='' bad='' status=0 errors=$(mktemp)
+  early=0 usr1=0 step='' bad='' lost='' status=0 errors=$(mktemp)
   trap 'rm -f "$errors"' EXIT
   trap 'usr1=1; say "USR1: every rank is told to save and stop"; pass_on' USR1
   trap : TERM # the tasks of the nodes get TERM too, see one_node.sh; SLURM gives them KillWait seconds
@@ -96,35 +111,43 @@ set_up() { # RUN_DIR: everything before the ranks start
     say "$run_dir is finished"
     exit 0
   fi
-  prepare
-  restarts begin --run_dir "$run_dir" --nodes "$node_list" --ranks "$ranks" || { status=$?; exit $((status == STOPPED ? 0 : status)); }
+  count_nodes
+  begin "${given[@]:0:wanted}"
+}
+
+begin() { # NODE...: makes a start on these nodes the run's owner
+  restart=$(restarts number "${run[@]}") || exit
+  # Systems hand out higher ports by themselves. Each start has another port, so that no rank of the previous start answers.
+  MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * restart) % 10000))
+  HOSTFILE=$run_dir/hostfile IGPT_DS_OWNER=$SLURM_JOB_ID.$restart
+  export MASTER_PORT HOSTFILE IGPT_DS_OWNER
+  use_nodes "$@"
+  restarts begin "${run[@]}" --nodes "$node_list" --ranks "$ranks" || { status=$?; exit $((status == STOPPED ? 0 : status)); }
 }
 
 finish() { # queues the job again, or says why not
   local options=()
   ((usr1 == 0)) || options=(--usr1 "$0")
   trap '' USR1 TERM # SLURM ends the processes of a job that it queues again
-  restarts finish --run_dir "$run_dir" --nodes "$node_list" --least_nodes "${LEAST_NODES:-$SLURM_JOB_NUM_NODES}" \
-    --status "$status" --bad "$bad" --errors "$errors" --early "$early" "${options[@]}"
+  restarts finish "${run[@]}" --nodes "$node_list" --least_nodes "${LEAST_NODES:-$SLURM_JOB_NUM_NODES}" --status "$status" \
+    --bad "$bad" --lost "$lost" --errors "$errors" --early "$early" "${options[@]}"
   exit
 }
 
-prepare() { # sets what the ranks need to find each other
+count_nodes() { # sets the ranks of a node, the job's nodes, and how many of them train
   ranks=${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-}} # SLURM_GPUS_ON_NODE counts all GPUs of the node with --exclusive
   ranks=${ranks##*:}                                # "8" or "h100:8"
   [[ -n $ranks ]] || fail "the number of ranks of a node is unknown; give sbatch --gpus-per-node, or set RANKS_PER_NODE in slurm/cluster.sh"
-  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  mapfile -t nodes <<<"$hosts"
-  MASTER_ADDR=${nodes[0]}
-  # Systems hand out higher ports by themselves. Each start has another port, so that no rank of the previous start answers.
-  MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * restart) % 10000))
-  HOSTFILE=$run_dir/hostfile IGPT_DS_OWNER=$SLURM_JOB_ID.$restart
-  export MASTER_ADDR MASTER_PORT HOSTFILE IGPT_DS_OWNER
-  use_nodes "${nodes[@]}"
+  mapfile -t given < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  wanted=$((${#given[@]} - ${SPARE_NODES:-0}))
+  ((wanted > 0)) || fail "SPARE_NODES=$SPARE_NODES leaves none of the job's ${#given[@]} nodes for training; set a smaller number"
+  least=$((${LEAST_NODES:-$SLURM_JOB_NUM_NODES} - ${SPARE_NODES:-0}))
+  ((least > 0)) || least=1
 }
 
-use_nodes() { # NODE...: the nodes for the ranks
+use_nodes() { # NODE...: the nodes for the ranks, which meet at the first one
   nodes=("$@") node_list=$(hosts "$@")
+  export MASTER_ADDR=$1
   # --ntasks            otherwise srun repeats the job's number of tasks
   # --cpu-bind=none     otherwise the single task with all its ranks is bound to one core
   # --kill-on-bad-exit  one dead node ends the step at once, not after the time limit of the collectives
@@ -138,13 +161,19 @@ check_nodes() { # PROGRAM WORD...: checks every node before the ranks start; set
   [[ $1 == train.py && ${PREFLIGHT:-1} != 0 ]] || return 0 # the preflight knows only the flags of train.py
   shift
   local said
+  begun=$SECONDS
   # One task a rank, since each checks its own GPU. --overcommit, since the job has one task a node.
   # tee -a, since tee would empty the log.
   said=$("${srun[@]}" --ntasks=$((${#nodes[@]} * ranks)) --ntasks-per-node="$ranks" --overcommit \
     --kill-on-bad-exit=0 python tools/preflight.py "$@" 2> >(tee "$errors" >&2) | tee -a /dev/stderr)
   status=$?
   bad=$(sed -n 's/^bad_nodes: //p' <<<"$said")
-  [[ -z $bad ]] || status=$BAD_NODES
+  if [[ -n $bad ]]; then status=$BAD_NODES; else judge; fi
+}
+
+judge() { # sets `status` to that of the ranks, and `bad` to the nodes that should not be used again
+  local said
+  said=$(restarts outcome --status "$status" --errors "$errors" --seconds $((SECONDS - begun + 60))) && read -r status bad <<<"$said"
 }
 
 pass_on() { # sends USR1 to all ranks every second until they end, since a rank may not listen yet
@@ -154,7 +183,7 @@ pass_on() { # sends USR1 to all ranks every second until they end, since a rank 
 }
 
 follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `status`, and `bad` to the nodes where a rank was killed
-  local script=$1 said
+  local script=$1
   shift
   if ((usr1)); then # USR1 came during the preflight
     status=$STOPPED
@@ -171,15 +200,5 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
   done
   step=''
   sleep 1 # until tee has written
-  said=$(restarts outcome --status "$status" --errors "$errors") && read -r status bad <<<"$said"
-  ((status == 0 || status == STOPPED || status == BAD_INPUT)) || kernel_faults
-}
-
-kernel_faults() { # adds to `bad` the nodes whose kernel reported broken hardware since the ranks started; a dead node does not answer
-  local said
-  said=$(trap '' USR1 TERM; timeout --signal=KILL 60 "${srun[@]}" --kill-on-bad-exit=0 \
-    python -m igpt_ds.ops.kernel_log --seconds $((SECONDS - begun + 60)) 2>/dev/null | grep '^fault: ')
-  [[ -n $said ]] || return 0
-  echo "$said"
-  bad=$({ tr , '\n' <<<"$bad"; cut -d' ' -f2 <<<"$said" | tr -d :; } | sed '/^$/d' | sort -u | paste -sd,)
+  judge
 }

@@ -1,9 +1,9 @@
-"""What the kernel of a node says about broken hardware. In: its log of the last minutes. Out: one line if there is a fault.
+"""What the kernel of a node says about broken hardware. In: its log of the last minutes. Out: one line, also without a fault.
 
     srun --nodes=2 --ntasks-per-node=1 python -m igpt_ds.ops.kernel_log --seconds 600
 
-slurm/launch.sh runs it on every node after ranks died, and leaves out the nodes that it names. It prints `fault: NODE: LINE`, and
-nothing where the log is clean or may not be read (kernel.dmesg_restrict). The standard library is enough.
+ops/slurm.py runs it on every node after ranks died: a node that prints nothing is lost. It prints `node: NODE: FAULT`, and
+`node: NODE` where the log is clean or may not be read (kernel.dmesg_restrict). The standard library is enough.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def node_fault(seconds: float, command: Sequence[str] = ("dmesg",), uptime: Path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the fault of this node."""
+    """Prints the name of this node, and its fault."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--seconds", type=float, required=True, help="age of the oldest line that counts")
     args = parser.parse_args(argv)
-    if fault := node_fault(args.seconds):
-        print(f"fault: {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}: {fault}")
+    name, fault = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), node_fault(args.seconds)
+    print(f"node: {name}: {fault}" if fault else f"node: {name}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ _EXIT_CODE = re.compile(r"^srun: error: .*exit code (\d+)$", re.M)
 # ABRT does not count: NCCL aborts every rank of a job when one of them is lost or late. TERM is srun's own.
 _DEATH = r"Exited with exit code (?:135|137|139|249|247|245)\b|Killed|Bus error|Segmentation fault"
 _KILLED = re.compile(rf"^srun: error: ([^: \n]+): tasks? [\d,-]+: (?:{_DEATH})", re.M)
-_ENDED = re.compile(r"^(?:srun|slurmstepd\S*): .*(?:Terminating|Job step aborted|CANCELLED AT)", re.M)  # the other nodes
+_ENDED = re.compile(
+    r"^(?:srun|slurmstepd\S*): .*(?:Terminating|Job step aborted|CANCELLED AT|Node failure on)", re.M
+)  # the other nodes
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,15 @@ def images_at_starts(start: Start) -> list[int]:
     return images if last == start.restart else []
 
 
+def next_restart(run_dir: Path, job: str, least: int) -> int:
+    """The number of a job's next start: higher than that of each of its starts in restarts.jsonl, and at least `least`."""
+    number = least
+    for row in read_rows(run_dir):
+        if str(row.get("job")) == job and isinstance(row.get("restart"), int):
+            number = max(number, row["restart"] + 1)
+    return number
+
+
 def record_lost_ends(start: Start) -> None:
     """Adds the end of each earlier start that SLURM ended before the job could: its status is None, its time is now.
 

@@ -3,13 +3,17 @@
 slurm/launch.sh runs it in the job, at the repository root, with TERM and USR1 ignored. The standard library is enough.
 
     python -m igpt_ds.ops.restarts begin --run_dir RUN_DIR --nodes 'node[1-2]' --ranks 8
-    python -m igpt_ds.ops.restarts outcome --status 1 --errors FILE
+    python -m igpt_ds.ops.restarts outcome --status 1 --errors FILE --seconds 600
+    python -m igpt_ds.ops.restarts again --run_dir RUN_DIR --nodes 'node[1-2]' --status 1 --bad node2 --errors FILE
     python -m igpt_ds.ops.restarts finish --run_dir RUN_DIR --nodes 'node[1-2]' --status 85 --errors FILE
+    python -m igpt_ds.ops.restarts number --run_dir RUN_DIR
     python -m igpt_ds.ops.restarts cause < LOG
 
 `begin` and `finish` exit with the status of the job; after a 0 of `begin` the ranks may start. `outcome` prints the status of the
-ranks and the bad nodes, `cause` the first error of a log. RUN_DIR/owner names the start that may write checkpoints; IGPT_DS_OWNER
-is a rank's own start. Both are JOB.RESTART. RUN_DIR/restarts.jsonl has a row for each start and each end (restart_log.py).
+ranks and the bad nodes, `cause` the first error of a log. `again` prints the nodes for another start inside the same job; if it
+prints none, `finish` ends the job. RUN_DIR/owner names the start that may write checkpoints; IGPT_DS_OWNER is a rank's own start.
+Both are JOB.RESTART, and `number` prints the RESTART of the next start. RUN_DIR/restarts.jsonl has a row for each start and each
+end (restart_log.py).
 
 A job that was asked to stop by RUN_DIR/STOP ends with status 0, unless other jobs wait for its result (afterok): then with 85, so
 that SLURM cancels them. `begin` exits with 85 if the job must end with 0.
@@ -20,21 +24,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from igpt_ds import cli
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.files import atomic_file
-from igpt_ds.ops import requeue
-from igpt_ds.ops.requeue import End, Start
+from igpt_ds.ops import requeue, slurm
+from igpt_ds.ops.requeue import BAD_INPUT, End, Start
 from igpt_ds.ops.restart_log import (
     images_at_starts,
     newest_images,
+    next_restart,
     read_text,
     record,
     record_end,
@@ -42,43 +47,18 @@ from igpt_ds.ops.restart_log import (
     time_of_last_row,
     write_line,
 )
+from igpt_ds.ops.slurm import ask, facts_of, has_dependents, state_of
 
 OWNER_TRIES, OWNER_SECONDS, LOCK_TRIES, LOCK_SECONDS = 60, 5.0, 60, 1.0  # how often, and after how long, the owner is asked for
 LOCK_BROKEN, LOCK_MISSING = 30, 5  # tries: then the lock is a killed process's; without a lock, the disk cannot be written
-
+AGAIN_SECONDS = 60.0  # before a second start in a row without a new checkpoint: what was wrong may pass
 
 _NEEDED = "; it ends as FAILED, so that SLURM cancels the jobs that need its result"
 
 
-def say(start: Start, words: str) -> None:
+def say(start: Start, words: str, log: TextIO | None = None) -> None:
     """A line of the job's log."""
-    write_line(f"== {datetime.now():%Y-%m-%dT%H:%M:%S} job {start.job}, restart {start.restart}: {words}", sys.stdout)
-
-
-def ask(*command: str) -> tuple[bool, str]:
-    """Whether a command of SLURM succeeds, and what it prints; its errors go to the job's log."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
-    except OSError as error:
-        write_line(f"error: {error_text(error)}", sys.stderr)
-        return False, ""
-    return done.returncode == 0, done.stdout
-
-
-def facts_of(job: str) -> dict[str, str]:
-    """What SLURM knows of a job; empty if it does not answer."""
-    return requeue.find_facts(ask("scontrol", "show", "job", "-o", job)[1], job)
-
-
-def state_of(job: str) -> str:
-    """PENDING, RUNNING ... of a job; "UNKNOWN" if SLURM does not answer, "" if the job has ended."""
-    try:  # %A: squeue lists all tasks of an array under the number of one of them
-        done = subprocess.run(("squeue", "-h", "-o", "%A %T", "-j", job), capture_output=True, encoding="utf-8", errors="replace")
-    except OSError:
-        return "UNKNOWN"
-    if done.returncode:
-        return "" if "Invalid job id" in done.stderr else "UNKNOWN"
-    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines()).get(job, "")
+    write_line(f"== {datetime.now():%Y-%m-%dT%H:%M:%S} job {start.job}, restart {start.restart}: {words}", log or sys.stdout)
 
 
 def take(start: Start) -> None:
@@ -129,12 +109,6 @@ def lock(path: Path) -> None:
         time.sleep(LOCK_SECONDS)
 
 
-def has_dependents(start: Start) -> bool:
-    """Whether another job waits for the result of this one (afterok)."""
-    waiting = ask("squeue", "-h", "-o", "%E")[1]
-    return re.search(rf"afterok:{start.job}(?!\d)", waiting) is not None
-
-
 def stop_requested(start: Start) -> bool:
     """Whether RUN_DIR/STOP is for this start. A file from before the job's submission was for another job, and is removed."""
     stop = start.run_dir / "STOP"
@@ -161,11 +135,11 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
         record_lost_ends(start)
         if stop:
             record_end(start, cli.STOPPED, reason := "it was asked to stop before it started")
-            needed = has_dependents(start)
+            needed = has_dependents(start.job)
             words = f"{start.run_dir}/STOP exists; submit again to continue{_NEEDED if needed else ''}"
             say(start, f"{reason}; not queued again: {words}")
             return 1 if needed else cli.STOPPED
-        nodes = ask("scontrol", "show", "hostnames", start.nodes)[1].split()
+        nodes = slurm.host_names(start.nodes)
         with atomic_file(hostfile, "w") as file:
             file.writelines(f"{node} slots={ranks}\n" for node in nodes)
         record(start, "start", submitted=facts_of(start.job).get("SubmitTime", ""))
@@ -181,10 +155,49 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
     return 0
 
 
-def finish(start: Start, end: End, signal_option: str | None = None, least_nodes: int = 1) -> int:
+def outcome(status: int, errors: str, seconds: float) -> tuple[int, tuple[str, ...]]:
+    """The status of the ranks, and the nodes not to use again: a rank died there, or the node is lost or its hardware broken."""
+    status, killed = requeue.find_outcome(status, errors)
+    if status in (0, cli.STOPPED, BAD_INPUT):
+        return status, killed
+    nodes = slurm.check(os.environ["SLURM_JOB_ID"], seconds)
+    for node, fault in nodes.faults:
+        write_line(f"fault: {node}: {fault}", sys.stderr)
+    if nodes.lost:
+        write_line(f"lost: {' '.join(nodes.lost)}", sys.stderr)
+    return status, tuple(dict.fromkeys(killed + nodes.bad))
+
+
+def again(start: Start, end: End, lost: Sequence[str], least: int) -> list[str]:
+    """The nodes of the job that the run starts on again, at once; none if the job ends, queues again, or too few are left.
+
+    Args:
+        lost: nodes that earlier starts of the job left out.
+        least: the fewest nodes that may train.
+    """
+    if end.status in (0, cli.STOPPED):
+        return []
+    stop = (start.run_dir / "STOP").exists()
+    if not requeue.decide(start, end, facts_of(start.job).get("JobState", ""), stop, "").requeue:
+        return []
+    reason, bad = requeue.explain(end, start.run_dir), {*end.bad, *lost}
+    left = [node for node in slurm.nodes_of_job() if node not in bad]
+    if len(left) < least:
+        say(start, f"{len(left)} nodes of the job are left for {least}", sys.stderr)
+        return []
+    record_end(start, end.status, reason, end.bad)
+    say(start, f"{reason}; starts again inside the job{' without ' + ','.join(sorted(bad)) if bad else ''}", sys.stderr)
+    if not end.gained and end.fruitless > 1:
+        time.sleep(AGAIN_SECONDS)
+    return left
+
+
+def finish(start: Start, end: End, signal_option: str | None = None, least_nodes: int = 1, lost: Sequence[str] = ()) -> int:
     """Writes down how a start ended, and queues the job again or says why not; the status of the job.
 
-    `signal_option` is the value of sbatch's --signal, if the job got USR1.
+    Args:
+        signal_option: the value of sbatch's --signal, if the job got USR1.
+        lost: nodes that earlier starts of the job left out.
     """
     reason, status = requeue.explain(end, start.run_dir), end.status or int(not end.finished)
     record_end(start, status, reason, end.bad)
@@ -196,15 +209,16 @@ def finish(start: Start, end: End, signal_option: str | None = None, least_nodes
     stop = (start.run_dir / "STOP").exists()
     decision = requeue.decide(start, end, facts.get("JobState", ""), stop, too_late)
     asked = stop and status == cli.STOPPED and facts.get("JobState") == "RUNNING"
-    needed = asked and has_dependents(start)
-    if not (decision.requeue and end.bad):
+    needed = asked and has_dependents(start.job)
+    bad = tuple(dict.fromkeys((*end.bad, *lost)))
+    if not (decision.requeue and bad):
         say(start, f"{reason}; {decision.words}{_NEEDED if needed else ''}")
     if not decision.requeue:
         return 0 if asked and not needed else status
     if not ask("scontrol", "requeue", start.job)[0]:  # then SLURM ends this process
         return 1
-    if end.bad:  # only a waiting job takes another list of nodes
-        say(start, f"{reason}; {decision.words}{exclude(start, end.bad, facts.get('ExcNodeList', ''), least_nodes)}")
+    if bad:  # only a waiting job takes another list of nodes
+        say(start, f"{reason}; {decision.words}{exclude(start, bad, facts.get('ExcNodeList', ''), least_nodes)}")
     return status
 
 
@@ -213,7 +227,7 @@ def exclude(start: Start, bad: Sequence[str], old: str, least: int) -> str:
     nodes = ",".join([*bad, *([old] if old not in ("", "(null)") else [])])
     partition = os.environ.get("SLURM_JOB_PARTITION", "")
     working = ask("sinfo", "-h", "-N", "-p", partition, "-t", "idle,alloc,mix,comp", "-o", "%N")[1].split()
-    left = len({*working} - {*ask("scontrol", "show", "hostnames", nodes)[1].split()})
+    left = len({*working} - {*slurm.host_names(nodes)})
     if left < least:
         return f"; {','.join(bad)} stays: without it there are {left} nodes for {least}"
     ask("scontrol", "update", f"JobId={start.job}", f"ExcNodeList={nodes}")
@@ -229,7 +243,7 @@ def signal_option(script: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """One action of the docstring."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("action", choices=("begin", "outcome", "finish", "cause"))
+    parser.add_argument("action", choices=("begin", "outcome", "again", "finish", "cause", "number"))
     parser.add_argument("--run_dir", type=Path, help="the run directory")
     parser.add_argument("--nodes", help="nodes of the ranks, as SLURM lists them")
     parser.add_argument("--ranks", type=int, help="ranks of a node")
@@ -237,7 +251,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--least_nodes", type=int, default=1, help="fewest nodes that the job can use")
     parser.add_argument("--status", type=int, default=0, help="exit status of srun, or of the ranks")
     parser.add_argument("--errors", type=Path, help="file with the error output of srun")
-    parser.add_argument("--bad", default="", help="bad nodes, with commas between them")
+    parser.add_argument("--bad", default="", help="bad nodes of this start, with commas between them")
+    parser.add_argument("--lost", default="", help="nodes that earlier starts of the job left out, the same way")
+    parser.add_argument("--restart", type=int, help="number of the start (default: SLURM_RESTART_COUNT)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="age of the oldest line of a kernel's log that counts")
     parser.add_argument("--early", type=int, default=0, help="1: status 0 means finished, also without RUN_DIR/FINISHED")
     parser.add_argument("--usr1", type=Path, help="the batch script, if the job got USR1")
     args = parser.parse_args(argv)
@@ -245,9 +262,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.action == "cause":
         return print(requeue.find_cause(sys.stdin.buffer.read().decode(errors="replace")))
     if args.action == "outcome":
-        status, killed = requeue.find_outcome(args.status, errors)
-        return print(status, ",".join(killed))
-    job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        status, bad = outcome(args.status, errors, args.seconds)
+        return print(status, ",".join(bad))
+    job, counted = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if args.action == "number":
+        return print(next_restart(args.run_dir, job, counted))
+    restart = counted if args.restart is None else args.restart
     start = Start(args.run_dir, job, restart, args.nodes, args.max_fruitless)
     if args.action == "begin":
         sys.exit(begin(start, args.ranks, Path(os.environ["HOSTFILE"])))
@@ -257,10 +277,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         finished=bool(args.early) or (start.run_dir / "FINISHED").exists(),
         gained=newest_images(start.run_dir) > images[-1] if images else False,
         fruitless=requeue.count_fruitless(images) if images else restart + 1,
-        bad=tuple(node for node in args.bad.split(",") if node),
+        bad=_names(args.bad),
         cause=requeue.find_cause(errors),
     )
-    sys.exit(finish(start, end, signal_option(args.usr1) if args.usr1 else None, args.least_nodes))
+    if args.action == "again":
+        return print(*again(start, end, _names(args.lost), args.least_nodes))
+    sys.exit(finish(start, end, signal_option(args.usr1) if args.usr1 else None, args.least_nodes, _names(args.lost)))
+
+
+def _names(nodes: str) -> tuple[str, ...]:
+    """The names between commas."""
+    return tuple(node for node in nodes.split(",") if node)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ ENDED = "srun: launch/slurm: _step_signal: Terminating StepId=1.0\n"
         (134, exits(("node1", 134), ("node2", 250)), (134, ())),  # NCCL aborts all
         (139, exits(("node1", 139), ("node2", 245), ("node3", 249)), (139, ("node1", "node2", "node3"))),
         (143, "srun: error: node2: task 1: Aborted\n" + ENDED + "srun: error: node1: task 0: Killed\n", (143, ())),
+        (137, "srun: error: Node failure on node2\nsrun: error: node1: task 0: Killed\n" + ENDED, (137, ())),
         (85, exits(("node1", 1), ("node2", STOPPED)), (STOPPED, ())),
         (143, exits(("node1", HUNG), ("node2", 1)), (HUNG, ())),
         (0, exits(("node1", HUNG), ("node2", STOPPED)), (STOPPED, ())),

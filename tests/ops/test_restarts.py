@@ -15,7 +15,7 @@ import pytest
 from igpt_ds.cli import STOPPED
 from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops import restart_log, restarts
-from igpt_ds.ops.requeue import BAD_INPUT, BAD_NODES, Start
+from igpt_ds.ops.requeue import BAD_INPUT, BAD_NODES, End, Start
 from igpt_ds.train.safety.ledger import append_row
 
 ROOT = Path(__file__).parents[2]
@@ -146,9 +146,14 @@ SLURM = r"""#!/usr/bin/env bash
 echo "${0##*/} $*" >>"$FAKE/calls"
 case "${0##*/} $1 $2" in
   "scontrol show job") cat "$FAKE/job" ;;
-  "scontrol show hostnames") [[ $3 == 'node[1-2]' ]] && printf 'node1\nnode2\n' || tr , '\n' <<<"$3" ;;
+  "scontrol show hostnames") case $3 in
+    'node[1-2]') printf 'node1\nnode2\n' ;;
+    'node[1-4]') printf 'node1\nnode2\nnode3\nnode4\n' ;;
+    *) tr , '\n' <<<"$3" ;;
+  esac ;;
   "scontrol requeue"*) [[ ! -e $FAKE/no_requeue ]] ;;
-  "sinfo"*) printf 'node1\nnode2\nnode3\n' ;;
+  "sinfo"*) cat "$FAKE/states" 2>/dev/null || printf 'node1\nnode2\nnode3\n' ;;
+  "srun"*) cat "$FAKE/answers" ;;
   "squeue"*) cat "$FAKE/queue" 2>/dev/null || { echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1; } ;;
 esac
 """
@@ -159,7 +164,7 @@ class FakeSlurm:
 
     def __init__(self, where: Path) -> None:
         self.where, self.run_dir, self.hostfile = where, where / "run", where / "hostfile"
-        for name in ("scontrol", "squeue", "sinfo"):
+        for name in ("scontrol", "squeue", "sinfo", "srun"):
             (where / name).write_text(SLURM)
             (where / name).chmod(0o755)
         self.job("RUNNING")
@@ -349,6 +354,68 @@ def test_a_program_s_log_is_read(slurm: FakeSlurm):
     )
     assert slurm.run("outcome", "--status=143", f"--errors={slurm.where}/errors") == (0, "1 node1\n")
     assert slurm.run("cause", text="x\nValueError: y\n") == (0, "ValueError: y\n")
+
+
+def test_lost_and_broken_nodes_are_bad_too(slurm: FakeSlurm):
+    (slurm.where / "errors").write_text("srun: error: node1: task 0: Killed\n")
+    (slurm.where / "queue").write_text("node[1-4]\n")
+    (slurm.where / "states").write_text("node1 allocated\nnode2 down*\nnode3 allocated\nnode4 draining\n")
+    (slurm.where / "answers").write_text("node: node1\nnode: node4: NVRM: Xid (PCI:0): 79, lost\n")
+    asked = ("outcome", "--status=143", f"--errors={slurm.where}/errors")
+    status, said = slurm.run(*asked, SLURM_JOB_NODELIST="node[1-4]")
+    assert (status, said) == (0, "143 node1,node2,node3,node4\nfault: node4: NVRM: Xid (PCI:0): 79, lost\nlost: node2 node3\n")
+    (slurm.where / "answers").write_text("")  # srun failed: no node is lost because of that
+    assert slurm.run(*asked, SLURM_JOB_NODELIST="node[1-4]") == (0, "143 node1,node2\nlost: node2\n")
+    (slurm.where / "queue").write_text("node1,node2,node4\n")  # the job has lost a node
+    assert slurm.run(*asked, SLURM_JOB_NODELIST="node[1-4]") == (0, "143 node1,node2,node3\nlost: node2 node3\n")
+    assert slurm.run("outcome", "--status=85", SLURM_JOB_NODELIST="node[1-4]") == (0, "85 \n")
+
+
+def again(slurm: FakeSlurm, status: int, *flags: str, restart: int = 0) -> str:
+    found, said = slurm.run("again", f"--status={status}", *flags, restart=restart, SLURM_JOB_NODELIST="node[1-4]")
+    assert found == 0
+    return said
+
+
+def test_a_run_starts_again_on_the_nodes_that_are_left(slurm: FakeSlurm):
+    slurm.begin()
+    said = again(slurm, 1, "--bad=node2", "--lost=node1", "--least_nodes=2")
+    assert said == "it ended with status 1; starts again inside the job without node1,node2\n"
+    row = slurm.rows()[-1]
+    assert (row["event"], row["status"], row["bad_nodes"]) == ("end", 1, "node2")
+    assert slurm.run("number")[1] == "1\n"
+    assert slurm.run("number", restart=5)[1] == "5\n"  # SLURM counts further
+
+
+@pytest.mark.parametrize("status", [0, STOPPED])
+def test_what_has_ended_does_not_start_again(slurm: FakeSlurm, status: int):
+    slurm.begin()
+    assert again(slurm, status) == "\n"
+    assert len(slurm.rows()) == 1
+
+
+def test_the_queue_or_the_end_follows_where_a_start_inside_the_job_cannot_help(slurm: FakeSlurm):
+    slurm.begin()
+    assert again(slurm, 1, "--bad=node2", "--least_nodes=4") == "3 nodes of the job are left for 4\n"
+    assert again(slurm, BAD_INPUT) == "\n"  # the first start could not begin
+    assert again(slurm, 1, "--max_fruitless=1") == "\n"
+    (slurm.run_dir / "STOP").touch()
+    assert again(slurm, 1) == "\n"
+    (slurm.run_dir / "STOP").unlink()
+    slurm.job("CANCELLED")
+    assert again(slurm, 1) == "\n"
+    assert len(slurm.rows()) == 1, "the end is written by `finish`"
+    slurm.job("RUNNING")
+    said = slurm.finish(1, "--bad=node2", "--lost=node1", "--least_nodes=1")[1]
+    assert said == "it ended with status 1; queued again without node2,node1\n"
+
+
+def test_before_a_second_start_without_progress_it_waits(start: Start, naps: list[float], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(restarts, "facts_of", lambda job: {"JobState": "RUNNING"})
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "")
+    for end in (End(1, fruitless=1), End(1, fruitless=2, gained=True), End(1, fruitless=2)):
+        restarts.again(start, end, (), 0)
+    assert naps == [60.0]
 
 
 @pytest.mark.parametrize(("program", "state"), [("cat", "RUNNING"), ("false", "UNKNOWN"), (None, "UNKNOWN")])

@@ -140,15 +140,27 @@ def why_not() -> str:
 
 
 @pytest.fixture(scope="session")
-def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The cluster of all tests."""
+def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Cluster]]:
+    """clusters(3) starts a cluster of three nodes."""
     if reason := why_not():
         if os.environ.get("IGPT_DS_REQUIRE_SLURM"):
             pytest.fail(f"IGPT_DS_REQUIRE_SLURM is set, but no SLURM can be started: {reason}")
         pytest.skip(f"no SLURM can be started: {reason}")
-    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster", 2)
-    yield cluster
-    cluster.close()
+    started: list[Cluster] = []
+
+    def start(nodes: int) -> Cluster:
+        started.append(Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes))
+        return started[-1]
+
+    yield start
+    for cluster in started:
+        cluster.close()
+
+
+@pytest.fixture(scope="session")
+def running_cluster(clusters: Callable[[int], Cluster]) -> Cluster:
+    """The cluster of all tests but those of spare nodes."""
+    return clusters(2)
 
 
 @pytest.fixture

@@ -1,0 +1,71 @@
+"""Ranks that start again inside the job: on a spare node, on the nodes that are left, and in the queue when too few are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.usefixtures("short_kill_wait")]
+Trainings = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def running_cluster(clusters: Callable[[int], Any]) -> Any:
+    """Three nodes."""
+    return clusters(3)
+
+
+def kill_rank(job: Any, number: int, others: tuple[int, ...]) -> None:
+    """Kills a rank as the first of its start to die."""
+    ranks = [job.rank(other) for other in others]
+    for rank in ranks:
+        rank.suspend()  # or one of them may fail first, its peer being gone
+    killed = job.rank(number)
+    killed.kill()
+    killed.wait(60)
+    for rank in ranks:
+        rank.resume()
+
+
+def close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    """Whether curves are equal up to what another number of ranks changes."""
+    pairs = zip(found, expected, strict=True)
+    return all(row == pytest.approx(other, rel=2e-3) for row, other in pairs)
+
+
+def test_a_spare_node_takes_the_place_of_one_and_the_rest_that_of_another(
+    training: Trainings, undisturbed: list[dict[str, Any]]
+) -> None:
+    job = training()
+    job.submit(options=("--nodes=3",), SPARE_NODES="1", LEAST_NODES="2")
+    job.reaches(12)
+    kill_rank(job, 1, (0,))
+    job.said("starts again inside the job without node2")
+    job.said("restart 1: start on node[1,3]")
+    job.reaches(22)
+    job.slurm.tell("power", "node3")
+    job.said("restart 2: start on node1,")
+    assert job.ended() == "COMPLETED"
+    assert job.slurm.facts(job.job)["Restarts"] == "0"
+    assert [row["nodes"] for row in job.starts()] == ["node[1-2]", "node[1,3]", "node1"]
+    assert [row["bad_nodes"] for row in job.ends()] == ["node2", "node3", ""]
+    assert close(job.curves(), undisturbed)
+
+
+def test_a_job_with_too_few_nodes_left_queues_again(training: Trainings, undisturbed: list[dict[str, Any]]) -> None:
+    job = training()
+    job.submit(options=("--nodes=3",), SPARE_NODES="1")
+    job.reaches(12)
+    job.slurm.tell("power", "node2")
+    job.said("restart 1: start on node[1,3]")
+    job.reaches(22)
+    kill_rank(job, 1, (0,))
+    job.said("1 nodes of the job are left for 2")
+    job.said("queued again")
+    job.slurm.tell("heal", "node2")
+    assert job.ended() == "COMPLETED"
+    assert job.slurm.facts(job.job)["Restarts"] == "1"
+    assert [row["restart"] for row in job.starts()] == [0, 1, 2]
+    assert job.curves() == undisturbed
