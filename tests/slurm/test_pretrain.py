@@ -81,7 +81,7 @@ def test_nodes_that_the_batch_does_not_need_are_idle_and_a_killed_rank_costs_its
     killed.wait(60)  # until the launcher has seen it
     for other in others:
         other.resume()
-    job.said("queued again without node1")
+    job.said("starts again inside the job without node1")
     assert job.ended() == "COMPLETED"
     assert (job.ends()[0]["bad_nodes"], job.ends()[0]["nodes"]) == ("node1", "node1")
     assert [row["nodes"] for row in job.starts()] == ["node[1-2]", "node2"]
