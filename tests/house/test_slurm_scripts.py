@@ -19,7 +19,7 @@ FOREIGN = {
     | {"cpus-per-task"},
     "sbatch": {"partition", "nodes", "gpus-per-node", "cpus-per-task", "time", "account", "output", "array", "dependency"}
     | {"kill-on-invalid-dep", "parsable", "job-name", "ntasks", "ntasks-per-node", "exclusive", "mem", "signal", "requeue"}
-    | {"open-mode", "qos", "constraint", "sbatch_option"},
+    | {"no-kill", "open-mode", "qos", "constraint", "sbatch_option"},
     "deepspeed": {"no_ssh", "log_level", "hostfile", "node_rank", "master_addr", "master_port", "num_gpus"},
 }
 
