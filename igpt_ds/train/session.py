@@ -27,6 +27,7 @@ from igpt_ds.model.cpu_speed import faster_precision, fastest_product
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.train import run_dir
+from igpt_ds.train.cadence import Cadence, choose_cadence
 from igpt_ds.train.checkpoint.directory import complete_checkpoints
 from igpt_ds.train.checkpoint.load import resume
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, RunFacts
@@ -44,23 +45,6 @@ from igpt_ds.train.safety.stops import Stop
 from igpt_ds.train.safety.watchdog import Watchdog
 from igpt_ds.train.screen import device_line, habits, introduction, precision_note
 from igpt_ds.train.stream import Range, verify
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """How often things happen, in steps. 0 means never; the last step always logs, validates and saves."""
-
-    log_every: int
-    val_every: int
-    save_every: int
-    keep_last: int
-    keep_every: int
-    last_step: int
-    keep_steps: tuple[int, ...] = ()  # are saved and kept
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether something that happens every `every` steps happens after this step."""
-        return step == self.last_step or (every > 0 and step % every == 0)
 
 
 @dataclass
@@ -189,15 +173,6 @@ def open_session(
     session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step, saver)
     yield session
     finish(session)
-
-
-def choose_cadence(args: argparse.Namespace, run: Run, n_images: int) -> Cadence:
-    """The cadence that the flags ask for. --val_every defaults to an epoch of n_images, --save_every to --val_every."""
-    recipe = run.recipe
-    val_every = -(-n_images // recipe.batch_images) if args.val_every is None else args.val_every
-    save_every = val_every if args.save_every is None else args.save_every
-    last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
-    return Cadence(args.log_every, val_every, save_every, args.keep_last, args.keep_every, last_step, tuple(args.keep_steps))
 
 
 def engine_of_run(run: Run, where: Path, pretrained: Path | None) -> Engine:

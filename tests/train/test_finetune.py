@@ -26,6 +26,7 @@ from igpt_ds.evaluate.report.single_layers import best_layer
 from igpt_ds.json_files import seal, write_json, write_json_lines
 from igpt_ds.model.classifier import Classifier
 from igpt_ds.model.store import ModelInfo, fresh_model, read_info, save_model
+from igpt_ds.train.cadence import choose_cadence
 from igpt_ds.train.checkpoint.consolidate import _info, check_own
 from igpt_ds.train.checkpoint.directory import prune
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, write_manifest
@@ -36,7 +37,6 @@ from igpt_ds.train.finetuning import finetune_recipe, of_subset, starting_point,
 from igpt_ds.train.run_dir import RUN, recipe_differences
 from igpt_ds.train.safety.spikes import Guard, chance_loss
 from igpt_ds.train.schedule import learning_rate
-from igpt_ds.train.session import choose_cadence
 from igpt_ds.train.sweep import Result, best, finished, read_result, table
 
 ROOT = Path(__file__).parents[2]

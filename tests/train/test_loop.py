@@ -1,6 +1,6 @@
 """When things are due."""
 
-from igpt_ds.train.session import Cadence
+from igpt_ds.train.cadence import Cadence
 
 
 def test_the_last_step_is_always_due() -> None:

@@ -1,0 +1,34 @@
+"""How often a run logs, validates and saves. In: flags. Out: a `Cadence`. Called by train/session.py and train/loop.py."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from igpt_ds.ds_config import Run
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often things happen, in steps. 0 means never; the last step always logs, validates and saves."""
+
+    log_every: int
+    val_every: int
+    save_every: int
+    keep_last: int
+    keep_every: int
+    last_step: int
+    keep_steps: tuple[int, ...] = ()  # are saved and kept
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens every `every` steps happens after this step."""
+        return step == self.last_step or (every > 0 and step % every == 0)
+
+
+def choose_cadence(args: argparse.Namespace, run: Run, n_images: int) -> Cadence:
+    """The cadence that the flags ask for. --val_every defaults to an epoch of n_images, --save_every to --val_every."""
+    recipe = run.recipe
+    val_every = -(-n_images // recipe.batch_images) if args.val_every is None else args.val_every
+    save_every = val_every if args.save_every is None else args.save_every
+    last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
+    return Cadence(args.log_every, val_every, save_every, args.keep_last, args.keep_every, last_step, tuple(args.keep_steps))
