@@ -17,6 +17,7 @@ from igpt_ds.ops.rank_status import RankStatus, read_ranks
 from igpt_ds.plain_files import check_file
 from igpt_ds.schema import record_from
 from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
+from igpt_ds.train.health.pace import Pace, SlowRank, slow_ranks
 from igpt_ds.train.heartbeat import BEGINNING
 from igpt_ds.train.run_dir import read_run
 
@@ -32,14 +33,6 @@ class SavedCheckpoint:
     step: int
     age: float  # seconds
     path: str
-
-
-@dataclass(frozen=True)
-class SlowestRank:
-    """The rank that the others wait for most."""
-
-    rank: int
-    ratio: float  # its time over the median of all ranks
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ class Status:
     checkpoint: SavedCheckpoint | None
     restarts: int
     rollbacks: int
-    slowest: SlowestRank | None
+    slowest: SlowRank | None  # the rank that slows the run most
     world_size: int
     ranks: tuple[RankStatus, ...]
     time: float  # seconds since 1970
@@ -108,7 +101,7 @@ class Status:
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         return plain | {
             "checkpoint": None if self.checkpoint is None else asdict(self.checkpoint),
-            "slowest": None if self.slowest is None else asdict(self.slowest),
+            "slowest": None if self.slowest is None else self.slowest.to_dict(),
             "ranks": [rank.to_dict() for rank in self.ranks],
         }
 
@@ -263,12 +256,19 @@ def _count_rollbacks(path: Path) -> int:
     return len(rollbacks) if isinstance(rollbacks, list) else 0
 
 
-def _slowest(row: CurveRow, ranks: tuple[RankStatus, ...]) -> SlowestRank | None:
-    """The rank with the most work of its own in the last row; without that, the rank with the longest last step."""
+def paces(ranks: tuple[RankStatus, ...]) -> dict[int, Pace]:
+    """The pace of each rank that wrote one."""
+    return {rank.rank: rank.beat.pace for rank in ranks if rank.beat and rank.beat.pace}
+
+
+def _slowest(row: CurveRow, ranks: tuple[RankStatus, ...]) -> SlowRank | None:
+    """The slowest rank by the paces in the heartbeats; without them by the last row, or else by the longest last step."""
+    if slow := slow_ranks(paces(ranks)):
+        return slow[0]
     if row.slowest_rank is not None and row.slowest_ratio is not None:
-        return SlowestRank(row.slowest_rank, row.slowest_ratio)
+        return SlowRank(row.slowest_rank, row.slowest_ratio)
     timed = {rank.rank: rank.beat.step_seconds for rank in ranks if rank.beat and rank.beat.step_seconds}
     if not timed:
         return None
-    slow = max(timed, key=lambda rank: timed[rank])
-    return SlowestRank(slow, timed[slow] / statistics.median(timed.values()))
+    slowest = max(timed, key=lambda rank: timed[rank])
+    return SlowRank(slowest, timed[slowest] / statistics.median(timed.values()))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from statistics import median, median_low
 
 from igpt_ds.console import count, duration
 from igpt_ds.ops.rank_status import RankStatus
-from igpt_ds.ops.status import Status
+from igpt_ds.ops.status import Status, paces
+from igpt_ds.train.health.pace import SLOW, SlowRank, slow_ranks
 
 MOST_RANKS = 8  # shown one by one
 
@@ -17,11 +19,10 @@ def status_text(status: Status) -> str:
     hosts = status.hosts
     where = f" on {', '.join(hosts[:MOST_RANKS])}{' ...' if len(hosts) > MOST_RANKS else ''}" if hosts else ""
     validation = f"; validation {status.val_loss:.4f} at step {status.val_step:,}" if status.val_loss is not None else ""
-    saved, slow = status.checkpoint, status.slowest
+    saved = status.checkpoint
     what = ((status.restarts, "restart"), (status.rollbacks, "rollback"), (status.skipped_steps or 0, "skipped step"))
     counts = ", ".join(count(n, thing) for n, thing in what)
     newest = f"step {saved.step:,}, {duration(saved.age)} old" if saved else "none yet"
-    slowest = f"rank {slow.rank}, {slow.ratio:.2f} times the median" if slow else "-"
     return "\n".join(
         (
             f"{status.run_dir}: {status.state}, {status.recipe} on {count(status.world_size, 'rank')}{where}",
@@ -32,7 +33,7 @@ def status_text(status: Status) -> str:
             f"waiting for data {_number(status.data_wait, '{:.1%}')}",
             f"  end         {_end(status)}",
             f"  checkpoint  {newest}; {counts}",
-            f"  slowest     {slowest}",
+            *pace_lines(status),
             f"  heartbeats  {heartbeats_line(status.ranks)}",
         )
     )
@@ -52,6 +53,20 @@ def _end(status: Status) -> str:
     moment = datetime.fromtimestamp(status.time + status.seconds_left, timezone.utc).astimezone()
     resumed = "" if status.state in ("running", "stopping") else " if it continues now"
     return f"in {duration(status.seconds_left)}, {moment:%Y-%m-%d %H:%M %Z}{resumed}"
+
+
+def pace_lines(status: Status) -> list[str]:
+    """How a step divides at the median rank, and the slow ranks with the reason: at least the slowest, at most MOST_RANKS."""
+    found = paces(status.ranks)
+    slow: list[SlowRank | None] = [rank for rank in slow_ranks(found)[:MOST_RANKS] if rank.ratio > SLOW]
+    lines = [f"{' ' * 14 if place else '  slowest     '}{rank or '-'}" for place, rank in enumerate(slow or [status.slowest])]
+    if not found:
+        return lines
+    data, device = (median_low([getattr(pace, part) for pace in found.values()]) for part in ("data", "device"))
+    wait = median(pace.wait for pace in found.values())
+    network = min(pace.wait for pace in found.values())
+    parts = f"{device:.3g} s computing, {data:.3g} s waiting for data, {wait:.3g} s for other ranks"
+    return [f"  a step      {parts} (the network takes {network:.3g} s of them)", *lines]
 
 
 def heartbeats_line(ranks: Sequence[RankStatus]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds.json_files import read_sealed, seal, write_json
+from igpt_ds.train.health.pace import Pace, pace_from
 
 HEARTBEAT_SECONDS = 10.0  # between two writes of a file
 SILENT_SECONDS = 60.0  # age of a heartbeat at which a rank counts as silent: six writes missed
@@ -37,6 +38,7 @@ class Heartbeat:
     step_seconds: float  # duration of the last step
     written: float  # when the rank wrote it: later than `time` while the rank makes no progress
     error: str = ""  # why the rank ended, if an error ended it
+    pace: Pace | None = None  # how its last steps divide; None: not measured yet
 
     @property
     def ended(self) -> bool:
@@ -66,8 +68,9 @@ class Heartbeat:
         return not self.ended and now - self.written > SILENT_SECONDS
 
     def to_dict(self) -> dict[str, object]:
-        """The JSON of one heartbeat; "error" is in it only if there was one."""
-        return {name: value for name, value in asdict(self).items() if name != "error" or value}
+        """The JSON of one heartbeat; "error" and "pace" are in it only if there are any."""
+        plain = {name: value for name, value in asdict(self).items() if name not in ("error", "pace") or value}
+        return plain | ({} if self.pace is None else {"pace": self.pace.to_dict()})
 
 
 def _is_running(pid: int) -> bool:
@@ -106,6 +109,7 @@ def heartbeat_from(values: Any, rank: int | None = None) -> Heartbeat | None:
             step_seconds=float(values.get("step_seconds", 0.0)),
             written=float(values.get("written", values["time"])),
             error=str(values.get("error", "")),
+            pace=pace_from(values.get("pace"), str(values["host"])),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None

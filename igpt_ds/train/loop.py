@@ -104,12 +104,13 @@ def one_step(session: Session, stream: Stream, loss_function: LossFunction, step
     watch.watchdog.alive("step", step - 1)
     start, skipped_before = time.perf_counter(), engine.skipped_steps
     micro_batches = [batch.to(engine.device) for batch in stream.step(step - 1, watch.skipped)]
-    session.metrics.waited(time.perf_counter() - start)
     lr = learning_rate(session.run.recipe, step - 1)
-    loss = take_step(engine, micro_batches, loss_function, lr)
-    total = watch.stop.agree(loss)
+    with session.metrics.timed(time.perf_counter() - start):
+        loss = take_step(engine, micro_batches, loss_function, lr)
+        total = watch.stop.agree(loss)
     if step % COLLECT_EVERY == 0:
         collect_garbage(whole=False)
+    watch.watchdog.pace = session.metrics.steps.pace
     watch.watchdog.alive("step", step, time.perf_counter() - start)
     return StepOutcome(step, total / session.run.world_size, lr, engine.skipped_steps > skipped_before)
 

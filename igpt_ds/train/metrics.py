@@ -4,9 +4,8 @@ A training row holds the loss of one step, in nats per token, over the global ba
 validation images. `step` counts completed steps and `images_seen` their images. `time` is in seconds since 1970. No step appears
 twice.
 
-`slowest_rank` is the rank with the most work of its own, `slowest_ratio` times the median. A step does not show that, because
-its ranks wait for each other in every layer. So each rank times two things that need no other rank: waiting for the step's
-images, and one matrix product of fixed size per row. They show a throttled GPU, a crowded core or a slow disk.
+`slowest_rank` slows the run most: a step takes `slowest_ratio` times as long as if this rank were like the median one
+(train/health/pace.py).
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import hashlib
 import math
 import os
 import resource
-import statistics
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +39,10 @@ from igpt_ds.plain_files import open_plain, utf8_path
 from igpt_ds.plan.costs import GIB, train_flops_per_token
 from igpt_ds.plan.gpus import peak_flops
 from igpt_ds.schema import record_from, to_json
+from igpt_ds.train.health.pace import Naming, SlowRank, slow_ranks
+from igpt_ds.train.health.step_clock import StepClock
 from igpt_ds.train.screen import Table
 
-SLOW = 1.2  # times the median: the console names the slowest rank
 WAIT = 0.1  # share of the time that rank 0 waits for images: the console says so
 LARGE = {"gpu": 8192, "cpu": 1024}  # side of the matrices whose product is the peak of an unknown device
 Value = float | int | None
@@ -75,8 +74,6 @@ class TrainingRow:
             parts.append(f"{count(self.skipped_steps, 'step')} skipped")
         if self.data_wait > WAIT:
             parts.append(f"{100 * self.data_wait:.0f} % of the time waiting for data")
-        if self.slowest_ratio is not None and self.slowest_ratio > SLOW:
-            parts.append(f"rank {self.slowest_rank} takes {self.slowest_ratio:.1f} times the median")
         return "".join(f"  {part}" for part in parts)
 
 
@@ -98,7 +95,7 @@ class Metrics:
 
     def __init__(self, run_dir: Path, run: Run, start_step: int, peak: float, wandb_project: str | None = None) -> None:
         self.run, self.run_dir, self.peak, self.speaks = run, run_dir, peak, dist.rank() == 0
-        self.product = _matrix(current_device(), torch.float32) if run.world_size > 1 else None
+        self.steps, self.naming = StepClock(current_device()), Naming()
         self.restart_clock(start_step)
         self.data_seconds = self.save_seconds = 0.0
         self.board: SummaryWriter | None = None
@@ -142,10 +139,7 @@ class Metrics:
         images_per_s = steps * recipe.batch_images / seconds
         tokens_per_s = images_per_s * recipe.model.n_ctx
         flops = tokens_per_s * train_flops_per_token(recipe.model)
-        rank, ratio = None, None
-        if self.product is not None:
-            mine = self.data_seconds / max(1, steps) + min(_product_seconds(self.product, 3))
-            rank, ratio = slowest(dist.gather_objects(mine))
+        slow = self._slowest_rank()
         row = TrainingRow(
             step=step,
             images_seen=step * recipe.batch_images,
@@ -159,8 +153,8 @@ class Metrics:
             skipped_steps=skipped_steps,
             data_wait=self.data_seconds / seconds,
             save_seconds=self.save_seconds or None,
-            slowest_rank=rank,
-            slowest_ratio=ratio,
+            slowest_rank=None if slow is None else slow.rank,
+            slowest_ratio=None if slow is None else slow.ratio,
         )
         self.restart_clock(step)
         self.data_seconds = self.save_seconds = 0.0
@@ -169,7 +163,7 @@ class Metrics:
         self._write(to_json(row), "train")
         self.bar.update(step - self.bar.n)
         doubt = f"  MFU unknown: {flops:.2e} FLOP/s exceed the peak of {self.peak:.2e}, which must be wrong"
-        notes = row.notes() + (doubt if row.mfu is None else "")
+        notes = row.notes() + self.naming.text(slow, now) + (doubt if row.mfu is None else "")
         self._say(self.table.training(step, loss, lr, images_per_s, recipe.batch_images) + notes)
 
     def validation(self, step: int, val_loss: float, more: Mapping[str, float] | None = None, seconds: float = 0.0) -> None:
@@ -181,9 +175,17 @@ class Metrics:
             self._say(self.table.validation(step, val_loss) + others)
         self.restart_clock(step)
 
-    def waited(self, seconds: float) -> None:
-        """Counts time that this rank waited for images."""
-        self.data_seconds += seconds
+    def _slowest_rank(self) -> SlowRank | None:
+        """Of several ranks the slowest; the ranks tell each other their paces."""
+        if self.run.world_size == 1:
+            return None
+        paces = {rank: pace for rank, pace in enumerate(dist.gather_objects(self.steps.pace)) if pace is not None}
+        return next(iter(slow_ranks(paces)), None)
+
+    def timed(self, data: float) -> AbstractContextManager[None]:
+        """Times a step from its images to its loss on the host. `data`: seconds that this rank waited for the images."""
+        self.data_seconds += data
+        return self.steps.step(data)
 
     def saved(self, seconds: float) -> None:
         """Counts time that saving a checkpoint took."""
@@ -229,13 +231,6 @@ class Metrics:
 def utilisation(flops: float, peak: float) -> float | None:
     """Model FLOPs utilisation, 0..1, from FLOP/s; None above the peak, because then the peak must be wrong."""
     return flops / peak if flops <= peak else None
-
-
-def slowest(seconds: Sequence[float]) -> tuple[int, float]:
-    """(the rank with the most seconds, their ratio to the median); the first of equal ranks."""
-    rank = max(range(len(seconds)), key=lambda index: seconds[index])
-    middle = statistics.median(seconds)
-    return rank, seconds[rank] / middle if middle else 1.0
 
 
 def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:

@@ -74,7 +74,7 @@ def test_everything_that_is_known(run_dir: Path):
     assert {name: getattr(found, name) for name in expected} == expected
     assert found.checkpoint is not None
     assert (found.checkpoint.step, found.checkpoint.age) == (16, 200)
-    assert found.slowest == status.SlowestRank(1, 1.5)
+    assert found.slowest == status.SlowRank(1, 1.5)
     assert [(rank.age, rank.silent) for rank in found.ranks] == [(3, False), (3, False)]
     text = status_text(found)
     assert "run: running, tiny on 2 ranks on node1\n" in text
@@ -84,6 +84,28 @@ def test_everything_that_is_known(run_dir: Path):
     assert "  checkpoint  step 16, 3 min 20 s old; 2 restarts, 0 rollbacks, 1 skipped step\n" in text
     assert "  end         in 16 s, 1970-01-" in text
     assert text.endswith("  heartbeats  0: 3 s (step 20), 1: 3 s (step 20)")
+
+
+def test_slow_ranks_with_their_reasons(run_dir: Path):
+    paces = [{"data": 0.0, "device": 0.2, "wait": 0.4}, {"data": 0.3, "device": 0.2, "wait": 0.1}, {"data": "?"}]
+    for rank, pace in enumerate(paces):
+        beat(run_dir, rank, pace=pace, host=f"node{rank}")
+    found = status.read_status(run_dir, NOW)
+    text = status_text(found)
+    assert (
+        "  a step      0.2 s computing, 0 s waiting for data, 0.25 s for other ranks (the network takes 0.1 s of them)\n" in text
+    )
+    assert "  slowest     rank 1 on node1, 2.00 times the median (data: waits for data 0.3 s a step, median 0)\n" in text
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["slowest"] == {
+        "rank": 1,
+        "ratio": pytest.approx(2),
+        "reason": "data",
+        "seconds": 0.3,
+        "median": 0,
+        "host": "node1",
+    }
+    assert [rank["pace"] for rank in told["ranks"]] == paces[:2]
 
 
 def test_the_json_of_a_status(run_dir: Path):

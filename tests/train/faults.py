@@ -5,6 +5,8 @@ faults.py FAULT train.py's words; FAULT is one of
     nan=rank,first,end             the rank's loss of images [first, end) of the stream is not a number
     bad=first,end,nats             the loss of images [first, end) of the stream is higher by so many nats
     garbage=steps                  no fault: new garbage is collected every so many steps, and each collection is told
+
+IGPT_DS_TEST_SLOW=reason,rank,seconds makes each step of a rank longer: "data" where it gets its images, "device" in its loss.
 """
 
 import gc
@@ -12,6 +14,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from igpt_ds import cli, dist
@@ -67,6 +70,24 @@ def told(phase: str, about: dict[str, int]) -> None:
         print(f"rank {dist.rank()} collects generation {about['generation']}", flush=True)
 
 
+def slowed(call, seconds, burns):
+    def slow(*args):
+        end = time.perf_counter() + seconds
+        while burns and time.perf_counter() < end:
+            pass
+        time.sleep(max(0.0, end - time.perf_counter()))
+        return call(*args)
+
+    return slow
+
+
+if slow_one := os.environ.get("IGPT_DS_TEST_SLOW"):
+    reason, slow_rank, slow_seconds = slow_one.split(",")
+    if int(slow_rank) == dist.rank() and reason == "data":
+        loop.Stream.step = slowed(loop.Stream.step, float(slow_seconds), burns=False)
+    elif int(slow_rank) == dist.rank():
+        whole = pretraining_loss
+        pretraining_loss = story.pretraining_loss = lambda recipe: slowed(whole(recipe), float(slow_seconds), burns=True)
 if kind == "signal":
     Watchdog.alive = signalling
 elif kind == "garbage":

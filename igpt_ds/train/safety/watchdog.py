@@ -27,6 +27,7 @@ from pathlib import Path
 from igpt_ds import cli, dist
 from igpt_ds.errors import error_text
 from igpt_ds.plain_files import open_plain
+from igpt_ds.train.health.pace import Pace
 from igpt_ds.train.heartbeat import BEGINNING, HEARTBEAT_SECONDS, Heartbeat, signs
 from igpt_ds.train.safety import flight_recorder
 from igpt_ds.train.safety.ledger import EXIT, Ledger
@@ -53,6 +54,7 @@ class Watchdog:
         self.ledger = Ledger(run_dir, writes=dist.rank() == 0)
         self.ledger.enter(self.phase)
         self._beats: NodeBeats | None = None
+        self.pace: Pace | None = None  # of this rank's last steps
         self._signs, self._others = dict[int, float](), -math.inf  # of other ranks' progress: the last seen, and when it changed
         self._settled, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -110,6 +112,7 @@ class Watchdog:
             step_seconds=self.step_seconds,
             written=time.time(),
             error=self.error,
+            pace=self.pace,
         )
         if self._beats is not None:
             try:

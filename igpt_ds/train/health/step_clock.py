@@ -1,0 +1,140 @@
+"""Times the parts of this rank's steps. In: the steps of the loop. Out: a `Pace`. Called by train/loop.py.
+
+A rank waits for others where its compute stream waits for a message: on a CPU, where the host waits. So a measured step times
+every call that starts a message or waits for one. On a GPU two events on the compute stream enclose the call, and are read after
+the end of the step, when the host has waited for the device anyway: nothing is synchronized for the measurement.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as td
+
+from igpt_ds import dist
+from igpt_ds.train.health.pace import Pace
+
+WINDOW = 24  # measured steps whose medians count
+EVERY_ON_GPU = 4  # one step in so many is measured there, because each event costs the host a few microseconds; on CPUs all are
+# The methods of torch's process groups that start a message. A call with async_op=False waits in them, or in Work.wait.
+_STARTS = (
+    *("allreduce", "reduce", "broadcast", "allgather", "_allgather_base", "reduce_scatter", "_reduce_scatter_base"),
+    *("allreduce_coalesced", "allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"),
+    *("alltoall_base", "alltoall", "barrier"),
+)
+
+
+class StepClock:
+    """The pace of this rank. One rank alone waits for nobody, and its waits are 0.
+
+    Args:
+        device: where this rank computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._steps = device, 0
+        self._every = 1 if device.type == "cpu" else EVERY_ON_GPU
+        self._window: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
+        self._host = socket.gethostname()
+
+    @contextmanager
+    def step(self, data: float) -> Iterator[None]:
+        """The part of a step from its images to the loss on the host.
+
+        Args:
+            data: seconds that this step waited for its images.
+        """
+        self._steps += 1
+        if self._steps == 1 or self._steps % self._every:  # the first step of a start allocates and connects
+            yield
+            return
+        waits = _HostWaits() if self._device.type == "cpu" else _StreamWaits(self._device)
+        start = time.perf_counter()
+        with waits.watching() if dist.world_size() > 1 else ExitStack():
+            yield
+        seconds, wait = time.perf_counter() - start, waits.seconds()
+        self._window.append((data, max(0.0, seconds - wait), wait))
+
+    @property
+    def pace(self) -> Pace | None:
+        """The medians of the last measured steps; None before the first."""
+        if not (window := list(self._window)):
+            return None
+        data, device, wait = (statistics.median(values) for values in zip(*window, strict=True))
+        return Pace(data, device, wait, self._host)
+
+
+class _HostWaits:
+    """Waits of the host, on a CPU."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def method(*args: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*args, **named)
+            finally:
+                self._seconds += time.perf_counter() - start
+
+        return method
+
+    def places(self) -> list[tuple[Any, str]]:
+        """The methods to time: (class, name)."""
+        starts = [(td.ProcessGroup, name) for name in _STARTS if hasattr(td.ProcessGroup, name)]
+        return [(td.Work, "wait"), *starts]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Times the methods meanwhile, and puts them back as they were."""
+        with ExitStack() as stack:
+            for owner, name in self.places():
+                if name in vars(owner):
+                    stack.callback(setattr, owner, name, vars(owner)[name])  # `getattr` would lose the binding of a C method
+                else:
+                    stack.callback(delattr, owner, name)
+                setattr(owner, name, self.timed(getattr(owner, name)))
+            yield
+
+    def seconds(self) -> float:
+        """The sum of all waits."""
+        return self._seconds
+
+
+class _StreamWaits(_HostWaits):
+    """Waits of the compute stream, on a GPU: for messages on it, for other streams, and while the host waits for those."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._module: Any = torch.get_device_module(device)
+        self._compute = self._module.current_stream()
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def places(self) -> list[tuple[Any, str]]:
+        stream = self._module.Stream
+        return super().places() + [(stream, name) for name in ("wait_stream", "synchronize") if hasattr(stream, name)]
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def method(*args: Any, **named: Any) -> Any:
+            if self._module.current_stream() != self._compute:
+                return call(*args, **named)
+            first, last = (self._module.Event(enable_timing=True) for _ in range(2))
+            first.record(self._compute)
+            try:
+                return call(*args, **named)
+            finally:
+                last.record(self._compute)
+                self._pairs.append((first, last))
+
+        return method
+
+    def seconds(self) -> float:
+        return sum(first.elapsed_time(last) for first, last in self._pairs) / 1e3
