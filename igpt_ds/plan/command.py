@@ -52,8 +52,8 @@ def dry_run(run: Run, args: argparse.Namespace, models: int = 0, validation: tup
         validation: images of a validation and steps between two, where the flags have other defaults than train.py.
     """
     kept = args.keep_last + models + len(args.keep_steps)
-    validated = validation or (args.val_images or VAL_IMAGES, args.val_every)
-    price = Price(args.dollars_per_gpu_hour or DOLLARS, kept, args.keep_every, *validated, background=args.save != "sync")
+    images, every = validation or (args.val_images or VAL_IMAGES, args.val_every)
+    price = Price(args.dollars_per_gpu_hour or DOLLARS, kept, args.keep_every, images, every, args.save != "sync")
     return describe_plan([estimate(run, args.ds_config.name, read_cluster(args), price)])
 
 
