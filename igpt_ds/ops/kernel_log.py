@@ -18,10 +18,12 @@ from pathlib import Path
 from igpt_ds import cli
 
 # NVIDIA's Xids of hardware: 48, 63, 64, 92, 94, 95 memory, 62 and 119, 120 the GPU's own processor, 74 NVLink, 79 off the bus,
-# 110 security, 136, 140 uncorrected, 143 boot. 13, 31, 43 and 45 are a program's fault, or follow from it.
+# 110 security, 136, 140 uncorrected, 143 boot; 144 to 150 NVLink of Blackwell, if fatal. 13, 31, 43 and 45 are a program's fault,
+# or follow from it. Machine checks and PCIe errors that the hardware corrected are no fault.
 _XIDS = "48|62|63|64|74|79|92|94|95|110|119|120|136|140|143"
 _FAULT = re.compile(
-    rf"NVRM: Xid \([^)]*\): (?:{_XIDS})\b|GPU has fallen off the bus|\[Hardware Error\]|EDAC .*\bUE\b|Uncorrected .*error"
+    rf"NVRM: Xid \([^)]*\): (?:(?:{_XIDS})\b|1(?:4[4-9]|50),.*\bFatal\b)|SXid .*\bFatal\b|GPU has fallen off the bus"
+    r"|\[Hardware Error\].*(?:Machine Check Exception|(?:severity|type): (?:recoverable|fatal))|EDAC .*\bUE\b|Uncorrected.* error"
     r"|amdgpu.*(?:uncorrectable|GPU reset begin|RAS .*fatal)|AER: .*[Ff]atal"
 )
 _STAMP = re.compile(r"^(?:<\d+>)?\[\s*(\d+\.\d+)\] ?")

@@ -14,7 +14,16 @@ from igpt_ds.ops.kernel_log import find_fault, node_fault
     [
         ("[ 900.5] NVRM: Xid (PCI:0000:1b:00): 79, pid=1, GPU has fallen off the bus.", True),
         ("[  900.5] NVRM: Xid (PCI:0000:1b:00): 48, DBE (double bit error)", True),
-        ("<3>[900.500000] mce: [Hardware Error]: Machine check events logged", True),
+        ("<3>[900.500000] mce: [Hardware Error]: CPU 3: Machine Check Exception: 5 Bank 4: be00", True),
+        ("[900.5] [Hardware Error]: Uncorrected, software restartable error.", True),
+        ("[900.5] {1}[Hardware Error]: event severity: recoverable", True),
+        ("[900.5] nvidia-nvswitch3: SXid (PCI:0000:c1:00.0): 20034, Fatal, Link 30 LTSSM Fault Up", True),
+        ("[900.5] NVRM: Xid (PCI:0018:01:00): 145, RLW_CTRL Fatal XC0 i0 Link 09", True),
+        ("[900.5] NVRM: Xid (PCI:0018:01:00): 145, RLW_CTRL Nonfatal XC0 i0 Link 09", False),
+        ("[900.5] nvidia-nvswitch3: SXid (PCI:0000:c1:00.0): 12028, Non-fatal, Link 32 egress error", False),
+        ("[900.5] mce: [Hardware Error]: Machine check events logged", False),  # of corrected errors as well
+        ("[900.5] {1}[Hardware Error]: event severity: corrected", False),
+        ("[900.5] [Hardware Error]: Corrected error, no action required.", False),
         ("[900.5] pcieport 0000:00:01.0: AER: Uncorrected (Fatal) error received", True),
         ("[900.5] NVRM: Xid (PCI:0000:1b:00): 31, pid=1, MMU Fault", False),
         ("[900.5] NVRM: Xid (PCI:0000:1b:00): 43, pid=1, channel stopped", False),
