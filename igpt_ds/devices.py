@@ -32,7 +32,7 @@ _FIXES = (  # of torch's reasons
     (r"too old|insufficient", "update the NVIDIA driver, or install a torch for an older CUDA (pytorch.org/get-started)"),
     (r"802|not yet initialized", "start nvidia-fabricmanager"),
     (r"no NVIDIA driver", "make nvidia-smi work; a container needs `docker run --gpus all` or `apptainer exec --nv`"),
-    (r"no CUDA GPUs|no CUDA-capable", "give the job its GPUs (sbatch --gpus-per-node), and look at CUDA_VISIBLE_DEVICES"),
+    (r"no (CUDA|HIP) GPUs|no CUDA-capable", "give the job its GPUs (sbatch --gpus-per-node), and look at CUDA_VISIBLE_DEVICES"),
 )
 
 
@@ -112,7 +112,7 @@ def _ask_smi(smi: str, on_bus: bool) -> str:
     except OSError:
         return ""
     if done.returncode == 0:
-        return "" if re.search("no devices", done.stdout, re.I) else "this machine has NVIDIA GPUs (nvidia-smi)"
+        return "this machine has NVIDIA GPUs (nvidia-smi)" if re.search(r"^GPU \d", done.stdout, re.M) else ""
     return "this machine has NVIDIA GPUs (nvidia-smi fails)" if on_bus else ""
 
 
@@ -146,7 +146,10 @@ def _why_idle(env: Mapping[str, str], build: TorchBuild, amd: bool) -> str:
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if name in env and env[name].strip() in _HIDDEN:
             return f"{build.version} sees none: {name}={env[name]!r} hides them; unset {name}"
-    fix = next((fix for words, fix in _FIXES if re.search(words, build.why, re.I)), "run nvidia-smi and dmesg there")
+    fix = next(
+        (fix for words, fix in _FIXES if re.search(words, build.why, re.I)),
+        f"run {'rocm' if amd else 'nvidia'}-smi and dmesg there",
+    )
     return f"{build.version} (built for {wanted} {built}) cannot use them: {build.why or 'no reason given'}; {fix}"
 
 

@@ -53,6 +53,7 @@ def machine(root: Path, *devices: str, pci: tuple[str, str] | None = None, smi: 
         (("nvidia0", "nvidia1"), None, None, "NVIDIA GPUs (/dev/nvidia0)"),
         ((), None, "echo 'GPU 0: NVIDIA H100'", "NVIDIA GPUs (nvidia-smi)"),
         ((), None, "echo 'No devices found.'", ""),
+        ((), None, "exit 0", ""),  # a stub of a container
         ((), None, "exit 9", ""),  # the image of GPU nodes on a node without GPUs
         ((), ("0x10de", "0x030200"), "exit 9", "NVIDIA GPUs (nvidia-smi fails)"),
         (("kfd",), ("0x1002", "0x030000"), None, ""),  # the graphics of a processor
@@ -93,6 +94,9 @@ def test_amd_gpus_beside_a_torch_for_cuda_are_refused(tmp_path: Path) -> None:
     here = machine(tmp_path, "kfd", pci=("0x1002", "0x120000"))
     with pytest.raises(ValueError, match=r"AMD GPUs .* is built without ROCm; run make TORCH=rocm"):
         refuse_idle_gpus(**here, build=replace(OLD, why=""))
+    for why, fix in (("No HIP GPUs are available", "sbatch --gpus-per-node"), ("", "run rocm-smi and dmesg")):
+        with pytest.raises(ValueError, match=f"built for ROCm 7.1.*{fix}"):
+            refuse_idle_gpus(**here, build=TorchBuild("2.13.0+rocm7.1", None, "7.1", False, why))
 
 
 @pytest.mark.parametrize(("local_rank", "count", "index"), [(0, 8, 0), (7, 8, 7), (3, 1, 0), (1, 2, 1)])
