@@ -37,8 +37,13 @@ def test_every_patch_fits_this_deepspeed_and_steps_aside_from_another(monkeypatc
     assert all(name in said for name in put)
     assert known[0].name in aside
     assert known[0].name not in said
+    assert ds_patches.put_in_place(f"{ds_patches.VERSION}+1a2b3c")[0].endswith(said.partition("has")[2])
+    assert ds_patches.digest([len]) == ds_patches.digest([eval("lambda: 0")]) == ""
     (line,) = ds_patches.put_in_place("0.20.0")
     assert "0.20.0" in line
+    monkeypatch.setattr(ds_patches, "patches", lambda: coalesced_collectives.renamed)
+    (line,) = ds_patches.put_in_place(ds_patches.VERSION)
+    assert "renamed" in line
 
 
 @given(shapes=SIZES, ranks=st.integers(1, 9), dtype=DTYPES, data=st.data())
