@@ -69,7 +69,7 @@ class NodeBeats:
         try:
             self._note(beat)
             beats = self._on_this_node(beat)
-            if beat.ended or (self._writer(beats) == beat.rank and time.monotonic() >= self._next):
+            if beat.ended or (self._writer(beats, beat.rank) == beat.rank and time.monotonic() >= self._next):
                 self._next = time.monotonic() + 0.9 * self._every  # the watchdog comes twice in that time
                 write_heartbeats(self._run_dir, beats)
             if self._shared is not None and all(one.ended for one in beats):
@@ -92,9 +92,10 @@ class NodeBeats:
                     found[beat.rank] = beat
         return [found[rank] for rank in sorted(found)]
 
-    def _writer(self, beats: list[Heartbeat]) -> int | None:
+    def _writer(self, beats: list[Heartbeat], own: int) -> int | None:
         now = time.time()
-        return next((beat.rank for beat in beats if not beat.ended and beat.file_age(now) < 3 * self._every), None)
+        living = (beat.rank == own or beat.file_age(now) < 3 * self._every for beat in beats)
+        return next((beat.rank for beat, lives in zip(beats, living, strict=True) if lives and not beat.ended), None)
 
     def _locked(self) -> int | None:
         """The lock of the node's file: without it the file may miss one of two ranks that end at the same moment."""

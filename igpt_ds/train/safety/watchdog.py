@@ -75,7 +75,8 @@ class Watchdog:
         Every rank calls this. It removes the heartbeats of an earlier start.
         """
         self.ledger.begin(self.run_dir)
-        self._beats = NodeBeats.meet(self.run_dir, self.every)
+        # Ranks that wait must see within the limit that this one lives.
+        self._beats = NodeBeats.meet(self.run_dir, min(self.every, self.limit / 4) if self.limit else self.every)
         # tools/diagnose.py asks for stacks with SIGUSR2. A handler in C answers even where no Python runs, as in a collective.
         self.stacks.parent.mkdir(parents=True, exist_ok=True)
         flight_recorder.make_directory(os.environ)
@@ -169,7 +170,8 @@ class Watchdog:
         self._signs = now
 
     def _give_up(self) -> None:
-        words = f"no progress for {self.limit / 60:g} minutes in phase {self.phase!r} after step {self.step}"
+        place = f"in phase {self.phase!r} after step {self.step}"
+        words = f"no progress for {self.limit / 60:g} minutes {place}"
         if self._settled:
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
             # not renamed into place: part of the stacks is better than none
@@ -182,7 +184,7 @@ class Watchdog:
             print(words, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         where = self.stacks if self._settled else "its stacks are above"
-        print(f"rank {dist.rank()} hangs in phase {self.phase!r} after step {self.step}: {where}", file=sys.stderr, flush=True)
+        print(f"rank {dist.rank()} hangs {place}: {where}", file=sys.stderr, flush=True)
         # The other ranks look as often: the launcher ends them before their own reports if this one leaves.
         time.sleep(self._wait)
         os._exit(cli.HUNG)

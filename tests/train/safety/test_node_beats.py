@@ -50,6 +50,12 @@ def test_a_rank_without_a_shared_directory_has_its_own_file(tmp_path: Path) -> N
     assert heartbeat_files(tmp_path) == []
 
 
+def test_a_rank_that_writes_lives_however_long_it_took(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    NodeBeats(tmp_path, tmp_path / "shared", 0.01).write(beat(0, age=5.0))
+    assert list(all_heartbeats(tmp_path)) == [0]
+
+
 def test_files_of_a_rank_are_still_read_and_the_newest_counts(tmp_path: Path) -> None:
     old = tmp_path / "heartbeat" / "rank-00001.json"
     old.parent.mkdir()

@@ -71,6 +71,20 @@ def test_signs_of_life_keep_a_run_alive(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "stacks" / "rank-0.txt").exists()
 
 
+def test_a_short_limit_has_heartbeats_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank that waits for this one looks for a change. No time passes for the watchdog, so it ends nothing."""
+    clock = SimpleNamespace(monotonic=lambda: 0.0, time=time.time)
+    monkeypatch.setattr("igpt_ds.train.safety.watchdog.time", clock)
+    watchdog = Watchdog(tmp_path, hang_minutes=0.01)
+    watchdog.start()
+    watchdog.settle()
+    start, first = time.monotonic(), beat_of(tmp_path)
+    while beat_of(tmp_path) == first and time.monotonic() < start + 8:
+        time.sleep(0.02)
+    assert beat_of(tmp_path) != first
+    watchdog.close("end")
+
+
 STORY = f"""
 import sys, threading, time
 from pathlib import Path
