@@ -23,7 +23,10 @@ from igpt_ds.evaluate.report.row_types import Row
 from igpt_ds.evaluate.report.run_files import CurveRow, ReportedRun, read_curve
 from igpt_ds.evaluate.report.tables import TITLES
 from igpt_ds.files import atomic_file, check_writable
+from igpt_ds.markdown import as_table
+from igpt_ds.ops.status_text import goodput_line, goodput_rows
 from igpt_ds.plain_files import is_inside
+from igpt_ds.train.ledger.goodput import read_goodput
 from igpt_ds.train.run_dir import read_run
 
 DRAWN = ("layers.png", "training.png")  # figures of these names are drawn again here
@@ -47,11 +50,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         layers, losses = curves(Path(scratch), name, run.recipe.model.n_vocab, training, results)
         samples = [Picture.of(path) for path in pictures if "sample" in path.stem]
         others = [Picture.of(path) for path in pictures if "sample" not in path.stem]
-        text = page(name, run, training, results, [*layers, *samples, *losses, *others], args.paper or ())
+        text = page(name, run, training, results, [*layers, *samples, *losses, *others], args.paper or (), goodput(args.run_dir))
     with atomic_file(args.out, "w") as file:
         file.write(text)
     drawn = len(layers) + len(losses)
     print(f"{args.out}: {drawn} curves, {len(results)} results, {len(pictures)} pictures, {len(text) / 2**20:.1f} MiB")
+
+
+def goodput(run_dir: Path) -> str:
+    """Where the wall clock of the run went, as Markdown; "" if nothing tells it."""
+    try:
+        found = read_goodput(run_dir)
+    except InputError:
+        return ""
+    return f"{as_table(('category', 'seconds', '%'), goodput_rows(found))}\n\n- {goodput_line(found)}"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

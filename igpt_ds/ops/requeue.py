@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from igpt_ds.cli import HUNG, STOPPED
+from igpt_ds.train.ledger.rows import read_time
 
 BAD_INPUT, BAD_NODES = 2, 3  # exit statuses of a program with a wrong flag or file, and of slurm/launch.sh's preflight
 SPARE_SECONDS = 120  # too short for a first step; SLURM compares clocks about once a minute
@@ -87,14 +87,6 @@ def find_facts(text: str, job: str) -> dict[str, str]:
     return dict(reversed(re.findall(r"(?:^| )(\w+)=(\S*)", line)))  # the first one counts: a command with its flags follows
 
 
-def timestamp(time: str) -> float | None:
-    """A local time of SLURM in seconds since 1970; None for "Unknown"."""
-    try:
-        return datetime.fromisoformat(time).timestamp()
-    except ValueError:
-        return None
-
-
 def count_fruitless(images: Sequence[int]) -> int:
     """Starts in a row without progress, the last included, from the images that each start of a job began with."""
     return len(images) - images.index(max(images))
@@ -106,7 +98,7 @@ def always_too_late(facts: dict[str, str], signal_option: str) -> str:
     `facts` are SLURM's (see `find_facts`), `signal_option` is the value of sbatch's --signal: "B:USR1@600".
     """
     limit = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", facts.get("TimeLimit", ""))  # or UNLIMITED
-    start, end = (timestamp(facts.get(name, "")) for name in ("StartTime", "EndTime"))
+    start, end = (read_time(facts.get(name)) for name in ("StartTime", "EndTime"))
     if not limit or start is None or end is None:
         return ""
     days, hours, minutes, seconds = (int(part or 0) for part in limit.groups())

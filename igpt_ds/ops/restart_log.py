@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TextIO
 
 from igpt_ds.errors import error_text
-from igpt_ds.ops import requeue
 from igpt_ds.ops.requeue import Start
 from igpt_ds.train.checkpoint.directory import list_checkpoints
-from igpt_ds.train.safety.ledger import append_row, read_rows
+from igpt_ds.train.ledger.rows import append_row, read_rows, read_time
 
 LOST = "SLURM ended it before it could write its end: a preemption, a lost node or a cancelled job"
 
@@ -65,7 +64,7 @@ def record(start: Start, event: str, **more: object) -> None:
 
 def time_of_last_row(run_dir: Path) -> float | None:
     """When a batch job last added a row, in seconds since 1970; None if none did."""
-    times = [requeue.timestamp(str(row.get("time"))) for row in read_rows(run_dir) if "job" in row]
+    times = [read_time(row.get("time")) for row in read_rows(run_dir) if "job" in row]
     return times[-1] if times else None
 
 

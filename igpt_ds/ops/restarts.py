@@ -48,6 +48,7 @@ from igpt_ds.ops.restart_log import (
     write_line,
 )
 from igpt_ds.ops.slurm import ask, facts_of, has_dependents, state_of
+from igpt_ds.train.ledger.rows import read_time
 
 OWNER_TRIES, OWNER_SECONDS, LOCK_TRIES, LOCK_SECONDS = 60, 5.0, 60, 1.0  # how often, and after how long, the owner is asked for
 LOCK_BROKEN, LOCK_MISSING = 30, 5  # tries: then the lock is a killed process's; without a lock, the disk cannot be written
@@ -114,7 +115,7 @@ def stop_requested(start: Start) -> bool:
     stop = start.run_dir / "STOP"
     if not stop.exists():
         return False
-    submitted = requeue.timestamp(facts_of(start.job).get("SubmitTime", ""))
+    submitted = read_time(facts_of(start.job).get("SubmitTime"))
     since = (start.restart and time_of_last_row(start.run_dir)) or submitted
     if since is None or stop.stat().st_mtime > since:
         return True

@@ -9,7 +9,9 @@ from statistics import median, median_low
 from igpt_ds.console import count, duration
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status import Status, paces
+from igpt_ds.plan.text import columns
 from igpt_ds.train.health.pace import SLOW, SlowRank, slow_ranks
+from igpt_ds.train.ledger.goodput import CATEGORIES, TRAINING, Goodput
 
 MOST_RANKS = 8  # shown one by one
 
@@ -84,3 +86,36 @@ def _rank_words(rank: RankStatus) -> str:
         return "none"
     age = duration(rank.age or 0.0)
     return f"{age} ({rank.beat.phase} {rank.beat.step}{', silent' if rank.silent else ''})"
+
+
+def goodput_text(found: Goodput) -> str:
+    """Where the wall clock of a run went: each category, then each start."""
+    rows = [("category", "seconds", "%"), *goodput_rows(found)]
+    names = [name for name in CATEGORIES if any(abs(one.seconds[name]) >= 0.05 for one in found.starts)]
+    starts: list[tuple[str, ...]] = [("start", "began", "steps", "wall", *names, "how it ended")]
+    for number, one in enumerate(found.starts, start=1):
+        began = datetime.fromtimestamp(one.began, timezone.utc).astimezone()
+        steps = f"{one.first_step:,} to {one.last_step:,}"
+        seconds = [f"{_plain(one.seconds[name]):,.1f}" for name in names]
+        starts.append((str(number), f"{began:%Y-%m-%d %H:%M:%S}", steps, f"{sum(one.seconds.values()):,.1f}", *seconds, one.how))
+    return "\n".join([goodput_line(found), *(f"  {line}".rstrip() for line in (*columns(rows), "", *columns(starts)))])
+
+
+def goodput_line(found: Goodput) -> str:
+    """The goodput in one line."""
+    whole = f"{duration(found.seconds[TRAINING])} of training kept in {duration(found.wall)} of wall clock"
+    return f"{found.run_dir}: goodput {100 * found.goodput:.1f} %, {whole}, {count(len(found.starts), 'start')}"
+
+
+def goodput_rows(found: Goodput) -> list[tuple[str, str, str]]:
+    """Name, seconds and percent of each category, then their sum."""
+    seconds, wall = found.seconds, found.wall
+    rows = [
+        (name, f"{_plain(seconds[name]):,.1f}", f"{_plain(100 * seconds[name] / wall if wall else 0):.2f}") for name in CATEGORIES
+    ]
+    return [*rows, ("wall clock", f"{wall:,.1f}", "100.00")]
+
+
+def _plain(value: float) -> float:
+    """A number to two decimals, without a minus before a zero."""
+    return round(value, 2) + 0.0

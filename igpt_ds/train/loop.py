@@ -29,7 +29,7 @@ from igpt_ds.train.checkpoint.save import Kept
 from igpt_ds.train.ds_faster import forget_recomputed
 from igpt_ds.train.early import EarlyState
 from igpt_ds.train.engine import LossFunction, take_step, with_dropout
-from igpt_ds.train.safety.ledger import ROLLBACK, SAVE
+from igpt_ds.train.ledger.rows import ROLLBACK, SAVE
 from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, range_to_skip, write_rollbacks
 from igpt_ds.train.safety.spikes import Verdict, advice
 from igpt_ds.train.schedule import learning_rate

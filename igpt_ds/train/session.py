@@ -36,9 +36,9 @@ from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.ledger.rows import TRAIN
 from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
 from igpt_ds.train.safety import flight_recorder
-from igpt_ds.train.safety.ledger import TRAIN
 from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, read_rollbacks, skipped_ranges
 from igpt_ds.train.safety.spikes import Guard
 from igpt_ds.train.safety.stops import Stop

@@ -16,7 +16,7 @@ from igpt_ds.cli import STOPPED
 from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops import restart_log, restarts
 from igpt_ds.ops.requeue import BAD_INPUT, BAD_NODES, End, Start
-from igpt_ds.train.safety.ledger import append_row
+from igpt_ds.train.ledger.rows import append_row
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"TimeLimit": "00:10:00", "StartTime": "2026-01-01T00:00:00", "EndTime": "2026-01-01T00:10:00"}

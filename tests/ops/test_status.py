@@ -291,6 +291,23 @@ def test_a_real_run_that_stopped_half_way(launch: Any, command: Callable[..., li
     assert asked.stderr == ""
 
 
+def test_goodput_as_text_and_json(run_dir: Path, tool: Any, tmp_path: Path):
+    status, _, error = tool("status", "--goodput", run_dir)
+    assert (status, "restarts.jsonl has no times of a start" in error) == (2, True)
+    times = {"began": "2026-11-30T00:00:00", "time": "2026-11-30T00:00:10"}
+    exit_ = {"event": "exit", "time": "2026-11-30T00:00:20", "step": 7, "seconds": {"step": 8.0}, "phase": "end"}
+    rows = [{"event": "begin", "step": 0, "seconds": {"imports": 10.0}} | times, exit_]
+    write_json_lines(run_dir / "restarts.jsonl", rows)
+    said = tool("status", "--goodput", run_dir)[1]
+    assert "goodput 40.0 %, 8 s of training kept in 20 s of wall clock, 1 start" in said
+    assert [line.split() for line in said.splitlines()][2] == ["training", "8.0", "40.00"]
+    both = tool("status", "--goodput", run_dir, tmp_path)[1]
+    assert "goodput 40.0 %" in both
+    assert f"{tmp_path}: {tmp_path} is not a run directory" in both
+    whole, other = map(json.loads, tool("status", "--goodput", "--json", run_dir, tmp_path)[1].splitlines())
+    assert (whole["goodput"]["goodput"], whole["goodput"]["wall"], other["state"]) == (0.4, 20.0, "no run")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

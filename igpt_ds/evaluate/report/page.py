@@ -80,6 +80,7 @@ def page(
     results: Sequence[Row],
     pictures: Sequence[Picture],
     tables: Iterable[int] = (),
+    goodput: str = "",
 ) -> str:
     """The page.
 
@@ -88,6 +89,7 @@ def page(
         results: rows of any kind; may be empty.
         pictures: in the order of the page.
         tables: numbers of the paper's tables to show with our rows.
+        goodput: where the wall clock went, a Markdown table and a line below it; "" leaves the section out.
     """
     probes = by_layer(results)
     parts = [
@@ -111,6 +113,8 @@ def page(
         for number in numbers:
             title, _, table = paper_table(number, results, [run.recipe]).partition("\n\n")
             parts += [f"<h3>{_text(title.lstrip('# '))}</h3>", _table_and_lines(table)]
+    if goodput:
+        parts += ["<h2>Goodput</h2>", _table_and_lines(goodput)]
     parts += ["<h2>Configuration</h2>", f"<pre>{_text(run.text)}</pre>"]
     fit = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = (

@@ -29,8 +29,8 @@ from igpt_ds.errors import error_text
 from igpt_ds.plain_files import open_plain
 from igpt_ds.train.health.pace import Pace
 from igpt_ds.train.heartbeat import BEGINNING, HEARTBEAT_SECONDS, Heartbeat, signs
+from igpt_ds.train.ledger.rows import EXIT, Ledger
 from igpt_ds.train.safety import flight_recorder
-from igpt_ds.train.safety.ledger import EXIT, Ledger
 from igpt_ds.train.safety.node_beats import NodeBeats
 
 FILE_PHASES = (*BEGINNING, "save", "consolidate")

@@ -187,6 +187,18 @@ def test_a_report_shows_no_file_outside_the_run(tool, run_dir, tmp_path):
     assert f"{tmp_path / 'secret'} is not a PNG file" in told
 
 
+def test_a_report_shows_where_the_time_went(tool, run_dir, tmp_path):
+    seconds = {"building": 3.0, "step": 6.0}
+    row = {"event": "exit", "time": "2026-11-30T00:00:10", "step": 7, "seconds": seconds, "phase": "end"}
+    begin = {"event": "begin", "began": "2026-11-30T00:00:00", "time": "2026-11-30T00:00:00", "step": 0, "seconds": {}}
+    (run_dir / "restarts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (begin, row)))
+    assert tool("report", "--run_dir", run_dir, "--out", tmp_path / "a.html")[0] == 0
+    text = (tmp_path / "a.html").read_text()
+    assert "<h2>Goodput</h2>" in text
+    assert "goodput 60.0 %, 6 s of training kept in 10 s of wall clock, 1 start" in text
+    assert "<td>unexplained</td><td>1.0</td><td>10.00</td>" in text
+
+
 def test_a_report(tool, results, run_dir, tmp_path):
     out = tmp_path / "deep" / "report.html"
     status, said, _ = tool("report", "--run_dir", run_dir, "--results", results, "--paper", 5, "--title", "mine", "--out", out)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.train.safety import ledger
-from igpt_ds.train.safety.ledger import BEGIN, EXIT, SAVE, TRAIN, Ledger, read_rows
+from igpt_ds.train.ledger import rows as ledger
+from igpt_ds.train.ledger.rows import BEGIN, EXIT, SAVE, TRAIN, Ledger, read_rows
 from igpt_ds.train.safety.watchdog import Watchdog
 
 

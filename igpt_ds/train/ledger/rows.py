@@ -3,7 +3,7 @@
 Rank 0 adds a row when the run directory is its own (`begin`), before the first step (`train`), after each save (`save`), after a
 rollback (`rollback`) and at the end (`exit`). Each row has the step, the time, and the seconds of each phase since the row before
 it, so that the rows of a start add up to its wall clock. A batch job adds its own rows, with a "job", to the same file
-(ops/restart_log.py). Rows are only ever added. ops/goodput.py sums them up. Neither torch nor numpy is needed.
+(ops/restart_log.py). Rows are only ever added. goodput.py sums them up. Neither torch nor numpy is needed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from igpt_ds.errors import naming
 from igpt_ds.plain_files import open_plain
 from igpt_ds.train.heartbeat import all_heartbeats
+from igpt_ds.train.ledger.tail import timed_rows
 
 BEGIN, TRAIN, SAVE, ROLLBACK, EXIT = "begin", "train", "save", "rollback", "exit"
 IMPORTS = "imports"  # the phase from the start of the process to the watchdog's
@@ -53,12 +54,12 @@ class Ledger:
     def begin(self, run_dir: Path) -> None:
         """The row of a start whose run directory is its own, with the last sign of life of the start before it.
 
-        The heartbeats of that start must still be there.
+        The heartbeats and the curves of that start must still be there.
         """
         if self._writes:
             run_dir.mkdir(parents=True, exist_ok=True)
-            alive = max((beat.written for beat in all_heartbeats(run_dir).values()), default=None)
-            last = {} if alive is None else {"last_alive": timestamp(alive)}
+            signs = [beat.written for beat in all_heartbeats(run_dir).values()] + [row.time for row in timed_rows(run_dir)]
+            last = {"last_alive": timestamp(max(signs))} if signs else {}
             self.record(BEGIN, 0, began=timestamp(self.began), **last)
 
     def record(self, event: str, step: int, **more: object) -> None:
@@ -88,6 +89,14 @@ def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
 
 
+def read_time(text: object) -> float | None:
+    """A time of restarts.jsonl or of SLURM in seconds since 1970; None for "Unknown" and what is none."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
 def process_age() -> float:
     """Seconds since this process started; 0 where the system does not tell, or if it did something else before."""
     try:
@@ -109,7 +118,7 @@ def append_row(path: Path, row: dict[str, object]) -> None:
 
 
 def read_rows(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The rows of restarts.jsonl, oldest first; lines that are no rows are left out. None if the file cannot be read."""
+    """The rows of restarts.jsonl, oldest first; lines that are no rows are left out. A missing file has none."""
     try:
         text = (run_dir / "restarts.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,0 +1,1 @@
+"""What may interrupt a run: signals, spikes, rollbacks, hangs."""
