@@ -92,8 +92,14 @@ def rates_tried(lr: float) -> int:
 def tuning_steps(tuning: Tuning, scale: Scale, batch_images: int, n_images: int) -> int:
     """The most steps of a fine-tuning."""
     if "labels" in tuning.knobs:
-        return int(str(tuning.knobs["subsets"])) * int(str(tuning.knobs.get("steps", LABEL_STEPS)))
+        return int(str(tuning.knobs["subsets"])) * label_steps(tuning, scale)
     return scale.finetune_steps or round((tuning.epochs or scale.epochs) * n_images / batch_images)
+
+
+def label_steps(tuning: Tuning, scale: Scale) -> int:
+    """The most steps of a fine-tuning on one subset with few labels. A rehearsal never makes them more."""
+    own = int(str(tuning.knobs.get("steps", LABEL_STEPS)))
+    return min(own, scale.finetune_steps or own)
 
 
 def _of(system: System, scale: Scale, gpus: int, cluster: Cluster) -> Iterator[Cost]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from igpt_ds.paper.budget import label_steps
 from igpt_ds.paper.maker import Maker, chosen
 from igpt_ds.paper.stage import Flags, Stage, words
 from igpt_ds.paper.system import System, Tuning
@@ -46,9 +47,9 @@ def tunings(maker: Maker, system: System) -> Iterator[Stage]:
 def _lasts(maker: Maker, tuning: Tuning) -> Flags:
     """How long a training lasts at most."""
     scale = maker.scale
-    if scale.finetune_steps:
-        return {"steps": scale.finetune_steps}
-    return {} if "labels" in tuning.knobs else {"epochs": tuning.epochs or scale.epochs}
+    if "labels" in tuning.knobs:
+        return {"steps": label_steps(tuning, scale)}
+    return {"steps": scale.finetune_steps} if scale.finetune_steps else {"epochs": tuning.epochs or scale.epochs}
 
 
 def _flags(maker: Maker, system: System, tuning: Tuning) -> Flags:

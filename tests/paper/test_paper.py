@@ -225,6 +225,15 @@ def test_a_rehearsal_has_few_steps_everywhere() -> None:
     assert all(("--steps", "8") in zip(stage.words, stage.words[1:], strict=False) for stage in tuned)
 
 
+@pytest.mark.parametrize(("steps", "each"), [(8, 8), (1000, 400)])
+def test_a_long_rehearsal_makes_no_fine_tuning_on_few_labels_longer(steps: int, each: int) -> None:
+    scale = get_scale("tiny", None, steps=steps)
+    (tuning,) = (one for system in scale.systems for one in system.tunings if "labels" in one.knobs)
+    assert budget.tuning_steps(tuning, scale, 1, 1) == each * int(str(tuning.knobs["subsets"]))
+    (stage,) = (one for one in stages(scale, Path("out"), lambda recipe: {}) if "--labels" in one.words)
+    assert stage.words[stage.words.index("--steps") + 1] == str(each)
+
+
 def test_the_plan_as_a_user_sees_it(tool: Any, tmp_path: Path) -> None:
     status, said, _ = tool("paper_plan", "--scale", "full", "--data", tmp_path, "--gpus", 64, "--out", tmp_path / "out")
     assert status == 0
