@@ -170,8 +170,8 @@ class Watchdog:
         self._signs = now
 
     def _give_up(self) -> None:
-        place = f"in phase {self.phase!r} after step {self.step}"
-        words = f"no progress for {self.limit / 60:g} minutes {place}"
+        phase, step = self.phase, self.step  # the main thread may go on after all
+        words = f"no progress for {self.limit / 60:g} minutes in phase {phase!r} after step {step}"
         if self._settled:
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
             # not renamed into place: part of the stacks is better than none
@@ -184,7 +184,7 @@ class Watchdog:
             print(words, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         where = self.stacks if self._settled else "its stacks are above"
-        print(f"rank {dist.rank()} hangs {place}: {where}", file=sys.stderr, flush=True)
+        print(f"rank {dist.rank()} hangs in phase {phase!r} after step {step}: {where}", file=sys.stderr, flush=True)
         # The other ranks look as often: the launcher ends them before their own reports if this one leaves.
         time.sleep(self._wait)
         os._exit(cli.HUNG)
