@@ -20,7 +20,7 @@ _ERROR = re.compile(r"[a-z_]+\.py: error: .*|^(?:\[rank\d+\]: )?(?:[a-z_]+\.)*[A
 _EXIT_CODE = re.compile(r"^srun: error: .*exit code (\d+)$", re.M)
 # Deaths that point at hardware: BUS, KILL (memory ran out) and SEGV. A shell reports 128 + the signal, deepspeed 256 - it.
 # ABRT does not count: NCCL aborts every rank of a job when one of them is lost or late. TERM is srun's own.
-_DEATH = r"Exited with exit code (?:135|137|139|249|247|245)\b|Killed|Bus error|Segmentation fault"
+_DEATH = r"Exited with exit code (?:135|137|139|249|247|245)\b|Killed|Out Of Memory|Bus error|Segmentation fault"
 _KILLED = re.compile(rf"^srun: error: ([^: \n]+): tasks? [\d,-]+: (?:{_DEATH})", re.M)
 _ENDED = re.compile(
     r"^(?:srun|slurmstepd\S*): .*(?:Terminating|Job step aborted|CANCELLED AT|Node failure on)", re.M

@@ -70,6 +70,7 @@ ENDED = "srun: launch/slurm: _step_signal: Terminating StepId=1.0\n"
             "srun: error: gpu-7: tasks 0,2-3: Killed\nsrun: error: gpu-8: task 1: Bus error (core dumped)\n",
             (9, ("gpu-7", "gpu-8")),
         ),
+        (137, "srun: error: node2: task 1: Out Of Memory\n" + ENDED + "srun: error: node1: task 0: Killed\n", (137, ("node2",))),
         (1, "node1: srun: error: node1: task 0: Killed\nsrun: error: node2: task 0: Exited with exit code 1\n", (1, ())),
     ],
 )
