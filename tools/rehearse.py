@@ -87,7 +87,7 @@ def parse(words: list[str]) -> Any:
         raise InputError(f"{taken[0]} is set by the rehearsal; leave it out of the training command")
     every = dict(itertools.pairwise(command)).get("--save_every", "")
     if not every.isdecimal() or int(every) < 1:
-        raise InputError("name --save_every in the training command: without checkpoints on the way nothing is resumed")
+        raise InputError("give the training command --save_every with a number: without checkpoints on the way nothing resumes")
     args.save_every = int(every)
     if args.kills < 1:
         raise InputError(f"--kills {args.kills} must be at least 1")

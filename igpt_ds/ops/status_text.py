@@ -104,7 +104,8 @@ def goodput_text(found: Goodput) -> str:
 def goodput_line(found: Goodput) -> str:
     """The goodput in one line."""
     whole = f"{duration(found.seconds[TRAINING])} of training kept in {duration(found.wall)} of wall clock"
-    return f"{found.run_dir}: goodput {100 * found.goodput:.1f} %, {whole}, {count(len(found.starts), 'start')}"
+    ends = f"{count(len(found.starts), 'start')}, {count(found.failures, 'failure')}"
+    return f"{found.run_dir}: goodput {100 * found.goodput:.1f} %, {whole}, {ends}"
 
 
 def goodput_rows(found: Goodput) -> list[tuple[str, str, str]]:

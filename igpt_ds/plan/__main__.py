@@ -1,7 +1,11 @@
-"""The plan as a command: `python -m igpt_ds.plan --recipe NAME --gpus N`."""
+"""The plan as a command: `python -m igpt_ds.plan --recipe NAME --gpus N`, and `python -m igpt_ds.plan goodput --gpus N`."""
+
+import sys
 
 from igpt_ds import cli
-from igpt_ds.plan.command import main
+from igpt_ds.plan import command, goodput_command
 
 if __name__ == "__main__":
-    cli.run(main)
+    goodput = sys.argv[1:2] == ["goodput"]
+    del sys.argv[1 : 1 + goodput]
+    cli.run(goodput_command.main if goodput else command.main)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from igpt_ds.console import count, duration
 from igpt_ds.plan.costs import GIB, LIVE_PARAMETERS, keeps_weights
 from igpt_ds.plan.estimate import Estimate, NoPlan
+from igpt_ds.plan.goodput import GPU_MTBF, NODE_DISK, best_interval
 
 
 def describe_plan(options: Sequence[Estimate]) -> str:
@@ -113,8 +114,17 @@ def _time(one: Estimate) -> list[str]:
         _line("validation", validation),
         _line("time", f"{run_time(one.hours)} on {one.gpus} {gpu}: {one.gpu_hours:,.0f} GPU-hours"),
         _line("cost", f"${one.dollars:,.0f} at ${one.price.dollars:g} a GPU-hour"),
+        _line("saves", _saves(one)),
         _line("disk", disk),
     ]
+
+
+def _saves(one: Estimate) -> str:
+    nodes = -(-one.gpus // one.cluster.node_gpus)
+    save, mtbf = one.checkpoint_bytes / (nodes * NODE_DISK), GPU_MTBF / one.gpus
+    steps = max(1, round(best_interval(save, mtbf) / one.step.seconds))
+    failures = f"a failure in {run_time(mtbf / 3600)}"
+    return f"--save_every {steps}: a save takes {save:.1f} s at {NODE_DISK / 1e9:g} GB/s a node, {failures}; auto measures both"
 
 
 def run_time(hours: float) -> str:

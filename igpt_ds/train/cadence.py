@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from igpt_ds.ds_config import Run
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Cadence:
@@ -19,6 +21,7 @@ class Cadence:
     keep_every: int
     last_step: int
     keep_steps: tuple[int, ...] = ()  # are saved and kept
+    auto_save: bool = False  # train/ledger/interval.py decides when to save
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that happens every `every` steps happens after this step."""
@@ -29,6 +32,22 @@ def choose_cadence(args: argparse.Namespace, run: Run, n_images: int) -> Cadence
     """The cadence that the flags ask for. --val_every defaults to an epoch of n_images, --save_every to --val_every."""
     recipe = run.recipe
     val_every = -(-n_images // recipe.batch_images) if args.val_every is None else args.val_every
-    save_every = val_every if args.save_every is None else args.save_every
+    auto = args.save_every == AUTO
+    save_every = val_every if args.save_every is None else 0 if auto else args.save_every
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
-    return Cadence(args.log_every, val_every, save_every, args.keep_last, args.keep_every, last_step, tuple(args.keep_steps))
+    kept = args.keep_last, args.keep_every, last_step, tuple(args.keep_steps)
+    return Cadence(args.log_every, val_every, save_every, *kept, auto)
+
+
+def steps_or_auto(text: str) -> int | str:
+    """The value of --save_every: a number of steps, or "auto".
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor {AUTO}") from None

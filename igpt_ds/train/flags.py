@@ -26,6 +26,7 @@ from igpt_ds.plan.costs import KEEP_LAST, VAL_EVERY, VAL_IMAGES
 from igpt_ds.plan.recipes import recipe_table
 from igpt_ds.plan.shipped import ds_config_names
 from igpt_ds.train import run_dir
+from igpt_ds.train.cadence import steps_or_auto
 from igpt_ds.train.schedule import shorter_warmup
 from igpt_ds.train.sweep import add_search_flag, take_search
 
@@ -145,8 +146,9 @@ def add_run_flags(parser: argparse.ArgumentParser, val_every: int | None = VAL_E
 def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None = 1000) -> None:
     """How often the run saves, and what it keeps. save_every is the default; None for that of --val_every."""
     group = parser.add_argument_group("checkpoints")
-    save = "steps between checkpoints; 0 saves only at the end" + (" (default: --val_every)" if save_every is None else "")
-    group.add_argument("--save_every", type=int, metavar="STEPS", default=save_every, help=save)
+    save = "steps between checkpoints; 0 saves only at the end; auto chooses by the cost of saves and the failures so far"
+    save += " (default: --val_every)" if save_every is None else ""
+    group.add_argument("--save_every", type=steps_or_auto, metavar="STEPS", default=save_every, help=save)
     how = "async: training goes on while a checkpoint is written, from a copy in host memory; sync: it waits (default: async, or"
     group.add_argument("--save", choices=("async", "sync"), help=f"{how} sync where a node has too little memory for the copy)")
     last = "number of newest checkpoints to keep"
@@ -202,7 +204,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     """
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise InputError(f"--{name} {value} must be at least {least}")
     if args.keep_steps and min(args.keep_steps) < 1:
         raise InputError(f"--keep_steps {min(args.keep_steps)} must be at least 1")

@@ -86,6 +86,7 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
         if validate and cadence.due(cadence.val_every, step):
             watch.unvalidated = bool(stop.reason) or not validated(session, validate, step, verdict)
         save_due = save_due or cadence.due(cadence.save_every, step) or step in (watch.best_step, *cadence.keep_steps)
+        save_due = save_due or (session.interval is not None and session.interval.due(step))
         ends = bool(stop.reason) or watch.over or step == cadence.last_step
         if ends or (save_due and verdict is Verdict.CALM):  # during a doubt nothing is saved until the loss is calm again
             save(session, step, wait=ends)
@@ -170,6 +171,8 @@ def save(session: Session, step: int, wait: bool) -> None:
     collect_garbage()
     metrics.saved(time.perf_counter() - start)
     watch.watchdog.ledger.record(SAVE, step)
+    if session.interval is not None:
+        session.interval.saved(step)
     metrics.restart_clock(step)
 
 

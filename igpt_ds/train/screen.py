@@ -23,6 +23,7 @@ from igpt_ds.model.fused import gelu_kernels
 from igpt_ds.plan import costs
 from igpt_ds.train.validation import n_validated, validation_batch
 
+_AUTO = "as often as their cost and the failures so far say, and at the end"
 _NO_VALIDATION = "none, because the validation images are trained on; the last step counts"
 _COLUMNS = (("loss", 9), ("val", 9), ("lr", 10), ("images/s", 10), ("elapsed", 9), ("left", 9))
 
@@ -58,12 +59,12 @@ def introduction(
     ]
 
 
-def habits(run_dir: Path, save_every: int, val_every: int | None, keep_last: int) -> list[str]:
-    """When the run validates (None: never) and saves, and where its files are."""
+def habits(run_dir: Path, save_every: int | None, val_every: int | None, keep_last: int) -> list[str]:
+    """When the run validates (None: never) and saves (None: --save_every auto), and where its files are."""
     kept = f"the newest {keep_last} stay" if keep_last > 1 else "the newest stays"
     return [
         _line("validation", f"first, {_every(val_every)}" if val_every is not None else _NO_VALIDATION),
-        _line("checkpoints", f"{_every(save_every)}; {kept} in {run_dir / 'checkpoints'}"),
+        _line("checkpoints", f"{_AUTO if save_every is None else _every(save_every)}; {kept} in {run_dir / 'checkpoints'}"),
         _line("logs", f"{run_dir}: run.json and ds_config.effective.json (all settings), train.jsonl, tensorboard"),
     ]
 

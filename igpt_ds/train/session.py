@@ -36,6 +36,7 @@ from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.ledger.interval import SaveInterval
 from igpt_ds.train.ledger.rows import TRAIN
 from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
 from igpt_ds.train.safety import flight_recorder
@@ -92,6 +93,7 @@ class Session:
     watch: Watch
     start_step: int  # completed steps at the start
     saver: Saver
+    interval: SaveInterval | None = None  # of --save_every auto
 
     @property
     def checkpoints(self) -> Path:
@@ -159,7 +161,9 @@ def open_session(
     cadence = choose_cadence(args, run, images.n_originals)
     lines = introduction(args, run, images, val_shards, note)
     val_every = None if val_shards is None else cadence.val_every
-    dist.say("\n".join([*lines, *habits(args.run_dir, cadence.save_every, val_every, args.keep_last)]))
+    dist.say(
+        "\n".join([*lines, *habits(args.run_dir, None if cadence.auto_save else cadence.save_every, val_every, args.keep_last)])
+    )
     engine = engine_of_run(run, args.run_dir, pretrained)
     watchdog.alive("loading", 0)
     found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else None
@@ -170,7 +174,8 @@ def open_session(
     start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device, found is None), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
-    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step, saver)
+    interval = SaveInterval(args.run_dir, run.world_size, start_step) if cadence.auto_save else None
+    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step, saver, interval)
     yield session
     finish(session)
 

@@ -17,7 +17,10 @@ from igpt_ds.json_files import read_json
     [
         (["--kills", "2"], "no training command: write it after ` -- `"),
         (["--", "train.py", "--run_dir", "x"], "--run_dir is set by the rehearsal; leave it out of the training command"),
-        (["--", "train.py"], "name --save_every in the training command: without checkpoints on the way nothing is resumed"),
+        (
+            ["--", "train.py"],
+            "give the training command --save_every with a number: without checkpoints on the way nothing resumes",
+        ),
         (["--kills", "0", "--", "train.py", "--save_every", "5"], "--kills 0 must be at least 1"),
         (["--tolerance", "nan", "--", "train.py", "--save_every", "5"], "--tolerance nan must be a number of at least 0"),
         (["--", "false", "--save_every", "5"], "the run ended with status 1 before its last step; see "),

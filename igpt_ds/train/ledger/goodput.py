@@ -19,6 +19,7 @@ row. Neither torch nor numpy is imported. Called by tools/status.py and tools/re
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from igpt_ds.errors import InputError
 from igpt_ds.train.heartbeat import BEGINNING
-from igpt_ds.train.ledger.rows import IMPORTS, ROLLBACK, TRAIN, read_rows
+from igpt_ds.train.ledger.rows import IMPORTS, ROLLBACK, SAVE, TRAIN, read_rows
 from igpt_ds.train.ledger.starts import StartRows, group, read_tail
 
 TRAINING, STARTUP, VERIFICATION, COMPILATION = "training", "start-up", "verification", "compilation"
@@ -46,7 +47,17 @@ class StartGoodput:
     first_step: int  # completed before its first step
     last_step: int  # the last one that a row tells of
     how: str  # how it ended
+    failed: bool  # by a fault, not by a stop or its last step
     seconds: dict[str, float]  # of each of CATEGORIES
+
+
+@dataclass(frozen=True)
+class SaveCost:
+    """One save, and the training before it."""
+
+    steps: int
+    training: float  # seconds of these steps
+    seconds: float  # that training stood still
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Goodput:
 
     run_dir: str
     starts: tuple[StartGoodput, ...]
+    saves: tuple[SaveCost, ...] = ()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -71,6 +83,15 @@ class Goodput:
         """Training that the run kept over the wall clock, 0..1."""
         return self.seconds[TRAINING] / self.wall if self.wall > 0 else 0.0
 
+    @property
+    def failures(self) -> int:
+        """Starts that a fault ended."""
+        return sum(one.failed for one in self.starts)
+
+    def median(self, name: str) -> float | None:
+        """The median of a field of `saves`; None without any."""
+        return statistics.median(getattr(save, name) for save in self.saves) if self.saves else None
+
     def to_dict(self) -> dict[str, object]:
         """JSON-ready."""
         starts = [vars(one) | {"seconds": _rounded(one.seconds)} for one in self.starts]
@@ -78,6 +99,9 @@ class Goodput:
             "goodput": round(self.goodput, 5),
             "wall": round(self.wall, 3),
             "seconds": _rounded(self.seconds),
+            "failures": self.failures,
+            "save_interval": self.median("training"),
+            "save_seconds": self.median("seconds"),
             "starts": starts,
         }
 
@@ -137,9 +161,18 @@ def read_goodput(run_dir: Path, live: bool = False) -> Goodput:
     for number, (start, began, ended) in enumerate(zip(starts, begins, ends, strict=True)):
         mine = [part for part in parts if part.start == number]
         seconds = {name: math.fsum(part.seconds.get(name, 0.0) for part in mine) for name in CATEGORIES}
-        how = "running" if live and number == len(starts) - 1 else start.how
-        found.append(StartGoodput(began, ended, start.first_step, start.last_step, how, seconds))
-    return Goodput(str(run_dir), tuple(found))
+        running = live and number == len(starts) - 1
+        how, failed = ("running", False) if running else (start.how, start.failed)
+        found.append(StartGoodput(began, ended, start.first_step, start.last_step, how, failed, seconds))
+    return Goodput(str(run_dir), tuple(found), tuple(save for start in starts for save in _saves(start)))
+
+
+def _saves(start: StartRows) -> Iterator[SaveCost]:
+    """The saves of a start, without the one after its slow first step."""
+    for before, row in itertools.pairwise(start.rows):
+        steps = row.step - before.step
+        if row.event == SAVE and before.event == SAVE and steps > 0:
+            yield SaveCost(steps, row.seconds.get("step", 0.0), row.seconds.get("save", 0.0))
 
 
 def _waiting(number: int, start: StartRows, before: StartRows | None, cursor: float) -> list[_Part]:

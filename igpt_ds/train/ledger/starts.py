@@ -72,6 +72,11 @@ class StartRows:
         return self.rows[-1].step if self.rows else 0
 
     @property
+    def failed(self) -> bool:
+        """Whether a fault ended it."""
+        return not self.ended or bool(self.rows[-1].error)
+
+    @property
     def how(self) -> str:
         """How it ended, in words."""
         if not self.ended:
