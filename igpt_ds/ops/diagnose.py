@@ -46,6 +46,7 @@ CLUES = (
     (r"due to preemption", "the job was preempted"),
     (r"node failure|node_fail|due to node", "a node failed"),
     (r"the (run is lost|run diverged|loss diverged) at step", "the loss diverged: the line says what to do"),
+    (r"computed twice gave different bits", "the hardware of a rank is suspected: the line says which, and what to do"),
     (
         r"watchdog caught collective operation timeout",
         "a collective timed out: one rank did not join it; see which rank is behind",

@@ -22,6 +22,8 @@ class Cadence:
     last_step: int
     keep_steps: tuple[int, ...] = ()  # are saved and kept
     auto_save: bool = False  # train/ledger/interval.py decides when to save
+    norms_every: int = 0  # norms by layer
+    replay_every: int = 0  # a micro batch is computed twice
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that happens every `every` steps happens after this step."""
@@ -35,8 +37,18 @@ def choose_cadence(args: argparse.Namespace, run: Run, n_images: int) -> Cadence
     auto = args.save_every == AUTO
     save_every = val_every if args.save_every is None else 0 if auto else args.save_every
     last_step = min(recipe.steps, args.stop_at_step or recipe.steps)
-    kept = args.keep_last, args.keep_every, last_step, tuple(args.keep_steps)
-    return Cadence(args.log_every, val_every, save_every, *kept, auto)
+    return Cadence(
+        log_every=args.log_every,
+        val_every=val_every,
+        save_every=save_every,
+        keep_last=args.keep_last,
+        keep_every=args.keep_every,
+        last_step=last_step,
+        keep_steps=tuple(args.keep_steps),
+        norms_every=args.norms_every,
+        replay_every=args.replay_every,
+        auto_save=auto,
+    )
 
 
 def steps_or_auto(text: str) -> int | str:

@@ -259,8 +259,17 @@ def with_dropout(engine: Engine, recipe: Recipe, batch: Batch) -> Callable[..., 
     )
 
 
-def take_step(engine: Engine, micro_batches: list[Batch], loss_function: LossFunction, lr: float) -> Tensor:
+def take_step(
+    engine: Engine,
+    micro_batches: list[Batch],
+    loss_function: LossFunction,
+    lr: float,
+    before_update: Callable[[], None] = lambda: None,
+) -> Tensor:
     """One optimizer step: forward and backward over the micro batches, then the update at this learning rate.
+
+    Args:
+        before_update: called when the gradients are complete.
 
     Returns:
         This rank's loss, the mean over its micro batches, as a scalar tensor on its device.
@@ -268,10 +277,12 @@ def take_step(engine: Engine, micro_batches: list[Batch], loss_function: LossFun
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     total = torch.zeros((), device=engine.device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
         loss = loss_function(engine, batch)
         # An infinite loss may have finite gradients. NaN has none, so DeepSpeed skips the update on all ranks.
         engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
+        if number == len(micro_batches):
+            before_update()
         engine.step()  # updates only after the last micro batch of the accumulation
         total += loss.detach()
     return total / len(micro_batches)

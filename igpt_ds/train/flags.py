@@ -27,6 +27,8 @@ from igpt_ds.plan.recipes import recipe_table
 from igpt_ds.plan.shipped import ds_config_names
 from igpt_ds.train import run_dir
 from igpt_ds.train.cadence import steps_or_auto
+from igpt_ds.train.health.flags import LEAST as HEALTH_LEAST
+from igpt_ds.train.health.flags import add_health_flags
 from igpt_ds.train.schedule import shorter_warmup
 from igpt_ds.train.sweep import add_search_flag, take_search
 
@@ -44,6 +46,7 @@ LEAST = {
     "seed": 0,
     "spike_skip_images": 1,
     "max_rollbacks": 0,
+    **HEALTH_LEAST,
 }
 
 
@@ -170,6 +173,7 @@ def add_safety_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--spike_skip_images", type=int, metavar="IMAGES", help=skip)
     most = "number of rollbacks in this run before it stops"
     group.add_argument("--max_rollbacks", type=int, metavar="ROLLBACKS", default=3, help=most)
+    add_health_flags(group)
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:

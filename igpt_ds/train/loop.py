@@ -105,10 +105,12 @@ def one_step(session: Session, stream: Stream, loss_function: LossFunction, step
     watch.watchdog.alive("step", step - 1)
     start, skipped_before = time.perf_counter(), engine.skipped_steps
     micro_batches = [batch.to(engine.device) for batch in stream.step(step - 1, watch.skipped)]
-    lr = learning_rate(session.run.recipe, step - 1)
-    with session.metrics.timed(time.perf_counter() - start):
-        loss = take_step(engine, micro_batches, loss_function, lr)
+    waited, lr = time.perf_counter() - start, learning_rate(session.run.recipe, step - 1)
+    session.replay.check(step, micro_batches[0], loss_function)
+    with session.metrics.timed(waited), session.layers.watching(step):
+        loss = take_step(engine, micro_batches, loss_function, lr, session.layers.before_update)
         total = watch.stop.agree(loss)
+    session.metrics.layers(step, session.layers.values())
     if step % COLLECT_EVERY == 0:
         collect_garbage(whole=False)
     watch.watchdog.pace = session.metrics.steps.pace

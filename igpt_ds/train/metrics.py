@@ -175,6 +175,11 @@ class Metrics:
             self._say(self.table.validation(step, val_loss) + others)
         self.restart_clock(step)
 
+    def layers(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows what `LayerScales` measured, if anything, in TensorBoard and Weights and Biases."""
+        if self.speaks and values:
+            self._show({name: value for name, value in values.items() if math.isfinite(value)}, step)
+
     def _slowest_rank(self) -> SlowRank | None:
         """Of several ranks the slowest; the ranks tell each other their paces."""
         if self.run.world_size == 1:
@@ -216,12 +221,15 @@ class Metrics:
         with naming(self.run_dir / "train.jsonl"):
             self.rows.write(json_line(known | {"time": round(time.time(), 3)}))  # JSON has neither infinity nor NaN
         shown = {f"{group}/{name}": value for name, value in known.items() if name not in ("step", "images_seen")}
+        self._show(shown | {"images_seen": row["images_seen"]}, row["step"])
+
+    def _show(self, shown: dict[str, Value], step: Value) -> None:
         with naming(self.run_dir / "tensorboard"):  # a thread writes there, and its error is raised here
             for name, value in shown.items():
-                if value is not None and self.board:
-                    self.board.add_scalar(name, value, row["step"])
+                if value is not None and name != "images_seen" and self.board:
+                    self.board.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log(shown | {"images_seen": row["images_seen"]}, step=row["step"])
+            self.wandb.log(shown, step=step)
 
     def _say(self, line: str) -> None:
         with unread_output():

@@ -36,6 +36,8 @@ from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.engine import build_engine, start_ranks
 from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.health.layers import LayerScales
+from igpt_ds.train.health.replay import Replay
 from igpt_ds.train.ledger.interval import SaveInterval
 from igpt_ds.train.ledger.rows import TRAIN
 from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
@@ -92,6 +94,8 @@ class Session:
     metrics: Metrics
     watch: Watch
     start_step: int  # completed steps at the start
+    layers: LayerScales
+    replay: Replay
     saver: Saver
     interval: SaveInterval | None = None  # of --save_every auto
 
@@ -175,7 +179,8 @@ def open_session(
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device, found is None), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
     interval = SaveInterval(args.run_dir, run.world_size, start_step) if cadence.auto_save else None
-    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step, saver, interval)
+    checks = (LayerScales(engine, cadence), Replay(engine, cadence))
+    session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step, *checks, saver, interval)
     yield session
     finish(session)
 

@@ -6,6 +6,7 @@ faults.py FAULT train.py's words; FAULT is one of
     bad=first,end,nats             the loss of images [first, end) of the stream is higher by so many nats
     garbage=steps                  no fault: new garbage is collected every so many steps, and each collection is told
 
+IGPT_DS_TEST_FLIP=rank,step flips a bit in the output of block 1 of a rank, in the first computation of that step's replay.
 IGPT_DS_TEST_SLOW=reason,rank,seconds makes each step of a rank longer: "data" where it gets its images, "device" in its loss.
 """
 
@@ -17,8 +18,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from igpt_ds import cli, dist
+from igpt_ds.model.transformer import Block
 from igpt_ds.train import loop
+from igpt_ds.train.health.replay import Replay
 from igpt_ds.train.safety.watchdog import Watchdog
 
 place = next(index for index, word in enumerate(sys.argv) if "=" in word and not word.startswith("--"))
@@ -88,6 +93,29 @@ if slow_one := os.environ.get("IGPT_DS_TEST_SLOW"):
     elif int(slow_rank) == dist.rank():
         whole = pretraining_loss
         pretraining_loss = story.pretraining_loss = lambda recipe: slowed(whole(recipe), float(slow_seconds), burns=True)
+
+
+def flipping(check, rank, step):
+    forward = Block.forward
+    armed = []
+
+    def checked(self, now, *more):
+        armed.extend([self._engine.module.blocks[1]] * (now == step and dist.rank() == rank))
+        check(self, now, *more)
+
+    def flipped(self, *more):
+        output = forward(self, *more)
+        if self in armed:
+            armed.clear()
+            output.detach().view(-1)[5:6].view(torch.int32).bitwise_xor_(1)
+        return output
+
+    Block.forward = flipped
+    return checked
+
+
+if flip := os.environ.get("IGPT_DS_TEST_FLIP"):
+    Replay.check = flipping(Replay.check, *map(int, flip.split(",")))
 if kind == "signal":
     Watchdog.alive = signalling
 elif kind == "garbage":
