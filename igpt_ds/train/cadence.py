@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from igpt_ds.ds_config import Run
 
 AUTO = "auto"
+FAST_SHARE = 10  # saves into the fast directory for each into the run directory
+SAVE_EVERY = 1000  # steps, the default of --save_every
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Cadence:
     auto_save: bool = False  # train/ledger/interval.py decides when to save
     norms_every: int = 0  # norms by layer
     replay_every: int = 0  # a micro batch is computed twice
+    fast_save_every: int = 0  # into the fast directory, if there is one
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that happens every `every` steps happens after this step."""
@@ -48,6 +51,7 @@ def choose_cadence(args: argparse.Namespace, run: Run, n_images: int) -> Cadence
         norms_every=args.norms_every,
         replay_every=args.replay_every,
         auto_save=auto,
+        fast_save_every=args.fast_save_every or max(1, (save_every or SAVE_EVERY) // FAST_SHARE),
     )
 
 

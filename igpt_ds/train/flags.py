@@ -26,7 +26,7 @@ from igpt_ds.plan.costs import KEEP_LAST, VAL_EVERY, VAL_IMAGES
 from igpt_ds.plan.recipes import recipe_table
 from igpt_ds.plan.shipped import ds_config_names
 from igpt_ds.train import run_dir
-from igpt_ds.train.cadence import steps_or_auto
+from igpt_ds.train.cadence import FAST_SHARE, SAVE_EVERY, steps_or_auto
 from igpt_ds.train.health.flags import LEAST as HEALTH_LEAST
 from igpt_ds.train.health.flags import add_health_flags
 from igpt_ds.train.schedule import shorter_warmup
@@ -39,6 +39,7 @@ LEAST = {
     "val_images": 1,
     "val_every": 0,
     "save_every": 0,
+    "fast_save_every": 1,
     "log_every": 0,
     "keep_last": 1,
     "keep_every": 0,
@@ -146,7 +147,7 @@ def add_run_flags(parser: argparse.ArgumentParser, val_every: int | None = VAL_E
     group.add_argument("--wandb", metavar="PROJECT", help=wandb)
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None = 1000) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None = SAVE_EVERY) -> None:
     """How often the run saves, and what it keeps. save_every is the default; None for that of --val_every."""
     group = parser.add_argument_group("checkpoints")
     save = "steps between checkpoints; 0 saves only at the end; auto chooses by the cost of saves and the failures so far"
@@ -154,6 +155,10 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None
     group.add_argument("--save_every", type=steps_or_auto, metavar="STEPS", default=save_every, help=save)
     how = "async: training goes on while a checkpoint is written, from a copy in host memory; sync: it waits (default: async, or"
     group.add_argument("--save", choices=("async", "sync"), help=f"{how} sync where a node has too little memory for the copy)")
+    fast = "local disk or /dev/shm that takes saves more often; --resume auto continues from the newest state (default: none)"
+    group.add_argument("--fast_dir", type=Path, metavar="DIR", help=fast)
+    often = f"steps between saves into --fast_dir (default: --save_every / {FAST_SHARE})"
+    group.add_argument("--fast_save_every", type=int, metavar="STEPS", help=often)
     last = "number of newest checkpoints to keep"
     group.add_argument("--keep_last", type=int, metavar="CHECKPOINTS", default=KEEP_LAST, help=last)
     keep_every = "keep every checkpoint whose step is a multiple of this number; 0 disables"
@@ -218,6 +223,8 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value:g} must be a number of minutes, at least 0")
     if args.spike_skip_images is not None and args.on_spike != "rollback":
         raise InputError(f"--spike_skip_images {args.spike_skip_images} needs --on_spike rollback")
+    if args.fast_save_every is not None and args.fast_dir is None:
+        raise InputError(f"--fast_save_every {args.fast_save_every} needs --fast_dir")
     if args.wandb is not None:
         require_wandb()
     if not 0 <= args.max_bad < 1:

@@ -22,7 +22,6 @@ from igpt_ds.console import count
 from igpt_ds.data.loader import Batches
 from igpt_ds.json_files import seal, write_json
 from igpt_ds.model.objectives import image_loss
-from igpt_ds.train.checkpoint.directory import set_aside_newer
 from igpt_ds.train.checkpoint.load import load_checkpoint
 from igpt_ds.train.checkpoint.manifest import GuardStates, Progress
 from igpt_ds.train.checkpoint.save import Kept
@@ -66,7 +65,7 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
     engine, cadence, watch, metrics = session.engine, session.cadence, session.watch, session.metrics
     stop, guard = watch.stop, watch.guard
     stream = Stream(loader, session.run.recipe.batch_images, session.run.accumulation)
-    step, saved, save_due = session.start_step, session.start_step, False
+    step, saved, save_due, fast_due = session.start_step, session.start_step, False, False
     watch.unvalidated = watch.unvalidated and validate is not None
     if not stop.now(engine.device) and watch.unvalidated and validate:
         watch.unvalidated = not validated(session, validate, step)
@@ -87,12 +86,17 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
             watch.unvalidated = bool(stop.reason) or not validated(session, validate, step, verdict)
         save_due = save_due or cadence.due(cadence.save_every, step) or step in (watch.best_step, *cadence.keep_steps)
         save_due = save_due or (session.interval is not None and session.interval.due(step))
+        fast_due = session.saver.has_fast and (fast_due or cadence.due(cadence.fast_save_every, step))
         ends = bool(stop.reason) or watch.over or step == cadence.last_step
         if ends or (save_due and verdict is Verdict.CALM):  # during a doubt nothing is saved until the loss is calm again
             save(session, step, wait=ends)
-            saved, save_due = step, False
+            saved, save_due, fast_due = step, False, False
             stop.now(engine.device)
+        elif fast_due and verdict is Verdict.CALM and not session.saver.under_way:
+            save(session, step, fast=True)
+            fast_due = False
     finish_save(session, step)
+    session.saver.close()
     stream.close()
     metrics.close()
     assert saved == step
@@ -152,11 +156,12 @@ def validated(session: Session, validate: Validate, step: int, verdict: Verdict 
     return True
 
 
-def save(session: Session, step: int, wait: bool) -> None:
+def save(session: Session, step: int, wait: bool = False, fast: bool = False) -> None:
     """Saves a checkpoint with the state of the guards. images_seen counts trained images, without those of skipped_ranges.
 
     Args:
         wait: return when it is complete; otherwise `finish_save` completes it.
+        fast: into the fast directory.
     """
     cadence, metrics, watch = session.cadence, session.metrics, session.watch
     watch.watchdog.alive("save", step)
@@ -168,8 +173,11 @@ def save(session: Session, step: int, wait: bool) -> None:
         skipped_ranges=tuple(watch.skipped),
         guards=GuardStates(**vars(watch.guard.state()), unvalidated=watch.unvalidated, early=early),
     )
-    protected = dist.from_rank_0(lambda: {*watch.protected(session.checkpoints), *cadence.keep_steps})
-    session.saver.save(progress, Kept(cadence.keep_last, cadence.keep_every, protected), wait)
+    if fast:
+        session.saver.save_fast(progress)
+    else:
+        protected = dist.from_rank_0(lambda: {*watch.protected(session.checkpoints), *cadence.keep_steps})
+        session.saver.save(progress, Kept(cadence.keep_last, cadence.keep_every, protected), wait)
     collect_garbage()
     metrics.saved(time.perf_counter() - start)
     watch.watchdog.ledger.record(SAVE, step)
@@ -210,6 +218,7 @@ def go_back(session: Session, outcome: StepOutcome) -> int:
     skip = range_to_skip(outcome.step, back_to, watch.skip_images, batch_images, watch.skipped)
     watch.skipped = leave_out(watch.skipped, skip)
     watch.rollbacks = [*watch.rollbacks, Rollback(outcome.step, since, back_to, skip, guard.why)]
+    session.saver.forget_newer(back_to)  # first: a start after an interruption must not continue from one of them
     dist.from_rank_0(lambda: write_rollbacks(session.run_dir, watch.rollbacks))
     dist.say(f"{lost}; rolled back to {found.path}; images {skip[0]:,} to {skip[1] - 1:,} of the stream are skipped")
     watch.watchdog.alive("loading", back_to)
@@ -217,7 +226,6 @@ def go_back(session: Session, outcome: StepOutcome) -> int:
     guard.restore(found.manifest.guards)
     if watch.early is not None:
         watch.early.restore(found.manifest.guards.early or EarlyState())
-    dist.from_rank_0(lambda: set_aside_newer(session.checkpoints, back_to))
     watch.watchdog.ledger.record(ROLLBACK, back_to, lost_at=outcome.step)
     return back_to
 

@@ -31,7 +31,7 @@ from igpt_ds.train.cadence import Cadence, choose_cadence
 from igpt_ds.train.checkpoint.directory import complete_checkpoints
 from igpt_ds.train.checkpoint.load import resume
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, RunFacts
-from igpt_ds.train.checkpoint.saver import Saver, open_saver
+from igpt_ds.train.checkpoint.saver import Saver, open_saver, tiers_of
 from igpt_ds.train.ds_effective import check_effective, effective_config
 from igpt_ds.train.early import EarlyState, EarlyStop
 from igpt_ds.train.engine import build_engine, start_ranks
@@ -170,8 +170,9 @@ def open_session(
     )
     engine = engine_of_run(run, args.run_dir, pretrained)
     watchdog.alive("loading", 0)
-    found = resume(engine, args.run_dir / "checkpoints", facts) if resumes else None
-    saver = open_saver(engine, args, facts, args.keep_last + (early is not None))  # the best checkpoint stays too
+    tiers = tiers_of(args, resumes)
+    found = resume(engine, tiers, facts) if resumes else None
+    saver = open_saver(engine, facts, tiers, args.save, args.keep_last + (early is not None))  # the best checkpoint stays too
     stop.busy = saver.busy
     about = (palette, cpu_kernels.used(), note, args.val_images)
     dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, *about))

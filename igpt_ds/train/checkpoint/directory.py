@@ -16,7 +16,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from igpt_ds.errors import InputError
+from igpt_ds.errors import InputError, error_text
 from igpt_ds.files import atomic_file, fsync_path
 from igpt_ds.locks import InUseError, locked
 from igpt_ds.train.checkpoint.manifest import (
@@ -126,8 +126,13 @@ def refuse_copy(checkpoint: Checkpoint) -> None:
         raise DamagedError(f"{path} holds step {step}: copied or renamed; rename it to {checkpoint_name(step)} or move it away")
 
 
-def search(directory: Path, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+def search(
+    directory: Path, before: int | None = None, skips: tuple[type[Exception], ...] = (DamagedError,)
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest undamaged checkpoint of a step before `before`, and why each newer one was skipped.
+
+    Args:
+        skips: errors of a checkpoint that lead to the one before it.
 
     Raises:
         ValueError, OSError: a newer checkpoint is not damaged but cannot be read (see `read_checkpoint`).
@@ -139,8 +144,8 @@ def search(directory: Path, before: int | None = None) -> tuple[Checkpoint | Non
         try:
             checkpoint = read_checkpoint(path)
             refuse_copy(checkpoint)
-        except DamagedError as damage:
-            reasons.append(str(damage))
+        except skips as damage:
+            reasons.append(error_text(damage))
             continue
         return checkpoint, reasons
     return None, reasons

@@ -6,7 +6,7 @@ checkpoints. Called by train/session.py and train/loop.py.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import dist
@@ -14,19 +14,14 @@ from igpt_ds.cli import SharedError
 from igpt_ds.config import recipe_to_dict
 from igpt_ds.console import count
 from igpt_ds.errors import InputError, error_text
-from igpt_ds.train.checkpoint.directory import (
-    refuse_to_start_over,
-    remove_leftovers,
-    say_skipped,
-    search,
-    set_aside_newer,
-)
 from igpt_ds.train.checkpoint.disk import SLACK
-from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, RunFacts, damaged_files
+from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, RunFacts
+from igpt_ds.train.checkpoint.newest import damage, newest_state
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
 from igpt_ds.train.checkpoint.restricted import refuse_foreign_names, restricted_reader
 from igpt_ds.train.checkpoint.save import agree, make_unfinished
+from igpt_ds.train.checkpoint.tiers import Tier
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 from igpt_ds.train.engine_protocol import Engine
@@ -34,63 +29,22 @@ from igpt_ds.train.rng import restore_rng
 from igpt_ds.train.run_dir import recipe_differences
 
 
-def resume(engine: Engine, checkpoints: Path, facts: RunFacts) -> Manifest | None:
+def resume(engine: Engine, tiers: Sequence[Tier], facts: RunFacts) -> Manifest | None:
     """Loads the newest undamaged checkpoint; returns its manifest, or None if none was ever saved.
+
+    Args:
+        tiers: where the run saves; the run directory first.
 
     Raises:
         SharedError: there are checkpoints but none can be used; nothing is changed.
     """
-    found = verified_checkpoint(checkpoints)
+    found = newest_state(tiers)
     if found is None:
         dist.say("nothing to resume: step 0")
         return None
     load_checkpoint(engine, found, facts, verified=True)
     dist.say(f"resumed from {found.path}: {found.manifest.step} steps, {found.manifest.images_seen:,} images")
     return found.manifest
-
-
-def verified_checkpoint(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files hold what was written; None if none was saved. All ranks share the reading.
-
-    Removes the leftovers of interrupted saves. Newer checkpoints that are damaged are named on stderr and renamed to `.broken`,
-    once an older one is verified.
-
-    Raises:
-        SharedError: there are checkpoints but none is usable, or one cannot be read or has another version. Nothing is changed.
-    """
-    remove_together(dist.from_rank_0(lambda: sorted(directory.glob("step-*.partial"))))
-    dist.from_rank_0(partial(remove_leftovers, directory))
-    before, skipped = None, []
-    while True:
-        found, reasons = dist.from_rank_0(partial(search, directory, before))
-        skipped += reasons
-        if found is None:
-            dist.from_rank_0(partial(refuse_to_start_over, directory, skipped))
-            return None
-        damaged = _damaged_on_all_ranks(found)
-        if not damaged:
-            dist.from_rank_0(partial(say_skipped, skipped))
-            dist.from_rank_0(partial(set_aside_newer, directory, found.manifest.step))
-            return found
-        skipped.append(f"{found.path / damaged[0]} is damaged (sha256 differs)")
-        before = found.manifest.step
-
-
-def _damaged_on_all_ranks(checkpoint: Checkpoint) -> list[str]:
-    mine, error = [], ""
-    try:
-        mine = damaged_files(checkpoint.path, checkpoint.manifest.files[dist.rank() :: dist.world_size()])
-    except OSError as caught:
-        error = f"{caught.filename}: {caught.strerror}"
-    dist.meet()
-    answers = dist.gather_objects((mine, error))
-    for rank, (_, error) in enumerate(answers):
-        if error:
-            raise SharedError(
-                f"{error}: rank {rank} cannot read it, and nothing was changed; repair the disk and run the same command again, "
-                f"or move {checkpoint.path} away to continue from the previous checkpoint"
-            )
-    return [name for names, _ in answers for name in names]
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint, run: RunFacts, verified: bool = False) -> None:
@@ -110,8 +64,8 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, run: RunFacts, verif
         raise SharedError(
             f"{path} was saved at ZeRO stage {manifest.stage} and this run has {stage}; use a ds_config of that stage"
         )
-    if not verified and (damaged := _damaged_on_all_ranks(checkpoint)):
-        raise SharedError(f"{path / damaged[0]} is damaged (sha256 differs); remove {path} and resume again")
+    if not verified and (damaged := damage(checkpoint)):
+        raise SharedError(f"{damaged}; remove {path} and resume again")
     if dist.from_rank_0(lambda: _fits(engine, checkpoint)):
         _load(engine, path)
         return

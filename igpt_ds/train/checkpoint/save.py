@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from igpt_ds.train.checkpoint.disk import SLACK, CheckpointWriter, require_space
 from igpt_ds.train.checkpoint.manifest import Manifest, Progress, RunFacts, read_checkpoint
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.snapshot import Buffers
+from igpt_ds.train.checkpoint.tiers import Tier, run_tier
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.rng import rng_states
 from igpt_ds.train.run_dir import check_owner, this_start
@@ -54,6 +56,7 @@ class Kept:
 class Begun:
     """A checkpoint whose state is taken, and whose files `writer` has written or still holds."""
 
+    tier: Tier
     unfinished: Path
     final: Path
     manifest: Manifest  # without files
@@ -67,17 +70,28 @@ class Begun:
         Raises:
             SharedError: a rank could not write. The new checkpoint is removed, the others are unchanged.
         """
-        directory, what = self.final.parent, f"checkpoint {self.final} could not be saved"
+        tier, what = self.tier, f"checkpoint {self.final} could not be saved"
         reports = dist.gather_objects((self.writer.entries, self.writer.error))
-        agree([error for _, error in reports], self.unfinished, what)
-        manifest = replace(self.manifest, files=tuple(entry for entries, _ in reports for entry in entries))
+        agree([error for _, error in reports], self.unfinished, what, tier)
+        files = tuple(entry for rank in tier.members for entry in reports[rank][0])
+        manifest = replace(self.manifest, files=files)
         try:
-            dist.from_rank_0(lambda: check_owner(directory.parent))  # the owner may have changed during the save
-            dist.from_rank_0(lambda: commit(self.unfinished, self.final, manifest))
+            dist.from_rank_0(lambda: check_owner(tier.run_dir))  # the owner may have changed during the save
+            tier.once(lambda: commit(self.unfinished, self.final, manifest))
         except SharedError as error:
-            agree([str(error)], self.unfinished, what)
-        remove_together(dist.from_rank_0(lambda: prune(directory, self.kept.last, self.kept.every, self.kept.steps)))
+            agree([str(error)], self.unfinished, what, tier)
+        remove_old(tier, self.kept)
         return Saved(self.final, time.monotonic() - self.start, manifest.bytes)
+
+
+def remove_old(tier: Tier, kept: Kept) -> None:
+    """Removes the checkpoints that need not stay."""
+    take = partial(prune, tier.directory, kept.last, kept.every, kept.steps)
+    if tier.ranks is None:
+        remove_together(dist.from_rank_0(take))
+    else:
+        for path in tier.once(take) or []:
+            shutil.rmtree(path)
 
 
 def save_checkpoint(engine: Engine, directory: Path, run: RunFacts, progress: Progress, kept: Kept) -> Saved:
@@ -89,11 +103,11 @@ def save_checkpoint(engine: Engine, directory: Path, run: RunFacts, progress: Pr
     Raises:
         SharedError: the disk is too small or failed on some rank. The new checkpoint is removed, the others are unchanged.
     """
-    return begin_save(engine, directory, run, progress, kept).commit()
+    return begin_save(engine, Tier(directory, directory.parent), run, progress, kept).commit()
 
 
 def begin_save(
-    engine: Engine, directory: Path, run: RunFacts, progress: Progress, kept: Kept, buffers: Buffers | None = None
+    engine: Engine, tier: Tier, run: RunFacts, progress: Progress, kept: Kept, buffers: Buffers | None = None
 ) -> Begun:
     """Takes the state of all ranks. Without buffers its files are written then; otherwise `Begun.writer` holds them.
 
@@ -102,12 +116,12 @@ def begin_save(
     """
     import deepspeed
 
-    start = time.monotonic()
+    start, directory = time.monotonic(), tier.directory
     final = directory / checkpoint_name(progress.step)
     # The name of this start is in it, so that a start which lost the run does not remove the files of its successor.
     unfinished = directory / ".".join(part for part in (final.name, this_start(), "partial") if part)
-    dist.from_rank_0(lambda: check_owner(directory.parent))
-    dist.from_rank_0(lambda: make_unfinished(unfinished, expected_bytes(engine, directory)))
+    dist.from_rank_0(lambda: check_owner(tier.run_dir))
+    tier.once(lambda: make_unfinished(unfinished, expected_bytes(engine, tier)))
     states = [rng_states()] if engine.zero_optimization_stage() == 3 else dist.gather_objects(rng_states())
     writer = CheckpointWriter(engine.checkpoint_engine, buffers)
     engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda path: None  # tools/consolidate.py replaces it
@@ -123,7 +137,7 @@ def begin_save(
         versions={"torch": str(torch.__version__), "deepspeed": str(deepspeed.__version__)},
         files=(),
     )
-    return Begun(unfinished, final, manifest, writer, kept, start)
+    return Begun(tier, unfinished, final, manifest, writer, kept, start)
 
 
 def make_unfinished(unfinished: Path, needed: int) -> None:
@@ -141,7 +155,7 @@ def make_unfinished(unfinished: Path, needed: int) -> None:
         raise
 
 
-def agree(errors: list[str], unfinished: Path, what: str) -> None:
+def agree(errors: list[str], unfinished: Path, what: str, tier: Tier | None = None) -> None:
     """If some rank failed, removes the unfinished files and stops all ranks. `errors` has "" for each rank that succeeded.
 
     Raises:
@@ -149,26 +163,29 @@ def agree(errors: list[str], unfinished: Path, what: str) -> None:
     """
     failed = [(rank, error) for rank, error in enumerate(errors) if error]
     if failed:
-        dist.from_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        (tier or run_tier(unfinished)).once(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         raise SharedError(
             f"{what}: on rank {failed[0][0]} {failed[0][1]}; its files were removed, and the previous checkpoint is "
             "unchanged; --resume auto continues from it"
         )
 
 
-def expected_bytes(engine: Engine, directory: Path) -> int:
-    """The size of the next checkpoint: that of the previous one, else as the plan estimates it (plan/costs.py)."""
+def expected_bytes(engine: Engine, tier: Tier) -> int:
+    """The size of the next checkpoint: that of the previous one, else as the plan estimates it (plan/costs.py).
+
+    With a disk for each node it is the part of one node.
+    """
     try:
-        before = read_checkpoint(list_checkpoints(directory)[-1]).manifest.bytes
+        before = read_checkpoint(list_checkpoints(tier.directory)[-1]).manifest.bytes
     except (IndexError, ValueError, OSError):
         n_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
         weight_bytes = next(engine.module.parameters()).element_size()
         tensors = checkpoint_bytes(n_parameters, engine.zero_optimization_stage(), weight_bytes)
-        return int(SLACK * tensors) + (1 << 17) * dist.world_size()
+        return int(SLACK * tensors * len(tier.members) / dist.world_size()) + (1 << 17) * len(tier.members)
     return int(SLACK * before)
 
 
-def check_space(engine: Engine, directory: Path, keep_last: int) -> None:
+def check_space(engine: Engine, tier: Tier, keep_last: int) -> None:
     """Checks before the first step that the disk has space for keep_last checkpoints and the one being saved.
 
     Raises:
@@ -176,7 +193,7 @@ def check_space(engine: Engine, directory: Path, keep_last: int) -> None:
     """
 
     def ask() -> None:
-        missing = max(1, keep_last + 1 - len(list_checkpoints(directory)))
-        require_space(directory, missing * expected_bytes(engine, directory), f"room for {missing} checkpoints")
+        missing = max(1, keep_last + 1 - len(list_checkpoints(tier.directory)))
+        require_space(tier.directory, missing * expected_bytes(engine, tier), f"room for {missing} checkpoints")
 
-    dist.from_rank_0(ask)
+    tier.once(ask)

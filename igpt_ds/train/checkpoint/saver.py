@@ -10,27 +10,31 @@ from __future__ import annotations
 
 import argparse
 import threading
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from igpt_ds import dist
+from igpt_ds.cli import SharedError
 from igpt_ds.train.checkpoint.host_memory import saves_in_background
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
-from igpt_ds.train.checkpoint.save import Begun, Kept, Saved, begin_save, check_space
+from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
+from igpt_ds.train.checkpoint.tiers import FAST_KEPT, Tier, fast_tier, run_tier
 from igpt_ds.train.engine_protocol import Engine
 
 
 class Saver:
-    """Saves into one directory of checkpoints.
+    """Saves into the run directory, and more often into the fast one if there is one.
 
     Args:
-        directory: RUN_DIR/checkpoints.
         run: in every manifest.
+        tiers: the run directory first.
         asynchronous: whether a thread writes the files; otherwise every save waits for them.
     """
 
-    def __init__(self, engine: Engine, directory: Path, run: RunFacts, asynchronous: bool) -> None:
-        self._engine, self._directory, self._run = engine, directory, run
+    def __init__(self, engine: Engine, run: RunFacts, tiers: Sequence[Tier], asynchronous: bool) -> None:
+        self._engine, self._run = engine, run
+        self._slow, self._fast = tiers[0], next(iter(tiers[1:]), None)
         self._buffers = Buffers() if asynchronous else None
         self._begun: Begun | None = None
         self._thread: threading.Thread | None = None
@@ -40,12 +44,17 @@ class Saver:
         """Whether a checkpoint is not complete yet; the same on all ranks."""
         return self._begun is not None
 
+    @property
+    def has_fast(self) -> bool:
+        """Whether there is a fast directory that works; the same on all ranks."""
+        return self._fast is not None
+
     def busy(self) -> bool:
         """Whether this rank still writes."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, progress: Progress, kept: Kept, wait: bool) -> None:
-        """Saves the state of this step, after the save before it has finished.
+        """Saves the state of this step into the run directory, after the save before it has finished.
 
         Args:
             wait: return when the checkpoint is complete.
@@ -54,44 +63,91 @@ class Saver:
             SharedError: this save or the one before failed; the step is named.
         """
         self.finish()
-        buffers = None if wait else self._buffers
-        self._begun = begin_save(self._engine, self._directory, self._run, progress, kept, buffers)
+        self._begin(self._slow, progress, kept, None if wait else self._buffers)
+
+    def save_fast(self, progress: Progress) -> None:
+        """Saves the state of this step into the fast directory. If that fails, the run goes on without it."""
+        self.finish()
+        if self._fast is not None:
+            with self._spared():
+                self._begin(self._fast, progress, Kept(FAST_KEPT), self._buffers)
+
+    def _begin(self, tier: Tier, progress: Progress, kept: Kept, buffers: Buffers | None) -> None:
+        begun = begin_save(self._engine, tier, self._run, progress, kept, buffers)
         if buffers is None:
-            self.finish()
+            begun.commit()
             return
-        self._thread = threading.Thread(target=_write, args=(self._begun,), name="saver", daemon=True)
+        self._begun = begun
+        self._thread = threading.Thread(target=_write, args=(begun,), name="saver", daemon=True)
         self._thread.start()
 
-    def finish(self) -> Saved | None:
-        """Waits until the files of the last save are written, and completes its checkpoint; None if none is under way.
+    def finish(self) -> None:
+        """Waits until the files of the last save are written, and completes its checkpoint; nothing if none is under way.
+
+        Raises:
+            SharedError: a rank could not write into the run directory; the step is named.
+        """
+        begun, thread = self._begun, self._thread
+        self._begun = self._thread = None
+        if begun is None or thread is None:
+            return
+        thread.join()
+        dist.meet()  # a slow disk has no time limit
+        with self._spared() if begun.tier.fast else nullcontext():
+            begun.commit()
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """A fast directory that fails is used no more; all ranks learn of it, and the run goes on."""
+        try:
+            yield
+        except SharedError as error:
+            self._fast = None
+            dist.say(f"the run goes on without --fast_dir: {error}")
+
+    def forget_newer(self, step: int) -> None:
+        """After a rollback to a step, later states do not count."""
+        self.finish()
+        for tier in filter(None, (self._slow, self._fast)):
+            tier.forget_newer(step)
+
+    def close(self) -> None:
+        """Finishes the last save. Then the run directory has the newest state, and the fast one is removed.
 
         Raises:
             SharedError: a rank could not write; the step is named.
         """
-        begun, thread = self._begun, self._thread
-        self._begun = self._thread = None
-        if begun is None:
-            return None
-        if thread is not None:
-            thread.join()
-            dist.meet()  # a slow disk has no time limit
-        return begun.commit()
+        self.finish()
+        if self._fast is not None:
+            self._fast.clear()
 
 
-def open_saver(engine: Engine, args: argparse.Namespace, run: RunFacts, keep_last: int) -> Saver:
+def tiers_of(args: argparse.Namespace, resumes: bool) -> list[Tier]:
+    """The directories that a run saves to, the run directory first.
+
+    Args:
+        args: run_dir and fast_dir.
+
+    Raises:
+        SharedError: --fast_dir cannot be used.
+    """
+    return [run_tier(args.run_dir), *([fast_tier(args.fast_dir, args.run_dir, resumes)] if args.fast_dir else [])]
+
+
+def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str | None, keep_last: int) -> Saver:
     """The saver of a run, once disk and memory suffice.
 
     Args:
-        args: run_dir and save.
         run: in every manifest.
-        keep_last: checkpoints that stay.
+        asked: the value of --save.
+        keep_last: checkpoints that stay in the run directory.
 
     Raises:
         SharedError: too little disk space, or too little memory for --save async; on every rank.
     """
-    directory = args.run_dir / "checkpoints"
-    check_space(engine, directory, keep_last)
-    return Saver(engine, directory, run, saves_in_background(engine, args.save))
+    for tier in tiers:
+        check_space(engine, tier, FAST_KEPT if tier.fast else keep_last)
+    return Saver(engine, run, tiers, saves_in_background(engine, asked))
 
 
 def _write(begun: Begun) -> None:

@@ -29,7 +29,7 @@ from igpt_ds.train.checkpoint.directory import (
     set_aside_newer,
 )
 from igpt_ds.train.checkpoint.disk import CheckpointWriter, require_space
-from igpt_ds.train.checkpoint.load import load_checkpoint, verified_checkpoint
+from igpt_ds.train.checkpoint.load import load_checkpoint
 from igpt_ds.train.checkpoint.manifest import (
     Checkpoint,
     FileEntry,
@@ -39,7 +39,9 @@ from igpt_ds.train.checkpoint.manifest import (
     read_checkpoint,
     write_manifest,
 )
+from igpt_ds.train.checkpoint.newest import verified_checkpoint
 from igpt_ds.train.checkpoint.save import Saved, agree, expected_bytes
+from igpt_ds.train.checkpoint.tiers import Tier
 
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
 RUN = RunFacts(recipe=RECIPE, data=DataFacts("shards", "a", "p", 2), precision="fp32")
@@ -352,10 +354,10 @@ def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) ->
 
 
 def test_the_next_checkpoint_is_as_large_as_the_one_before_or_twelve_bytes_a_parameter(tmp_path: Path) -> None:
-    estimates = [expected_bytes(NoEngine(stage), tmp_path) for stage in (3, 1)]
+    estimates = [expected_bytes(NoEngine(stage), Tier(tmp_path, tmp_path)) for stage in (3, 1)]
     assert estimates == [int(1.02 * 12 * 1000) + 2**17, int(1.02 * 16 * 1000) + 2**17]
     make(tmp_path, 100)
-    assert expected_bytes(NoEngine(), tmp_path) == int(1.02 * 21)
+    assert expected_bytes(NoEngine(), Tier(tmp_path, tmp_path)) == int(1.02 * 21)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:

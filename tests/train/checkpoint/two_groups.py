@@ -17,8 +17,9 @@ from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.checkpoint.load import load_checkpoint, verified_checkpoint
+from igpt_ds.train.checkpoint.load import load_checkpoint
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
+from igpt_ds.train.checkpoint.newest import verified_checkpoint
 from igpt_ds.train.checkpoint.save import Kept, save_checkpoint
 from igpt_ds.train.engine import seed_everything, start_ranks
 from igpt_ds.train.run_dir import read_recipe

@@ -1,0 +1,127 @@
+"""Finds the newest checkpoint that is whole, on all ranks together and in every directory of a run.
+
+Each candidate is compared with its manifest. One that is damaged or incomplete is named, and the next one follows at once, from
+whichever directory. Called by train/checkpoint/load.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from igpt_ds import dist
+from igpt_ds.cli import SharedError
+from igpt_ds.errors import InputError, error_text
+from igpt_ds.train.checkpoint.directory import refuse_to_start_over, say_skipped, search
+from igpt_ds.train.checkpoint.manifest import Checkpoint, DamagedError, damaged_files
+from igpt_ds.train.checkpoint.removal import remove_together
+from igpt_ds.train.checkpoint.tiers import Tier, run_tier
+
+
+def verified_checkpoint(directory: Path) -> Checkpoint | None:
+    """`newest_state` in RUN_DIR/checkpoints alone."""
+    return newest_state([Tier(directory, directory.parent)])
+
+
+def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:
+    """The newest checkpoint whose files hold what was written; None if none was saved. All ranks share the reading.
+
+    Removes the leftovers of interrupted saves. Newer checkpoints that are damaged are named on stderr. Once an older one is
+    verified, they are renamed to `.broken` in the run directory, and removed in the fast one.
+
+    Args:
+        tiers: the run directory first.
+
+    Raises:
+        SharedError: the run directory has checkpoints but none is usable, or one cannot be read or has another version; nothing
+            is changed then.
+    """
+    directory = tiers[0].directory
+    remove_together(dist.from_rank_0(lambda: sorted(directory.glob("step-*.partial"))))
+    skipped: dict[Tier, list[str]] = {tier: [] for tier in tiers}
+    for tier in tiers:
+        tier.remove_leftovers()
+    found = {tier: _search(tier, None, skipped[tier]) for tier in tiers}
+    while True:
+        candidates = [(one.manifest.step, tier.fast, tier, one) for tier, one in found.items() if one is not None]
+        if not candidates:
+            dist.from_rank_0(partial(refuse_to_start_over, directory, skipped[tiers[0]]))
+            dist.from_rank_0(lambda: say_skipped([reason for reasons in skipped.values() for reason in reasons]))
+            return None
+        step, _, tier, one = max(candidates, key=lambda candidate: candidate[:2])
+        damaged = damage(one, tier)
+        if not damaged:
+            dist.from_rank_0(lambda: say_skipped([reason for reasons in skipped.values() for reason in reasons]))
+            for each in tiers:
+                each.forget_newer(step)
+            return one
+        skipped[tier].append(damaged)
+        found[tier] = _search(tier, step, skipped[tier])
+
+
+def _search(tier: Tier, before: int | None, reasons: list[str]) -> Checkpoint | None:
+    """The newest candidate of a tier, after a step that is none any more. With a disk for each node, all nodes must have it.
+
+    Args:
+        before: its step must be lower; None: any.
+        reasons: gets why newer ones are no candidates.
+    """
+    errors = (InputError, OSError) if tier.fast else (DamagedError,)
+    if tier.ranks is None:
+        found, skipped = dist.from_rank_0(partial(search, tier.directory, before, errors))
+        reasons += skipped
+        return found
+    while True:
+        answers = dist.gather_objects(search(tier.directory, before, errors) if tier.leads else (None, []))
+        firsts = [answers[first] for first in sorted(set(dist.gather_objects(tier.members[0])))]
+        reasons += [reason for _, skipped in firsts for reason in skipped]
+        mine: Checkpoint | None = answers[tier.members[0]][0]
+        steps = {None if one is None else one.manifest.step for one, _ in firsts}
+        if mine is None or None in steps:
+            if steps != {None}:
+                reasons.append(f"{tier.directory}: not every node has a state there")
+            return None
+        if len(steps) > 1:
+            before = min(step for step in steps if step is not None) + 1
+            continue
+        if all(dist.gather_objects(_has_files(mine))):
+            return mine
+        before = mine.manifest.step
+        reasons.append(f"{mine.path} was saved by other ranks than those of its nodes now")
+
+
+def _has_files(checkpoint: Checkpoint) -> bool:
+    """Whether the files of this rank are in a checkpoint of a node."""
+    mine = f"zero_pp_rank_{dist.rank()}_"
+    of_optimizer = [entry.name for entry in checkpoint.manifest.files if mine in entry.name and "optim_states" in entry.name]
+    return checkpoint.manifest.world_size == dist.world_size() and checkpoint.manifest.stage == 3 and bool(of_optimizer)
+
+
+def damage(checkpoint: Checkpoint, tier: Tier | None = None) -> str:
+    """Which file of a checkpoint does not hold what was written, in words; "" if all do. All ranks share the reading.
+
+    Args:
+        tier: where it is; None: in the run directory.
+
+    Raises:
+        SharedError: a file of the run directory cannot be read, which says nothing about its content.
+    """
+    tier = tier or run_tier(checkpoint.path.parent.parent)
+    mine, error, members = [], "", tier.members
+    try:
+        mine = damaged_files(checkpoint.path, checkpoint.manifest.files[members.index(dist.rank()) :: len(members)])
+    except OSError as caught:
+        error = error_text(caught) if tier.fast else f"{caught.filename}: {caught.strerror}"
+    dist.meet()
+    answers = dist.gather_objects((mine, error))
+    for rank, (_, error) in enumerate(answers):
+        if error and tier.fast:
+            return f"{checkpoint.path} cannot be read on rank {rank}: {error}"
+        if error:
+            raise SharedError(
+                f"{error}: rank {rank} cannot read it, and nothing was changed; repair the disk and run the same command again, "
+                f"or move {checkpoint.path} away to continue from the previous checkpoint"
+            )
+    names = [name for names, _ in answers for name in names]
+    return f"{checkpoint.path / names[0]} is damaged (sha256 differs)" if names else ""

@@ -1,0 +1,134 @@
+"""Where a run saves: its run directory, and with --fast_dir a faster disk that takes saves more often.
+
+The fast directory may be one for all ranks, or a disk of each node under the same path. There the first rank of each node
+completes the checkpoint with a manifest of its node's files. A run has a directory of its own in it, RUN-ID. The id is in
+RUN_DIR/fast_id, so that a new run of the same name meets no states of an old one. Called by the other modules here.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from igpt_ds import dist
+from igpt_ds.cli import SharedError
+from igpt_ds.errors import InputError, error_text
+from igpt_ds.files import atomic_file
+from igpt_ds.train.checkpoint.directory import list_checkpoints, remove_leftovers, set_aside_newer, step_of
+
+T = TypeVar("T")
+FAST_KEPT = 2  # newest checkpoints in the fast directory
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A directory of checkpoints.
+
+    run_dir: whose owner may save; None: the parent. ranks: those that see the same directory; None: all. fast: it is no more than
+    a faster copy, so that what fails there does not end the run.
+    """
+
+    directory: Path
+    run_dir: Path
+    ranks: tuple[int, ...] | None = None
+    fast: bool = False
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that see the same directory as this one, in order. The first of them completes checkpoints."""
+        return tuple(range(dist.world_size())) if self.ranks is None else self.ranks
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank completes checkpoints."""
+        return self.members[0] == dist.rank()
+
+    def once(self, function: Callable[[], T]) -> T | None:
+        """Calls the function on one rank of each directory; the result is on all ranks if they share it, and else on those.
+
+        Raises:
+            SharedError: it raised an InputError or OSError somewhere; on every rank.
+        """
+        if self.ranks is None:
+            return dist.from_rank_0(function)
+        result, error = None, ""
+        try:
+            result = function() if self.leads else None
+        except (InputError, OSError) as caught:
+            error = error_text(caught)
+        dist.meet()
+        if errors := [error for error in dist.gather_objects(error) if error]:
+            raise SharedError(errors[0])
+        return result
+
+    def forget_newer(self, step: int) -> None:
+        """Later steps do not count any more: they are removed here if a copy, and else set aside."""
+        self.once(lambda: _remove_newer(self.directory, step) if self.fast else set_aside_newer(self.directory, step))
+
+    def clear(self) -> None:
+        """Removes the whole directory: the run has ended, and its own directory has the newest state."""
+        with suppress(SharedError):
+            self.once(lambda: shutil.rmtree(self.directory, ignore_errors=True))
+
+    def remove_leftovers(self) -> None:
+        """Removes what interrupted saves left."""
+        self.once(lambda: remove_leftovers(self.directory))
+
+
+def _remove_newer(directory: Path, step: int) -> None:
+    for path in list_checkpoints(directory):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+
+
+def run_tier(run_dir: Path) -> Tier:
+    """RUN_DIR/checkpoints."""
+    return Tier(run_dir / "checkpoints", run_dir)
+
+
+def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool) -> Tier:
+    """The directory of a run below --fast_dir, which is made. All ranks find out which of them share it.
+
+    Args:
+        resumes: whether the run continues where it was (--resume auto).
+
+    Raises:
+        SharedError: it cannot be made, or holds states of a run that is not continued.
+    """
+    name = dist.from_rank_0(lambda: f"{run_dir.name}-{_id(fast_dir, run_dir, resumes)}")
+    start = dist.from_rank_0(lambda: uuid.uuid4().hex)
+    directory, error = fast_dir / name, ""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f".{start}.{dist.rank()}").touch()
+    except OSError as caught:
+        error = f"--fast_dir {fast_dir} cannot be used on rank {dist.rank()}: {caught.strerror}; choose another directory"
+    if errors := [error for error in dist.gather_objects(error) if error]:
+        raise SharedError(errors[0])
+    seen = tuple(sorted(int(path.name.rpartition(".")[2]) for path in directory.glob(f".{start}.*")))
+    dist.barrier()
+    for left in directory.glob(f".*.{dist.rank()}"):
+        left.unlink(missing_ok=True)
+    apart = any(len(ranks) < dist.world_size() for ranks in dist.gather_objects(seen))
+    return Tier(directory, run_dir, seen if apart else None, fast=True)
+
+
+def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> str:
+    path = run_dir / "fast_id"
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if re.fullmatch("[0-9a-f]{12}", known):
+        states = fast_dir / f"{run_dir.name}-{known}"
+        if resumes:
+            return known
+        if list_checkpoints(states):
+            raise InputError(f"{states} holds states of this run; continue with --resume auto, or remove {states}")
+    fresh = uuid.uuid4().hex[:12]
+    with atomic_file(path, "w") as file:
+        file.write(f"{fresh}\n")
+    return fresh
