@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from igpt_ds.provenance import git_commit
 from igpt_ds.schema import record_from
 
 FORMAT = "igpt_ds.bench"
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 _TURN_SECONDS = 0.1  # a turn repeats a contender for this long, so that caches that the previous one filled count little
 
 
@@ -158,6 +160,31 @@ def peak_beyond(run: Callable[[], Any]) -> float:
     before = own_memory()
     run()
     return own_memory("VmHWM") - before
+
+
+def on_ranks(program: Sequence[str], ranks: int, port: int, work: Path, task: Mapping[str, object]) -> None:
+    """Runs a program on each rank, on CPUs of this machine, and waits for them.
+
+    Args:
+        program: its words; `--task FILE` follows.
+        port: a free one.
+        work: a directory for the file and for what the ranks print.
+
+    Raises:
+        ValueError: a rank failed; with the end of what it printed.
+    """
+    note = work / "task.json"
+    write_json(note, dict(task))
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    said, processes = [work / f"rank-{rank}.txt" for rank in range(ranks)], []
+    for rank, path in enumerate(said):
+        mine = os.environ | ON_CPU | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(path, "w", encoding="utf-8") as file:
+            processes.append(subprocess.Popen([*program, "--task", str(note)], env=mine, stdout=file, stderr=file))
+    for rank, process in enumerate(processes):
+        if status := process.wait():
+            last = said[rank].read_text(encoding="utf-8", errors="replace").strip()[-600:]
+            raise InputError(f"rank {rank} of {ranks} ended with {status}: {last}")
 
 
 def finish(rows: Sequence[BenchRow], out: Path | None, quick: bool, packages: Sequence[str], cores_used: int = 1) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import harness
 import numpy as np
 import psutil
-from harness import BenchRow
+from harness import ON_CPU, BenchRow
 
 from igpt_ds import cli
 from igpt_ds.command_line import lazy
@@ -45,7 +44,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
 PACKAGES = ("torch", "deepspeed")
 GB = 1e9
-ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True)
@@ -97,25 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def on_ranks(world: World, ranks: int, task: str, **what: Any) -> Any:
     """Starts tools/bench/scale_rank.py on each rank for one task, and returns the answer of rank 0."""
-    note = world.work / f"{task}.json"
-    write_json(note, {"task": task, "turns": world.turns, "out": str(world.work / "answer.json"), **what})
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "scale_rank.py"), "--task", str(note)]
-    environment = {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(dist.free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    said = [world.work / f"rank-{rank}.txt" for rank in range(ranks)]
-    processes = []
-    for rank, path in enumerate(said):
-        mine = os.environ | ON_CPU | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(path, "w", encoding="utf-8") as file:
-            processes.append(subprocess.Popen(command, env=mine, stdout=file, stderr=file))
-    for rank, process in enumerate(processes):
-        if status := process.wait():
-            last = said[rank].read_text(encoding="utf-8", errors="replace").strip()[-600:]
-            raise InputError(f"{task}: rank {rank} of {ranks} ended with {status}: {last}")
+    values = {"task": task, "turns": world.turns, "out": str(world.work / "answer.json"), **what}
+    program = [sys.executable, str(ROOT / "tools" / "bench" / "scale_rank.py")]
+    harness.on_ranks(program, ranks, dist.free_port(), world.work, values)
     return read_json(world.work / "answer.json", "measurement")
 
 
