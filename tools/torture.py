@@ -4,9 +4,10 @@
     python tools/torture.py --quick --seed 7
 
 makes a tiny world in a temporary directory, in which every trial is one forked process. A damaged file must give one clear error
-or the same result as before. A killed tool must reach the result of an uninterrupted one when it runs again. Two writers must
-lose nothing. The table has one row for each format and tool. Exit status 1 if anything was silent, raised a traceback, hung, got
-stuck, lost rows, or ran a command from a file. The same --seed makes the same trials.
+or the same result as before. A killed tool or training must reach the result of an uninterrupted one when it runs again. Two
+writers must lose nothing. Where a byte of the newest state of a training is flipped, it is named and the next one is taken. The
+table has one row for each format and tool. Exit status 1 if anything was silent, raised a traceback, hung, got stuck, lost rows,
+or ran a command from a file. The same --seed makes the same trials.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from igpt_ds.sealed import Format
 with lazy.imports():
     import torch
 
-    from igpt_ds.ops.torture import damages, kills, writers
+    from igpt_ds.ops.torture import damages, kills, saves, writers
     from igpt_ds.ops.torture.world import make_world
 
 
 FIGURES = Format("igpt_ds.torture", "figures of trials", "try again with tools/torture.py --out", 1, 1, 1)
-QUICK = {"mutations": 200, "kills": 30, "pairs": 4}  # about a minute on two cores
-WHOLE = {"mutations": 2000, "kills": 300, "pairs": 40}
+QUICK = {"mutations": 200, "kills": 30, "pairs": 4, "trainings": 3, "flips": 30}  # about two minutes on two cores
+WHOLE = {"mutations": 2000, "kills": 300, "pairs": 40, "trainings": 300, "flips": 1000}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,6 +76,9 @@ def choose(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mutations", type=int, help=f"number of damaged files (default: {WHOLE['mutations']})")
     parser.add_argument("--kills", type=int, help=f"number of killed tools (default: {WHOLE['kills']})")
     parser.add_argument("--pairs", type=int, help=f"number of times that two or more write at once (default: {WHOLE['pairs']})")
+    trainings = "number of trainings that are killed while they save, and started again"
+    parser.add_argument("--trainings", type=int, help=f"{trainings} (default: {WHOLE['trainings']})")
+    parser.add_argument("--flips", type=int, help=f"number of bytes flipped in the newest state (default: {WHOLE['flips']})")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="trials at the same time")
     parser.add_argument("--examples", type=int, default=20, help="failed trials to print")
     parser.add_argument("--out", type=Path, help="JSON file for the figures and all failed trials")
@@ -83,7 +87,7 @@ def choose(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, number in (QUICK if args.quick else WHOLE).items():
         if getattr(args, name) is None:
             setattr(args, name, number)
-    for name in ("mutations", "kills", "pairs", "examples"):
+    for name in (*WHOLE, "examples"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 0")
     if args.cores < 1:
@@ -94,7 +98,7 @@ def choose(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, world: Path) -> tuple[list[Figures], list[str]]:
     """All trials: a row for each format, tool and pair of writers, and each failed trial in words."""
     rows, examples = dict[str, Figures](), list[str]()
-    for name, outcome, words in tqdm(trials(args, world), "trials", args.mutations + args.kills + args.pairs, disable=None):
+    for name, outcome, words in tqdm(trials(args, world), "trials", sum(getattr(args, name) for name in WHOLE), disable=None):
         rows.setdefault(name, Figures(name)).add(outcome)
         if outcome in BARS:
             examples.append(f"{name}: {outcome}: {words}")
@@ -106,6 +110,7 @@ def trials(args: argparse.Namespace, world: Path) -> Iterator[tuple[str, str, st
     yield from damages.trials(world, args.seed, args.mutations, args.cores)
     yield from kills.trials(world, args.seed, args.kills, args.cores)
     yield from writers.trials(world, args.seed, args.pairs)
+    yield from saves.trials(world, args.seed, args.trainings, args.flips, args.cores)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def _counted(world: Path, one: Victim, place: Path) -> str:
     """The number of calls of an uninterrupted tool, and its result."""
     here = place / "here"
     copy_parts(world, one.parts, here)
-    count = _watch(0)
+    count = watch(0)
     tool(*one.words(here))  # type: ignore[arg-type]
     made = count[0]
     return f"{made} {_state_of(one, here)}"
@@ -170,7 +170,7 @@ def _killed_and_again(world: Path, one: Victim, at: int, place: Path) -> str:
     copy_parts(world, one.parts, here)
     if (process := os.fork()) == 0:
         try:
-            _watch(at)
+            watch(at)
             tool(*one.words(here))  # type: ignore[arg-type]
         finally:
             os._exit(0)
@@ -189,7 +189,7 @@ def _complete(one: Victim, here: Path) -> bool:
     return one.name != "reshard" and any((here / name).exists() for name in ("out", "out.npy", "out.jsonl"))
 
 
-def _watch(at: int) -> list[int]:
+def watch(at: int) -> list[int]:
     """Counts this process's calls that change the file system in the returned list; SIGKILL at number `at` (0: never)."""
     count = [0]
 

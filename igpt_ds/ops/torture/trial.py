@@ -49,14 +49,15 @@ class Trial:
 
 
 def tool(name: str, *arguments: object) -> None:
-    """Runs tools/NAME.py in this process, as `python tools/NAME.py` does.
+    """Runs tools/NAME.py, or NAME.py beside it, in this process, as `python tools/NAME.py` does.
 
     Raises:
         SystemExit: the tool ended with another status than 0.
     """
     sys.argv = [f"{name}.py", *map(str, arguments)]
+    file = ROOT / "tools" / f"{name}.py"
     try:
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        runpy.run_path(str(file if file.exists() else ROOT / file.name), run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise

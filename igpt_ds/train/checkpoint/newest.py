@@ -110,7 +110,8 @@ def damage(checkpoint: Checkpoint, tier: Tier | None = None) -> str:
     tier = tier or run_tier(checkpoint.path.parent.parent)
     mine, error, members = [], "", tier.members
     try:
-        mine = damaged_files(checkpoint.path, checkpoint.manifest.files[members.index(dist.rank()) :: len(members)])
+        share = checkpoint.manifest.files[members.index(dist.rank()) :: len(members)]
+        mine = [str(checkpoint.path / name) for name in damaged_files(checkpoint.path, share)]
     except OSError as caught:
         error = error_text(caught) if tier.fast else f"{caught.filename}: {caught.strerror}"
     dist.meet()
@@ -123,5 +124,6 @@ def damage(checkpoint: Checkpoint, tier: Tier | None = None) -> str:
                 f"{error}: rank {rank} cannot read it, and nothing was changed; repair the disk and run the same command again, "
                 f"or move {checkpoint.path} away to continue from the previous checkpoint"
             )
-    names = [name for names, _ in answers for name in names]
-    return f"{checkpoint.path / names[0]} is damaged (sha256 differs)" if names else ""
+    found = [(name, rank) for rank, (names, _) in enumerate(answers) for name in names]
+    of_node = f", on the node of rank {found[0][1]}" if found and tier.ranks is not None else ""
+    return f"{found[0][0]} is damaged (sha256 differs{of_node})" if found else ""
