@@ -1,0 +1,87 @@
+"""Two directories of states: the newest whole one counts, and what is damaged is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from igpt_ds.cli import SharedError
+from igpt_ds.config import ModelConfig, Recipe
+from igpt_ds.data.facts import DataFacts
+from igpt_ds.train.checkpoint.directory import checkpoint_name
+from igpt_ds.train.checkpoint.manifest import Manifest, file_entry, write_manifest
+from igpt_ds.train.checkpoint.newest import newest_state
+from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, run_tier
+
+RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
+
+
+def make(directory: Path, step: int) -> Path:
+    """A state of one rank."""
+    path = directory / checkpoint_name(step)
+    path.mkdir(parents=True)
+    (path / "states.pt").write_bytes(b"x" * 10)
+    facts = {
+        "recipe": RECIPE,
+        "data": DataFacts("shards", "a", "p", 2),
+        "precision": "fp32",
+        "files": (file_entry(path / "states.pt"),),
+    }
+    write_manifest(path, Manifest(**facts, step=step, images_seen=step, world_size=1, stage=3))  # type: ignore[arg-type]
+    (path / "COMPLETE").write_text("1 files\n")
+    return path
+
+
+def test_the_newest_whole_state_of_either_directory_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow, fast = run_tier(tmp_path / "run"), Tier(tmp_path / "fast", tmp_path / "run", fast=True)
+    assert newest_state([slow, fast]) is None
+    old, older, changed, torn = (
+        make(slow.directory, 100),
+        make(fast.directory, 110),
+        make(fast.directory, 120),
+        make(fast.directory, 130),
+    )
+    (changed / "states.pt").write_bytes(b"y" * 10)
+    (torn / "states.pt").write_bytes(b"x")
+    found = newest_state([slow, fast])
+    assert found is not None
+    assert found.path == older
+    said = capsys.readouterr().err
+    assert f"checkpoint skipped: {changed / 'states.pt'} is damaged" in said
+    assert f"checkpoint skipped: {torn / 'states.pt'} has 1 bytes" in said
+    assert not changed.exists()
+    assert not torn.exists()
+    newest = make(slow.directory, 140)
+    (newest / "states.pt").write_bytes(b"y" * 10)
+    assert (newest_state([slow, fast]) or found).path == older  # the other way round
+    assert newest.with_name("step-00000140.broken").exists()
+    (older / "manifest.json").write_text("{}")
+    assert (newest_state([slow, fast]) or found).path == old
+    fast.clear()
+    assert not fast.directory.exists()
+
+
+def test_a_run_without_a_usable_copy_starts_over_but_not_without_its_own(tmp_path: Path) -> None:
+    slow, fast = run_tier(tmp_path / "run"), Tier(tmp_path / "fast", tmp_path / "run", fast=True)
+    (make(fast.directory, 110) / "COMPLETE").unlink()
+    assert newest_state([slow, fast]) is None
+    (make(slow.directory, 100) / "COMPLETE").unlink()
+    with pytest.raises(SharedError, match="holds no usable checkpoint"):
+        newest_state([slow, fast])
+
+
+def test_a_run_has_a_fast_directory_of_its_own(tmp_path: Path) -> None:
+    run_dir, fast_dir = tmp_path / "run", tmp_path / "fast"
+    first = fast_tier(fast_dir, run_dir, resumes=True)
+    assert (first.directory.parent, first.ranks) == (fast_dir, None)
+    assert fast_tier(fast_dir, run_dir, resumes=True) == first
+    assert list(first.directory.iterdir()) == []
+    assert fast_tier(fast_dir, run_dir, resumes=False) != first  # a new run of the same name
+    kept = make(fast_tier(fast_dir, run_dir, resumes=True).directory, 10)
+    with pytest.raises(SharedError, match="holds states of this run; continue with --resume auto"):
+        fast_tier(fast_dir, run_dir, resumes=False)
+    assert kept.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SharedError, match=f"--fast_dir {tmp_path / 'file'} cannot be used on rank 0: Not a directory"):
+        fast_tier(tmp_path / "file", run_dir, resumes=True)
