@@ -96,7 +96,7 @@ def test_a_seed_makes_the_same_damage(tmp_path: Path) -> None:
 def test_a_tool_is_killed_at_a_call(tmp_path: Path) -> None:
     def work(place: Path) -> str:
         if (process := os.fork()) == 0:
-            kills._watch(2)
+            kills.watch(2)
             for name in ("a", "b", "c"):
                 (place / name).mkdir()
             os._exit(0)

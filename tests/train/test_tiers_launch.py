@@ -34,10 +34,10 @@ def test_a_killed_run_continues_from_the_newest_whole_state(
     content[-1000] ^= 4
     torn.write_bytes(content)
 
+    place = before if not apart else next((fast / "0").iterdir()) / before.name  # of rank 0
     done = launch([*start, *words])
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"checkpoint skipped: {torn} is damaged" in done.stderr
-    place = before if not apart else next((fast / "0").iterdir()) / before.name
     assert f"resumed from {place}" in done.stdout
     assert curves("run") == whole
     assert not list(fast.rglob("*.pt"))
