@@ -15,8 +15,8 @@ from igpt_ds.command_line.parser import switch
 from igpt_ds.config import GEN_SCALES, LOSSES, get_recipe
 from igpt_ds.data.subsets import SUBSETS
 from igpt_ds.errors import InputError
+from igpt_ds.train.checkpoint.flags import add_checkpoint_flags
 from igpt_ds.train.flags import (
-    add_checkpoint_flags,
     add_data_flags,
     add_machine_flags,
     add_recipe_flags,

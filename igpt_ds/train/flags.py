@@ -22,11 +22,11 @@ from igpt_ds.data.shards.verified import MODES
 from igpt_ds.ds_config import SHIPPED, load_ds_config
 from igpt_ds.errors import InputError
 from igpt_ds.plan.command import CLUSTER_FLAGS, add_cluster_flags, add_ds_config_flag, read_cluster
-from igpt_ds.plan.costs import KEEP_LAST, VAL_EVERY, VAL_IMAGES
+from igpt_ds.plan.costs import VAL_EVERY, VAL_IMAGES
 from igpt_ds.plan.recipes import recipe_table
 from igpt_ds.plan.shipped import ds_config_names
 from igpt_ds.train import run_dir
-from igpt_ds.train.cadence import FAST_SHARE, SAVE_EVERY, steps_or_auto
+from igpt_ds.train.checkpoint.flags import add_checkpoint_flags, check_checkpoint_flags
 from igpt_ds.train.health.flags import LEAST as HEALTH_LEAST
 from igpt_ds.train.health.flags import add_health_flags
 from igpt_ds.train.schedule import shorter_warmup
@@ -147,26 +147,6 @@ def add_run_flags(parser: argparse.ArgumentParser, val_every: int | None = VAL_E
     group.add_argument("--wandb", metavar="PROJECT", help=wandb)
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None = SAVE_EVERY) -> None:
-    """How often the run saves, and what it keeps. save_every is the default; None for that of --val_every."""
-    group = parser.add_argument_group("checkpoints")
-    save = "steps between checkpoints; 0 saves only at the end; auto chooses by the cost of saves and the failures so far"
-    save += " (default: --val_every)" if save_every is None else ""
-    group.add_argument("--save_every", type=steps_or_auto, metavar="STEPS", default=save_every, help=save)
-    how = "async: training goes on while a checkpoint is written, from a copy in host memory; sync: it waits (default: async, or"
-    group.add_argument("--save", choices=("async", "sync"), help=f"{how} sync where a node has too little memory for the copy)")
-    fast = "local disk or /dev/shm that takes saves more often; --resume auto continues from the newest state (default: none)"
-    group.add_argument("--fast_dir", type=Path, metavar="DIR", help=fast)
-    often = f"steps between saves into --fast_dir (default: --save_every / {FAST_SHARE})"
-    group.add_argument("--fast_save_every", type=int, metavar="STEPS", help=often)
-    last = "number of newest checkpoints to keep"
-    group.add_argument("--keep_last", type=int, metavar="CHECKPOINTS", default=KEEP_LAST, help=last)
-    keep_every = "keep every checkpoint whose step is a multiple of this number; 0 disables"
-    group.add_argument("--keep_every", type=int, metavar="STEPS", default=0, help=keep_every)
-    keep_steps = "steps whose checkpoints are saved and kept, beside all others (default: none)"
-    group.add_argument("--keep_steps", type=int, nargs="+", metavar="STEP", default=[], help=keep_steps)
-
-
 def add_safety_flags(parser: argparse.ArgumentParser) -> None:
     """What is done about a rank that hangs and a loss that diverges."""
     group = parser.add_argument_group("safety")
@@ -215,16 +195,13 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if isinstance(value, int) and value < least:
             raise InputError(f"--{name} {value} must be at least {least}")
-    if args.keep_steps and min(args.keep_steps) < 1:
-        raise InputError(f"--keep_steps {min(args.keep_steps)} must be at least 1")
     for name in ("max_minutes", "hang_minutes"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name} {value:g} must be a number of minutes, at least 0")
     if args.spike_skip_images is not None and args.on_spike != "rollback":
         raise InputError(f"--spike_skip_images {args.spike_skip_images} needs --on_spike rollback")
-    if args.fast_save_every is not None and args.fast_dir is None:
-        raise InputError(f"--fast_save_every {args.fast_save_every} needs --fast_dir")
+    check_checkpoint_flags(args)
     if args.wandb is not None:
         require_wandb()
     if not 0 <= args.max_bad < 1:
