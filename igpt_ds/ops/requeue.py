@@ -22,6 +22,7 @@ _EXIT_CODE = re.compile(r"^srun: error: .*exit code (\d+)$", re.M)
 # ABRT does not count: NCCL aborts every rank of a job when one of them is lost or late. TERM is srun's own.
 _DEATH = r"Exited with exit code (?:135|137|139|249|247|245)\b|Killed|Out Of Memory|Bus error|Segmentation fault"
 _KILLED = re.compile(rf"^srun: error: ([^: \n]+): tasks? [\d,-]+: (?:{_DEATH})", re.M)
+_WRONG = re.compile(r"gave different bits: .*; the hardware is suspected.*--exclude=([^) ]+)\)")  # of train/health/replay.py
 _ENDED = re.compile(
     r"^(?:srun|slurmstepd\S*): .*(?:Terminating|Job step aborted|CANCELLED AT|Node failure on)", re.M
 )  # the other nodes
@@ -67,7 +68,7 @@ def find_cause(log: str) -> str:
 
 
 def find_outcome(status: int, errors: str) -> tuple[int, tuple[str, ...]]:
-    """The status of the ranks, and the nodes where a rank died as if by its hardware, from srun's status and errors.
+    """The status of the ranks, and the nodes where a rank died as if by its hardware, or computed wrong numbers (status 3).
 
     The first node that fails makes srun end the others, and srun's own status is the highest of all. What dies after that was
     killed by SLURM.
@@ -77,6 +78,8 @@ def find_outcome(status: int, errors: str) -> tuple[int, tuple[str, ...]]:
         status = codes[0]
     for special in (HUNG, STOPPED):
         status = special if special in codes else status
+    if wrong := _WRONG.search(errors):
+        return BAD_NODES, tuple(wrong[1].split(","))
     ended = _ENDED.search(errors)
     return status, tuple(dict.fromkeys(_KILLED.findall(errors, 0, ended.start() if ended else len(errors))))
 

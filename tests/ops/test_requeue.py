@@ -22,6 +22,7 @@ from igpt_ds.ops.requeue import (
     find_facts,
     find_outcome,
 )
+from igpt_ds.train.health.replay import report
 
 START = Start(Path("runs/xl"), "7", 1, "node[1-2]", max_fruitless=3)
 SHORT = {"TimeLimit": "00:10:00", "StartTime": "2026-01-01T00:00:00", "EndTime": "2026-01-01T00:10:00"}
@@ -71,6 +72,8 @@ ENDED = "srun: launch/slurm: _step_signal: Terminating StepId=1.0\n"
             (9, ("gpu-7", "gpu-8")),
         ),
         (137, "srun: error: node2: task 1: Out Of Memory\n" + ENDED + "srun: error: node1: task 0: Killed\n", (137, ("node2",))),
+        (2, f"train.py: error: {report(9, 6, [('', 'a', 'node1'), ('the loss', 'b', 'node2')])}\n", (BAD_NODES, ("node2",))),
+        (2, f"train.py: error: {report(9, 6, [('the loss', 'a', 'node1')] * 2)}\n", (2, ())),  # all ranks differ
         (1, "node1: srun: error: node1: task 0: Killed\nsrun: error: node2: task 0: Exited with exit code 1\n", (1, ())),
     ],
 )

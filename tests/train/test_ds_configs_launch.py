@@ -34,16 +34,31 @@ def for_two_ranks(name: str, path: Path) -> Path:
     return path
 
 
+def layer_norms(run_dir: Path, step: int) -> dict[str, float]:
+    """The gradient norms of the layers in TensorBoard's files, at the one step that has them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    found = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"] if tag.startswith("grad_norm/")}
+    assert {point.step for points in found.values() for point in points} == {step}
+    return {tag.partition("/")[2]: points[0].value for tag, points in found.items()}
+
+
 @pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_hpz_bf16", "zero3_bf16_offload_optimizer"])
 def test_a_shipped_ds_config_trains_as_it_stands(
     launch: Any, command: Callable[..., list[str]], curves: Callable[[str], Any], tmp_path: Path, name: str
 ) -> None:
     asked = for_two_ranks(name, tmp_path / f"{name}.json")
-    done = launch(command("run", "--ds_config", str(asked), "--micro_batch", "3"), ranks=2)
+    done = launch(command("run", "--ds_config", str(asked), "--micro_batch", "3", "--replay_every", "6"), ranks=2)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     losses = [row["loss"] for row in curves("run") if "loss" in row]
     assert losses[0] == pytest.approx(np.log(8), abs=1e-3)
     assert losses[-1] < losses[0]
+    norms = layer_norms(tmp_path / "run", step=12)
+    assert {layer for layer in norms if "." in layer} == {"blocks.00", "blocks.01"}
+    last = next(row for row in reversed(curves("run")) if "loss" in row)
+    assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(last["grad_norm"], rel=1e-3)
     effective = read_json(tmp_path / "run" / "ds_config.effective.json", "effective ds_config")
     assert effective["zero_optimization"]["stage"] == int(name[4])
     assert effective["engine"]["weights"] == "bf16"

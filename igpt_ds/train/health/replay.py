@@ -68,7 +68,8 @@ class Replay:
         where = difference(first, second)
         if not int(dist.sum_over_ranks(torch.tensor(int(bool(where)), device=self._engine.device))):
             return
-        found = dist.gather_objects((where, f"{socket.gethostname()} ({device_name(self._engine.device)})", socket.gethostname()))
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        found = dist.gather_objects((where, f"{host} ({device_name(self._engine.device)})", host))
         raise SharedError(report(step, (step - 1) // every * every, found))
 
     def _computed(self, batch: Batch, loss_function: LossFunction) -> _Outcome:

@@ -32,7 +32,7 @@ def test_the_error_says_what_to_do() -> None:
 
 
 @pytest.mark.slow
-def test_the_bits_stay_and_a_flipped_bit_names_its_rank(
+def test_the_bits_stay_a_flipped_bit_names_its_rank_and_a_busy_rank_is_slow(
     launch: Any, command: Callable[..., list[str]], with_fault: Callable[[list[str], str], list[str]], tmp_path: Path, whole: Any
 ) -> None:
     """Two ranks under ZeRO-3. The first launch replays each step, and is equal to `whole`, which replays none."""
@@ -44,7 +44,7 @@ def test_the_bits_stay_and_a_flipped_bit_names_its_rank(
     assert rows[-1]["step"] == 8
 
     words = with_fault(command("run", "--replay_every", "5", "--resume", "auto"), "garbage=100")
-    done = launch(words, ranks=2, env={"IGPT_DS_TEST_FLIP": "1,10"})
+    done = launch(words, ranks=2, env={"IGPT_DS_TEST_FLIP": "1,10", "IGPT_DS_TEST_SLOW": "device,0,0.3"})
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("faults.py: error")]
     assert len(said) == 1, done.stderr[-3000:]
@@ -57,6 +57,8 @@ def test_the_bits_stay_and_a_flipped_bit_names_its_rank(
     found = read_status(tmp_path / "run", 0.0)
     assert found.state == "failed"
     assert "rank 1 on" in str(found.why)
+    assert found.slowest is not None, "its steps were slow before it ended"
+    assert (found.slowest.rank, found.slowest.reason) == (0, "device")
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
