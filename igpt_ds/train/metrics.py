@@ -182,10 +182,7 @@ class Metrics:
 
     def _slowest_rank(self) -> SlowRank | None:
         """Of several ranks the slowest; the ranks tell each other their paces."""
-        if self.run.world_size == 1:
-            return None
-        paces = {rank: pace for rank, pace in enumerate(dist.gather_objects(self.steps.pace)) if pace is not None}
-        return next(iter(slow_ranks(paces)), None)
+        return next(iter(slow_ranks(self.steps.paces())), None) if self.run.world_size > 1 else None
 
     def timed(self, data: float) -> AbstractContextManager[None]:
         """Times a step from its images to its loss on the host. `data`: seconds that this rank waited for the images."""

@@ -22,6 +22,7 @@ from igpt_ds.ops.preflight import node, ranks, verdict
 from igpt_ds.ops.preflight.record import NodeReport, report_from_dict
 from igpt_ds.ops.preflight.report import result_text
 from igpt_ds.plan.costs import parameters
+from igpt_ds.train.health import links
 
 ROOT = Path(__file__).parents[2]
 GPU = {"name": "NVIDIA H100", "free": 79 << 30, "bytes": 80 << 30, "driver": "550.54", "uuid": ""}
@@ -164,7 +165,7 @@ def test_slurms_shorthand_tells_the_node_of_a_rank():
 
 
 def test_neighbours_meet_once_each_and_nobody_is_in_two_pairs_at_once():
-    rounds = list(ranks.pair_rounds(["a", "a", "a", "b", "b", "b", "c", "c", "c"]))
+    rounds = list(links.pair_rounds(["a", "a", "a", "b", "b", "b", "c", "c", "c"]))
     for _, pairs in rounds:
         met = [rank for pair in pairs for rank in pair]
         assert len(met) == len(set(met))

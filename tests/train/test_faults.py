@@ -22,6 +22,7 @@ from igpt_ds.files import sha256_file
 from igpt_ds.json_files import read_json_lines, seal
 from igpt_ds.train.checkpoint.directory import list_checkpoints
 from igpt_ds.train.checkpoint.manifest import read_checkpoint
+from igpt_ds.train.heartbeat import all_heartbeats
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., list[str]]
@@ -119,9 +120,17 @@ def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
 
 
 def test_missing_and_changed_files_then_another_number_of_ranks(
-    launch: Any, command: Command, curves: Curves, whole: list[dict[str, Any]], tmp_path: Path
+    launch: Any,
+    command: Command,
+    with_fault: Callable[[list[str], str], list[str]],
+    curves: Curves,
+    whole: list[dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
-    """The newest checkpoint lacks a file, the one before has a flipped bit; from the one before that, 3 ranks end where 2 do."""
+    """The newest checkpoint lacks a file, the one before has a flipped bit; from the one before that, 3 ranks end where 2 do.
+
+    Messages between neighbours are slow at rank 1, which the ranks find out together.
+    """
     done = launch(command("run", "--save_every", "2", "--stop_at_step", "6", "--keep_last", "5"), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -132,8 +141,11 @@ def test_missing_and_changed_files_then_another_number_of_ranks(
     content[-1000] ^= 4
     changed.write_bytes(content)
 
-    done = launch(command("run", "--resume", "auto", "--keep_last", "5"), ranks=3)
+    words = with_fault(command("run", "--resume", "auto", "--keep_last", "5"), "garbage=100")
+    done = launch(words, ranks=3, env={"IGPT_DS_TEST_SLOW": "network,1,0.2"})
     assert done.returncode == 0, done.stderr[-3000:]
+    seconds = [beat.pace.link for beat in all_heartbeats(tmp_path / "run").values() if beat.pace and beat.pace.link]
+    assert [second >= 0.2 for second in seconds] == [False, True, False], "0 and 2 are fast with each other"
     assert f"checkpoint skipped: {missing} is missing" in done.stderr
     assert f"checkpoint skipped: {changed} is damaged (sha256 differs)" in done.stderr
     assert "step-00000002 of 2 ranks was resharded for 3" in done.stdout

@@ -9,20 +9,17 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-import torch.distributed as td
 
 from igpt_ds import dist
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.loader import Batch
-from igpt_ds.devices import synchronize
 from igpt_ds.ds_config import DsConfig, join
 from igpt_ds.errors import InputError
 from igpt_ds.ops.preflight.record import StepLosses
 from igpt_ds.train.engine import build_engine, take_step
+from igpt_ds.train.health.links import fastest, link_seconds
 from igpt_ds.train.loop import pretraining_loss
 
 _GPU_BYTES, _CPU_BYTES = 1 << 30, 1 << 22  # size of a message
@@ -45,59 +42,17 @@ def all_reduce_speed(device: torch.device) -> float:
     n = dist.world_size()
     size = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
     tensor = torch.zeros(size // 4, device=device)
-    return 2 * (n - 1) / n * size / _best(device, lambda: dist.sum_over_ranks(tensor)) / 1e9 if n > 1 else 0.0
+    return 2 * (n - 1) / n * size / fastest(device, lambda: dist.sum_over_ranks(tensor), _repeats(device)) / 1e9 if n > 1 else 0.0
 
 
 def link_speeds(device: torch.device, nodes: list[str]) -> dict[str, float]:
-    """GB/s between this rank and its neighbours: {"inside": on its node, "across": with the previous and the next node}.
-
-    An all-reduce is as slow as its slowest rank and does not show which rank that is. So each rank exchanges data with the
-    previous and the next one, and the faster of the two counts: a slow rank is slow with both. nodes: the node of each rank.
-    """
+    """GB/s between this rank and its neighbours, see `link_seconds`. nodes: the node of each rank."""
     size = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES // 4
-    mine, theirs = torch.zeros(size // 4, device=device), torch.empty(size // 4, device=device)
-    speeds: dict[str, float] = {}
-    for kind, pairs in pair_rounds(nodes):
-        partner = next((b if a == dist.rank() else a for a, b in pairs if dist.rank() in (a, b)), None)
-        dist.barrier()
-        if partner is not None:
-            seconds = _best(device, lambda other=partner: _exchange(mine, theirs, other))  # type: ignore[misc]
-            speeds[kind] = max(speeds.get(kind, 0.0), size / seconds / 1e9)
-    dist.barrier()
-    return speeds
+    return {kind: size / seconds / 1e9 for kind, seconds in link_seconds(device, nodes, size, _repeats(device)).items()}
 
 
-def pair_rounds(nodes: list[str]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """(kind, pairs of ranks that exchange at the same time): first inside nodes, then between neighbouring nodes.
-
-    Each line of ranks has up to three rounds: even ranks with the next, odd ranks with the next, and the first with the last.
-    """
-    names = list(dict.fromkeys(nodes))
-    members = [[rank for rank, name in enumerate(nodes) if name == node] for node in names]
-    rails = [[ranks[place] for ranks in members if place < len(ranks)] for place in range(max(map(len, members)))]
-    for kind, lines in (("inside", members), ("across", rails)):
-        rounds = [
-            [pair for line in lines for pair in zip(line[start::2], line[start + 1 :: 2], strict=False)] for start in (0, 1)
-        ]
-        rounds.append([(line[0], line[-1]) for line in lines if len(line) > 2])
-        yield from ((kind, pairs) for pairs in rounds if pairs)
-
-
-def _exchange(mine: torch.Tensor, theirs: torch.Tensor, other: int) -> None:
-    works = td.batch_isend_irecv([td.P2POp(td.isend, mine, other), td.P2POp(td.irecv, theirs, other)])
-    for work in works:
-        work.wait()
-
-
-def _best(device: torch.device, act: Callable[[], Any]) -> float:
-    """Seconds of the fastest of several calls. The first call opens connections and does not count."""
-    seconds = []
-    for _ in range(1 + (_CPU_REPEATS if device.type == "cpu" else _GPU_REPEATS)):
-        start = time.perf_counter()
-        act()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+def _repeats(device: torch.device) -> int:
+    return _CPU_REPEATS if device.type == "cpu" else _GPU_REPEATS
 
 
 def small_recipe(recipe: Recipe, groups: int, parts: int) -> Recipe:

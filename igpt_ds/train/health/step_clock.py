@@ -13,17 +13,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as td
 
 from igpt_ds import dist
-from igpt_ds.train.health.pace import Pace
+from igpt_ds.train.health.links import link_seconds
+from igpt_ds.train.health.pace import Pace, network_share
 
 WINDOW = 24  # measured steps whose medians count
 EVERY_ON_GPU = 4  # one step in so many is measured there, because each event costs the host a few microseconds; on CPUs all are
 # The methods of torch's process groups that start a message. A call with async_op=False waits in them, or in Work.wait.
+NETWORK = 0.2  # share of a step that the network takes at which the ranks measure their links
+LINK_ROWS = 20  # rows of the log between two such measurements
+_BYTES = {True: 1 << 20, False: 1 << 23}  # of a message on CPUs, on GPUs
 _STARTS = (
     *("allreduce", "reduce", "broadcast", "allgather", "_allgather_base", "reduce_scatter", "_reduce_scatter_base"),
     *("allreduce_coalesced", "allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"),
@@ -43,6 +48,8 @@ class StepClock:
         self._every = 1 if device.type == "cpu" else EVERY_ON_GPU
         self._window: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
         self._host = socket.gethostname()
+        self._link: float | None = None
+        self._rows = LINK_ROWS  # since the last measurement of the links
 
     @contextmanager
     def step(self, data: float) -> Iterator[None]:
@@ -68,7 +75,20 @@ class StepClock:
         if not (window := list(self._window)):
             return None
         data, device, wait = (statistics.median(values) for values in zip(*window, strict=True))
-        return Pace(data, device, wait, self._host)
+        return Pace(data, device, wait, self._host, self._link)
+
+    def paces(self) -> dict[int, Pace]:
+        """The paces of all ranks. Every rank calls this, with each row of the log."""
+        told = dist.gather_objects(self.pace)
+        paces = {rank: pace for rank, pace in enumerate(told) if pace is not None}
+        self._rows += 1
+        if len(paces) < len(told) or self._rows <= LINK_ROWS or network_share(paces) < NETWORK:
+            return paces
+        hosts = [pace.host for pace in paces.values()]
+        found = link_seconds(self._device, hosts, _BYTES[self._device.type == "cpu"], repeats=4)
+        self._link, self._rows = found.get("across" if len(set(hosts)) > 1 else "inside"), 0
+        links = dist.gather_objects(self._link)
+        return {rank: replace(pace, link=links[rank]) for rank, pace in paces.items()}
 
 
 class _HostWaits:

@@ -32,6 +32,16 @@ def test_a_slow_network_makes_no_rank_slow_and_nothing_gives_nothing() -> None:
     assert slow_ranks({}) == []
 
 
+def test_a_slow_link_is_the_reason_where_the_network_takes_the_time() -> None:
+    """The network takes 0.6 s of a step of 1 s; with a link like the others' it would take 0.15 s."""
+    paces = {rank: Pace(0.0, 0.4, 0.6, "a", 0.01) for rank in range(3)} | {3: Pace(0.0, 0.4, 0.6, "b", 0.04)}
+    first, *others = slow_ranks(paces)
+    assert first == SlowRank(3, pytest.approx(1 / 0.55), "network", 0.04, 0.01, "b")  # type: ignore[arg-type]
+    assert str(first).endswith("1.82 times the median (network: a message takes 0.04 s, median 0.01)")
+    assert {slow.reason for slow in others} == {"device"}
+    assert pace_from(paces[3].to_dict(), "b") == paces[3]
+
+
 def test_the_log_names_a_rank_once_in_a_while() -> None:
     naming, slow = Naming(), SlowRank(1, 1.5, "data", 0.3, 0.0, "b")
     assert naming.text(None, 0.0) == naming.text(SlowRank(1, SLOW, "data", 0.3, 0.0), 0.0) == ""

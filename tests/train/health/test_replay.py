@@ -43,17 +43,17 @@ def test_the_bits_stay_a_flipped_bit_names_its_rank_and_a_busy_rank_is_slow(
     assert rows == expected[: len(rows)]
     assert rows[-1]["step"] == 8
 
-    words = with_fault(command("run", "--replay_every", "5", "--resume", "auto"), "garbage=100")
-    done = launch(words, ranks=2, env={"IGPT_DS_TEST_FLIP": "1,10", "IGPT_DS_TEST_SLOW": "device,0,0.3"})
+    words = with_fault(command("run", "--replay_every", "4", "--resume", "auto"), "garbage=100")
+    done = launch(words, ranks=2, env={"IGPT_DS_TEST_FLIP": "1,12", "IGPT_DS_TEST_SLOW": "device,0,0.3"})
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("faults.py: error")]
     assert len(said) == 1, done.stderr[-3000:]
     assert (
-        f"step 10: a micro batch that was computed twice gave different bits: rank 1 on {socket.gethostname()} (CPU)" in said[0]
+        f"step 12: a micro batch that was computed twice gave different bits: rank 1 on {socket.gethostname()} (CPU)" in said[0]
     )
     assert "in the output of block 1; the hardware is suspected" in said[0]
-    assert "checkpoints of step 5 or later are doubtful" in said[0]
-    assert [row["step"] for row in read(tmp_path / "run") if "loss" in row][-1] == 9
+    assert "checkpoints of step 8 or later are doubtful" in said[0]
+    assert [row["step"] for row in read(tmp_path / "run") if "loss" in row][-1] == 11
     found = read_status(tmp_path / "run", 0.0)
     assert found.state == "failed"
     assert "rank 1 on" in str(found.why)
