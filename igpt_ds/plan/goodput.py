@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from igpt_ds.errors import InputError
+from igpt_ds.schema import record_from
 
 HOUR, DAY = 3600.0, 86400.0
 GPU_MTBF = 54 * DAY * 16384 / 419  # seconds between the failures of one GPU
@@ -139,11 +140,21 @@ class Measured:
     failures: int
     save_interval: float | None  # seconds of training between two saves; None: the run saved less than twice
     save_seconds: float | None
+    startup_seconds: float | None = None  # of a start that came to its first step
 
     @property
     def goodput(self) -> float:
         """Training that the run kept over the wall clock, 0..1."""
         return self.seconds["training"] / math.fsum(self.seconds.values())
+
+    @staticmethod
+    def of(values: object, where: str = "goodput") -> Measured:
+        """The goodput of a run from its JSON.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return record_from(Measured, values, where, "write it with `tools/status.py --goodput --json RUN_DIR...`")
 
 
 def fit(runs: Sequence[Measured]) -> Scenario:
@@ -162,12 +173,13 @@ def fit(runs: Sequence[Measured]) -> Scenario:
     }
     up = math.fsum(total.get(name, 0.0) for name in UP)
     trained = total.get("training", 0.0)
-    begun = math.fsum(total.get(name, 0.0) for name in UP[:3])
+    begun = [run.startup_seconds for run in runs if run.startup_seconds is not None]
+    startup = statistics.mean(begun) if begun else math.fsum(total.get(name, 0.0) for name in UP[:3]) / starts
     return Scenario(
         mtbf=up / max(1, failures),
         interval=statistics.median(intervals),
         save=statistics.median(saves),
-        startup=begun / starts,
+        startup=startup,
         down=total.get("down", 0.0) / max(1, failures),
         queue=total.get(QUEUE, 0.0) / max(1, failures),
         validation=total.get("validation", 0.0) / trained if trained else 0.0,

@@ -25,7 +25,6 @@ from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json_lines
 from igpt_ds.plan.goodput import DAY, GPU_MTBF, HOUR, Measured, Prediction, Scenario, daly, expected, fit, simulate
 from igpt_ds.plan.text import columns
-from igpt_ds.schema import record_from
 
 RUNS = 20  # simulated ones, whose spread is printed
 SHARES = ("requeued", "fast_share")
@@ -111,7 +110,7 @@ def read_measured(paths: Sequence[Path]) -> list[Measured]:
         if not path.exists():
             raise InputError(f"{path} does not exist; {fix}")
         for number, row in enumerate(read_json_lines(path), start=1):
-            found.append(record_from(Measured, row.get("goodput"), f"{path} line {number} field 'goodput'", fix))
+            found.append(Measured.of(row.get("goodput"), f"{path} line {number} field 'goodput'"))
     return found
 
 

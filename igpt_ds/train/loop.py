@@ -181,6 +181,7 @@ def save(session: Session, step: int, wait: bool = False, fast: bool = False) ->
     collect_garbage()
     metrics.saved(time.perf_counter() - start)
     watch.watchdog.ledger.record(SAVE, step)
+    metrics.goodput(step)
     if session.interval is not None:
         session.interval.saved(step)
     metrics.restart_clock(step)

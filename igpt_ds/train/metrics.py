@@ -10,16 +10,13 @@ twice.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import resource
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +25,10 @@ from tqdm import tqdm
 
 from igpt_ds import dist
 from igpt_ds.cli import unread_output
-from igpt_ds.config import recipe_to_dict
 from igpt_ds.console import count
 from igpt_ds.devices import current_device
 from igpt_ds.ds_config import Run
-from igpt_ds.errors import naming
+from igpt_ds.errors import InputError, naming
 from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
 from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plain_files import open_plain, utf8_path
@@ -41,11 +37,12 @@ from igpt_ds.plan.gpus import peak_flops
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.train.health.pace import Naming, SlowRank, slow_ranks
 from igpt_ds.train.health.step_clock import StepClock
+from igpt_ds.train.ledger.goodput import read_goodput
 from igpt_ds.train.screen import Table
+from igpt_ds.train.wandb_curves import Value, WandbCurves, curves_of
 
 WAIT = 0.1  # share of the time that rank 0 waits for images: the console says so
 LARGE = {"gpu": 8192, "cpu": 1024}  # side of the matrices whose product is the peak of an unknown device
-Value = float | int | None
 
 
 @dataclass(frozen=True)
@@ -103,12 +100,13 @@ class Metrics:
             return
         self.table = Table(run.recipe.steps, start_step)
         self.bar = tqdm(total=run.recipe.steps, initial=start_step, unit="step", disable=None)
-        self._open(start_step)
+        dropped = self._open(start_step)
         for line in self.table.heading(run.recipe):
             self._say(line)
-        self.wandb = _start_wandb(wandb_project, run_dir, run) if wandb_project else None
+        self.wandb = WandbCurves(wandb_project, run_dir, run, dropped) if wandb_project else None
 
-    def _open(self, start_step: int) -> None:
+    def _open(self, start_step: int) -> bool:
+        """Opens the files without the rows after `start_step`; whether there were any."""
         path = self.run_dir / "train.jsonl"
         rows = [
             (record_from(_AnyRow, row, f"{path} line {number}", "remove the line").step, row)
@@ -121,13 +119,15 @@ class Metrics:
             self._board_path = ExitStack()
             name = self._board_path.enter_context(utf8_path(self.run_dir / "tensorboard"))
             self.board = SummaryWriter(name, purge_step=start_step + 1)
+        return any(not 0 < start_step >= step for step, _ in rows)
 
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`, because a rollback returned to it."""
         self.restart_clock(step)
         if self.speaks:
             self._close_files()
-            self._open(step)
+            if self._open(step) and self.wandb:
+                self.wandb.branch()
             self.table.rewind(step)
             self.bar.n = step
             self.bar.refresh()
@@ -160,7 +160,7 @@ class Metrics:
         self.data_seconds = self.save_seconds = 0.0
         if not self.speaks:
             return
-        self._write(to_json(row), "train")
+        self._write(to_json(row))
         self.bar.update(step - self.bar.n)
         doubt = f"  MFU unknown: {flops:.2e} FLOP/s exceed the peak of {self.peak:.2e}, which must be wrong"
         notes = row.notes() + self.naming.text(slow, now) + (doubt if row.mfu is None else "")
@@ -170,7 +170,7 @@ class Metrics:
         """Logs a validation loss, other measured values and the validation's seconds, which the speed leaves out."""
         if self.speaks:
             row: dict[str, Value] = {"step": step, "images_seen": step * self.run.recipe.batch_images, "val_loss": val_loss}
-            self._write(row | dict(more or {}) | {"val_seconds": seconds}, "val")
+            self._write(row | dict(more or {}) | {"val_seconds": seconds})
             others = "".join(f"  {name.removeprefix('val_')} {value:.4f}" for name, value in (more or {}).items())
             self._say(self.table.validation(step, val_loss) + others)
         self.restart_clock(step)
@@ -193,6 +193,14 @@ class Metrics:
         """Counts time that saving a checkpoint took."""
         self.save_seconds += seconds
 
+    def goodput(self, step: int) -> None:
+        """Shows where the time of the run went so far, in TensorBoard and in Weights and Biases."""
+        if self.speaks:
+            with suppress(InputError):
+                found = read_goodput(self.run_dir, live=True)
+                seconds = {f"goodput/{name.replace(' ', '_')}_seconds": value for name, value in found.seconds.items()}
+                self._show({"goodput/goodput": found.goodput, **seconds}, step)
+
     def restart_clock(self, step: int) -> None:
         """Starts the time and the steps of the next row's speed, which leaves out validation and saving."""
         self.clock, self.clock_step, self.data_seconds = time.perf_counter(), step, 0.0
@@ -203,7 +211,7 @@ class Metrics:
             self._close_files()
             self.bar.close()
             if self.wandb:
-                self.wandb.finish()
+                self.wandb.close()
 
     def _close_files(self) -> None:
         with naming(self.run_dir / "train.jsonl"):
@@ -213,20 +221,19 @@ class Metrics:
                 self.board.close()
                 self._board_path.close()
 
-    def _write(self, row: dict[str, Value], group: str) -> None:
+    def _write(self, row: dict[str, Value]) -> None:
         known = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
         with naming(self.run_dir / "train.jsonl"):
             self.rows.write(json_line(known | {"time": round(time.time(), 3)}))  # JSON has neither infinity nor NaN
-        shown = {f"{group}/{name}": value for name, value in known.items() if name not in ("step", "images_seen")}
-        self._show(shown | {"images_seen": row["images_seen"]}, row["step"])
+        self._show(curves_of(known), int(row["step"] or 0))
 
-    def _show(self, shown: dict[str, Value], step: Value) -> None:
+    def _show(self, curves: dict[str, Value], step: int) -> None:
         with naming(self.run_dir / "tensorboard"):  # a thread writes there, and its error is raised here
-            for name, value in shown.items():
-                if value is not None and name != "images_seen" and self.board:
+            for name, value in curves.items():
+                if value is not None and self.board:
                     self.board.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log(shown, step=step)
+            self.wandb.log(curves, step, step * self.run.recipe.batch_images)
 
     def _say(self, line: str) -> None:
         with unread_output():
@@ -236,16 +243,6 @@ class Metrics:
 def utilisation(flops: float, peak: float) -> float | None:
     """Model FLOPs utilisation, 0..1, from FLOP/s; None above the peak, because then the peak must be wrong."""
     return flops / peak if flops <= peak else None
-
-
-def _start_wandb(project: str, run_dir: Path, run: Run) -> Any:
-    import wandb
-
-    # The id is the same after an interruption. The service takes no step twice: of repeated rows it keeps the first.
-    name = hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16]
-    return wandb.init(
-        project=project, id=name, name=run_dir.name, dir=str(run_dir), resume="allow", config=recipe_to_dict(run.recipe)
-    )
 
 
 def memory_gib() -> float:

@@ -34,7 +34,7 @@ DOORS = {
     "triton": ["model/triton_gelu.py"],
     "crc32c": ["model/interchange/tf_bundle.py"],
     "tensorboard": ["train/metrics.py"],
-    "wandb": ["train/metrics.py"],
+    "wandb": ["train/wandb_curves.py"],
     "argcomplete": ["command_line/parser.py"],
     "transformers": ["tools/bench/"],
 }

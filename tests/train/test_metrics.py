@@ -5,11 +5,15 @@ import dataclasses
 import errno
 import json
 import os
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import join
@@ -32,8 +36,8 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def metrics(run_dir: Path, recipe: Recipe, start_step: int) -> Metrics:
-    return Metrics(run_dir, join(recipe, {"zero_optimization": {"stage": 3}}, 1), start_step, peak=1e9)
+def metrics(run_dir: Path, recipe: Recipe, start_step: int, wandb: str | None = None) -> Metrics:
+    return Metrics(run_dir, join(recipe, {"zero_optimization": {"stage": 3}}, 1), start_step, 1e9, wandb)
 
 
 def test_rows_after_the_checkpoint_go(run_dir: Path, recipe: Recipe) -> None:
@@ -71,6 +75,63 @@ def test_a_rollback_takes_rows_back(run_dir: Path, recipe: Recipe) -> None:
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert (rows[-1]["loss"], rows[-1]["data_wait"]) == (1.6, 0.0)
     assert "save_seconds" not in rows[-1]
+
+
+def test_tensorboard_shows_no_dead_branch(run_dir: Path, recipe: Recipe) -> None:
+    curves = metrics(run_dir, recipe, start_step=3)
+    for step in (4, 5, 6):
+        curves.training(step, loss=float(step), lr=0.01, grad_norm=1.0, skipped_steps=0)
+    curves.rewind(4)  # a rollback
+    curves.training(5, loss=50.0, lr=0.01, grad_norm=1.0, skipped_steps=0)
+    curves.close()
+    time.sleep(1.1)  # the names of event files begin with the second
+    resumed = metrics(run_dir, recipe, start_step=4)
+    resumed.training(5, loss=500.0, lr=0.01, grad_norm=1.0, skipped_steps=0)
+    resumed.close()
+    board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(4, 4.0), (5, 500.0)]
+
+
+class FakeWandb:
+    """The service as its users see it: of repeated steps it keeps the first."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[int, dict[str, Any]]] = {}
+        self.groups: set[str] = set()
+
+    def init(self, project: str, id: str, resume: str, group: str, **_: object) -> Any:
+        shown = self.runs.setdefault(id, {})
+        self.groups.add(group)
+        log = lambda values, step: step < max(shown, default=0) or shown.setdefault(step, {}).update(values)  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+    def losses(self) -> list[list[tuple[int, float]]]:
+        """The training loss of each run."""
+        return [[(step, row["train/loss"]) for step, row in run.items() if "train/loss" in row] for run in self.runs.values()]
+
+
+def test_wandb_shows_no_dead_branch(run_dir: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", service := FakeWandb())
+    (run_dir / "train.jsonl").unlink()
+    curves = metrics(run_dir, recipe, start_step=0, wandb="project")
+    for step in (1, 2, 3):
+        curves.training(step, loss=float(step), lr=0.01, grad_norm=1.0, skipped_steps=0)
+    curves.close()
+    again = metrics(run_dir, recipe, start_step=3, wandb="project")  # nothing is dropped: the same run
+    again.training(4, loss=4.0, lr=0.01, grad_norm=1.0, skipped_steps=0)
+    again.rewind(2)  # a rollback
+    again.training(3, loss=30.0, lr=0.01, grad_norm=1.0, skipped_steps=0)
+    again.close()
+    resumed = metrics(run_dir, recipe, start_step=2, wandb="project")  # a resume that drops a row
+    resumed.validation(3, 1.5)
+    resumed.close()
+    after = metrics(run_dir, recipe, start_step=3, wandb="project")
+    after.training(4, loss=400.0, lr=0.01, grad_norm=1.0, skipped_steps=0)
+    after.close()
+    kept = [(1, 1.0), (2, 2.0)]
+    assert service.losses() == [[*kept, (3, 3.0), (4, 4.0)], [*kept, (3, 30.0)], [*kept, (4, 400.0)]]
+    assert len(service.groups) == 1
 
 
 @pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"step": null}', '{"step": "3"}'])

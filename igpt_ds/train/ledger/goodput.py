@@ -88,6 +88,13 @@ class Goodput:
         """Starts that a fault ended."""
         return sum(one.failed for one in self.starts)
 
+    @property
+    def startup_seconds(self) -> float | None:
+        """The median time from a start to its normal steps, of the starts that came that far; None if none did."""
+        trained = [one.seconds for one in self.starts if one.seconds[TRAINING] + one.seconds[LOST] > 0]
+        begun = [math.fsum(one[name] for name in (STARTUP, VERIFICATION, COMPILATION)) for one in trained]
+        return statistics.median(begun) if begun else None
+
     def median(self, name: str) -> float | None:
         """The median of a field of `saves`; None without any."""
         return statistics.median(getattr(save, name) for save in self.saves) if self.saves else None
@@ -100,6 +107,7 @@ class Goodput:
             "wall": round(self.wall, 3),
             "seconds": _rounded(self.seconds),
             "failures": self.failures,
+            "startup_seconds": self.startup_seconds,
             "save_interval": self.median("training"),
             "save_seconds": self.median("seconds"),
             "starts": starts,

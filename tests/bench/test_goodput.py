@@ -1,0 +1,46 @@
+"""The benchmark of the ledger: its rows and bars, and the whole program at toy size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import goodput
+import pytest
+from harness import read_bench
+
+from igpt_ds.plan.goodput import Measured, expected, fit
+from igpt_ds.train.ledger.goodput import CATEGORIES, Goodput, SaveCost, StartGoodput
+
+
+def measured(wall: float, training: float, unexplained: float = 0.0) -> goodput.Disturbed:
+    """A run of two starts of 50 s by its ledger, which this program saw take `wall` seconds, 10 of them down."""
+    seconds = dict.fromkeys(CATEGORIES, 0.0) | {
+        "training": training / 2,
+        "start-up": 10.0,
+        "unexplained": unexplained,
+        "down": 5.0,
+    }
+    seconds["lost work"] = 35 - training / 2 - unexplained
+    starts = tuple(StartGoodput(0.0, 45.0, 0, 1, how, how == "killed", seconds) for how in ("killed", "stopped"))
+    return goodput.Disturbed(wall, 10.0, Goodput("run", starts, (SaveCost(10, 2.0, 0.1),)))
+
+
+def test_rows_and_bars() -> None:
+    found = [measured(100.0, 60), measured(101.5, 60), measured(100.0, 60, unexplained=0.3), measured(100.0, 60)]
+    whole, worst, down, prediction = goodput.rows(found, bars=True)
+    assert (whole.ours, whole.holds, whole.note) == (pytest.approx(100 * 1.5 / 401.5), True, "4 faults in 4 runs, 0.1 h")
+    assert (worst.ours, worst.holds) == (pytest.approx(100 * 1.5 / 101.5), False)
+    assert (down.ours, down.bar) == (0.0, None)
+    fitted = expected(fit([Measured.of(one.ledger.to_dict()) for one in found[::2]]))
+    assert prediction.ours == pytest.approx(100 * abs(fitted - 0.6))
+    assert all(row.bar is None for row in goodput.rows(found, bars=False))
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_at_toy_size(launch: Any, tool: Any, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    done = launch(["tools/bench/goodput.py", "--toy", "--out", out])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row.bar for row in read_bench(out).rows] == [None] * 4
+    assert "prediction by half of the runs" in tool("bench/goodput", "--show", out)[1]
