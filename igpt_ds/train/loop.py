@@ -178,11 +178,11 @@ def save(session: Session, step: int, wait: bool = False, fast: bool = False) ->
     else:
         protected = dist.from_rank_0(lambda: {*watch.protected(session.checkpoints), *cadence.keep_steps})
         session.saver.save(progress, Kept(cadence.keep_last, cadence.keep_every, protected), wait)
-    collect_garbage()
+    collect_garbage(whole=not fast)
     metrics.saved(time.perf_counter() - start)
     watch.watchdog.ledger.record(SAVE, step)
     metrics.goodput(step)
-    if session.interval is not None:
+    if session.interval is not None and not fast:
         session.interval.saved(step)
     metrics.restart_clock(step)
 
