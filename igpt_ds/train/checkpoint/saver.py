@@ -49,6 +49,11 @@ class Saver:
         """Whether there is a fast directory that works; the same on all ranks."""
         return self._fast is not None
 
+    @property
+    def copied(self) -> int:
+        """Bytes of host memory that this rank keeps for its copies."""
+        return 0 if self._buffers is None else self._buffers.bytes
+
     def busy(self) -> bool:
         """Whether this rank still writes."""
         return self._thread is not None and self._thread.is_alive()
