@@ -61,7 +61,7 @@ def dataset_curves(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def _trained(rows: Sequence[Row]) -> list[list[ProbeRow]]:
-    """The series of trained models, one for each model and data set: normed features and masked images are preferred.
+    """The series of trained models, one for each model and data set: normed features, masked images and L-BFGS are preferred.
 
     A BERT model is probed on masked images because it was trained on masked images (paper 4.6).
     """
@@ -79,8 +79,8 @@ def _last(lines: Sequence[list[ProbeRow]]) -> list[list[ProbeRow]]:
     return sorted(found.values(), key=lambda one: (one[0].dataset, one[0].model_objective, _shape(one[0])))
 
 
-def _preferred(one: list[ProbeRow]) -> tuple[bool, bool]:
-    return one[0].features == "normed", bool(one[0].mask_draws)
+def _preferred(one: list[ProbeRow]) -> tuple[bool, bool, bool]:
+    return one[0].features == "normed", bool(one[0].mask_draws), one[0].protocol != "sgd"
 
 
 def loss_points(rows: Sequence[Row], dataset: str | None = None) -> dict[str, list[tuple[float, float, int]]]:

@@ -149,6 +149,9 @@ def test_figure_4(tmp_path, drawn):
     assert measured_bars(curve(0.4, model=None)) == {("cifar10", "ar", "probe"): (pytest.approx(40), None)}
     without_vote = [row for row in rows if row.get("protocol") != "mask_vote"]
     assert measured_bars(without_vote)["cifar10", "bert", "probe"] == (pytest.approx(70), None), "of masked images"
+    by_sgd = curve(0.85, protocol="sgd")
+    assert measured_bars([*by_sgd, *rows]) == measured_bars([*rows, *by_sgd]) == measured_bars(rows), "L-BFGS, if there is one"
+    assert measured_bars(by_sgd)["cifar10", "ar", "probe"] == (pytest.approx(85), None)
     objective_bars(rows, tmp_path / "a.png", "a title")
     axes = drawn[0]
     assert [text.get_text() for text in axes.texts] == ["80.0", "90.0", "69.0", "72.0", "86.0", "85.0"]
