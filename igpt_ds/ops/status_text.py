@@ -10,7 +10,7 @@ from igpt_ds.console import count, duration
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status import Status, paces
 from igpt_ds.plan.text import columns
-from igpt_ds.train.health.pace import SLOW, SlowRank, slow_ranks
+from igpt_ds.train.health.pace import SLOW, SlowRank, brief, slow_ranks
 from igpt_ds.train.ledger.goodput import CATEGORIES, TRAINING, Goodput
 
 MOST_RANKS = 8  # shown one by one
@@ -67,8 +67,8 @@ def pace_lines(status: Status) -> list[str]:
     data, device = (median_low([getattr(pace, part) for pace in found.values()]) for part in ("data", "device"))
     wait = median(pace.wait for pace in found.values())
     network = min(pace.wait for pace in found.values())
-    parts = f"{device:.3g} s computing, {data:.3g} s waiting for data, {wait:.3g} s for other ranks"
-    return [f"  a step      {parts} (the network takes {network:.3g} s of them)", *lines]
+    parts = f"{brief(device)} s computing, {brief(data)} s waiting for data, {brief(wait)} s for other ranks"
+    return [f"  a step      {parts} (the network takes {brief(network)} s of them)", *lines]
 
 
 def heartbeats_line(ranks: Sequence[RankStatus]) -> str:

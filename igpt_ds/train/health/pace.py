@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SLOW = 1.1  # a rank that makes a step this many times as long as the median rank would is named in the log
+SLOW = 1.15  # a rank that makes a step this many times as long as the median rank would is named in the log
 LINK_SLOW = 2.0  # a link this many times as slow as the median one is the reason "network"
 NAME_SECONDS = 600.0  # between two lines that name the same rank for the same reason
 
@@ -62,8 +62,13 @@ class SlowRank:
         if self.reason is None:
             return f"{where}, {self.ratio:.2f} times the median"
         what = {"data": "waits for data {} s a step", "device": "computes for {} s a step", "network": "a message takes {} s"}
-        own = f"{what[self.reason].format(f'{self.seconds:.3g}')}, median {self.median:.3g}"
+        own = f"{what[self.reason].format(brief(self.seconds))}, median {brief(self.median)}"
         return f"{where}, {self.ratio:.2f} times the median ({self.reason}: {own})"
+
+
+def brief(seconds: float | None) -> str:
+    """Seconds to a tenth of a millisecond."""
+    return f"{round(seconds or 0.0, 4):g}"
 
 
 def slow_ranks(paces: Mapping[int, Pace]) -> list[SlowRank]:
