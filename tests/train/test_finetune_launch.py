@@ -157,7 +157,7 @@ def test_two_ranks_equal_plain_torch_from_the_first_loss_to_the_row(
 def test_every_loss_of_sharded_weights_equals_plain_torch(
     launch: Any, words: Words, curves: Curves, tiny_dataset: Path, tmp_path: Path, objective: str, more: list[str]
 ) -> None:
-    succeed(launch(words("two", objective, *more), ranks=2))
+    succeed(launch(words("two", objective, *more, "--replay_every", "4"), ranks=2))
     recipe = recipe_of(tmp_path / "two")
     losses, model = plain_torch(recipe, tmp_path / objective, tiny_dataset)
     assert training_losses(curves("two")) == pytest.approx(losses, rel=1e-5, abs=1e-5)
