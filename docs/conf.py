@@ -30,7 +30,7 @@ NAVIGATION = {
         "docs/interchange",
         "docs/paper",
     ],
-    "Results": ["docs/results", "docs/measured"],
+    "Results": ["docs/results", "docs/paper_cifar", "docs/measured"],
     "Reference": [
         "docs/api",
         "docs/reference",
