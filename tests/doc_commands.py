@@ -38,6 +38,11 @@ def calls(command: str) -> list[Call]:
     return found
 
 
+def subcommand(words: list[str]) -> str:
+    """The module that answers `python -m` with these words: `igpt_ds.plan goodput` has one of its own."""
+    return "igpt_ds.plan.goodput_command" if words[:2] == ["igpt_ds.plan", "goodput"] else words[0]
+
+
 def _of_one(words: list[str]) -> list[Call]:
     words = words[: words.index(">")] if ">" in words else words
     while words and re.fullmatch(r"\w+=.*", words[0]):
@@ -55,7 +60,8 @@ def _of_one(words: list[str]) -> list[Call]:
         return _split(words[1] if words[0] == "tool" else JOBS[words[0]], words[2 if words[0] == "tool" else 1 :])
     for place, word in enumerate(words):
         if word == "-m" and words[place + 1].startswith("igpt_ds"):
-            return _split(f"-m {words[place + 1]}", words[place + 2 :])
+            program = subcommand(words[place + 1 :])
+            return _split(f"-m {program}", words[place + 2 + (program != words[place + 1]) :])
         if word.endswith(".sbatch"):
             return _split(JOBS[Path(word).stem], words[place + 1 :])
         if word.endswith(".py") and not word.startswith("tests/"):

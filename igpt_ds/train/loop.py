@@ -180,10 +180,11 @@ def save(session: Session, step: int, wait: bool = False, fast: bool = False) ->
         session.saver.save(progress, Kept(cadence.keep_last, cadence.keep_every, protected), wait)
     collect_garbage(whole=not fast)
     metrics.saved(time.perf_counter() - start)
-    watch.watchdog.ledger.record(SAVE, step)
-    metrics.goodput(step)
-    if session.interval is not None and not fast:
-        session.interval.saved(step)
+    watch.watchdog.ledger.record(SAVE, step, fast=fast)
+    if not fast:
+        metrics.goodput(step)
+        if session.interval is not None:
+            session.interval.saved(step)
     metrics.restart_clock(step)
 
 

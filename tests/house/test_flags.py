@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from doc_commands import TEXTS, Call, calls, commands
+from doc_commands import TEXTS, Call, calls, commands, subcommand
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [*sorted((ROOT / "slurm").glob("*.s*")), *sorted((ROOT / "tools").glob("*.sh")), ROOT / ".ci" / "run"]
@@ -65,7 +65,7 @@ def check_command(command: str, flags: dict[str, set[str]]) -> None:
 def check_arguments(words: list[str], flags: dict[str, set[str]], command: str) -> None:
     """The program among the words exists, and has every flag that follows it."""
     for place, word in enumerate(words[1:], start=1):
-        program = f"-m {words[place + 1]}" if word == "-m" else word
+        program = f"-m {subcommand(words[place + 1 :])}" if word == "-m" else word
         if program in flags or word.endswith((".py", ".sbatch")):
             break
     else:

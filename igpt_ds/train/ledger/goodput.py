@@ -176,11 +176,17 @@ def read_goodput(run_dir: Path, live: bool = False) -> Goodput:
 
 
 def _saves(start: StartRows) -> Iterator[SaveCost]:
-    """The saves of a start, without the one after its slow first step."""
+    """The saves of a start into the run directory, each with the training since the one before it."""
+    steps, training, known = 0, 0.0, False  # known: the stretch begins at a save, not at a slow first step or a rollback
     for before, row in itertools.pairwise(start.rows):
-        steps = row.step - before.step
-        if row.event == SAVE and before.event == SAVE and steps > 0:
-            yield SaveCost(steps, row.seconds.get("step", 0.0), row.seconds.get("save", 0.0))
+        if row.event != SAVE:
+            known = False
+            continue
+        steps, training = steps + row.step - before.step, training + row.seconds.get("step", 0.0)
+        if not row.fast:
+            if known and steps > 0:
+                yield SaveCost(steps, training, row.seconds.get("save", 0.0))
+            steps, training, known = 0, 0.0, True
 
 
 def _waiting(number: int, start: StartRows, before: StartRows | None, cursor: float) -> list[_Part]:

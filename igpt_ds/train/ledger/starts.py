@@ -24,6 +24,7 @@ class LedgerRow:
     time: float  # seconds since 1970
     first_step_seconds: float | None = None
     resume: bool = True
+    fast: bool = False  # a save into the fast directory
     phase: str = ""
     error: str = ""
 

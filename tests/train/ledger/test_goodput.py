@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.train.ledger.goodput import CATEGORIES, read_goodput
+from igpt_ds.train.ledger.goodput import CATEGORIES, SaveCost, read_goodput
 from igpt_ds.train.ledger.rows import timestamp
 
 ZERO = 1_800_000_000.0
@@ -115,6 +115,16 @@ def test_a_start_inside_the_allocation_did_not_queue(story: Story) -> None:
     story.train(50, 10, last_alive=40)
     story.row("exit", 70, step=10, seconds={}, phase="end")
     story.found(75, queue=5, start_up=34, verification=8, training=10, saves=2, lost_work=8, down=8)
+
+
+def test_a_start_continues_from_the_fast_directory(story: Story) -> None:
+    story.train(0, 0, resume=False)
+    for at, step, fast in ((32, 10, False), (44, 20, True), (56, 30, False), (68, 40, True)):
+        story.save(at, step, 10, fast=fast)
+    story.train(80, 40, last_alive=70)
+    story.row("exit", 100, step=40, seconds={}, phase="end")
+    found = story.found(100, start_up=32, verification=8, training=40, saves=8, lost_work=2, down=10)
+    assert found.saves == (SaveCost(20, 20.0, 2.0),)
 
 
 def test_what_no_row_explains_has_its_own_line(story: Story) -> None:
