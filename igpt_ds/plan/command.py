@@ -28,7 +28,7 @@ from igpt_ds.plan.options import Request, options
 from igpt_ds.plan.recipes import GPU, recipe_table
 from igpt_ds.plan.shipped import ds_config_names, find_ds_config, shipped
 from igpt_ds.plan.step_time import Cluster
-from igpt_ds.plan.text import describe_plan, describe_table
+from igpt_ds.plan.text import describe_plan, describe_table, fast_line
 
 TABLE = tuple(2**power for power in range(3, 12))  # 8 to 2048 GPUs
 NICS = "8x400"
@@ -54,7 +54,8 @@ def dry_run(run: Run, args: argparse.Namespace, models: int = 0, validation: tup
     kept = args.keep_last + models + len(args.keep_steps)
     images, every = validation or (args.val_images or VAL_IMAGES, args.val_every)
     price = Price(args.dollars_per_gpu_hour or DOLLARS, kept, args.keep_every, images, every, args.save != "sync")
-    return describe_plan([estimate(run, args.ds_config.name, read_cluster(args), price)])
+    one = estimate(run, args.ds_config.name, read_cluster(args), price)
+    return "\n".join([describe_plan([one]), *([fast_line(one)] if args.fast_dir else [])])
 
 
 def add_cluster_flags(group: argparse._ActionsContainer) -> None:

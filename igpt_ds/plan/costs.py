@@ -44,6 +44,7 @@ SPARE = 0.05  # share of a GPU's memory that fragmentation takes
 VAL_IMAGES, VAL_EVERY = 5000, 1000  # images of a validation and steps between two: the defaults of train.py
 VAL_BATCHES = 8  # micro batches of a training step that a validation reads at once, where memory allows
 KEEP_LAST = 2  # newest checkpoints that a run keeps: the default of --keep_last
+FAST_KEPT = 2  # newest states that it keeps in --fast_dir
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from igpt_ds.console import count, duration
-from igpt_ds.plan.costs import GIB, LIVE_PARAMETERS, keeps_weights
+from igpt_ds.plan.costs import FAST_KEPT, GIB, LIVE_PARAMETERS, keeps_weights
 from igpt_ds.plan.estimate import Estimate, NoPlan
 from igpt_ds.plan.goodput import GPU_MTBF, NODE_DISK, best_interval
 
@@ -26,6 +26,13 @@ def describe_plan(options: Sequence[Estimate]) -> str:
             *_choices(options),
         ]
     return "\n".join(lines)
+
+
+def fast_line(one: Estimate) -> str:
+    """What --fast_dir takes: on a disk of each node, or on one of all nodes."""
+    ranks = min(one.cluster.node_gpus, one.gpus)
+    needed = (FAST_KEPT + 1) * one.checkpoint_bytes / 1e9
+    return _line("fast_dir", f"{FAST_KEPT} states and one being written: {needed * ranks / one.gpus:,.1f} GB a node")
 
 
 def _line(name: str, text: str) -> str:
@@ -82,7 +89,7 @@ def _memory(one: Estimate) -> list[str]:
         *([_line("", f"and {host / GIB:.1f} GiB of host memory a node")] if (host := one.host_bytes_a_node) else []),
         *(
             [_line("", f"and {copy / GIB:.1f} GiB of host memory a node for --save async")]
-            if (copy := one.copied_bytes_a_node)
+            if (copy := one.copied_bytes_a_node) > GIB / 20
             else []
         ),
         _line("", f"{verdict}: {one.usable_gpu_bytes / GIB:.1f} GiB are usable on one {gpu.name} of {gpu.memory / 1e9:.0f} GB"),

@@ -21,6 +21,7 @@ from igpt_ds.data.streaming import ShardStream
 from igpt_ds.ds_config import Run
 from igpt_ds.model.fused import gelu_kernels
 from igpt_ds.plan import costs
+from igpt_ds.plan.costs import FAST_KEPT
 from igpt_ds.train.validation import n_validated, validation_batch
 
 _AUTO = "as often as their cost and the failures so far say, and at the end"
@@ -59,12 +60,20 @@ def introduction(
     ]
 
 
-def habits(run_dir: Path, save_every: int | None, val_every: int | None, keep_last: int) -> list[str]:
-    """When the run validates (None: never) and saves (None: --save_every auto), and where its files are."""
+def habits(
+    run_dir: Path, save_every: int | None, val_every: int | None, keep_last: int, fast: tuple[Path, int] | None = None
+) -> list[str]:
+    """When the run validates (None: never) and saves (None: --save_every auto), and where its files are.
+
+    Args:
+        fast: the fast directory, and the steps between two saves there.
+    """
+    more = [_line("fast saves", f"every {count(fast[1], 'step')}; the newest {FAST_KEPT} stay in {fast[0]}")] if fast else []
     kept = f"the newest {keep_last} stay" if keep_last > 1 else "the newest stays"
     return [
         _line("validation", f"first, {_every(val_every)}" if val_every is not None else _NO_VALIDATION),
         _line("checkpoints", f"{_AUTO if save_every is None else _every(save_every)}; {kept} in {run_dir / 'checkpoints'}"),
+        *more,
         _line("logs", f"{run_dir}: run.json and ds_config.effective.json (all settings), train.jsonl, tensorboard"),
     ]
 

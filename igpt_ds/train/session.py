@@ -165,9 +165,9 @@ def open_session(
     cadence = choose_cadence(args, run, images.n_originals)
     lines = introduction(args, run, images, val_shards, note)
     val_every = None if val_shards is None else cadence.val_every
-    dist.say(
-        "\n".join([*lines, *habits(args.run_dir, None if cadence.auto_save else cadence.save_every, val_every, args.keep_last)])
-    )
+    save_every, fast = None if cadence.auto_save else cadence.save_every, (args.fast_dir, cadence.fast_save_every)
+    often = habits(args.run_dir, save_every, val_every, args.keep_last, fast if args.fast_dir else None)
+    dist.say("\n".join([*lines, *often]))
     engine = engine_of_run(run, args.run_dir, pretrained)
     watchdog.alive("loading", 0)
     tiers = tiers_of(args, resumes)

@@ -160,9 +160,11 @@ def test_shared_images_and_rough_sums_are_told(capsys):
     assert "64 groups of 4 ranks that share an image x micro batch 1" in text
     assert "--sequence_parallel 4" in text
     run = join(XL, load_ds_config(SHIPPED / "zero1_bf16.json"), 8, micro_batch=1)
-    assert "accumulation 8 (gradients summed in half precision: choose another ds_config)" in dry_run(
-        run, train_flags.parse("", ["--recipe", "igpt_xl_ar_64", "--ds_config", "zero1_bf16", "--dry_run"])
-    )
+    words = ["--recipe", "igpt_xl_ar_64", "--ds_config", "zero1_bf16", "--dry_run"]
+    said = dry_run(run, train_flags.parse("", [*words, "--fast_dir", "/dev/shm", "--save", "sync"]))
+    assert "accumulation 8 (gradients summed in half precision: choose another ds_config)" in said
+    assert "2 states and one being written: 286.1 GB a node" in said
+    assert "--save async" not in said
 
 
 def test_bert_has_one_convention(capsys):

@@ -15,11 +15,12 @@ from contextlib import contextmanager, nullcontext
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
+from igpt_ds.plan.costs import FAST_KEPT
 from igpt_ds.train.checkpoint.host_memory import saves_in_background
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
-from igpt_ds.train.checkpoint.tiers import FAST_KEPT, Tier, fast_tier, run_tier
+from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, run_tier
 from igpt_ds.train.engine_protocol import Engine
 
 

@@ -23,7 +23,6 @@ from igpt_ds.files import atomic_file
 from igpt_ds.train.checkpoint.directory import list_checkpoints, remove_leftovers, set_aside_newer, step_of
 
 T = TypeVar("T")
-FAST_KEPT = 2  # newest checkpoints in the fast directory
 
 
 @dataclass(frozen=True)
