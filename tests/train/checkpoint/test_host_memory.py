@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from igpt_ds.cli import SharedError
 from igpt_ds.memory import available_memory
 from igpt_ds.plan.costs import copied_bytes
-from igpt_ds.train.checkpoint.host_memory import shortage
+from igpt_ds.train.checkpoint import host_memory
+from igpt_ds.train.checkpoint.host_memory import saves_in_background, shortage
 
 
 def test_a_node_holds_the_copies_of_all_its_ranks() -> None:
@@ -34,3 +40,18 @@ def test_the_smallest_limit_counts(tmp_path: Path) -> None:
         (group / "memory.current").write_text("3000000\n")
         (group / "memory.stat").write_text("anon 1\ninactive_file 500000\nactive_file 2\n")
     assert available_memory(tmp_path) == 2_500_000
+
+
+def test_too_little_memory_refuses_async_only_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = SimpleNamespace(module=torch.nn.Linear(10, 10, bias=False), zero_optimization_stage=lambda: 3)
+    assert saves_in_background(engine, "async")  # type: ignore[arg-type]
+    assert not saves_in_background(engine, "sync")  # type: ignore[arg-type]
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 1199)
+    with pytest.raises(
+        SharedError, match=r"--save async needs 1,200 bytes of host memory on .*, which has 1,199 free; use --save sync"
+    ):
+        saves_in_background(engine, "async")  # type: ignore[arg-type]
+    assert not saves_in_background(engine, None)  # type: ignore[arg-type]
+    assert "saves are synchronous: --save async needs 1,200 bytes" in capsys.readouterr().out
