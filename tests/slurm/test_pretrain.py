@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from igpt_ds.json_files import read_json_lines
+from igpt_ds.train.ledger.goodput import read_goodput
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 Trainings = Callable[..., Any]
@@ -63,6 +64,10 @@ def test_before_its_time_limit_it_saves_queues_again_and_goes_on(training: Train
     assert 4 <= first["images_seen"] / 12 < 40
     assert job.starts()[1]["images_seen"] == first["images_seen"]
     assert job.curves() == undisturbed
+    ledger = read_goodput(job.run_dir)
+    assert [start.failed for start in ledger.starts] == [False, False]
+    assert ledger.starts[1].seconds["queue"] > 0 < ledger.starts[1].seconds["down"]
+    assert abs(ledger.seconds["unexplained"]) < 0.01 * ledger.wall
 
 
 def test_nodes_that_the_batch_does_not_need_are_idle_and_a_killed_rank_costs_its_node_alone(

@@ -6,7 +6,8 @@
 Each run of train.py is a process on one CPU core. Its time until each fault is random and exponential. A fault is a SIGKILL, now
 and then with a byte of the newest checkpoint flipped. After a random wait the same command continues it with --resume auto. This
 program measures the wall clock from the first start of a run to its end, and how long nothing ran. The same --seed draws the same
-times.
+times. The first fault waits until the first start has written to its run directory: of a process that was killed earlier nothing is
+known.
 """
 
 from __future__ import annotations
@@ -116,7 +117,11 @@ def disturb(words: Sequence[str], run_dir: Path, trial: Trial, draw: random.Rand
         down += time.monotonic() - end if end else 0.0
         last = fault == trial.faults
         deadline = time.monotonic() + draw.expovariate(1 / trial.up)
-        while process.poll() is None and (time.monotonic() < deadline or (last and not trained(run_dir, process.pid))):
+        while process.poll() is None and (
+            time.monotonic() < deadline
+            or not (run_dir / "restarts.jsonl").exists()
+            or (last and not trained(run_dir, process.pid))
+        ):
             time.sleep(0.02)
         if process.poll() is not None:
             raise InputError(f"the run ended with {process.returncode}: {log.read_text(encoding='utf-8')[-600:]}")
