@@ -6,8 +6,7 @@
 Each run of train.py is a process on one CPU core. Its time until each fault is random and exponential. A fault is a SIGKILL, now
 and then with a byte of the newest checkpoint flipped. After a random wait the same command continues it with --resume auto. This
 program measures the wall clock from the first start of a run to its end, and how long nothing ran. The same --seed draws the same
-times. The first fault waits until the first start has written to its run directory: of a process that was killed earlier nothing is
-known.
+times. The first fault waits until the first start has written to its run directory: nothing is known of an earlier end.
 """
 
 from __future__ import annotations
@@ -117,11 +116,7 @@ def disturb(words: Sequence[str], run_dir: Path, trial: Trial, draw: random.Rand
         down += time.monotonic() - end if end else 0.0
         last = fault == trial.faults
         deadline = time.monotonic() + draw.expovariate(1 / trial.up)
-        while process.poll() is None and (
-            time.monotonic() < deadline
-            or not (run_dir / "restarts.jsonl").exists()
-            or (last and not trained(run_dir, process.pid))
-        ):
+        while process.poll() is None and (time.monotonic() < deadline or not ready(run_dir, process.pid, last)):
             time.sleep(0.02)
         if process.poll() is not None:
             raise InputError(f"the run ended with {process.returncode}: {log.read_text(encoding='utf-8')[-600:]}")
@@ -143,8 +138,10 @@ def start(words: Sequence[str], run_dir: Path) -> tuple[subprocess.Popen[bytes],
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment), log
 
 
-def trained(run_dir: Path, pid: int) -> bool:
-    """Whether the heartbeat of this start is past its first step, so that it listens to signals and can save."""
+def ready(run_dir: Path, pid: int, last: bool) -> bool:
+    """Whether a fault may come: the run directory is there, and at the end the run can save, as its heartbeat says."""
+    if not last:
+        return (run_dir / "restarts.jsonl").exists()
     with suppress(OSError):
         text = (run_dir / "heartbeat" / "node-00000.json").read_text(encoding="utf-8")
         return f'"pid": {pid}' in text and '"phase": "step"' in text
