@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import harness
@@ -167,7 +167,8 @@ def rows(found: Sequence[Disturbed], bars: bool) -> list[BenchRow]:
     worst = max(one.error for one in found)
     whole = 100 * abs(sum(one.ledger.wall for one in found) / sum(one.wall for one in found) - 1)
     measured = [Measured.of(one.ledger.to_dict()) for one in found]
-    fitted, others = fit(measured[::2]), measured[1::2]
+    others = measured[1::2]
+    fitted = replace(fit(measured[::2]), mtbf=fit(others).mtbf)  # the costs of one half, the failures of the other
     seconds = math.fsum(math.fsum(one.seconds.values()) for one in others)
     real = math.fsum(one.seconds["training"] for one in others) / seconds
     predicted = expected(fitted)
