@@ -17,7 +17,7 @@ from typing import TextIO
 from igpt_ds.errors import error_text
 from igpt_ds.ops.requeue import Start
 from igpt_ds.train.checkpoint.directory import list_checkpoints
-from igpt_ds.train.ledger.rows import append_row, read_rows, read_time
+from igpt_ds.train.ledger.rows import SAVE, TRAIN, append_row, read_rows, read_time
 
 LOST = "SLURM ended it before it could write its end: a preemption, a lost node or a cancelled job"
 
@@ -39,16 +39,28 @@ def read_text(path: Path) -> str:
 
 
 def newest_images(run_dir: Path) -> int:
-    """`images_seen` of the newest complete checkpoint; 0 without one, or if its manifest cannot be read.
+    """`images_seen` of the newest complete checkpoint, or of a newer fast save; 0 without one, or if nothing can be read.
 
     That of a fine-tuning with few labels is the sum over its subsets (finetune.py --labels).
     """
-    subsets = sum(map(newest_images, run_dir.glob("subset-*")))
+    subsets, fast = sum(map(newest_images, run_dir.glob("subset-*"))), fast_images(run_dir)
     try:
         complete = [path for path in list_checkpoints(run_dir / "checkpoints") if (path / "COMPLETE").exists()]
-        return subsets + int(json.loads((complete[-1] / "manifest.json").read_text(encoding="utf-8"))["images_seen"])
+        images = int(json.loads((complete[-1] / "manifest.json").read_text(encoding="utf-8"))["images_seen"])
     except (IndexError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return subsets
+        images = 0
+    return subsets + max(images, fast)
+
+
+def fast_images(run_dir: Path) -> int:
+    """`images_seen` of the newest save into the fast directory (--fast_dir) since the run last began at step 0; 0 without one."""
+    images = 0
+    for row in read_rows(run_dir):
+        if row.get("event") == TRAIN and row.get("step") == 0:
+            images = 0
+        elif row.get("event") == SAVE and row.get("fast") is True and isinstance(row.get("images_seen"), int):
+            images = row["images_seen"]
+    return images
 
 
 def record(start: Start, event: str, **more: object) -> None:

@@ -180,7 +180,7 @@ def save(session: Session, step: int, wait: bool = False, fast: bool = False) ->
         session.saver.save(progress, Kept(cadence.keep_last, cadence.keep_every, protected), wait)
     collect_garbage(whole=not fast)
     metrics.saved(time.perf_counter() - start)
-    watch.watchdog.ledger.record(SAVE, step, fast=fast)
+    watch.watchdog.ledger.record(SAVE, step, fast=fast, images_seen=progress.images_seen)
     if not fast:
         metrics.goodput(step)
         if session.interval is not None:

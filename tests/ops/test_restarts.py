@@ -66,6 +66,23 @@ def test_the_newest_complete_checkpoint_has_the_images(start: Start):
     assert restarts.newest_images(start.run_dir) == 120
 
 
+def test_a_fast_save_is_progress_until_the_run_begins_anew(start: Start):
+    rows = start.run_dir / "restarts.jsonl"
+    for row, images in (
+        ({"event": "train", "step": 0}, 0),
+        ({"event": "save", "step": 2, "fast": True, "images_seen": 24}, 24),
+        ({"event": "save", "step": 4, "fast": False, "images_seen": 48}, 24),  # of which only a checkpoint is proof
+        ({"event": "save", "step": 6, "fast": True, "images_seen": "many"}, 24),
+        ({"event": "train", "step": 2}, 24),
+        ({"event": "train", "step": 0}, 0),
+    ):
+        append_row(rows, row)
+        assert restarts.newest_images(start.run_dir) == images
+    append_row(rows, {"event": "save", "step": 3, "fast": True, "images_seen": 36})
+    save(start.run_dir, 2, 24)
+    assert restarts.newest_images(start.run_dir) == 36
+
+
 def test_a_lock_of_a_killed_job_is_broken_after_thirty_tries(start: Start, naps: list[float]):
     guard = start.run_dir / "owner.lock"
     guard.mkdir()
