@@ -108,12 +108,12 @@ def test_a_tool_is_killed_at_a_call(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_tool_prints_figures(launch: Any, tmp_path: Path) -> None:
     out = tmp_path / "torture.json"
-    numbers = ["--mutations", 28, "--kills", 10, "--pairs", 3, "--seed", 1]
+    numbers = ["--mutations", 28, "--kills", 10, "--pairs", 3, "--trainings", 2, "--flips", 6, "--seed", 1]
     done = launch(["tools/torture.py", *map(str, numbers), "--out", out])
     assert done.stdout.startswith("| of | trials |"), done.stderr[-2000:]
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
-    assert sum(row["trials"] for row in rows.values()) == 41
+    assert sum(row["trials"] for row in rows.values()) == 41 + 2 + 6
     assert rows["checkpoint"]["trials"] == 2
     assert not any(row[name] for row in rows.values() for name in trial.BARS)
     assert launch(["tools/torture.py", "--show", out]).stdout == done.stdout
