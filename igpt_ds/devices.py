@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ import torch
 from torch.distributed import Store
 
 from igpt_ds.errors import InputError
+from igpt_ds.launcher import node_name
 
 _ANSWER_SECONDS = 20.0  # for all ranks to read why they cannot train
 _SMI_SECONDS = 30.0  # nvidia-smi hangs on a broken GPU
@@ -201,7 +201,7 @@ def arrive(local_rank: int, accelerator: str, env: Mapping[str, str] = os.enviro
     Args:
         accelerator: DeepSpeed's name of its kind of device.
     """
-    host = env.get("SLURMD_NODENAME") or socket.gethostname()
+    host = node_name(env)
     try:
         refuse_idle_gpus(env)
         device = own_device(local_rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -20,6 +21,11 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MOST_RANKS = 1 << 16
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 _UNSET = "start with torchrun, deepspeed, srun or mpirun, or run `unset RANK WORLD_SIZE LOCAL_RANK` to train with one process"
+
+
+def node_name(env: Mapping[str, str] = os.environ) -> str:
+    """The name of this node; under SLURM, the name that --exclude takes."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 class LaunchError(InputError):

@@ -168,7 +168,7 @@ check_nodes() { # PROGRAM WORD...: checks every node before the ranks start; set
     --kill-on-bad-exit=0 python tools/preflight.py "$@" 2> >(tee "$errors" >&2) | tee -a /dev/stderr)
   status=$?
   bad=$(sed -n 's/^bad_nodes: //p' <<<"$said")
-  if [[ -n $bad ]]; then status=$BAD_NODES; else judge; fi
+  if [[ -n $bad ]]; then status=$BAD_NODES; elif ((status != 0)); then judge; fi
 }
 
 judge() { # sets `status` to that of the ranks, and `bad` to the nodes that should not be used again

@@ -38,7 +38,7 @@ from igpt_ds.train.flags import choose_recipe, parse
 with lazy.imports():
     from igpt_ds import dist
     from igpt_ds.ops.preflight.board import Board
-    from igpt_ds.ops.preflight.node import PlannedRun, attempt, host_of_rank, node_name, run_node_checks
+    from igpt_ds.ops.preflight.node import PlannedRun, attempt, host_of_rank, run_node_checks
     from igpt_ds.ops.preflight.ranks import all_reduce_speed, clock_offset, link_speeds, training_step
     from igpt_ds.train.engine import start_ranks
 
@@ -88,7 +88,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def work(plan: PlannedRun, board: Board, seconds: float) -> None:
     """The checks of every rank: first alone, then together if rank 0 says so."""
-    board.say("arrived", node_name())
+    board.say("arrived", launcher.node_name())
     if dist.rank() == 0:
         board.say("mark", leave_mark(plan.run_dir))
     mark = board.collect("mark", [0], seconds).get(0, "")

@@ -8,14 +8,13 @@ ops/slurm.py runs it on every node after ranks died: a node that prints nothing 
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_ds import cli
+from igpt_ds.launcher import node_name
 
 # NVIDIA's Xids of hardware: 48, 63, 64, 92, 94, 95 memory, 62 and 119, 120 the GPU's own processor, 74 NVLink, 79 off the bus,
 # 110 security, 136, 140 uncorrected, 143 boot; 144 to 150 NVLink of Blackwell, if fatal. 13, 31, 43 and 45 are a program's fault,
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--seconds", type=float, required=True, help="age of the oldest line that counts")
     args = parser.parse_args(argv)
-    name, fault = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), node_fault(args.seconds)
+    name, fault = node_name(), node_fault(args.seconds)
     print(f"node: {name}: {fault}" if fault else f"node: {name}")
 
 

@@ -68,3 +68,9 @@ class Engine(Protocol):
 
     def _get_zero_param_shapes(self) -> Any:
         """The names and shapes of each sub-group's parameters."""
+
+
+def model_size(engine: Engine) -> tuple[int, int]:
+    """The number of weights of the whole model, and the bytes of one in the forward pass."""
+    parameters: list[Any] = list(engine.module.parameters())
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in parameters), parameters[0].element_size()

@@ -182,9 +182,9 @@ def save(session: Session, step: int, wait: bool = False, fast: bool = False) ->
     metrics.saved(time.perf_counter() - start)
     watch.watchdog.ledger.record(SAVE, step, fast=fast, images_seen=progress.images_seen)
     if not fast:
-        metrics.goodput(step)
+        found = metrics.goodput(step)
         if session.interval is not None:
-            session.interval.saved(step)
+            session.interval.saved(step, found)
     metrics.restart_clock(step)
 
 

@@ -37,7 +37,7 @@ from igpt_ds.plan.gpus import peak_flops
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.train.health.pace import Naming, SlowRank, slow_ranks
 from igpt_ds.train.health.step_clock import StepClock
-from igpt_ds.train.ledger.goodput import read_goodput
+from igpt_ds.train.ledger.goodput import Goodput, read_goodput
 from igpt_ds.train.screen import Table
 from igpt_ds.train.wandb_curves import Value, WandbCurves, curves_of
 
@@ -193,13 +193,15 @@ class Metrics:
         """Counts time that saving a checkpoint took."""
         self.save_seconds += seconds
 
-    def goodput(self, step: int) -> None:
-        """Shows where the time of the run went so far, in TensorBoard and in Weights and Biases."""
+    def goodput(self, step: int) -> Goodput | None:
+        """Shows where the time of the run went so far, in TensorBoard and in Weights and Biases; None where nothing is shown."""
         if self.speaks:
             with suppress(InputError):
                 found = read_goodput(self.run_dir, live=True)
                 seconds = {f"goodput/{name.replace(' ', '_')}_seconds": value for name, value in found.seconds.items()}
                 self._show({"goodput/goodput": found.goodput, **seconds}, step)
+                return found
+        return None
 
     def restart_clock(self, step: int) -> None:
         """Starts the time and the steps of the next row's speed, which leaves out validation and saving."""

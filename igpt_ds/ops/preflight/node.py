@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import socket
 import statistics
 import time
 import uuid
@@ -33,6 +32,7 @@ from igpt_ds.devices import TorchBuild, current_device, device_id, refuse_idle_g
 from igpt_ds.ds_config import join, load_ds_config, precision_of
 from igpt_ds.errors import InputError, error_text, reason
 from igpt_ds.files import atomic_file, sha256_file
+from igpt_ds.launcher import node_name
 from igpt_ds.ops.preflight.record import GpuReport, NodeReport, ShardsReport, Space
 from igpt_ds.plan.costs import checkpoint_bytes, parameters
 from igpt_ds.provenance import git_commit
@@ -60,11 +60,6 @@ class PlannedRun:
     keep_last: int
     keep_every: int
     splits: list[str] | None = None  # to check on disk; None: all. Streamed splits are not checked
-
-
-def node_name() -> str:
-    """The name of this node; under SLURM, the name that --exclude takes."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def local_ranks() -> int:

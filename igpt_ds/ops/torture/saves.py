@@ -45,9 +45,8 @@ def trials(world: Path, seed: int, kills: int, flips: int, cores: int) -> Iterat
     from igpt_ds.ds_config import load_ds_config
     from igpt_ds.train.engine import check_ds_config
 
-    check_ds_config(
-        load_ds_config(world / "ds_config.json"), world / "ds_config.json"
-    )  # imports DeepSpeed once, not in each trial
+    given = world / "ds_config.json"
+    check_ds_config(load_ds_config(given), given)  # imports DeepSpeed once, not in each trial
     ended = run_one(partial(_counted, world), world / "trials", SECONDS)
     if ended.how != "ok":
         raise InputError(f"training fails without a kill: {ended.how}: {ended.text}")

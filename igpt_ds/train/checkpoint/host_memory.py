@@ -9,7 +9,7 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.memory import available_memory
 from igpt_ds.plan.costs import copied_bytes
-from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.engine_protocol import Engine, model_size
 
 
 def saves_in_background(engine: Engine, asked: str | None) -> bool:
@@ -23,9 +23,8 @@ def saves_in_background(engine: Engine, asked: str | None) -> bool:
     """
     if asked == "sync":
         return False
-    parameters = list(engine.module.parameters())
-    n_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in parameters)
-    share = (dist.world_size(), engine.zero_optimization_stage(), parameters[0].element_size())
+    n_parameters, weight_bytes = model_size(engine)
+    share = (dist.world_size(), engine.zero_optimization_stage(), weight_bytes)
     needed = copied_bytes(n_parameters, *share, ranks=1, first=dist.rank() == 0)
     lack = shortage(dist.gather_objects((socket.gethostname(), needed, available_memory())))
     if lack and asked:

@@ -21,7 +21,7 @@ from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
 from igpt_ds.train.checkpoint.restricted import refuse_foreign_names, restricted_reader
 from igpt_ds.train.checkpoint.save import agree, make_unfinished
-from igpt_ds.train.checkpoint.tiers import Tier
+from igpt_ds.train.checkpoint.tiers import Tier, run_tier
 from igpt_ds.train.checkpoint.torch_files import read_torch_file
 from igpt_ds.train.checkpoint.zero_layout import ZeroCheckpoint
 from igpt_ds.train.engine_protocol import Engine
@@ -122,7 +122,7 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
         error = error_text(caught)
     dist.meet()
     what = f"{path} of {count(manifest.world_size, 'rank')} could not be resharded for {ranks}"
-    agree(dist.gather_objects(error), unfinished, what)
+    agree(dist.gather_objects(error), unfinished, what, run_tier(path.parent.parent))
     dist.say(f"{path} of {count(manifest.world_size, 'rank')} was resharded for {ranks}")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
@@ -17,11 +16,6 @@ from igpt_ds.train.checkpoint.directory import refuse_to_start_over, say_skipped
 from igpt_ds.train.checkpoint.manifest import Checkpoint, DamagedError, damaged_files
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.tiers import Tier, run_tier
-
-
-def verified_checkpoint(directory: Path) -> Checkpoint | None:
-    """`newest_state` in RUN_DIR/checkpoints alone."""
-    return newest_state([Tier(directory, directory.parent)])
 
 
 def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:

@@ -25,8 +25,8 @@ from igpt_ds.train.checkpoint.disk import SLACK, CheckpointWriter, require_space
 from igpt_ds.train.checkpoint.manifest import Manifest, Progress, RunFacts, read_checkpoint
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.snapshot import Buffers
-from igpt_ds.train.checkpoint.tiers import Tier, run_tier
-from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.checkpoint.tiers import Tier
+from igpt_ds.train.engine_protocol import Engine, model_size
 from igpt_ds.train.rng import rng_states
 from igpt_ds.train.run_dir import check_owner, this_start
 
@@ -155,7 +155,7 @@ def make_unfinished(unfinished: Path, needed: int) -> None:
         raise
 
 
-def agree(errors: list[str], unfinished: Path, what: str, tier: Tier | None = None) -> None:
+def agree(errors: list[str], unfinished: Path, what: str, tier: Tier) -> None:
     """If some rank failed, removes the unfinished files and stops all ranks. `errors` has "" for each rank that succeeded.
 
     Raises:
@@ -163,7 +163,7 @@ def agree(errors: list[str], unfinished: Path, what: str, tier: Tier | None = No
     """
     failed = [(rank, error) for rank, error in enumerate(errors) if error]
     if failed:
-        (tier or run_tier(unfinished)).once(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        tier.once(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         raise SharedError(
             f"{what}: on rank {failed[0][0]} {failed[0][1]}; its files were removed, and the previous checkpoint is "
             "unchanged; --resume auto continues from it"
@@ -178,8 +178,7 @@ def expected_bytes(engine: Engine, tier: Tier) -> int:
     try:
         before = read_checkpoint(list_checkpoints(tier.directory)[-1]).manifest.bytes
     except (IndexError, ValueError, OSError):
-        n_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
-        weight_bytes = next(engine.module.parameters()).element_size()
+        n_parameters, weight_bytes = model_size(engine)
         tensors = checkpoint_bytes(n_parameters, engine.zero_optimization_stage(), weight_bytes)
         return int(SLACK * tensors * len(tier.members) / dist.world_size()) + (1 << 17) * len(tier.members)
     return int(SLACK * before)

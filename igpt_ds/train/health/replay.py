@@ -13,7 +13,6 @@ Called by train/loop.py.
 from __future__ import annotations
 
 import os
-import socket
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.data.loader import Batch
+from igpt_ds.launcher import node_name
 from igpt_ds.train.cadence import Cadence
 from igpt_ds.train.engine import LossFunction
 from igpt_ds.train.engine_protocol import Engine
@@ -68,7 +68,7 @@ class Replay:
         where = difference(first, second)
         if not int(dist.sum_over_ranks(torch.tensor(int(bool(where)), device=self._engine.device))):
             return
-        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        host = node_name()
         found = dist.gather_objects((where, f"{host} ({device_name(self._engine.device)})", host))
         raise SharedError(report(step, (step - 1) // every * every, found))
 

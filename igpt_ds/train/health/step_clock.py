@@ -25,10 +25,10 @@ from igpt_ds.train.health.pace import Pace, network_share
 
 WINDOW = 24  # measured steps whose medians count
 EVERY_ON_GPU = 4  # one step in so many is measured there, because each event costs the host a few microseconds; on CPUs all are
-# The methods of torch's process groups that start a message. A call with async_op=False waits in them, or in Work.wait.
 NETWORK = 0.2  # share of a step that the network takes at which the ranks measure their links
 LINK_ROWS = 20  # rows of the log between two such measurements
 _BYTES = {True: 1 << 20, False: 1 << 23}  # of a message on CPUs, on GPUs
+# The methods of torch's process groups that start a message. A call with async_op=False waits in them, or in Work.wait.
 _STARTS = (
     *("allreduce", "reduce", "broadcast", "allgather", "_allgather_base", "reduce_scatter", "_reduce_scatter_base"),
     *("allreduce_coalesced", "allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"),

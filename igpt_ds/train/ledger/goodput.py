@@ -29,7 +29,7 @@ from pathlib import Path
 from igpt_ds.errors import InputError
 from igpt_ds.train.heartbeat import BEGINNING
 from igpt_ds.train.ledger.rows import IMPORTS, ROLLBACK, SAVE, TRAIN, read_rows
-from igpt_ds.train.ledger.starts import StartRows, group, read_tail
+from igpt_ds.train.ledger.starts import StartRows, Tail, group, read_tail
 
 TRAINING, STARTUP, VERIFICATION, COMPILATION = "training", "start-up", "verification", "compilation"
 VALIDATION, SAVES, LOST, QUEUE, DOWN, UNEXPLAINED = "validation", "saves", "lost work", "queue", "down", "unexplained"
@@ -153,14 +153,14 @@ def read_goodput(run_dir: Path, live: bool = False) -> Goodput:
     cursor = starts[0].queued_at
     for number, start in enumerate(starts):
         following = starts[number + 1] if number + 1 < len(starts) else None
-        end = start.last_sign(following) if following else read_tail(run_dir, start).until
+        tail = Tail(start.last_sign(following)) if following else read_tail(run_dir, start)
         parts += _waiting(number, start, starts[number - 1] if number else None, cursor)
         cursor = max(cursor, start.at)
         for part, moment in _rows(number, start, parts, cursor):
             parts.append(part)
             cursor = moment
-        end = max(cursor, end)
-        parts += _tail(number, start, run_dir, (cursor, end), live and following is None)
+        end = max(cursor, tail.until)
+        parts.append(_tail(number, start, end - cursor, tail.validating if live and not following else None))
         begins.append(start.at)
         ends.append(end)
         cursor = end
@@ -230,17 +230,20 @@ def _by_category(phases: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def _tail(number: int, start: StartRows, run_dir: Path, span: tuple[float, float], live: bool) -> list[_Part]:
-    """What follows the last row of a start that has not written its end."""
-    wall = span[1] - span[0]
-    if start.ended or wall <= 0:
-        return [_Part(number, 0, 0, wall, {DOWN: wall})] if wall > 0 else []
+def _tail(number: int, start: StartRows, wall: float, validating: float | None) -> _Part:
+    """What follows the last row of a start.
+
+    Args:
+        validating: seconds of validations if the start runs now; None: it does not, so that its steps are lost.
+    """
+    if start.ended:
+        return _Part(number, 0, 0, wall, {DOWN: wall})
     if not start.trained:
-        return [_Part(number, 0, 0, wall, {STARTUP: wall})]
-    if not live:
-        return [_Part(number, start.last_step, math.inf, wall, {LOST: wall})]
-    validating = min(wall, read_tail(run_dir, start).validating)
-    return [_Part(number, start.last_step, math.inf, wall, {VALIDATION: validating, TRAINING: wall - validating})]
+        return _Part(number, 0, 0, wall, {STARTUP: wall})
+    if validating is None:
+        return _Part(number, start.last_step, math.inf, wall, {LOST: wall})
+    validating = min(wall, validating)
+    return _Part(number, start.last_step, math.inf, wall, {VALIDATION: validating, TRAINING: wall - validating})
 
 
 def _split_first_steps(parts: Sequence[_Part]) -> None:

@@ -59,16 +59,20 @@ class SaveInterval:
         self._saved = min(self._saved, step - 1)  # after a rollback
         return step - self._saved >= self.steps
 
-    def saved(self, step: int) -> None:
-        """A save is made: chooses the steps to the next one."""
-        choice = dist.from_rank_0(self._choose)
+    def saved(self, step: int, found: Goodput | None = None) -> None:
+        """A save is made: chooses the steps to the next one.
+
+        Args:
+            found: the ledger, if rank 0 has just read it.
+        """
+        choice = dist.from_rank_0(lambda: self._choose(found))
         self._saved, self.steps = step, choice.steps
         if abs(self.steps - self._told) > CHANGE * self._told:
             self._told = self.steps
             self._say(f"saves: every {count(self.steps, 'step')}: {choice.why}")
 
-    def _choose(self) -> Choice:
+    def _choose(self, found: Goodput | None) -> Choice:
         try:
-            return choose(read_goodput(self._run_dir, live=True), self._gpus)
+            return choose(found or read_goodput(self._run_dir, live=True), self._gpus)
         except InputError:
             return Choice(FIRST, "nothing is known of saves yet")

@@ -39,12 +39,17 @@ from igpt_ds.train.checkpoint.manifest import (
     read_checkpoint,
     write_manifest,
 )
-from igpt_ds.train.checkpoint.newest import verified_checkpoint
+from igpt_ds.train.checkpoint.newest import newest_state
 from igpt_ds.train.checkpoint.save import Saved, agree, expected_bytes
-from igpt_ds.train.checkpoint.tiers import Tier
+from igpt_ds.train.checkpoint.tiers import Tier, run_tier
 
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
 RUN = RunFacts(recipe=RECIPE, data=DataFacts("shards", "a", "p", 2), precision="fp32")
+
+
+def verified_checkpoint(directory: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint of one directory."""
+    return newest_state([Tier(directory, directory.parent)])
 
 
 def make(directory: Path, step: int) -> Path:
@@ -392,9 +397,9 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_one_ranks_error_is_every_ranks(tmp_path: Path) -> None:
     (tmp_path / "x.partial").mkdir()
-    agree(["", ""], tmp_path / "x.partial", "checkpoint x could not be saved")
+    agree(["", ""], tmp_path / "x.partial", "checkpoint x could not be saved", run_tier(tmp_path))
     with pytest.raises(SharedError, match="checkpoint x could not be saved: on rank 1 y: No space left; its files were removed"):
-        agree(["", "y: No space left"], tmp_path / "x.partial", "checkpoint x could not be saved")
+        agree(["", "y: No space left"], tmp_path / "x.partial", "checkpoint x could not be saved", run_tier(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

@@ -17,10 +17,10 @@ from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import join, load_ds_config
 from igpt_ds.model.objectives import autoregressive_loss
 from igpt_ds.model.transformer import Transformer
-from igpt_ds.train.checkpoint.load import load_checkpoint
+from igpt_ds.train.checkpoint.load import resume
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
-from igpt_ds.train.checkpoint.newest import verified_checkpoint
 from igpt_ds.train.checkpoint.save import Kept, save_checkpoint
+from igpt_ds.train.checkpoint.tiers import run_tier
 from igpt_ds.train.engine import seed_everything, start_ranks
 from igpt_ds.train.run_dir import read_recipe
 
@@ -42,10 +42,8 @@ def train(recipe, ds_config, out, last_step):
     run = join(recipe, load_ds_config(ds_config), dist.world_size())
     engine = build(run)
     facts = RunFacts(recipe=recipe, data=DataFacts("random", "", ""), precision=run.precision)
-    found = verified_checkpoint(out / "checkpoints")
-    step = found.manifest.step if found else 0
-    if found:
-        load_checkpoint(engine, found, facts, verified=True)
+    found = resume(engine, [run_tier(out)], facts)
+    step = found.step if found else 0
     while step < last_step:
         shape = (recipe.batch_images, recipe.model.n_ctx)
         tokens = torch.randint(recipe.model.n_vocab, shape, generator=torch.Generator().manual_seed(step))
