@@ -6,8 +6,6 @@ law is a straight line: each block costs the same, and under ZeRO-3 each rank ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from igpt_ds.plan.costs import RankLayout
 
 # CPU milliseconds are measured on one core of a virtual EPYC. A core of a GPU node is taken to be this much faster: the ratio of
@@ -16,28 +14,22 @@ GPU_HOST = 2.2
 FORWARD = 0.35  # share of a micro step's CPU time that its forward pass takes: one of three passes over the hooks (assumed)
 
 
-@dataclass(frozen=True)
-class HostLaw:
-    """CPU milliseconds of one block in one micro step."""
-
-    block: float
-    rank: float = 0.0  # more for each rank
-
-
-# Of tools/bench/host.py with 60 blocks, 8 to 512 ranks of a fake process group, and the hooks and loops of train/ds_patches.py.
-# By whether weights are sharded (stage 3), and by the mode of activation checkpointing.
+# CPU milliseconds of one block in one micro step, by whether weights are sharded (stage 3) and by the mode of activation
+# checkpointing. Of tools/bench/host.py with 20 and 60 blocks, 8 to 512 ranks of a fake process group, and the hooks and loops of
+# train/ds_patches.py. What a step costs beside its blocks is too little to be seen.
 LAWS = {
-    (False, "none"): HostLaw(1.8),
-    (False, "selective"): HostLaw(5.2),
-    (False, "full"): HostLaw(3.8),
-    (True, "none"): HostLaw(3.7, 0.0012),
-    (True, "selective"): HostLaw(6.5, 0.0012),
-    (True, "full"): HostLaw(5.4, 0.0012),
+    (False, "none"): 3.7,
+    (False, "selective"): 10.5,
+    (False, "full"): 5.4,
+    (True, "none"): 7.2,
+    (True, "selective"): 15.6,
+    (True, "full"): 10.5,
 }
-STEP = 25.0  # CPU milliseconds of a step beside its blocks
+OF_RANK = 0.0065  # more for each rank, if weights are sharded
 
 
 def host_seconds(n_layer: int, layout: RankLayout) -> float:
     """Seconds of Python on the host of a GPU for all micro steps of a step."""
-    law = LAWS[layout.stage == 3, layout.checkpointing]
-    return (STEP + layout.accumulation * n_layer * (law.block + law.rank * layout.world_size)) / 1e3 / GPU_HOST
+    sharded = layout.stage == 3
+    of_block = LAWS[sharded, layout.checkpointing] + (OF_RANK * layout.world_size if sharded else 0.0)
+    return layout.accumulation * n_layer * of_block / 1e3 / GPU_HOST
