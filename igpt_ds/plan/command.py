@@ -55,7 +55,7 @@ def dry_run(run: Run, args: argparse.Namespace, models: int = 0, validation: tup
     images, every = validation or (args.val_images or VAL_IMAGES, args.val_every)
     price = Price(args.dollars_per_gpu_hour or DOLLARS, kept, args.keep_every, images, every, args.save != "sync")
     one = estimate(run, args.ds_config.name, read_cluster(args), price)
-    return "\n".join([describe_plan([one]), *([fast_line(one)] if args.fast_dir else [])])
+    return "\n".join([describe_plan([one]), *([fast_line(one, args.fast_copies)] if args.fast_dir else [])])
 
 
 def add_cluster_flags(group: argparse._ActionsContainer) -> None:

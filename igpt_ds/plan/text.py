@@ -28,11 +28,13 @@ def describe_plan(options: Sequence[Estimate]) -> str:
     return "\n".join(lines)
 
 
-def fast_line(one: Estimate) -> str:
-    """What --fast_dir takes: on a disk of each node, or on one of all nodes."""
+def fast_line(one: Estimate, copies: bool) -> str:
+    """What --fast_dir takes on a disk of each node, with --fast_copies or without."""
     ranks = min(one.cluster.node_gpus, one.gpus)
-    needed = (FAST_KEPT + 1) * one.checkpoint_bytes / 1e9
-    return _line("fast_dir", f"{FAST_KEPT} states and one being written: {needed * ranks / one.gpus:,.1f} GB a node")
+    twice = copies and one.gpus > one.cluster.node_gpus
+    needed = (FAST_KEPT + 1) * one.checkpoint_bytes / 1e9 * ranks / one.gpus * (2 if twice else 1)
+    whose = " of its own and of another node's" if twice else ""
+    return _line("fast_dir", f"{FAST_KEPT} states{whose} and one being written: {needed:,.1f} GB a node")
 
 
 def _line(name: str, text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +31,7 @@ def test_a_killed_run_continues_from_the_newest_whole_state(
     *_, before, newest = list_checkpoints(states)
     assert (before.name, newest.name) == ("step-00000005", "step-00000006")
     torn = next(newest.glob("*pp_rank_1_*optim_states.pt"))
-    content = bytearray(torn.read_bytes())
-    content[-1000] ^= 4
-    torn.write_bytes(content)
+    flip(torn)
 
     place = before if not apart else next((fast / "0").iterdir()) / before.name  # of rank 0
     done = launch([*start, *words])
@@ -41,3 +40,42 @@ def test_a_killed_run_continues_from_the_newest_whole_state(
     assert f"resumed from {place}" in done.stdout
     assert curves("run") == whole
     assert not list(fast.rglob("*.pt"))
+
+
+def test_the_state_of_a_lost_node_comes_from_its_neighbour(
+    launch: Any, with_fault: Any, command: Any, curves: Callable[[str], Any], whole: Any, tmp_path: Path
+) -> None:
+    """Each rank has a disk of its own. A damaged part is named and its copy used; then a disk is lost, and one of the copies."""
+    fast = tmp_path / "fast"
+    words = command("run", "--fast_save_every", "1", "--fast_copies", "--resume", "auto")
+    script = f'exec "{sys.executable}" "$@" --fast_dir {fast}/$RANK'
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
+    start = [*launcher, "bash", "-c", script, "rank"]
+    killed = launch([*start, *with_fault([*words, "--save", "sync"], "signal=SIGKILL,1,step,7")])
+    assert killed.returncode != 0
+    (states,) = (fast / "0").iterdir()
+    newest = list_checkpoints(states)[-1]
+    ours, theirs = (next(newest.glob(f"*pp_rank_{rank}_*optim_states.pt")) for rank in (0, 1))
+    (of_rank_1,) = (fast / "1").iterdir()
+    assert theirs.read_bytes() == (of_rank_1 / newest.name / theirs.name).read_bytes()
+    flip(ours)  # its copy is on the other node
+
+    again = launch([*start, *with_fault([*words, "--save", "sync"], "signal=SIGKILL,1,step,8")])
+    assert again.returncode != 0
+    assert f"checkpoint skipped: {ours} is damaged" in again.stderr
+    assert "step 6 was put together" in again.stdout
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / newest.name}" in again.stdout
+
+    shutil.rmtree(fast / "1")
+    *_, before, newest = list_checkpoints(states)
+    flip(next(newest.glob("*pp_rank_1_*optim_states.pt")))  # the only copy
+    done = launch([*start, *words])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / before.name}" in done.stdout
+    assert curves("run") == whole
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 4
+    path.write_bytes(content)

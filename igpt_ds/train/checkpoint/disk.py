@@ -73,6 +73,7 @@ class CheckpointWriter:
     def __init__(self, wrapped: Any, buffers: Buffers | None = None) -> None:
         self.wrapped, self._buffers = wrapped, buffers
         self.entries: list[FileEntry] = []  # of each file written
+        self.copies: list[FileEntry] = []  # of other ranks' files (neighbours.py)
         self.error = ""  # the first one
         self._held: list[tuple[str, Snapshot]] = []
         if buffers is not None:

@@ -22,6 +22,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None
     group.add_argument("--fast_dir", type=Path, metavar="DIR", help=fast)
     often = f"steps between saves into --fast_dir (default: --save_every / {FAST_SHARE})"
     group.add_argument("--fast_save_every", type=int, metavar="STEPS", help=often)
+    copies = "each node keeps a copy of its neighbour's saves in --fast_dir, so that a lost node costs no steps"
+    group.add_argument("--fast_copies", action="store_true", help=copies)
     last = "number of newest checkpoints to keep"
     group.add_argument("--keep_last", type=int, metavar="CHECKPOINTS", default=KEEP_LAST, help=last)
     keep_every = "keep every checkpoint whose step is a multiple of this number; 0 disables"
@@ -40,3 +42,5 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--keep_steps {min(args.keep_steps)} must be at least 1")
     if args.fast_save_every is not None and args.fast_dir is None:
         raise InputError(f"--fast_save_every {args.fast_save_every} needs --fast_dir")
+    if args.fast_copies and args.fast_dir is None:
+        raise InputError("--fast_copies needs --fast_dir, on a disk of each node or in /dev/shm")

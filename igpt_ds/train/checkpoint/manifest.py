@@ -23,7 +23,7 @@ from igpt_ds.train.early import EarlyState
 from igpt_ds.train.safety.spikes import SpikeState
 
 _FIX = "choose another step"
-MANIFEST = Format("igpt_ds.checkpoint", "manifest", _FIX, version=3, sealed=3, oldest=2)
+MANIFEST = Format("igpt_ds.checkpoint", "manifest", _FIX, version=4, sealed=3, oldest=2)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Manifest(RunFacts, Progress):
 
     world_size: int
     stage: int  # of ZeRO
+    start: str = ""  # of a state in parts on several nodes: those of one state were saved by one start of the run
     versions: dict[str, str] = field(default_factory=dict)  # of torch and DeepSpeed
     files: tuple[FileEntry, ...]
 

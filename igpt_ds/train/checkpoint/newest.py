@@ -1,7 +1,8 @@
 """Finds the newest checkpoint that is whole, on all ranks together and in every directory of a run.
 
 Each candidate is compared with its manifest. One that is damaged or incomplete is named, and the next one follows at once, from
-whichever directory. Called by train/checkpoint/load.py.
+whichever directory. With a disk for each node the parts of lost nodes come from copies (collect.py). Called by
+train/checkpoint/load.py.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from functools import partial
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.errors import InputError, error_text
+from igpt_ds.train.checkpoint.collect import collect_newest
 from igpt_ds.train.checkpoint.directory import refuse_to_start_over, say_skipped, search
-from igpt_ds.train.checkpoint.manifest import Checkpoint, DamagedError, damaged_files
+from igpt_ds.train.checkpoint.manifest import Checkpoint, DamagedError, FileEntry, damaged_files
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.tiers import Tier, run_tier
 
@@ -37,7 +39,13 @@ def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:
     for tier in tiers:
         tier.remove_leftovers()
     found = {tier: _search(tier, None, skipped[tier]) for tier in tiers}
+    in_parts = next((tier for tier in tiers if tier.ranks is not None), None)
+    before: int | None = None
     while True:
+        newest = max((one.manifest.step for one in found.values() if one is not None), default=-1)
+        if in_parts and (tried := collect_newest(in_parts, tiers[0], newest, before, skipped[in_parts])) is not None:
+            before, found[tiers[0]] = tried, _search(tiers[0], tried + 1, [])
+            continue
         candidates = [(one.manifest.step, tier.fast, tier, one) for tier, one in found.items() if one is not None]
         if not candidates:
             dist.from_rank_0(partial(refuse_to_start_over, directory, skipped[tiers[0]]))
@@ -79,10 +87,13 @@ def _search(tier: Tier, before: int | None, reasons: list[str]) -> Checkpoint | 
         if len(steps) > 1:
             before = min(step for step in steps if step is not None) + 1
             continue
-        if all(dist.gather_objects(_has_files(mine))):
-            return mine
         before = mine.manifest.step
-        reasons.append(f"{mine.path} was saved by other ranks than those of its nodes now")
+        if len({one.manifest.start for one, _ in firsts if one is not None}) > 1:
+            reasons.append(f"{mine.path}: the parts on the nodes are of two starts")
+        elif all(dist.gather_objects(_has_files(mine))):
+            return mine
+        else:
+            reasons.append(f"{mine.path} was saved by other ranks than those of its nodes now")
 
 
 def _has_files(checkpoint: Checkpoint) -> bool:
@@ -90,6 +101,14 @@ def _has_files(checkpoint: Checkpoint) -> bool:
     mine = f"zero_pp_rank_{dist.rank()}_"
     of_optimizer = [entry.name for entry in checkpoint.manifest.files if mine in entry.name and "optim_states" in entry.name]
     return checkpoint.manifest.world_size == dist.world_size() and checkpoint.manifest.stage == 3 and bool(of_optimizer)
+
+
+def _files_of(tier: Tier, checkpoint: Checkpoint) -> list[FileEntry]:
+    """The files that the ranks of a directory load: not the copies of another node's."""
+    files = checkpoint.manifest.files
+    if tier.ranks is None:
+        return list(files)
+    return [entry for entry in files if any(f"pp_rank_{rank}_mp" in entry.name for rank in tier.ranks)]
 
 
 def damage(checkpoint: Checkpoint, tier: Tier | None = None) -> str:
@@ -104,7 +123,7 @@ def damage(checkpoint: Checkpoint, tier: Tier | None = None) -> str:
     tier = tier or run_tier(checkpoint.path.parent.parent)
     mine, error, members = [], "", tier.members
     try:
-        share = checkpoint.manifest.files[members.index(dist.rank()) :: len(members)]
+        share = _files_of(tier, checkpoint)[members.index(dist.rank()) :: len(members)]
         mine = [str(checkpoint.path / name) for name in damaged_files(checkpoint.path, share)]
     except OSError as caught:
         error = error_text(caught) if tier.fast else f"{caught.filename}: {caught.strerror}"

@@ -71,7 +71,7 @@ class Begun:
             SharedError: a rank could not write. The new checkpoint is removed, the others are unchanged.
         """
         tier, what = self.tier, f"checkpoint {self.final} could not be saved"
-        reports = dist.gather_objects((self.writer.entries, self.writer.error))
+        reports = dist.gather_objects(([*self.writer.entries, *self.writer.copies], self.writer.error))
         agree([error for _, error in reports], self.unfinished, what, tier)
         files = tuple(entry for rank in tier.members for entry in reports[rank][0])
         manifest = replace(self.manifest, files=files)
@@ -134,6 +134,7 @@ def begin_save(
         **vars(progress),
         world_size=dist.world_size(),
         stage=int(engine.zero_optimization_stage()),
+        start=tier.start,
         versions={"torch": str(torch.__version__), "deepspeed": str(deepspeed.__version__)},
         files=(),
     )
@@ -173,14 +174,15 @@ def agree(errors: list[str], unfinished: Path, what: str, tier: Tier) -> None:
 def expected_bytes(engine: Engine, tier: Tier) -> int:
     """The size of the next checkpoint: that of the previous one, else as the plan estimates it (plan/costs.py).
 
-    With a disk for each node it is the part of one node.
+    With a disk for each node it is the part of one node, and with copies that of two.
     """
     try:
         before = read_checkpoint(list_checkpoints(tier.directory)[-1]).manifest.bytes
     except (IndexError, ValueError, OSError):
         n_parameters, weight_bytes = model_size(engine)
         tensors = checkpoint_bytes(n_parameters, engine.zero_optimization_stage(), weight_bytes)
-        return int(SLACK * tensors * len(tier.members) / dist.world_size()) + (1 << 17) * len(tier.members)
+        ranks = len(tier.members) * (2 if tier.copies else 1)
+        return int(SLACK * tensors * ranks / dist.world_size()) + (1 << 17) * ranks
     return int(SLACK * before)
 
 

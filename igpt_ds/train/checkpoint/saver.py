@@ -15,9 +15,11 @@ from contextlib import contextmanager, nullcontext
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
+from igpt_ds.errors import InputError
 from igpt_ds.plan.costs import FAST_KEPT
 from igpt_ds.train.checkpoint.host_memory import saves_in_background
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
+from igpt_ds.train.checkpoint.neighbours import Neighbours, find_neighbours
 from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
 from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, run_tier
@@ -37,6 +39,7 @@ class Saver:
         self._engine, self._run = engine, run
         self._slow, self._fast = tiers[0], next(iter(tiers[1:]), None)
         self._buffers = Buffers() if asynchronous else None
+        self._neighbours = find_neighbours(self._fast) if self._fast and self._fast.copies else None
         self._begun: Begun | None = None
         self._thread: threading.Thread | None = None
 
@@ -80,11 +83,13 @@ class Saver:
 
     def _begin(self, tier: Tier, progress: Progress, kept: Kept, buffers: Buffers | None) -> None:
         begun = begin_save(self._engine, tier, self._run, progress, kept, buffers)
+        neighbours = self._neighbours if tier.fast else None
         if buffers is None:
+            _write(begun, neighbours)
             begun.commit()
             return
         self._begun = begun
-        self._thread = threading.Thread(target=_write, args=(begun,), name="saver", daemon=True)
+        self._thread = threading.Thread(target=_write_beside, args=(begun, neighbours), name="saver", daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -132,12 +137,13 @@ def tiers_of(args: argparse.Namespace, resumes: bool) -> list[Tier]:
     """The directories that a run saves to, the run directory first.
 
     Args:
-        args: run_dir and fast_dir.
+        args: run_dir, fast_dir and fast_copies.
 
     Raises:
         SharedError: --fast_dir cannot be used.
     """
-    return [run_tier(args.run_dir), *([fast_tier(args.fast_dir, args.run_dir, resumes)] if args.fast_dir else [])]
+    fast = [fast_tier(args.fast_dir, args.run_dir, resumes, args.fast_copies)] if args.fast_dir else []
+    return [run_tier(args.run_dir), *fast]
 
 
 def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str | None, keep_last: int) -> Saver:
@@ -156,10 +162,17 @@ def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str 
     return Saver(engine, run, tiers, saves_in_background(engine, asked))
 
 
-def _write(begun: Begun) -> None:
-    """Writes the files of this rank. Whatever fails is told when the ranks meet, because they would wait for this one."""
+def _write_beside(begun: Begun, neighbours: Neighbours | None) -> None:
     lower_priority()
+    _write(begun, neighbours)
+
+
+def _write(begun: Begun, neighbours: Neighbours | None) -> None:
+    """Writes the files of this rank and its copies. What fails is told when the ranks meet: they would wait for this one."""
+    writer = begun.writer
     try:
-        begun.writer.write_held()
+        writer.write_held()
+        if neighbours is not None:
+            writer.copies = neighbours.exchange(begun.unfinished, [] if writer.error else writer.entries)
     except Exception as error:
-        begun.writer.error = f"{type(error).__name__}: {error}"
+        writer.error = writer.error or (str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")

@@ -29,14 +29,17 @@ T = TypeVar("T")
 class Tier:
     """A directory of checkpoints.
 
-    run_dir: whose owner may save; None: the parent. ranks: those that see the same directory; None: all. fast: it is no more than
-    a faster copy, so that what fails there does not end the run.
+    run_dir: whose owner may save. ranks: those that see the same directory; None: all. fast: it is no more than a faster copy, so
+    that what fails there does not end the run. copies: each node also keeps the files of the node before it (neighbours.py).
+    start: of the ranks, for parts on several nodes.
     """
 
     directory: Path
     run_dir: Path
     ranks: tuple[int, ...] | None = None
     fast: bool = False
+    copies: bool = False
+    start: str = ""
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -91,11 +94,12 @@ def run_tier(run_dir: Path) -> Tier:
     return Tier(run_dir / "checkpoints", run_dir)
 
 
-def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool) -> Tier:
+def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool, copies: bool = False) -> Tier:
     """The directory of a run below --fast_dir, which is made. All ranks find out which of them share it.
 
     Args:
         resumes: whether the run continues where it was (--resume auto).
+        copies: each node keeps the files of another one too, unless all share the directory.
 
     Raises:
         SharedError: it cannot be made, or holds states of a run that is not continued.
@@ -115,7 +119,11 @@ def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool) -> Tier:
     for left in directory.glob(f".*.{dist.rank()}"):
         left.unlink(missing_ok=True)
     apart = any(len(ranks) < dist.world_size() for ranks in dist.gather_objects(seen))
-    return Tier(directory, run_dir, seen if apart else None, fast=True)
+    if copies and not apart:
+        dist.say(f"--fast_copies: all ranks share {fast_dir}, so that no copies are needed")
+    if not apart:
+        return Tier(directory, run_dir, fast=True)
+    return Tier(directory, run_dir, seen, fast=True, copies=copies, start=start)
 
 
 def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> str:
