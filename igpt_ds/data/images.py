@@ -26,7 +26,7 @@ from igpt_ds.plain_files import pointer
 # Resizing filters; each one widens with the reduction (antialias). The paper names none.
 # Bicubic is the default: it keeps edges sharper than bilinear, and lanczos rings at 32 px.
 FILTERS, DEFAULT_FILTER = ("bicubic", "bilinear", "box", "lanczos"), "bicubic"
-_TORCH_FILTERS = ("bicubic", "bilinear")  # several times PIL's speed, and within one grey level of it
+_TORCH_FILTERS = ("bicubic", "bilinear")  # several times PIL's speed, within one grey level of columns first
 
 # none: web images and small images; center: the paper's evaluation; random: its training augmentation (3.1).
 CROPS = ("none", "center", "random")
@@ -234,7 +234,9 @@ def _below(draw: int, n: int) -> int:
 
 def _resize(image: np.ndarray, height: int, width: int, resize_filter: str) -> np.ndarray:
     if resize_filter not in _TORCH_FILTERS:
-        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling[resize_filter.upper()]))
+        by = Image.Resampling[resize_filter.upper()]
+        # Columns first, as torch does: Pillow 13 begins with the rows of some tall images, and rounds to other pixels.
+        return np.array(Image.fromarray(image).resize((width, image.shape[0]), by).resize((width, height), by))
     import torch  # lazily: grids and decoding do not need it
 
     if not image.flags.writeable:  # torch shares memory and warns about read-only arrays, although it only reads
