@@ -8,7 +8,8 @@ squashes an image that is not square, and this project crops its centre: most to
 processor, for n = n_px:
 
     w, h = (round(side * n / min(image.size)) for side in image.size)
-    image = image.resize((w, h), Image.BICUBIC).crop(((w - n) // 2, (h - n) // 2, (w - n) // 2 + n, (h - n) // 2 + n))
+    image = image.resize((w, image.height), Image.BICUBIC).resize((w, h), Image.BICUBIC)  # columns first, in every Pillow
+    image = image.crop(((w - n) // 2, (h - n) // 2, (w - n) // 2 + n, (h - n) // 2 + n))
 
 This tool does not need transformers. HF has no ImageGPT for BERT models.
 """
