@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if info.config.tied_embeddings:
         print("lm_head is a copy of the embedding: the outputs are the same, but training in HF changes the two separately")
     n = info.config.n_px
-    print(f"crop images to {n}x{n} before HF's processor, which squashes them: two lines in tools/export_hf.py --help")
+    print(f"crop images to {n}x{n} before HF's processor, which squashes them: three lines in tools/export_hf.py --help")
 
 
 if __name__ == "__main__":
