@@ -13,7 +13,6 @@ from igpt_ds.plan.costs import RankLayout
 GPU_HOST = 2.2
 FORWARD = 0.35  # share of a micro step's CPU time that its forward pass takes: one of three passes over the hooks (assumed)
 
-
 # CPU milliseconds of one block in one micro step, by whether weights are sharded (stage 3) and by the mode of activation
 # checkpointing. Of tools/bench/host.py with 20 and 60 blocks, 8 to 512 ranks of a fake process group, and the hooks and loops of
 # train/ds_patches.py. What a step costs beside its blocks is too little to be seen.

@@ -21,9 +21,7 @@ def test_a_killed_run_continues_from_the_newest_whole_state(
 ) -> None:
     fast = tmp_path / "fast"
     words = command("run", "--fast_save_every", "1", "--resume", "auto")
-    script = f'exec "{sys.executable}" "$@" --fast_dir {fast}/{"$RANK" if apart else "all"}'
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
-    start = [*launcher, "bash", "-c", script, "rank"]
+    start = two_ranks(f"{fast}/{'$RANK' if apart else 'all'}")
     killed = launch([*start, *with_fault([*words, "--save", "sync"], "signal=SIGKILL,1,step,7")])
     assert killed.returncode != 0
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000004"]
@@ -48,9 +46,7 @@ def test_the_state_of_a_lost_node_comes_from_its_neighbour(
     """Each rank has a disk of its own. A damaged part is named and its copy used; then a disk is lost, and one of the copies."""
     fast = tmp_path / "fast"
     words = command("run", "--fast_save_every", "1", "--fast_copies", "--resume", "auto")
-    script = f'exec "{sys.executable}" "$@" --fast_dir {fast}/$RANK'
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
-    start = [*launcher, "bash", "-c", script, "rank"]
+    start = two_ranks(f"{fast}/$RANK")
     killed = launch([*start, *with_fault([*words, "--save", "sync"], "signal=SIGKILL,1,step,7")])
     assert killed.returncode != 0
     (states,) = (fast / "0").iterdir()
@@ -73,6 +69,12 @@ def test_the_state_of_a_lost_node_comes_from_its_neighbour(
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resumed from {tmp_path / 'run' / 'checkpoints' / before.name}" in done.stdout
     assert curves("run") == whole
+
+
+def two_ranks(fast_dir: str) -> list[str]:
+    """The words that start a program on two ranks, each with its --fast_dir."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
+    return [*launcher, "bash", "-c", f'exec "{sys.executable}" "$@" --fast_dir {fast_dir}', "rank"]
 
 
 def flip(path: Path) -> None:

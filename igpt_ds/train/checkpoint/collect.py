@@ -6,7 +6,6 @@ is damaged is named, and the next copy of it is tried. Called by train/checkpoin
 
 from __future__ import annotations
 
-import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,11 +18,8 @@ from igpt_ds.files import fsync_path, sha256_file
 from igpt_ds.train.checkpoint.directory import checkpoint_name, commit, complete_checkpoints
 from igpt_ds.train.checkpoint.manifest import FileEntry, Manifest, read_checkpoint
 from igpt_ds.train.checkpoint.removal import remove_together
-from igpt_ds.train.checkpoint.save import make_unfinished
+from igpt_ds.train.checkpoint.save import make_unfinished, unfinished_of
 from igpt_ds.train.checkpoint.tiers import Tier
-from igpt_ds.train.run_dir import this_start
-
-_OF_RANK = re.compile(r"(?:.*_)?pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 
 
 @dataclass(frozen=True)
@@ -36,12 +32,12 @@ class Held:
     @property
     def is_whole(self) -> bool:
         """Whether the nodes together have the files of every rank."""
-        names = [entry.name for entry in self.manifest.files]
-        found = {(match[2], int(match[1])) for name in names if (match := _OF_RANK.fullmatch(name))}
+        found = {entry.of_rank for entry in self.manifest.files}
         ranks = range(self.manifest.world_size)
-        kinds = ("optim", "model") if self.manifest.stage == 3 else ("optim",)
-        has_model = self.manifest.stage == 3 or "mp_rank_00_model_states.pt" in names
-        return has_model and all((kind, rank) in found for kind in kinds for rank in ranks)
+        if self.manifest.stage == 3:
+            return all((kind, rank) in found for kind in ("optim", "model") for rank in ranks)
+        has_model = "mp_rank_00_model_states.pt" in {entry.name for entry in self.manifest.files}
+        return has_model and all(("optim", rank) in found for rank in ranks)
 
 
 def collect_newest(tier: Tier, run: Tier, after: int, before: int | None, reasons: list[str]) -> int | None:
@@ -60,17 +56,18 @@ def collect_newest(tier: Tier, run: Tier, after: int, before: int | None, reason
     steps = [step for step, held in states.items() if held.is_whole and step > after and (before is None or step < before)]
     if not steps:
         return None
-    held = states[max(steps)]
-    unfinished = run.directory / ".".join(part for part in (checkpoint_name(max(steps)), this_start(), "partial") if part)
+    step = max(steps)
+    held, final = states[step], run.directory / checkpoint_name(step)
+    unfinished = unfinished_of(final)
     try:
         dist.from_rank_0(lambda: make_unfinished(unfinished, held.manifest.bytes))
         if _copy(tier, unfinished, held, reasons):
-            dist.from_rank_0(lambda: commit(unfinished, run.directory / checkpoint_name(max(steps)), held.manifest))
-            dist.say(f"step {max(steps)} was put together in {run.directory} from the states of the nodes")
+            dist.from_rank_0(lambda: commit(unfinished, final, held.manifest))
+            dist.say(f"step {step} was put together in {run.directory} from the states of the nodes")
     except SharedError as error:  # an older state may be used instead
-        reasons.append(f"step {max(steps)} of {tier.directory} cannot be put together: {error}")
+        reasons.append(f"step {step} of {tier.directory} cannot be put together: {error}")
     remove_together(dist.from_rank_0(lambda: [unfinished] if unfinished.exists() else []))
-    return max(steps)
+    return step
 
 
 def _states_of(directory: Path) -> dict[int, Manifest]:

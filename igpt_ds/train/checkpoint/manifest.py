@@ -6,6 +6,7 @@ train/, finetune.py and tools/reshard.py. No engine is needed, and neither torch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from igpt_ds.train.early import EarlyState
 from igpt_ds.train.safety.spikes import SpikeState
 
 _FIX = "choose another step"
+_OF_RANK = re.compile(r"(?:.*_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 MANIFEST = Format("igpt_ds.checkpoint", "manifest", _FIX, version=4, sealed=3, oldest=2)
 
 
@@ -36,6 +38,12 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         check_file_name(self.name)
+
+    @property
+    def of_rank(self) -> tuple[str, int] | None:
+        """("model" or "optim", rank) of a file that DeepSpeed writes for one rank; None for another file."""
+        found = _OF_RANK.fullmatch(self.name)
+        return found and (found[2], int(found[1]))
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,10 @@ class Neighbours:
 
 
 def find_neighbours(tier: Tier) -> Neighbours | None:
-    """The neighbours of this rank; None if all ranks share the directory. All ranks call this together."""
-    nodes = sorted(set(dist.gather_objects(tier.members)))
-    if len(nodes) < 2:
+    """The neighbours of this rank; None if no copies are made. All ranks call this together."""
+    if not tier.copies:
         return None
+    nodes = sorted(set(dist.gather_objects(tier.members)))
     pairs = zip(nodes, nodes[1:] + nodes[:1], strict=True)
     receivers = {rank: after[place % len(after)] for node, after in pairs for place, rank in enumerate(node)}
     group = td.new_group(backend="gloo")

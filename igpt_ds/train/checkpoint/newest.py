@@ -98,17 +98,15 @@ def _search(tier: Tier, before: int | None, reasons: list[str]) -> Checkpoint | 
 
 def _has_files(checkpoint: Checkpoint) -> bool:
     """Whether the files of this rank are in a checkpoint of a node."""
-    mine = f"zero_pp_rank_{dist.rank()}_"
-    of_optimizer = [entry.name for entry in checkpoint.manifest.files if mine in entry.name and "optim_states" in entry.name]
-    return checkpoint.manifest.world_size == dist.world_size() and checkpoint.manifest.stage == 3 and bool(of_optimizer)
+    manifest = checkpoint.manifest
+    mine = ("optim", dist.rank()) in {entry.of_rank for entry in manifest.files}
+    return manifest.world_size == dist.world_size() and manifest.stage == 3 and mine
 
 
 def _files_of(tier: Tier, checkpoint: Checkpoint) -> list[FileEntry]:
     """The files that the ranks of a directory load: not the copies of another node's."""
-    files = checkpoint.manifest.files
-    if tier.ranks is None:
-        return list(files)
-    return [entry for entry in files if any(f"pp_rank_{rank}_mp" in entry.name for rank in tier.ranks)]
+    files, ranks = checkpoint.manifest.files, tier.ranks
+    return [entry for entry in files if ranks is None or (entry.of_rank and entry.of_rank[1] in ranks)]
 
 
 def damage(checkpoint: Checkpoint, tier: Tier | None = None) -> str:

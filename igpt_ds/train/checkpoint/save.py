@@ -118,8 +118,7 @@ def begin_save(
 
     start, directory = time.monotonic(), tier.directory
     final = directory / checkpoint_name(progress.step)
-    # The name of this start is in it, so that a start which lost the run does not remove the files of its successor.
-    unfinished = directory / ".".join(part for part in (final.name, this_start(), "partial") if part)
+    unfinished = unfinished_of(final)
     dist.from_rank_0(lambda: check_owner(tier.run_dir))
     tier.once(lambda: make_unfinished(unfinished, expected_bytes(engine, tier)))
     states = [rng_states()] if engine.zero_optimization_stage() == 3 else dist.gather_objects(rng_states())
@@ -139,6 +138,14 @@ def begin_save(
         files=(),
     )
     return Begun(tier, unfinished, final, manifest, writer, kept, start)
+
+
+def unfinished_of(final: Path) -> Path:
+    """The directory in which a checkpoint is written before it is complete.
+
+    The name of this start is in it, so that a start which lost the run does not remove the files of its successor.
+    """
+    return final.with_name(".".join(part for part in (final.name, this_start(), "partial") if part))
 
 
 def make_unfinished(unfinished: Path, needed: int) -> None:

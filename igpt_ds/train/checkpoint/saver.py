@@ -39,7 +39,7 @@ class Saver:
         self._engine, self._run = engine, run
         self._slow, self._fast = tiers[0], next(iter(tiers[1:]), None)
         self._buffers = Buffers() if asynchronous else None
-        self._neighbours = find_neighbours(self._fast) if self._fast and self._fast.copies else None
+        self._neighbours = find_neighbours(self._fast) if self._fast else None
         self._begun: Begun | None = None
         self._thread: threading.Thread | None = None
 
