@@ -154,12 +154,12 @@ def own_memory(key: str = "VmRSS") -> float:
 
 
 def peak_beyond(run: Callable[[], Any]) -> float:
-    """The most bytes that a call takes beyond the memory of this process before the call."""
+    """The most bytes that a call takes beyond the memory of this process before the call; at least a page, the kernel's unit."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_bytes(b"5")  # resets VmHWM to VmRSS; without it an earlier peak may count
     before = own_memory()
     run()
-    return own_memory("VmHWM") - before
+    return max(float(os.sysconf("SC_PAGE_SIZE")), own_memory("VmHWM") - before)
 
 
 def on_ranks(program: Sequence[str], ranks: int, port: int, work: Path, task: Mapping[str, object]) -> None:
