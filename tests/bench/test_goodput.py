@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import goodput
+import numpy as np
 import pytest
 from harness import read_bench
 
@@ -33,9 +36,20 @@ def test_rows_and_bars() -> None:
     assert (whole.ours, whole.holds, whole.note) == (pytest.approx(100 * 1.5 / 401.5), True, "4 faults in 4 runs, 0.1 h")
     assert (worst.ours, worst.holds) == (pytest.approx(100 * 1.5 / 101.5), False)
     assert (down.ours, down.bar) == (0.0, None)
-    half, others = (fit([Measured.of(one.ledger.to_dict()) for one in found[place::2]]) for place in (0, 1))
-    assert prediction.ours == pytest.approx(100 * abs(expected(replace(half, mtbf=others.mtbf)) - 0.6))
+    half = [Measured.of(one.ledger.to_dict()) for one in found[::2]]
+    stopped = fit([replace(one, failures=2) for one in half])  # the stop at the end counts as a failure
+    assert stopped.mtbf == pytest.approx(44.85)
+    assert prediction.ours == pytest.approx(100 * abs(expected(stopped) - 0.6))
     assert all(row.bar is None for row in goodput.rows(found, bars=False))
+
+
+def test_the_times_of_a_run_are_spread_over_the_exponential_distribution() -> None:
+    trial = goodput.Trial(runs=1, faults=9, up=25.0, down=1.0)
+    times = goodput.up_times(trial, random.Random(3))
+    bounds = [-25 * math.log(1 - part / 10) for part in range(10)] + [math.inf]
+    assert all(low <= time < high for low, time, high in zip(bounds, sorted(times), bounds[1:], strict=False))
+    assert times != sorted(times)
+    assert np.mean([goodput.up_times(trial, random.Random(seed)) for seed in range(2000)]) == pytest.approx(25, rel=0.02)
 
 
 @pytest.mark.slow

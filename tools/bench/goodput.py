@@ -7,6 +7,9 @@ Each run of train.py is a process on one CPU core. Its time until each fault is 
 and then with a byte of the newest checkpoint flipped. After a random wait the same command continues it with --resume auto. This
 program measures the wall clock from the first start of a run to its end, and how long nothing ran. The same --seed draws the same
 times. The first fault waits until the first start has written to its run directory: nothing is known of an earlier end.
+
+A prediction cannot know the luck of the other half. So the times of a run are one from each of as many equal parts of the
+exponential distribution, in random order. The stop that ends a run comes at such a time too, and counts as a failure in the fit.
 """
 
 from __future__ import annotations
@@ -111,11 +114,11 @@ def prepare(work: Path) -> list[str]:
 def disturb(words: Sequence[str], run_dir: Path, trial: Trial, draw: random.Random) -> Disturbed:
     """Runs the command with its faults, then stops it."""
     begun, down, end = time.monotonic(), 0.0, 0.0
-    for fault in range(trial.faults + 1):
+    for fault, up in enumerate(up_times(trial, draw)):
         process, log = start(words, run_dir)
         down += time.monotonic() - end if end else 0.0
         last = fault == trial.faults
-        deadline = time.monotonic() + draw.expovariate(1 / trial.up)
+        deadline = time.monotonic() + up
         while process.poll() is None and (time.monotonic() < deadline or not ready(run_dir, process.pid, last)):
             time.sleep(0.02)
         if process.poll() is not None:
@@ -127,6 +130,14 @@ def disturb(words: Sequence[str], run_dir: Path, trial: Trial, draw: random.Rand
             damage(run_dir, draw)
             time.sleep(draw.uniform(0, trial.down))
     return Disturbed(end - begun, down, read_goodput(run_dir))
+
+
+def up_times(trial: Trial, draw: random.Random) -> list[float]:
+    """Seconds until each fault of a run and until its stop: one from each equal part of the exponential distribution, shuffled."""
+    parts = trial.faults + 1
+    times = [-trial.up * math.log(1 - (part + draw.random()) / parts) for part in range(parts)]
+    draw.shuffle(times)
+    return times
 
 
 def start(words: Sequence[str], run_dir: Path) -> tuple[subprocess.Popen[bytes], Path]:
@@ -168,10 +179,9 @@ def rows(found: Sequence[Disturbed], bars: bool) -> list[BenchRow]:
     whole = 100 * abs(sum(one.ledger.wall for one in found) / sum(one.wall for one in found) - 1)
     measured = [Measured.of(one.ledger.to_dict()) for one in found]
     others = measured[1::2]
-    fitted = replace(fit(measured[::2]), mtbf=fit(others).mtbf)  # the costs of one half, the failures of the other
     seconds = math.fsum(math.fsum(one.seconds.values()) for one in others)
     real = math.fsum(one.seconds["training"] for one in others) / seconds
-    predicted = expected(fitted)
+    predicted = expected(fit([replace(one, failures=one.failures + 1) for one in measured[::2]]))
     seen = f"goodput {100 * predicted:.1f} % predicted, {100 * real:.1f} % measured"
     bar, points = 1.0 if bars else None, 100 * abs(predicted - real)
     down = max(one.down_error for one in found)
