@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,7 +113,7 @@ def one_step(session: Session, stream: Stream, loss_function: LossFunction, step
     waited, lr = time.perf_counter() - start, learning_rate(session.run.recipe, step - 1)
     session.replay.check(step, micro_batches[0], loss_function)
     with session.metrics.timed(waited), session.layers.watching(step):
-        loss = take_step(engine, micro_batches, loss_function, lr, session.layers.before_update)
+        loss = take_step(engine, micro_batches, loss_function, lr, partial(before_update, session))
         total = watch.stop.agree(loss)
     session.metrics.layers(step, session.layers.values())
     if step % COLLECT_EVERY == 0:
@@ -120,6 +121,12 @@ def one_step(session: Session, stream: Stream, loss_function: LossFunction, step
     watch.watchdog.pace = session.metrics.steps.pace
     watch.watchdog.alive("step", step, time.perf_counter() - start)
     return StepOutcome(step, total / session.run.world_size, lr, engine.skipped_steps > skipped_before)
+
+
+def before_update(session: Session) -> None:
+    """Once the gradients are complete: what still needs the weights and moments of the step before."""
+    session.saver.wait_for_copy()
+    session.layers.before_update()
 
 
 def collect_garbage(whole: bool = True) -> None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -30,19 +29,17 @@ from igpt_ds.devices import current_device
 from igpt_ds.ds_config import Run
 from igpt_ds.errors import InputError, naming
 from igpt_ds.json_files import json_line, read_json_lines, seal, write_json_lines
-from igpt_ds.model.cpu_kernels import linear
 from igpt_ds.plain_files import open_plain, utf8_path
 from igpt_ds.plan.costs import GIB, train_flops_per_token
-from igpt_ds.plan.gpus import peak_flops
 from igpt_ds.schema import record_from, to_json
 from igpt_ds.train.health.pace import Naming, SlowRank, slow_ranks
 from igpt_ds.train.health.step_clock import StepClock
 from igpt_ds.train.ledger.goodput import Goodput, read_goodput
+from igpt_ds.train.peak import utilisation
 from igpt_ds.train.screen import Table
 from igpt_ds.train.wandb_curves import Value, WandbCurves, curves_of
 
 WAIT = 0.1  # share of the time that rank 0 waits for images: the console says so
-LARGE = {"gpu": 8192, "cpu": 1024}  # side of the matrices whose product is the peak of an unknown device
 
 
 @dataclass(frozen=True)
@@ -242,47 +239,8 @@ class Metrics:
             self.bar.write(line)
 
 
-def utilisation(flops: float, peak: float) -> float | None:
-    """Model FLOPs utilisation, 0..1, from FLOP/s; None above the peak, because then the peak must be wrong."""
-    return flops / peak if flops <= peak else None
-
-
 def memory_gib() -> float:
     """The peak memory of this rank so far: of its GPU, or of the process if there is none."""
     if current_device().type != "cpu":
         return torch.accelerator.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-
-
-def peak_of_all_ranks(device: torch.device, precision: str) -> tuple[float, str]:
-    """(FLOP/s of all ranks together, its source): the vendor's bf16 peak of a known GPU, else a large product measured here."""
-    name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-    printed, source = peak_flops(name), "printed bf16 peak"
-    if printed is None:
-        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        n, dtype = (
-            LARGE["cpu" if device.type == "cpu" else "gpu"],
-            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, usual),
-        )
-        printed, source = measured_product(device, dtype, n), f"measured: a product of {n} x {n} in {str(dtype)[6:]}"
-    total = float(dist.sum_over_ranks(torch.tensor(printed, dtype=torch.float64, device=device)))
-    return total, f"{name}, {source}"
-
-
-def measured_product(device: torch.device, dtype: torch.dtype, n: int, repeats: int = 5) -> float:
-    """FLOP/s of the product of two [n, n] matrices of random numbers, the best of some repeats."""
-    return 2 * n**3 / min(_product_seconds(_matrix(device, dtype, n), repeats))
-
-
-def _matrix(device: torch.device, dtype: torch.dtype, n: int | None = None) -> Tensor:
-    n = n or (256 if device.type == "cpu" else 2048)  # about a millisecond
-    return torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-
-
-def _product_seconds(x: Tensor, repeats: int) -> list[float]:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        linear(x, x).sum().item()  # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return seconds

@@ -40,7 +40,8 @@ from igpt_ds.train.health.layers import LayerScales
 from igpt_ds.train.health.replay import Replay
 from igpt_ds.train.ledger.interval import SaveInterval
 from igpt_ds.train.ledger.rows import TRAIN
-from igpt_ds.train.metrics import Metrics, peak_of_all_ranks
+from igpt_ds.train.metrics import Metrics
+from igpt_ds.train.peak import peak_of_all_ranks
 from igpt_ds.train.safety import flight_recorder
 from igpt_ds.train.safety.rollback import Rollback, good_checkpoint, read_rollbacks, skipped_ranges
 from igpt_ds.train.safety.spikes import Guard

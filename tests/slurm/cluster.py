@@ -5,7 +5,8 @@
 
 Started by conftest.py, as root; it prints "ready PID" when all nodes are idle, and then takes one command a line from stdin and
 answers each with a line: `power NODE` (the current goes off), `slurmd NODE` (kill -9 of its daemon), `cut NODE` (its network
-is gone), `heal NODE` (whatever it was). The cluster ends when stdin closes, so it cannot outlive its test.
+is gone), `disk NODE` (nothing can be written to its /mnt any more), `heal NODE` (whatever it was). The cluster ends when stdin
+closes, so it cannot outlive its test.
 
 Each node has its own process ids, host name, network, /run, /dev/shm and /mnt; all share the rest of the file system. The
 nodes' namespaces lie inside the login node's: when that one's first process ends, the kernel ends everything. PID is that
@@ -201,7 +202,7 @@ class Login:
             self.boot(name)
         self.wait_idle()
         print("up", flush=True)
-        verbs = {"power": self.power, "slurmd": self.kill_slurmd, "cut": self.cut, "heal": self.heal}
+        verbs = {"power": self.power, "slurmd": self.kill_slurmd, "cut": self.cut, "disk": self.disk, "heal": self.heal}
         for line in sys.stdin:
             verb, name = line.split()
             verbs[verb](name)
@@ -243,12 +244,17 @@ class Login:
         """The cable is unplugged."""
         run("ip", "link", "set", f"to-{name}", "down")
 
+    def disk(self, name: str) -> None:
+        """The node's own disk fails: the kernel makes it read-only, as it does with a real one."""
+        self.on(name, "mount", "-o", "remount,ro", "/mnt")
+
     def heal(self, name: str) -> None:
         """Everything that the others do is undone; jobs of before have left no process behind."""
         if name not in self._nodes:
             self.boot(name)
         else:
             run("ip", "link", "set", f"to-{name}", "up")
+            self.on(name, "mount", "-o", "remount,rw", "/mnt")
             self.on(name, "sh", "-c", 'kill -0 $(cat /run/slurmd.pid) 2>/dev/null || slurmd -N "$0"', name)
 
     def on(self, name: str, *command: str) -> None:

@@ -62,7 +62,7 @@ class Cluster:
         return self._process.stdout.readline()
 
     def tell(self, verb: str, node: str) -> None:
-        """One of cluster.py's commands: power, slurmd, cut, heal."""
+        """One of cluster.py's commands: power, slurmd, cut, disk, heal."""
         print(verb, node, file=self._process.stdin, flush=True)
         assert self._answer() == "done\n", Path(self._log.name).read_text()
 

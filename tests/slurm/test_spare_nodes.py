@@ -1,7 +1,11 @@
-"""Ranks that start again inside the job: on a spare node, on the nodes that are left, and in the queue when too few are left."""
+"""Ranks that start again inside the job: on a spare node, on the nodes that are left, and in the queue when too few are left.
+
+With --fast_dir on the disks of the nodes: what a lost node and a failed disk take along.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -68,4 +72,32 @@ def test_a_job_with_too_few_nodes_left_queues_again(training: Trainings, undistu
     assert job.ended() == "COMPLETED"
     assert job.slurm.facts(job.job)["Restarts"] == "1"
     assert [row["restart"] for row in job.starts()] == [0, 1, 2]
+    assert job.curves() == undisturbed
+
+
+def test_the_copies_of_a_neighbour_serve_a_lost_node(training: Trainings, undisturbed: list[dict[str, Any]]) -> None:
+    job = training()
+    flags = ("--save_every=30", "--fast_dir=/mnt/fast", "--fast_save_every=1", "--fast_copies")
+    job.submit(*flags, options=("--nodes=3",), SPARE_NODES="1")
+    job.reaches(12)
+    job.slurm.tell("power", "node2")
+    job.said("restart 1: start on node[1,3]")
+    job.said("was put together")
+    assert job.ended() == "COMPLETED"
+    assert job.slurm.facts(job.job)["Restarts"] == "0"
+    assert [row["nodes"] for row in job.starts()] == ["node[1-2]", "node[1,3]"]
+    (step,) = re.findall(r"step (\d+) was put together", job.text())
+    assert int(step) >= 10
+    assert job.curves() == undisturbed
+
+
+def test_a_run_goes_on_without_the_disk_that_fails(training: Trainings, undisturbed: list[dict[str, Any]]) -> None:
+    job = training()
+    job.submit("--fast_dir=/mnt/fast", "--fast_save_every=1")
+    job.reaches(12)
+    job.slurm.tell("disk", "node2")
+    job.said("the run goes on without --fast_dir")
+    assert job.ended() == "COMPLETED"
+    assert [row["nodes"] for row in job.starts()] == ["node[1-2]"]
+    assert "Read-only file system" in job.text()
     assert job.curves() == undisturbed

@@ -8,7 +8,7 @@ faults.py FAULT train.py's words; FAULT is one of
 
 IGPT_DS_TEST_FLIP=rank,step flips a bit in the output of block 1 of a rank, in the first computation of that step's replay.
 IGPT_DS_TEST_SLOW=reason,rank,seconds makes each step of a rank longer: "data" where it gets its images, "device" in its loss;
-"network" makes each message to a neighbour longer.
+"network" makes each message to a neighbour longer, "copy" the copy of the state that a thread writes.
 """
 
 import gc
@@ -24,6 +24,7 @@ import torch
 from igpt_ds import cli, dist
 from igpt_ds.model.transformer import Block
 from igpt_ds.train import loop
+from igpt_ds.train.checkpoint.snapshot import Snapshot
 from igpt_ds.train.health import links, step_clock
 from igpt_ds.train.health.replay import Replay
 from igpt_ds.train.safety.watchdog import Watchdog
@@ -95,6 +96,8 @@ if slow_one := os.environ.get("IGPT_DS_TEST_SLOW"):
         loop.Stream.step = slowed(loop.Stream.step, float(slow_seconds), burns=False)
     elif int(slow_rank) == dist.rank() and reason == "network":
         links._exchange = slowed(links._exchange, float(slow_seconds), burns=False)
+    elif reason == "copy":
+        Snapshot.copy = slowed(Snapshot.copy, float(slow_seconds) * (int(slow_rank) == dist.rank()), burns=False)
     elif int(slow_rank) == dist.rank():
         whole = pretraining_loss
         pretraining_loss = story.pretraining_loss = lambda recipe: slowed(whole(recipe), float(slow_seconds), burns=True)

@@ -93,9 +93,18 @@ def refuse_nothing_but_leftovers(checkpoints: Path) -> None:
 
 
 def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
-    launch: Any, command: Command, curves: Curves, whole: list[dict[str, Any]], whole_dir: Path, tmp_path: Path
+    launch: Any,
+    command: Command,
+    with_fault: Callable[[list[str], str], list[str]],
+    curves: Curves,
+    whole: list[dict[str, Any]],
+    whole_dir: Path,
+    tmp_path: Path,
 ) -> None:
-    """Rank 1 may write no file above 4 KiB, which is less than its part of a checkpoint. It writes beside the next steps."""
+    """Rank 1 may write no file above 4 KiB, which is less than its part of a checkpoint. It writes beside the next steps.
+
+    Then rank 1 copies its state so slowly that its updates have to wait, and the files are those of the moment of the save.
+    """
     done = launch(command("run", "--stop_at_step", "4"), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     words = command("run", "--resume", "auto")
@@ -111,7 +120,7 @@ def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
     assert "exitcode  : 2" in failed.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
-    done = launch(words, ranks=2)
+    done = launch(with_fault(words, "garbage=100"), ranks=2, env={"IGPT_DS_TEST_SLOW": "copy,1,0.3"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert curves("run") == whole
     written, beside = (sorted((path / "checkpoints" / "step-00000008").iterdir()) for path in (whole_dir, tmp_path / "run"))

@@ -12,21 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from igpt_ds.config import Recipe
 from igpt_ds.ds_config import join
 from igpt_ds.json_files import read_json_lines
 from igpt_ds.train.flags import require_wandb
-from igpt_ds.train.metrics import (
-    Metrics,
-    TrainingRow,
-    measured_product,
-    memory_gib,
-    peak_of_all_ranks,
-    utilisation,
-)
+from igpt_ds.train.metrics import Metrics, TrainingRow, memory_gib
 
 
 @pytest.fixture
@@ -169,22 +161,12 @@ def test_what_a_row_notes() -> None:
 
 
 def test_mfu_above_the_peak_is_unknown(run_dir: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    assert utilisation(2.0, 4.0) == 0.5
-    assert utilisation(4.1, 4.0) is None
     curves = metrics(run_dir, recipe, start_step=3)
     curves.peak = 1.0
     curves.training(4, loss=1.0, lr=0.01, grad_norm=1.0, skipped_steps=0)
     curves.close()
     assert "mfu" not in read_json_lines(run_dir / "train.jsonl")[-1]
     assert "exceed the peak of 1.00e+00, which must be wrong" in capsys.readouterr().out
-
-
-def test_the_peak_of_an_unknown_device_is_measured() -> None:
-    cpu = torch.device("cpu")
-    assert 1e8 < measured_product(cpu, torch.bfloat16, n=64) < 1e13
-    peak, source = peak_of_all_ranks(cpu, "fp32")
-    assert peak > 1e9
-    assert source == "CPU, measured: a product of 1024 x 1024 in float32"
 
 
 def test_wandb_that_is_not_there() -> None:

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from harness import Benchmark, BenchRow, MachineFacts, read_bench
 
 from igpt_ds.config import SIZES, ModelConfig
 from igpt_ds.plan import costs
-from igpt_ds.plan.gpus import GPUS, Gpu, find_gpu, peak_flops
+from igpt_ds.plan.gpus import GPUS, Gpu, find_gpu
 from igpt_ds.plan.step_time import Cluster, Step, step_time
 from igpt_ds.provenance import git_commit
+from igpt_ds.train.peak import peak_of
 
-PEAK = "printed bf16 peak"
 BANDWIDTH = 4.8e12  # bytes a second that an H200 prints
 
 
@@ -51,11 +52,15 @@ class DeviceSession:
     bandwidth: float = BANDWIDTH  # until the copy is measured
     slack: float = 1.0  # times the seconds of each measurement
 
+    @cached_property
+    def peak_and_source(self) -> tuple[float, str]:
+        """(FLOP/s in bf16, where from): the data sheet, for an unknown GPU a large product measured here, an H100's on a CPU."""
+        return peak_of(self.device, "bf16") if self.device.type == "cuda" else (GPUS["h100-80g"].peak, "an H100's bf16 peak")
+
     @property
     def peak(self) -> float:
-        """The FLOP/s in bf16 of the data sheet; those of an H100 for an unknown device."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "H100"
-        return peak_flops(name) or GPUS["h100-80g"].peak
+        """The FLOP/s in bf16 that an MFU is a part of."""
+        return self.peak_and_source[0]
 
     def config(self, size: str, n_px: int, n_layer: int | None = None) -> ModelConfig:
         """A size of the paper, with n_layer layers if given; a model of two layers for --toy."""
@@ -131,10 +136,10 @@ class DeviceSession:
         return statistics.median(found)
 
     def flops_row(self, what: str, flops: float, seconds: float, note: str = "") -> BenchRow:
-        """Achieved FLOP/s beside the peak of the data sheet: the ratio is the MFU, which cannot exceed 1."""
+        """Achieved FLOP/s beside the peak: the ratio is the MFU, which cannot exceed 1."""
         if flops / seconds > self.peak:
             raise ArithmeticError(f"{flops / seconds:.2e} FLOP/s exceed the peak of {self.peak:.2e}, which must be wrong")
-        return BenchRow(what, "TFLOP/s", flops / seconds / 1e12, self.peak / 1e12, PEAK, note=note)
+        return BenchRow(what, "TFLOP/s", flops / seconds / 1e12, self.peak / 1e12, self.peak_and_source[1], note=note)
 
     def step_row(self, what: str, config: ModelConfig, layout: costs.RankLayout, seconds: float) -> BenchRow:
         """A training step; the MFU is in PaLM's convention, the note has the causal MFU, the memory and the plan."""

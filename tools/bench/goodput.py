@@ -133,7 +133,7 @@ def disturb(words: Sequence[str], run_dir: Path, trial: Trial, draw: random.Rand
 
 
 def up_times(trial: Trial, draw: random.Random) -> list[float]:
-    """Seconds until each fault of a run and until its stop: one from each equal part of the exponential distribution, shuffled."""
+    """Seconds until each fault of a run and until its stop: one from each equal part of the exponential distribution."""
     parts = trial.faults + 1
     times = [-trial.up * math.log(1 - (part + draw.random()) / parts) for part in range(parts)]
     draw.shuffle(times)

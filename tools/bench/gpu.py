@@ -34,7 +34,7 @@ with lazy.imports():
     import gpu_zero3
     import torch
     import torch.nn.functional as F
-    from device import BANDWIDTH, PEAK, DeviceSession, run_process
+    from device import BANDWIDTH, DeviceSession, run_process
     from torch import Tensor, nn
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -153,7 +153,8 @@ def slices(session: DeviceSession) -> None:
             what = f"XL slice, {config.n_layer} layers, {mode} checkpointing, {'compiled' if compiled else 'eager'}"
             rate = session.attempt(what, 35, partial(_train, session, what, config, 4, mode, compiled))
             best = max(best, rate or 0.0) if mode == "none" else best
-    session.rows.append(BenchRow("XL slice, the best without checkpointing", "TFLOP/s", best, session.peak / 1e12, PEAK, 0.58))
+    peak, source = session.peak_and_source
+    session.rows.append(BenchRow("XL slice, the best without checkpointing", "TFLOP/s", best, peak / 1e12, source, 0.58))
 
 
 def _train(session: DeviceSession, what: str, config: ModelConfig, B: int, mode: str, compiled: bool) -> list[BenchRow]:

@@ -98,7 +98,7 @@ def measure(what: SaveTask, recipe: Recipe) -> dict[str, float]:
 
     def step() -> float:
         start = time.perf_counter()
-        take_step(engine, [batch], loss, 1e-4)
+        take_step(engine, [batch], loss, 1e-4, savers["async"].wait_for_copy)
         dist.barrier()
         return time.perf_counter() - start
 

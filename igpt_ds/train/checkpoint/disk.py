@@ -91,6 +91,14 @@ class CheckpointWriter:
         except (RuntimeError, MemoryError) as error:
             self.error = f"{path}: {' '.join(str(error).split())}"
 
+    def copy_held(self) -> None:
+        """Copies what is held and still shared with the training."""
+        for path, snapshot in self._held:
+            try:
+                snapshot.copy()
+            except (RuntimeError, MemoryError) as error:
+                self.error = self.error or f"{path}: {' '.join(str(error).split())}"
+
     def write_held(self) -> None:
         """Writes the files that are held."""
         for path, snapshot in self._held:

@@ -1,7 +1,8 @@
 """Saves the checkpoints of a run one after another, while training goes on. Every rank calls every method at the same step.
 
-At a save each rank copies its state into host memory (snapshot.py). A thread of low priority writes, hashes and syncs the files;
-it sends no message to other ranks. Once a step has found that no rank writes any more (`Stop.idle`), the main thread of each rank
+After a save a thread copies the rank's state into host memory, beside the next forward and backward pass (snapshot.py). The
+update waits for it (`wait_for_copy`). At low priority the thread then writes, hashes and syncs the files, without a message to
+the ranks of the training. Once a step has found that no rank writes any more (`Stop.idle`), the main thread of each rank
 calls `finish`, and rank 0 completes the checkpoint. Until then it does not count. The next save, a rollback and the end of the
 run wait for it. Called by train/session.py and train/loop.py.
 """
@@ -17,6 +18,7 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.errors import InputError
 from igpt_ds.plan.costs import FAST_KEPT
+from igpt_ds.train.checkpoint.disk import CheckpointWriter
 from igpt_ds.train.checkpoint.host_memory import saves_in_background
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.neighbours import Neighbours, find_neighbours
@@ -42,6 +44,7 @@ class Saver:
         self._neighbours = find_neighbours(self._fast) if self._fast else None
         self._begun: Begun | None = None
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
 
     @property
     def under_way(self) -> bool:
@@ -88,9 +91,17 @@ class Saver:
             _write(begun, neighbours)
             begun.commit()
             return
-        self._begun = begun
-        self._thread = threading.Thread(target=_write_beside, args=(begun, neighbours), name="saver", daemon=True)
+        if getattr(self._engine.optimizer, "optimizer_swapper", None) is not None:  # which reuses the tensors of states on NVMe
+            begun.writer.copy_held()
+        self._begun, self._copied = begun, threading.Event()
+        arguments = (begun, neighbours, self._copied)
+        self._thread = threading.Thread(target=_write_beside, args=arguments, name="saver", daemon=True)
         self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Returns when the state of the last save may change. Each step calls it before its update."""
+        if self._thread is not None:
+            self._copied.wait()
 
     def finish(self) -> None:
         """Waits until the files of the last save are written, and completes its checkpoint; nothing if none is under way.
@@ -162,17 +173,29 @@ def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str 
     return Saver(engine, run, tiers, saves_in_background(engine, asked))
 
 
-def _write_beside(begun: Begun, neighbours: Neighbours | None) -> None:
+def _write_beside(begun: Begun, neighbours: Neighbours | None, copied: threading.Event) -> None:
+    try:
+        with _noting(begun.writer):
+            begun.writer.copy_held()
+    finally:
+        copied.set()
     lower_priority()
     _write(begun, neighbours)
 
 
 def _write(begun: Begun, neighbours: Neighbours | None) -> None:
-    """Writes the files of this rank and its copies. What fails is told when the ranks meet: they would wait for this one."""
+    """Writes the files of this rank and its copies."""
     writer = begun.writer
-    try:
+    with _noting(writer):
         writer.write_held()
         if neighbours is not None:
             writer.copies = neighbours.exchange(begun.unfinished, [] if writer.error else writer.entries)
+
+
+@contextmanager
+def _noting(writer: CheckpointWriter) -> Iterator[None]:
+    """What fails is told when the ranks meet: they would wait for this one."""
+    try:
+        yield
     except Exception as error:
         writer.error = writer.error or (str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")

@@ -1,8 +1,9 @@
 """A copy of a rank's state in host memory, written to a file later with the bytes that torch.save would write now.
 
 In: the object that DeepSpeed saves. Out: a `Snapshot`. torch pickles the object at once and hands over each storage of its
-tensors, which is copied into a buffer; training may change the tensors then. The buffers are reused by the next snapshot, so it
-must wait until this one is written. Called by train/checkpoint/disk.py and train/checkpoint/saver.py.
+tensors. A thread copies the storages into buffers beside the next forward and backward pass, which change none of them; the
+update must wait for it. The buffers are reused by the next snapshot, so it must wait until this one is written. Called by
+train/checkpoint/disk.py and train/checkpoint/saver.py.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 LOWEST_PRIORITY = 19  # of a thread that writes
+PIECE = 1 << 26  # bytes that are copied at a time
 
 
 @dataclass
@@ -36,18 +39,15 @@ class Buffers:
         """The next snapshot overwrites the buffers."""
         self._used = 0
 
-    def copy(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        """A copy on the host, in the next buffer."""
+    def take(self, n_bytes: int) -> torch.UntypedStorage:
+        """The next buffer, of this size."""
         if self._used == len(self._kept):
             self._kept.append(torch.UntypedStorage(0))
-        if self._kept[self._used].nbytes() != storage.nbytes():
+        if self._kept[self._used].nbytes() != n_bytes:
             self._kept[self._used] = torch.UntypedStorage(0)  # frees it before the new one is there
-            self._kept[self._used] = torch.UntypedStorage(storage.nbytes())
-        buffer = self._kept[self._used]
+            self._kept[self._used] = torch.UntypedStorage(n_bytes)
         self._used += 1
-        if storage.nbytes():
-            buffer.copy_(storage)
-        return buffer
+        return self._kept[self._used - 1]
 
 
 class Snapshot:
@@ -63,20 +63,44 @@ class Snapshot:
 
     def __init__(self, state: Any, buffers: Buffers) -> None:
         self._records: list[tuple[str, Any, int]] = []
+        self._pending: list[tuple[torch.UntypedStorage, torch.UntypedStorage, Any]] = []  # buffer, source, event of its device
         self._buffers = buffers
         with _left_on_device():
             torch.serialization._save(state, self, pickle, torch.serialization.DEFAULT_PROTOCOL, False)
 
     def write_record(self, name: str, content: Any, size: int) -> None:
         """torch calls this for each record, in the order of the file."""
-        kept = self._buffers.copy(content) if isinstance(content, torch.UntypedStorage) else content
-        self._records.append((name, kept, size))
+        if isinstance(content, torch.UntypedStorage):
+            device, source = content.device, content
+            content = self._buffers.take(source.nbytes())
+            known = None if device.type == "cpu" else torch.accelerator.current_stream(device).record_event()
+            self._pending.append((content, source, known))
+        self._records.append((name, content, size))
+
+    def copy(self) -> None:
+        """Copies the tensors, in pieces: Python's lock is free meanwhile. Until then nothing may change them."""
+        while self._pending:
+            buffer, source, known = self._pending.pop()
+            if known is None:
+                for ours, theirs in zip(_pieces(buffer), _pieces(source), strict=True):
+                    np.copyto(ours, theirs)
+                continue
+            beside = torch.Stream(source.device)  # the stream of the training does not wait for it
+            beside.wait_event(known)
+            with beside:
+                buffer.copy_(source)
 
     def write(self, file: Any) -> None:
         """Writes the file, as torch.save does. torch holds Python's lock for moments only."""
+        self.copy()
         with torch.serialization._open_zipfile_writer(file) as archive:
             for record in self._records:
                 archive.write_record(*record)
+
+
+def _pieces(storage: torch.UntypedStorage) -> Iterator[np.ndarray]:
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    yield from (whole[start : start + PIECE] for start in range(0, len(whole), PIECE))
 
 
 @contextmanager
