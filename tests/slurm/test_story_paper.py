@@ -45,7 +45,7 @@ def test_every_stage_is_a_job_behind_those_that_it_needs(slurm: Any, settings: P
     assert f"story_paper.sh: error: jobs of {out} are still queued: " in refused
 
     slurm.run("scancel", "--user=root")
-    slurm.until(lambda: not slurm.run("squeue", "-h", "-u", "root"), 60)
+    slurm.until(lambda: not slurm.run("squeue", "-h", "-u", "root"), 180)  # KillWait is 60 s
     slurm.run(*command, IGPT_DS_CLUSTER=str(settings), SUBMIT="1", timeout=400)
     again = [line.split()[0] for line in (out / "jobs.txt").read_text().splitlines()]
     assert not {"palette", "shards-digits_8", "features-pixels-digits_8", "probe-pixels-digits_8"} & set(again)
