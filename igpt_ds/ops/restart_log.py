@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from igpt_ds.errors import error_text
 from igpt_ds.ops.requeue import Start
@@ -53,14 +53,20 @@ def newest_images(run_dir: Path) -> int:
 
 
 def fast_images(run_dir: Path) -> int:
-    """`images_seen` of the newest save into the fast directory (--fast_dir) since the run last began at step 0; 0 without one."""
+    """`images_seen` of the newest save into the fast directory (--fast_dir), as far as later starts found it; 0 without one."""
     images = 0
     for row in read_rows(run_dir):
-        if row.get("event") == TRAIN and row.get("step") == 0:
-            images = 0
+        if row.get("event") == TRAIN:
+            images = min(images, _images_found(row, images))
         elif row.get("event") == SAVE and row.get("fast") is True and isinstance(row.get("images_seen"), int):
             images = row["images_seen"]
     return images
+
+
+def _images_found(row: dict[str, Any], known: int) -> int:
+    """The images that a start continued from, by its row; `known` if the row does not tell."""
+    found = 0 if row.get("step") == 0 else row.get("images_seen")
+    return found if isinstance(found, int) else known
 
 
 def record(start: Start, event: str, **more: object) -> None:
@@ -89,12 +95,17 @@ def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) 
 
 
 def images_at_starts(start: Start) -> list[int]:
-    """The images that each start of the job began with; empty if this start could not be written down."""
+    """The images that each start of the job began with; empty if this start could not be written down.
+
+    A fast save may have gone with its node: what a start really continued from counts.
+    """
     images, last = list[int](), -1
     for row in read_rows(start.run_dir):
         try:
             if row["event"] == "start" and row["job"] == start.job:
                 images, last = [*images, int(row["images_seen"])], row["restart"]
+            elif row["event"] == TRAIN and images:
+                images[-1] = min(images[-1], _images_found(row, images[-1]))
         except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return images if last == start.restart else []

@@ -24,7 +24,7 @@ from igpt_ds.model.store import ModelInfo, read_info
 from igpt_ds.train.engine import LossFunction, with_dropout
 from igpt_ds.train.engine_protocol import Engine
 from igpt_ds.train.finetune_flags import EPOCHS, LABEL_STEPS
-from igpt_ds.train.run_dir import has_checkpoints, read_recipe, read_run
+from igpt_ds.train.run_dir import has_begun, read_recipe, read_run
 from igpt_ds.train.schedule import shorter_warmup
 from igpt_ds.train.validation import VALIDATION_SEED, split_means
 
@@ -145,7 +145,7 @@ def as_begun(args: argparse.Namespace, recipe: Recipe) -> Recipe:
 
     Earlier versions chose them otherwise: a warm-up as long as the run where an epoch is longer, and the joint loss from scratch.
     """
-    if args.resume != "auto" or not has_checkpoints(args.run_dir) or not (args.run_dir / "run.json").exists():
+    if args.resume != "auto" or not has_begun(args.run_dir):
         return recipe
     begun = recipe_from_dict(read_run(args.run_dir)["recipe"], str(args.run_dir / "run.json"))
     if args.warmup_epochs is None and begun.steps == recipe.steps:

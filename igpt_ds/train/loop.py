@@ -66,7 +66,7 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
     engine, cadence, watch, metrics = session.engine, session.cadence, session.watch, session.metrics
     stop, guard = watch.stop, watch.guard
     stream = Stream(loader, session.run.recipe.batch_images, session.run.accumulation)
-    step, saved, save_due, fast_due = session.start_step, session.start_step, False, False
+    step, saved, save_due, fast_due = session.start_step, session.saved_step, False, False
     watch.unvalidated = watch.unvalidated and validate is not None
     if not stop.now(engine.device) and watch.unvalidated and validate:
         watch.unvalidated = not validated(session, validate, step)
@@ -96,11 +96,12 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
         elif fast_due and verdict is Verdict.CALM and not session.saver.under_way:
             save(session, step, fast=True)
             fast_due = False
+    if saved < step:  # stopped before its first step, at a state of the fast directory, which is removed
+        save(session, step, wait=True)
     finish_save(session, step)
     session.saver.close()
     stream.close()
     metrics.close()
-    assert saved == step
     watch.stopped = "" if (step == cadence.last_step or watch.over) and not watch.unvalidated else stop.reason
 
 
@@ -113,7 +114,7 @@ def one_step(session: Session, stream: Stream, loss_function: LossFunction, step
     waited, lr = time.perf_counter() - start, learning_rate(session.run.recipe, step - 1)
     session.replay.check(step, micro_batches[0], loss_function)
     with session.metrics.timed(waited), session.layers.watching(step):
-        loss = take_step(engine, micro_batches, loss_function, lr, partial(before_update, session))
+        loss = take_step(engine, micro_batches, loss_function, lr, partial(before_update, session, step))
         total = watch.stop.agree(loss)
     session.metrics.layers(step, session.layers.values())
     if step % COLLECT_EVERY == 0:
@@ -123,9 +124,14 @@ def one_step(session: Session, stream: Stream, loss_function: LossFunction, step
     return StepOutcome(step, total / session.run.world_size, lr, engine.skipped_steps > skipped_before)
 
 
-def before_update(session: Session) -> None:
+def before_update(session: Session, step: int) -> None:
     """Once the gradients are complete: what still needs the weights and moments of the step before."""
-    session.saver.wait_for_copy()
+    if session.saver.copying:
+        session.watch.watchdog.alive("save", step - 1)
+        start = time.perf_counter()
+        session.saver.wait_for_copy()
+        session.metrics.saved_beside(time.perf_counter() - start)
+        session.watch.watchdog.alive("step", step - 1)
     session.layers.before_update()
 
 

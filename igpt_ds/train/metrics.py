@@ -190,6 +190,12 @@ class Metrics:
         """Counts time that saving a checkpoint took."""
         self.save_seconds += seconds
 
+    def saved_beside(self, seconds: float) -> None:
+        """Counts time within a step that waited for the copy of a state."""
+        self.saved(seconds)
+        self.steps.aside(seconds)
+        self.clock += seconds
+
     def goodput(self, step: int) -> Goodput | None:
         """Shows where the time of the run went so far, in TensorBoard and in Weights and Biases; None where nothing is shown."""
         if self.speaks:

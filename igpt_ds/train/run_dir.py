@@ -97,6 +97,11 @@ def has_checkpoints(run_dir: Path) -> bool:
     return any(not path.name.endswith(".partial") for path in (run_dir / "checkpoints").glob("step-*"))
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Whether a run directory holds a run with a state, in it or in --fast_dir."""
+    return (run_dir / "run.json").exists() and (has_checkpoints(run_dir) or (run_dir / "fast_id").exists())
+
+
 def refuse_file(run_dir: Path) -> None:
     """Checks that --run_dir is no file.
 
@@ -212,7 +217,7 @@ def number_validated(args: argparse.Namespace, default: int | None = VAL_IMAGES)
 
     None means all. Earlier versions read all and recorded nothing.
     """
-    begun = args.resume == "auto" and has_checkpoints(args.run_dir) and (args.run_dir / "run.json").exists()
+    begun = args.resume == "auto" and has_begun(args.run_dir)
     chosen = read_run(args.run_dir).get("val_images") if begun and args.val_images is None else args.val_images
     return default if chosen is None and not begun else chosen
 

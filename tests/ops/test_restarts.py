@@ -14,7 +14,7 @@ import pytest
 
 from igpt_ds.cli import STOPPED
 from igpt_ds.json_files import read_json_lines, write_json
-from igpt_ds.ops import restart_log, restarts
+from igpt_ds.ops import requeue, restart_log, restarts
 from igpt_ds.ops.requeue import BAD_INPUT, BAD_NODES, End, Start
 from igpt_ds.train.ledger.rows import append_row
 
@@ -81,6 +81,22 @@ def test_a_fast_save_is_progress_until_the_run_begins_anew(start: Start):
     append_row(rows, {"event": "save", "step": 3, "fast": True, "images_seen": 36})
     save(start.run_dir, 2, 24)
     assert restarts.newest_images(start.run_dir) == 36
+
+
+def test_a_fast_save_that_went_with_its_node_does_not_hide_the_progress_since(start: Start):
+    """The first start saves 1,950 images on the nodes; 1,000 are in the run directory when a node is lost."""
+    rows, found = start.run_dir / "restarts.jsonl", []
+    save(start.run_dir, 100, 1000)
+    for number, (begins, ends) in enumerate(((0, 1950), (1000, 1300), (1300, 1600), (1600, 1900))):
+        now = replace(start, restart=number)
+        restarts.record(now, "start")
+        found = restarts.images_at_starts(now)
+        append_row(rows, {"event": "train", "step": begins, "images_seen": begins})
+        append_row(rows, {"event": "save", "step": ends, "fast": True, "images_seen": ends})
+    assert found == [0, 1000, 1300, 1600]
+    assert requeue.count_fruitless(found) == 1
+    append_row(rows, {"event": "train", "step": 1000, "images_seen": 1000})  # and again
+    assert restarts.newest_images(start.run_dir) == 1000
 
 
 def test_a_lock_of_a_killed_job_is_broken_after_thirty_tries(start: Start, naps: list[float]):

@@ -71,6 +71,21 @@ def test_the_state_of_a_lost_node_comes_from_its_neighbour(
     assert curves("run") == whole
 
 
+def test_a_stop_before_the_first_step_keeps_the_fast_state(
+    launch: Any, with_fault: Any, command: Any, curves: Callable[[str], Any], whole: Any, tmp_path: Path
+) -> None:
+    words = command("run", "--fast_dir", str(tmp_path / "fast"), "--fast_save_every", "1", "--resume", "auto")
+    killed = launch(with_fault([*words, "--save", "sync"], "signal=SIGKILL,1,step,7"), ranks=2)
+    assert killed.returncode != 0
+    stopped = launch([*words, "--max_minutes", "0.0001"], ranks=2)
+    assert "everything is saved" in stopped.stdout, stopped.stderr[-3000:]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == "step-00000006"
+    assert not list((tmp_path / "fast").rglob("*.pt"))
+    done = launch(words, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert curves("run") == whole
+
+
 def two_ranks(fast_dir: str) -> list[str]:
     """The words that start a program on two ranks, each with its --fast_dir."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]

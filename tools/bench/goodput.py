@@ -150,12 +150,12 @@ def start(words: Sequence[str], run_dir: Path) -> tuple[subprocess.Popen[bytes],
 
 
 def ready(run_dir: Path, pid: int, last: bool) -> bool:
-    """Whether a fault may come: the run directory is there, and at the end the run can save, as its heartbeat says."""
+    """Whether a fault may come: the run directory is there. The last stop waits for two saves, and for a step."""
     if not last:
         return (run_dir / "restarts.jsonl").exists()
-    with suppress(OSError):
+    with suppress(OSError, InputError):
         text = (run_dir / "heartbeat" / "node-00000.json").read_text(encoding="utf-8")
-        return f'"pid": {pid}' in text and '"phase": "step"' in text
+        return f'"pid": {pid}' in text and '"phase": "step"' in text and bool(read_goodput(run_dir, live=True).saves)
     return False
 
 

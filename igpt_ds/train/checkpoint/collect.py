@@ -85,17 +85,23 @@ def _together(nodes: list[dict[int, Manifest]]) -> dict[int, Held]:
     found = {}
     for step in {step for states in nodes for step in states}:
         parts = {rank: states[step] for rank, states in enumerate(nodes) if step in states}
-        facts = [replace(manifest, files=()) for manifest in parts.values()]
-        if any(other != facts[0] for other in facts):
-            continue
-        holders: dict[FileEntry, list[int]] = {}
-        for rank, manifest in parts.items():
-            for entry in manifest.files:
-                holders.setdefault(entry, []).append(rank)
-        files = {entry.name: (entry, tuple(ranks)) for entry, ranks in holders.items()}
-        entries, ranks = zip(*files.values(), strict=True) if files else ((), ())
-        found[step] = Held(replace(facts[0], files=entries), ranks)
+        facts = {rank: replace(manifest, files=()) for rank, manifest in parts.items()}
+        for one in facts.values():  # parts of two starts never mix
+            held = _held(one, {rank: parts[rank] for rank, other in facts.items() if other == one})
+            if step not in found or held.is_whole:
+                found[step] = held
     return found
+
+
+def _held(facts: Manifest, parts: dict[int, Manifest]) -> Held:
+    """The state whose parts these are. parts: by the first rank of a node."""
+    holders: dict[FileEntry, list[int]] = {}
+    for rank, manifest in parts.items():
+        for entry in manifest.files:
+            holders.setdefault(entry, []).append(rank)
+    files = {entry.name: (entry, tuple(ranks)) for entry, ranks in holders.items()}
+    entries, ranks = zip(*files.values(), strict=True) if files else ((), ())
+    return Held(replace(facts, files=entries), ranks)
 
 
 def _copy(tier: Tier, unfinished: Path, held: Held, reasons: list[str]) -> bool:

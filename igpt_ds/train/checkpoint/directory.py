@@ -82,6 +82,11 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return [path for path in list_checkpoints(directory) if (path / "COMPLETE").exists()]
 
 
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint with a COMPLETE file; 0 without one."""
+    return max(map(step_of, complete_checkpoints(directory)), default=0)
+
+
 def commit(partial: Path, final: Path, manifest: Manifest) -> None:
     """Writes the manifest, marks the checkpoint as complete, and gives it its name."""
     write_manifest(partial, manifest)

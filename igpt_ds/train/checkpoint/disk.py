@@ -25,7 +25,10 @@ from igpt_ds.train.checkpoint.snapshot import Buffers, Snapshot
 SLACK = 1.02  # for what a file holds beside its tensors, and for estimates
 
 
-def require_space(directory: Path, needed: int, what: str) -> None:
+ROOM = "free some space there, lower --keep_last, or put --run_dir on another disk"
+
+
+def require_space(directory: Path, needed: int, what: str, fix: str = ROOM) -> None:
     """Refuses to start a write that the disk of `directory` has no space for. The directory need not exist yet.
 
     Raises:
@@ -34,10 +37,7 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise InputError(
-            f"{what} needs {needed:,} bytes and {directory} has {free:,} free; "
-            "free some space there, lower --keep_last, or put --run_dir on another disk"
-        )
+        raise InputError(f"{what} needs {needed:,} bytes and {directory} has {free:,} free; {fix}")
 
 
 class _Hashing:

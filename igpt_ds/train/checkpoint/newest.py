@@ -15,7 +15,7 @@ from igpt_ds.cli import SharedError
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.train.checkpoint.collect import collect_newest
 from igpt_ds.train.checkpoint.directory import refuse_to_start_over, say_skipped, search
-from igpt_ds.train.checkpoint.manifest import Checkpoint, DamagedError, FileEntry, damaged_files
+from igpt_ds.train.checkpoint.manifest import Checkpoint, FileEntry, damaged_files
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.tiers import Tier, run_tier
 
@@ -69,13 +69,12 @@ def _search(tier: Tier, before: int | None, reasons: list[str]) -> Checkpoint | 
         before: its step must be lower; None: any.
         reasons: gets why newer ones are no candidates.
     """
-    errors = (InputError, OSError) if tier.fast else (DamagedError,)
     if tier.ranks is None:
-        found, skipped = dist.from_rank_0(partial(search, tier.directory, before, errors))
+        found, skipped = dist.from_rank_0(lambda: _look(tier, before))
         reasons += skipped
         return found
     while True:
-        answers = dist.gather_objects(search(tier.directory, before, errors) if tier.leads else (None, []))
+        answers = dist.gather_objects(_look(tier, before) if tier.leads else (None, []))
         firsts = [answers[first] for first in sorted(set(dist.gather_objects(tier.members[0])))]
         reasons += [reason for _, skipped in firsts for reason in skipped]
         mine: Checkpoint | None = answers[tier.members[0]][0]
@@ -94,6 +93,16 @@ def _search(tier: Tier, before: int | None, reasons: list[str]) -> Checkpoint | 
             return mine
         else:
             reasons.append(f"{mine.path} was saved by other ranks than those of its nodes now")
+
+
+def _look(tier: Tier, before: int | None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest candidate that this rank sees, and why newer ones are none. No error of a fast directory ends the run."""
+    if not tier.fast:
+        return search(tier.directory, before)
+    try:
+        return search(tier.directory, before, (InputError, OSError))
+    except OSError as error:
+        return None, [error_text(error)]
 
 
 def _has_files(checkpoint: Checkpoint) -> bool:

@@ -21,7 +21,7 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.train.checkpoint.directory import checkpoint_name, commit, list_checkpoints, prune
-from igpt_ds.train.checkpoint.disk import SLACK, CheckpointWriter, require_space
+from igpt_ds.train.checkpoint.disk import ROOM, SLACK, CheckpointWriter, require_space
 from igpt_ds.train.checkpoint.manifest import Manifest, Progress, RunFacts, read_checkpoint
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.snapshot import Buffers
@@ -72,7 +72,7 @@ class Begun:
         """
         tier, what = self.tier, f"checkpoint {self.final} could not be saved"
         reports = dist.gather_objects(([*self.writer.entries, *self.writer.copies], self.writer.error))
-        agree([error for _, error in reports], self.unfinished, what, tier)
+        agree([error or ("" if files else "wrote no file") for files, error in reports], self.unfinished, what, tier)
         files = tuple(entry for rank in tier.members for entry in reports[rank][0])
         manifest = replace(self.manifest, files=files)
         try:
@@ -90,8 +90,12 @@ def remove_old(tier: Tier, kept: Kept) -> None:
     if tier.ranks is None:
         remove_together(dist.from_rank_0(take))
     else:
-        for path in tier.once(take) or []:
-            shutil.rmtree(path)
+        tier.once(lambda: _remove(take()))
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path)
 
 
 def save_checkpoint(engine: Engine, directory: Path, run: RunFacts, progress: Progress, kept: Kept) -> Saved:
@@ -120,7 +124,7 @@ def begin_save(
     final = directory / checkpoint_name(progress.step)
     unfinished = unfinished_of(final)
     dist.from_rank_0(lambda: check_owner(tier.run_dir))
-    tier.once(lambda: make_unfinished(unfinished, expected_bytes(engine, tier)))
+    tier.once(lambda: make_unfinished(unfinished, expected_bytes(engine, tier), tier.room))
     states = [rng_states()] if engine.zero_optimization_stage() == 3 else dist.gather_objects(rng_states())
     writer = CheckpointWriter(engine.checkpoint_engine, buffers)
     engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda path: None  # tools/consolidate.py replaces it
@@ -148,7 +152,7 @@ def unfinished_of(final: Path) -> Path:
     return final.with_name(".".join(part for part in (final.name, this_start(), "partial") if part))
 
 
-def make_unfinished(unfinished: Path, needed: int) -> None:
+def make_unfinished(unfinished: Path, needed: int, fix: str = ROOM) -> None:
     """Makes the empty directory of a save on a disk that has space for it.
 
     Raises:
@@ -157,7 +161,7 @@ def make_unfinished(unfinished: Path, needed: int) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        require_space(unfinished, needed, f"checkpoint {unfinished.name.removesuffix('.partial')}")
+        require_space(unfinished, needed, f"checkpoint {unfinished.name.removesuffix('.partial')}", fix)
     except ValueError:
         unfinished.rmdir()
         raise
@@ -202,6 +206,6 @@ def check_space(engine: Engine, tier: Tier, keep_last: int) -> None:
 
     def ask() -> None:
         missing = max(1, keep_last + 1 - len(list_checkpoints(tier.directory)))
-        require_space(tier.directory, missing * expected_bytes(engine, tier), f"room for {missing} checkpoints")
+        require_space(tier.directory, missing * expected_bytes(engine, tier), f"room for {missing} checkpoints", tier.room)
 
     tier.once(ask)

@@ -13,6 +13,9 @@ import argparse
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
@@ -24,7 +27,7 @@ from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.neighbours import Neighbours, find_neighbours
 from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
-from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, run_tier
+from igpt_ds.train.checkpoint.tiers import WITHOUT, Tier, fast_tier, run_tier
 from igpt_ds.train.engine_protocol import Engine
 
 
@@ -41,7 +44,8 @@ class Saver:
         self._engine, self._run = engine, run
         self._slow, self._fast = tiers[0], next(iter(tiers[1:]), None)
         self._buffers = Buffers() if asynchronous else None
-        self._neighbours = find_neighbours(self._fast) if self._fast else None
+        self._fast_works = self._fast is not None and self._fast.works
+        self._neighbours = find_neighbours(self._fast) if self._fast and self._fast_works else None
         self._begun: Begun | None = None
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
@@ -54,7 +58,7 @@ class Saver:
     @property
     def has_fast(self) -> bool:
         """Whether there is a fast directory that works; the same on all ranks."""
-        return self._fast is not None
+        return self._fast_works
 
     @property
     def copied(self) -> int:
@@ -80,7 +84,7 @@ class Saver:
     def save_fast(self, progress: Progress) -> None:
         """Saves the state of this step into the fast directory. If that fails, the run goes on without it."""
         self.finish()
-        if self._fast is not None:
+        if self._fast is not None and self._fast_works:
             with self._spared():
                 self._begin(self._fast, progress, Kept(FAST_KEPT), self._buffers)
 
@@ -94,9 +98,14 @@ class Saver:
         if getattr(self._engine.optimizer, "optimizer_swapper", None) is not None:  # which reuses the tensors of states on NVMe
             begun.writer.copy_held()
         self._begun, self._copied = begun, threading.Event()
-        arguments = (begun, neighbours, self._copied)
+        arguments = (begun, neighbours, self._copied, self._engine.device)
         self._thread = threading.Thread(target=_write_beside, args=arguments, name="saver", daemon=True)
         self._thread.start()
+
+    @property
+    def copying(self) -> bool:
+        """Whether `wait_for_copy` would wait."""
+        return self._thread is not None and not self._copied.is_set()
 
     def wait_for_copy(self) -> None:
         """Returns when the state of the last save may change. Each step calls it before its update."""
@@ -124,11 +133,11 @@ class Saver:
         try:
             yield
         except SharedError as error:
-            self._fast = None
-            dist.say(f"the run goes on without --fast_dir: {error}")
+            self._fast_works = False
+            dist.say(WITHOUT.format(error))
 
     def forget_newer(self, step: int) -> None:
-        """After a rollback to a step, later states do not count."""
+        """After a rollback to a step, later states do not count, also where nothing is saved any more."""
         self.finish()
         for tier in filter(None, (self._slow, self._fast)):
             tier.forget_newer(step)
@@ -168,14 +177,33 @@ def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str 
     Raises:
         SharedError: too little disk space, or too little memory for --save async; on every rank.
     """
-    for tier in tiers:
-        check_space(engine, tier, FAST_KEPT if tier.fast else keep_last)
-    return Saver(engine, run, tiers, saves_in_background(engine, asked))
+    run_tier, *fast = tiers
+    check_space(engine, run_tier, keep_last)
+    fast = [checked(engine, tier) for tier in fast]
+    return Saver(engine, run, [run_tier, *fast], saves_in_background(engine, asked))
 
 
-def _write_beside(begun: Begun, neighbours: Neighbours | None, copied: threading.Event) -> None:
+def checked(engine: Engine, tier: Tier) -> Tier:
+    """A fast directory that the run had before is used no more if its disk is too small; a new run is refused.
+
+    Raises:
+        SharedError: it has too little space.
+    """
+    try:
+        check_space(engine, tier, FAST_KEPT)
+    except SharedError as error:
+        if not tier.known:
+            raise
+        dist.say(WITHOUT.format(error))
+        return replace(tier, works=False)
+    return tier
+
+
+def _write_beside(begun: Begun, neighbours: Neighbours | None, copied: threading.Event, device: torch.device) -> None:
     try:
         with _noting(begun.writer):
+            if device.type != "cpu":  # a thread begins with the first GPU, and would take memory there
+                torch.accelerator.set_device_index(device)
             begun.writer.copy_held()
     finally:
         copied.set()
@@ -188,6 +216,7 @@ def _write(begun: Begun, neighbours: Neighbours | None) -> None:
     writer = begun.writer
     with _noting(writer):
         writer.write_held()
+    with _noting(writer):
         if neighbours is not None:
             writer.copies = neighbours.exchange(begun.unfinished, [] if writer.error else writer.entries)
 

@@ -12,7 +12,7 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,5 +114,6 @@ def _left_on_device() -> Iterator[None]:
 
 
 def lower_priority() -> None:
-    """The calling thread yields its core to all others. Linux counts each thread by itself."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    """The calling thread yields its core to all others, where the system lets it. Linux counts each thread by itself."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

@@ -11,8 +11,8 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +21,10 @@ from igpt_ds.cli import SharedError
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.files import atomic_file
 from igpt_ds.train.checkpoint.directory import list_checkpoints, remove_leftovers, set_aside_newer, step_of
+from igpt_ds.train.checkpoint.disk import ROOM
 
 T = TypeVar("T")
+WITHOUT = "the run goes on without --fast_dir: {}"
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Tier:
     """A directory of checkpoints.
 
     run_dir: whose owner may save. ranks: those that see the same directory; None: all. fast: it is no more than a faster copy, so
-    that what fails there does not end the run. copies: each node also keeps the files of the node before it (neighbours.py).
-    start: of the ranks, for parts on several nodes.
+    that what fails there does not end the run. works: states can be written there on every rank. copies: each node also keeps the
+    files of the node before it (neighbours.py). start: of the ranks, for parts on several nodes. known: the run had it before.
     """
 
     directory: Path
@@ -40,6 +42,13 @@ class Tier:
     fast: bool = False
     copies: bool = False
     start: str = ""
+    works: bool = True
+    known: bool = field(default=False, compare=False)
+
+    @property
+    def room(self) -> str:
+        """What to do if its disk is too small."""
+        return "free some space there, or put --fast_dir on another disk" if self.fast else ROOM
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -70,8 +79,16 @@ class Tier:
         return result
 
     def forget_newer(self, step: int) -> None:
-        """Later steps do not count any more: they are removed here if a copy, and else set aside."""
-        self.once(lambda: _remove_newer(self.directory, step) if self.fast else set_aside_newer(self.directory, step))
+        """Later steps do not count any more: they are removed here if a copy, and else set aside.
+
+        Where a fast directory cannot be changed, no later start will look into it.
+        """
+        try:
+            self.once(lambda: _remove_newer(self.directory, step) if self.fast else set_aside_newer(self.directory, step))
+        except SharedError:
+            if not self.fast:
+                raise
+            dist.from_rank_0(lambda: _id_file(self.run_dir).unlink(missing_ok=True))
 
     def clear(self) -> None:
         """Removes the whole directory: the run has ended, and its own directory has the newest state."""
@@ -79,8 +96,9 @@ class Tier:
             self.once(lambda: shutil.rmtree(self.directory, ignore_errors=True))
 
     def remove_leftovers(self) -> None:
-        """Removes what interrupted saves left."""
-        self.once(lambda: remove_leftovers(self.directory))
+        """Removes what interrupted saves left. A fast directory that cannot be changed keeps it."""
+        with suppress(SharedError) if self.fast else nullcontext():
+            self.once(lambda: remove_leftovers(self.directory))
 
 
 def _remove_newer(directory: Path, step: int) -> None:
@@ -97,45 +115,56 @@ def run_tier(run_dir: Path) -> Tier:
 def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool, copies: bool = False) -> Tier:
     """The directory of a run below --fast_dir, which is made. All ranks find out which of them share it.
 
+    A run that already has states there goes on if some rank cannot use it: the others may have them all.
+
     Args:
         resumes: whether the run continues where it was (--resume auto).
         copies: each node keeps the files of another one too, unless all share the directory.
 
     Raises:
-        SharedError: it cannot be made, or holds states of a run that is not continued.
+        SharedError: a new run cannot use it, or it holds states of a run that is not continued.
     """
-    name = dist.from_rank_0(lambda: f"{run_dir.name}-{_id(fast_dir, run_dir, resumes)}")
+    identity, known = dist.from_rank_0(lambda: _id(fast_dir, run_dir, resumes))
+    name = f"{run_dir.name}-{identity}"
     start = dist.from_rank_0(lambda: uuid.uuid4().hex)
     directory, error = fast_dir / name, ""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f".{start}.{dist.rank()}").touch()
     except OSError as caught:
-        error = f"--fast_dir {fast_dir} cannot be used on rank {dist.rank()}: {caught.strerror}; choose another directory"
+        error = f"--fast_dir {fast_dir} cannot be used on rank {dist.rank()}: {caught.strerror}"
     if errors := [error for error in dist.gather_objects(error) if error]:
-        raise SharedError(errors[0])
-    seen = tuple(sorted(int(path.name.rpartition(".")[2]) for path in directory.glob(f".{start}.*")))
+        if not known:
+            raise SharedError(f"{errors[0]}; choose another directory")
+        dist.say(WITHOUT.format(errors[0]))
+    seen = tuple(sorted({dist.rank(), *(int(path.name.rpartition(".")[2]) for path in directory.glob(f".{start}.*"))}))
     dist.barrier()
     for left in directory.glob(f".*.{dist.rank()}"):
-        left.unlink(missing_ok=True)
+        with suppress(OSError):
+            left.unlink()
     apart = any(len(ranks) < dist.world_size() for ranks in dist.gather_objects(seen))
     if copies and not apart:
         dist.say(f"--fast_copies: all ranks share {fast_dir}, so that no copies are needed")
     if not apart:
-        return Tier(directory, run_dir, fast=True)
-    return Tier(directory, run_dir, seen, fast=True, copies=copies, start=start)
+        return Tier(directory, run_dir, fast=True, works=not errors, known=known)
+    return Tier(directory, run_dir, seen, fast=True, copies=copies, start=start, works=not errors, known=known)
 
 
-def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> str:
-    path = run_dir / "fast_id"
+def _id_file(run_dir: Path) -> Path:
+    return run_dir / "fast_id"
+
+
+def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> tuple[str, bool]:
+    """The id of the run's directory, and whether the run that continues has it already."""
+    path = _id_file(run_dir)
     known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
     if re.fullmatch("[0-9a-f]{12}", known):
         states = fast_dir / f"{run_dir.name}-{known}"
         if resumes:
-            return known
+            return known, True
         if list_checkpoints(states):
             raise InputError(f"{states} holds states of this run; continue with --resume auto, or remove {states}")
     fresh = uuid.uuid4().hex[:12]
     with atomic_file(path, "w") as file:
         file.write(f"{fresh}\n")
-    return fresh
+    return fresh, False

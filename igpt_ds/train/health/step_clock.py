@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ class StepClock:
         self._host = socket.gethostname()
         self._link: float | None = None
         self._rows = LINK_ROWS  # since the last measurement of the links
+        self._aside = 0.0  # seconds of the step under way that are no part of it
 
     @contextmanager
     def step(self, data: float) -> Iterator[None]:
@@ -63,11 +65,15 @@ class StepClock:
             yield
             return
         waits = _HostWaits() if self._device.type == "cpu" else _StreamWaits(self._device)
-        start = time.perf_counter()
+        start, self._aside = time.perf_counter(), 0.0
         with waits.watching() if dist.world_size() > 1 else ExitStack():
             yield
-        seconds, wait = time.perf_counter() - start, waits.seconds()
+        seconds, wait = time.perf_counter() - start - self._aside, waits.seconds()
         self._window.append((data, max(0.0, seconds - wait), wait))
+
+    def aside(self, seconds: float) -> None:
+        """Leaves seconds out of the step under way: it waited for a save."""
+        self._aside += seconds
 
     @property
     def pace(self) -> Pace | None:
@@ -95,10 +101,17 @@ class _HostWaits:
     """Waits of the host, on a CPU."""
 
     def __init__(self) -> None:
-        self._seconds = 0.0
+        self._seconds, self._thread = 0.0, threading.get_ident()
+
+    @property
+    def beside(self) -> bool:
+        """Whether the calling thread is not that of the step: a save sends messages too."""
+        return threading.get_ident() != self._thread
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def method(*args: Any, **named: Any) -> Any:
+            if self.beside:
+                return call(*args, **named)
             start = time.perf_counter()
             try:
                 return call(*args, **named)
@@ -144,7 +157,7 @@ class _StreamWaits(_HostWaits):
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def method(*args: Any, **named: Any) -> Any:
-            if self._module.current_stream() != self._compute:
+            if self.beside or self._module.current_stream() != self._compute:
                 return call(*args, **named)
             first, last = (self._module.Event(enable_timing=True) for _ in range(2))
             first.record(self._compute)

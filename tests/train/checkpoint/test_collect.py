@@ -30,7 +30,8 @@ def part(*ranks: int, start: str = "a", stage: int = 3, world_size: int = 2) -> 
 def test_parts_are_a_state_if_every_rank_has_one() -> None:
     assert _together([part(0), part(1)])[5].is_whole
     assert not _together([part(0), {}])[5].is_whole
-    assert not _together([part(0), part(1, start="b")])  # of two branches of the run
+    assert not _together([part(0), part(1, start="b")])[5].is_whole  # of two branches of the run
+    assert _together([part(0, start="b"), part(0, 1), {}])[5].is_whole  # a node came back with a part of another one
     assert not _together([part(0, 1, world_size=3)])[5].is_whole
     assert not _together([part(0, 1, stage=2)])[5].is_whole  # the whole weights are missing
     lost = _together([part(0, 1), {}])[5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,35 @@ def test_a_run_has_a_fast_directory_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(SharedError, match="holds states of this run; continue with --resume auto"):
         fast_tier(fast_dir, run_dir, resumes=False)
     assert kept.exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SharedError, match=f"--fast_dir {tmp_path / 'file'} cannot be used on rank 0: Not a directory"):
-        fast_tier(tmp_path / "file", run_dir, resumes=True)
+
+
+def test_only_a_run_that_has_begun_goes_on_without_its_fast_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, file = tmp_path / "run", tmp_path / "file"
+    run_dir.mkdir()
+    file.write_text("")
+    refusal = f"--fast_dir {file} cannot be used on rank 0: Not a directory"
+    with pytest.raises(SharedError, match=f"{refusal}; choose another directory"):
+        fast_tier(file, run_dir, resumes=True)
+    slow = run_tier(run_dir)
+    old = make(slow.directory, 100)
+    unusable = fast_tier(file, run_dir, resumes=True)
+    assert f"the run goes on without {refusal}".replace("without --", "without --fast_dir: --") in capsys.readouterr().out
+    assert not unusable.works
+    assert (newest_state([slow, unusable]) or unusable).path == old  # type: ignore[union-attr]
+
+
+def test_states_that_cannot_be_removed_after_a_rollback_never_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Path) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    run_dir, fast_dir = tmp_path / "run", tmp_path / "fast"
+    run_dir.mkdir()
+    slow, fast = run_tier(run_dir), fast_tier(fast_dir, run_dir, resumes=True)
+    old = make(slow.directory, 100)
+    make(fast.directory, 110)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", read_only)
+        fast.forget_newer(100)
+    found = newest_state([slow, fast_tier(fast_dir, run_dir, resumes=True)])
+    assert found is not None
+    assert found.path == old

@@ -1,5 +1,6 @@
 """Who is slow and why, from the paces of the ranks."""
 
+import threading
 import time
 
 import pytest
@@ -81,3 +82,25 @@ def test_waiting_for_messages_is_not_own_work(monkeypatch: pytest.MonkeyPatch, f
         td.all_reduce(torch.ones(3))
     finally:
         td.destroy_process_group()
+
+
+def test_the_messages_of_another_thread_are_no_wait_of_the_step() -> None:
+    waits = step_clock._HostWaits()
+    message = waits.timed(lambda: time.sleep(0.02))
+    saver = threading.Thread(target=message)
+    saver.start()
+    saver.join()
+    assert waits.seconds() == 0
+    message()
+    assert waits.seconds() >= 0.02
+
+
+def test_a_wait_for_a_save_is_no_part_of_the_step() -> None:
+    clock = StepClock(torch.device("cpu"))
+    for _ in range(2):
+        with clock.step(data=0.0):
+            time.sleep(0.05)
+            clock.aside(0.05)
+    pace = clock.pace
+    assert pace is not None
+    assert pace.device < 0.05
