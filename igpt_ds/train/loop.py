@@ -23,6 +23,7 @@ from igpt_ds.console import count
 from igpt_ds.data.loader import Batches
 from igpt_ds.json_files import seal, write_json
 from igpt_ds.model.objectives import image_loss
+from igpt_ds.train.checkpoint.directory import newest_step
 from igpt_ds.train.checkpoint.load import load_checkpoint
 from igpt_ds.train.checkpoint.manifest import GuardStates, Progress
 from igpt_ds.train.checkpoint.save import Kept
@@ -66,7 +67,8 @@ def fit(session: Session, loader: Batches, loss_function: LossFunction, validate
     engine, cadence, watch, metrics = session.engine, session.cadence, session.watch, session.metrics
     stop, guard = watch.stop, watch.guard
     stream = Stream(loader, session.run.recipe.batch_images, session.run.accumulation)
-    step, saved, save_due, fast_due = session.start_step, session.saved_step, False, False
+    step, save_due, fast_due = session.start_step, False, False
+    saved = dist.from_rank_0(lambda: newest_step(session.checkpoints))  # less than `step` after a fast save
     watch.unvalidated = watch.unvalidated and validate is not None
     if not stop.now(engine.device) and watch.unvalidated and validate:
         watch.unvalidated = not validated(session, validate, step)

@@ -27,7 +27,7 @@ from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.neighbours import Neighbours, find_neighbours
 from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
-from igpt_ds.train.checkpoint.tiers import WITHOUT, Tier, fast_tier, run_tier
+from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, run_tier, without
 from igpt_ds.train.engine_protocol import Engine
 
 
@@ -134,7 +134,7 @@ class Saver:
             yield
         except SharedError as error:
             self._fast_works = False
-            dist.say(WITHOUT.format(error))
+            dist.say(without(error))
 
     def forget_newer(self, step: int) -> None:
         """After a rollback to a step, later states do not count, also where nothing is saved any more."""
@@ -194,7 +194,7 @@ def checked(engine: Engine, tier: Tier) -> Tier:
     except SharedError as error:
         if not tier.known:
             raise
-        dist.say(WITHOUT.format(error))
+        dist.say(without(error))
         return replace(tier, works=False)
     return tier
 

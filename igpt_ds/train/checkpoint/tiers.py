@@ -24,7 +24,6 @@ from igpt_ds.train.checkpoint.directory import list_checkpoints, remove_leftover
 from igpt_ds.train.checkpoint.disk import ROOM
 
 T = TypeVar("T")
-WITHOUT = "the run goes on without --fast_dir: {}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool, copies: bool = False
     if errors := [error for error in dist.gather_objects(error) if error]:
         if not known:
             raise SharedError(f"{errors[0]}; choose another directory")
-        dist.say(WITHOUT.format(errors[0]))
+        dist.say(without(errors[0]))
     seen = tuple(sorted({dist.rank(), *(int(path.name.rpartition(".")[2]) for path in directory.glob(f".{start}.*"))}))
     dist.barrier()
     for left in directory.glob(f".*.{dist.rank()}"):
@@ -148,6 +147,11 @@ def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool, copies: bool = False
     if not apart:
         return Tier(directory, run_dir, fast=True, works=not errors, known=known)
     return Tier(directory, run_dir, seen, fast=True, copies=copies, start=start, works=not errors, known=known)
+
+
+def without(error: object) -> str:
+    """What a run says whose fast directory fails."""
+    return f"the run goes on without --fast_dir: {error}"
 
 
 def _id_file(run_dir: Path) -> Path:
