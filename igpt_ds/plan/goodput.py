@@ -14,7 +14,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from igpt_ds.errors import InputError
 from igpt_ds.schema import record_from
@@ -158,7 +158,7 @@ class Measured:
 
 
 def fit(runs: Sequence[Measured]) -> Scenario:
-    """The scenario of measured runs.
+    """The scenario of measured runs. What a failure lost beyond half a stretch is taken as a save that was under way.
 
     Raises:
         ValueError: no run saved twice.
@@ -175,7 +175,7 @@ def fit(runs: Sequence[Measured]) -> Scenario:
     trained = total.get("training", 0.0)
     begun = [run.startup_seconds for run in runs if run.startup_seconds is not None]
     startup = statistics.mean(begun) if begun else math.fsum(total.get(name, 0.0) for name in UP[:3]) / starts
-    return Scenario(
+    one = Scenario(
         mtbf=up / max(1, failures),
         interval=statistics.median(intervals),
         save=statistics.median(saves),
@@ -184,3 +184,5 @@ def fit(runs: Sequence[Measured]) -> Scenario:
         queue=total.get(QUEUE, 0.0) / max(1, failures),
         validation=total.get("validation", 0.0) / trained if trained else 0.0,
     )
+    late = failures * math.exp(-startup / one.mtbf)  # failures after the first step
+    return replace(one, flush=max(0.0, total.get(LOST, 0.0) / late - one.interval * one.wall / 2) if late else 0.0)

@@ -62,6 +62,9 @@ def test_a_scenario_fitted_on_half_of_the_runs_predicts_the_others() -> None:
     measured = sum(run["training"] for run in others) / sum(sum(run.values()) for run in others)
     assert fitted.mtbf == pytest.approx(one.mtbf, rel=0.15)
     assert expected(fitted) == pytest.approx(measured, abs=0.02)
+    late = [simulate(replace(one, flush=300.0), 4 * DAY, seed=seed) for seed in range(20)]  # each failure also loses a save
+    fitted = fit([Measured(run.seconds, run.failures, one.interval, one.save) for run in late])
+    assert fitted.flush == pytest.approx(300, rel=0.2)
     with pytest.raises(ValueError, match="no run has two saves"):
         fit([Measured({"training": 1.0}, 0, None, None)])
 

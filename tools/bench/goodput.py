@@ -10,6 +10,8 @@ times. The first fault waits until the first start has written to its run direct
 
 A prediction cannot know the luck of the other half. So the times of a run are one from each of as many equal parts of the
 exponential distribution, in random order. The stop that ends a run comes at such a time too, and counts as a failure in the fit.
+For the ledger a start that is killed before its first row is time down. This program saw it, as a batch script would, and counts
+it as start-up in the fit. --runs keeps what is fitted, for `python -m igpt_ds.plan goodput --fit`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import harness
@@ -35,9 +37,9 @@ from igpt_ds import cli
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.data.palette import fit_palette, save_palette
 from igpt_ds.errors import InputError
-from igpt_ds.json_files import write_json
+from igpt_ds.json_files import write_json, write_json_lines
 from igpt_ds.plan.goodput import Measured, expected, fit
-from igpt_ds.train.ledger.goodput import DOWN, UNEXPLAINED, Goodput, read_goodput
+from igpt_ds.train.ledger.goodput import DOWN, STARTUP, UNEXPLAINED, Goodput, read_goodput
 
 ROOT = Path(__file__).parents[2]
 DAMAGED = 0.04  # of the faults: they also damage the newest checkpoint
@@ -60,6 +62,7 @@ class Disturbed:
 
     wall: float
     down: float
+    faults: int
     ledger: Goodput
 
     @property
@@ -67,6 +70,14 @@ class Disturbed:
         """Percent by which the ledger differs from the wall clock, unexplained time included."""
         explained = self.ledger.wall - abs(self.ledger.seconds[UNEXPLAINED])
         return 100 * abs(self.wall - explained) / self.wall
+
+    @property
+    def measured(self) -> Measured:
+        """What a prediction is fitted to: the ledger, with the starts that this program saw and the ledger did not."""
+        known = Measured.of(self.ledger.to_dict())
+        unseen = known.seconds[DOWN] - self.down
+        seconds = known.seconds | {DOWN: self.down, STARTUP: known.seconds[STARTUP] + unseen}
+        return replace(known, failures=self.faults + 1, seconds=seconds)
 
     @property
     def down_error(self) -> float:
@@ -78,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, kills, measures, prints."""
     parser = cli.parser(__doc__ or "")
     harness.add_flags(parser, quick="20 faults instead of 200")
+    parser.add_argument("--runs", type=Path, help="JSON lines file to write the seconds of each run to (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the faults")
     args = parser.parse_args(argv)
     if args.show:
@@ -89,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = [
             disturb(words, Path(work) / f"run-{number}", trial, random.Random(args.seed + number)) for number in range(trial.runs)
         ]
+    if args.runs:
+        write_json_lines(args.runs, ({"goodput": asdict(one.measured)} for one in found))
     harness.finish(rows(found, bars=not args.toy), args.out, args.quick, ("torch", "deepspeed"))
 
 
@@ -129,7 +143,7 @@ def disturb(words: Sequence[str], run_dir: Path, trial: Trial, draw: random.Rand
         if not last:
             damage(run_dir, draw)
             time.sleep(draw.uniform(0, trial.down))
-    return Disturbed(end - begun, down, read_goodput(run_dir))
+    return Disturbed(end - begun, down, trial.faults, read_goodput(run_dir))
 
 
 def up_times(trial: Trial, draw: random.Random) -> list[float]:
@@ -173,15 +187,15 @@ def damage(run_dir: Path, draw: random.Random) -> None:
 
 def rows(found: Sequence[Disturbed], bars: bool) -> list[BenchRow]:
     """The ledger against the wall clock, and the prediction against the measured half."""
-    faults, hours = sum(one.ledger.failures for one in found), sum(one.wall for one in found) / 3600
+    faults, hours = sum(one.faults for one in found), sum(one.wall for one in found) / 3600
     note = f"{faults} faults in {len(found)} runs, {hours:.1f} h"
     worst = max(one.error for one in found)
     whole = 100 * abs(sum(one.ledger.wall for one in found) / sum(one.wall for one in found) - 1)
-    measured = [Measured.of(one.ledger.to_dict()) for one in found]
+    measured = [one.measured for one in found]
     others = measured[1::2]
     seconds = math.fsum(math.fsum(one.seconds.values()) for one in others)
     real = math.fsum(one.seconds["training"] for one in others) / seconds
-    predicted = expected(fit([replace(one, failures=one.failures + 1) for one in measured[::2]]))
+    predicted = expected(fit(measured[::2]))
     seen = f"goodput {100 * predicted:.1f} % predicted, {100 * real:.1f} % measured"
     bar, points = 1.0 if bars else None, 100 * abs(predicted - real)
     down = max(one.down_error for one in found)
