@@ -6,7 +6,7 @@
 Real ranks train under ZeRO-3 on the cores of this machine. Their files are written slowly (tools/bench/save_rank.py), because a
 disk that all ranks of a cluster share is slow too. Rows: how long a save stops training, how much slower steps are while files
 are written, and the memory that a rank takes for its copy. Without --quick the model has 0.3 billion weights, on 2 and 4 ranks.
-That takes a quarter of an hour, 20 GB of memory and 8 GB of disk under --work.
+That takes half an hour, more than 24 GB of memory and 8 GB of disk under --work.
 """
 
 from __future__ import annotations
