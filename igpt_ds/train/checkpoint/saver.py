@@ -177,10 +177,10 @@ def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str 
     Raises:
         SharedError: too little disk space, or too little memory for --save async; on every rank.
     """
-    run_tier, *fast = tiers
-    check_space(engine, run_tier, keep_last)
-    fast = [checked(engine, tier) for tier in fast]
-    return Saver(engine, run, [run_tier, *fast], saves_in_background(engine, asked))
+    slow, *fast = tiers
+    check_space(engine, slow, keep_last)
+    working = [checked(engine, tier) for tier in fast]
+    return Saver(engine, run, [slow, *working], saves_in_background(engine, asked))
 
 
 def checked(engine: Engine, tier: Tier) -> Tier:
