@@ -57,16 +57,16 @@ def fast_images(run_dir: Path) -> int:
     images = 0
     for row in read_rows(run_dir):
         if row.get("event") == TRAIN:
-            images = min(images, _images_found(row, images))
+            images = _as_found(row, images)
         elif row.get("event") == SAVE and row.get("fast") is True and isinstance(row.get("images_seen"), int):
             images = row["images_seen"]
     return images
 
 
-def _images_found(row: dict[str, Any], known: int) -> int:
-    """The images that a start continued from, by its row; `known` if the row does not tell."""
+def _as_found(row: dict[str, Any], images: int) -> int:
+    """`images`, or fewer if the start that wrote the row continued from fewer."""
     found = 0 if row.get("step") == 0 else row.get("images_seen")
-    return found if isinstance(found, int) else known
+    return min(images, found) if isinstance(found, int) else images
 
 
 def record(start: Start, event: str, **more: object) -> None:
@@ -105,7 +105,7 @@ def images_at_starts(start: Start) -> list[int]:
             if row["event"] == "start" and row["job"] == start.job:
                 images, last = [*images, int(row["images_seen"])], row["restart"]
             elif row["event"] == TRAIN and images:
-                images[-1] = min(images[-1], _images_found(row, images[-1]))
+                images[-1] = _as_found(row, images[-1])
         except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return images if last == start.restart else []

@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,12 +130,19 @@ def one_step(session: Session, stream: Stream, loss_function: LossFunction, step
 def before_update(session: Session, step: int) -> None:
     """Once the gradients are complete: what still needs the weights and moments of the step before."""
     if session.saver.copying:
-        session.watch.watchdog.alive("save", step - 1)
-        start = time.perf_counter()
-        session.saver.wait_for_copy()
-        session.metrics.saved_beside(time.perf_counter() - start)
+        with waiting_for_save(session, step - 1):
+            session.saver.wait_for_copy()
         session.watch.watchdog.alive("step", step - 1)
     session.layers.before_update()
+
+
+@contextmanager
+def waiting_for_save(session: Session, step: int) -> Iterator[None]:
+    """Training waits for a save between two rows of the log. The speed leaves out the time that this takes."""
+    session.watch.watchdog.alive("save", step)
+    start = time.perf_counter()
+    yield
+    session.metrics.saved_beside(time.perf_counter() - start)
 
 
 def collect_garbage(whole: bool = True) -> None:
@@ -204,15 +212,10 @@ def save(session: Session, step: int, wait: bool = False, fast: bool = False) ->
 
 
 def finish_save(session: Session, step: int) -> None:
-    """Completes the checkpoint that is under way, if there is one. The speed leaves out the time that this takes."""
-    if not session.saver.under_way:
-        return
-    session.watch.watchdog.alive("save", step)
-    start = time.perf_counter()
-    session.saver.finish()
-    seconds = time.perf_counter() - start
-    session.metrics.saved(seconds)
-    session.metrics.clock += seconds
+    """Completes the checkpoint that is under way, if there is one."""
+    if session.saver.under_way:
+        with waiting_for_save(session, step):
+            session.saver.finish()
 
 
 def go_back(session: Session, outcome: StepOutcome) -> int:

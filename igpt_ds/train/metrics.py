@@ -191,7 +191,7 @@ class Metrics:
         self.save_seconds += seconds
 
     def saved_beside(self, seconds: float) -> None:
-        """Counts time within a step that waited for the copy of a state."""
+        """Counts time that training waited for a save, in a step or between two. The speed and the pace leave it out."""
         self.saved(seconds)
         self.steps.aside(seconds)
         self.clock += seconds

@@ -97,9 +97,14 @@ def has_checkpoints(run_dir: Path) -> bool:
     return any(not path.name.endswith(".partial") for path in (run_dir / "checkpoints").glob("step-*"))
 
 
+def fast_id_file(run_dir: Path) -> Path:
+    """The file that names the run's directory in --fast_dir (checkpoint/tiers.py)."""
+    return run_dir / "fast_id"
+
+
 def has_begun(run_dir: Path) -> bool:
     """Whether a run directory holds a run with a state, in it or in --fast_dir."""
-    return (run_dir / "run.json").exists() and (has_checkpoints(run_dir) or (run_dir / "fast_id").exists())
+    return (run_dir / "run.json").exists() and (has_checkpoints(run_dir) or fast_id_file(run_dir).exists())
 
 
 def refuse_file(run_dir: Path) -> None:

@@ -75,11 +75,16 @@ def test_a_job_with_too_few_nodes_left_queues_again(training: Trainings, undistu
     assert job.curves() == undisturbed
 
 
-def test_the_copies_of_a_neighbour_serve_a_lost_node(training: Trainings, undisturbed: list[dict[str, Any]]) -> None:
-    job = training()
+def begin_with_copies(job: Any) -> None:
+    """Starts a training on two nodes and a spare one. Its early states are on the nodes' own disks alone."""
     flags = ("--save_every=30", "--fast_dir=/mnt/fast", "--fast_save_every=1", "--fast_copies")
     job.submit(*flags, options=("--nodes=3",), SPARE_NODES="1")
     job.reaches(12)
+
+
+def test_the_copies_of_a_neighbour_serve_a_lost_node(training: Trainings, undisturbed: list[dict[str, Any]]) -> None:
+    job = training()
+    begin_with_copies(job)
     job.slurm.tell("power", "node2")
     job.said("restart 1: start on node[1,3]")
     job.said("was put together")
@@ -94,9 +99,7 @@ def test_the_copies_of_a_neighbour_serve_a_lost_node(training: Trainings, undist
 def test_a_run_goes_on_without_the_disk_that_fails(training: Trainings, undisturbed: list[dict[str, Any]]) -> None:
     """The next start too, and it still reads the states there: a node is lost, and its part is on the failed disk alone."""
     job = training()
-    flags = ("--save_every=30", "--fast_dir=/mnt/fast", "--fast_save_every=1", "--fast_copies")
-    job.submit(*flags, options=("--nodes=3",), SPARE_NODES="1")
-    job.reaches(12)
+    begin_with_copies(job)
     job.slurm.tell("disk", "node1")
     job.said("the run goes on without --fast_dir")
     assert "Read-only file system" in job.text()

@@ -85,9 +85,11 @@ def _together(nodes: list[dict[int, Manifest]]) -> dict[int, Held]:
     found = {}
     for step in {step for states in nodes for step in states}:
         parts = {rank: states[step] for rank, states in enumerate(nodes) if step in states}
-        facts = {rank: replace(manifest, files=()) for rank, manifest in parts.items()}
-        for one in facts.values():  # parts of two starts never mix
-            held = _held(one, {rank: parts[rank] for rank, other in facts.items() if other == one})
+        while parts:  # parts of two starts never mix
+            facts = replace(next(iter(parts.values())), files=())
+            same = {rank: manifest for rank, manifest in parts.items() if replace(manifest, files=()) == facts}
+            parts = {rank: manifest for rank, manifest in parts.items() if rank not in same}
+            held = _held(facts, same)
             if step not in found or held.is_whole:
                 found[step] = held
     return found

@@ -49,6 +49,7 @@ class Saver:
         self._begun: Begun | None = None
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
+        self._copied.set()
 
     @property
     def under_way(self) -> bool:
@@ -105,12 +106,11 @@ class Saver:
     @property
     def copying(self) -> bool:
         """Whether `wait_for_copy` would wait."""
-        return self._thread is not None and not self._copied.is_set()
+        return not self._copied.is_set()
 
     def wait_for_copy(self) -> None:
         """Returns when the state of the last save may change. Each step calls it before its update."""
-        if self._thread is not None:
-            self._copied.wait()
+        self._copied.wait()
 
     def finish(self) -> None:
         """Waits until the files of the last save are written, and completes its checkpoint; nothing if none is under way.

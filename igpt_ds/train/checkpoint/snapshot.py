@@ -73,20 +73,20 @@ class Snapshot:
         if isinstance(content, torch.UntypedStorage):
             device, source = content.device, content
             content = self._buffers.take(source.nbytes())
-            known = None if device.type == "cpu" else torch.accelerator.current_stream(device).record_event()
-            self._pending.append((content, source, known))
+            event = None if device.type == "cpu" else torch.accelerator.current_stream(device).record_event()
+            self._pending.append((content, source, event))
         self._records.append((name, content, size))
 
     def copy(self) -> None:
         """Copies the tensors, in pieces: Python's lock is free meanwhile. Until then nothing may change them."""
         while self._pending:
-            buffer, source, known = self._pending.pop()
-            if known is None:
+            buffer, source, event = self._pending.pop()
+            if event is None:
                 for ours, theirs in zip(_pieces(buffer), _pieces(source), strict=True):
                     np.copyto(ours, theirs)
                 continue
             beside = torch.Stream(source.device)  # the stream of the training does not wait for it
-            beside.wait_event(known)
+            beside.wait_event(event)
             with beside:
                 buffer.copy_(source)
 

@@ -22,6 +22,7 @@ from igpt_ds.errors import InputError, error_text
 from igpt_ds.files import atomic_file
 from igpt_ds.train.checkpoint.directory import list_checkpoints, remove_leftovers, set_aside_newer, step_of
 from igpt_ds.train.checkpoint.disk import ROOM
+from igpt_ds.train.run_dir import fast_id_file
 
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ class Tier:
         except SharedError:
             if not self.fast:
                 raise
-            dist.from_rank_0(lambda: _id_file(self.run_dir).unlink(missing_ok=True))
+            dist.from_rank_0(lambda: fast_id_file(self.run_dir).unlink(missing_ok=True))
 
     def clear(self) -> None:
         """Removes the whole directory: the run has ended, and its own directory has the newest state."""
@@ -154,13 +155,9 @@ def without(error: object) -> str:
     return f"the run goes on without --fast_dir: {error}"
 
 
-def _id_file(run_dir: Path) -> Path:
-    return run_dir / "fast_id"
-
-
 def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> tuple[str, bool]:
     """The id of the run's directory, and whether the run that continues has it already."""
-    path = _id_file(run_dir)
+    path = fast_id_file(run_dir)
     known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
     if re.fullmatch("[0-9a-f]{12}", known):
         states = fast_dir / f"{run_dir.name}-{known}"
