@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     until_the_end(args.command, alone)
     seconds = time.monotonic() - start
     print(f"left alone: {duration(seconds)}", flush=True)
+    keep_product(alone)
     dice = random.Random(args.seed)
     first, last = args.save_every, last_step(alone)
     if first >= 0.9 * last:
@@ -117,6 +118,14 @@ def until_the_end(command: Sequence[str], run_dir: Path) -> None:
         raise
     if status or not (run_dir / "FINISHED").exists():
         raise InputError(f"the run ended with status {status} before its last step; see {run_dir.with_suffix('.log')}")
+
+
+def keep_product(run_dir: Path) -> None:
+    """Lets the next new run compute in the float32 product of this one, for the same bits."""
+    from igpt_ds.model.cpu_speed import PRODUCT_VARIABLE  # imports torch
+    from igpt_ds.train.run_dir import read_run
+
+    os.environ[PRODUCT_VARIABLE] = read_run(run_dir)["cpu_product"]
 
 
 def last_step(run_dir: Path) -> int:

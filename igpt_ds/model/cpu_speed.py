@@ -5,6 +5,7 @@ In: a model's shape. Out: the name of a float32 product, or of a precision. Noth
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -14,16 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_ds.config import ModelConfig
+from igpt_ds.errors import InputError
 from igpt_ds.model.cpu_kernels import ONEDNN_PRODUCT, onednn_linear
 from igpt_ds.model.transformer import Block, init_std
 from igpt_ds.threads import threads_for
 
 PRODUCTS: dict[str, Callable[..., Tensor]] = {"torch": F.linear, "onednn": onednn_linear}
+PRODUCT_VARIABLE = "IGPT_DS_CPU_PRODUCT"  # of the environment
 PRODUCT_MARGIN = 1.15  # oneDNN's product must be this much faster than torch's own, which is right for all shapes
 PRECISION_MARGIN = 1.25  # a precision must be this much faster in a block to be advised: the rest of a step is alike in both
-_REPEATS = 4
+_REPEATS = 8
 _ROWS = 512  # of the measured product: some 3 ms a pass
 _TOKENS = 1024  # of the measured block, fewer for widths above 512: some 20 ms a pass for a width of 128
+
+
+def product_of_new_run() -> str:
+    """The float32 product "onednn" or "torch": the one that IGPT_DS_CPU_PRODUCT names, or the fastest.
+
+    The two differ in their last bits. Runs that shall agree in every bit name one: a busy machine may measure wrongly.
+
+    Raises:
+        ValueError: the variable names an unknown product.
+    """
+    named = os.environ.get(PRODUCT_VARIABLE)
+    if named and named not in PRODUCTS:
+        raise InputError(
+            f"{PRODUCT_VARIABLE} is {named!r}; known: {', '.join(PRODUCTS)}; unset, a new run measures the faster one"
+        )
+    return named or fastest_product()
 
 
 @cache

@@ -23,7 +23,7 @@ from igpt_ds.devices import current_device
 from igpt_ds.ds_config import Run
 from igpt_ds.json_files import write_json
 from igpt_ds.model import cpu_kernels
-from igpt_ds.model.cpu_speed import faster_precision, fastest_product
+from igpt_ds.model.cpu_speed import faster_precision, product_of_new_run
 from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.train import run_dir
@@ -227,11 +227,11 @@ def manifest_facts(run: Run, images: Mixture | ShardStream, finetune: FinetuneFa
 def cpu_product(where: Path) -> str:
     """The float32 matrix product on CPUs that every rank of this run uses (see `cpu_kernels`).
 
-    A new run measures which is the fastest on this machine. A resumed run uses the recorded one, so that its result stays
-    bit-identical.
+    A new run measures which is the fastest on this machine, unless IGPT_DS_CPU_PRODUCT names one. A resumed run uses the recorded
+    one, so that its result stays bit-identical.
     """
     recorded = run_dir.recorded_product(where, cpu_kernels.PRODUCTS)
-    return recorded or (fastest_product() if current_device().type == "cpu" else cpu_kernels.usual())
+    return recorded or (product_of_new_run() if current_device().type == "cpu" else cpu_kernels.usual())
 
 
 def watch_over(

@@ -34,6 +34,12 @@ def test_the_product_is_measured_and_a_tie_is_torchs(torchs, onednns, product, m
     assert cpu_speed.fastest_product.__wrapped__() == product
 
 
+def test_an_unknown_product_is_refused(monkeypatch):
+    monkeypatch.setenv(cpu_speed.PRODUCT_VARIABLE, "mkl")
+    with pytest.raises(ValueError, match="IGPT_DS_CPU_PRODUCT is 'mkl'; known: torch, onednn"):
+        cpu_speed.product_of_new_run()
+
+
 @pytest.mark.parametrize(
     ("slow", "precision", "faster"), [("fp32", "fp32", "bf16"), ("fp32", "bf16", None), ("bf16", "bf16", "fp32")]
 )

@@ -131,7 +131,10 @@ def test_a_resumed_run_takes_the_recorded_product(
 ) -> None:
     monkeypatch.setattr(cpu_kernels, "_used", None)
     where, run = tmp_path / "a", join(recipe, ZERO, 2)
+    monkeypatch.delenv(cpu_speed.PRODUCT_VARIABLE)
     assert session.cpu_product(where) == cpu_speed.fastest_product()
+    monkeypatch.setenv(cpu_speed.PRODUCT_VARIABLE, product)
+    assert session.cpu_product(where) == product
     cpu_kernels.use(product)
     start(where, run, palette)
     monkeypatch.setattr(cpu_kernels, "_used", None)

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json_lines
+from igpt_ds.model.cpu_speed import PRODUCT_VARIABLE
 from igpt_ds.ops.torture.damages import copy_parts
 from igpt_ds.ops.torture.kills import classify, watch
 from igpt_ds.ops.torture.trial import Ended, Trial, run_all, run_one, tool
@@ -42,6 +43,7 @@ def trials(world: Path, seed: int, kills: int, flips: int, cores: int) -> Iterat
     if not kills and not flips:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault(PRODUCT_VARIABLE, "torch")  # each trial is a new run, whose weights are compared with the first one's
     from igpt_ds.ds_config import load_ds_config
     from igpt_ds.train.engine import check_ds_config
 
