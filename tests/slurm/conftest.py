@@ -22,14 +22,15 @@ import pytest
 
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.json_files import read_json_lines
+from igpt_ds.model.cpu_speed import PRODUCT_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("cluster.py")
 PATH = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
-# What a user's shell would hand to sbatch, which exports all of it to the job. tests/conftest.py says why nothing is compiled.
-CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LANG": "C.UTF-8"} | CPU
+# What a user's shell would hand to sbatch, which exports all of it to the job. tests/conftest.py says why.
+SETTINGS = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", PRODUCT_VARIABLE)
+ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LANG": "C.UTF-8"} | {name: os.environ[name] for name in SETTINGS}
 STEPS = 40
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
