@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(harness.read_bench(args.show).table())
         return
-    trial = Trial(2, 1, 20.0, 1.0) if args.toy else Trial(4, 5, 25.0, 3.0) if args.quick else Trial(20, 10, 25.0, 3.0)
+    trial = Trial(2, 1, 5.0, 1.0) if args.toy else Trial(4, 5, 25.0, 3.0) if args.quick else Trial(20, 10, 25.0, 3.0)
     with tempfile.TemporaryDirectory(prefix="igpt_ds-goodput-") as work:
         words = prepare(Path(work))
         found = [

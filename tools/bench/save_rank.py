@@ -38,6 +38,13 @@ with lazy.imports():
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 BLOCK = 1 << 20  # bytes between two pauses of the slow disk
+# Elements. DeepSpeed's own defaults are larger than the model: four ranks of 0.3 billion weights would not fit into 24 GB.
+BUCKETS = {
+    "reduce_bucket_size": 20_000_000,
+    "stage3_prefetch_bucket_size": 20_000_000,
+    "stage3_max_live_parameters": 30_000_000,
+    "sub_group_size": 20_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,9 @@ def slow_down(bytes_per_s: float) -> None:
 def measure(what: SaveTask, recipe: Recipe) -> dict[str, float]:
     """Seconds that a save of each kind stops training, seconds of a step beside a flush and without, and the extra memory."""
     ranks, directory = dist.world_size(), Path(what.directory)
-    run = join(recipe, load_ds_config(DS_CONFIGS / "zero3_fp32.json"), ranks)
+    ds_config = load_ds_config(DS_CONFIGS / "zero3_fp32.json")
+    ds_config["zero_optimization"] |= BUCKETS  # type: ignore[typeddict-item]
+    run = join(recipe, ds_config, ranks)
     engine, loss = build_engine(run), pretraining_loss(recipe)
     tokens = torch.randint(recipe.model.n_vocab, (run.micro_batch, recipe.model.n_ctx))
     batch = Batch(tokens, torch.arange(run.micro_batch), 0)

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -79,7 +80,7 @@ class Begun:
             dist.from_rank_0(lambda: check_owner(tier.run_dir))  # the owner may have changed during the save
             tier.once(lambda: commit(self.unfinished, self.final, manifest))
         except SharedError as error:
-            agree([str(error)], self.unfinished, what, tier)
+            give_up(str(error), self.unfinished, what, tier)
         remove_old(tier, self.kept)
         return Saved(self.final, time.monotonic() - self.start, manifest.bytes)
 
@@ -173,13 +174,21 @@ def agree(errors: list[str], unfinished: Path, what: str, tier: Tier) -> None:
     Raises:
         SharedError: with the first error, its rank and the fix.
     """
-    failed = [(rank, error) for rank, error in enumerate(errors) if error]
+    failed = [f"on rank {rank} {error}" for rank, error in enumerate(errors) if error]
     if failed:
-        tier.once(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        raise SharedError(
-            f"{what}: on rank {failed[0][0]} {failed[0][1]}; its files were removed, and the previous checkpoint is "
-            "unchanged; --resume auto continues from it"
-        )
+        give_up(failed[0], unfinished, what, tier)
+
+
+def give_up(error: str, unfinished: Path, what: str, tier: Tier) -> NoReturn:
+    """Removes the unfinished files and stops all ranks.
+
+    Raises:
+        SharedError: always, with the error and the fix.
+    """
+    tier.once(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+    raise SharedError(
+        f"{what}: {error}; its files were removed, and the previous checkpoint is unchanged; --resume auto continues from it"
+    )
 
 
 def expected_bytes(engine: Engine, tier: Tier) -> int:

@@ -141,6 +141,7 @@ class Saver:
         self.finish()
         for tier in filter(None, (self._slow, self._fast)):
             tier.forget_newer(step)
+            self._fast_works = self._fast_works and tier.counts()
 
     def close(self) -> None:
         """Finishes the last save. Then the run directory has the newest state, and the fast one is removed.
@@ -184,11 +185,13 @@ def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str 
 
 
 def checked(engine: Engine, tier: Tier) -> Tier:
-    """A fast directory that the run had before is used no more if its disk is too small; a new run is refused.
+    """A fast directory that the run had before is used no more if its disk is too small or read-only; a new run is refused.
 
     Raises:
         SharedError: it has too little space.
     """
+    if not tier.counts():  # its newer states could not be removed
+        return replace(tier, works=False)
     try:
         check_space(engine, tier, FAST_KEPT)
     except SharedError as error:

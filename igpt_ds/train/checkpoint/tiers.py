@@ -72,7 +72,7 @@ class Tier:
         try:
             result = function() if self.leads else None
         except (InputError, OSError) as caught:
-            error = error_text(caught)
+            error = f"on rank {dist.rank()} {error_text(caught)}"
         dist.meet()
         if errors := [error for error in dist.gather_objects(error) if error]:
             raise SharedError(errors[0])
@@ -81,7 +81,7 @@ class Tier:
     def forget_newer(self, step: int) -> None:
         """Later steps do not count any more: they are removed here if a copy, and else set aside.
 
-        Where a fast directory cannot be changed, no later start will look into it.
+        Where a fast directory cannot be changed, no later start will look into it (`counts`).
         """
         try:
             self.once(lambda: _remove_newer(self.directory, step) if self.fast else set_aside_newer(self.directory, step))
@@ -89,6 +89,10 @@ class Tier:
             if not self.fast:
                 raise
             dist.from_rank_0(lambda: fast_id_file(self.run_dir).unlink(missing_ok=True))
+
+    def counts(self) -> bool:
+        """Whether a later start looks into it; the same on all ranks."""
+        return not self.fast or dist.from_rank_0(lambda: fast_id_file(self.run_dir).exists())
 
     def clear(self) -> None:
         """Removes the whole directory: the run has ended, and its own directory has the newest state."""

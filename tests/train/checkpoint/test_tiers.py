@@ -113,7 +113,9 @@ def test_states_that_cannot_be_removed_after_a_rollback_never_come_back(tmp_path
     make(fast.directory, 110)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", read_only)
+        assert fast.counts()
         fast.forget_newer(100)
+    assert not fast.counts()  # so that this start does not save there either
     found = newest_state([slow, fast_tier(fast_dir, run_dir, resumes=True)])
     assert found is not None
     assert found.path == old
