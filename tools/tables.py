@@ -3,7 +3,7 @@
     python tools/tables.py --results runs/demo/results/*.jsonl --run_dir runs/demo/runs/digits_nano_ar_8
     python tools/tables.py --results runs/s/results.jsonl runs/m/results.jsonl --paper 1 2 3 4 5
 
-Without --paper it prints the validation loss of --run_dir, the best layers, and the accuracy of every layer. With --paper it
+Without --paper it prints the loss of --run_dir, the best layers, and the accuracy of every layer. With --paper it
 prints these tables of the paper with the published rows, our rows and the difference. --run_dir adds the learning rates of runs
 to Table 5.
 """
@@ -14,6 +14,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from igpt_ds import cli
 from igpt_ds.errors import InputError
@@ -40,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     rows = experiment(every, args.dataset)
     for run_dir in args.run_dir:
-        print((f"{run_dir}, " if len(args.run_dir) > 1 else "") + validation_line(run_dir) + "\n")
-    print(markdown_table(rows, every) + "\n")
-    print(layer_table(rows))
+        print((f"{run_dir}, " if len(args.run_dir) > 1 else "") + loss_line(run_dir) + "\n")
+    print(markdown_table(rows, every))
+    if any(row.weights != "pixels" for row in rows):
+        print("\n" + layer_table(rows))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         default=[],
-        help="run directories whose validation losses (or with --paper 5 whose learning rates) are printed",
+        help="run directories whose losses (or with --paper 5 whose learning rates) are printed",
     )
     parser.add_argument("--by_file", action="store_true", help="print one line for each file: its best probe or its fine-tuning")
     parser.add_argument("--dataset", help="data set to print, by its name in the results; required if they have several")
@@ -73,19 +75,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def validation_line(run_dir: Path) -> str:
-    """The last validation loss beside that of a uniform guess; a run on train+val has none."""
+def loss_line(run_dir: Path) -> str:
+    """The last validation loss beside that of a uniform guess. A run on train+val has none, but a mean training loss."""
     curve = read_curve(run_dir)
-    rows = [row for row in curve if row.val_loss is not None]
     if not curve:
         raise InputError(f"{run_dir / 'train.jsonl'} holds no loss; train first")
-    if not rows:
-        return f"validation: none in {curve[-1].step} steps"
+    measured = [row for row in curve if row.val_loss is not None]
+    if measured:
+        found = f"validation: {measured[-1].val_loss:.4f} nats/token after {measured[-1].step} steps"
+    else:
+        last = curve[-1].step
+        recent = mean(row.loss for row in curve if row.loss is not None and row.step > 0.9 * last)
+        found = f"training: {recent:.4f} nats/token in the last tenth of {last} steps"
     n_vocab = ReportedRun.of(read_run(run_dir), run_dir / "run.json").recipe.model.n_vocab
-    return (
-        f"validation: {rows[-1].val_loss:.4f} nats/token after {rows[-1].step} steps; "
-        f"ln {n_vocab} = {math.log(n_vocab):.4f} before the first"
-    )
+    return f"{found}; ln {n_vocab} = {math.log(n_vocab):.4f} before the first"
 
 
 def file_table(files: Sequence[tuple[str, Sequence[Row]]]) -> str:
