@@ -27,7 +27,7 @@ else # a cluster without GPUs
   a_node=${RANKS_PER_NODE:-1} machine=(--ds_config ds_configs/zero3_fp32.json)
 fi
 plan() { # [FLAG ...] [-- FLAG of train.py ...]
-  python tools/paper_plan.py --scale "$scale" --data "$data" --out "$out" --gpus $((${nodes##*-} * a_node)) "${machine[@]}" "$@"
+  python tools/paper_plan.py --scale "$scale" --data "$data" --out "$out" --gpus $(((${nodes##*-} - ${SPARE_NODES:-0}) * a_node)) "${machine[@]}" "$@"
 }
 plan "$@"
 if [[ ${SUBMIT:-} != 1 || " $* " == *' --dry_run '* ]]; then

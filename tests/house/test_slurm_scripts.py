@@ -93,6 +93,16 @@ def test_every_value_of_the_cluster_is_read_somewhere() -> None:
     assert [name for name in names if not re.search(rf"\$\{{?{name}\b", code)] == []
 
 
+@pytest.mark.parametrize(("spare", "status"), [("1", 0), ("0", 2)])
+def test_the_paper_is_planned_without_the_spare_nodes(spare: str, status: int, tmp_path: Path) -> None:
+    """A batch of 128 images divides over 64 GPUs, and not over 72."""
+    command = ["bash", "slurm/story_paper.sh", "own", str(tmp_path / "out"), "digits:", "--", "--recipe", "igpt_s_ar_32"]
+    nodes = {"NODES": "9", "SPARE_NODES": spare, "GPUS_PER_NODE": "8"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SLURM.parent, env=os.environ | nodes)
+    assert done.returncode == status, done.stderr
+    assert ("does not divide over 72" in done.stderr) == (status == 2)
+
+
 @pytest.mark.parametrize("what", ["new", "link", "open", "set"])
 def test_compiled_files_go_to_a_directory_of_this_user_alone(tmp_path: Path, what: str) -> None:
     mine = tmp_path / f"{os.getuid()}-triton"
