@@ -53,20 +53,23 @@ def newest_images(run_dir: Path) -> int:
 
 
 def fast_images(run_dir: Path) -> int:
-    """`images_seen` of the newest save into the fast directory (--fast_dir), as far as later starts found it; 0 without one."""
-    images = 0
+    """`images_seen` of the newest save into the fast directory (--fast_dir), as far as later starts found it; 0 without one.
+
+    A save is complete once another one follows, which waits for it, or once a start continues from it.
+    """
+    images = begun = 0
     for row in read_rows(run_dir):
         if row.get("event") == TRAIN:
-            images = _as_found(row, images)
-        elif row.get("event") == SAVE and row.get("fast") is True and isinstance(row.get("images_seen"), int):
-            images = row["images_seen"]
+            images = begun = min(begun, _as_found(row, begun))
+        elif row.get("event") == SAVE and isinstance(row.get("images_seen"), int):
+            images, begun = begun, row["images_seen"] if row.get("fast") is True else begun
     return images
 
 
 def _as_found(row: dict[str, Any], images: int) -> int:
-    """`images`, or fewer if the start that wrote the row continued from fewer."""
+    """The images that the start which wrote the row continued from; `images` if the row does not say."""
     found = 0 if row.get("step") == 0 else row.get("images_seen")
-    return min(images, found) if isinstance(found, int) else images
+    return found if isinstance(found, int) else images
 
 
 def record(start: Start, event: str, **more: object) -> None:

@@ -141,6 +141,8 @@ class Measured:
     save_interval: float | None  # seconds of training between two saves; None: the run saved less than twice
     save_seconds: float | None
     startup_seconds: float | None = None  # of a start that came to its first step
+    fast_saves: int = 0  # into --fast_dir
+    after_failures: dict[str, float] | None = None  # seconds down and in the queue before starts that follow a failure; None: all
 
     @property
     def goodput(self) -> float:
@@ -161,8 +163,12 @@ def fit(runs: Sequence[Measured]) -> Scenario:
     """The scenario of measured runs. What a failure lost beyond half a stretch is taken as a save that was under way.
 
     Raises:
-        ValueError: no run saved twice.
+        ValueError: no run saved twice, or one saved into --fast_dir.
     """
+    if any(run.fast_saves for run in runs):
+        raise InputError(
+            "a run with --fast_dir has two tiers, and the fit knows one: give its costs as flags, with --fast_interval"
+        )
     intervals = [run.save_interval for run in runs if run.save_interval]
     saves = [run.save_seconds for run in runs if run.save_seconds is not None]
     if not intervals or not saves:
@@ -171,6 +177,8 @@ def fit(runs: Sequence[Measured]) -> Scenario:
     total = {
         name: math.fsum(run.seconds.get(name, 0.0) for run in runs) for name in {name for run in runs for name in run.seconds}
     }
+    waits = [run.seconds if run.after_failures is None else run.after_failures for run in runs]
+    down, queue = (math.fsum(wait.get(name, 0.0) for wait in waits) for name in ("down", QUEUE))
     up = math.fsum(total.get(name, 0.0) for name in UP)
     trained = total.get("training", 0.0)
     begun = [run.startup_seconds for run in runs if run.startup_seconds is not None]
@@ -180,8 +188,8 @@ def fit(runs: Sequence[Measured]) -> Scenario:
         interval=statistics.median(intervals),
         save=statistics.median(saves),
         startup=startup,
-        down=total.get("down", 0.0) / max(1, failures),
-        queue=total.get(QUEUE, 0.0) / max(1, failures),
+        down=down / max(1, failures),
+        queue=queue / max(1, failures),
         validation=total.get("validation", 0.0) / trained if trained else 0.0,
     )
     late = failures * math.exp(-startup / one.mtbf)  # failures after the first step

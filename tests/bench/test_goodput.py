@@ -38,8 +38,8 @@ def test_rows_and_bars() -> None:
     assert (worst.ours, worst.holds) == (pytest.approx(100 * 1.5 / 101.5), False)
     assert (down.ours, down.bar) == (0.0, None)
     half = [Measured.of(one.ledger.to_dict()) for one in found[::2]]
-    stopped = fit([replace(one, failures=2) for one in half])  # the stop at the end counts as a failure
-    assert found[0].measured == replace(half[0], failures=2)
+    stopped = fit([replace(one, failures=2, after_failures=None) for one in half])  # the stop at the end counts as a failure
+    assert found[0].measured == replace(half[0], failures=2, after_failures=None)
     seen = measured(100.0, 60, down=6.0).measured  # a start of 4 s without a row
     assert (seen.seconds["down"], seen.seconds["start-up"]) == (6.0, 24.0)
     assert stopped.mtbf == pytest.approx(44.85)

@@ -66,11 +66,11 @@ def test_the_newest_complete_checkpoint_has_the_images(start: Start):
     assert restarts.newest_images(start.run_dir) == 120
 
 
-def test_a_fast_save_is_progress_until_the_run_begins_anew(start: Start):
+def test_a_fast_save_is_progress_once_another_follows_until_the_run_begins_anew(start: Start):
     rows = start.run_dir / "restarts.jsonl"
     for row, images in (
         ({"event": "train", "step": 0}, 0),
-        ({"event": "save", "step": 2, "fast": True, "images_seen": 24}, 24),
+        ({"event": "save", "step": 2, "fast": True, "images_seen": 24}, 0),  # which is not complete yet
         ({"event": "save", "step": 4, "fast": False, "images_seen": 48}, 24),  # of which only a checkpoint is proof
         ({"event": "save", "step": 6, "fast": True, "images_seen": "many"}, 24),
         ({"event": "train", "step": 2}, 24),
@@ -80,7 +80,20 @@ def test_a_fast_save_is_progress_until_the_run_begins_anew(start: Start):
         assert restarts.newest_images(start.run_dir) == images
     append_row(rows, {"event": "save", "step": 3, "fast": True, "images_seen": 36})
     save(start.run_dir, 2, 24)
+    assert restarts.newest_images(start.run_dir) == 24
+    append_row(rows, {"event": "train", "step": 3, "images_seen": 36})
     assert restarts.newest_images(start.run_dir) == 36
+
+
+def test_a_run_that_dies_beside_each_fast_save_makes_no_progress(start: Start):
+    """Each start continues from 120 images and dies after the save at 240 has begun, before it is complete."""
+    rows = start.run_dir / "restarts.jsonl"
+    save(start.run_dir, 10, 120)
+    for number in range(4):
+        restarts.record(replace(start, restart=number), "start")
+        append_row(rows, {"event": "train", "step": 10, "images_seen": 120})
+        append_row(rows, {"event": "save", "step": 20, "fast": True, "images_seen": 240})
+    assert requeue.count_fruitless(restarts.images_at_starts(replace(start, restart=3))) == 4
 
 
 def test_a_fast_save_that_went_with_its_node_does_not_hide_the_progress_since(start: Start):
@@ -93,8 +106,8 @@ def test_a_fast_save_that_went_with_its_node_does_not_hide_the_progress_since(st
         found = restarts.images_at_starts(now)
         append_row(rows, {"event": "train", "step": begins, "images_seen": begins})
         append_row(rows, {"event": "save", "step": ends, "fast": True, "images_seen": ends})
-    assert found == [0, 1000, 1300, 1600]
-    assert requeue.count_fruitless(found) == 1
+    assert found == [0, 1000, 1300, 1300]  # the last save is known to be complete once a start has continued from it
+    assert requeue.count_fruitless(found) == 2
     append_row(rows, {"event": "train", "step": 1000, "images_seen": 1000})  # and again
     assert restarts.newest_images(start.run_dir) == 1000
 

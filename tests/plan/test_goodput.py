@@ -57,7 +57,8 @@ def test_a_scenario_fitted_on_half_of_the_runs_predicts_the_others() -> None:
     one = replace(TYPICAL, mtbf=HOUR, queue=0.0)
     runs = [simulate(one, 4 * DAY, seed=seed) for seed in range(20)]
     half = runs[::2]
-    fitted = fit([Measured(run.seconds, run.failures, one.interval, one.save) for run in half])
+    plain = [Measured(run.seconds, run.failures, one.interval, one.save) for run in half]
+    fitted = fit(plain)
     others = [run.seconds for run in runs[1::2]]
     measured = sum(run["training"] for run in others) / sum(sum(run.values()) for run in others)
     assert fitted.mtbf == pytest.approx(one.mtbf, rel=0.15)
@@ -65,6 +66,12 @@ def test_a_scenario_fitted_on_half_of_the_runs_predicts_the_others() -> None:
     late = [simulate(replace(one, flush=300.0), 4 * DAY, seed=seed) for seed in range(20)]  # each failure also loses a save
     fitted = fit([Measured(run.seconds, run.failures, one.interval, one.save) for run in late])
     assert fitted.flush == pytest.approx(300, rel=0.2)
+    waits = [replace(run, seconds=run.seconds | {"queue": 4 * HOUR}) for run in plain]
+    assert fit(waits).queue > 60  # taken as waits after failures
+    first = [replace(run, after_failures={"down": run.seconds["down"], "queue": 0.0}) for run in waits]
+    assert fit(first) == fit(plain)  # the wait before the first start says nothing of failures
+    with pytest.raises(ValueError, match="a run with --fast_dir has two tiers"):
+        fit([replace(run, fast_saves=1) for run in waits])
     with pytest.raises(ValueError, match="no run has two saves"):
         fit([Measured({"training": 1.0}, 0, None, None)])
 

@@ -77,7 +77,7 @@ class Disturbed:
         known = Measured.of(self.ledger.to_dict())
         unseen = known.seconds[DOWN] - self.down
         seconds = known.seconds | {DOWN: self.down, STARTUP: known.seconds[STARTUP] + unseen}
-        return replace(known, failures=self.faults + 1, seconds=seconds)
+        return replace(known, failures=self.faults + 1, seconds=seconds, after_failures=None)
 
     @property
     def down_error(self) -> float:

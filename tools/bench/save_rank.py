@@ -103,11 +103,17 @@ def measure(what: SaveTask, recipe: Recipe) -> dict[str, float]:
     batch = Batch(tokens, torch.arange(run.micro_batch), 0)
     facts = RunFacts(recipe=recipe, data=DataFacts("", "", ""), precision="fp32")
     savers = {kind: Saver(engine, facts, [Tier(directory, directory.parent)], kind == "async") for kind in ("async", "sync")}
-    number = 0
+    number, waited = 0, 0.0
+
+    def wait_for_copy() -> None:
+        nonlocal waited
+        start = time.perf_counter()
+        savers["async"].wait_for_copy()
+        waited += time.perf_counter() - start
 
     def step() -> float:
         start = time.perf_counter()
-        take_step(engine, [batch], loss, 1e-4, savers["async"].wait_for_copy)
+        take_step(engine, [batch], loss, 1e-4, wait_for_copy)
         dist.barrier()
         return time.perf_counter() - start
 
@@ -131,10 +137,10 @@ def measure(what: SaveTask, recipe: Recipe) -> dict[str, float]:
     alone, beside, stalls, stops = [], [], [], []
     for _ in range(what.saves):
         alone += [step() for _ in range(3)]
-        stall = save("async")
+        stall, waited = save("async"), 0.0
         while dist.sum_over_ranks(torch.tensor(float(savers["async"].busy()))) > 0:
             beside.append(step())
-        stalls.append(stall + finish())
+        stalls.append(stall + waited + finish())
         stops.append(save("sync"))
     slowest = torch.tensor([max(dist.gather_objects(one)) for one in (statistics.median(stalls), statistics.median(stops))])
     share = max(dist.gather_objects(extra / copied))

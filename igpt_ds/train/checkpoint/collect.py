@@ -6,7 +6,9 @@ is damaged is named, and the next copy of it is tried. Called by train/checkpoin
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +16,13 @@ from pathlib import Path
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.errors import InputError, error_text
-from igpt_ds.files import fsync_path, sha256_file
 from igpt_ds.train.checkpoint.directory import checkpoint_name, commit, complete_checkpoints
 from igpt_ds.train.checkpoint.manifest import FileEntry, Manifest, read_checkpoint
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.save import make_unfinished, unfinished_of
 from igpt_ds.train.checkpoint.tiers import Tier
+
+PIECE = 1 << 22  # bytes that are read at once
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,6 @@ class Held:
 
     manifest: Manifest
     holders: tuple[tuple[int, ...], ...]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the nodes together have the files of every rank."""
-        found = {entry.of_rank for entry in self.manifest.files}
-        ranks = range(self.manifest.world_size)
-        if self.manifest.stage == 3:
-            return all((kind, rank) in found for kind in ("optim", "model") for rank in ranks)
-        has_model = "mp_rank_00_model_states.pt" in {entry.name for entry in self.manifest.files}
-        return has_model and all(("optim", rank) in found for rank in ranks)
 
 
 def collect_newest(tier: Tier, run: Tier, after: int, before: int | None, reasons: list[str]) -> int | None:
@@ -50,30 +43,40 @@ def collect_newest(tier: Tier, run: Tier, after: int, before: int | None, reason
 
     Returns:
         The step that was tried; None if there is none between the limits.
+
+    Raises:
+        SharedError: the run directory has no space, or cannot be written. An older state would lose the newer one.
     """
     mine = _states_of(tier.directory) if tier.leads else {}
     states = _together(dist.gather_objects(mine))
-    steps = [step for step, held in states.items() if held.is_whole and step > after and (before is None or step < before)]
+    steps = [
+        step for step, held in states.items() if held.manifest.is_whole and step > after and (before is None or step < before)
+    ]
     if not steps:
         return None
     step = max(steps)
     held, final = states[step], run.directory / checkpoint_name(step)
     unfinished = unfinished_of(final)
+    error: SharedError | None = None
     try:
         dist.from_rank_0(lambda: make_unfinished(unfinished, held.manifest.bytes))
         if _copy(tier, unfinished, held, reasons):
             dist.from_rank_0(lambda: commit(unfinished, final, held.manifest))
             dist.say(f"step {step} was put together in {run.directory} from the states of the nodes")
-    except SharedError as error:  # an older state may be used instead
-        reasons.append(f"step {step} of {tier.directory} cannot be put together: {error}")
+    except SharedError as caught:
+        error = caught
     remove_together(dist.from_rank_0(lambda: [unfinished] if unfinished.exists() else []))
+    if error:
+        raise SharedError(f"step {step} cannot be put together in {run.directory}: {error}; the states of the nodes stay")
     return step
 
 
 def _states_of(directory: Path) -> dict[int, Manifest]:
     """The complete states of a node by step. What cannot be read is left out, for the search has named it."""
-    found = {}
-    for path in complete_checkpoints(directory):
+    found, paths = {}, list[Path]()
+    with suppress(InputError, OSError):
+        paths = complete_checkpoints(directory)
+    for path in paths:
         with suppress(InputError, OSError):
             manifest = read_checkpoint(path).manifest
             found[manifest.step] = manifest
@@ -90,7 +93,7 @@ def _together(nodes: list[dict[int, Manifest]]) -> dict[int, Held]:
             same = {rank: manifest for rank, manifest in parts.items() if replace(manifest, files=()) == facts}
             parts = {rank: manifest for rank, manifest in parts.items() if rank not in same}
             held = _held(facts, same)
-            if step not in found or held.is_whole:
+            if step not in found or held.manifest.is_whole:
                 found[step] = held
     return found
 
@@ -107,31 +110,56 @@ def _held(facts: Manifest, parts: dict[int, Manifest]) -> Held:
 
 
 def _copy(tier: Tier, unfinished: Path, held: Held, reasons: list[str]) -> bool:
-    """Copies each file from the first node whose file is whole; False if a file is whole nowhere. The ranks of a node share."""
+    """Copies each file from the first node whose file is whole; False if a file is whole nowhere. The ranks of a node share.
+
+    Raises:
+        SharedError: a rank cannot write.
+    """
     pending = dict.fromkeys(range(len(held.holders)), 0)  # a file and which of its holders copies it
     while pending:
         if any(turn == len(held.holders[place]) for place, turn in pending.items()):
             return False
-        failed = {}
-        for place, turn in pending.items():
-            here = held.holders[place][turn] == tier.members[0]
-            if here and tier.members[place % len(tier.members)] == dist.rank():
-                entry = held.manifest.files[place]
-                if error := _copy_file(tier.directory / checkpoint_name(held.manifest.step), unfinished, entry):
-                    failed[place] = error
+        here = [place for place, turn in pending.items() if held.holders[place][turn] == tier.members[0]]
+        mine = [place for place in here if tier.members[place % len(tier.members)] == dist.rank()]
+        damaged, error, source = {}, "", tier.directory / checkpoint_name(held.manifest.step)
+        try:
+            damaged = {place: said for place in mine if (said := _copy_file(source, unfinished, held.manifest.files[place]))}
+        except OSError as caught:
+            error = error_text(caught)
         dist.meet()  # a slow disk has no time limit
-        answers = dist.gather_objects(failed)
-        reasons += [error for failed in answers for error in failed.values()]
-        pending = {place: pending[place] + 1 for failed in answers for place in failed}
+        answers = dist.gather_objects((damaged, error))
+        if errors := [error for _, error in answers if error]:
+            raise SharedError(errors[0])
+        reasons += [said for damaged, _ in answers for said in damaged.values()]
+        pending = {place: pending[place] + 1 for damaged, _ in answers for place in damaged}
     return True
 
 
 def _copy_file(source: Path, target: Path, entry: FileEntry) -> str:
-    """Copies a file; returns what is wrong with it, or ""."""
-    try:
-        shutil.copyfile(source / entry.name, target / entry.name)
-        fsync_path(target / entry.name)
-        same = sha256_file(target / entry.name) == entry.sha256
-    except OSError as error:
-        return error_text(error)
+    """Copies a file; returns what is wrong with the source, or "".
+
+    Raises:
+        OSError: the target cannot be written.
+    """
+    found = hashlib.sha256()
+    with open(target / entry.name, "wb") as file:
+        try:
+            for piece in _pieces(source / entry.name):
+                found.update(piece)
+                file.write(piece)
+        except InputError as error:
+            return str(error)
+        file.flush()
+        os.fsync(file.fileno())
+    same = found.hexdigest() == entry.sha256
     return "" if same else f"{source / entry.name} is damaged (sha256 differs, on the node of rank {dist.rank()})"
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """The content of a file. A ValueError if it cannot be read, which an error in writing is not."""
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(PIECE):
+                yield piece
+    except OSError as error:
+        raise InputError(error_text(error)) from None

@@ -15,7 +15,7 @@ from igpt_ds.config import recipe_to_dict
 from igpt_ds.console import count
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.train.checkpoint.disk import SLACK
-from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, RunFacts
+from igpt_ds.train.checkpoint.manifest import Checkpoint, Manifest, RunFacts, of_rank
 from igpt_ds.train.checkpoint.newest import damage, newest_state
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.reshard import target_layout, write_rank
@@ -127,10 +127,11 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
 
 
 def _load(engine: Engine, checkpoint: Path) -> None:
-    """Restores the engine. All ranks check the files first: a rank that stops during the load leaves the others waiting."""
-    error = ""
+    """Restores the engine. Each rank checks its files first: a rank that stops during the load leaves the others waiting."""
+    error, mine = "", [(kind, dist.rank()) for kind in ("model", "optim")]
     try:
-        refuse_foreign_names(sorted(checkpoint.glob("*.pt"))[dist.rank() :: dist.world_size()])
+        paths = [path for path in sorted(checkpoint.glob("*.pt")) if of_rank(path.name) in (None, *mine)]
+        refuse_foreign_names(paths)
     except (OSError, InputError) as caught:
         error = error_text(caught)
     if errors := [error for error in dist.gather_objects(error) if error]:

@@ -42,8 +42,13 @@ class FileEntry:
     @property
     def of_rank(self) -> tuple[str, int] | None:
         """("model" or "optim", rank) of a file that DeepSpeed writes for one rank; None for another file."""
-        found = _OF_RANK.fullmatch(self.name)
-        return found and (found[2], int(found[1]))
+        return of_rank(self.name)
+
+
+def of_rank(name: str) -> tuple[str, int] | None:
+    """("model" or "optim", rank) of the name of a file that DeepSpeed writes for one rank; None for another file."""
+    found = _OF_RANK.fullmatch(name)
+    return found and (found[2], int(found[1]))
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,15 @@ class Manifest(RunFacts, Progress):
     def bytes(self) -> int:
         """The size of all files."""
         return sum(entry.bytes for entry in self.files)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it lists the files of every rank. That of a node's own disk may list a part."""
+        found, ranks = {entry.of_rank for entry in self.files}, range(self.world_size)
+        if self.stage == 3:
+            return all((kind, rank) in found for kind in ("optim", "model") for rank in ranks)
+        has_model = "mp_rank_00_model_states.pt" in {entry.name for entry in self.files}
+        return has_model and all(("optim", rank) in found for rank in ranks)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:
         if not candidates:
             dist.from_rank_0(partial(refuse_to_start_over, directory, skipped[tiers[0]]))
             dist.from_rank_0(lambda: say_skipped([reason for reasons in skipped.values() for reason in reasons]))
+            for tier in tiers[1:]:
+                tier.forget_newer(0)  # they would push out the states that this start saves
             return None
         step, _, tier, one = max(candidates, key=lambda candidate: candidate[:2])
         damaged = damage(one, tier)
@@ -99,10 +101,17 @@ def _look(tier: Tier, before: int | None) -> tuple[Checkpoint | None, list[str]]
     """The newest candidate that this rank sees, and why newer ones are none. No error of a fast directory ends the run."""
     if not tier.fast:
         return search(tier.directory, before)
+    reasons = list[str]()
     try:
-        return search(tier.directory, before, (InputError, OSError))
+        while True:
+            found, skipped = search(tier.directory, before, (InputError, OSError))
+            reasons += skipped
+            if found is None or tier.ranks is not None or found.manifest.is_whole:
+                return found, reasons
+            reasons.append(f"{found.path} has the files of one node, and the other nodes are gone")
+            before = found.manifest.step
     except OSError as error:
-        return None, [error_text(error)]
+        return None, [*reasons, error_text(error)]
 
 
 def _has_files(checkpoint: Checkpoint) -> bool:

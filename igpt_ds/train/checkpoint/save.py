@@ -162,7 +162,7 @@ def make_unfinished(unfinished: Path, needed: int, fix: str = ROOM) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        require_space(unfinished, needed, f"checkpoint {unfinished.name.removesuffix('.partial')}", fix)
+        require_space(unfinished, needed, f"checkpoint {unfinished.name.partition('.')[0]}", fix)
     except ValueError:
         unfinished.rmdir()
         raise

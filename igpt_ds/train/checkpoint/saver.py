@@ -27,7 +27,7 @@ from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.neighbours import Neighbours, find_neighbours
 from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
-from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, run_tier, without
+from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, forget_fast, run_tier, without
 from igpt_ds.train.engine_protocol import Engine
 
 
@@ -139,9 +139,12 @@ class Saver:
     def forget_newer(self, step: int) -> None:
         """After a rollback to a step, later states do not count, also where nothing is saved any more."""
         self.finish()
-        for tier in filter(None, (self._slow, self._fast)):
-            tier.forget_newer(step)
-            self._fast_works = self._fast_works and tier.counts()
+        self._slow.forget_newer(step)
+        if self._fast is None:
+            forget_fast(self._slow.run_dir)  # of an earlier start
+        else:
+            self._fast.forget_newer(step)
+            self._fast_works = self._fast_works and self._fast.counts()
 
     def close(self) -> None:
         """Finishes the last save. Then the run directory has the newest state, and the fast one is removed.

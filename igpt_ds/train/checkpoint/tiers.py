@@ -88,11 +88,11 @@ class Tier:
         except SharedError:
             if not self.fast:
                 raise
-            dist.from_rank_0(lambda: fast_id_file(self.run_dir).unlink(missing_ok=True))
+            forget_fast(self.run_dir)
 
     def counts(self) -> bool:
         """Whether a later start looks into it; the same on all ranks."""
-        return not self.fast or dist.from_rank_0(lambda: fast_id_file(self.run_dir).exists())
+        return not self.fast or dist.from_rank_0(lambda: self.directory.name == _name(self.run_dir, _known_id(self.run_dir)))
 
     def clear(self) -> None:
         """Removes the whole directory: the run has ended, and its own directory has the newest state."""
@@ -103,6 +103,11 @@ class Tier:
         """Removes what interrupted saves left. A fast directory that cannot be changed keeps it."""
         with suppress(SharedError) if self.fast else nullcontext():
             self.once(lambda: remove_leftovers(self.directory))
+
+
+def forget_fast(run_dir: Path) -> None:
+    """No later start looks into the fast directory that the run has had, for its states cannot be removed now."""
+    dist.from_rank_0(lambda: _known_id(run_dir) and _new_id(run_dir))
 
 
 def _remove_newer(directory: Path, step: int) -> None:
@@ -129,9 +134,8 @@ def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool, copies: bool = False
         SharedError: a new run cannot use it, or it holds states of a run that is not continued.
     """
     identity, known = dist.from_rank_0(lambda: _id(fast_dir, run_dir, resumes))
-    name = f"{run_dir.name}-{identity}"
     start = dist.from_rank_0(lambda: uuid.uuid4().hex)
-    directory, error = fast_dir / name, ""
+    directory, error = fast_dir / _name(run_dir, identity), ""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f".{start}.{dist.rank()}").touch()
@@ -141,9 +145,9 @@ def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool, copies: bool = False
         if not known:
             raise SharedError(f"{errors[0]}; choose another directory")
         dist.say(without(errors[0]))
-    seen = tuple(sorted({dist.rank(), *(int(path.name.rpartition(".")[2]) for path in directory.glob(f".{start}.*"))}))
+    seen = tuple(sorted({dist.rank(), *(int(path.name.rpartition(".")[2]) for path in _found(directory, f".{start}.*"))}))
     dist.barrier()
-    for left in directory.glob(f".*.{dist.rank()}"):
+    for left in _found(directory, f".*.{dist.rank()}"):
         with suppress(OSError):
             left.unlink()
     apart = any(len(ranks) < dist.world_size() for ranks in dist.gather_objects(seen))
@@ -159,17 +163,37 @@ def without(error: object) -> str:
     return f"the run goes on without --fast_dir: {error}"
 
 
+def _found(directory: Path, pattern: str) -> list[Path]:
+    """The files of a pattern; none on a disk that fails."""
+    with suppress(OSError):
+        return list(directory.glob(pattern))
+    return []
+
+
 def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> tuple[str, bool]:
     """The id of the run's directory, and whether the run that continues has it already."""
-    path = fast_id_file(run_dir)
-    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
-    if re.fullmatch("[0-9a-f]{12}", known):
-        states = fast_dir / f"{run_dir.name}-{known}"
+    if known := _known_id(run_dir):
+        states = fast_dir / _name(run_dir, known)
         if resumes:
             return known, True
         if list_checkpoints(states):
             raise InputError(f"{states} holds states of this run; continue with --resume auto, or remove {states}")
+    return _new_id(run_dir), False
+
+
+def _name(run_dir: Path, identity: str) -> str:
+    return f"{run_dir.name}-{identity}"
+
+
+def _known_id(run_dir: Path) -> str:
+    """The id in RUN_DIR/fast_id; "" if there is none."""
+    path = fast_id_file(run_dir)
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    return known if re.fullmatch("[0-9a-f]{12}", known) else ""
+
+
+def _new_id(run_dir: Path) -> str:
     fresh = uuid.uuid4().hex[:12]
-    with atomic_file(path, "w") as file:
+    with atomic_file(fast_id_file(run_dir), "w") as file:
         file.write(f"{fresh}\n")
-    return fresh, False
+    return fresh

@@ -67,6 +67,7 @@ class Goodput:
     run_dir: str
     starts: tuple[StartGoodput, ...]
     saves: tuple[SaveCost, ...] = ()
+    fast_saves: int = 0  # into --fast_dir
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -99,6 +100,12 @@ class Goodput:
         """The median of a field of `saves`; None without any."""
         return statistics.median(getattr(save, name) for save in self.saves) if self.saves else None
 
+    @property
+    def after_failures(self) -> dict[str, float]:
+        """The seconds of waiting before the starts that follow a fault."""
+        later = [one for before, one in itertools.pairwise(self.starts) if before.failed]
+        return {name: math.fsum(one.seconds[name] for one in later) for name in (QUEUE, DOWN)}
+
     def to_dict(self) -> dict[str, object]:
         """JSON-ready."""
         starts = [vars(one) | {"seconds": _rounded(one.seconds)} for one in self.starts]
@@ -110,6 +117,8 @@ class Goodput:
             "startup_seconds": self.startup_seconds,
             "save_interval": self.median("training"),
             "save_seconds": self.median("seconds"),
+            "fast_saves": self.fast_saves,
+            "after_failures": _rounded(self.after_failures),
             "starts": starts,
         }
 
@@ -172,7 +181,8 @@ def read_goodput(run_dir: Path, live: bool = False) -> Goodput:
         running = live and number == len(starts) - 1
         how, failed = ("running", False) if running else (start.how, start.failed)
         found.append(StartGoodput(began, ended, start.first_step, start.last_step, how, failed, seconds))
-    return Goodput(str(run_dir), tuple(found), tuple(save for start in starts for save in _saves(start)))
+    fast = sum(row.event == SAVE and row.fast for start in starts for row in start.rows)
+    return Goodput(str(run_dir), tuple(found), tuple(save for start in starts for save in _saves(start)), fast)
 
 
 def _saves(start: StartRows) -> Iterator[SaveCost]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as td
 
+from igpt_ds.cli import SharedError
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.errors import InputError
-from igpt_ds.train.checkpoint import neighbours
-from igpt_ds.train.checkpoint.collect import _together
-from igpt_ds.train.checkpoint.manifest import FileEntry, Manifest, file_entry
+from igpt_ds.train.checkpoint import collect, neighbours
+from igpt_ds.train.checkpoint.collect import _together, collect_newest
+from igpt_ds.train.checkpoint.directory import checkpoint_name
+from igpt_ds.train.checkpoint.manifest import FileEntry, Manifest, file_entry, read_checkpoint, write_manifest
 from igpt_ds.train.checkpoint.neighbours import Neighbours
+from igpt_ds.train.checkpoint.tiers import Tier, run_tier
 
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
 
@@ -28,15 +33,58 @@ def part(*ranks: int, start: str = "a", stage: int = 3, world_size: int = 2) -> 
 
 
 def test_parts_are_a_state_if_every_rank_has_one() -> None:
-    assert _together([part(0), part(1)])[5].is_whole
-    assert not _together([part(0), {}])[5].is_whole
-    assert not _together([part(0), part(1, start="b")])[5].is_whole  # of two branches of the run
-    assert _together([part(0, start="b"), part(0, 1), {}])[5].is_whole  # a node came back with a part of another one
-    assert not _together([part(0, 1, world_size=3)])[5].is_whole
-    assert not _together([part(0, 1, stage=2)])[5].is_whole  # the whole weights are missing
+    assert _together([part(0), part(1)])[5].manifest.is_whole
+    assert not _together([part(0), {}])[5].manifest.is_whole
+    assert not _together([part(0), part(1, start="b")])[5].manifest.is_whole  # of two branches of the run
+    assert _together([part(0, start="b"), part(0, 1), {}])[5].manifest.is_whole  # a node came back with a part of another one
+    assert not _together([part(0, 1, world_size=3)])[5].manifest.is_whole
+    assert not _together([part(0, 1, stage=2)])[5].manifest.is_whole  # the whole weights are missing
     lost = _together([part(0, 1), {}])[5]
-    assert (lost.is_whole, lost.holders) == (True, ((0,),) * 4)
+    assert (lost.manifest.is_whole, lost.holders) == (True, ((0,),) * 4)
     assert _together([part(0, 1), part(1, 0)])[5].holders == ((0, 1),) * 4
+
+
+def no_space(*_: object) -> str:
+    raise OSError(28, "No space left on device", "/run")
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> tuple[Tier, Tier]:
+    """The disk of a node with a whole state of step 5, and the empty run directory."""
+    node, run = Tier(tmp_path / "node", tmp_path / "run", ranks=(0,), fast=True), run_tier(tmp_path / "run")
+    state = node.directory / checkpoint_name(5)
+    state.mkdir(parents=True)
+    names = [f"zero_pp_rank_0_mp_rank_00_{kind}_states.pt" for kind in ("model", "optim")]
+    for name in names:
+        (state / name).write_bytes(b"x" * 10)
+    manifest = replace(part(0, world_size=1)[5], files=tuple(file_entry(state / name) for name in names))
+    write_manifest(state, manifest)
+    (state / "COMPLETE").touch()
+    return node, run
+
+
+def test_a_state_is_put_together_or_what_is_damaged_is_named(held: tuple[Tier, Tier]) -> None:
+    node, run = held
+    assert collect_newest(node, run, -1, None, []) == 5
+    assert read_checkpoint(run.directory / checkpoint_name(5)).manifest.is_whole
+    shutil.rmtree(run.directory)
+    next(node.directory.glob("*/*optim*")).write_bytes(b"y" * 10)
+    reasons: list[str] = []
+    assert collect_newest(node, run, -1, None, reasons) == 5
+    assert "optim_states.pt is damaged (sha256 differs, on the node of rank 0)" in reasons[0]
+    assert not list(run.directory.iterdir())
+
+
+@pytest.mark.parametrize("what", ["make_unfinished", "_copy_file"])
+def test_without_space_in_the_run_directory_no_state_is_given_up(
+    what: str, held: tuple[Tier, Tier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, run = held
+    monkeypatch.setattr(collect, what, no_space)
+    with pytest.raises(SharedError, match=r"step 5 cannot be put together in .*No space left.*; the states of the nodes stay"):
+        collect_newest(node, run, -1, None, [])
+    assert read_checkpoint(node.directory / checkpoint_name(5)).manifest.is_whole
+    assert not run.directory.exists() or not list(run.directory.iterdir())
 
 
 @pytest.fixture

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from igpt_ds.cli import SharedError
 from igpt_ds.config import ModelConfig, Recipe
 from igpt_ds.data.facts import DataFacts
-from igpt_ds.train.checkpoint.directory import checkpoint_name
+from igpt_ds.train.checkpoint.collect import _states_of
+from igpt_ds.train.checkpoint.directory import checkpoint_name, prune
 from igpt_ds.train.checkpoint.manifest import Manifest, file_entry, write_manifest
 from igpt_ds.train.checkpoint.newest import newest_state
-from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, run_tier
+from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, forget_fast, run_tier
 
+STATES, MODEL = (f"zero_pp_rank_0_mp_rank_00_{kind}_states.pt" for kind in ("optim", "model"))
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
 
 
-def make(directory: Path, step: int) -> Path:
-    """A state of one rank."""
+def make(directory: Path, step: int, world_size: int = 1) -> Path:
+    """A state of rank 0, which with more ranks is a part."""
     path = directory / checkpoint_name(step)
     path.mkdir(parents=True)
-    (path / "states.pt").write_bytes(b"x" * 10)
+    for name in (STATES, MODEL):
+        (path / name).write_bytes(b"x" * 10)
     facts = {
         "recipe": RECIPE,
         "data": DataFacts("shards", "a", "p", 2),
         "precision": "fp32",
-        "files": (file_entry(path / "states.pt"),),
+        "files": (file_entry(path / STATES), file_entry(path / MODEL)),
     }
-    write_manifest(path, Manifest(**facts, step=step, images_seen=step, world_size=1, stage=3))  # type: ignore[arg-type]
+    write_manifest(path, Manifest(**facts, step=step, images_seen=step, world_size=world_size, stage=3))  # type: ignore[arg-type]
     (path / "COMPLETE").write_text("1 files\n")
     return path
 
@@ -43,18 +48,18 @@ def test_the_newest_whole_state_of_either_directory_counts(tmp_path: Path, capsy
         make(fast.directory, 120),
         make(fast.directory, 130),
     )
-    (changed / "states.pt").write_bytes(b"y" * 10)
-    (torn / "states.pt").write_bytes(b"x")
+    (changed / STATES).write_bytes(b"y" * 10)
+    (torn / STATES).write_bytes(b"x")
     found = newest_state([slow, fast])
     assert found is not None
     assert found.path == older
     said = capsys.readouterr().err
-    assert f"checkpoint skipped: {changed / 'states.pt'} is damaged" in said
-    assert f"checkpoint skipped: {torn / 'states.pt'} has 1 bytes" in said
+    assert f"checkpoint skipped: {changed / STATES} is damaged" in said
+    assert f"checkpoint skipped: {torn / STATES} has 1 bytes" in said
     assert not changed.exists()
     assert not torn.exists()
     newest = make(slow.directory, 140)
-    (newest / "states.pt").write_bytes(b"y" * 10)
+    (newest / STATES).write_bytes(b"y" * 10)
     assert (newest_state([slow, fast]) or found).path == older  # the other way round
     assert newest.with_name("step-00000140.broken").exists()
     (older / "manifest.json").write_text("{}")
@@ -70,6 +75,48 @@ def test_a_run_without_a_usable_copy_starts_over_but_not_without_its_own(tmp_pat
     (make(slow.directory, 100) / "COMPLETE").unlink()
     with pytest.raises(SharedError, match="holds no usable checkpoint"):
         newest_state([slow, fast])
+
+
+def test_the_part_of_one_node_is_no_state_when_the_others_are_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow, fast = run_tier(tmp_path / "run"), Tier(tmp_path / "fast", tmp_path / "run", fast=True)
+    old, part = make(slow.directory, 100), make(fast.directory, 110, world_size=2)
+    found = newest_state([slow, fast])
+    assert found is not None
+    assert found.path == old
+    assert f"checkpoint skipped: {part} has the files of one node, and the other nodes are gone" in capsys.readouterr().err
+
+
+def test_states_that_cannot_be_used_do_not_push_out_those_of_a_start_from_the_beginning(tmp_path: Path) -> None:
+    slow, fast = run_tier(tmp_path / "run"), Tier(tmp_path / "fast", tmp_path / "run", fast=True)
+    for step in (400, 500):
+        (make(fast.directory, step) / STATES).write_bytes(b"y" * 10)
+    assert newest_state([slow, fast]) is None
+    new = make(fast.directory, 100)
+    assert prune(fast.directory, keep_last=2, keep_every=0) == []
+    assert (newest_state([slow, fast]) or slow).path == new  # type: ignore[union-attr]
+
+
+def test_a_disk_that_fails_costs_a_run_its_fast_directory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(path: Path, *rest: Any, **more: Any) -> Any:
+            if fast_dir in path.parents:
+                raise OSError(5, "Input/output error", str(path))
+            return function(path, *rest, **more)
+
+        return called
+
+    slow, fast_dir = run_tier(tmp_path / "run"), tmp_path / "fast"
+    slow.run_dir.mkdir()
+    old = make(slow.directory, 100)
+    make(fast_tier(fast_dir, slow.run_dir, resumes=True).directory, 110)
+    for name in ("mkdir", "glob"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    failed = fast_tier(fast_dir, slow.run_dir, resumes=True)
+    assert not failed.works
+    assert _states_of(failed.directory) == {}
+    found = newest_state([slow, failed])
+    assert found is not None
+    assert found.path == old
 
 
 def test_a_run_has_a_fast_directory_of_its_own(tmp_path: Path) -> None:
@@ -116,6 +163,19 @@ def test_states_that_cannot_be_removed_after_a_rollback_never_come_back(tmp_path
         assert fast.counts()
         fast.forget_newer(100)
     assert not fast.counts()  # so that this start does not save there either
-    found = newest_state([slow, fast_tier(fast_dir, run_dir, resumes=True)])
+    later = fast_tier(fast_dir, run_dir, resumes=True)
+    assert later.known  # so that the run also goes on if it cannot use its new directory
+    assert later.directory != fast.directory
+    found = newest_state([slow, later])
     assert found is not None
     assert found.path == old
+
+
+def test_a_rollback_without_the_fast_directory_forgets_its_states(tmp_path: Path) -> None:
+    run_dir, fast_dir = tmp_path / "run", tmp_path / "fast"
+    run_dir.mkdir()
+    make(fast_tier(fast_dir, run_dir, resumes=True).directory, 110)
+    forget_fast(run_dir)  # as Saver.forget_newer does without --fast_dir
+    assert newest_state([run_tier(run_dir), fast_tier(fast_dir, run_dir, resumes=True)]) is None
+    forget_fast(tmp_path / "another")
+    assert not (tmp_path / "another").exists()

@@ -104,6 +104,7 @@ def test_a_batch_job_waits_in_the_queue_and_is_down(story: Story) -> None:
     start_up = 10 + 16 + 5 + 20 + 5 + 16
     found = story.found(326, queue=30 + 100 + 20 + 10, down=2 + 70, start_up=start_up, verification=8, training=11, saves=3)
     assert [one.how for one in found.starts] == ["stopped", "bad nodes: n1", "ended before the first step", "ended"]
+    assert found.after_failures == pytest.approx({"queue": 20 + 10, "down": 70})  # not the first wait, nor that after a stop
 
 
 def test_a_start_inside_the_allocation_did_not_queue(story: Story) -> None:
@@ -124,7 +125,7 @@ def test_a_start_continues_from_the_fast_directory(story: Story) -> None:
     story.train(80, 40, last_alive=70)
     story.row("exit", 100, step=40, seconds={}, phase="end")
     found = story.found(100, start_up=32, verification=8, training=40, saves=8, lost_work=2, down=10)
-    assert found.saves == (SaveCost(20, 20.0, 2.0),)
+    assert (found.saves, found.fast_saves) == ((SaveCost(20, 20.0, 2.0),), 2)
 
 
 def test_what_no_row_explains_has_its_own_line(story: Story) -> None:
