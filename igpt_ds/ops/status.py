@@ -6,22 +6,20 @@ imported, so that tools/status.py starts fast; only the end of a long train.json
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from igpt_ds.errors import InputError
-from igpt_ds.json_files import parse_row, read_json, read_json_lines, read_sealed
+from igpt_ds.json_files import read_json, read_json_lines, read_sealed
 from igpt_ds.ops.rank_status import RankStatus, read_ranks
-from igpt_ds.plain_files import check_file
 from igpt_ds.schema import record_from
 from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
 from igpt_ds.train.health.pace import Pace, SlowRank, slow_ranks
 from igpt_ds.train.heartbeat import BEGINNING
+from igpt_ds.train.ledger.tail import tail_rows
 from igpt_ds.train.run_dir import read_run
 
-TAIL_BYTES = 1 << 18  # of train.jsonl: a thousand rows
 SPEED_ROWS = 10  # whose median is the speed
 HANG_SECONDS, HANG_STEPS = 120.0, 20  # a run hangs if a step takes this long and this many times as long as the step before it
 
@@ -119,7 +117,7 @@ def read_status(run_dir: Path, now: float, watch: float = 0.0) -> Status:
         what = "is not a run directory: it has no run.json" if run_dir.is_dir() else "does not exist"
         raise InputError(f"{run_dir} {what}; name the --run_dir of a train.py that has started training")
     run = read_run(run_dir)
-    recipe, rows = run["recipe"], tail_rows(run_dir / "train.jsonl")
+    recipe, rows = run["recipe"], tail_rows(run_dir / "train.jsonl", CurveRow)
     training = [row for row in rows if row.loss is not None]
     validation = next((row for row in reversed(rows) if row.val_loss is not None), None)
     last = training[-1] if training else CurveRow(0)
@@ -154,22 +152,6 @@ def read_status(run_dir: Path, now: float, watch: float = 0.0) -> Status:
         ranks=ranks,
         time=now,
     )
-
-
-def tail_rows(path: Path, size: int = TAIL_BYTES) -> list[CurveRow]:
-    """The last rows of a train.jsonl, without a partial line at either end and without lines that are no rows."""
-    check_file(path)
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        length = file.seek(0, 2)
-        file.seek(max(0, length - size))
-        lines = file.read().split(b"\n")
-    rows = []
-    for line in lines[1:-1] if length > size else lines[:-1]:
-        with contextlib.suppress(ValueError):
-            rows.append(record_from(CurveRow, parse_row(line.decode(), str(path)), str(path), "remove the line"))
-    return rows
 
 
 def state_of(run_dir: Path, ranks: tuple[RankStatus, ...]) -> str:

@@ -26,6 +26,7 @@ from igpt_ds.ops import status
 from igpt_ds.ops.rank_status import RankStatus
 from igpt_ds.ops.status_text import heartbeats_line, status_text
 from igpt_ds.train.heartbeat import Heartbeat
+from igpt_ds.train.ledger.tail import tail_rows
 
 ROOT = Path(__file__).parents[2]
 NOW = 1_000_000.0
@@ -127,9 +128,9 @@ def test_a_line_that_is_being_written_and_a_long_file(run_dir: Path):
     with open(run_dir / "train.jsonl", "a") as file:
         file.write('{"step": 21, "loss": 2.7, "images_per_s": 4')
     assert status.read_status(run_dir, NOW).step == 20
-    rows = status.tail_rows(run_dir / "train.jsonl", size=500)
+    rows = tail_rows(run_dir / "train.jsonl", status.CurveRow, size=500)
     assert [found.step for found in rows] == [19, 20]
-    assert status.tail_rows(run_dir / "none.jsonl") == []
+    assert tail_rows(run_dir / "none.jsonl", status.CurveRow) == []
 
 
 @pytest.mark.parametrize(
