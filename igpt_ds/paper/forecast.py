@@ -2,8 +2,8 @@
 
 In: stages (stages.py), their scale, and the machine. Out: words and seconds. On GPUs a training takes what the plan estimates
 (budget.py); a forward pass runs at the GPU's rate for matrix products, and a step of a probe by SGD takes an assumed millisecond.
-On a CPU the rates are those of two cores: docs/cifar10/train.jsonl has 44 images/s of 16x16 pixels with 8 layers of 128, and that
-is 1.58e11 FLOP/s. The seconds of small stages are assumed. Called by tools/paper_plan.py.
+On a CPU the rates are those of two cores: docs/cifar10/train_split/train.jsonl has 44 images/s of 16x16 pixels with 8 layers of
+128, and that is 1.58e11 FLOP/s. The seconds of small stages are assumed. Called by tools/paper_plan.py.
 """
 
 from __future__ import annotations
