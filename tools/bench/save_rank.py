@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def slow_down(bytes_per_s: float) -> None:
     """The files of checkpoints are written no faster, as on a disk that all ranks share."""
 
-    class Slow(disk._Hashing):
+    class Slow(disk.Hashing):
         """Pauses after each block, so that the whole file has the rate."""
 
         def write(self, block: Any) -> int:
@@ -89,7 +89,7 @@ def slow_down(bytes_per_s: float) -> None:
                 time.sleep(max(0.0, len(piece) / bytes_per_s - (time.monotonic() - start)))
             return len(whole)
 
-    disk._Hashing = Slow  # type: ignore[misc]
+    disk.Hashing = Slow  # type: ignore[misc]
 
 
 def measure(what: SaveTask, recipe: Recipe) -> dict[str, float]:

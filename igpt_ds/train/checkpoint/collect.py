@@ -6,7 +6,6 @@ is damaged is named, and the next copy of it is tried. Called by train/checkpoin
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.train.checkpoint.directory import checkpoint_name, commit, complete_checkpoints
+from igpt_ds.train.checkpoint.disk import Hashing
 from igpt_ds.train.checkpoint.manifest import FileEntry, Manifest, read_checkpoint
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.save import make_unfinished, unfinished_of
@@ -141,17 +141,16 @@ def _copy_file(source: Path, target: Path, entry: FileEntry) -> str:
     Raises:
         OSError: the target cannot be written.
     """
-    found = hashlib.sha256()
     with open(target / entry.name, "wb") as file:
+        hashing = Hashing(file)
         try:
             for piece in _pieces(source / entry.name):
-                found.update(piece)
-                file.write(piece)
+                hashing.write(piece)
         except InputError as error:
             return str(error)
         file.flush()
         os.fsync(file.fileno())
-    same = found.hexdigest() == entry.sha256
+    same = hashing.digest.hexdigest() == entry.sha256
     return "" if same else f"{source / entry.name} is damaged (sha256 differs, on the node of rank {dist.rank()})"
 
 

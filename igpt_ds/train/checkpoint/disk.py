@@ -40,8 +40,8 @@ def require_space(directory: Path, needed: int, what: str, fix: str = ROOM) -> N
         raise InputError(f"{what} needs {needed:,} bytes and {directory} has {free:,} free; {fix}")
 
 
-class _Hashing:
-    """A file that hashes each block as it is written; torch writes front to back."""
+class Hashing:
+    """A file that hashes each block as it is written, front to back."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest, self.bytes = file, hashlib.sha256(), 0
@@ -108,7 +108,7 @@ class CheckpointWriter:
     def _write(self, path: str, write: Callable[[Any], None]) -> None:
         try:
             with naming(path), open(path, "wb") as file:
-                hashing = _Hashing(file)
+                hashing = Hashing(file)
                 try:
                     write(hashing)  # it only calls write and flush
                 except RuntimeError as error:
