@@ -143,8 +143,7 @@ class Saver:
         if self._fast is None:
             forget_fast(self._slow.run_dir)  # of an earlier start
         else:
-            self._fast.forget_newer(step)
-            self._fast_works = self._fast_works and self._fast.counts()
+            self._fast = self._fast.start_over()
 
     def close(self) -> None:
         """Finishes the last save. Then the run directory has the newest state, and the fast one is removed.

@@ -2,7 +2,8 @@
 
 The fast directory may be one for all ranks, or a disk of each node under the same path. There the first rank of each node
 completes the checkpoint with a manifest of its node's files. A run has a directory of its own in it, RUN-ID. The id is in
-RUN_DIR/fast_id, so that a new run of the same name meets no states of an old one. Called by the other modules here.
+RUN_DIR/fast_id: a new run of the same name meets no states of an old one, and a run that rolled back none from before, for it
+gets a new id. Called by the other modules here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,8 +95,14 @@ class Tier:
         """Whether a later start looks into it; the same on all ranks."""
         return not self.fast or dist.from_rank_0(lambda: self.directory.name == _name(self.run_dir, _known_id(self.run_dir)))
 
+    def start_over(self) -> Tier:
+        """Another directory for the run, which has rolled back. No state from before counts, nor those of a node that is away."""
+        self.clear()
+        identity = dist.from_rank_0(lambda: _new_id(self.run_dir))
+        return replace(self, directory=self.directory.with_name(_name(self.run_dir, identity)))
+
     def clear(self) -> None:
-        """Removes the whole directory: the run has ended, and its own directory has the newest state."""
+        """Removes the whole directory: the run's own has the state that it continues from."""
         with suppress(SharedError):
             self.once(lambda: shutil.rmtree(self.directory, ignore_errors=True))
 

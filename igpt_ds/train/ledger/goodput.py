@@ -50,6 +50,16 @@ class StartGoodput:
     failed: bool  # by a fault, not by a stop or its last step
     seconds: dict[str, float]  # of each of CATEGORIES
 
+    @property
+    def trained(self) -> bool:
+        """Whether it reached its first step."""
+        return self.seconds[TRAINING] + self.seconds[LOST] > 0
+
+    @property
+    def startup(self) -> float:
+        """Seconds until its normal steps."""
+        return math.fsum(self.seconds[name] for name in (STARTUP, VERIFICATION, COMPILATION))
+
 
 @dataclass(frozen=True)
 class SaveCost:
@@ -92,8 +102,7 @@ class Goodput:
     @property
     def startup_seconds(self) -> float | None:
         """The median time from a start to its normal steps, of the starts that came that far; None if none did."""
-        trained = [one.seconds for one in self.starts if one.seconds[TRAINING] + one.seconds[LOST] > 0]
-        begun = [math.fsum(one[name] for name in (STARTUP, VERIFICATION, COMPILATION)) for one in trained]
+        begun = [start.startup for start in self.starts if start.trained]
         return statistics.median(begun) if begun else None
 
     def median(self, name: str) -> float | None:

@@ -171,6 +171,20 @@ def test_states_that_cannot_be_removed_after_a_rollback_never_come_back(tmp_path
     assert found.path == old
 
 
+def test_after_a_rollback_the_states_of_a_node_that_was_away_do_not_count(tmp_path: Path) -> None:
+    run_dir, fast_dir = tmp_path / "run", tmp_path / "fast"
+    run_dir.mkdir()
+    before = fast_tier(fast_dir, run_dir, resumes=True)
+    make(before.directory, 110)
+    after = before.start_over()
+    assert list(fast_dir.iterdir()) == []
+    make(before.directory, 110)  # the node is there again
+    later = fast_tier(fast_dir, run_dir, resumes=True)
+    assert later.directory == after.directory
+    assert later.known
+    assert newest_state([run_tier(run_dir), later]) is None
+
+
 def test_a_rollback_without_the_fast_directory_forgets_its_states(tmp_path: Path) -> None:
     run_dir, fast_dir = tmp_path / "run", tmp_path / "fast"
     run_dir.mkdir()
