@@ -103,8 +103,8 @@ sweep() { # WORD...: runs one rate of tools/sweep_lr.py, which starts its ranks 
 set_up() { # RUN_DIR: everything before the ranks start
   run_dir=$1 run=(--run_dir "$1") restart=${SLURM_RESTART_COUNT:-0}
   [[ -n $run_dir ]] || fail "--run_dir is missing; name the run's directory, on a disk that all nodes share"
-  early=0 usr1=0 step='' bad='' lost='' status=0 errors=$(mktemp)
-  trap 'rm -f "$errors"' EXIT
+  early=0 usr1=0 step='' bad='' lost='' status=0 errors=$(mktemp) gone=$(mktemp)
+  trap 'rm -f "$errors" "$gone"' EXIT
   trap 'usr1=1; say "USR1: every rank is told to save and stop"; pass_on' USR1
   trap : TERM # the tasks of the nodes get TERM too, see one_node.sh; SLURM gives them KillWait seconds
   if [[ -e $run_dir/FINISHED ]]; then
@@ -151,7 +151,9 @@ use_nodes() { # NODE...: the nodes for the ranks, which meet at the first one
   # --ntasks            otherwise srun repeats the job's number of tasks
   # --cpu-bind=none     otherwise the single task with all its ranks is bound to one core
   # --kill-on-bad-exit  one dead node ends the step at once, not after the time limit of the collectives
+  # --overlap           a step that had a lost node keeps its GPUs until SLURM notices
   srun=(srun --nodes="$#" --nodelist="$node_list" --ntasks="$#" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60)
+  srun+=(${lost:+--overlap})
   [[ ! -e $HOSTFILE ]] || { rm -f "$HOSTFILE" && (set -C && printf "%s slots=$ranks\n" "$@" >"$HOSTFILE"); } # never through a link
 }
 
@@ -173,7 +175,13 @@ check_nodes() { # PROGRAM WORD...: checks every node before the ranks start; set
 
 judge() { # sets `status` to that of the ranks, and `bad` to the nodes that should not be used again
   local said
-  said=$(restarts outcome --status "$status" --errors "$errors" --seconds $((SECONDS - begun + 60))) && read -r status bad <<<"$said"
+  said=$(restarts outcome --status "$status" --errors "$errors" --seconds $((SECONDS - begun + 60)) --bad "$bad" --lost "$lost") &&
+    read -r status bad <<<"$said"
+}
+
+watch_nodes() { # ends the step when a node is gone, and writes its name to `gone`: SLURM notices much later
+  ((${#nodes[@]} > 1)) || return 0
+  (trap '' USR1 TERM && exec python -m igpt_ds.ops.node_watch "${run[@]}" --nodes "${nodes[@]}" --step "$step" >"$gone") &
 }
 
 pass_on() { # sends USR1 to all ranks every second until they end, since a rank may not listen yet
@@ -193,12 +201,15 @@ follow() { # SCRIPT WORD...: runs it by `srun` on every node to its end; sets `s
   (trap '' USR1 && exec setsid "${srun[@]}" bash -c "trap '' USR1; $script" bash "$@") 2> >(tee "$errors" >&2) &
   step=$! begun=$SECONDS
   ((usr1 == 0)) || pass_on
+  watch_nodes
   while :; do # a signal ends `wait`, not the step
-    wait "$step"
+    wait "$step" 2>/dev/null # where bash would tell of a killed srun
     status=$?
     kill -0 "$step" 2>/dev/null || break
   done
   step=''
   sleep 1 # until tee has written
+  bad=$(tr ' \n' ,, <"$gone") bad=${bad%,}
+  [[ -z $bad ]] || echo "node_watch.py: error: $bad does not answer any more, and its heartbeat stands still" | tee -a "$errors" >&2
   judge
 }

@@ -156,12 +156,17 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
     return 0
 
 
-def outcome(status: int, errors: str, seconds: float) -> tuple[int, tuple[str, ...]]:
-    """The status of the ranks, and the nodes not to use again: a rank died there, or the node is lost or its hardware broken."""
+def outcome(status: int, errors: str, seconds: float, gone: Sequence[str], lost: Sequence[str]) -> tuple[int, tuple[str, ...]]:
+    """The status of the ranks, and the nodes not to use again: a rank died there, or the node is lost or its hardware broken.
+
+    Args:
+        gone: nodes for which the ranks of the others were killed (node_watch.py). lost: those that earlier starts left out.
+    """
     status, killed = requeue.find_outcome(status, errors)
+    killed = tuple(gone) or killed
     if status in (0, cli.STOPPED, BAD_INPUT):
         return status, killed
-    nodes = slurm.check(os.environ["SLURM_JOB_ID"], seconds)
+    nodes = slurm.check(os.environ["SLURM_JOB_ID"], seconds, {*gone, *lost})
     for node, fault in nodes.faults:
         write_line(f"fault: {node}: {fault}", sys.stderr)
     if nodes.lost:
@@ -263,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.action == "cause":
         return print(requeue.find_cause(sys.stdin.buffer.read().decode(errors="replace")))
     if args.action == "outcome":
-        status, bad = outcome(args.status, errors, args.seconds)
+        status, bad = outcome(args.status, errors, args.seconds, _names(args.bad), _names(args.lost))
         return print(status, ",".join(bad))
     job, counted = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if args.action == "number":

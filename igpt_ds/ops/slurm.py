@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from igpt_ds.errors import error_text
@@ -76,17 +76,18 @@ def nodes_of_job() -> list[str]:
     return host_names(os.environ.get("SLURM_JOB_NODELIST", ""))
 
 
-def check(job: str, seconds: float) -> JobNodes:
+def check(job: str, seconds: float, known: Collection[str] = ()) -> JobNodes:
     """Asks SLURM and each node of a job how it is; no node is lost if nobody answers.
 
     Args:
         seconds: the age of the oldest line of a kernel's log that counts.
+        known: nodes that need not be asked.
     """
-    given = nodes_of_job()
+    given = [node for node in nodes_of_job() if node not in known]
     if not given:
         return JobNodes()
-    known, still = ask("squeue", "-h", "-j", job, "-o", "%N")
-    kept = set(host_names(still.strip())) if known else set(given)
+    answered, still = ask("squeue", "-h", "-j", job, "-o", "%N")
+    kept = set(host_names(still.strip())) if answered else set(given)
     states = [line.split() for line in ask("sinfo", "-h", "-N", "-n", ",".join(given), "-o", "%N %T")[1].splitlines()]
     down = {words[0] for words in states if len(words) == 2 and _DOWN.fullmatch(words[1])}
     asked = [node for node in given if node in kept and node not in down]

@@ -1,39 +1,41 @@
-"""The benchmark of restarts: which starts are rows, and what it says without any."""
+"""The benchmark of restarts: a row for each fault, and what it says without any."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import restart
 
-from igpt_ds.train.ledger.goodput import CATEGORIES, Goodput, StartGoodput
+from igpt_ds.json_files import write_json_lines
 
 
-def start(how: str = "killed", failed: bool = True, **seconds: float) -> StartGoodput:
-    """A start of so many seconds; "startup" stands for start-up."""
-    known = dict.fromkeys(CATEGORIES, 0.0) | {name.replace("startup", "start-up"): value for name, value in seconds.items()}
-    return StartGoodput(0.0, 0.0, 0, 1, how, failed, known)
-
-
-def test_a_row_for_each_restart_inside_the_job() -> None:
-    starts = [
-        start("rank 1 killed", startup=10, training=50),
-        start("node2 is lost", down=4, startup=11, compilation=2, training=50),
-        start("ended before the first step", down=20, startup=5),
-        start("a loss that diverged", down=3, startup=15, training=50),
-        start("stopped", failed=False, queue=100, down=1, startup=9, training=50),
-        start("ended", failed=False, down=1, startup=9, training=50),
+def start(launched: int, trained: int | None) -> list[dict[str, object]]:
+    """The rows of a start, with seconds of one minute."""
+    at = "2026-11-30T10:00:{:02d}+00:00".format
+    found: list[dict[str, object]] = [
+        {"event": "start", "job": "7", "time": at(launched)},
+        {"event": "begin", "time": at(launched + 1), "began": at(launched + 1), "step": 0, "seconds": {}},
     ]
-    first, second = restart.rows(Goodput("run", tuple(starts)))
-    assert (first.what, first.ours, first.peer, first.holds) == ("rank 1 killed", 17, 40, True)
-    assert (second.what, second.ours, second.holds) == ("node2 is lost", 43, False)
-    assert (first.note, second.note) == ("4.0 s down, 13.0 s start-up", "23.0 s down, 20.0 s start-up")
+    return found if trained is None else [*found, {"event": "train", "time": at(trained), "step": 5, "seconds": {}}]
 
 
-def test_runs_without_a_restart_are_refused(tool: Any, tmp_path: Path) -> None:
-    row = '{"event": "begin", "time": "2026-11-30T10:00:00+00:00", "step": 0, "seconds": {"imports": 1.0}}'
-    (tmp_path / "restarts.jsonl").write_text(f"{row}\n")
-    for words, refusal in (((), "--runs is missing"), (("--runs", tmp_path), "no start followed a failure inside a job")):
+def test_a_row_for_each_fault(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "restarts.jsonl", [*start(0, 4), *start(20, None), *start(30, 45), *start(50, 59)])
+    faults = [("a rank is killed", 10.0), ("a node loses power", 48.5)]
+    write_json_lines(tmp_path / "faults.jsonl", ({"what": what, "time": 1796032800 + time} for what, time in faults))
+    first, second = restart.rows(tmp_path)
+    assert (first.what, first.ours, first.peer, first.holds) == ("a rank is killed", 35, 34, False)
+    assert (second.what, second.ours, second.peer, second.holds) == ("a node loses power", 10.5, 34, True)
+    assert (first.note, second.note) == ("20.0 s until the start", "1.5 s until the start")
+
+
+def test_runs_without_faults_and_faults_without_an_end_are_refused(tool: Any, tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "restarts.jsonl", start(0, 4))
+    for words, refusal in (((), "--runs is missing"), (("--runs", tmp_path), "has no faults.jsonl")):
         status, _, said = tool("bench/restart", *words)
         assert (status, refusal in said) == (2, True), said
+    write_json_lines(tmp_path / "faults.jsonl", [{"what": "a rank is killed", "time": 1796032810.0}])
+    with pytest.raises(ValueError, match="no step followed a rank is killed"):
+        list(restart.rows(tmp_path))

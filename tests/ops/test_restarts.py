@@ -415,6 +415,8 @@ def test_lost_and_broken_nodes_are_bad_too(slurm: FakeSlurm):
     (slurm.where / "queue").write_text("node1,node2,node4\n")  # the job has lost a node
     assert slurm.run(*asked, SLURM_JOB_NODELIST="node[1-4]") == (0, "143 node1,node2,node3\nlost: node2 node3\n")
     assert slurm.run("outcome", "--status=85", SLURM_JOB_NODELIST="node[1-4]") == (0, "85 \n")
+    ended = (*asked, "--bad=node3", "--lost=node2")  # node1 was killed for node3
+    assert slurm.run(*ended, SLURM_JOB_NODELIST="node[1-4]") == (0, "143 node3\n")
 
 
 def again(slurm: FakeSlurm, status: int, *flags: str, restart: int = 0) -> str:

@@ -23,6 +23,7 @@ import pytest
 from igpt_ds.config import ModelConfig, Recipe, recipe_to_dict
 from igpt_ds.json_files import read_json_lines
 from igpt_ds.model.cpu_speed import PRODUCT_VARIABLE
+from igpt_ds.train.ledger.rows import append_row
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("cluster.py")
@@ -82,9 +83,9 @@ class Cluster:
         assert status in (None, done.returncode), f"{command}: {done.returncode}\n{done.stdout}"
         return done.stdout
 
-    def wait_for_killed(self, seconds: int) -> None:
-        """How long SLURM waits between SIGTERM and SIGKILL."""
-        self._config.write_text(re.sub(r"KillWait=\d+", f"KillWait={seconds}", self._config.read_text()))
+    def set_timer(self, name: str, seconds: int) -> None:
+        """KillWait is the time between SIGTERM and SIGKILL, SlurmdTimeout that after which a silent node is down."""
+        self._config.write_text(re.sub(rf"^{name}=\d+", f"{name}={seconds}", self._config.read_text(), flags=re.M))
         self.run("scontrol", "reconfigure")
 
     def sbatch(self, *words: str | Path, **environment: str) -> str:
@@ -167,9 +168,17 @@ def running_cluster(clusters: Callable[[int], Cluster]) -> Cluster:
 @pytest.fixture
 def short_kill_wait(slurm: Cluster) -> Iterator[None]:
     """Ranks that hang because a node is gone are killed soon, for tests where nothing else is to be saved in that time."""
-    slurm.wait_for_killed(5)
+    slurm.set_timer("KillWait", 5)
     yield
-    slurm.wait_for_killed(60)
+    slurm.set_timer("KillWait", 60)
+
+
+@pytest.fixture
+def slow_to_notice(slurm: Cluster) -> Iterator[None]:
+    """A dead node is down after 5 minutes, as SLURM has it by default."""
+    slurm.set_timer("SlurmdTimeout", 300)
+    yield
+    slurm.set_timer("SlurmdTimeout", 10)
 
 
 @pytest.fixture
@@ -229,6 +238,10 @@ class Training:
         owner = self.run_dir / "owner"
         self.slurm.until(lambda: owner.exists() and owner.read_text().startswith(f"{self.job}."), 240, self.text)
         self.slurm.run("scancel", "--batch", "--signal=USR1", self.job)
+
+    def suffers(self, fault: str) -> None:
+        """Notes a fault and its time, for tools/bench/restart.py."""
+        append_row(self.run_dir / "faults.jsonl", {"what": fault, "time": time.time()})
 
     def steps(self) -> int:
         """The last step in train.jsonl."""

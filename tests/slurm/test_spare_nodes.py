@@ -27,6 +27,7 @@ def kill_rank(job: Any, number: int, others: tuple[int, ...]) -> None:
     for rank in ranks:
         rank.suspend()  # or one of them may fail first, its peer being gone
     killed = job.rank(number)
+    job.suffers("a rank is killed")
     killed.kill()
     killed.wait(60)
     for rank in ranks:
@@ -39,6 +40,12 @@ def close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     return all(row == pytest.approx(other, rel=2e-3) for row, other in pairs)
 
 
+def power_off(job: Any, node: str, words: str = "") -> None:
+    """Takes the current from a node."""
+    job.suffers(f"a node loses power{words}")
+    job.slurm.tell("power", node)
+
+
 def test_a_spare_node_takes_the_place_of_one_and_the_rest_that_of_another(
     training: Trainings, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -49,7 +56,7 @@ def test_a_spare_node_takes_the_place_of_one_and_the_rest_that_of_another(
     job.said("starts again inside the job without node2")
     job.said("restart 1: start on node[1,3]")
     job.reaches(22)
-    job.slurm.tell("power", "node3")
+    power_off(job, "node3")
     job.said("restart 2: start on node1,")
     assert job.ended() == "COMPLETED"
     assert job.slurm.facts(job.job)["Restarts"] == "0"
@@ -62,7 +69,7 @@ def test_a_job_with_too_few_nodes_left_queues_again(training: Trainings, undistu
     job = training()
     job.submit(options=("--nodes=3",), SPARE_NODES="1")
     job.reaches(12)
-    job.slurm.tell("power", "node2")
+    power_off(job, "node2")
     job.said("restart 1: start on node[1,3]")
     job.reaches(22)
     kill_rank(job, 1, (0,))
@@ -82,12 +89,17 @@ def begin_with_copies(job: Any) -> None:
     job.reaches(12)
 
 
-def test_the_copies_of_a_neighbour_serve_a_lost_node(training: Trainings, undisturbed: list[dict[str, Any]]) -> None:
+@pytest.mark.usefixtures("slow_to_notice")
+def test_the_copies_of_a_neighbour_serve_a_node_that_is_found_lost_before_slurm_notices(
+    training: Trainings, undisturbed: list[dict[str, Any]]
+) -> None:
     job = training()
     begin_with_copies(job)
-    job.slurm.tell("power", "node2")
+    power_off(job, "node2", ", with --fast_copies, SlurmdTimeout=300")
     job.said("restart 1: start on node[1,3]")
+    assert "error: node2 does not answer any more" in job.text()
     job.said("was put together")
+    job.slurm.set_timer("SlurmdTimeout", 10)  # the job ends when SLURM knows of its lost node
     assert job.ended() == "COMPLETED"
     assert job.slurm.facts(job.job)["Restarts"] == "0"
     assert [row["nodes"] for row in job.starts()] == ["node[1-2]", "node[1,3]"]
@@ -103,7 +115,7 @@ def test_a_run_goes_on_without_the_disk_that_fails(training: Trainings, undistur
     job.slurm.tell("disk", "node1")
     job.said("the run goes on without --fast_dir")
     assert "Read-only file system" in job.text()
-    job.slurm.tell("power", "node2")
+    power_off(job, "node2")
     job.said("restart 1: start on node[1,3]")
     job.said("the run goes on without --fast_dir", times=2)
     job.said("was put together")

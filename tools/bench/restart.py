@@ -1,19 +1,19 @@
-"""How long a SLURM job does not train after a rank or a node has failed, by the ledgers of its runs.
+"""How long a SLURM job does not train after a rank or a node has failed.
 
     python -m pytest tests/slurm/test_spare_nodes.py --basetemp runs/failures
     python tools/bench/restart.py --runs runs/failures/*/run --out bench_restart.json
     python tools/bench/restart.py --show docs/bench_restart.json
 
-The tests kill ranks and power nodes off, in a SLURM of three nodes on this machine. A row is a restart inside the job: the
-seconds from the last sign of life to the next step, beside 30 s and the start-up of the run's first start. So the time that SLURM
-takes to notice counts, and what a later start does beyond the first: it loads a state, or puts it together. Restarts through the
-queue are left out.
+The tests kill ranks and power nodes off, in a SLURM of three nodes on this machine, and note each fault and its time in
+RUN_DIR/faults.jsonl. A row has the seconds from the fault to the next step of training, beside 30 s and the start-up of the run's
+first start. So the time until somebody notices counts, and what a later start does beyond the first: it loads a state, or puts it
+together. Restarts through the queue are left out.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import harness
@@ -21,15 +21,28 @@ from harness import BenchRow
 
 from igpt_ds import cli
 from igpt_ds.errors import InputError
-from igpt_ds.train.ledger.goodput import DOWN, QUEUE, Goodput, read_goodput
+from igpt_ds.json_files import read_json_lines
+from igpt_ds.schema import record_from
+from igpt_ds.train.ledger.rows import TRAIN, read_rows
+from igpt_ds.train.ledger.starts import StartRows, group
 
 ALLOWED = 30.0  # seconds beyond a start
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line of faults.jsonl."""
+
+    what: str
+    time: float  # seconds since 1970
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, prints the table, writes the JSON."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--runs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories whose starts failed")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories; those without faults are left out"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write the rows and the facts of the machine to (default: none)")
     parser.add_argument("--show", type=Path, help="JSON file of --out whose table is printed; nothing is read")
     args = parser.parse_args(argv)
@@ -38,25 +51,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not args.runs:
         raise InputError("--runs is missing; name run directories, or a file by --show")
-    found = [row for run_dir in args.runs for row in rows(read_goodput(run_dir))]
-    if not found:
-        raise InputError(f"--runs {args.runs[0]}: no start followed a failure inside a job; run tests/slurm/test_spare_nodes.py")
-    harness.finish(found, args.out, False, ("torch", "deepspeed"), 2)
+    run_dirs = {run_dir.resolve() for run_dir in args.runs if (run_dir / "faults.jsonl").exists()}
+    if not run_dirs:
+        raise InputError(f"--runs {args.runs[0]} has no faults.jsonl; run tests/slurm/test_spare_nodes.py")
+    harness.finish([row for run_dir in sorted(run_dirs) for row in rows(run_dir)], args.out, False, ("torch", "deepspeed"), 2)
 
 
-def rows(run: Goodput) -> Iterator[BenchRow]:
-    """A row for each restart without the queue. One that fails before its first step is part of the next one's."""
-    usual, waited, fault = run.starts[0].startup, list[float](), ""
-    for before, start in itertools.pairwise(run.starts):
-        if not before.failed or start.seconds[QUEUE]:
-            waited.clear()
-            continue
-        fault = fault if waited else before.how
-        waited += start.seconds[DOWN], start.startup
-        if start.trained:
-            note = f"{sum(waited[::2]):.1f} s down, {sum(waited[1::2]):.1f} s start-up"
-            yield BenchRow(fault, "s", sum(waited), ALLOWED + usual, f"30 s and a start of {usual:.1f} s", 1.0, True, note)
-            waited.clear()
+def rows(run_dir: Path) -> Iterator[BenchRow]:
+    """A row for each fault of a run.
+
+    Raises:
+        ValueError: the run did not train after a fault.
+    """
+    starts, path = group(read_rows(run_dir)), run_dir / "faults.jsonl"
+    usual = _training_since(starts[0]) - starts[0].at
+    for line in read_json_lines(path):
+        fault = record_from(Fault, line, str(path), "remove the line")
+        start = next((one for one in starts if one.trained and _training_since(one) > fault.time), None)
+        if start is None:
+            raise InputError(f"{path}: no step followed {fault.what}; the run must train to its end")
+        if start.queued_at > fault.time and start.submitted:
+            continue  # through the queue
+        waited = _training_since(start) - fault.time
+        note = f"{start.at - fault.time:.1f} s until the start"
+        yield BenchRow(fault.what, "s", waited, ALLOWED + usual, f"30 s and a start of {usual:.1f} s", 1.0, True, note)
+
+
+def _training_since(start: StartRows) -> float:
+    return next(row.time for row in start.rows if row.event == TRAIN)
 
 
 if __name__ == "__main__":
