@@ -179,9 +179,11 @@ judge() { # sets `status` to that of the ranks, and `bad` to the nodes that shou
     read -r status bad <<<"$said"
 }
 
-watch_nodes() { # ends the step when a node is gone, and writes its name to `gone`: SLURM notices much later
-  ((${#nodes[@]} > 1)) || return 0
-  (trap '' USR1 TERM && exec python -m igpt_ds.ops.node_watch "${run[@]}" --nodes "${nodes[@]}" --step "$step" >"$gone") &
+watch_nodes() { # ends the step when a node is gone, and writes its name to `gone`, if enough others are left for another start
+  local commas=${lost//[^,]/} most
+  most=$((${#given[@]} - ${#commas} - least))
+  ((most > 0)) || return 0
+  (trap '' USR1 TERM && exec python -m igpt_ds.ops.node_watch "${run[@]}" --nodes "${nodes[@]}" --most "$most" --step "$step" >"$gone") &
 }
 
 pass_on() { # sends USR1 to all ranks every second until they end, since a rank may not listen yet

@@ -1,12 +1,12 @@
 """Ends the ranks of a batch job when a node is gone, before SLURM notices. In: nodes and RUN_DIR. Out: the names of lost nodes.
 
-    python -m igpt_ds.ops.node_watch --run_dir RUN_DIR --nodes node1 node2 --step PID
+    python -m igpt_ds.ops.node_watch --run_dir RUN_DIR --nodes node1 node2 --most 1 --step PID
 
 A dead node sends nothing, so the other ranks wait for it: until a time limit of the network, or until SLURM's SlurmdTimeout (5
 minutes by default). A node is gone if it is out of reach and its heartbeats stand still, both for GONE_SECONDS. A node is in
 reach if it answers on a port, be it with a refusal: port 7, as Java's InetAddress.isReachable does. Only nodes that answered
-before count, for a firewall may drop such packets. slurm/launch.sh runs this beside the step, whose srun is PID. The standard
-library is enough.
+before count, for a firewall may drop such packets. If more than --most nodes are gone, the job must queue again, and waits for
+SLURM to notice. slurm/launch.sh runs this beside the step, whose srun is PID. The standard library is enough.
 """
 
 from __future__ import annotations
@@ -82,11 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--run_dir", type=Path, required=True, help="the run directory")
     parser.add_argument("--nodes", nargs="+", required=True, help="names of the nodes")
+    parser.add_argument("--most", type=int, required=True, metavar="NODES", help="how many the job can do without")
     parser.add_argument("--step", type=int, required=True, metavar="PID", help="process that ends with the ranks")
     args = parser.parse_args(argv)
     watch = Watch(args.run_dir, args.nodes, in_reach)
     while lives(args.step):
-        if lost := watch.lost(time.monotonic()):
+        lost = watch.lost(time.monotonic())
+        if 0 < len(lost) <= args.most:
             print(*lost, flush=True)
             end(args.step)
             return

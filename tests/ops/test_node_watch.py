@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,23 @@ def test_the_step_is_ended_and_the_node_named(
     with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as step:
         assert step.stdout is not None
         step.stdout.readline()
-        node_watch.main(["--run_dir", str(tmp_path), "--nodes", "node1", "node2", "--step", str(step.pid)])
+        words = ["--run_dir", str(tmp_path), "--nodes", "node1", "node2", "--most", "1", "--step", str(step.pid)]
+        node_watch.main(words)
         assert step.wait(10) == -signal.SIGKILL
     assert capsys.readouterr().out == "node2\n"
-    node_watch.main(["--run_dir", str(tmp_path), "--nodes", "node1", "--step", str(step.pid)])  # which has ended
+    node_watch.main(words)  # the step has ended
+    assert capsys.readouterr().out == ""
+
+
+def test_a_job_that_cannot_do_without_the_node_waits_for_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("GONE_SECONDS", 0.0), ("EVERY_SECONDS", 0.05)):
+        monkeypatch.setattr(node_watch, name, value)
+    answers = [True, True]
+    monkeypatch.setattr(node_watch, "in_reach", lambda node: answers.pop() if answers else False)
+    with subprocess.Popen(["sleep", "1"]) as step:
+        threading.Thread(target=step.wait).start()  # as the shell does
+        node_watch.main(["--run_dir", str(tmp_path), "--nodes", "node1", "node2", "--most", "1", "--step", str(step.pid)])
+        assert step.wait(10) == 0
     assert capsys.readouterr().out == ""
