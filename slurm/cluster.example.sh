@@ -17,7 +17,7 @@ OPTIONS=()           # more sbatch options of every job: (--qos=long)
 GPU_OPTIONS=()       # more sbatch options of GPU jobs: (--constraint=h100)
 
 DATA=                # shards for training without --data
-SPARE_NODES=0        # nodes of a training job that wait until one of the others fails; NODES counts them
+SPARE_NODES=0        # nodes of a training job that wait until one of the others fails; NODES includes them
 MAX_FRUITLESS=3      # starts in a row without a new checkpoint before the job gives up
 PREFLIGHT=${PREFLIGHT:-1} # check every node before each start; 0 skips it, also for one job: PREFLIGHT=0 bash slurm/submit.sh ...
 

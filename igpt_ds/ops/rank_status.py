@@ -29,7 +29,9 @@ class RankStatus:
 
     @property
     def silent(self) -> bool:
-        """Whether the rank stopped writing heartbeats without ending, or never wrote one."""
+        """Whether the rank stopped writing heartbeats without ending, or never wrote one. One of this machine may be killed."""
+        if self.beat and not self.beat.ended and not self.beat.may_live and self.beat.file_age(self.now) > WATCH_SECONDS:
+            return True
         if self.beat is None or self.moved is None:
             return self.beat is None or self.beat.silent(self.now)
         return not self.beat.ended and not self.moved

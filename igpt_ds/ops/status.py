@@ -250,7 +250,7 @@ def _slowest(row: CurveRow, ranks: tuple[RankStatus, ...]) -> SlowRank | None:
     if row.slowest_rank is not None and row.slowest_ratio is not None:
         return SlowRank(row.slowest_rank, row.slowest_ratio)
     timed = {rank.rank: rank.beat.step_seconds for rank in ranks if rank.beat and rank.beat.step_seconds}
-    if not timed:
+    if len(timed) < 2:
         return None
     slowest = max(timed, key=lambda rank: timed[rank])
     return SlowRank(slowest, timed[slowest] / statistics.median(timed.values()))

@@ -24,6 +24,7 @@ GPU_MTBF = 54 * DAY * 16384 / 419  # seconds between the failures of one GPU
 MOST_INTERVAL = 2 * HOUR
 NODE_DISK = 1e9  # bytes a second that a node writes to a shared disk; an assumption, to be replaced by a measured save
 LOST, QUEUE = "lost work", "queue"
+_MOST = 1e11  # seconds that a measured run may have; 3,000 years
 UP = ("start-up", "verification", "compilation", "training", "validation", "saves", LOST)  # categories of a run that is up
 
 
@@ -144,6 +145,15 @@ class Measured:
     fast_saves: int = 0  # into --fast_dir
     after_failures: dict[str, float] | None = None  # seconds down and in the queue before starts that follow a failure; None: all
 
+    def __post_init__(self) -> None:
+        pairs = [*self.seconds.items(), *(self.after_failures or {}).items(), ("failures", self.failures)]
+        pairs += [(name, getattr(self, name)) for name in ("save_seconds", "startup_seconds", "fast_saves")]
+        for name, value in pairs:
+            if value is not None and not (-_MOST if name == "unexplained" else 0) <= value < _MOST:
+                raise InputError(f"{name} {value:g}, which is out of range")
+        if self.save_interval is not None and not 0 < self.save_interval < _MOST:
+            raise InputError(f"save_interval {self.save_interval:g}, which is out of range")
+
     @property
     def goodput(self) -> float:
         """Training that the run kept over the wall clock, 0..1."""
@@ -173,6 +183,8 @@ def fit(runs: Sequence[Measured]) -> Scenario:
     saves = [run.save_seconds for run in runs if run.save_seconds is not None]
     if not intervals or not saves:
         raise InputError("no run has two saves, so the cost of a save is unknown; measure longer runs")
+    if not any(run.seconds.get("training") for run in runs):
+        raise InputError("no run kept a step of training; measure longer runs")
     failures, starts = sum(run.failures for run in runs), sum(run.failures + 1 for run in runs)
     total = {
         name: math.fsum(run.seconds.get(name, 0.0) for run in runs) for name in {name for run in runs for name in run.seconds}

@@ -28,6 +28,12 @@ from igpt_ds.plan.text import columns
 
 RUNS = 20  # simulated ones, whose spread is printed
 SHARES = ("requeued", "fast_share")
+LEAST, MOST_FAILURES = 1e-3, 1e5  # seconds between two saves; failures of a simulated run
+NAMES = {
+    "interval": "time between two saves",
+    "fast_interval": "time between two fast saves",
+    "mtbf": "time between two failures",
+}
 # flag: the field of a Scenario, and its help
 FLAGS = {
     "save_seconds": ("save", "seconds that training stands still for a save (default: 30)"),
@@ -61,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    parser.prog += " goodput" * parser.prog.endswith("igpt_ds.plan")
+    parser.add_argument("--gpus", type=int, help="number of GPUs (default: 1)")
     hours = f"hours between the failures of one GPU (default: {GPU_MTBF / HOUR:,.0f}, as in Llama 3's training on 16,384)"
     parser.add_argument("--gpu_mtbf_hours", type=float, metavar="HOURS", help=hours)
     for flag, (_, text) in FLAGS.items():
@@ -73,8 +80,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="random seed of the failures")
     parser.add_argument("--json", action="store_true", help="print numbers as JSON instead of text")
     args = parser.parse_args(argv)
-    if args.gpus < 1:
+    if args.gpus is not None and args.gpus < 1:
         raise InputError(f"--gpus {args.gpus} must be at least 1")
+    if args.gpus is not None and args.fit and args.gpu_mtbf_hours is None:
+        raise InputError(f"--gpus {args.gpus} needs --gpu_mtbf_hours, for with --fit the failures are those of the measured runs")
     for flag in (*FLAGS, "gpu_mtbf_hours", "days"):
         value, least = getattr(args, flag), flag not in ("interval", "gpu_mtbf_hours", "days")
         if value is not None and not (0 <= value < math.inf if least else 0 < value < math.inf):
@@ -87,14 +96,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def scenario(args: argparse.Namespace) -> Scenario:
     """The scenario of the flags."""
     given = {field: getattr(args, flag) for flag, (field, _) in FLAGS.items() if getattr(args, flag) is not None}
-    one = fit(read_measured(args.fit)) if args.fit else Scenario(GPU_MTBF / args.gpus, 0.0, 30.0)
+    gpus = args.gpus or 1
+    one = fit(read_measured(args.fit)) if args.fit else Scenario(GPU_MTBF / gpus, 0.0, 30.0)
     if args.gpu_mtbf_hours is not None:
-        one = replace(one, mtbf=args.gpu_mtbf_hours * HOUR / args.gpus)
+        one = replace(one, mtbf=args.gpu_mtbf_hours * HOUR / gpus)
     one = replace(one, **given)
     if not one.interval or (args.save_seconds is not None and args.interval is None):
         if not one.save:
             raise InputError("--save_seconds 0 leaves no best interval; give --interval")
         one = replace(one, interval=daly(one.save, one.mtbf))
+    for field, least in (("mtbf", args.days * DAY / MOST_FAILURES), ("interval", LEAST), ("fast_interval", LEAST)):
+        if (value := getattr(one, field)) < least and (value or field != "fast_interval"):
+            raise InputError(
+                f"the {NAMES[field]} is {value:.3g} s, and must be at least {least:.3g} s to simulate {args.days:g} days"
+            )
     return one
 
 
@@ -107,8 +122,8 @@ def read_measured(paths: Sequence[Path]) -> list[Measured]:
     fix = "write the file with `tools/status.py --goodput --json RUN_DIR...`"
     found = []
     for path in paths:
-        if not path.exists():
-            raise InputError(f"{path} does not exist; {fix}")
+        if not path.is_file():
+            raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}; {fix}")
         for number, row in enumerate(read_json_lines(path), start=1):
             found.append(Measured.of(row.get("goodput"), f"{path} line {number} field 'goodput'"))
     return found
@@ -122,15 +137,19 @@ def describe(one: Scenario, runs: Sequence[Prediction], days: float) -> list[str
     range_ = f"{100 * goodputs[0]:.1f} to {100 * goodputs[-1]:.1f} in {RUNS} runs"
     best = daly(one.save, one.mtbf) if one.save else 0.0
     closed = "" if one.fast_interval else f"; {100 * expected(one):.1f} % in closed form"
-    fast = f", to the fast tier every {duration(one.fast_interval)}" if one.fast_interval else ""
+    fast = f", to the fast tier every {_time(one.fast_interval)}" if one.fast_interval else ""
     rows = [("category", "% of the wall clock"), *((name, f"{100 * value / wall:.2f}") for name, value in mean.items())]
     return [
-        f"failures   one in {duration(one.mtbf)}, {statistics.mean(run.failures for run in runs):.1f} in {days:g} days",
-        f"saves      {one.save:g} s every {duration(one.interval)} of training (Daly's optimum: {duration(best)}){fast}",
+        f"failures   one in {_time(one.mtbf)}, {statistics.mean(run.failures for run in runs):.1f} in {days:g} days",
+        f"saves      {one.save:g} s every {_time(one.interval)} of training (Daly's optimum: {_time(best)}){fast}",
         f"goodput    {100 * statistics.mean(goodputs):.1f} % ({range_}){closed}",
         "",
         *columns(rows),
     ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from igpt_ds.model.store import verified_info
 from igpt_ds.model.transformer import attention_backend
 from igpt_ds.train import run_dir
 from igpt_ds.train.cadence import Cadence, choose_cadence
-from igpt_ds.train.checkpoint.directory import complete_checkpoints
+from igpt_ds.train.checkpoint.directory import complete_checkpoints, newest_step
 from igpt_ds.train.checkpoint.load import resume
 from igpt_ds.train.checkpoint.manifest import FinetuneFacts, GuardStates, Manifest, RunFacts
 from igpt_ds.train.checkpoint.saver import Saver, open_saver, tiers_of
@@ -180,7 +180,8 @@ def open_session(
     start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device, found is None), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
-    interval = SaveInterval(args.run_dir, run.world_size, start_step) if cadence.auto_save else None
+    saved = dist.from_rank_0(lambda: newest_step(args.run_dir / "checkpoints"))  # less than start_step after a fast save
+    interval = SaveInterval(args.run_dir, run.world_size, saved) if cadence.auto_save else None
     checks = (LayerScales(engine, cadence), Replay(engine, cadence))
     session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step, *checks, saver, interval)
     yield session

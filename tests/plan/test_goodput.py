@@ -121,6 +121,24 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         "--queue_seconds nan": "--queue_seconds nan must be a number of at least 0",
         "--save_seconds 0": "--save_seconds 0 leaves no best interval",
         f"--fit {tmp_path}/none": "none does not exist; write the file with",
+        f"--fit {tmp_path}": "is no file; write the file with",
+        f"--fit {tmp_path}/m.jsonl --gpus 8": "--gpus 8 needs --gpu_mtbf_hours, for with --fit the failures are those",
+        "--gpu_mtbf_hours 1e-300": "the time between two failures is 3.6e-297 s, and must be at least 25.9 s to simulate 30 days",
+        "--interval 1e-310": "the time between two saves is 1e-310 s, and must be at least 0.001 s",
+        "--fast_interval 1e-310": "the time between two fast saves is 1e-310 s, and must be at least 0.001 s",
     }.items():
         with pytest.raises(ValueError, match=complaint):
             goodput_command.main(words.split())
+    for damaged, (value, complaint) in {
+        "failures": (-1, "failures -1, which is out of range"),
+        "save_interval": (-5.0, "save_interval -5, which is out of range"),
+        "save_seconds": (math.nan, "save_seconds nan, which is out of range"),
+        "seconds": ({"training": math.inf}, "training inf, which is out of range"),
+        "after_failures": ({"down": -1.0}, "down -1, which is out of range"),
+    }.items():
+        (tmp_path / "m.jsonl").write_text(json.dumps({"goodput": measured | {damaged: value}}) + "\n")
+        with pytest.raises(ValueError, match=f"m.jsonl line 1 field 'goodput'.*{complaint}"):
+            goodput_command.main(["--fit", str(tmp_path / "m.jsonl")])
+    (tmp_path / "m.jsonl").write_text(json.dumps({"goodput": measured | {"seconds": {}}}) + "\n")
+    with pytest.raises(ValueError, match="no run kept a step of training"):
+        goodput_command.main(["--fit", str(tmp_path / "m.jsonl")])

@@ -13,14 +13,18 @@ from igpt_ds.train.cadence import FAST_SHARE, SAVE_EVERY, steps_or_auto
 def add_checkpoint_flags(parser: argparse.ArgumentParser, save_every: int | None = SAVE_EVERY) -> None:
     """How often the run saves, and what it keeps. save_every is the default; None for that of --val_every."""
     group = parser.add_argument_group("checkpoints")
-    save = "steps between checkpoints; 0 saves only at the end; auto chooses by the cost of saves and the failures so far"
+    save = (
+        "steps between checkpoints; 0 saves only at the end; auto measures the cost of a save, and saves at least every 2 hours"
+    )
     save += " (default: --val_every)" if save_every is None else ""
     group.add_argument("--save_every", type=steps_or_auto, metavar="STEPS", default=save_every, help=save)
     how = "async: training goes on while a checkpoint is written, from a copy in host memory; sync: it waits (default: async, or"
     group.add_argument("--save", choices=("async", "sync"), help=f"{how} sync where a node has too little memory for the copy)")
     fast = "local disk or /dev/shm that takes saves more often; --resume auto continues from the newest state (default: none)"
     group.add_argument("--fast_dir", type=Path, metavar="DIR", help=fast)
-    often = f"steps between saves into --fast_dir (default: --save_every / {FAST_SHARE})"
+    often = (
+        f"steps between saves into --fast_dir (default: --save_every / {FAST_SHARE}; {SAVE_EVERY // FAST_SHARE} with auto and 0)"
+    )
     group.add_argument("--fast_save_every", type=int, metavar="STEPS", help=often)
     copies = "each node keeps a copy of its neighbour's saves in --fast_dir, so that a lost node costs no steps"
     group.add_argument("--fast_copies", action="store_true", help=copies)

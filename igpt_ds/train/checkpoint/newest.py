@@ -46,7 +46,8 @@ def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:
         if in_parts and (tried := collect_newest(in_parts, tiers[0], newest, before, skipped[in_parts])) is not None:
             before, found[tiers[0]] = tried, _search(tiers[0], tried + 1, [])
             continue
-        candidates = [(one.manifest.step, tier.fast, tier, one) for tier, one in found.items() if one is not None]
+        # Of one step the run directory's: the end of the run relies on it, and removes the fast one.
+        candidates = [(one.manifest.step, not tier.fast, tier, one) for tier, one in found.items() if one is not None]
         if not candidates:
             dist.from_rank_0(partial(refuse_to_start_over, directory, skipped[tiers[0]]))
             dist.from_rank_0(lambda: say_skipped([reason for reasons in skipped.values() for reason in reasons]))
@@ -58,7 +59,7 @@ def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:
         if not damaged:
             dist.from_rank_0(lambda: say_skipped([reason for reasons in skipped.values() for reason in reasons]))
             for each in tiers:
-                each.forget_newer(step)
+                each.forget_newer(step if each is tier else step - 1)
             return one
         skipped[tier].append(damaged)
         found[tier] = _search(tier, step, skipped[tier])

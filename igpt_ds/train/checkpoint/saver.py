@@ -27,7 +27,7 @@ from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.neighbours import Neighbours, find_neighbours
 from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
-from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, forget_fast, run_tier, without
+from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, forget_fast, leave_fast, run_tier, without
 from igpt_ds.train.engine_protocol import Engine
 
 
@@ -163,8 +163,10 @@ def tiers_of(args: argparse.Namespace, resumes: bool) -> list[Tier]:
         args: run_dir, fast_dir and fast_copies.
 
     Raises:
-        SharedError: --fast_dir cannot be used.
+        SharedError: --fast_dir cannot be used, or the fast directory of the last start has a newer state and is not given.
     """
+    if resumes:
+        leave_fast(args.run_dir, args.fast_dir)
     fast = [fast_tier(args.fast_dir, args.run_dir, resumes, args.fast_copies)] if args.fast_dir else []
     return [run_tier(args.run_dir), *fast]
 

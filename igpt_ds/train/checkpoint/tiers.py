@@ -21,7 +21,7 @@ from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.errors import InputError, error_text
 from igpt_ds.files import atomic_file
-from igpt_ds.train.checkpoint.directory import list_checkpoints, remove_leftovers, set_aside_newer, step_of
+from igpt_ds.train.checkpoint.directory import list_checkpoints, newest_step, remove_leftovers, set_aside_newer, step_of
 from igpt_ds.train.checkpoint.disk import ROOM
 from igpt_ds.train.run_dir import fast_id_file
 
@@ -98,7 +98,7 @@ class Tier:
     def start_over(self) -> Tier:
         """Another directory for the run, which has rolled back. No state from before counts, nor those of a node that is away."""
         self.clear()
-        identity = dist.from_rank_0(lambda: _new_id(self.run_dir))
+        identity = dist.from_rank_0(lambda: _new_id(self.run_dir, self.directory.parent))
         return replace(self, directory=self.directory.with_name(_name(self.run_dir, identity)))
 
     def clear(self) -> None:
@@ -114,7 +114,7 @@ class Tier:
 
 def forget_fast(run_dir: Path) -> None:
     """No later start looks into the fast directory that the run has had, for its states cannot be removed now."""
-    dist.from_rank_0(lambda: _known_id(run_dir) and _new_id(run_dir))
+    dist.from_rank_0(lambda: _known_id(run_dir) and _new_id(run_dir, None))
 
 
 def _remove_newer(directory: Path, step: int) -> None:
@@ -177,15 +177,39 @@ def _found(directory: Path, pattern: str) -> list[Path]:
     return []
 
 
+def leave_fast(run_dir: Path, fast_dir: Path | None) -> None:
+    """A run that continues without the fast directory of its last start, or with another one: no later start looks into it.
+
+    Raises:
+        SharedError: a newer state than the run directory's is there.
+    """
+
+    def leave() -> None:
+        known, before = _read_id(run_dir)
+        if not known or before is None or (fast_dir is not None and fast_dir.resolve() == before):
+            return
+        states, newest = before / _name(run_dir, known), 0
+        with suppress(InputError, OSError):
+            newest = newest_step(states)
+        if newest > newest_step(run_dir / "checkpoints"):
+            raise InputError(
+                f"{states} holds step {newest} of this run, which is newer than its checkpoints; "
+                f"continue with --fast_dir {before}, or remove {states} to go on without it"
+            )
+        _new_id(run_dir, fast_dir)
+
+    dist.from_rank_0(leave)
+
+
 def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> tuple[str, bool]:
     """The id of the run's directory, and whether the run that continues has it already."""
     if known := _known_id(run_dir):
         states = fast_dir / _name(run_dir, known)
         if resumes:
-            return known, True
+            return _write_id(run_dir, known, fast_dir), True
         if list_checkpoints(states):
             raise InputError(f"{states} holds states of this run; continue with --resume auto, or remove {states}")
-    return _new_id(run_dir), False
+    return _new_id(run_dir, fast_dir), False
 
 
 def _name(run_dir: Path, identity: str) -> str:
@@ -193,14 +217,31 @@ def _name(run_dir: Path, identity: str) -> str:
 
 
 def _known_id(run_dir: Path) -> str:
-    """The id in RUN_DIR/fast_id; "" if there is none."""
+    return _read_id(run_dir)[0]
+
+
+def _read_id(run_dir: Path) -> tuple[str, Path | None]:
+    """The id in RUN_DIR/fast_id, "" if there is none; and the --fast_dir, None if the file does not say.
+
+    Raises:
+        ValueError: the file is damaged. With another id the states would be lost in silence.
+    """
     path = fast_id_file(run_dir)
-    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
-    return known if re.fullmatch("[0-9a-f]{12}", known) else ""
+    if not path.exists():
+        return "", None
+    known, _, where = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").partition("\n")
+    if not re.fullmatch("[0-9a-f]{12}", known):
+        raise InputError(
+            f"{path} is damaged; write the 12 digits at the end of {run_dir.name}-... in --fast_dir into it, or remove it"
+        )
+    return known, Path(where) if where else None
 
 
-def _new_id(run_dir: Path) -> str:
-    fresh = uuid.uuid4().hex[:12]
+def _new_id(run_dir: Path, fast_dir: Path | None) -> str:
+    return _write_id(run_dir, uuid.uuid4().hex[:12], fast_dir)
+
+
+def _write_id(run_dir: Path, identity: str, fast_dir: Path | None) -> str:
     with atomic_file(fast_id_file(run_dir), "w") as file:
-        file.write(f"{fresh}\n")
-    return fresh
+        file.write(f"{identity}\n" + (f"{fast_dir.resolve()}\n" if fast_dir else ""))
+    return identity

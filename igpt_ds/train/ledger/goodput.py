@@ -34,6 +34,7 @@ from igpt_ds.train.ledger.starts import StartRows, Tail, group, read_tail
 TRAINING, STARTUP, VERIFICATION, COMPILATION = "training", "start-up", "verification", "compilation"
 VALIDATION, SAVES, LOST, QUEUE, DOWN, UNEXPLAINED = "validation", "saves", "lost work", "queue", "down", "unexplained"
 CATEGORIES = (TRAINING, STARTUP, VERIFICATION, COMPILATION, VALIDATION, SAVES, LOST, QUEUE, DOWN, UNEXPLAINED)
+CLOCK_SECONDS = 1.0  # by which two clocks may differ
 _PHASES = dict.fromkeys((IMPORTS, *BEGINNING), STARTUP)
 _PHASES |= {"verifying": VERIFICATION, "step": TRAINING, "validation": VALIDATION, "save": SAVES}
 
@@ -226,8 +227,12 @@ def _rows(number: int, start: StartRows, parts: Sequence[_Part], cursor: float) 
     if start.began is not None and start.began > cursor:
         wall = start.began - cursor
         yield _Part(number, 0, 0, wall, {STARTUP: wall}), (cursor := start.began)
+    least, behind = cursor, 0.0  # the time by the seconds of the rows alone, which are of another clock; and how far this one is
     for row in start.rows:
-        moment = max(cursor, row.time)
+        least += math.fsum(row.seconds.values())
+        if row.time + behind < least - CLOCK_SECONDS:  # it was set back
+            behind = least - row.time
+        moment = max(cursor, row.time + behind)
         part = _Part(number, step, row.step, moment - cursor, _by_category(row.seconds), row.first_step_seconds)
         part.seconds[UNEXPLAINED] = part.seconds.get(UNEXPLAINED, 0.0) + part.wall - math.fsum(part.seconds.values())
         if row.event == TRAIN:

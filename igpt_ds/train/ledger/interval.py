@@ -46,13 +46,14 @@ class SaveInterval:
     """When a run with `--save_every auto` saves. Every rank calls every method at the same step.
 
     Args:
+        saved: the step of the newest checkpoint in the run directory. Saves into a fast directory do not count.
         say: prints a line.
     """
 
-    def __init__(self, run_dir: Path, gpus: int, start_step: int, say: Callable[[str], None] = dist.say) -> None:
-        self._run_dir, self._gpus, self._say, self._saved = run_dir, gpus, say, start_step
+    def __init__(self, run_dir: Path, gpus: int, saved: int, say: Callable[[str], None] = dist.say) -> None:
+        self._run_dir, self._gpus, self._say, self._saved = run_dir, gpus, say, saved
         self._told = 0
-        self.saved(start_step)
+        self.saved(saved)
 
     def due(self, step: int) -> bool:
         """Whether a save comes after this step."""

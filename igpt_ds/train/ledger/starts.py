@@ -13,6 +13,8 @@ from igpt_ds.train.heartbeat import all_heartbeats
 from igpt_ds.train.ledger.rows import BEGIN, EXIT, TRAIN, read_time
 from igpt_ds.train.ledger.tail import timed_rows
 
+_MOST = 1e11  # seconds since 1970, of a row that is believed
+
 
 @dataclass(frozen=True)
 class LedgerRow:
@@ -27,6 +29,11 @@ class LedgerRow:
     fast: bool = False  # a save into the fast directory
     phase: str = ""
     error: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value in (("time", self.time), ("first_step_seconds", self.first_step_seconds or 0.0), *self.seconds.items()):
+            if not abs(value) < _MOST:
+                raise InputError(f"{name} {value:g}, which is no time")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from igpt_ds.train.checkpoint.collect import _states_of
 from igpt_ds.train.checkpoint.directory import checkpoint_name, prune
 from igpt_ds.train.checkpoint.manifest import Manifest, file_entry, write_manifest
 from igpt_ds.train.checkpoint.newest import newest_state
-from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, forget_fast, run_tier
+from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, forget_fast, leave_fast, run_tier
 
 STATES, MODEL = (f"zero_pp_rank_0_mp_rank_00_{kind}_states.pt" for kind in ("optim", "model"))
 RECIPE = Recipe("r", ModelConfig(2, 2, 16, 4, 512), 12, 100, 0.01, 3)
@@ -183,6 +183,55 @@ def test_after_a_rollback_the_states_of_a_node_that_was_away_do_not_count(tmp_pa
     assert later.directory == after.directory
     assert later.known
     assert newest_state([run_tier(run_dir), later]) is None
+
+
+def test_of_one_step_the_run_directory_s_state_counts_and_a_damaged_one_is_set_aside(tmp_path: Path) -> None:
+    run_dir, fast_dir = tmp_path / "run", tmp_path / "fast"
+    run_dir.mkdir()
+    slow, fast = run_tier(run_dir), fast_tier(fast_dir, run_dir, resumes=True)
+    kept = make(slow.directory, 10)
+    make(fast.directory, 10)
+    found = newest_state([slow, fast])
+    assert found is not None
+    assert found.path == kept
+    copy = make(fast.directory, 10)
+    damaged = next(path for path in kept.iterdir() if path.name.endswith("optim_states.pt"))
+    damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    found = newest_state([slow, fast])
+    assert found is not None
+    assert found.path == copy
+    assert not kept.exists()  # so that the end of the run saves step 10 again before it removes the copy
+    assert kept.with_name(f"{kept.name}.broken").exists()
+
+
+def test_a_start_without_the_fast_directory_of_the_last_one_is_refused_where_it_would_lose_steps(tmp_path: Path) -> None:
+    run_dir, fast_dir, other = tmp_path / "run", tmp_path / "fast", tmp_path / "other"
+    run_dir.mkdir()
+    leave_fast(run_dir, None)  # there was none
+    fast = fast_tier(fast_dir, run_dir, resumes=True)
+    make(run_tier(run_dir).directory, 10)
+    make(fast.directory, 20)
+    for given in (None, other):
+        with pytest.raises(SharedError, match=rf"holds step 20 of this run, .* continue with --fast_dir {fast_dir}, or remove"):
+            leave_fast(run_dir, given)
+    leave_fast(run_dir, fast_dir)
+    assert fast_tier(fast_dir, run_dir, resumes=True).directory == fast.directory
+    make(run_tier(run_dir).directory, 20)
+    leave_fast(run_dir, other)
+    assert fast_tier(other, run_dir, resumes=True).directory.name != fast.directory.name
+    make(run_tier(run_dir).directory, 30)
+    leave_fast(run_dir, fast_dir)
+    assert fast_tier(fast_dir, run_dir, resumes=True).directory != fast.directory  # a state of step 20 is not of this branch
+
+
+def test_a_damaged_id_is_refused(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "fast_id").write_text("")
+    with pytest.raises(
+        SharedError, match=r"fast_id is damaged; write the 12 digits at the end of run-\.\.\. in --fast_dir into it"
+    ):
+        fast_tier(tmp_path / "fast", run_dir, resumes=True)
 
 
 def test_a_rollback_without_the_fast_directory_forgets_its_states(tmp_path: Path) -> None:

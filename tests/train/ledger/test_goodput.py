@@ -73,6 +73,24 @@ def test_a_killed_start_loses_what_it_did_after_its_save(story: Story) -> None:
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_a_clock_that_is_set_back_takes_no_time_away(story: Story) -> None:
+    story.train(0, 0, resume=False)
+    story.save(42, 10, 20)
+    story.save(54 - 3600, 20, 10)
+    story.save(66 - 3600, 30, 10)
+    story.row("exit", 67 - 3600, step=30, seconds={"save": 1.0}, phase="end")
+    story.found(67, training=40, saves=7, start_up=16, verification=4)
+
+
+def test_rows_whose_seconds_are_none_are_left_out(story: Story) -> None:
+    story.train(0, 0, resume=False)
+    for seconds in (float("nan"), 1e308):
+        story.row("save", 30, step=5, seconds={"step": seconds})
+    story.save(42, 10, 20)
+    story.row("exit", 43, step=10, seconds={"save": 1.0}, phase="end")
+    story.found(43, training=20, saves=3, start_up=16, verification=4)
+
+
 def test_a_damaged_save_and_a_rollback_lose_more(story: Story) -> None:
     story.train(0, 0, resume=False)
     story.save(32, 10, 10)

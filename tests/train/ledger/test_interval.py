@@ -46,6 +46,11 @@ def test_a_run_saves_early_and_then_by_its_ledger(tmp_path: Path) -> None:
     assert interval.due(19 + steps)
 
 
+def test_a_start_at_a_fast_state_counts_from_the_newest_checkpoint_of_the_run_directory(tmp_path: Path) -> None:
+    interval = SaveInterval(tmp_path, 1, 3, [].append)  # the run continues at a fast state of step 8
+    assert next(step for step in range(9, 40) if interval.due(step)) == 3 + FIRST
+
+
 def test_the_values_of_the_flag() -> None:
     assert [steps_or_auto(text) for text in ("auto", "0", "-1")] == ["auto", 0, -1]
     with pytest.raises(argparse.ArgumentTypeError, match="'often' is neither a number of steps nor auto"):
