@@ -16,6 +16,7 @@ import argparse
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     lazy.load()
     torch.set_num_threads(1)  # a forked process has only the thread that forked it
+    tqdm.set_lock(threading.RLock())  # tqdm's own is one for all forks, and one that is killed would keep it for ever
     temporary = Path(tempfile.mkdtemp(prefix="igpt_ds-torture-"))
     try:
         make_world(temporary)
