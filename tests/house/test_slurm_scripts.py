@@ -15,7 +15,7 @@ SLURM = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.s*"))
 # What scripts pass to programs that are not ours.
 FOREIGN = {
-    "srun": {"ntasks", "ntasks-per-node", "nodes", "nodelist", "cpu-bind", "kill-on-bad-exit", "wait", "overcommit"}
+    "srun": {"ntasks", "ntasks-per-node", "nodes", "nodelist", "cpu-bind", "kill-on-bad-exit", "wait", "overcommit", "overlap"}
     | {"cpus-per-task"},
     "sbatch": {"partition", "nodes", "gpus-per-node", "cpus-per-task", "time", "account", "output", "array", "dependency"}
     | {"kill-on-invalid-dep", "parsable", "job-name", "ntasks", "ntasks-per-node", "exclusive", "mem", "signal", "requeue"}
