@@ -181,6 +181,7 @@ judge() { # sets `status` to that of the ranks, and `bad` to the nodes that shou
 
 watch_nodes() { # ends the step when a node is gone, and writes its name to `gone`, if enough others are left for another start
   local commas=${lost//[^,]/} most
+  : >"$gone"
   most=$((${#given[@]} - ${#commas} - least))
   ((most > 0)) || return 0
   (trap '' USR1 TERM && exec python -m igpt_ds.ops.node_watch "${run[@]}" --nodes "${nodes[@]}" --most "$most" --step "$step" >"$gone") &
