@@ -43,6 +43,7 @@ def trials(world: Path, seed: int, kills: int, flips: int, cores: int) -> Iterat
     if not kills and not flips:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # each trial would import and compile for seconds
     os.environ.setdefault(PRODUCT_VARIABLE, "torch")  # each trial is a new run, whose weights are compared with the first one's
     from igpt_ds.ds_config import load_ds_config
     from igpt_ds.train.engine import check_ds_config
