@@ -85,7 +85,9 @@ class Cluster:
 
     def set_timer(self, name: str, seconds: int) -> None:
         """KillWait is the time between SIGTERM and SIGKILL, SlurmdTimeout that after which a silent node is down."""
-        self._config.write_text(re.sub(rf"^{name}=\d+", f"{name}={seconds}", self._config.read_text(), flags=re.M))
+        fresh = self._config.with_name("fresh")  # a daemon may be reading the file since the last change
+        fresh.write_text(re.sub(rf"^{name}=\d+", f"{name}={seconds}", self._config.read_text(), flags=re.M))
+        os.replace(fresh, self._config)
         self.run("scontrol", "reconfigure")
 
     def sbatch(self, *words: str | Path, **environment: str) -> str:
