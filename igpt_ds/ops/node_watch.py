@@ -25,7 +25,7 @@ from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, all_heartbeats
 
 PORT = 7  # echo
 ANSWER_SECONDS = 2.0
-GONE_SECONDS = 1.5 * HEARTBEAT_SECONDS  # a node that lives writes its heartbeats within this time
+GONE_SECONDS = 1.2 * HEARTBEAT_SECONDS  # a node that lives writes its heartbeats within this time
 EVERY_SECONDS = 1.0  # between two looks
 KILL_SECONDS = 2.0  # for srun to kill the ranks of the other nodes
 
