@@ -1,6 +1,6 @@
 """How long a SLURM job does not train after a rank or a node has failed.
 
-    pytest tests/slurm/test_spare_nodes.py --basetemp runs/failures
+    make test WORKERS=0 ARGS="tests/slurm/test_spare_nodes.py --basetemp runs/failures"
     python tools/bench/restart.py --runs runs/failures/*/run --out bench_restart.json
     python tools/bench/restart.py --show docs/bench_restart.json
 
