@@ -59,7 +59,7 @@ def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:
         if not damaged:
             dist.from_rank_0(lambda: say_skipped([reason for reasons in skipped.values() for reason in reasons]))
             for each in tiers:
-                each.forget_newer(step if each is tier else step - 1)
+                each.forget_newer(step - 1 if tier.fast and not each.fast else step)
             return one
         skipped[tier].append(damaged)
         found[tier] = _search(tier, step, skipped[tier])
