@@ -190,11 +190,10 @@ def test_of_one_step_the_run_directory_s_state_counts_and_a_damaged_one_is_set_a
     run_dir.mkdir()
     slow, fast = run_tier(run_dir), fast_tier(fast_dir, run_dir, resumes=True)
     kept = make(slow.directory, 10)
-    make(fast.directory, 10)
+    copy = make(fast.directory, 10)
     found = newest_state([slow, fast])
     assert found is not None
     assert found.path == kept
-    copy = make(fast.directory, 10)
     damaged = next(path for path in kept.iterdir() if path.name.endswith("optim_states.pt"))
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
     found = newest_state([slow, fast])
