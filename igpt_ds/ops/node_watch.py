@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from igpt_ds import cli
-from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, all_heartbeats
+from igpt_ds.train.heartbeat import HEARTBEAT_SECONDS, all_heartbeats, is_running
 
 PORT = 7  # echo
 ANSWER_SECONDS = 2.0
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, required=True, metavar="PID", help="process that ends with the ranks")
     args = parser.parse_args(argv)
     watch = Watch(args.run_dir, args.nodes, in_reach)
-    while lives(args.step):
+    while is_running(args.step):
         lost = watch.lost(time.monotonic())
         if 0 < len(lost) <= args.most:
             print(*lost, flush=True)
@@ -95,22 +95,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         time.sleep(EVERY_SECONDS)
 
 
-def lives(pid: int) -> bool:
-    """Whether a process of this user is there."""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
-
-
 def end(pid: int) -> None:
     """TERM makes srun kill the ranks. It would then wait for the lost node."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         with suppress(OSError):
             os.kill(pid, sent)
         deadline = time.monotonic() + KILL_SECONDS
-        while lives(pid) and time.monotonic() < deadline:
+        while is_running(pid) and time.monotonic() < deadline:
             time.sleep(0.1)
 
 

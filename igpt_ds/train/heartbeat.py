@@ -53,7 +53,7 @@ class Heartbeat:
     @property
     def may_live(self) -> bool:
         """Whether the rank has not ended and is on another machine, or is a process that exists on this one."""
-        return not self.ended and (not self.local or _is_running(self.pid))
+        return not self.ended and (not self.local or is_running(self.pid))
 
     def age(self, now: float) -> float:
         """Seconds since the last progress."""
@@ -73,7 +73,7 @@ class Heartbeat:
         return plain | ({} if self.pace is None else {"pace": self.pace.to_dict()})
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether a process of this machine exists and is not a zombie."""
     try:
         about = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

@@ -180,12 +180,16 @@ def open_session(
     start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device, found is None), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
-    saved = dist.from_rank_0(lambda: newest_step(args.run_dir / "checkpoints"))  # less than start_step after a fast save
-    interval = SaveInterval(args.run_dir, run.world_size, saved) if cadence.auto_save else None
+    interval = save_interval(args.run_dir, run.world_size) if cadence.auto_save else None
     checks = (LayerScales(engine, cadence), Replay(engine, cadence))
     session = Session(engine, run, args.run_dir, facts, cadence, metrics, watch, start_step, *checks, saver, interval)
     yield session
     finish(session)
+
+
+def save_interval(where: Path, ranks: int) -> SaveInterval:
+    """The interval of `--save_every auto` in a run directory. It counts from the newest checkpoint there, not from a fast one."""
+    return SaveInterval(where, ranks, dist.from_rank_0(lambda: newest_step(where / "checkpoints")))
 
 
 def engine_of_run(run: Run, where: Path, pretrained: Path | None) -> Engine:

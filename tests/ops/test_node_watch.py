@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,6 @@ def test_a_job_that_cannot_do_without_the_node_waits_for_slurm(
     answers = [True, True]
     monkeypatch.setattr(node_watch, "in_reach", lambda node: answers.pop() if answers else False)
     with subprocess.Popen(["sleep", "1"]) as step:
-        threading.Thread(target=step.wait).start()  # as the shell does
         node_watch.main(["--run_dir", str(tmp_path), "--nodes", "node1", "node2", "--most", "1", "--step", str(step.pid)])
         assert step.wait(10) == 0
     assert capsys.readouterr().out == ""

@@ -190,6 +190,19 @@ def test_a_rank_without_a_heartbeat_or_with_a_torn_one(run_dir: Path):
     assert status_text(found).endswith("  heartbeats  0: none, 1: 3 s (step 20)")
 
 
+def test_a_killed_rank_of_this_machine_is_silent_soon():
+    with subprocess.Popen(["true"]) as process:
+        process.wait(60)
+
+    def silent(host: str, age: float) -> bool:
+        beat = Heartbeat(0, 5, "step", NOW - age, host, process.pid, 0.2, NOW - age)
+        return RankStatus(0, beat, NOW).silent
+
+    assert silent(socket.gethostname(), 16)
+    assert not silent(socket.gethostname(), 14)  # another machine of the same name may have written it
+    assert not silent("another-machine", 16)
+
+
 def test_of_many_ranks_the_oldest_are_shown():
     written = [NOW - 61 if rank == 0 else NOW for rank in range(20)]
     beats = [Heartbeat(rank, 5, "step", NOW - 100 + rank, "node1", 7, 0.2, written[rank]) for rank in range(20)]
