@@ -395,7 +395,6 @@ def tuned(tiny_config: ModelConfig, tiny_dataset: Path, tmp_path: Path) -> Calla
         checkpoint = tmp_path / run_dir / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
         write_manifest(checkpoint, manifest)
-        (checkpoint / "COMPLETE").touch()
         if out:
             weights = Classifier(tiny_config, 3, 2).state_dict()
             save_model(tmp_path / out, weights, _info(manifest), tiny_dataset / "palette.npy")

@@ -143,7 +143,7 @@ def _flipped(world: Path, fast: bool, seed: str, place: Path) -> str:
     for name, directory in (("step-00000002", older), ("step-00000004", newest)):
         shutil.copytree(world / "states" / name, directory / name)
     random_ = random.Random(seed)
-    file = random_.choice(sorted(path for path in (newest / "step-00000004").iterdir() if path.name != "COMPLETE"))
+    file = random_.choice(sorted((newest / "step-00000004").iterdir()))
     content = bytearray(file.read_bytes())
     content[random_.randrange(len(content))] ^= random_.randrange(1, 256)
     file.write_bytes(content)

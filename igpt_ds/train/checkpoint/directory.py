@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from igpt_ds.errors import InputError, error_text
-from igpt_ds.files import atomic_file, fsync_path
+from igpt_ds.files import fsync_path
 from igpt_ds.locks import InUseError, locked
 from igpt_ds.train.checkpoint.manifest import (
     Checkpoint,
@@ -88,10 +88,8 @@ def newest_step(directory: Path) -> int:
 
 
 def commit(partial: Path, final: Path, manifest: Manifest) -> None:
-    """Writes the manifest, marks the checkpoint as complete, and gives it its name."""
+    """Completes a checkpoint with its manifest, and gives it its name."""
     write_manifest(partial, manifest)
-    with atomic_file(partial / "COMPLETE", "w") as file:
-        file.write(f"{len(manifest.files)} files\n")
     old = _old(final)
     if final.exists() or old.exists():  # saved a second time, or for other ranks
         with locked(final, wait=_SWAP_SECONDS):

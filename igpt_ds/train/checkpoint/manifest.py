@@ -1,4 +1,5 @@
-"""A checkpoint's manifest.json: the run of the state, and the size and sha256 of each file. No other module knows the format.
+"""A checkpoint's manifest.json: the run of the state, and the size and sha256 of each file; and COMPLETE, with that of
+manifest.json itself. No other module knows the formats.
 
 In: a complete checkpoint directory. Out: a `Checkpoint`, whose `Manifest` says all that a reader must check. Called by
 train/, finetune.py and tools/reshard.py. No engine is needed, and neither torch nor numpy.
@@ -6,6 +7,7 @@ train/, finetune.py and tools/reshard.py. No engine is needed, and neither torch
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from igpt_ds.config import Recipe
 from igpt_ds.data.facts import DataFacts
 from igpt_ds.ds_config import STAGES
 from igpt_ds.errors import InputError
-from igpt_ds.files import fsync_path, sha256_file
+from igpt_ds.files import atomic_file, fsync_path, sha256_file
 from igpt_ds.json_files import parse_json, read_text
 from igpt_ds.plain_files import check_file
 from igpt_ds.schema import OtherVersionError, UnknownFieldError, check_file_name, record_from, to_json
@@ -24,6 +26,7 @@ from igpt_ds.train.early import EarlyState
 from igpt_ds.train.safety.spikes import SpikeState
 
 _FIX = "choose another step"
+_COMPLETE = re.compile(r"([0-9a-f]{64})  manifest\.json\n|\d+ files\n")  # for sha256sum -c; older: a count
 _OF_RANK = re.compile(r"(?:.*_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 MANIFEST = Format("igpt_ds.checkpoint", "manifest", _FIX, version=4, sealed=3, oldest=2)
 
@@ -148,8 +151,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """A complete checkpoint whose files all have their size.
 
     Raises:
-        DamagedError: the checkpoint is missing or incomplete, a file is missing or torn, or the manifest lacks a field or has a
-            wrong one. The file or the field is named.
+        DamagedError: the checkpoint is missing or incomplete, a file is missing or torn, or the manifest lacks a field, has a
+            wrong one, or is not byte for byte what was written. The file or the field is named.
         ValueError: another version wrote it, so it may be undamaged.
         OSError: the disk fails, so it may be undamaged.
     """
@@ -170,8 +173,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        values = parse_json(read_text(path, str(path), _FIX), str(path), _FIX)
-        return record_from(Manifest, MANIFEST.opened(values, str(path)), str(path), _FIX, strict=True)
+        text = read_text(path, str(path), _FIX)
+        values = parse_json(text, str(path), _FIX)
+        manifest = record_from(Manifest, MANIFEST.opened(values, str(path)), str(path), _FIX, strict=True)
+        _refuse_other_bytes(path, text)
+        return manifest
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing; {_FIX}") from None
     except (UnknownFieldError, OtherVersionError):
@@ -180,9 +186,22 @@ def _read_manifest(path: Path) -> Manifest:
         raise DamagedError(str(error)) from None
 
 
+def _refuse_other_bytes(path: Path, text: str) -> None:
+    # The manifest's seal covers its values, not the blanks between them.
+    mark = path.with_name("COMPLETE")
+    found = _COMPLETE.fullmatch(read_text(mark, str(mark), _FIX))
+    if found is None:
+        raise InputError(f"{mark} is damaged: it has not the sha256 of manifest.json; {_FIX}")
+    if found[1] and found[1] != hashlib.sha256(text.encode()).hexdigest():
+        raise InputError(f"{path} has not the sha256 that {mark} holds, so one of them is damaged; {_FIX}")
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes the manifest.json of a checkpoint that becomes complete."""
-    MANIFEST.write(directory / "manifest.json", to_json(manifest))
+    """Writes manifest.json, then COMPLETE: from here on the checkpoint counts."""
+    path = directory / "manifest.json"
+    MANIFEST.write(path, to_json(manifest))
+    with atomic_file(directory / "COMPLETE", "w") as file:
+        file.write(f"{sha256_file(path)}  {path.name}\n")
 
 
 def file_entry(path: Path) -> FileEntry:

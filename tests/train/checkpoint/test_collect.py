@@ -59,7 +59,6 @@ def held(tmp_path: Path) -> tuple[Tier, Tier]:
         (state / name).write_bytes(b"x" * 10)
     manifest = replace(part(0, world_size=1)[5], files=tuple(file_entry(state / name) for name in names))
     write_manifest(state, manifest)
-    (state / "COMPLETE").touch()
     return node, run
 
 

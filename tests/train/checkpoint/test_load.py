@@ -32,6 +32,7 @@ from igpt_ds.train.checkpoint.disk import CheckpointWriter, require_space
 from igpt_ds.train.checkpoint.load import load_checkpoint
 from igpt_ds.train.checkpoint.manifest import (
     Checkpoint,
+    DamagedError,
     FileEntry,
     Manifest,
     RunFacts,
@@ -60,7 +61,6 @@ def make(directory: Path, step: int) -> Path:
         (path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"x" * (10 + rank))
     files = tuple(file_entry(file) for file in sorted(path.iterdir()))
     write_manifest(path, Manifest(**vars(RUN), step=step, images_seen=step, world_size=2, stage=3, files=files))
-    (path / "COMPLETE").write_text("2 files\n")
     return path
 
 
@@ -82,6 +82,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: (path / "COMPLETE").unlink(), "is not complete"),
+        (lambda path: (path / "COMPLETE").write_text(""), "COMPLETE is damaged: it has not the sha256 of manifest.json"),
         (lambda path: next(path.glob("*rank_1*")).write_bytes(b"x"), "has 1 bytes instead of 11"),
         (lambda path: next(path.glob("*rank_0*")).unlink(), "is missing"),
         (lambda path: (path / "manifest.json").write_text("{"), "is not valid JSON"),
@@ -108,10 +109,25 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
 
 
 def change(path: Path, **values: object) -> Path:
-    """Other values in its manifest."""
+    """Other values in its manifest, as older code left them."""
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(seal(manifest | values)))
+    (path / "COMPLETE").write_text("2 files\n")
     return path
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "COMPLETE"])
+def test_each_flipped_byte_is_named(tmp_path: Path, name: str) -> None:
+    """Also one that changes no value, such as a blank."""
+    file = make(tmp_path, 100) / name
+    content = file.read_bytes()
+    for place in range(len(content)):
+        for flip in (0x01, 0x29):  # the second makes a tab of a blank
+            file.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
+            with pytest.raises(DamagedError, match=re.escape(str(file))):
+                read_checkpoint(file.parent)
+    file.write_bytes(content)
+    assert read_checkpoint(file.parent).manifest.step == 100
 
 
 def names(directory: Path) -> list[str]:

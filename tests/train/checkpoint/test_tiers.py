@@ -35,7 +35,6 @@ def make(directory: Path, step: int, world_size: int = 1) -> Path:
         "files": (file_entry(path / STATES), file_entry(path / MODEL)),
     }
     write_manifest(path, Manifest(**facts, step=step, images_seen=step, world_size=world_size, stage=3))  # type: ignore[arg-type]
-    (path / "COMPLETE").write_text("1 files\n")
     return path
 
 

@@ -115,7 +115,6 @@ def save(checkpoints: Path, step: int, since: int | None = None) -> None:
     path = checkpoints / f"step-{step:08d}"
     path.mkdir(parents=True)
     write_manifest(path, manifest(step, since))
-    (path / "COMPLETE").touch()
 
 
 def good(checkpoints: Path, since: int, rollbacks: Sequence[Rollback] = ()) -> int | None:
