@@ -1,7 +1,8 @@
-"""The memory that this node can still give to a process. Called by train/checkpoint/host_memory.py."""
+"""The memory that this node can still give to a process, and which directories take some of it. Called by train/checkpoint/."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,21 @@ def available_memory(root: Path = Path("/")) -> int | None:
     """
     found = list(_cgroups(root))
     with suppress(OSError, ValueError, IndexError):
-        found.append(1024 * int(_field(root / "proc/meminfo", "MemAvailable:")))
+        text = (root / "proc/meminfo").read_text(encoding="utf-8")
+        found.append(1024 * int(text.partition("MemAvailable:")[2].split()[0]))
     return max(0, min(found)) if found else None
+
+
+def in_memory(directory: Path, root: Path = Path("/")) -> bool:
+    """Whether the files of an existing directory are held in memory, as those of /dev/shm."""
+    with suppress(OSError):
+        device = directory.stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for line in (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2] == number:
+                return kind.split()[0] in ("tmpfs", "ramfs")
+    return False
 
 
 def _cgroups(root: Path) -> Iterator[int]:
@@ -28,18 +42,16 @@ def _cgroups(root: Path) -> Iterator[int]:
                 continue
             top = root / "sys/fs/cgroup" / ("memory" if controllers else "")  # version 1 has a tree for each controller
             limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+            cached = [f"{'total_' if controllers else ''}{kind}_file" for kind in ("inactive", "active")]
             place = top / inside.lstrip("/")
             for group in (place, *place.parents):
                 if not group.is_relative_to(top):
                     break
-                with suppress(OSError, ValueError, IndexError):
+                with suppress(OSError, ValueError, KeyError):
                     free = int(_text(group, limit)) - int(_text(group, used))
-                    yield free + int(_field(group / "memory.stat", "inactive_file "))
+                    counts = dict(line.split() for line in _text(group, "stat").splitlines())
+                    yield free + sum(int(counts[name]) for name in cached)
 
 
 def _text(group: Path, name: str) -> str:
     return (group / f"memory.{name}").read_text(encoding="utf-8")
-
-
-def _field(path: Path, name: str) -> str:
-    return path.read_text(encoding="utf-8").partition(name)[2].split()[0]

@@ -19,6 +19,7 @@ import torch
 
 from igpt_ds import dist
 from igpt_ds.errors import InputError, error_text, naming
+from igpt_ds.memory import available_memory, in_memory
 from igpt_ds.train.checkpoint.manifest import FileEntry
 from igpt_ds.train.checkpoint.snapshot import Buffers, Snapshot
 
@@ -31,6 +32,8 @@ ROOM = "free some space there, lower --keep_last, or put --run_dir on another di
 def require_space(directory: Path, needed: int, what: str, fix: str = ROOM) -> None:
     """Refuses to start a write that the disk of `directory` has no space for. The directory need not exist yet.
 
+    What is written into memory, such as /dev/shm, counts as the memory of this process does.
+
     Raises:
         ValueError: fewer than `needed` bytes are free.
     """
@@ -38,6 +41,8 @@ def require_space(directory: Path, needed: int, what: str, fix: str = ROOM) -> N
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(f"{what} needs {needed:,} bytes and {directory} has {free:,} free; {fix}")
+    if in_memory(existing) and (memory := available_memory()) is not None and memory < needed:
+        raise InputError(f"{what} needs {needed:,} bytes of memory for {directory} and {memory:,} are free; {fix}")
 
 
 class Hashing:

@@ -20,6 +20,7 @@ import torch
 
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
+from igpt_ds.memory import in_memory
 from igpt_ds.plan.costs import checkpoint_bytes
 from igpt_ds.train.checkpoint.directory import checkpoint_name, commit, list_checkpoints, prune
 from igpt_ds.train.checkpoint.disk import ROOM, SLACK, CheckpointWriter, require_space
@@ -214,7 +215,21 @@ def check_space(engine: Engine, tier: Tier, keep_last: int) -> None:
     """
 
     def ask() -> None:
-        missing = max(1, keep_last + 1 - len(list_checkpoints(tier.directory)))
+        missing = _missing(tier, keep_last)
         require_space(tier.directory, missing * expected_bytes(engine, tier), f"room for {missing} checkpoints", tier.room)
 
     tier.once(ask)
+
+
+def states_in_memory(engine: Engine, tier: Tier, keep_last: int) -> int:
+    """Bytes of host memory that keep_last checkpoints and the one being saved will take beyond those that are there.
+
+    0 on a disk, and on ranks for which another one completes checkpoints.
+    """
+    if not (tier.works and tier.leads and in_memory(tier.directory)):
+        return 0
+    return _missing(tier, keep_last) * expected_bytes(engine, tier)
+
+
+def _missing(tier: Tier, keep_last: int) -> int:
+    return max(1, keep_last + 1 - len(list_checkpoints(tier.directory)))

@@ -25,7 +25,7 @@ from igpt_ds.train.checkpoint.disk import CheckpointWriter
 from igpt_ds.train.checkpoint.host_memory import saves_in_background
 from igpt_ds.train.checkpoint.manifest import Progress, RunFacts
 from igpt_ds.train.checkpoint.neighbours import Neighbours, find_neighbours
-from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space
+from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space, states_in_memory
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
 from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, forget_fast, leave_fast, run_tier, without
 from igpt_ds.train.engine_protocol import Engine
@@ -185,7 +185,8 @@ def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str 
     slow, *fast = tiers
     check_space(engine, slow, keep_last)
     working = [checked(engine, tier) for tier in fast]
-    return Saver(engine, run, [slow, *working], saves_in_background(engine, asked))
+    beside = sum(states_in_memory(engine, tier, FAST_KEPT) for tier in working)
+    return Saver(engine, run, [slow, *working], saves_in_background(engine, asked, beside))
 
 
 def checked(engine: Engine, tier: Tier) -> Tier:
