@@ -121,10 +121,11 @@ class Print(argparse.Action):
 
 
 def program() -> str:
-    """The running program as a user starts it, for messages: `train.py`, `python -m igpt_ds.plan`."""
+    """The running program as a user starts it, for messages: `train.py`, `python -m igpt_ds.plan goodput`."""
     path = Path(sys.argv[0])
-    if path.name == "__main__.py":
-        return f"python -m {path.parent.parent.name}.{path.parent.name}"
+    file, _, command = path.name.partition(" ")  # which igpt_ds/plan/__main__.py adds
+    if file == "__main__.py":
+        return " ".join(filter(None, ("python -m", f"{path.parent.parent.name}.{path.parent.name}", command)))
     return path.name
 
 

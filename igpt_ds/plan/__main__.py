@@ -7,5 +7,6 @@ from igpt_ds.plan import command, goodput_command
 
 if __name__ == "__main__":
     goodput = sys.argv[1:2] == ["goodput"]
-    del sys.argv[1 : 1 + goodput]
+    if goodput:
+        sys.argv[:2] = [f"{sys.argv[0]} goodput"]
     cli.run(goodput_command.main if goodput else command.main)

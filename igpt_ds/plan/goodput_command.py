@@ -67,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.prog += " goodput" * parser.prog.endswith("igpt_ds.plan")
     parser.add_argument("--gpus", type=int, help="number of GPUs (default: 1)")
     hours = f"hours between the failures of one GPU (default: {GPU_MTBF / HOUR:,.0f}, as in Llama 3's training on 16,384)"
     parser.add_argument("--gpu_mtbf_hours", type=float, metavar="HOURS", help=hours)

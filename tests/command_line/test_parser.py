@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from igpt_ds.command_line.nearest import did_you_mean, nearest, unknown_value
-from igpt_ds.command_line.parser import Parser
+from igpt_ds.command_line.parser import Parser, program
 from igpt_ds.errors import InputError
 
 
@@ -94,3 +95,16 @@ def test_nearest_words():
     assert nearest("igpt_s", ["igpt_l_ar_32", "igpt_s_ar_32", "igpt_s_bert_32"])[:2] == ["igpt_s_ar_32", "igpt_s_bert_32"]
     assert did_you_mean([]) == ""
     assert unknown_value("x", ["abc"]) == "'x' is unknown; known: abc"
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ("tools/a b.py", "a b.py"),
+        ("/x/igpt_ds/plan/__main__.py", "python -m igpt_ds.plan"),
+        ("/x/igpt_ds/plan/__main__.py goodput", "python -m igpt_ds.plan goodput"),
+    ],
+)
+def test_a_program_has_the_name_of_its_command(monkeypatch, argv, name):
+    monkeypatch.setattr(sys, "argv", [argv])
+    assert program() == name
