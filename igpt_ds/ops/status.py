@@ -13,6 +13,7 @@ from pathlib import Path
 from igpt_ds.errors import InputError
 from igpt_ds.json_files import read_json, read_json_lines, read_sealed
 from igpt_ds.ops.rank_status import RankStatus, read_ranks
+from igpt_ds.ops.restart_log import fast_images
 from igpt_ds.schema import record_from
 from igpt_ds.train.checkpoint.directory import complete_checkpoints, step_of
 from igpt_ds.train.health.pace import Pace, SlowRank, slow_ranks
@@ -82,6 +83,7 @@ class Status:
     skipped_steps: int | None
     seconds_left: float | None
     checkpoint: SavedCheckpoint | None
+    fast_step: int | None  # of a newer state in --fast_dir
     restarts: int
     rollbacks: int
     slowest: SlowRank | None  # the rank that slows the run most
@@ -126,7 +128,8 @@ def read_status(run_dir: Path, now: float, watch: float = 0.0) -> Status:
     speed = statistics.median(speeds) if speeds else None
     step = max((row.step for row in rows), default=0)
     left = (recipe["steps"] - step) * recipe["batch_images"] / speed if speed else None
-    state = state_of(run_dir, ranks)
+    state, saved = state_of(run_dir, ranks), _newest_checkpoint(run_dir / "checkpoints", now)
+    fast = 0 if state in ("finished", "stopped") else fast_images(run_dir) // recipe["batch_images"]
     failed = state in ("lost", "failed")
     return Status(
         run_dir=str(run_dir),
@@ -144,7 +147,8 @@ def read_status(run_dir: Path, now: float, watch: float = 0.0) -> Status:
         data_wait=last.data_wait,
         skipped_steps=last.skipped_steps,
         seconds_left=None if failed else left,
-        checkpoint=_newest_checkpoint(run_dir / "checkpoints", now),
+        checkpoint=saved,
+        fast_step=fast if (saved.step if saved else 0) < fast <= step else None,
         restarts=_count_restarts(run_dir),
         rollbacks=_count_rollbacks(run_dir / "rollbacks.json"),
         slowest=_slowest(last, ranks),

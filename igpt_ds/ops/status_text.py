@@ -25,6 +25,7 @@ def status_text(status: Status) -> str:
     what = ((status.restarts, "restart"), (status.rollbacks, "rollback"), (status.skipped_steps or 0, "skipped step"))
     counts = ", ".join(count(n, thing) for n, thing in what)
     newest = f"step {saved.step:,}, {duration(saved.age)} old" if saved else "none yet"
+    newest += "" if status.fast_step is None else f", and step {status.fast_step:,} in --fast_dir"
     return "\n".join(
         (
             f"{status.run_dir}: {status.state}, {status.recipe} on {count(status.world_size, 'rank')}{where}",

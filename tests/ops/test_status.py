@@ -67,6 +67,18 @@ def beat(where: Path, rank: int, **changes: Any) -> None:
     new.rename(where / "heartbeat" / f"rank-{rank:05d}.json")
 
 
+def test_a_newer_state_in_the_fast_directory_is_told(run_dir: Path):
+    saves = [{"event": "save", "step": step, "fast": fast, "images_seen": 8 * step} for step, fast in ((16, False), (18, True))]
+    write_json_lines(run_dir / "restarts.jsonl", saves)
+    assert status.read_status(run_dir, NOW).fast_step is None  # it may not be complete
+    write_json_lines(run_dir / "restarts.jsonl", [*saves, {"event": "save", "step": 20, "fast": True, "images_seen": 160}])
+    found = status.read_status(run_dir, NOW)
+    assert found.fast_step == 18
+    assert "  checkpoint  step 16, 3 min 20 s old, and step 18 in --fast_dir; " in status_text(found)
+    (run_dir / "FINISHED").touch()
+    assert status.read_status(run_dir, NOW).fast_step is None  # it was removed
+
+
 def test_everything_that_is_known(run_dir: Path):
     found = status.read_status(run_dir, NOW)
     speed = 41.0
@@ -119,8 +131,16 @@ def test_the_json_of_a_status(run_dir: Path):
     saved = {"step": 16, "age": 200.0, "path": str(run_dir / "checkpoints" / "step-00000016")}
     expected = {"run_dir": str(run_dir), "recipe": "tiny", "state": "running", "why": None, "step": 20, "steps": 100}
     expected |= {"images_seen": 160, "loss": 2.8, "val_loss": 2.95, "val_step": 10, "images_per_s": 41.0, "mfu": 0.25}
-    expected |= {"data_wait": 0.02, "skipped_steps": 1, "seconds_left": 640 / 41, "checkpoint": saved, "restarts": 2}
-    expected |= {"rollbacks": 0, "slowest": {"rank": 1, "ratio": 1.5}, "world_size": 2, "ranks": [beat, none], "time": NOW}
+    expected |= {"data_wait": 0.02, "skipped_steps": 1, "seconds_left": 640 / 41, "checkpoint": saved}
+    expected |= {
+        "fast_step": None,
+        "restarts": 2,
+        "rollbacks": 0,
+        "slowest": {"rank": 1, "ratio": 1.5},
+        "world_size": 2,
+        "ranks": [beat, none],
+        "time": NOW,
+    }
     assert json.dumps(found) == json.dumps(expected)
 
 
