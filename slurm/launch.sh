@@ -63,6 +63,7 @@ fewer_nodes() { # PROGRAM WORD...: uses as many nodes as the batch divides into;
       say "$(hosts "${nodes[@]:n}") stays idle: $why"
       wanted=$n
       use_nodes "${nodes[@]:0:n}"
+      rm -f "$HOSTFILE" && (set -C && printf "%s slots=$ranks\n" "${nodes[@]}" >"$HOSTFILE") # never through a link
       status=0
       return
     fi
@@ -74,11 +75,11 @@ fewer_nodes() { # PROGRAM WORD...: uses as many nodes as the batch divides into;
 }
 
 alone() { # WORD...: runs a command as one process
-  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpu-bind=none "$@"
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpu-bind=none ${lost:+--overlap} "$@"
 }
 
 sweep() { # WORD...: runs one rate of tools/sweep_lr.py, which starts its ranks itself, on the job's one node; flags of train.py follow --
-  local own=() out name
+  local own=() out name SPARE_NODES=0
   while (($#)) && [[ $1 != -- ]]; do
     own+=("$1")
     shift
@@ -154,7 +155,6 @@ use_nodes() { # NODE...: the nodes for the ranks, which meet at the first one
   # --overlap           a step that had a lost node keeps its GPUs until SLURM notices
   srun=(srun --nodes="$#" --nodelist="$node_list" --ntasks="$#" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60)
   srun+=(${lost:+--overlap})
-  [[ ! -e $HOSTFILE ]] || { rm -f "$HOSTFILE" && (set -C && printf "%s slots=$ranks\n" "$@" >"$HOSTFILE"); } # never through a link
 }
 
 hosts() { scontrol show hostlist "$(IFS=,; echo "$*")"; } # NODE...: node[1-2]

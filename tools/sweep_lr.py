@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from igpt_ds.data.shards.index import folded
 from igpt_ds.errors import InputError
 from igpt_ds.evaluate.report.figures import rate_curve
 from igpt_ds.files import atomic_file
+from igpt_ds.ops.requeue import BAD_INPUT
 from igpt_ds.train.sweep import (
     MAX_RATES,
     SWEEP_FILE,
@@ -107,8 +109,8 @@ def train(args: argparse.Namespace, lr: float) -> Result:
     """Trains one rate to its end, or continues an interrupted run.
 
     Raises:
-        SystemExit: the run was stopped; with the same status, so that the batch system restarts the job.
-        ValueError: the run ended before its last step.
+        SystemExit: the run was stopped, or failed; with its status, so that slurm/launch.sh sees what happened.
+        ValueError: the run was refused, or ended before its last step without an error.
     """
     run_dir = args.out / run_name(lr)
     command = [*args.command, "--lr", f"{lr:g}", "--run_dir", str(run_dir), "--resume", "auto"]
@@ -118,7 +120,11 @@ def train(args: argparse.Namespace, lr: float) -> Result:
             raise SystemExit(cli.STOPPED)
         result = read_result(run_dir, lr)
         if result is None:
-            raise InputError(f"the run of {run_dir} ended with status {status} before its last step; the cause is above")
+            line = f"the run of {run_dir} ended with status {status} before its last step; the cause is above"
+            if status in (0, BAD_INPUT):
+                raise InputError(line)
+            print(f"sweep_lr.py: error: {line}", file=sys.stderr, flush=True)
+            raise SystemExit(status if status > 0 else 128 - status)
     return result
 
 

@@ -130,7 +130,7 @@ def explain(end: End, run_dir: Path) -> str:
 def decide(start: Start, end: End, state: str, stop: bool, too_late: str) -> Decision:
     """Whether a job queues again, from its state in SLURM ("": no answer), RUN_DIR/STOP, and `always_too_late`."""
     if state != "RUNNING":  # the job was cancelled, or SLURM lost a node and queues the job again itself
-        return Decision(False, "SLURM has ended the job and decides what follows")
+        return Decision(False, f"SLURM {'has ended the job' if state else 'does not answer'} and decides what follows")
     fruitless = 0 if end.gained else end.fruitless
     why = ""
     if stop:

@@ -83,9 +83,9 @@ def record(start: Start, event: str, **more: object) -> None:
     append_row(path, row | {"images_seen": newest_images(start.run_dir)} | more)
 
 
-def time_of_last_row(run_dir: Path) -> float | None:
-    """When a batch job last added a row, in seconds since 1970; None if none did."""
-    times = [read_time(row.get("time")) for row in read_rows(run_dir) if "job" in row]
+def time_of_last_start(run_dir: Path) -> float | None:
+    """When a batch job last began a start, in seconds since 1970; None if none did."""
+    times = [read_time(row.get("time")) for row in read_rows(run_dir) if row.get("event") == "start"]
     return times[-1] if times else None
 
 
@@ -98,20 +98,21 @@ def record_end(start: Start, status: int, reason: str, bad: Sequence[str] = ()) 
 
 
 def images_at_starts(start: Start) -> list[int]:
-    """The images that each start of the job began with; empty if this start could not be written down.
+    """The images that each start of the job began with, this one included; of starts without a row, those that are there now.
 
-    A fast save may have gone with its node: what a start really continued from counts.
+    A state may have gone with its node, or be damaged: no start before counts for more than a later one really continued from.
     """
     images, last = list[int](), -1
     for row in read_rows(start.run_dir):
         try:
             if row["event"] == "start" and row["job"] == start.job:
-                images, last = [*images, int(row["images_seen"])], row["restart"]
+                last, images = int(row["restart"]), [*images, int(row["images_seen"])]
             elif row["event"] == TRAIN and images:
-                images[-1] = _as_found(row, images[-1])
+                found = _as_found(row, images[-1])
+                images = [*(min(found, before) for before in images[:-1]), found]
         except (ValueError, KeyError, TypeError, OverflowError):
             continue
-    return images if last == start.restart else []
+    return [*images, *[newest_images(start.run_dir)] * (start.restart - last)]
 
 
 def next_restart(run_dir: Path, job: str, least: int) -> int:

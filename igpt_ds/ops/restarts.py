@@ -44,11 +44,11 @@ from igpt_ds.ops.restart_log import (
     record,
     record_end,
     record_lost_ends,
-    time_of_last_row,
+    time_of_last_start,
     write_line,
 )
 from igpt_ds.ops.slurm import ask, facts_of, has_dependents, state_of
-from igpt_ds.train.ledger.rows import read_time
+from igpt_ds.train.ledger.rows import read_time, timestamp
 
 OWNER_TRIES, OWNER_SECONDS, LOCK_TRIES, LOCK_SECONDS = 60, 5.0, 60, 1.0  # how often, and after how long, the owner is asked for
 LOCK_BROKEN, LOCK_MISSING = 30, 5  # tries: then the lock is a killed process's; without a lock, the disk cannot be written
@@ -115,13 +115,16 @@ def stop_requested(start: Start) -> bool:
     stop = start.run_dir / "STOP"
     if not stop.exists():
         return False
-    submitted = read_time(facts_of(start.job).get("SubmitTime"))
-    since = (start.restart and time_of_last_row(start.run_dir)) or submitted
+    since = (start.restart and time_of_last_start(start.run_dir)) or _submitted(start)
     if since is None or stop.stat().st_mtime > since:
         return True
     say(start, f"removed {stop}, which is older than this job")
     stop.unlink(missing_ok=True)
     return False
+
+
+def _submitted(start: Start) -> float | None:
+    return read_time(facts_of(start.job).get("SubmitTime"))  # which SLURM tells without a time zone
 
 
 def begin(start: Start, ranks: int, hostfile: Path) -> int:
@@ -132,7 +135,7 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
     """
     try:
         take(start)
-        stop = stop_requested(start)  # which looks at the time of the last row
+        stop = stop_requested(start)
         record_lost_ends(start)
         if stop:
             record_end(start, cli.STOPPED, reason := "it was asked to stop before it started")
@@ -143,11 +146,13 @@ def begin(start: Start, ranks: int, hostfile: Path) -> int:
         nodes = slurm.host_names(start.nodes)
         with atomic_file(hostfile, "w") as file:
             file.writelines(f"{node} slots={ranks}\n" for node in nodes)
-        record(start, "start", submitted=facts_of(start.job).get("SubmitTime", ""))
-        images = images_at_starts(start) or [newest_images(start.run_dir)]
+        submitted = _submitted(start)
+        record(start, "start", submitted="" if submitted is None else timestamp(submitted))
+        images = images_at_starts(start)
     except OSError as error:
         write_line(f"error: {error_text(error)}", sys.stderr)
-        return finish(start, End(1, fruitless=start.restart + 1, reason=f"{start.run_dir} cannot be written"))
+        fruitless = requeue.count_fruitless(images_at_starts(start))
+        return finish(start, End(1, fruitless=fruitless, reason=f"{start.run_dir} cannot be written"))
     if (fruitless := requeue.count_fruitless(images)) > start.max_fruitless:
         record_end(start, 1, reason := f"{fruitless - 1} starts in a row brought no new checkpoint; SLURM ended the last one")
         say(start, f"{reason}; not queued again")
@@ -221,23 +226,11 @@ def finish(start: Start, end: End, signal_option: str | None = None, least_nodes
         say(start, f"{reason}; {decision.words}{_NEEDED if needed else ''}")
     if not decision.requeue:
         return 0 if asked and not needed else status
-    if not ask("scontrol", "requeue", start.job)[0]:  # then SLURM ends this process
+    if not ask("scontrol", "requeue", slurm.task_of(start.job))[0]:  # then SLURM ends this process
         return 1
     if bad:  # only a waiting job takes another list of nodes
-        say(start, f"{reason}; {decision.words}{exclude(start, bad, facts.get('ExcNodeList', ''), least_nodes)}")
+        say(start, f"{reason}; {decision.words}{slurm.exclude(start.job, bad, facts.get('ExcNodeList', ''), least_nodes)}")
     return status
-
-
-def exclude(start: Start, bad: Sequence[str], old: str, least: int) -> str:
-    """Keeps a waiting job from its bad nodes as well as from its `old` list, if enough others are left; the result in words."""
-    nodes = ",".join([*bad, *([old] if old not in ("", "(null)") else [])])
-    partition = os.environ.get("SLURM_JOB_PARTITION", "")
-    working = ask("sinfo", "-h", "-N", "-p", partition, "-t", "idle,alloc,mix,comp", "-o", "%N")[1].split()
-    left = len({*working} - {*slurm.host_names(nodes)})
-    if left < least:
-        return f"; {','.join(bad)} stays: without it there are {left} nodes for {least}"
-    ask("scontrol", "update", f"JobId={start.job}", f"ExcNodeList={nodes}")
-    return f" without {nodes}"
 
 
 def signal_option(script: Path) -> str:
@@ -281,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     end = End(
         args.status,
         finished=bool(args.early) or (start.run_dir / "FINISHED").exists(),
-        gained=newest_images(start.run_dir) > images[-1] if images else False,
-        fruitless=requeue.count_fruitless(images) if images else restart + 1,
+        gained=newest_images(start.run_dir) > images[-1],
+        fruitless=requeue.count_fruitless(images),
         bad=_names(args.bad),
         cause=requeue.find_cause(errors),
     )

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from igpt_ds.ops import requeue
 from igpt_ds.ops.restart_log import write_line
 
 ANSWER_SECONDS = 30.0
+PATIENCE_SECONDS, AGAIN_SECONDS = 300.0, 5.0  # for a controller that does not answer, as when it is started anew
+_NO_ANSWER = re.compile(r"Unable to contact|timed out|Zero Bytes|standby mode|temporarily unable|Connection refused", re.I)
+_began = time.monotonic()  # the patience of one process is for all its questions together
 _DOWN = re.compile(r"(?:down|unknown|future)\W*|.*\*")  # of sinfo; a star: the node does not respond
 
 
@@ -35,13 +39,25 @@ class JobNodes:
 
 
 def ask(*command: str) -> tuple[bool, str]:
-    """Whether a command of SLURM succeeds, and what it prints; its errors go to the job's log."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
-    except OSError as error:
-        write_line(f"error: {error_text(error)}", sys.stderr)
-        return False, ""
-    return done.returncode == 0, done.stdout
+    """Whether a command of SLURM succeeds, and what it prints; its errors go to the job's log. It waits for the controller."""
+    while True:
+        try:
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        except OSError as error:
+            write_line(f"error: {error_text(error)}", sys.stderr)
+            return False, ""
+        if done.stderr:
+            write_line(done.stderr.rstrip("\n"), sys.stderr)
+        waited = time.monotonic() - _began
+        if done.returncode == 0 or waited > PATIENCE_SECONDS or not _NO_ANSWER.search(done.stderr):
+            return done.returncode == 0, done.stdout
+        time.sleep(AGAIN_SECONDS)
+
+
+def task_of(job: str) -> str:
+    """This process's job for `scontrol`, which takes the number of one task for the whole array."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else job
 
 
 def facts_of(job: str) -> dict[str, str]:
@@ -61,9 +77,9 @@ def state_of(job: str) -> str:
 
 
 def has_dependents(job: str) -> bool:
-    """Whether another job waits for the result of this one (afterok)."""
-    waiting = ask("squeue", "-h", "-o", "%E")[1]
-    return re.search(rf"afterok:{job}(?!\d)", waiting) is not None
+    """Whether another job waits for the result of this one (afterok), or may wait, for SLURM does not answer."""
+    answered, waiting = ask("squeue", "-h", "-o", "%E")
+    return not answered or re.search(rf"afterok:{job}(?!\d)", waiting) is not None
 
 
 def host_names(nodes: str) -> list[str]:
@@ -74,6 +90,18 @@ def host_names(nodes: str) -> list[str]:
 def nodes_of_job() -> list[str]:
     """The nodes that this process's job was given, in their order."""
     return host_names(os.environ.get("SLURM_JOB_NODELIST", ""))
+
+
+def exclude(job: str, bad: Sequence[str], old: str, least: int) -> str:
+    """Keeps a waiting job from its bad nodes as well as from its `old` list, if enough others are left; the result in words."""
+    nodes = ",".join([*bad, *([old] if old not in ("", "(null)") else [])])
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    working = ask("sinfo", "-h", "-N", "-p", partition, "-t", "idle,alloc,mix,comp", "-o", "%N")[1].split()
+    left = len({*working} - {*host_names(nodes)})
+    if left < least:
+        return f"; {','.join(bad)} stays: without it there are {left} nodes for {least}"
+    ask("scontrol", "update", f"JobId={task_of(job)}", f"ExcNodeList={nodes}")
+    return f" without {nodes}"
 
 
 def check(job: str, seconds: float, known: Collection[str] = ()) -> JobNodes:

@@ -144,7 +144,7 @@ def test_an_end_is_explained(end: End, reason: str):
         (End(0), {}, ""),
         (End(137, bad=("node1",)), {}, ""),
         (End(STOPPED), {"state": "COMPLETING"}, "SLURM has ended the job"),
-        (End(STOPPED), {"state": "", "stop": True}, "SLURM has ended the job"),
+        (End(STOPPED), {"state": "", "stop": True}, "SLURM does not answer"),
         (End(STOPPED, gained=True), {"stop": True}, "runs/xl/STOP exists"),
         (End(STOPPED), {"too_late": "too short"}, "too short"),
         (End(STOPPED, gained=True), {"too_late": "too short"}, ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from igpt_ds.cli import STOPPED
 from igpt_ds.json_files import read_json_lines, write_json
 from igpt_ds.ops import requeue, restart_log, restarts
+from igpt_ds.ops import slurm as slurm_commands
 from igpt_ds.ops.requeue import BAD_INPUT, BAD_NODES, End, Start
 from igpt_ds.train.ledger.rows import append_row
 
@@ -170,10 +172,10 @@ def test_a_run_of_a_live_job_is_refused(start: Start, state: str, waits: int, na
 
 def test_rows_of_other_jobs_and_torn_rows_do_not_count(start: Start):
     rows = start.run_dir / "restarts.jsonl"
-    assert restarts.images_at_starts(start) == []
+    assert restarts.images_at_starts(start) == [0, 0]
     restarts.record(replace(start, job="6"), "start")
     restarts.record(replace(start, restart=0), "start")
-    assert restarts.images_at_starts(start) == []  # none of this start
+    assert restarts.images_at_starts(start) == [0, 0]  # this start has no row yet
     with open(rows, "a") as file:
         file.write('[]\n{"event": "start", "job": "7", "resta')
     save(start.run_dir, 1, 12)
@@ -190,6 +192,8 @@ def test_rows_of_other_jobs_and_torn_rows_do_not_count(start: Start):
 
 SLURM = r"""#!/usr/bin/env bash
 echo "${0##*/} $*" >>"$FAKE/calls"
+[[ ! -e $FAKE/silent ]] || { rm "$FAKE/silent"; echo 'error: Unable to contact slurm controller (connect failure)' >&2; exit 1; }
+[[ "${0##*/} $*" != "squeue -h -o %E" ]] || { cat "$FAKE/queue" 2>/dev/null; exit 0; }
 case "${0##*/} $1 $2" in
   "scontrol show job") cat "$FAKE/job" ;;
   "scontrol show hostnames") case $3 in
@@ -327,6 +331,74 @@ def test_a_disk_that_cannot_be_written_is_said_and_tried_again_a_few_times(slurm
     status, said = slurm.begin(restart=2)
     assert (status, slurm.calls()) == (1, ["scontrol requeue 7"])
     assert said.startswith(f"{slurm.run_dir} cannot be written; not queued again: 3 starts in a row brought no new checkpoint")
+
+
+def test_a_disk_that_fails_once_ends_no_job_that_makes_progress(slurm: FakeSlurm):
+    for number in range(3):
+        assert slurm.begin(restart=number)[0] == 0
+        save(slurm.run_dir, number + 1, 12 * (number + 1))
+        assert slurm.finish(1, restart=number)[1].endswith("; queued again\n")
+    slurm.hostfile.unlink()
+    slurm.hostfile.mkdir()  # so that it cannot be replaced
+    for number, said in ((3, "queued again"), (4, "queued again"), (5, "not queued again: 3 starts in a row")):
+        assert said in slurm.begin(restart=number)[1]
+
+
+def test_a_fall_back_is_no_lack_of_progress_since(start: Start):
+    """A start continues from 1,950 images on the nodes, which are then lost: 1,000 are in the run directory."""
+    rows = start.run_dir / "restarts.jsonl"
+    save(start.run_dir, 100, 1000)
+    for number, images in enumerate((0, 1950, 1000, 1300, 1500)):
+        append_row(rows, {"event": "start", "job": "7", "restart": number, "images_seen": images})
+        append_row(rows, {"event": "train", "step": images, "images_seen": images})
+    found = restarts.images_at_starts(replace(start, restart=4))
+    assert found == [0, 1000, 1000, 1300, 1500]
+    assert requeue.count_fruitless(found) == 1
+
+
+def test_a_task_of_an_array_queues_alone(slurm: FakeSlurm):
+    """`scontrol requeue 7` would queue every task of array 7."""
+    slurm.begin()
+    (slurm.where / "queue").write_text("")
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    slurm.finish(1, "--bad=node2", "--least_nodes=1", **array)
+    assert [call for call in slurm.calls() if call.startswith("scontrol")] == [
+        "scontrol requeue 7_3",
+        "scontrol update JobId=7_3 ExcNodeList=node2",
+    ]
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin"])
+def test_the_time_of_submission_has_its_zone(slurm: FakeSlurm, zone: str):
+    slurm.begin(TZ=zone)
+    moment = datetime.fromisoformat(slurm.rows()[0]["submitted"])
+    assert moment.utcoffset() is not None
+    assert moment.replace(tzinfo=None) == datetime(2026, 1, 1)
+
+
+def test_a_stop_is_not_lost_between_the_end_of_a_start_and_the_next(slurm: FakeSlurm):
+    """SLURM answers slowly, so that the row of the end is younger."""
+    slurm.begin()
+    stop = slurm.run_dir / "STOP"
+    stop.touch()
+    append_row(slurm.run_dir / "restarts.jsonl", {"event": "end", "job": "7", "restart": 0, "time": "2099-01-01T00:00:00"})
+    assert slurm.begin(restart=1)[0] == STOPPED
+    assert stop.exists()
+
+
+def test_a_controller_that_is_started_anew_is_waited_for(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, naps: list[float]):
+    monkeypatch.setenv("PATH", f"{slurm.where}:/usr/bin:/bin")
+    monkeypatch.setenv("FAKE", str(slurm.where))
+    monkeypatch.setattr(slurm_commands, "_began", time.monotonic())
+    (slurm.where / "silent").touch()
+    assert restarts.facts_of("7")["JobState"] == "RUNNING"
+    assert naps == [5.0]
+    monkeypatch.setattr(slurm_commands, "_began", time.monotonic() - 301)
+    (slurm.where / "silent").touch()
+    assert restarts.facts_of("7") == {}
+    (slurm.where / "silent").touch()
+    assert restarts.has_dependents("7")
+    assert naps == [5.0]
 
 
 def test_starts_that_slurm_ends_without_a_checkpoint_are_not_endless(slurm: FakeSlurm):
@@ -505,4 +577,4 @@ def test_numbers_that_are_none_do_not_end_a_job(start: Start, number: str):
     (start.run_dir / "checkpoints" / "step-00000001" / "manifest.json").write_text(f'{{"images_seen": {number}}}')
     assert restarts.newest_images(start.run_dir) == 0
     (start.run_dir / "restarts.jsonl").write_text(f'{{"event": "start", "job": "7", "restart": 1, "images_seen": {number}}}\n')
-    assert restarts.images_at_starts(start) == []
+    assert restarts.images_at_starts(start) == [0, 0]

@@ -25,9 +25,9 @@ Submit = Callable[..., list[str]]
 def submit(slurm: Any, settings: Path) -> Submit:
     """submit("probe", "--features", ...) -> the numbers of the jobs that slurm/submit.sh put in the queue."""
 
-    def jobs(*words: str | Path, log: Path | None = None) -> list[str]:
+    def jobs(*words: str | Path, log: Path | None = None, cluster: Path = settings) -> list[str]:
         options = [f"--output={log}", "--open-mode=append"] if log else []
-        said = slurm.run("bash", "slurm/submit.sh", *options, *words, IGPT_DS_CLUSTER=str(settings))
+        said = slurm.run("bash", "slurm/submit.sh", *options, *words, IGPT_DS_CLUSTER=str(cluster))
         return [line.split()[-1] for line in said.splitlines()]
 
     return jobs
@@ -84,15 +84,42 @@ def test_features_of_an_array_equal_those_of_one_process(
     assert len(slurm.run("squeue", "-h", "-r", "-t", "all", "-j", parts).splitlines()) == 3
 
 
-def test_learning_rates_are_tried_side_by_side(slurm: Any, submit: Submit, common: list[str], tmp_path: Path) -> None:
+def test_learning_rates_are_tried_side_by_side(
+    slurm: Any, submit: Submit, settings: Path, common: list[str], tmp_path: Path
+) -> None:
     log, out = tmp_path / "log", tmp_path / "sweep"
-    rates, table = submit("--array=0-1", "sweep_lr", f"--out={out}", "--", *common, "--steps=10", log=log)
+    cluster = tmp_path / "cluster.sh"
+    cluster.write_text(f"{settings.read_text()}SPARE_NODES=1\n")  # which is for training jobs with several nodes
+    words = ("--array=0-1", "sweep_lr", f"--out={out}", "--", *common, "--steps=10")
+    rates, table = submit(*words, log=log, cluster=cluster)
     assert slurm.ended(table, log) == "COMPLETED", log.read_text()
     assert [slurm.facts(f"{rates}_{number}")["JobState"] for number in range(2)] == ["COMPLETED", "COMPLETED"], log.read_text()
     found = read_json(out / "sweep.json", "sweep")["results"]
     assert [row["lr"] for row in found] == [0.01, 0.003]
     assert all(row["val_loss"] < math.log(8) for row in found)
     assert all((path / "FINISHED").exists() and (path / "restarts.jsonl").exists() for path in out.glob("lr*/"))
+
+
+AGAIN = """#!/usr/bin/env bash
+echo "task $SLURM_ARRAY_TASK_ID" >>"$1"
+while (($(grep -c task "$1") < 2)); do sleep 0.2; done
+code='import os; from igpt_ds.ops.slurm import ask, task_of; ask("scontrol", "requeue", task_of(os.environ["SLURM_JOB_ID"]))'
+((SLURM_ARRAY_TASK_ID == 0 || ${SLURM_RESTART_COUNT:-0} > 0)) || exec python -c "$code"
+until (($(grep -c "task 1" "$1") == 2)); do sleep 0.2; done
+"""
+
+
+def test_a_task_queues_again_without_the_others_of_its_array(slurm: Any, tmp_path: Path) -> None:
+    """The last task has the number of the array."""
+    script, log = tmp_path / "again.sbatch", tmp_path / "log"
+    script.write_text(AGAIN)
+    job = slurm.sbatch(
+        "--array=0-1", "--requeue", "--nodes=1", f"--output={log}", "--open-mode=append", script, tmp_path / "tasks"
+    )
+    for number in range(2):
+        assert slurm.ended(f"{job}_{number}", log) == "COMPLETED"
+    assert [slurm.facts(f"{job}_{number}")["Restarts"] for number in range(2)] == ["0", "1"]
+    assert sorted((tmp_path / "tasks").read_text().split("\n")) == ["", "task 0", "task 1", "task 1"]
 
 
 def test_a_part_of_nobody_knows_how_many_is_refused(submit: Submit, slurm: Any, tmp_path: Path) -> None:

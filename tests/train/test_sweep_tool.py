@@ -46,7 +46,7 @@ def left_behind(run_dir: Path, val_loss: float | None) -> None:
         (["--array_index", "12", "--", "train.py"], "--array_index 12 must lie between 0 and 11"),
         (["--collect", "--", "train.py"], "--collect does not train; omit --array_index and the command"),
         (["--collect"], "is not finished, so there is nothing to collect"),
-        (["--", "false", "train.py"], r"lr-0\.01 ended with status 1 before its last step; the cause is above"),
+        (["--", "true", "train.py"], r"lr-0\.01 ended with status 0 before its last step; the cause is above"),
     ],
 )
 def test_what_does_not_go(launch: Any, tmp_path: Path, words: list[str], message: str) -> None:
@@ -54,6 +54,15 @@ def test_what_does_not_go(launch: Any, tmp_path: Path, words: list[str], message
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert message.replace("\\", "") in line
+
+
+@pytest.mark.parametrize(("code", "status"), [("sys.exit(86)", 86), ("os.kill(os.getpid(), 9)", 137), ("sys.exit(247)", 247)])
+def test_a_rate_that_fails_ends_with_the_status_of_its_run(launch: Any, tmp_path: Path, code: str, status: int) -> None:
+    """Status 2 would say that the command is wrong, and a batch job with that is not tried again."""
+    done = launch([TOOL, "--out", str(tmp_path / "sweep"), "--", sys.executable, "-c", f"import os, sys; {code}", "train.py"])
+    assert done.returncode == status
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sweep_lr.py: error: the run of ")
 
 
 SAVES = """

@@ -172,7 +172,7 @@ def read_goodput(run_dir: Path, live: bool = False) -> Goodput:
     cursor = starts[0].queued_at
     for number, start in enumerate(starts):
         following = starts[number + 1] if number + 1 < len(starts) else None
-        tail = Tail(start.last_sign(following)) if following else read_tail(run_dir, start)
+        tail = Tail(_last_sign(run_dir, start, starts[number + 1 :])) if following else read_tail(run_dir, start)
         parts += _waiting(number, start, starts[number - 1] if number else None, cursor)
         cursor = max(cursor, start.at)
         for part, moment in _rows(number, start, parts, cursor):
@@ -193,6 +193,15 @@ def read_goodput(run_dir: Path, live: bool = False) -> Goodput:
         found.append(StartGoodput(began, ended, start.first_step, start.last_step, how, failed, seconds))
     fast = sum(row.event == SAVE and row.fast for start in starts for row in start.rows)
     return Goodput(str(run_dir), tuple(found), tuple(save for start in starts for save in _saves(start)), fast)
+
+
+def _last_sign(run_dir: Path, start: StartRows, later: Sequence[StartRows]) -> float:
+    """The last sign of life of a start. The first later one with ranks read its heartbeats; without one they are still there."""
+    following, reader = later[0], next((one for one in later if one.began is not None), None)
+    alive = read_tail(run_dir, start).until if reader is None else reader.last_alive
+    if alive is not None and alive >= following.at and following is not reader:
+        alive = None  # the heartbeats are those of another start
+    return min(start.last_sign(alive), following.at)
 
 
 def _saves(start: StartRows) -> Iterator[SaveCost]:

@@ -92,13 +92,13 @@ class StartRows:
         last = self.rows[-1]
         return last.error or ("stopped" if last.phase == "stopped" else "ended")
 
-    def last_sign(self, following: StartRows) -> float:
-        """The last sign of life of a start that another one followed."""
+    def last_sign(self, alive: float | None) -> float:
+        """The last sign of life of a start whose heartbeats a later one read: they were `alive` then."""
         signs = [row.time for row in self.rows]
         if not self.ended:
-            signs += [] if following.last_alive is None else [following.last_alive]
+            signs += [] if alive is None else [alive]
             signs += [] if self.began is not None or self.batch_end is None else [self.batch_end]
-        return min(max(signs, default=self.at), following.at)
+        return max(signs, default=self.at)
 
 
 def group(rows: Iterable[dict[str, Any]]) -> list[StartRows]:

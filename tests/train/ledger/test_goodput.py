@@ -105,6 +105,25 @@ def test_a_damaged_save_and_a_rollback_lose_more(story: Story) -> None:
     assert found.starts[1].how == "it failed"
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_work_is_lost_until_the_ranks_were_gone_also_if_the_next_start_has_none(story: Story, trains: bool) -> None:
+    job = {"job": "7", "images_seen": 0}
+    story.row("start", 0, **job, restart=0, submitted=0)
+    story.train(0, 0, resume=False)
+    story.save(32, 10, 10)
+    story.row("start", 3002, **job, restart=1, submitted=0)
+    story.row("end", 3004, **job, restart=1, status=3, reason="bad nodes: n1")
+    known = {"training": 10, "saves": 2, "verification": 4, "lost_work": 2968}
+    if trains:
+        story.row("start", 3004, **job, restart=2, submitted=0)
+        story.train(3006, 10, last_alive=3000)
+        story.row("exit", 3026, step=10, seconds={}, phase="end")
+        story.found(3026, **(known | {"verification": 8}), start_up=16 + 2 + 2 + 16, down=2)
+    else:
+        story.curve(3000, loss=2.0)
+        story.found(3004, **known, start_up=16 + 2, down=2)
+
+
 def test_a_batch_job_waits_in_the_queue_and_is_down(story: Story) -> None:
     job = {"job": "7", "images_seen": 0}
     story.row("start", 30, **job, restart=0, submitted=0)
