@@ -26,7 +26,8 @@ from igpt_ds import devices, dist
 from igpt_ds.cli import SharedError
 from igpt_ds.config import Finetune, Recipe
 from igpt_ds.data.loader import Batch
-from igpt_ds.ds_config import DsConfig, Run, refuse_unknown
+from igpt_ds.ds_config import DsConfig, Run
+from igpt_ds.ds_config_keys import refuse_unknown
 from igpt_ds.errors import InputError
 from igpt_ds.launcher import map_environment
 from igpt_ds.model.classifier import CLASS_HEAD, Classifier

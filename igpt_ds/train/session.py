@@ -173,11 +173,12 @@ def open_session(
     watchdog.alive("loading", 0)
     tiers = tiers_of(args, resumes)
     found = resume(engine, tiers, facts) if resumes else None
-    saver = open_saver(engine, facts, tiers, args.save, args.keep_last + (early is not None))  # the best checkpoint stays too
+    start_step = 0 if found is None else found.step
+    kept = args.keep_last + (early is not None)  # the best checkpoint stays too
+    saver = open_saver(engine, facts, tiers, args.save, kept, start_step)
     stop.busy = saver.busy
     about = (palette, cpu_kernels.used(), note, args.val_images)
     dist.from_rank_0(lambda: run_dir.record(args.run_dir, run, facts.data, *about))
-    start_step = 0 if found is None else found.step
     metrics = Metrics(args.run_dir, run, start_step, introduce(run, device, found is None), args.wandb)
     watch = watch_over(args, Guard(run.recipe, run.precision), stop, watchdog, found, early)
     interval = save_interval(args.run_dir, run.world_size) if cadence.auto_save else None

@@ -11,6 +11,7 @@ import pytest
 
 from igpt_ds.config import RECIPES
 from igpt_ds.ds_config import join, load_ds_config
+from igpt_ds.ds_config_keys import refuse_harmful
 from igpt_ds.train.engine import check_ds_config
 
 DIRECTORY = Path(__file__).parents[2] / "ds_configs"
@@ -65,6 +66,15 @@ def test_readme_says_why_and_where_it_was_read():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_deepspeed_knows_every_key(path):
     check_ds_config(load_ds_config(path), path)
+
+
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_what_no_checkpoint_covers_is_refused(section):
+    values = {"zero_optimization": {"stage": 3, section: {"device": "nvme", "nvme_path": "/local"}}}
+    with pytest.raises(ValueError, match=rf"zero_optimization\.{section}\.device='nvme' is not supported: .*; use cpu$"):
+        refuse_harmful(values, Path("a.json"))
+    values["zero_optimization"][section]["device"] = "cpu"
+    refuse_harmful(values, Path("a.json"))
 
 
 @pytest.mark.parametrize(

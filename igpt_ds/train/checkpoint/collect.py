@@ -47,7 +47,7 @@ def collect_newest(tier: Tier, run: Tier, after: int, before: int | None, reason
     Raises:
         SharedError: the run directory has no space, or cannot be written. An older state would lose the newer one.
     """
-    mine = _states_of(tier.directory) if tier.leads else {}
+    mine = _states_of(tier) if tier.leads else {}
     states = _together(dist.gather_objects(mine))
     steps = [
         step for step, held in states.items() if held.manifest.is_whole and step > after and (before is None or step < before)
@@ -71,15 +71,16 @@ def collect_newest(tier: Tier, run: Tier, after: int, before: int | None, reason
     return step
 
 
-def _states_of(directory: Path) -> dict[int, Manifest]:
-    """The complete states of a node by step. What cannot be read is left out, for the search has named it."""
+def _states_of(tier: Tier) -> dict[int, Manifest]:
+    """The complete states of a node by step. What cannot be read, or was left, is not there, for the search has named it."""
     found, paths = {}, list[Path]()
     with suppress(InputError, OSError):
-        paths = complete_checkpoints(directory)
+        paths = complete_checkpoints(tier.directory)
     for path in paths:
         with suppress(InputError, OSError):
             manifest = read_checkpoint(path).manifest
-            found[manifest.step] = manifest
+            if tier.has_branch(manifest):
+                found[manifest.step] = manifest
     return found
 
 

@@ -42,17 +42,18 @@ def resume(engine: Engine, tiers: Sequence[Tier], facts: RunFacts) -> Manifest |
     if found is None:
         dist.say("nothing to resume: step 0")
         return None
-    load_checkpoint(engine, found, facts, verified=True)
+    load_checkpoint(engine, found, facts, tiers[0].directory)
     dist.say(f"resumed from {found.path}: {found.manifest.step} steps, {found.manifest.images_seen:,} images")
     return found.manifest
 
 
-def load_checkpoint(engine: Engine, checkpoint: Checkpoint, run: RunFacts, verified: bool = False) -> None:
+def load_checkpoint(engine: Engine, checkpoint: Checkpoint, run: RunFacts, verified_for: Path | None = None) -> None:
     """Restores weights, optimizer and random generators of every rank; reshards for other ranks or sub-groups.
 
     Args:
         run: this run.
-        verified: the files have just been compared with their sha256.
+        verified_for: the files have just been compared with their sha256. Resharded ones go into this directory of the run, for
+            a fast one may be full.
 
     Raises:
         SharedError: the checkpoint has another run, precision or stage, or a file is damaged.
@@ -64,12 +65,12 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, run: RunFacts, verif
         raise SharedError(
             f"{path} was saved at ZeRO stage {manifest.stage} and this run has {stage}; use a ds_config of that stage"
         )
-    if not verified and (damaged := damage(checkpoint)):
+    if verified_for is None and (damaged := damage(checkpoint)):
         raise SharedError(f"{damaged}; remove {path} and resume again")
     if dist.from_rank_0(lambda: _fits(engine, checkpoint)):
         _load(engine, path)
         return
-    unfinished = path.with_name(f"{path.name}.{dist.world_size()}-ranks.partial")
+    unfinished = (verified_for or path.parent) / f"{path.name}.{dist.world_size()}-ranks.partial"
     reshard(engine, checkpoint, unfinished)
     _load(engine, unfinished)
     dist.meet()
@@ -122,7 +123,7 @@ def reshard(engine: Engine, checkpoint: Checkpoint, unfinished: Path) -> None:
         error = error_text(caught)
     dist.meet()
     what = f"{path} of {count(manifest.world_size, 'rank')} could not be resharded for {ranks}"
-    agree(dist.gather_objects(error), unfinished, what, run_tier(path.parent.parent))
+    agree(dist.gather_objects(error), unfinished, what, run_tier(unfinished.parent.parent))
     dist.say(f"{path} of {count(manifest.world_size, 'rank')} was resharded for {ranks}")
 
 

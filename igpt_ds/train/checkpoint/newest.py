@@ -18,6 +18,7 @@ from igpt_ds.train.checkpoint.directory import refuse_to_start_over, say_skipped
 from igpt_ds.train.checkpoint.manifest import Checkpoint, FileEntry, damaged_files
 from igpt_ds.train.checkpoint.removal import remove_together
 from igpt_ds.train.checkpoint.tiers import Tier, run_tier
+from igpt_ds.train.run_dir import check_owner
 
 
 def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:
@@ -34,6 +35,7 @@ def newest_state(tiers: Sequence[Tier]) -> Checkpoint | None:
             is changed then.
     """
     directory = tiers[0].directory
+    dist.from_rank_0(lambda: check_owner(tiers[0].run_dir))
     remove_together(dist.from_rank_0(lambda: sorted(directory.glob("step-*.partial"))))
     skipped: dict[Tier, list[str]] = {tier: [] for tier in tiers}
     for tier in tiers:
@@ -107,9 +109,14 @@ def _look(tier: Tier, before: int | None) -> tuple[Checkpoint | None, list[str]]
         while True:
             found, skipped = search(tier.directory, before, (InputError, OSError))
             reasons += skipped
-            if found is None or tier.ranks is not None or found.manifest.is_whole:
+            if found is None:
+                return None, reasons
+            if not tier.has_branch(found.manifest):
+                reasons.append(f"{found.path} was left by a start that began at an earlier step")
+            elif tier.ranks is None and not found.manifest.is_whole:
+                reasons.append(f"{found.path} has the files of one node, and the other nodes are gone")
+            else:
                 return found, reasons
-            reasons.append(f"{found.path} has the files of one node, and the other nodes are gone")
             before = found.manifest.step
     except OSError as error:
         return None, [*reasons, error_text(error)]

@@ -29,6 +29,7 @@ from igpt_ds.train.checkpoint.save import Begun, Kept, begin_save, check_space, 
 from igpt_ds.train.checkpoint.snapshot import Buffers, lower_priority
 from igpt_ds.train.checkpoint.tiers import Tier, fast_tier, forget_fast, leave_fast, run_tier, without
 from igpt_ds.train.engine_protocol import Engine
+from igpt_ds.train.run_dir import check_owner
 
 
 class Saver:
@@ -86,6 +87,7 @@ class Saver:
         """Saves the state of this step into the fast directory. If that fails, the run goes on without it."""
         self.finish()
         if self._fast is not None and self._fast_works:
+            self._check_owner()
             with self._spared():
                 self._begin(self._fast, progress, Kept(FAST_KEPT), self._buffers)
 
@@ -96,8 +98,6 @@ class Saver:
             _write(begun, neighbours)
             begun.commit()
             return
-        if getattr(self._engine.optimizer, "optimizer_swapper", None) is not None:  # which reuses the tensors of states on NVMe
-            begun.writer.copy_held()
         self._begun, self._copied = begun, threading.Event()
         arguments = (begun, neighbours, self._copied, self._engine.device)
         self._thread = threading.Thread(target=_write_beside, args=arguments, name="saver", daemon=True)
@@ -124,8 +124,14 @@ class Saver:
             return
         thread.join()
         dist.meet()  # a slow disk has no time limit
+        if begun.tier.fast:
+            self._check_owner()
         with self._spared() if begun.tier.fast else nullcontext():
             begun.commit()
+
+    def _check_owner(self) -> None:
+        """A start that has lost its run ends: that is no fault of the fast directory."""
+        dist.from_rank_0(lambda: check_owner(self._slow.run_dir))
 
     @contextmanager
     def _spared(self) -> Iterator[None]:
@@ -139,6 +145,7 @@ class Saver:
     def forget_newer(self, step: int) -> None:
         """After a rollback to a step, later states do not count, also where nothing is saved any more."""
         self.finish()
+        self._check_owner()
         self._slow.forget_newer(step)
         if self._fast is None:
             forget_fast(self._slow.run_dir)  # of an earlier start
@@ -165,19 +172,20 @@ def tiers_of(args: argparse.Namespace, resumes: bool) -> list[Tier]:
     Raises:
         SharedError: --fast_dir cannot be used, or the fast directory of the last start has a newer state and is not given.
     """
-    if resumes:
+    if resumes or not args.fast_dir:
         leave_fast(args.run_dir, args.fast_dir)
     fast = [fast_tier(args.fast_dir, args.run_dir, resumes, args.fast_copies)] if args.fast_dir else []
     return [run_tier(args.run_dir), *fast]
 
 
-def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str | None, keep_last: int) -> Saver:
+def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str | None, keep_last: int, step: int) -> Saver:
     """The saver of a run, once disk and memory suffice.
 
     Args:
         run: in every manifest.
         asked: the value of --save.
         keep_last: checkpoints that stay in the run directory.
+        step: where this start begins.
 
     Raises:
         SharedError: too little disk space, or too little memory for --save async; on every rank.
@@ -185,6 +193,8 @@ def open_saver(engine: Engine, run: RunFacts, tiers: Sequence[Tier], asked: str 
     slow, *fast = tiers
     check_space(engine, slow, keep_last)
     working = [checked(engine, tier) for tier in fast]
+    for tier in working:
+        tier.begin(step)
     beside = sum(states_in_memory(engine, tier, FAST_KEPT) for tier in working)
     return Saver(engine, run, [slow, *working], saves_in_background(engine, asked, beside))
 

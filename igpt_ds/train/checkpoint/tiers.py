@@ -2,13 +2,12 @@
 
 The fast directory may be one for all ranks, or a disk of each node under the same path. There the first rank of each node
 completes the checkpoint with a manifest of its node's files. A run has a directory of its own in it, RUN-ID. The id is in
-RUN_DIR/fast_id: a new run of the same name meets no states of an old one, and a run that rolled back none from before, for it
-gets a new id. Called by the other modules here.
+RUN_DIR/fast_id (fast_id.py): a new run of the same name meets no states of an old one, and a run that rolled back none from
+before, for it gets a new id. Called by the other modules here.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from typing import TypeVar
 from igpt_ds import dist
 from igpt_ds.cli import SharedError
 from igpt_ds.errors import InputError, error_text
-from igpt_ds.files import atomic_file
 from igpt_ds.train.checkpoint.directory import list_checkpoints, newest_step, remove_leftovers, set_aside_newer, step_of
 from igpt_ds.train.checkpoint.disk import ROOM
-from igpt_ds.train.run_dir import fast_id_file
+from igpt_ds.train.checkpoint.fast_id import FastId, add_start, keep_fast_id, new_fast_id, read_fast_id
+from igpt_ds.train.checkpoint.manifest import Manifest
 
 T = TypeVar("T")
 
@@ -34,7 +33,8 @@ class Tier:
 
     run_dir: whose owner may save. ranks: those that see the same directory; None: all. fast: it is no more than a faster copy, so
     that what fails there does not end the run. works: states can be written there on every rank. copies: each node also keeps the
-    files of the node before it (neighbours.py). start: of the ranks, for parts on several nodes. known: the run had it before.
+    files of the node before it (neighbours.py). start: names this start of the ranks in its manifests. known: the run had it.
+    past: what the run knows of its starts so far.
     """
 
     directory: Path
@@ -42,9 +42,10 @@ class Tier:
     ranks: tuple[int, ...] | None = None
     fast: bool = False
     copies: bool = False
-    start: str = ""
+    start: str = field(default="", compare=False)
     works: bool = True
     known: bool = field(default=False, compare=False)
+    past: FastId | None = field(default=None, compare=False)
 
     @property
     def room(self) -> str:
@@ -91,15 +92,31 @@ class Tier:
                 raise
             forget_fast(self.run_dir)
 
+    def has_branch(self, manifest: Manifest) -> bool:
+        """Whether a state here leads to the run's newest start (fast_id.py)."""
+        return self.past is None or self.past.counts(manifest.start, manifest.step)
+
+    def begin(self, step: int) -> None:
+        """This start of the ranks begins at a step, and may save here."""
+        if self.fast and self.start:
+            dist.from_rank_0(lambda: add_start(self.run_dir, self.start, step))
+
     def counts(self) -> bool:
         """Whether a later start looks into it; the same on all ranks."""
-        return not self.fast or dist.from_rank_0(lambda: self.directory.name == _name(self.run_dir, _known_id(self.run_dir)))
+
+        def counts() -> bool:
+            known = read_fast_id(self.run_dir)
+            return known is not None and self.directory.name.endswith(f"-{known.identity}")
+
+        return not self.fast or dist.from_rank_0(counts)
 
     def start_over(self) -> Tier:
         """Another directory for the run, which has rolled back. No state from before counts, nor those of a node that is away."""
         self.clear()
-        identity = dist.from_rank_0(lambda: _new_id(self.run_dir, self.directory.parent))
-        return replace(self, directory=self.directory.with_name(_name(self.run_dir, identity)))
+        fast_dir = self.directory.parent
+        known = dist.from_rank_0(lambda: new_fast_id(self.run_dir, fast_dir))
+        self.begin(0)
+        return replace(self, directory=_states(fast_dir, self.run_dir, known))
 
     def clear(self) -> None:
         """Removes the whole directory: the run's own has the state that it continues from."""
@@ -114,7 +131,7 @@ class Tier:
 
 def forget_fast(run_dir: Path) -> None:
     """No later start looks into the fast directory that the run has had, for its states cannot be removed now."""
-    dist.from_rank_0(lambda: _known_id(run_dir) and _new_id(run_dir, None))
+    dist.from_rank_0(lambda: read_fast_id(run_dir) and new_fast_id(run_dir, None))
 
 
 def _remove_newer(directory: Path, step: int) -> None:
@@ -140,9 +157,9 @@ def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool, copies: bool = False
     Raises:
         SharedError: a new run cannot use it, or it holds states of a run that is not continued.
     """
-    identity, known = dist.from_rank_0(lambda: _id(fast_dir, run_dir, resumes))
+    past, known = dist.from_rank_0(lambda: _id(fast_dir, run_dir, resumes))
     start = dist.from_rank_0(lambda: uuid.uuid4().hex)
-    directory, error = fast_dir / _name(run_dir, identity), ""
+    directory, error = _states(fast_dir, run_dir, past), ""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f".{start}.{dist.rank()}").touch()
@@ -160,9 +177,8 @@ def fast_tier(fast_dir: Path, run_dir: Path, resumes: bool, copies: bool = False
     apart = any(len(ranks) < dist.world_size() for ranks in dist.gather_objects(seen))
     if copies and not apart:
         dist.say(f"--fast_copies: all ranks share {fast_dir}, so that no copies are needed")
-    if not apart:
-        return Tier(directory, run_dir, fast=True, works=not errors, known=known)
-    return Tier(directory, run_dir, seen, fast=True, copies=copies, start=start, works=not errors, known=known)
+    shared = Tier(directory, run_dir, fast=True, start=start, works=not errors, known=known, past=past)
+    return replace(shared, ranks=seen, copies=copies) if apart else shared
 
 
 def without(error: object) -> str:
@@ -184,64 +200,42 @@ def leave_fast(run_dir: Path, fast_dir: Path | None) -> None:
         SharedError: a newer state than the run directory's is there.
     """
 
+    def known() -> FastId | None:
+        found = read_fast_id(run_dir)
+        return None if found is None or found.where is None or (fast_dir and found.is_at(fast_dir)) else found
+
+    before = dist.from_rank_0(known)
+    if before is None or before.where is None:
+        return
+    states, mine = _states(before.where, run_dir, before), 0
+    with suppress(InputError, OSError):
+        mine = newest_step(states)
+    newest = max(dist.gather_objects(mine))  # each node may have a disk of its own
+
     def leave() -> None:
-        known, before = _read_id(run_dir)
-        if not known or before is None or (fast_dir is not None and fast_dir.resolve() == before):
-            return
-        states, newest = before / _name(run_dir, known), 0
-        with suppress(InputError, OSError):
-            newest = newest_step(states)
         if newest > newest_step(run_dir / "checkpoints"):
             raise InputError(
                 f"{states} holds step {newest} of this run, which is newer than its checkpoints; "
-                f"continue with --fast_dir {before}, or remove {states} to go on without it"
+                f"continue with --resume auto --fast_dir {before.where}, or remove {states} to go on without it"
             )
-        _new_id(run_dir, fast_dir)
+        new_fast_id(run_dir, fast_dir)
 
     dist.from_rank_0(leave)
 
 
-def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> tuple[str, bool]:
+def _id(fast_dir: Path, run_dir: Path, resumes: bool) -> tuple[FastId, bool]:
     """The id of the run's directory, and whether the run that continues has it already."""
-    if known := _known_id(run_dir):
-        states = fast_dir / _name(run_dir, known)
+    if known := read_fast_id(run_dir):
         if resumes:
-            return _write_id(run_dir, known, fast_dir), True
+            return keep_fast_id(run_dir, known, fast_dir), (run_dir / "run.json").exists()
+        states = _states(fast_dir, run_dir, known)
         if list_checkpoints(states):
             raise InputError(f"{states} holds states of this run; continue with --resume auto, or remove {states}")
-    return _new_id(run_dir, fast_dir), False
+    return new_fast_id(run_dir, fast_dir), False
 
 
-def _name(run_dir: Path, identity: str) -> str:
-    return f"{run_dir.name}-{identity}"
-
-
-def _known_id(run_dir: Path) -> str:
-    return _read_id(run_dir)[0]
-
-
-def _read_id(run_dir: Path) -> tuple[str, Path | None]:
-    """The id in RUN_DIR/fast_id, "" if there is none; and the --fast_dir, None if the file does not say.
-
-    Raises:
-        ValueError: the file is damaged. With another id the states would be lost in silence.
-    """
-    path = fast_id_file(run_dir)
-    if not path.exists():
-        return "", None
-    known, _, where = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").partition("\n")
-    if not re.fullmatch("[0-9a-f]{12}", known):
-        raise InputError(
-            f"{path} is damaged; write the 12 digits at the end of {run_dir.name}-... in --fast_dir into it, or remove it"
-        )
-    return known, Path(where) if where else None
-
-
-def _new_id(run_dir: Path, fast_dir: Path | None) -> str:
-    return _write_id(run_dir, uuid.uuid4().hex[:12], fast_dir)
-
-
-def _write_id(run_dir: Path, identity: str, fast_dir: Path | None) -> str:
-    with atomic_file(fast_id_file(run_dir), "w") as file:
-        file.write(f"{identity}\n" + (f"{fast_dir.resolve()}\n" if fast_dir else ""))
-    return identity
+def _states(fast_dir: Path, run_dir: Path, known: FastId) -> Path:
+    """The run's directory below --fast_dir, also if the run directory had another name before."""
+    path = fast_dir / f"{run_dir.resolve().name}-{known.identity}"
+    there = _found(fast_dir, f"*-{known.identity}")
+    return path if path in there or not there else there[0]
