@@ -54,7 +54,9 @@ def read_fast_id(run_dir: Path) -> FastId | None:
     if not re.fullmatch("[0-9a-f]{12}", identity) or not all(starts):
         name = f"{run_dir.resolve().name}-..."
         raise InputError(f"{path} is damaged; write the 12 digits at the end of {name} in --fast_dir into it, or remove it")
-    return FastId(identity, Path(more[0]) if more else None, tuple((found[1], int(found[2])) for found in starts if found))
+    return FastId(
+        identity, Path(more[0]) if more and more[0] else None, tuple((found[1], int(found[2])) for found in starts if found)
+    )
 
 
 def new_fast_id(run_dir: Path, fast_dir: Path | None) -> FastId:
@@ -76,5 +78,5 @@ def add_start(run_dir: Path, start: str, step: int) -> None:
 def _write(run_dir: Path, content: FastId) -> FastId:
     starts = [f"{name} {step}" for name, step in content.starts]
     with atomic_file(fast_id_file(run_dir), "w") as file:
-        file.write("\n".join([content.identity, *([str(content.where)] if content.where or starts else []), *starts, ""]))
+        file.write("\n".join([content.identity, *([str(content.where or "")] if content.where or starts else []), *starts, ""]))
     return content

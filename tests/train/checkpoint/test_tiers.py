@@ -265,6 +265,16 @@ def test_a_state_of_a_node_that_was_away_does_not_count_where_a_later_start_fell
     assert (newest_state([slow, fourth]) or left).path == own  # type: ignore[union-attr]
 
 
+def test_a_start_after_the_place_was_forgotten_names_none(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tier = fast_tier(tmp_path / "fast", run_dir, resumes=True)
+    forget_fast(run_dir)
+    tier.begin(7)
+    known = read_fast_id(run_dir)
+    assert known is not None
+    assert (known.where, known.starts) == (None, ((tier.start, 7),))
+
+
 def test_states_of_older_code_and_those_before_a_later_start_count() -> None:
     starts = tuple((name * 32, step) for name, step in (("a", 0), ("b", 70), ("c", 60)))
     known = FastId("0" * 12, starts=starts)
